@@ -1,0 +1,54 @@
+"""The Pyramid Vision Transformer (PVT, ICCV 2021) in NumPy, forward and hand-derived backward.
+
+The names below are the public interface. Parameters are plain records of arrays; functions are
+pure; the same code computes on the CPU with NumPy arrays and on CUDA with CuPy arrays.
+"""
+
+from pvt_ref.arrays import to_device, to_numpy
+from pvt_ref.config import VARIANTS, PVTConfig
+from pvt_ref.cost import VITS, Cost, ViTConfig, count_cost
+from pvt_ref.errors import PVTError
+from pvt_ref.face import Model, with_new_head
+from pvt_ref.layers.cross_entropy import cross_entropy
+from pvt_ref.model import (
+    attention_maps,
+    backward,
+    backward_pyramid,
+    forward,
+    forward_pyramid,
+    forward_pyramid_with_cache,
+    forward_with_cache,
+)
+from pvt_ref.ops import REFERENCE, Operation, Ops
+from pvt_ref.params import PVTParams, from_state_dict, init_params, to_state_dict
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "REFERENCE",
+    "VARIANTS",
+    "VITS",
+    "Cost",
+    "Model",
+    "Operation",
+    "Ops",
+    "PVTConfig",
+    "PVTError",
+    "PVTParams",
+    "ViTConfig",
+    "attention_maps",
+    "backward",
+    "backward_pyramid",
+    "count_cost",
+    "cross_entropy",
+    "forward",
+    "forward_pyramid",
+    "forward_pyramid_with_cache",
+    "forward_with_cache",
+    "from_state_dict",
+    "init_params",
+    "to_device",
+    "to_numpy",
+    "to_state_dict",
+    "with_new_head",
+]

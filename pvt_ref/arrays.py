@@ -1,0 +1,190 @@
+"""Which library an array belongs to, and how arrays move between host and device.
+
+This is the only file that knows NumPy from CuPy. The layers ask :func:`array_module` once per call
+and use the functions of the array API standard (https://data-apis.org/array-api), which NumPy and
+CuPy share; so the same lines also run on any other library that implements the standard.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import scipy.special
+
+from pvt_ref.errors import ArrayTypeError, DeviceError
+
+#: An array of NumPy, CuPy or another library of the array API standard.
+Array = Any
+
+FLOAT_DTYPES = ("float32", "float64")  # of parameters, and so of all computation
+
+
+def array_module(x: Array) -> ModuleType:
+    """The namespace (``numpy``, ``cupy``, ...) whose functions work on x.
+
+    Raises:
+        ArrayTypeError: if x is not an array.
+    """
+    if isinstance(x, np.ndarray | np.generic):
+        return np
+    if is_cupy(x):
+        return sys.modules["cupy"]
+    if hasattr(x, "__array_namespace__"):
+        return x.__array_namespace__()
+    raise ArrayTypeError(
+        f"expected an array, got {type(x).__module__}.{type(x).__name__}. "
+        f"{_how_to_convert(x)} moves it into a NumPy array"
+    )
+
+
+def _how_to_convert(x: object) -> str:
+    if type(x).__module__.split(".")[0] == "torch":
+        return "x.detach().cpu().numpy()"
+    return "numpy.asarray(x, dtype=numpy.float32)"
+
+
+def is_cupy(x: object) -> bool:
+    """Whether x is a CuPy array. CuPy is looked at only if the caller has imported it."""
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(x, getattr(cupy, "ndarray", ()))
+
+
+def is_array(x: object) -> bool:
+    """Whether :func:`array_module` accepts x."""
+    return isinstance(x, np.ndarray | np.generic) or is_cupy(x) or hasattr(x, "__array_namespace__")
+
+
+def dtype_name(x: Array) -> str:
+    """``"float32"`` and the like, for the arrays of any library."""
+    return str(x.dtype).rsplit(".", 1)[-1]
+
+
+def from_host(host: np.ndarray, like: Array) -> Array:
+    """host as an array of like's library (and device), so that the two can be combined."""
+    if isinstance(like, np.ndarray | np.generic):
+        return host
+    xp = array_module(like)
+    if is_cupy(like):
+        with like.device:
+            return xp.asarray(host)
+    return xp.asarray(host, device=like.device)
+
+
+def sum_in_float64(x: Array, axis: int | tuple[int, ...]) -> Array:
+    """Sum over axis, added up in double precision; the result has x's dtype.
+
+    A float32 sum over 400,000 rows errs in the fifth digit; biases and norms need such sums.
+    """
+    xp = array_module(x)
+    return xp.astype(xp.sum(x, axis=axis, dtype=xp.float64), x.dtype)
+
+
+def erf(x: Array) -> Array:
+    """The error function, the one special function that the array API standard lacks.
+
+    scipy.special.erf hands a CuPy array to cupyx by itself.
+    """
+    if isinstance(x, np.ndarray | np.generic) or is_cupy(x):
+        return scipy.special.erf(x)
+    return from_host(scipy.special.erf(np.asarray(x)), like=x)
+
+
+def map_arrays(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """A copy of a record, tuple, list or dict with f applied to every array in it.
+
+    With several trees of one shape, f gets the arrays that stand in the same place. None and
+    anything that is not an array stay as they are in the first tree.
+    """
+    if is_array(tree):
+        return f(tree, *others)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        values = {
+            field.name: map_arrays(
+                f, getattr(tree, field.name), *(getattr(o, field.name) for o in others)
+            )
+            for field in fields(tree)
+        }
+        return type(tree)(**values)
+    if isinstance(tree, tuple | list):
+        return type(tree)(map_arrays(f, *branch) for branch in zip(tree, *others, strict=True))
+    if isinstance(tree, dict):
+        return {key: map_arrays(f, value, *(o[key] for o in others)) for key, value in tree.items()}
+    return tree
+
+
+def to_numpy(tree: Any) -> Any:
+    """Copies every CuPy array in tree to the host; NumPy arrays are passed on.
+
+    Args:
+        tree: an array, or arrays in a record (parameters, gradients), tuple, list or dict.
+
+    Returns:
+        The same structure with NumPy arrays.
+    """
+    return map_arrays(lambda a: a.get() if is_cupy(a) else np.asarray(a), tree)
+
+
+def to_device(tree: Any, device: str = "cuda") -> Any:
+    """Copies every array in tree to a device.
+
+    Args:
+        tree: an array, or arrays in a record (parameters, gradients, a Model), tuple, list or dict.
+        device: ``"cuda"`` (the current CUDA device), ``"cuda:1"`` and so on, or ``"cpu"``.
+
+    Returns:
+        The same structure with CuPy arrays, or with NumPy arrays for ``"cpu"``.
+
+    Raises:
+        DeviceError: if there is no such device here; the message says what was found and what to
+            install.
+    """
+    if device == "cpu":
+        return to_numpy(tree)
+    kind, _, index = device.partition(":") if isinstance(device, str) else ("", "", "")
+    if kind != "cuda" or (index and not index.isdecimal()):
+        raise DeviceError(f"device is {device!r}; known are 'cpu', 'cuda', 'cuda:0', 'cuda:1', ...")
+    cupy = import_cupy()
+    count = cupy.cuda.runtime.getDeviceCount()
+    number = int(index) if index else cupy.cuda.runtime.getDevice()
+    if number >= count:
+        raise DeviceError(f"device is {device!r}, but the CUDA devices here are 0 to {count - 1}")
+    with cupy.cuda.Device(number):
+        return map_arrays(cupy.asarray, tree)
+
+
+def import_cupy() -> ModuleType:
+    """The cupy module, once it is sure that it can compute.
+
+    Raises:
+        DeviceError: if CuPy is not installed, cannot be loaded, or finds no driver or device.
+    """
+    advice = (
+        "Install CuPy for your driver's CUDA version: pip install 'pvt_ref[cuda12]' or "
+        "pip install 'pvt_ref[cuda13]' (from a checkout: pip install -e '.[cuda12]'); nvidia-smi "
+        "prints the version. Without an NVIDIA GPU, everything runs on NumPy: leave the arrays as "
+        "they are"
+    )
+    try:
+        import cupy  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise DeviceError(
+            f"CUDA was asked for, but CuPy cannot be imported ({error}). {advice}"
+        ) from error
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+        if count:
+            cupy.zeros(1).get()  # a device that is listed can still be out of order
+    except Exception as error:  # CuPy has many, in private modules: all mean no usable device
+        raise DeviceError(
+            f"CUDA was asked for; CuPy {cupy.__version__} is installed but found no usable driver "
+            f"or device ({type(error).__name__}: {error}). {advice}"
+        ) from error
+    if not count:
+        raise DeviceError(
+            f"CUDA was asked for; CuPy {cupy.__version__} is installed and there is a driver, but "
+            f"no CUDA device is visible (is CUDA_VISIBLE_DEVICES empty?). {advice}"
+        )
+    return cupy

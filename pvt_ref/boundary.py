@@ -1,0 +1,222 @@
+"""What the public functions check before they compute: types, dtypes, devices, shapes.
+
+Inside the package, arrays are trusted. Everything a caller can get wrong is caught here, once, with
+what was given, what is needed, the likely cause and the fix in one message.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pvt_ref.arrays import (
+    FLOAT_DTYPES,
+    Array,
+    array_module,
+    dtype_name,
+    is_array,
+    is_cupy,
+)
+from pvt_ref.config import NUM_STAGES, PVTConfig
+from pvt_ref.errors import (
+    ArrayTypeError,
+    ConfigError,
+    NonFiniteError,
+    RangeError,
+    ShapeError,
+)
+from pvt_ref.ops import Ops
+from pvt_ref.params import PVTParams, named_arrays, param_shapes
+
+
+def check_config(config: object) -> None:
+    """Raises ArrayTypeError unless config is a PVTConfig."""
+    if not isinstance(config, PVTConfig):
+        raise ArrayTypeError(
+            f"config is a {type(config).__name__}; it must be a PVTConfig, such as "
+            f"VARIANTS['pvt_tiny'], the last argument of (params, images, config)"
+        )
+
+
+def check_params(params: object, config: PVTConfig) -> None:
+    """Raises unless params are a PVTParams of one float dtype on one device, made for config."""
+    check_config(config)
+    if not isinstance(params, PVTParams):
+        raise ArrayTypeError(
+            f"params is a {type(params).__name__}; it must be a PVTParams, from init_params, "
+            f"from_state_dict or load(path).params"
+        )
+    first = params.pos_embed1
+    shapes = param_shapes(config)
+    found = {}
+    for key, x in named_arrays(params):
+        found[key] = tuple(x.shape)
+        check_float(key, x)
+        if dtype_name(x) != dtype_name(first) or is_cupy(x) != is_cupy(first):
+            raise ArrayTypeError(
+                f"params mix {_kind(first)} (pos_embed1) and {_kind(x)} ({key}); all must have one "
+                f"dtype and lie on one device. from_state_dict(to_state_dict(params), config) "
+                f"makes the dtype one, to_device(params, ...) the device"
+            )
+    if found != shapes:
+        different = sorted(k for k in found.keys() | shapes.keys() if found.get(k) != shapes.get(k))
+        key = different[0]
+        raise ShapeError(
+            f"params do not belong to this config: {len(different)} arrays differ, the first is "
+            f"{key}, which is {found.get(key, 'absent')} and should be "
+            f"{shapes.get(key, 'absent')}. Pass the config that params were made with"
+        )
+
+
+def _kind(x: Array) -> str:
+    return f"{type(x).__module__.split('.')[0]} {dtype_name(x)}"
+
+
+def check_float(name: str, x: Array) -> None:
+    """Raises ArrayTypeError unless x has dtype float32 or float64."""
+    if dtype_name(x) not in FLOAT_DTYPES:
+        raise ArrayTypeError(
+            f"{name} has dtype {dtype_name(x)}; it must be float32 or float64. "
+            f"x.astype('float32') converts it"
+        )
+
+
+def prepare_images(params: PVTParams, images: Array, config: PVTConfig) -> Array:
+    """images checked against params and config, and cast to the dtype of the weights.
+
+    Raises:
+        ArrayTypeError: not an array, integers, objects, or on another device than params.
+        ShapeError: wrong rank, channels or size; an empty batch.
+        ConfigError: weights that belong to another configuration.
+    """
+    check_params(params, config)
+    if not is_array(images):
+        raise ArrayTypeError(
+            f"images are a {type(images).__name__}; they must be one array (B, {config.in_chans}, "
+            f"H, W) of floats. numpy.stack(list_of_images) makes one of several; "
+            f"pvt_ref.load_image(path) reads one from a file"
+        )
+    weight = params.pos_embed1
+    if is_cupy(images) != is_cupy(weight):
+        raise ArrayTypeError(
+            f"images are {_kind(images)} and the weights {_kind(weight)}; both must lie on one "
+            f"device. Move one: pvt_ref.to_device(x, 'cuda') or pvt_ref.to_numpy(x)"
+        )
+    xp = array_module(images)
+    name = dtype_name(images)
+    if name.startswith(("int", "uint", "bool")):
+        raise ArrayTypeError(
+            f"images have dtype {name}, which looks like raw pixels; they must be normalised "
+            f"floats. Preprocess them first: pvt_ref.load_image(path), or pvt_ref.normalize(pixels)"
+        )
+    if name not in ("float16", *FLOAT_DTYPES):
+        raise ArrayTypeError(
+            f"images have dtype {name}; they must be float32 or float64"
+            + (" (is it a ragged list of arrays?)" if name == "object" else "")
+        )
+    shape = tuple(images.shape)
+    C = config.in_chans
+    if len(shape) != 4:
+        hint = " A single image needs a batch axis: images[None]." if len(shape) == 3 else ""
+        raise ShapeError(
+            f"images have rank {len(shape)}, shape {shape}; they must be (B, {C}, H, W).{hint}"
+        )
+    if shape[1] != C:
+        if shape[3] == C:
+            raise ShapeError(
+                f"looks channels-last: {shape}; images are (B, {C}, H, W). "
+                f"images.transpose(0, 3, 1, 2) turns them"
+            )
+        raise ShapeError(
+            f"images have {shape[1]} channels, shape {shape}; the configuration has in_chans={C}, "
+            f"so they must be (B, {C}, H, W)"
+        )
+    if shape[0] == 0:
+        raise ShapeError(f"the batch is empty: images have shape {shape}; B must be at least 1")
+    config.grids(shape[2], shape[3])  # refuses sizes that would lose pixels
+    return xp.astype(images, weight.dtype, copy=False)
+
+
+def check_has_classifier(config: PVTConfig) -> None:
+    """Raises ConfigError if there is no head to make logits with."""
+    check_config(config)
+    if not config.has_classifier:
+        raise ConfigError(
+            "this model is a bare backbone (num_classes 0: no cls token, norm or head) and has no "
+            "logits. forward_pyramid gives its feature maps; weights with a classifier give both"
+        )
+
+
+def check_cotangent(name: str, dy: Array, shape: tuple[int, ...], like: Array) -> Array:
+    """A gradient of the given shape, on like's device, cast to like's dtype."""
+    if not is_array(dy):
+        raise ArrayTypeError(f"{name} is a {type(dy).__name__}; it must be an array {shape}")
+    if is_cupy(dy) != is_cupy(like):
+        raise ArrayTypeError(
+            f"{name} is {_kind(dy)} and the weights are {_kind(like)}; both must lie on one "
+            f"device. Move one: pvt_ref.to_device(x, 'cuda') or pvt_ref.to_numpy(x)"
+        )
+    check_float(name, dy)
+    if tuple(dy.shape) != shape:
+        raise ShapeError(
+            f"{name} has shape {tuple(dy.shape)}; the forward returned {shape}, and a gradient has "
+            f"the shape of what it belongs to"
+        )
+    return array_module(dy).astype(dy, like.dtype, copy=False)
+
+
+def check_pyramid_cotangents(
+    dmaps: Sequence[Array | None], shapes: Sequence[tuple[int, ...]], like: Array
+) -> list[Array]:
+    """Four gradients, with zeros in the place of None."""
+    if not isinstance(dmaps, Sequence) or len(dmaps) != NUM_STAGES:
+        given = f"{len(dmaps)}" if isinstance(dmaps, Sequence) else f"a {type(dmaps).__name__}"
+        raise ShapeError(
+            f"dmaps must be a list of four arrays, dL/dF_1 to dL/dF_4 (None where the loss does "
+            f"not use a map); got {given}"
+        )
+    xp = array_module(like)
+    return [
+        xp.zeros(shape, dtype=like.dtype)
+        if dmap is None
+        else check_cotangent(f"dmaps[{i}]", dmap, shape, like)
+        for i, (dmap, shape) in enumerate(zip(dmaps, shapes, strict=True))
+    ]
+
+
+def check_cache(cache: Any, kind: type, maker: str, ops: Ops | None) -> Ops:
+    """The record of operations that made cache, once it is sure that it can read it."""
+    if not isinstance(cache, kind):
+        raise ArrayTypeError(
+            f"cache is a {type(cache).__name__}; this backward needs the {kind.__name__} that "
+            f"{maker} returned beside its result"
+        )
+    if ops is not None and ops is not cache.ops:
+        raise ArrayTypeError(
+            f"the cache was made with ops {cache.ops.name!r} and cannot be read by {ops.name!r}: "
+            f"a cache belongs to the pair that made it. Leave ops out, or pass it to the forward"
+        )
+    return cache.ops
+
+
+def check_stages(stages: Sequence[int]) -> set[int]:
+    """The stages as a set, each from 1 to 4."""
+    wanted = set(stages)
+    if not wanted <= set(range(1, NUM_STAGES + 1)):
+        raise RangeError(f"stages are {tuple(stages)}; each must be 1, 2, 3 or 4, as in the paper")
+    return wanted
+
+
+def check_finite(name: str, x: Array, cause: str) -> None:
+    """Raises NonFiniteError if a host array holds NaN or infinity.
+
+    Arrays on a device are passed over: looking at them would make the host wait.
+    """
+    if not isinstance(x, np.ndarray) or bool(np.isfinite(x).all()):
+        return
+    bad = ~np.isfinite(x)
+    where = tuple(int(i) for i in np.argwhere(bad)[0])
+    raise NonFiniteError(
+        f"{name} holds {int(bad.sum())} values of {x.size} that are NaN or infinite, the first at "
+        f"index {where}. {cause}"
+    )

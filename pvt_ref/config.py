@@ -1,0 +1,258 @@
+"""The shape of a PVT: one frozen record, the five published variants, and every rule they obey.
+
+Symbols are those of the paper (Wang et al., ICCV 2021, arXiv 2102.12122, section 3 and Table 1)::
+
+    P_i patch size    C_i channels    R_i spatial-reduction ratio    N_i heads    E_i MLP expansion
+    L_i depth         H_i x W_i token grid of stage i                i = 1..4
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any
+
+from pvt_ref.errors import ConfigError, ShapeError
+
+NUM_STAGES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class StageConfig:
+    """What one stage needs to know, read off :class:`PVTConfig` by :meth:`PVTConfig.stage`."""
+
+    patch_size: int  # P_i
+    embed_dim: int  # C_i
+    num_heads: int  # N_i
+    hidden_dim: int  # E_i C_i
+    depth: int  # L_i
+    sr_ratio: int  # R_i
+    scale: float  # 1 / sqrt(d), or qk_scale
+    drop_rate: float
+    attn_drop_rate: float
+    drop_path_rates: tuple[float, ...]  # one per block of the stage
+    norm_eps: float
+    projection_norm_eps: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PVTConfig:
+    """A buildable PVT. Field names are those of the authors' constructor.
+
+    Attributes:
+        img_size: side in pixels of the square image the position tables are made for. Images of
+            other sizes are welcome; the tables are then resized.
+        in_chans: channels of the image.
+        num_classes: outputs of the classifier. 0 makes a bare backbone for dense prediction:
+            no cls token, no final norm, no head.
+        patch_sizes: P_i, one per stage. (The released constructor fixes 2 for stages 2 to 4.)
+        embed_dims: C_i.
+        num_heads: N_i; must divide C_i.
+        mlp_ratios: E_i; C_i * E_i must be whole.
+        qkv_bias: whether q and kv have biases.
+        qk_scale: replaces 1 / sqrt(d) as the factor on the scores; None keeps 1 / sqrt(d).
+            Zero is honoured (the released code ignores it).
+        drop_rate: dropout after the position embedding, the attention projection and in the MLP.
+        attn_drop_rate: dropout on the attention weights.
+        drop_path_rate: stochastic depth of the last block; block k of K has
+            ``linspace(0, drop_path_rate, K)[k]``.
+        depths: L_i.
+        sr_ratios: R_i. 1 is plain multi-head attention.
+        norm_eps: epsilon in norm1, norm2 and the final norm.
+        projection_norm_eps: epsilon in the norms after the patch and the spatial-reduction
+            projections. The released code has 1e-5 there and 1e-6 in the others.
+
+    Raises:
+        ConfigError: if it cannot be built; the message lists every reason.
+    """
+
+    img_size: int = 224
+    in_chans: int = 3
+    num_classes: int = 1000
+    patch_sizes: tuple[int, ...] = (4, 2, 2, 2)
+    embed_dims: tuple[int, ...] = (64, 128, 320, 512)
+    num_heads: tuple[int, ...] = (1, 2, 5, 8)
+    mlp_ratios: tuple[float, ...] = (8, 8, 4, 4)
+    qkv_bias: bool = True
+    qk_scale: float | None = None
+    drop_rate: float = 0.0
+    attn_drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    depths: tuple[int, ...] = (2, 2, 2, 2)
+    sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
+    norm_eps: float = 1e-6
+    projection_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        for name in ("patch_sizes", "embed_dims", "num_heads", "depths", "sr_ratios"):
+            self._set(name, _positive_per_stage(name, getattr(self, name), problems, whole=True))
+        ratios = _positive_per_stage("mlp_ratios", self.mlp_ratios, problems, whole=False)
+        self._set("mlp_ratios", ratios)
+        for name, least in (("img_size", 1), ("in_chans", 1), ("num_classes", 0)):
+            value = getattr(self, name)
+            if not _is_whole(value) or value < least:
+                problems.append(f"{name} is {value!r}; it must be a whole number, {least} or more")
+            else:
+                self._set(name, int(value))
+        for name in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
+            value = getattr(self, name)
+            if not _is_real(value) or not 0 <= value < 1:
+                problems.append(f"{name} is {value!r}; it must be in [0, 1)")
+            else:
+                self._set(name, float(value))
+        for name in ("norm_eps", "projection_norm_eps"):
+            value = getattr(self, name)
+            if not _is_real(value) or not 0 <= value < math.inf:
+                problems.append(f"{name} is {value!r}; it must be a finite number, 0 or more")
+            else:
+                self._set(name, float(value))
+        if not isinstance(self.qkv_bias, bool):
+            problems.append(f"qkv_bias is {self.qkv_bias!r}; it must be True or False")
+        if self.qk_scale is not None:
+            if not _is_real(self.qk_scale) or not math.isfinite(self.qk_scale):
+                problems.append(
+                    f"qk_scale is {self.qk_scale!r}; it must be None (for 1/sqrt(d)) or finite"
+                )
+            else:
+                self._set("qk_scale", float(self.qk_scale))
+        if not problems:  # the rules between fields only make sense once each field does
+            problems += self._conflicts()
+        if problems:
+            raise ConfigError(
+                "this PVT cannot be built:\n  - "
+                + "\n  - ".join(problems)
+                + "\nStart from VARIANTS['pvt_tiny'] and change it with dataclasses.replace."
+            )
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # frozen: only __post_init__ may normalise
+
+    def _conflicts(self) -> list[str]:
+        problems = []
+        for i, (C, N, E) in enumerate(
+            zip(self.embed_dims, self.num_heads, self.mlp_ratios, strict=True), start=1
+        ):
+            if C % N:
+                problems.append(
+                    f"stage {i}: num_heads {N} does not divide embed_dims {C}; every head needs "
+                    f"the same width"
+                )
+            if not float(C * E).is_integer():
+                problems.append(
+                    f"stage {i}: embed_dims {C} times mlp_ratios {E} is {C * E}, not a whole "
+                    f"number of hidden units"
+                )
+        if self.num_classes and self.sr_ratios[-1] > 1:
+            problems.append(
+                f"sr_ratios[3] is {self.sr_ratios[-1]} in a classifier: stage 4 also holds the "
+                f"cls token, which has no place in the map that spatial reduction cuts into "
+                f"blocks. Use 1, or num_classes=0 for a backbone without cls token"
+            )
+        if self.img_size % self.size_multiple:
+            problems.append(
+                f"img_size {self.img_size} is not a multiple of {self.size_multiple}, the smallest "
+                f"size at which patch_sizes {self.patch_sizes} and sr_ratios {self.sr_ratios} lose "
+                f"no pixel"
+            )
+        return problems
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether there are a cls token, a final norm and a head."""
+        return self.num_classes > 0
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels per token side at each stage: P_1, P_1 P_2, ... (4, 8, 16, 32 as published)."""
+        return tuple(math.prod(self.patch_sizes[: i + 1]) for i in range(NUM_STAGES))
+
+    @property
+    def size_multiple(self) -> int:
+        """Smallest number of which H and W must be multiples for no pixel to be lost."""
+        return math.lcm(*(s * R for s, R in zip(self.strides, self.sr_ratios, strict=True)))
+
+    def stage(self, i: int) -> StageConfig:
+        """Everything stage i (0 to 3) needs, drop-path rates included."""
+        C = self.embed_dims[i]
+        total, before = sum(self.depths), sum(self.depths[:i])
+        rates = [self.drop_path_rate * k / max(total - 1, 1) for k in range(total)]
+        return StageConfig(
+            patch_size=self.patch_sizes[i],
+            embed_dim=C,
+            num_heads=self.num_heads[i],
+            hidden_dim=int(C * self.mlp_ratios[i]),
+            depth=self.depths[i],
+            sr_ratio=self.sr_ratios[i],
+            scale=1 / math.sqrt(C // self.num_heads[i]) if self.qk_scale is None else self.qk_scale,
+            drop_rate=self.drop_rate,
+            attn_drop_rate=self.attn_drop_rate,
+            drop_path_rates=tuple(rates[before : before + self.depths[i]]),
+            norm_eps=self.norm_eps,
+            projection_norm_eps=self.projection_norm_eps,
+        )
+
+    def grids(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
+        """Token grids (H_i, W_i) of the four stages for an image of height x width pixels.
+
+        Raises:
+            ShapeError: if a border of the image would fall outside the last whole patch or block.
+        """
+        g = self.size_multiple
+        if height < 1 or width < 1 or height % g or width % g:
+            near = [max(g, round(side / g) * g) for side in (height, width)]
+            padded = [max(g, math.ceil(side / g) * g) for side in (height, width)]
+            raise ShapeError(
+                f"image size {height}x{width} does not fit: H and W must be multiples of {g}, or "
+                f"border pixels would be lost (patch sizes {self.patch_sizes}, spatial-reduction "
+                f"ratios {self.sr_ratios}). Resize to {near[0]}x{near[1]}, or pad to "
+                f"{padded[0]}x{padded[1]} with pvt_ref.pad_to_multiple(images, {g})"
+            )
+        return tuple((height // s, width // s) for s in self.strides)
+
+    @property
+    def table_sides(self) -> tuple[int, ...]:
+        """Side of the square grid that each stage's position table belongs to."""
+        return tuple(self.img_size // s for s in self.strides)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _positive_per_stage(name: str, value: Any, problems: list[str], *, whole: bool) -> Any:
+    """value as a tuple of four positive numbers, or unchanged with a line in problems."""
+    kind = "whole numbers" if whole else "numbers"
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != NUM_STAGES:
+        problems.append(f"{name} is {value!r}; it must be four {kind}, one per stage")
+        return value
+    is_number = _is_whole if whole else _is_real
+    if not all(is_number(v) and 0 < v < math.inf for v in value):
+        problems.append(f"{name} is {value!r}; each must be a positive {kind[:-1]}")
+        return value
+    return tuple(int(v) if float(v).is_integer() else float(v) for v in value)
+
+
+def config_to_dict(config: PVTConfig) -> dict[str, Any]:
+    """Plain values by field name, fit for JSON."""
+    return {f.name: getattr(config, f.name) for f in fields(config)}
+
+
+def _variant(depths: tuple[int, ...], **changes: Any) -> PVTConfig:
+    return PVTConfig(depths=depths, **changes)
+
+
+#: The published models (paper Table 1, with the released code's depths; see docs/decisions.md).
+VARIANTS: dict[str, PVTConfig] = {
+    "pvt_tiny": _variant((2, 2, 2, 2)),
+    "pvt_small": _variant((3, 4, 6, 3)),
+    "pvt_medium": _variant((3, 4, 18, 3)),
+    "pvt_large": _variant((3, 8, 27, 3)),
+    "pvt_huge_v2": _variant(
+        (3, 10, 60, 3), embed_dims=(128, 256, 512, 768), num_heads=(2, 4, 8, 12)
+    ),
+}

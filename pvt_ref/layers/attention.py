@@ -1,0 +1,106 @@
+"""Scaled dot-product attention (paper eq. 4), for all heads and samples at once."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pvt_ref.arrays import Array, array_module
+
+if TYPE_CHECKING:
+    from pvt_ref.ops import Ops
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionCache:
+    q: Array  # (B, N, n, d)
+    k: Array  # (B, N, m, d)
+    v: Array  # (B, N, m, d)
+    scale: float
+    weights: Array  # (B, N, n, m), after dropout
+    softmax: Any
+    drop: Any
+
+
+def attention_weights(q: Array, k: Array, scale: float, ops: "Ops") -> Array:
+    """A = Softmax(scale * q k^T), the rows of the picture "where does this query look".
+
+    Args:
+        q: queries (B, N, n, d).
+        k: keys (B, N, m, d).
+        scale: 1 / sqrt(d) in the paper.
+        ops: the record of operations.
+
+    Returns:
+        (B, N, n, m), rows summing to 1.
+    """
+    return ops.softmax.forward(_scores(q, k, scale), keep=False)[0]
+
+
+def _scores(q: Array, k: Array, scale: float) -> Array:
+    xp = array_module(q)
+    scores = q @ xp.matrix_transpose(k)  # (B, N, n, m)
+    scores *= scale
+    return scores
+
+
+def attention_forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    ops: "Ops",
+    scale: float,
+    drop_rate: float = 0.0,
+    rng: np.random.Generator | None = None,
+    keep: bool = True,
+) -> tuple[Array, AttentionCache | None]:
+    """Attention(q, k, v) = Softmax(scale * q k^T) v.
+
+    Args:
+        q: queries (B, N, n, d).
+        k: keys (B, N, m, d).
+        v: values (B, N, m, d).
+        ops: the record of operations.
+        scale: 1 / sqrt(d) in the paper.
+        drop_rate: dropout on the weights.
+        rng: source of the dropout mask; None for inference.
+        keep: whether a cache for the backward is returned; without it, it is None.
+
+    Returns:
+        (B, N, n, d) and the cache.
+    """
+    weights, softmax_cache = ops.softmax.forward(_scores(q, k, scale), keep=keep)  # (B, N, n, m)
+    weights, drop_cache = ops.dropout.forward(weights, drop_rate, rng)
+    y = weights @ v  # (B, N, n, d)
+    if not keep:
+        return y, None
+    return y, AttentionCache(q, k, v, scale, weights, softmax_cache, drop_cache)
+
+
+def attention_backward(cache: AttentionCache, dy: Array, ops: "Ops") -> tuple[Array, Array, Array]:
+    """Gradients of :func:`attention_forward`.
+
+    With A the weights and S the scores, per head::
+
+        y = A v                 dA = dy v^T           dv = A^T dy
+        A = Softmax(S)          dS = A * (dA - <dA, A>)
+        S = scale * q k^T       dq = scale * dS k     dk = scale * dS^T q
+
+    Args:
+        dy: dL/dy (B, N, n, d).
+
+    Returns:
+        dq (B, N, n, d), dk (B, N, m, d), dv (B, N, m, d).
+    """
+    xp = array_module(dy)
+    # y = weights @ v
+    dv = xp.matrix_transpose(cache.weights) @ dy  # (B, N, m, d)
+    dweights = dy @ xp.matrix_transpose(cache.v)  # (B, N, n, m)
+    # weights = dropout(softmax(scores))
+    dweights = ops.dropout.backward(cache.drop, dweights)  # (B, N, n, m)
+    dscores = ops.softmax.backward(cache.softmax, dweights)  # (B, N, n, m)
+    # scores = scale * q @ k^T
+    dscores = dscores * cache.scale  # (B, N, n, m)
+    dq = dscores @ cache.k  # (B, N, n, d)
+    dk = xp.matrix_transpose(dscores) @ cache.q  # (B, N, m, d)
+    return dq, dk, dv

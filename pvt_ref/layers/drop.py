@@ -1,0 +1,79 @@
+"""Dropout (Srivastava et al. 2014) and drop path (stochastic depth, Huang et al. 2016).
+
+Both multiply by a random mask of 0 and 1/keep, so that the expectation is the input. Masks are
+drawn on the host from a NumPy generator: one seed gives the same masks on every device and for
+every dtype.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pvt_ref.arrays import Array, array_module, from_host
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DropCache:
+    mask: Array  # bool, x's shape (dropout) or (B, 1, ..., 1) (drop path)
+    scale: float  # 1 / keep
+
+
+def dropout_forward(
+    x: Array, rate: float, rng: np.random.Generator | None
+) -> tuple[Array, DropCache | None]:
+    """Each element is zero with probability rate, else divided by 1 - rate.
+
+    Args:
+        x: (...).
+        rate: in [0, 1).
+        rng: source of the mask. None (inference) leaves x as it is, and so does rate 0.
+
+    Returns:
+        y (...) and the cache; None if nothing was dropped.
+    """
+    return _drop(x, x.shape, rate, rng)
+
+
+def drop_path_forward(
+    x: Array, rate: float, rng: np.random.Generator | None
+) -> tuple[Array, DropCache | None]:
+    """Each sample is zero as a whole with probability rate, else divided by 1 - rate.
+
+    Args:
+        x: (B, ...), the output of a residual branch.
+        rate: in [0, 1).
+        rng: source of the mask, one draw a sample. None or rate 0 leaves x as it is.
+
+    Returns:
+        y (B, ...) and the cache; None if nothing was dropped.
+    """
+    return _drop(x, (x.shape[0],) + (1,) * (x.ndim - 1), rate, rng)
+
+
+def _drop(
+    x: Array, mask_shape: tuple[int, ...], rate: float, rng: np.random.Generator | None
+) -> tuple[Array, DropCache | None]:
+    if rng is None or rate == 0.0:
+        return x, None
+    # float32 draws whatever x is: float32 and float64 runs then share their masks
+    kept = rng.random(mask_shape, dtype=np.float32) >= rate
+    cache = DropCache(from_host(kept, like=x), 1.0 / (1.0 - rate))
+    return _apply(cache, x), cache
+
+
+def _apply(cache: DropCache, x: Array) -> Array:
+    y = x * cache.scale
+    y *= array_module(x).astype(cache.mask, x.dtype)
+    return y
+
+
+def drop_backward(cache: DropCache | None, dy: Array) -> Array:
+    """Gradient of :func:`dropout_forward` and :func:`drop_path_forward`: the same mask again.
+
+    Args:
+        dy: dL/dy, y's shape.
+
+    Returns:
+        dx, the same shape.
+    """
+    return dy if cache is None else _apply(cache, dy)

@@ -1,0 +1,69 @@
+"""Linear: y = x W^T + b, applied to every token alike. W is (out, in), as PyTorch stores it."""
+
+from dataclasses import dataclass
+
+from pvt_ref.arrays import Array, array_module, sum_in_float64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearParams:
+    """Weight and bias of a linear layer, or their gradients.
+
+    The patch and spatial-reduction projections use it too, with a weight of (C_out, C_in, P, P).
+    """
+
+    weight: Array  # (C_out, C_in)
+    bias: Array | None  # (C_out,)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearCache:
+    x: Array  # (..., C_in), dW needs it
+
+
+def linear_forward(
+    p: LinearParams, x: Array, keep: bool = True
+) -> tuple[Array, LinearCache | None]:
+    """y = x W^T + b over the last axis.
+
+    Args:
+        p: weight (C_out, C_in) and bias (C_out,) or None.
+        x: (..., C_in).
+        keep: whether a cache for the backward is returned; without it, it is None.
+
+    Returns:
+        y (..., C_out) and the cache.
+    """
+    xp = array_module(x)
+    C_out, C_in = p.weight.shape
+    rows = xp.reshape(x, (-1, C_in))  # (rows, C_in): one 2-D product is what GPUs do best
+    y = rows @ xp.matrix_transpose(p.weight)  # (rows, C_out)
+    if p.bias is not None:
+        y += p.bias
+    y = xp.reshape(y, (*x.shape[:-1], C_out))  # (..., C_out)
+    return y, LinearCache(x) if keep else None
+
+
+def linear_backward(p: LinearParams, cache: LinearCache, dy: Array) -> tuple[Array, LinearParams]:
+    """Gradients of :func:`linear_forward`.
+
+    With one row an output y_r = W x_r + b, the chain rule gives::
+
+        dL/dW = sum_r dy_r x_r^T      dL/db = sum_r dy_r      dL/dx_r = W^T dy_r
+
+    Args:
+        dy: dL/dy (..., C_out).
+
+    Returns:
+        dx (..., C_in) and the gradients of weight and bias.
+    """
+    xp = array_module(dy)
+    C_out, C_in = p.weight.shape
+    dy_rows = xp.reshape(dy, (-1, C_out))  # (rows, C_out)
+    x_rows = xp.reshape(cache.x, (-1, C_in))  # (rows, C_in)
+    # y += p.bias
+    dbias = None if p.bias is None else sum_in_float64(dy_rows, axis=0)  # (C_out,)
+    # y = rows @ W^T
+    dweight = xp.matrix_transpose(dy_rows) @ x_rows  # (C_out, C_in)
+    dx = xp.reshape(dy_rows @ p.weight, cache.x.shape)  # (..., C_in)
+    return dx, LinearParams(dweight, dbias)

@@ -1,0 +1,132 @@
+"""Patch embedding (paper section 3.2): cut a map into blocks, flatten, project, normalise.
+
+A convolution whose kernel equals its stride never lets two windows overlap. It is therefore no
+more than a rearrangement followed by a matrix product, hence "without convolutions". Spatial
+reduction (eq. 3) is the same operation with R for P, and uses this file.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pvt_ref.arrays import Array, array_module
+from pvt_ref.layers.layer_norm import LayerNormParams
+from pvt_ref.layers.linear import LinearParams
+
+if TYPE_CHECKING:
+    from pvt_ref.ops import Ops
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PatchEmbedParams:
+    """Projection and norm, or their gradients."""
+
+    proj: LinearParams  # weight (C_out, C_in, P, P), bias (C_out,)
+    norm: LayerNormParams  # (C_out,)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PatchEmbedCache:
+    linear: Any
+    norm: Any
+    grid: tuple[int, int]  # (H / P, W / P)
+
+
+def patchify(x: Array, P: int) -> Array:
+    """Cuts a map into P x P blocks, one flattened block a row.
+
+    Args:
+        x: (B, H, W, C), H and W multiples of P.
+        P: side of a block.
+
+    Returns:
+        (B, (H/P)(W/P), P*P*C): blocks in raster order; within one, rows, then columns, then
+        channels.
+    """
+    xp = array_module(x)
+    B, H, W, C = x.shape
+    x = xp.reshape(x, (B, H // P, P, W // P, P, C))  # (B, H/P, P, W/P, P, C)
+    x = xp.permute_dims(x, (0, 1, 3, 2, 4, 5))  # (B, H/P, W/P, P, P, C)
+    return xp.reshape(x, (B, (H // P) * (W // P), P * P * C))  # (B, n, P*P*C)
+
+
+def unpatchify(blocks: Array, P: int, grid: tuple[int, int]) -> Array:
+    """Puts the blocks back: the inverse of :func:`patchify` and, as a permutation, its transpose.
+
+    Args:
+        blocks: (B, h*w, P*P*C).
+        P: side of a block.
+        grid: (h, w), blocks per column and row.
+
+    Returns:
+        (B, h*P, w*P, C).
+    """
+    xp = array_module(blocks)
+    h, w = grid
+    B, _, PPC = blocks.shape
+    C = PPC // (P * P)
+    x = xp.reshape(blocks, (B, h, w, P, P, C))  # (B, h, w, P, P, C)
+    x = xp.permute_dims(x, (0, 1, 3, 2, 4, 5))  # (B, h, P, w, P, C)
+    return xp.reshape(x, (B, h * P, w * P, C))  # (B, H, W, C)
+
+
+def kernel_to_matrix(weight: Array) -> Array:
+    """A stride-P kernel (C_out, C_in, P, P) as the matrix (C_out, P*P*C_in) for block rows."""
+    xp = array_module(weight)
+    weight = xp.permute_dims(weight, (0, 2, 3, 1))  # (C_out, P, P, C_in)
+    return xp.reshape(weight, (weight.shape[0], -1))  # (C_out, P*P*C_in)
+
+
+def matrix_to_kernel(matrix: Array, shape: tuple[int, ...]) -> Array:
+    """The inverse of :func:`kernel_to_matrix`; shape is the kernel's (C_out, C_in, P, P)."""
+    xp = array_module(matrix)
+    C_out, C_in, P, _ = shape
+    kernel = xp.reshape(matrix, (C_out, P, P, C_in))  # (C_out, P, P, C_in)
+    return xp.permute_dims(kernel, (0, 3, 1, 2))  # (C_out, C_in, P, P)
+
+
+def patch_embed_forward(
+    p: PatchEmbedParams, x: Array, ops: "Ops", eps: float, keep: bool = True
+) -> tuple[Array, PatchEmbedCache | None]:
+    """Tokens of the P x P blocks of a map: LN(blocks W + b).
+
+    Args:
+        p: projection weight (C_out, C_in, P, P), its bias, and the norm.
+        x: (B, H, W, C_in), H and W multiples of P. (Channels last: an image is permuted first.)
+        ops: the record of operations.
+        eps: of the norm.
+        keep: whether a cache for the backward is returned; without it, it is None.
+
+    Returns:
+        tokens (B, (H/P)(W/P), C_out) and the cache.
+    """
+    P = p.proj.weight.shape[-1]
+    grid = (x.shape[1] // P, x.shape[2] // P)
+    matrix = LinearParams(kernel_to_matrix(p.proj.weight), p.proj.bias)  # (C_out, P*P*C_in)
+    blocks = patchify(x, P)  # (B, n, P*P*C_in)
+    y, linear_cache = ops.linear.forward(matrix, blocks, keep=keep)  # (B, n, C_out)
+    del blocks  # not needed while the norm runs
+    y, norm_cache = ops.layer_norm.forward(p.norm, y, eps, keep=keep)  # (B, n, C_out)
+    return y, PatchEmbedCache(linear_cache, norm_cache, grid) if keep else None
+
+
+def patch_embed_backward(
+    p: PatchEmbedParams, cache: PatchEmbedCache, dy: Array, ops: "Ops"
+) -> tuple[Array, PatchEmbedParams]:
+    """Gradients of :func:`patch_embed_forward`.
+
+    Args:
+        dy: dL/dtokens (B, n, C_out).
+
+    Returns:
+        dx (B, H, W, C_in) and the gradients of projection and norm.
+    """
+    kernel_shape = p.proj.weight.shape
+    matrix = LinearParams(kernel_to_matrix(p.proj.weight), p.proj.bias)
+    # y = LN(y)
+    dy, dnorm = ops.layer_norm.backward(p.norm, cache.norm, dy)  # (B, n, C_out)
+    # y = blocks W^T + b
+    dblocks, dmatrix = ops.linear.backward(matrix, cache.linear, dy)  # (B, n, P*P*C_in)
+    dproj = LinearParams(matrix_to_kernel(dmatrix.weight, kernel_shape), dmatrix.bias)
+    # blocks = patchify(x)
+    dx = unpatchify(dblocks, kernel_shape[-1], cache.grid)  # (B, H, W, C_in)
+    return dx, PatchEmbedParams(dproj, dnorm)

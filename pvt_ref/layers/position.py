@@ -1,0 +1,160 @@
+"""Position embedding: a learned vector per token, resized when the grid is not the table's own.
+
+Attention does not see order, so each stage adds a table with one row a token. The table belongs to
+the square grid of config.img_size; on any other grid it is resized bilinearly, half-pixel centres,
+no antialiasing (PyTorch: ``interpolate(mode="bilinear", align_corners=False)``). That is linear and
+separable, two small matrices around the table, A_h P A_w^T, so its transpose is A_h^T dP A_w.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pvt_ref.arrays import Array, array_module, from_host, sum_in_float64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PositionCache:
+    grid: tuple[int, int]  # of the tokens, (H_i, W_i)
+    table_grid: tuple[int, int]  # of the table
+    cls: bool  # whether the first token is the cls token
+
+
+def resize_matrix(out_size: int, in_size: int) -> np.ndarray:
+    """Bilinear interpolation along one axis as a matrix.
+
+    The centre of output cell i lies at ``(i + 1/2) in_size/out_size - 1/2`` on the input's axis; it
+    takes its value from the two cells around it, by distance; beyond the border, from the last one.
+
+    Args:
+        out_size: cells afterwards.
+        in_size: cells before.
+
+    Returns:
+        (out_size, in_size) float64, rows summing to 1; the identity if the sizes agree.
+    """
+    centre = (np.arange(out_size) + 0.5) * (in_size / out_size) - 0.5
+    centre = np.clip(centre, 0, in_size - 1)
+    left = np.floor(centre).astype(int)
+    right = np.minimum(left + 1, in_size - 1)
+    toward_right = centre - left
+    A = np.zeros((out_size, in_size))
+    rows = np.arange(out_size)
+    A[rows, left] += 1 - toward_right
+    A[rows, right] += toward_right
+    return A
+
+
+def resize_positions(P: Array, table_grid: tuple[int, int], grid: tuple[int, int]) -> Array:
+    """A_h P A_w^T for every channel.
+
+    Args:
+        P: (h*w, C), the table without a cls row, in raster order over table_grid = (h, w).
+        table_grid: (h, w).
+        grid: (H, W), the grid wanted.
+
+    Returns:
+        (H*W, C).
+    """
+    if grid == table_grid:
+        return P
+    return _resize(P, table_grid, grid, *_matrices(table_grid, grid))
+
+
+def resize_positions_backward(
+    dP: Array, table_grid: tuple[int, int], grid: tuple[int, int]
+) -> Array:
+    """The transpose of :func:`resize_positions`: A_h^T dP A_w for every channel.
+
+    Args:
+        dP: (H*W, C), over grid.
+
+    Returns:
+        (h*w, C), over table_grid.
+    """
+    if grid == table_grid:
+        return dP
+    A_h, A_w = _matrices(table_grid, grid)
+    return _resize(dP, grid, table_grid, A_h.T, A_w.T)
+
+
+def _matrices(table_grid: tuple[int, int], grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    A_h = resize_matrix(grid[0], table_grid[0])  # (H, h)
+    A_w = resize_matrix(grid[1], table_grid[1])  # (W, w)
+    return A_h, A_w
+
+
+def _resize(
+    P: Array, old: tuple[int, int], new: tuple[int, int], A_h: np.ndarray, A_w: np.ndarray
+) -> Array:
+    """Applies A_h along the first axis of the grid and A_w along the second."""
+    xp = array_module(P)
+    C = P.shape[-1]
+    A_h, A_w = (xp.astype(from_host(A, like=P), P.dtype) for A in (A_h, A_w))
+    P = A_h @ xp.reshape(P, (old[0], old[1] * C))  # (H, w*C)
+    P = xp.permute_dims(xp.reshape(P, (new[0], old[1], C)), (1, 0, 2))  # (w, H, C)
+    P = A_w @ xp.reshape(P, (old[1], new[0] * C))  # (W, H*C)
+    P = xp.permute_dims(xp.reshape(P, (new[1], new[0], C)), (1, 0, 2))  # (H, W, C)
+    return xp.reshape(P, (new[0] * new[1], C))  # (H*W, C)
+
+
+def position_forward(
+    table: Array,
+    x: Array,
+    grid: tuple[int, int],
+    table_grid: tuple[int, int],
+    cls: bool,
+    keep: bool = True,
+) -> tuple[Array, PositionCache | None]:
+    """x plus the (resized) table.
+
+    A table may have one row more than its grid: the first, which belongs to the cls token. It is
+    never resized. Tokens without a cls token (the dense pyramid) leave that row out.
+
+    Args:
+        table: (1, h*w, C), or (1, 1 + h*w, C) with a cls row.
+        x: tokens (B, H*W, C), or (B, 1 + H*W, C) with the cls token first.
+        grid: (H, W) of the tokens.
+        table_grid: (h, w) of the table.
+        cls: whether x starts with the cls token; the table then must have its row.
+        keep: whether a cache for the backward is returned; without it, it is None.
+
+    Returns:
+        y, x's shape, and the cache.
+    """
+    xp = array_module(x)
+    patch_rows = _cls_rows(table, table_grid)
+    P = resize_positions(table[0, patch_rows:, :], table_grid, grid)  # (H*W, C)
+    if cls:
+        P = xp.concat((table[0, :1, :], P), axis=0)  # (1 + H*W, C)
+    return x + P, PositionCache(grid, table_grid, cls) if keep else None
+
+
+def position_backward(table: Array, cache: PositionCache, dy: Array) -> tuple[Array, Array]:
+    """Gradients of :func:`position_forward`.
+
+    Every sample adds the same table, so its gradient is the sum over the batch, taken back through
+    the resizing. A cls row that was not used gets zeros.
+
+    Args:
+        dy: dL/dy, x's shape.
+
+    Returns:
+        dx, which is dy, and dtable, the table's shape.
+    """
+    xp = array_module(dy)
+    dP = sum_in_float64(dy, axis=0)  # (H*W, C) or (1 + H*W, C)
+    # P = [cls row; resized rows]
+    dpatches = resize_positions_backward(
+        dP[1:, :] if cache.cls else dP, cache.table_grid, cache.grid
+    )  # (h*w, C)
+    if cache.cls:
+        dpatches = xp.concat((dP[:1, :], dpatches), axis=0)  # (1 + h*w, C)
+    elif _cls_rows(table, cache.table_grid):
+        dpatches = xp.concat((xp.zeros_like(table[0, :1, :]), dpatches), axis=0)
+    return dy, xp.expand_dims(dpatches, axis=0)  # (1, rows, C)
+
+
+def _cls_rows(table: Array, table_grid: tuple[int, int]) -> int:
+    """1 if the table has a row for the cls token before those of its grid, else 0."""
+    return table.shape[1] - table_grid[0] * table_grid[1]

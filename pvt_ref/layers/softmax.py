@@ -1,0 +1,52 @@
+"""Softmax over the last axis: how much each query looks at each key."""
+
+from dataclasses import dataclass
+
+from pvt_ref.arrays import Array, array_module
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SoftmaxCache:
+    y: Array  # (..., m), the result: all that the derivative needs
+
+
+def softmax_forward(x: Array, keep: bool = True) -> tuple[Array, SoftmaxCache | None]:
+    """y_j = exp(x_j) / sum_k exp(x_k), over the last axis.
+
+    The row's maximum is taken off first: it cancels in the quotient, and exp cannot overflow.
+
+    Args:
+        x: (..., m), finite.
+        keep: whether a cache for the backward is returned; without it, it is None.
+
+    Returns:
+        y (..., m), rows of positive numbers that sum to 1, and the cache.
+    """
+    xp = array_module(x)
+    y = x - xp.max(x, axis=-1, keepdims=True)  # (..., m)
+    y = xp.exp(y)
+    y /= xp.sum(y, axis=-1, keepdims=True)
+    return y, SoftmaxCache(y) if keep else None
+
+
+def softmax_backward(cache: SoftmaxCache, dy: Array) -> Array:
+    """Gradient of :func:`softmax_forward`.
+
+    dy_j/dx_k = y_j (1[j = k] - y_k), so with the row's inner product <dy, y>::
+
+        dL/dx = y * (dy - <dy, y>)
+
+    A row of dx sums to 0, because a shift of x changes nothing.
+
+    Args:
+        dy: dL/dy (..., m).
+
+    Returns:
+        dx (..., m).
+    """
+    xp = array_module(dy)
+    y = cache.y
+    dx = dy * y  # (..., m)
+    # y * (dy - <dy, y>), with y * dy at hand
+    dx -= y * xp.sum(dx, axis=-1, keepdims=True)
+    return dx

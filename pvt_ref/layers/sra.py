@@ -1,0 +1,164 @@
+"""Spatial-reduction attention (paper section 3.3, eq. 1-3): few keys for many queries.
+
+Queries are all n tokens. Keys and values come from SR(x), a patch embedding of the token map with
+R x R blocks, so that there are m = n / R^2 of them and attention costs R^2 times less.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pvt_ref.arrays import Array, array_module
+from pvt_ref.layers.attention import attention_weights
+from pvt_ref.layers.layer_norm import LayerNormParams
+from pvt_ref.layers.linear import LinearParams
+from pvt_ref.layers.patch_embed import PatchEmbedParams
+
+if TYPE_CHECKING:
+    from pvt_ref.config import StageConfig
+    from pvt_ref.ops import Ops
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SRAParams:
+    """W^Q, W^K over W^V, W^O and the spatial reduction, or their gradients."""
+
+    q: LinearParams  # (C, C)
+    kv: LinearParams  # (2C, C): rows 0..C-1 make K, rows C..2C-1 make V
+    proj: LinearParams  # (C, C), W^O
+    sr: LinearParams | None  # (C, C, R, R), W^S; None if R = 1
+    norm: LayerNormParams | None  # (C,); None if R = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SRACache:
+    q: Any
+    sr: Any  # None if R = 1
+    kv: Any
+    attention: Any
+    proj: Any
+    drop: Any
+
+
+def split_heads(x: Array, N: int) -> Array:
+    """(B, n, C) to (B, N, n, d): head j owns channels j*d to (j+1)*d - 1."""
+    xp = array_module(x)
+    B, n, C = x.shape
+    return xp.permute_dims(xp.reshape(x, (B, n, N, C // N)), (0, 2, 1, 3))  # (B, N, n, d)
+
+
+def merge_heads(x: Array) -> Array:
+    """(B, N, n, d) to (B, n, C), Concat(head_1..head_N): the inverse of :func:`split_heads`."""
+    xp = array_module(x)
+    B, N, n, d = x.shape
+    return xp.reshape(xp.permute_dims(x, (0, 2, 1, 3)), (B, n, N * d))  # (B, n, C)
+
+
+def _spatial_reduction(
+    p: SRAParams, x: Array, ops: "Ops", grid: tuple[int, int], eps: float, keep: bool
+) -> tuple[Array, Any]:
+    """SR(x) = LN(Reshape(x, R) W^S), eq. 3: tokens (B, n, C) to (B, m, C)."""
+    if p.sr is None or p.norm is None:  # R = 1: every token is a key
+        return x, None
+    xp = array_module(x)
+    token_map = xp.reshape(x, (x.shape[0], *grid, x.shape[-1]))  # (B, H_i, W_i, C)
+    return ops.patch_embed.forward(PatchEmbedParams(p.sr, p.norm), token_map, ops, eps, keep=keep)
+
+
+def _keys_and_values(kv: Array, N: int) -> tuple[Array, Array]:
+    """(B, m, 2C), all of K before all of V, to k and v of (B, N, m, d) each."""
+    C = kv.shape[-1] // 2
+    return split_heads(kv[..., :C], N), split_heads(kv[..., C:], N)
+
+
+def sra_weights(
+    p: SRAParams, x: Array, ops: "Ops", grid: tuple[int, int], stage: "StageConfig"
+) -> Array:
+    """Where each query looks, without dropout. Arguments as in :func:`sra_forward`.
+
+    Returns:
+        (B, N, n, m), rows summing to 1.
+    """
+    q, _ = ops.linear.forward(p.q, x, keep=False)  # (B, n, C)
+    reduced, _ = _spatial_reduction(p, x, ops, grid, stage.projection_norm_eps, keep=False)
+    kv, _ = ops.linear.forward(p.kv, reduced, keep=False)  # (B, m, 2C)
+    k, _ = _keys_and_values(kv, stage.num_heads)  # (B, N, m, d)
+    return attention_weights(split_heads(q, stage.num_heads), k, stage.scale, ops)
+
+
+def sra_forward(
+    p: SRAParams,
+    x: Array,
+    ops: "Ops",
+    grid: tuple[int, int],
+    stage: "StageConfig",
+    rng: np.random.Generator | None = None,
+    keep: bool = True,
+) -> tuple[Array, SRACache | None]:
+    """SRA(Q, K, V) = Concat(head_1..head_N) W^O, eq. 1, with eq. 2::
+
+        head_j = Attention(Q W_j^Q, SR(K) W_j^K, SR(V) W_j^V),    Q = K = V = x
+
+    Args:
+        p: the weights.
+        x: tokens (B, n, C). With R = 1 a cls token may be among them.
+        ops: the record of operations.
+        grid: (H_i, W_i) of the tokens, multiples of R.
+        stage: number of heads, scale, eps of the norm, dropout rates.
+        rng: source of the dropout masks; None for inference.
+        keep: whether a cache for the backward is returned; without it, it is None.
+
+    Returns:
+        (B, n, C) and the cache.
+    """
+    q, q_cache = ops.linear.forward(p.q, x, keep=keep)  # (B, n, C)
+    reduced, sr_cache = _spatial_reduction(p, x, ops, grid, stage.projection_norm_eps, keep)
+    kv, kv_cache = ops.linear.forward(p.kv, reduced, keep=keep)  # (B, m, 2C)
+    k, v = _keys_and_values(kv, stage.num_heads)  # (B, N, m, d) each
+    heads, attention_cache = ops.attention.forward(
+        split_heads(q, stage.num_heads), k, v, ops, stage.scale, stage.attn_drop_rate, rng, keep
+    )  # (B, N, n, d)
+    y, proj_cache = ops.linear.forward(p.proj, merge_heads(heads), keep=keep)  # (B, n, C)
+    y, drop_cache = ops.dropout.forward(y, stage.drop_rate, rng)
+    if not keep:
+        return y, None
+    return y, SRACache(q_cache, sr_cache, kv_cache, attention_cache, proj_cache, drop_cache)
+
+
+def sra_backward(
+    p: SRAParams, cache: SRACache, dy: Array, ops: "Ops", stage: "StageConfig"
+) -> tuple[Array, SRAParams]:
+    """Gradients of :func:`sra_forward`.
+
+    x is used twice, by the queries and by SR, so two gradients meet in dx.
+
+    Args:
+        dy: dL/dy (B, n, C).
+
+    Returns:
+        dx (B, n, C) and the gradients of the weights.
+    """
+    xp = array_module(dy)
+    # y = dropout(Concat(heads) W^O)
+    dy = ops.dropout.backward(cache.drop, dy)  # (B, n, C)
+    dmerged, dproj = ops.linear.backward(p.proj, cache.proj, dy)  # (B, n, C)
+    # heads = Attention(q, k, v)
+    dq, dk, dv = ops.attention.backward(
+        cache.attention, split_heads(dmerged, stage.num_heads), ops
+    )  # (B, N, n, d), (B, N, m, d), (B, N, m, d)
+    # k, v = the two halves of reduced W^KV
+    dkv = xp.concat((merge_heads(dk), merge_heads(dv)), axis=-1)  # (B, m, 2C)
+    dreduced, dkv_params = ops.linear.backward(p.kv, cache.kv, dkv)  # (B, m, C)
+    # reduced = SR(x)
+    if p.sr is None or p.norm is None:
+        dx_keys, dsr, dnorm = dreduced, None, None
+    else:
+        reduction = PatchEmbedParams(p.sr, p.norm)
+        dmap, dreduction = ops.patch_embed.backward(reduction, cache.sr, dreduced, ops)
+        dx_keys = xp.reshape(dmap, dy.shape)  # (B, n, C)
+        dsr, dnorm = dreduction.proj, dreduction.norm
+    # q = x W^Q
+    dx_queries, dq_params = ops.linear.backward(p.q, cache.q, merge_heads(dq))  # (B, n, C)
+    dx = dx_queries + dx_keys  # x fed both
+    return dx, SRAParams(dq_params, dkv_params, dproj, dsr, dnorm)

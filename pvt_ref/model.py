@@ -1,0 +1,472 @@
+"""The whole network: four stages, read out as class logits or as a pyramid of feature maps.
+
+Nothing is computed here; this file says in what order the operations of ops.py are applied, and
+the backward says it in reverse. Two readings share the stages but differ in the fourth (see
+:func:`forward` and :func:`forward_pyramid`), as the authors' classifier and their dense backbones
+do.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pvt_ref.arrays import Array, array_module, sum_in_float64
+from pvt_ref.boundary import (
+    check_cache,
+    check_cotangent,
+    check_has_classifier,
+    check_params,
+    check_pyramid_cotangents,
+    check_stages,
+    prepare_images,
+)
+from pvt_ref.config import NUM_STAGES, PVTConfig
+from pvt_ref.layers.sra import sra_weights
+from pvt_ref.ops import Ops, default_ops
+from pvt_ref.params import PVTParams, StageParams, check_rng, zeros_like_params
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StageCache:
+    patch_embed: Any
+    position: Any
+    drop: Any
+    blocks: tuple[Any, ...]
+    grid: tuple[int, int]
+    cls: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ClassifierCache:
+    """Made by :func:`forward_with_cache` for :func:`backward`; it is not changed by it."""
+
+    stages: tuple[StageCache, ...]
+    norm: Any
+    head: Any
+    tokens_shape: tuple[int, ...]  # of stage 4, (B, 1 + n_4, C_4)
+    image_dtype: Any
+    ops: Ops
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PyramidCache:
+    """Made by :func:`forward_pyramid_with_cache` for :func:`backward_pyramid`; never changed."""
+
+    stages: tuple[StageCache, ...]
+    batch: int
+    image_dtype: Any
+    ops: Ops
+
+
+# One stage ------------------------------------------------------------------------------------
+
+
+def _enter_stage(
+    p: StageParams,
+    cls_token: Array | None,
+    x: Array,
+    config: PVTConfig,
+    i: int,
+    ops: Ops,
+    rng: np.random.Generator | None,
+    keep: bool,
+) -> tuple[Array, tuple[Any, Any, Any], tuple[int, int]]:
+    """Patch embedding, cls token (if given), position embedding, dropout: the blocks' input."""
+    xp = array_module(x)
+    stage = config.stage(i)
+    grid = (x.shape[1] // stage.patch_size, x.shape[2] // stage.patch_size)
+    x, embed_cache = ops.patch_embed.forward(
+        p.patch_embed, x, ops, stage.projection_norm_eps, keep=keep
+    )  # (B, n_i, C_i)
+    if cls_token is not None:
+        first = xp.broadcast_to(cls_token, (x.shape[0], 1, x.shape[-1]))  # (B, 1, C_4)
+        x = xp.concat((first, x), axis=1)  # (B, 1 + n_4, C_4)
+    side = config.table_sides[i]
+    x, position_cache = ops.position.forward(
+        p.pos_embed, x, grid, (side, side), cls=cls_token is not None, keep=keep
+    )
+    x, drop_cache = ops.dropout.forward(x, stage.drop_rate, rng)
+    return x, (embed_cache, position_cache, drop_cache), grid
+
+
+def _stage_forward(
+    p: StageParams,
+    cls_token: Array | None,
+    x: Array,
+    config: PVTConfig,
+    i: int,
+    ops: Ops,
+    rng: np.random.Generator | None,
+    keep: bool,
+) -> tuple[Array, StageCache | None, tuple[int, int]]:
+    """A map (B, H_{i-1}, W_{i-1}, C_{i-1}) to tokens (B, n_i, C_i), cls token first if given."""
+    stage = config.stage(i)
+    x, entry_caches, grid = _enter_stage(p, cls_token, x, config, i, ops, rng, keep)
+    block_caches = []
+    for block, drop_path_rate in zip(p.blocks, stage.drop_path_rates, strict=True):
+        x, cache = ops.block.forward(block, x, ops, grid, stage, drop_path_rate, rng, keep=keep)
+        block_caches.append(cache)
+    if not keep:
+        return x, None, grid
+    cls = cls_token is not None
+    return x, StageCache(*entry_caches, tuple(block_caches), grid, cls), grid
+
+
+def _stage_backward(
+    p: StageParams, cache: StageCache, dx: Array, config: PVTConfig, i: int, ops: Ops
+) -> tuple[Array, StageParams, Array | None]:
+    """dL/dtokens to dL/dmap, the stage's gradients, and the cls token's if it has one."""
+    stage = config.stage(i)
+    dblocks = []
+    for block, block_cache in zip(reversed(p.blocks), reversed(cache.blocks), strict=True):
+        dx, dblock = ops.block.backward(block, block_cache, dx, ops, stage)
+        dblocks.append(dblock)
+    # x = dropout(x + positions)
+    dx = ops.dropout.backward(cache.drop, dx)
+    dx, dpos = ops.position.backward(p.pos_embed, cache.position, dx)
+    # x = [cls; x], the same cls token for every sample
+    dcls = None
+    if cache.cls:
+        dcls = sum_in_float64(dx[:, :1, :], axis=0)  # (1, C_4)
+        dcls = array_module(dx).expand_dims(dcls, axis=0)  # (1, 1, C_4)
+        dx = dx[:, 1:, :]  # (B, n_4, C_4)
+    # x = patch_embed(map)
+    dmap, dembed = ops.patch_embed.backward(p.patch_embed, cache.patch_embed, dx, ops)
+    return dmap, StageParams(dembed, dpos, tuple(reversed(dblocks))), dcls
+
+
+def _to_map(x: Array, grid: tuple[int, int]) -> Array:
+    """Tokens (B, n, C) to a map (B, H_i, W_i, C)."""
+    return array_module(x).reshape(x, (x.shape[0], *grid, x.shape[-1]))
+
+
+def _to_tokens(x_map: Array) -> Array:
+    """A map (B, H_i, W_i, C) to tokens (B, n, C)."""
+    B, H, W, C = x_map.shape
+    return array_module(x_map).reshape(x_map, (B, H * W, C))
+
+
+def _channels_last(images: Array) -> Array:
+    """(B, C, H, W) to (B, H, W, C): inside, channels come last, as tokens have them."""
+    return array_module(images).permute_dims(images, (0, 2, 3, 1))
+
+
+def _channels_first(x_map: Array) -> Array:
+    """(B, H, W, C) to (B, C, H, W)."""
+    return array_module(x_map).permute_dims(x_map, (0, 3, 1, 2))
+
+
+def _assemble(params: PVTParams, dstages: Sequence[StageParams], **others: Any) -> PVTParams:
+    """Gradients of the whole from those of the stages; zeros for what the pass did not use."""
+    named: dict[str, Any] = {}
+    for i, dstage in enumerate(dstages, start=1):
+        named[f"patch_embed{i}"] = dstage.patch_embed
+        named[f"pos_embed{i}"] = dstage.pos_embed
+        named[f"block{i}"] = dstage.blocks
+    for name in ("cls_token", "norm", "head"):
+        gradient = others.get(name)
+        unused = zeros_like_params(getattr(params, name))
+        named[name] = unused if gradient is None else gradient
+    return PVTParams(**named)
+
+
+# The classifier -------------------------------------------------------------------------------
+
+
+def forward(
+    params: PVTParams, images: Array, config: PVTConfig, *, ops: Ops | None = None
+) -> Array:
+    """Class logits, without keeping anything for a backward.
+
+    The released classifier: stage 4 starts with the cls token; after its last block a layer norm,
+    of which the cls row goes through the head. Memory does not grow with depth.
+
+    Args:
+        params: the weights, NumPy or CuPy.
+        images: (B, in_chans, H, W) normalised floats of the same library, H and W multiples of
+            ``config.size_multiple``. Another float dtype is cast to the weights'.
+        config: the configuration of the weights.
+        ops: a record of operations; None takes the default.
+
+    Returns:
+        logits (B, num_classes) of the weights' dtype.
+
+    Raises:
+        ShapeError, ArrayTypeError, ConfigError: for unsuitable arguments, with the reason.
+    """
+    logits, _ = _classify(params, images, config, None, ops, keep=False)
+    return logits
+
+
+def forward_with_cache(
+    params: PVTParams,
+    images: Array,
+    config: PVTConfig,
+    rng: np.random.Generator | None = None,
+    *,
+    ops: Ops | None = None,
+) -> tuple[Array, ClassifierCache]:
+    """Class logits, and the cache for :func:`backward`.
+
+    Args:
+        params, images, config, ops: as for :func:`forward`.
+        rng: a NumPy generator turns dropout and drop path on, at the rates of config. The same
+            seed draws the same masks on every device and for every dtype.
+
+    Returns:
+        logits (B, num_classes) and the cache.
+    """
+    if rng is not None:
+        check_rng(rng)
+    logits, cache = _classify(params, images, config, rng, ops, keep=True)
+    assert cache is not None
+    return logits, cache
+
+
+def _classify(
+    params: PVTParams,
+    images: Array,
+    config: PVTConfig,
+    rng: np.random.Generator | None,
+    ops: Ops | None,
+    keep: bool,
+) -> tuple[Array, ClassifierCache | None]:
+    check_has_classifier(config)
+    image_dtype = getattr(images, "dtype", None)
+    images = prepare_images(params, images, config)  # (B, in_chans, H, W)
+    ops = default_ops(images) if ops is None else ops
+    x = _channels_last(images)  # (B, H, W, in_chans)
+    caches = []
+    for i in range(NUM_STAGES):
+        last = i == NUM_STAGES - 1
+        cls_token = params.cls_token if last else None
+        x, cache, grid = _stage_forward(
+            params.stage(i), cls_token, x, config, i, ops, rng, keep
+        )  # (B, n_i, C_i); stage 4: (B, 1 + n_4, C_4)
+        caches.append(cache)
+        if not last:
+            x = _to_map(x, grid)  # (B, H_i, W_i, C_i)
+    tokens_shape = x.shape
+    x, norm_cache = ops.layer_norm.forward(params.norm, x, config.norm_eps, keep=keep)
+    logits, head_cache = ops.linear.forward(params.head, x[:, 0, :], keep=keep)  # (B, classes)
+    if not keep:
+        return logits, None
+    return logits, ClassifierCache(
+        tuple(caches), norm_cache, head_cache, tokens_shape, image_dtype, ops
+    )
+
+
+def backward(
+    params: PVTParams,
+    cache: ClassifierCache,
+    dlogits: Array,
+    config: PVTConfig,
+    *,
+    ops: Ops | None = None,
+) -> tuple[PVTParams, Array]:
+    """Gradients of a scalar loss L through :func:`forward_with_cache`.
+
+    Args:
+        params: the weights of the forward.
+        cache: what the forward returned. It is read, never changed: it may serve several dlogits.
+        dlogits: dL/dlogits (B, num_classes), for instance from :func:`pvt_ref.cross_entropy`.
+        config: the configuration of the forward.
+        ops: the forward's record (the default); another one cannot read its cache.
+
+    Returns:
+        grads, of params' type with dL/dw in the place of w, and dL/dimages with the shape and
+        dtype of images.
+
+    Raises:
+        ShapeError, ArrayTypeError: for unsuitable arguments, with the reason.
+    """
+    check_has_classifier(config)
+    check_params(params, config)
+    ops = check_cache(cache, ClassifierCache, "forward_with_cache", ops)
+    head = params.head
+    assert head is not None
+    batch = cache.tokens_shape[0]
+    dlogits = check_cotangent("dlogits", dlogits, (batch, head.weight.shape[0]), head.weight)
+    xp = array_module(dlogits)
+    # logits = head(x[:, 0])
+    dcls_row, dhead = ops.linear.backward(head, cache.head, dlogits)  # (B, C_4)
+    dcls_row = xp.expand_dims(dcls_row, axis=1)  # (B, 1, C_4)
+    B, n, C = cache.tokens_shape
+    unread = xp.zeros_like(xp.broadcast_to(dcls_row, (B, n - 1, C)))  # only the cls row is read
+    dx = xp.concat((dcls_row, unread), axis=1)  # (B, 1 + n_4, C_4)
+    # x = norm(x)
+    dx, dnorm = ops.layer_norm.backward(params.norm, cache.norm, dx)
+    dstages: list[StageParams] = []
+    dcls_token = None
+    for i in reversed(range(NUM_STAGES)):
+        dmap, dstage, dcls = _stage_backward(
+            params.stage(i), cache.stages[i], dx, config, i, ops
+        )  # (B, H_{i-1}, W_{i-1}, C_{i-1})
+        dstages.insert(0, dstage)
+        dcls_token = dcls if dcls is not None else dcls_token
+        if i > 0:
+            dx = _to_tokens(dmap)  # (B, n_{i-1}, C_{i-1})
+    grads = _assemble(params, dstages, cls_token=dcls_token, norm=dnorm, head=dhead)
+    return grads, xp.astype(_channels_first(dmap), cache.image_dtype)
+
+
+# The pyramid ----------------------------------------------------------------------------------
+
+
+def forward_pyramid(
+    params: PVTParams, images: Array, config: PVTConfig, *, ops: Ops | None = None
+) -> list[Array]:
+    """The feature maps F_1..F_4 for dense prediction, without keeping anything for a backward.
+
+    The released detection and segmentation backbones: stage 4 has no cls token (its position table
+    is used without the cls row) and no final norm is applied. F_4 is therefore not what the
+    classifier computes.
+
+    Args:
+        params, images, config, ops: as for :func:`forward`; the weights may lack a classifier.
+
+    Returns:
+        [F_1, F_2, F_3, F_4], (B, C_i, H_i, W_i) each, of the weights' dtype.
+
+    Raises:
+        ShapeError, ArrayTypeError: for unsuitable arguments, with the reason.
+    """
+    maps, _ = _pyramid(params, images, config, None, ops, keep=False)
+    return maps
+
+
+def forward_pyramid_with_cache(
+    params: PVTParams,
+    images: Array,
+    config: PVTConfig,
+    rng: np.random.Generator | None = None,
+    *,
+    ops: Ops | None = None,
+) -> tuple[list[Array], PyramidCache]:
+    """The feature maps, and the cache for :func:`backward_pyramid`.
+
+    Arguments as for :func:`forward_with_cache`.
+    """
+    if rng is not None:
+        check_rng(rng)
+    maps, cache = _pyramid(params, images, config, rng, ops, keep=True)
+    assert cache is not None
+    return maps, cache
+
+
+def _pyramid(
+    params: PVTParams,
+    images: Array,
+    config: PVTConfig,
+    rng: np.random.Generator | None,
+    ops: Ops | None,
+    keep: bool,
+) -> tuple[list[Array], PyramidCache | None]:
+    image_dtype = getattr(images, "dtype", None)
+    images = prepare_images(params, images, config)  # (B, in_chans, H, W)
+    ops = default_ops(images) if ops is None else ops
+    x = _channels_last(images)  # (B, H, W, in_chans)
+    maps, caches = [], []
+    for i in range(NUM_STAGES):
+        tokens, cache, grid = _stage_forward(
+            params.stage(i), None, x, config, i, ops, rng, keep
+        )  # (B, n_i, C_i)
+        x = _to_map(tokens, grid)  # (B, H_i, W_i, C_i)
+        maps.append(_channels_first(x))  # (B, C_i, H_i, W_i)
+        caches.append(cache)
+    if not keep:
+        return maps, None
+    return maps, PyramidCache(tuple(caches), images.shape[0], image_dtype, ops)
+
+
+def backward_pyramid(
+    params: PVTParams,
+    cache: PyramidCache,
+    dmaps: Sequence[Array | None],
+    config: PVTConfig,
+    *,
+    ops: Ops | None = None,
+) -> tuple[PVTParams, Array]:
+    """Gradients of a scalar loss L through :func:`forward_pyramid_with_cache`.
+
+    Args:
+        params: the weights of the forward.
+        cache: what the forward returned. It is read, never changed.
+        dmaps: dL/dF_1..dL/dF_4, (B, C_i, H_i, W_i) each; None for a map that L does not use.
+        config: the configuration of the forward.
+        ops: the forward's record (the default).
+
+    Returns:
+        grads, of params' type (zeros for cls token, final norm, head and the table's cls row), and
+        dL/dimages with the shape and dtype of images.
+
+    Raises:
+        ShapeError, ArrayTypeError: for unsuitable arguments, with the reason.
+    """
+    check_params(params, config)
+    ops = check_cache(cache, PyramidCache, "forward_pyramid_with_cache", ops)
+    shapes = [
+        (cache.batch, C, *stage.grid)
+        for C, stage in zip(config.embed_dims, cache.stages, strict=True)
+    ]
+    dmaps = check_pyramid_cotangents(dmaps, shapes, params.pos_embed1)
+    dstages: list[StageParams] = []
+    dbelow = None  # dL/dF_i by way of stage i + 1
+    for i in reversed(range(NUM_STAGES)):
+        dx = _channels_last(dmaps[i])  # (B, H_i, W_i, C_i)
+        if dbelow is not None:
+            dx = dx + dbelow  # F_i is both an output and the next stage's input
+        dbelow, dstage, _ = _stage_backward(
+            params.stage(i), cache.stages[i], _to_tokens(dx), config, i, ops
+        )  # (B, H_{i-1}, W_{i-1}, C_{i-1})
+        dstages.insert(0, dstage)
+    dimages = _channels_first(dbelow)  # (B, in_chans, H, W)
+    return _assemble(params, dstages), array_module(dimages).astype(dimages, cache.image_dtype)
+
+
+# Attention, to look at ------------------------------------------------------------------------
+
+
+def attention_maps(
+    params: PVTParams,
+    images: Array,
+    config: PVTConfig,
+    stages: Sequence[int] = (1, 2, 3, 4),
+    *,
+    ops: Ops | None = None,
+) -> dict[tuple[int, int], Array]:
+    """Where every query looks, in every block of the stages named.
+
+    Stage 4 of a classifier includes the cls token, as query and key 0; a backbone has none.
+
+    Args:
+        params, images, config, ops: as for :func:`forward`; the weights may lack a classifier.
+        stages: numbers from 1 to 4.
+
+    Returns:
+        (stage, block) to weights (B, heads, queries, keys), rows summing to 1. Stages count from
+        1, blocks from 0, as in the keys of the weights. Keys are the m_i tokens after spatial
+        reduction, in raster order.
+
+    Raises:
+        RangeError, ShapeError, ArrayTypeError: for unsuitable arguments, with the reason.
+    """
+    wanted = check_stages(stages)
+    images = prepare_images(params, images, config)  # (B, in_chans, H, W)
+    ops = default_ops(images) if ops is None else ops
+    x = _channels_last(images)  # (B, H, W, in_chans)
+    maps: dict[tuple[int, int], Array] = {}
+    for i in range(max(wanted, default=0)):
+        stage, p = config.stage(i), params.stage(i)
+        cls_token = params.cls_token if i == NUM_STAGES - 1 else None
+        x, _, grid = _enter_stage(p, cls_token, x, config, i, ops, None, keep=False)
+        for b, block in enumerate(p.blocks):
+            if i + 1 in wanted:
+                normed, _ = ops.layer_norm.forward(block.norm1, x, stage.norm_eps, keep=False)
+                maps[i + 1, b] = sra_weights(block.attn, normed, ops, grid, stage)
+            x, _ = ops.block.forward(block, x, ops, grid, stage, keep=False)
+        if cls_token is None:
+            x = _to_map(x, grid)  # (B, H_i, W_i, C_i)
+    return maps

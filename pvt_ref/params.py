@@ -1,0 +1,280 @@
+"""All weights of a model in one frozen record, whose field names are the checkpoint's key segments.
+
+So ``params.block1[0].attn.q.weight`` is the array that the authors' files call
+``block1.0.attn.q.weight``, and flattening the record is the whole key map. Fields stand in the
+authors' order. What a model lacks is None: sr and norm where R = 1, q and kv biases without
+qkv_bias, and cls_token, norm and head in a bare backbone.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from pvt_ref.arrays import FLOAT_DTYPES, Array, array_module, dtype_name, is_array, map_arrays
+from pvt_ref.block import BlockParams
+from pvt_ref.config import NUM_STAGES, PVTConfig
+from pvt_ref.errors import ArrayTypeError, CheckpointError
+from pvt_ref.layers.layer_norm import LayerNormParams
+from pvt_ref.layers.linear import LinearParams
+from pvt_ref.layers.mlp import MLPParams
+from pvt_ref.layers.patch_embed import PatchEmbedParams
+from pvt_ref.layers.sra import SRAParams
+
+
+class StageParams(NamedTuple):
+    """The weights of one stage, a view into :class:`PVTParams`."""
+
+    patch_embed: PatchEmbedParams
+    pos_embed: Array
+    blocks: tuple[BlockParams, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PVTParams:
+    """The weights of a model, or their gradients."""
+
+    pos_embed1: Array  # (1, n_1, C_1)
+    pos_embed2: Array
+    pos_embed3: Array
+    pos_embed4: Array  # (1, n_4 + 1, C_4), row 0 is the cls token's; (1, n_4, C_4) in a backbone
+    cls_token: Array | None  # (1, 1, C_4)
+    patch_embed1: PatchEmbedParams
+    block1: tuple[BlockParams, ...]
+    patch_embed2: PatchEmbedParams
+    block2: tuple[BlockParams, ...]
+    patch_embed3: PatchEmbedParams
+    block3: tuple[BlockParams, ...]
+    patch_embed4: PatchEmbedParams
+    block4: tuple[BlockParams, ...]
+    norm: LayerNormParams | None  # (C_4,)
+    head: LinearParams | None  # (num_classes, C_4)
+
+    def stage(self, i: int) -> StageParams:
+        """The weights of stage i (0 to 3)."""
+        return StageParams(
+            getattr(self, f"patch_embed{i + 1}"),
+            getattr(self, f"pos_embed{i + 1}"),
+            getattr(self, f"block{i + 1}"),
+        )
+
+
+class Leaf(NamedTuple):
+    """What one array of the parameters has to be."""
+
+    key: str
+    shape: tuple[int, ...]
+    init: Literal["zeros", "ones", "normal", "uniform"]
+    fan_in: int = 0  # of "uniform"
+
+
+def build_params(config: PVTConfig, make: Callable[[Leaf], Array]) -> PVTParams:
+    """A parameter tree for config, every array made by ``make(leaf)``, in the authors' order.
+
+    This is the one place that says which arrays a model has and what their shapes are.
+    """
+
+    def linear(key: str, C_out: int, C_in: int, bias: bool = True) -> LinearParams:
+        return LinearParams(
+            make(Leaf(f"{key}.weight", (C_out, C_in), "normal")),
+            make(Leaf(f"{key}.bias", (C_out,), "zeros")) if bias else None,
+        )
+
+    def projection(key: str, C_out: int, C_in: int, P: int) -> LinearParams:
+        fan_in = C_in * P * P
+        return LinearParams(
+            make(Leaf(f"{key}.weight", (C_out, C_in, P, P), "uniform", fan_in)),
+            make(Leaf(f"{key}.bias", (C_out,), "uniform", fan_in)),
+        )
+
+    def norm(key: str, C: int) -> LayerNormParams:
+        return LayerNormParams(
+            make(Leaf(f"{key}.weight", (C,), "ones")), make(Leaf(f"{key}.bias", (C,), "zeros"))
+        )
+
+    def block(key: str, i: int) -> BlockParams:
+        s = config.stage(i)
+        C, R = s.embed_dim, s.sr_ratio
+        return BlockParams(
+            norm1=norm(f"{key}.norm1", C),
+            attn=SRAParams(
+                q=linear(f"{key}.attn.q", C, C, config.qkv_bias),
+                kv=linear(f"{key}.attn.kv", 2 * C, C, config.qkv_bias),
+                proj=linear(f"{key}.attn.proj", C, C),
+                sr=projection(f"{key}.attn.sr", C, C, R) if R > 1 else None,
+                norm=norm(f"{key}.attn.norm", C) if R > 1 else None,
+            ),
+            norm2=norm(f"{key}.norm2", C),
+            mlp=MLPParams(
+                fc1=linear(f"{key}.mlp.fc1", s.hidden_dim, C),
+                fc2=linear(f"{key}.mlp.fc2", C, s.hidden_dim),
+            ),
+        )
+
+    has_cls = config.has_classifier
+    C_4 = config.embed_dims[-1]
+    tree: dict[str, Any] = {}
+    for i in range(NUM_STAGES):
+        rows = config.table_sides[i] ** 2 + (has_cls and i == NUM_STAGES - 1)
+        shape = (1, rows, config.embed_dims[i])
+        tree[f"pos_embed{i + 1}"] = make(Leaf(f"pos_embed{i + 1}", shape, "normal"))
+    tree["cls_token"] = make(Leaf("cls_token", (1, 1, C_4), "normal")) if has_cls else None
+    for i, C_in in enumerate((config.in_chans, *config.embed_dims[:-1])):
+        key, C, P = f"patch_embed{i + 1}", config.embed_dims[i], config.patch_sizes[i]
+        tree[key] = PatchEmbedParams(projection(f"{key}.proj", C, C_in, P), norm(f"{key}.norm", C))
+        key = f"block{i + 1}"
+        tree[key] = tuple(block(f"{key}.{b}", i) for b in range(config.depths[i]))
+    tree["norm"] = norm("norm", C_4) if has_cls else None
+    tree["head"] = linear("head", config.num_classes, C_4) if has_cls else None
+    return PVTParams(**tree)
+
+
+def param_shapes(config: PVTConfig) -> dict[str, tuple[int, ...]]:
+    """Shape by key, in the authors' order."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def record(leaf: Leaf) -> None:
+        shapes[leaf.key] = leaf.shape
+
+    build_params(config, record)
+    return shapes
+
+
+def init_params(config: PVTConfig, rng: np.random.Generator, dtype: Any = np.float32) -> PVTParams:
+    """Random weights, drawn as the authors do.
+
+    Linear weights, position tables and the cls token are normal with std 0.02 (the released
+    truncation at +-2 is a hundred standard deviations away); linear biases 0; norms 1 and 0; the
+    patch and spatial-reduction projections uniform in +-1/sqrt(fan_in), as PyTorch's Conv2d.
+
+    Args:
+        config: the model.
+        rng: a NumPy generator, which is advanced.
+        dtype: float32 or float64. Both draw the same numbers, rounded.
+
+    Returns:
+        NumPy arrays; :func:`pvt_ref.to_device` moves them.
+
+    Raises:
+        ArrayTypeError: if rng is not a NumPy generator, or for another dtype.
+    """
+    check_rng(rng)
+    dtype = np.dtype(dtype)
+    if dtype.name not in FLOAT_DTYPES:
+        raise ArrayTypeError(f"dtype is {dtype.name}; parameters are float32 or float64")
+
+    def draw(leaf: Leaf) -> np.ndarray:
+        if leaf.init == "zeros":
+            return np.zeros(leaf.shape, dtype)
+        if leaf.init == "ones":
+            return np.ones(leaf.shape, dtype)
+        if leaf.init == "normal":
+            return (0.02 * rng.standard_normal(leaf.shape)).astype(dtype)
+        bound = 1 / math.sqrt(leaf.fan_in)
+        return rng.uniform(-bound, bound, leaf.shape).astype(dtype)
+
+    return build_params(config, draw)
+
+
+def check_rng(rng: object) -> None:
+    """Raises ArrayTypeError unless rng is a NumPy generator."""
+    if not isinstance(rng, np.random.Generator):
+        raise ArrayTypeError(
+            f"rng is {type(rng).__name__}; it must be a NumPy generator, such as "
+            f"numpy.random.default_rng(0). (Masks and weights are drawn on the host, so that a "
+            f"seed means the same on every device.)"
+        )
+
+
+def named_arrays(tree: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
+    """Key and array of every leaf of a parameter record, in field order."""
+    if is_array(tree):
+        yield prefix, tree
+    elif is_dataclass(tree):
+        for field in fields(tree):
+            key = f"{prefix}.{field.name}" if prefix else field.name
+            yield from named_arrays(getattr(tree, field.name), key)
+    elif isinstance(tree, tuple):
+        for index, branch in enumerate(tree):
+            yield from named_arrays(branch, f"{prefix}.{index}")
+
+
+def to_state_dict(params: PVTParams) -> dict[str, Array]:
+    """The weights by the authors' key names, in the authors' order and shapes.
+
+    The arrays are those of params, not copies.
+    """
+    return dict(named_arrays(params))
+
+
+def from_state_dict(state: Mapping[str, Array], config: PVTConfig) -> PVTParams:
+    """Parameters from arrays by the authors' key names, strictly.
+
+    Args:
+        state: key to array (NumPy or CuPy). float16 becomes float32; where float32 and float64
+            come together, all become float64. Arrays that need no conversion are not copied.
+        config: the model they must fit.
+
+    Raises:
+        CheckpointError: if keys are missing, unexpected or mis-shaped; all of them are listed.
+        ArrayTypeError: if a value is not an array of floats.
+    """
+    if not isinstance(state, Mapping):
+        raise ArrayTypeError(
+            f"state is a {type(state).__name__}; it must map key names to arrays. For a file, use "
+            f"pvt_ref.load(path)"
+        )
+    check_keys(state, config)
+    dtype = _common_dtype(state)
+
+    def pick(leaf: Leaf) -> Array:
+        x = state[leaf.key]
+        return x if dtype_name(x) == dtype else array_module(x).astype(x, np.dtype(dtype))
+
+    return build_params(config, pick)
+
+
+def check_keys(state: Mapping[str, Array], config: PVTConfig) -> None:
+    """Raises CheckpointError with every missing, unexpected and mis-shaped key of state."""
+    shapes = param_shapes(config)
+    for key, x in state.items():
+        if not is_array(x):
+            raise ArrayTypeError(
+                f"state[{key!r}] is a {type(x).__module__}.{type(x).__name__}; it must be a NumPy "
+                f"or CuPy array. (From a PyTorch tensor: tensor.detach().cpu().numpy())"
+            )
+    problems = [f"missing: {key} {shape}" for key, shape in shapes.items() if key not in state]
+    problems += [
+        f"unexpected: {key} {tuple(state[key].shape)}" for key in state if key not in shapes
+    ]
+    problems += [
+        f"mis-shaped: {key} is {tuple(state[key].shape)}, the configuration needs {shape}"
+        for key, shape in shapes.items()
+        if key in state and tuple(state[key].shape) != shape
+    ]
+    if problems:
+        raise CheckpointError(
+            f"these weights do not fit the configuration ({len(problems)} of {len(shapes)} keys):"
+            "\n  - " + "\n  - ".join(problems) + "\nThe likely cause is a configuration of another "
+            "variant, class count or image size; dataclasses.replace(config, ...) changes one"
+        )
+
+
+def _common_dtype(state: Mapping[str, Array]) -> str:
+    """float64 if any array is, else float32."""
+    names = {key: dtype_name(x) for key, x in state.items()}
+    wrong = {k: name for k, name in names.items() if name not in ("float16", *FLOAT_DTYPES)}
+    if wrong:
+        key, name = next(iter(wrong.items()))
+        raise ArrayTypeError(
+            f"{len(wrong)} of {len(names)} arrays are not float16, float32 or float64; the first "
+            f"is {key} with dtype {name}. Convert them, for example with x.astype('float32')"
+        )
+    return "float64" if "float64" in names.values() else "float32"
+
+
+def zeros_like_params(params: Any) -> Any:
+    """A record of the same type with zeros: the gradient of weights that a pass did not use."""
+    return map_arrays(lambda x: array_module(x).zeros_like(x), params)

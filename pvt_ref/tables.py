@@ -1,0 +1,70 @@
+"""Costs as text tables for the terminal."""
+
+import io
+from collections.abc import Iterable
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from pvt_ref.cost import Cost, CostItem
+
+
+def text_table(
+    columns: Iterable[str], rows: Iterable[Iterable[str]], total: Iterable[str] | None = None
+) -> str:
+    """An aligned table; the first column to the left, numbers to the right.
+
+    Args:
+        columns: headings.
+        rows: cells as text.
+        total: a last row under a rule.
+    """
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    if total is not None:
+        table.add_section()
+        table.add_row(*total)
+    text = io.StringIO()
+    Console(file=text, width=200, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def format_cost(cost: Cost) -> str:
+    """Parameters, MACs and memory by stage and operation, with totals."""
+    height, width = cost.size
+
+    def row(name: str, items: list[CostItem]) -> list[str]:
+        return [
+            name,
+            f"{sum(item.parameters for item in items):,}",
+            f"{sum(item.macs for item in items) / 1e6:,.2f}",
+            f"{max(item.peak_bytes for item in items) / 2**20:,.2f}",
+        ]
+
+    rows: list[list[str]] = []
+    shapes = {s.stage: s for s in cost.stages}
+    for stage in sorted({item.stage for item in cost.items}, key=lambda s: (s == 0, s)):
+        items = [item for item in cost.items if item.stage == stage]
+        if stage in shapes:
+            s = shapes[stage]
+            title = (
+                f"stage {stage}: grid {s.grid[0]}x{s.grid[1]}, {s.channels} channels, "
+                f"{s.tokens} tokens, {s.keys} keys"
+            )
+        else:
+            title = "classifier"
+        rows.append(row(title, items))
+        for item in items:
+            times = f" x{item.repeats}" if item.repeats > 1 else ""
+            rows.append(row(f"  {item.operation}{times}", [item]))
+    total = row("total (memory: the largest)", list(cost.items))
+    heading = (
+        f"image {height}x{width}, batch {cost.batch}, {cost.dtype}\n"
+        f"MACs as the paper counts them; memory is the arrays alive at once in inference with the "
+        f"reference operations\n\n"
+    )
+    return heading + text_table(["", "parameters", "MMACs", "peak MiB"], rows, total)
