@@ -9,6 +9,7 @@ from pvt_ref.config import VARIANTS, PVTConfig
 from pvt_ref.cost import VITS, Cost, ViTConfig, count_cost
 from pvt_ref.errors import PVTError
 from pvt_ref.face import Model, with_new_head
+from pvt_ref.image import load_image, normalize, pad_to_multiple, preprocess
 from pvt_ref.layers.cross_entropy import cross_entropy
 from pvt_ref.model import (
     attention_maps,
@@ -47,6 +48,10 @@ __all__ = [
     "forward_with_cache",
     "from_state_dict",
     "init_params",
+    "load_image",
+    "normalize",
+    "pad_to_multiple",
+    "preprocess",
     "to_device",
     "to_numpy",
     "to_state_dict",

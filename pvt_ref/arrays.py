@@ -108,6 +108,8 @@ def map_arrays(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
             for field in fields(tree)
         }
         return type(tree)(**values)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):  # a named tuple
+        return type(tree)(*map_arrays(f, tuple(tree), *(tuple(o) for o in others)))
     if isinstance(tree, tuple | list):
         return type(tree)(map_arrays(f, *branch) for branch in zip(tree, *others, strict=True))
     if isinstance(tree, dict):

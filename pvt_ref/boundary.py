@@ -4,7 +4,7 @@ Inside the package, arrays are trusted. Everything a caller can get wrong is cau
 what was given, what is needed, the likely cause and the fix in one message.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -201,10 +201,11 @@ def check_cache(cache: Any, kind: type, maker: str, ops: Ops | None) -> Ops:
 
 def check_stages(stages: Sequence[int]) -> set[int]:
     """The stages as a set, each from 1 to 4."""
-    wanted = set(stages)
-    if not wanted <= set(range(1, NUM_STAGES + 1)):
-        raise RangeError(f"stages are {tuple(stages)}; each must be 1, 2, 3 or 4, as in the paper")
-    return wanted
+    if not isinstance(stages, Iterable) or not set(stages) <= set(range(1, NUM_STAGES + 1)):
+        raise RangeError(
+            f"stages are {stages!r}; they must be a list of numbers from 1 to 4, such as [1, 4]"
+        )
+    return set(stages)
 
 
 def check_finite(name: str, x: Array, cause: str) -> None:

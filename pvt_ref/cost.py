@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pvt_ref.arrays import FLOAT_DTYPES
 from pvt_ref.config import NUM_STAGES, PVTConfig
-from pvt_ref.errors import ConfigError, ShapeError
+from pvt_ref.errors import ConfigError, RangeError, ShapeError
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,14 @@ class Cost:
         return max(item.peak_bytes for item in self.items)
 
     def of_stage(self, stage: int) -> "Cost":
-        """The part of one stage (1 to 4; 0 is the classifier)."""
+        """The part of one stage (1 to 4; 0 is the classifier).
+
+        Raises:
+            RangeError: if the model has no such stage.
+        """
+        known = sorted({item.stage for item in self.items})
+        if stage not in known:
+            raise RangeError(f"stage is {stage!r}; this bill has {known} (0 is the classifier)")
         return Cost(
             self.size,
             self.batch,
@@ -140,6 +148,10 @@ def count_cost(
     Raises:
         ShapeError: if the model cannot take that size.
     """
+    if not isinstance(batch, int) or batch < 1:
+        raise RangeError(f"batch is {batch!r}; it must be a whole number, 1 or more")
+    if dtype not in FLOAT_DTYPES:
+        raise RangeError(f"dtype is {dtype!r}; it must be 'float32' or 'float64'")
     height, width = _as_size(config.img_size if size is None else size)
     scalar = np.dtype(dtype).itemsize
     if isinstance(config, ViTConfig):
@@ -151,10 +163,14 @@ def count_cost(
 
 
 def _as_size(size: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2:
-        raise ShapeError(f"size is {size!r}; it must be a side or (H, W)")
-    return pair
+    pair = (size, size) if isinstance(size, int) else size
+    if (
+        not isinstance(pair, tuple | list)
+        or len(pair) != 2
+        or not all(isinstance(side, int) for side in pair)
+    ):
+        raise ShapeError(f"size is {size!r}; it must be a side or (H, W), in whole pixels")
+    return pair[0], pair[1]
 
 
 def _count_pvt(
@@ -301,7 +317,7 @@ class _StageCount:
         live = kernel * scalar + max(blocks + T, in_norm)
         yield self._item("patch_embed", kernel + C + norm, n * kernel, live)
 
-        table = self.table_side**2 + self.cls
+        table = self.table_side**2 + self.cls  # rows, the cls token's own included
         resized = self.grid != (self.table_side, self.table_side)
         P_rows = (n + self.cls) * C * scalar if resized or self.cls else 0
         # the widest moment of the resizing is a product beside its reordered copy
@@ -310,7 +326,8 @@ class _StageCount:
         adding = 2 * self.token_bytes + P_rows  # before, after, and the table
         concat = (T + self.token_bytes) if self.cls else 0
         live = max(adding, self.token_bytes + resizing, concat)
-        yield self._item("pos_embed", (table + self.cls) * C, 0, live)
+        cls_token = C if self.cls else 0  # the token itself, beside its row of the table
+        yield self._item("pos_embed", table * C + cls_token, 0, live)
 
     def _block(self) -> Iterator[CostItem]:
         C, R, scalar, batch = self.C, self.R, self.scalar, self.batch

@@ -41,5 +41,5 @@ class CheckpointError(PVTError, ValueError):
     """A weights file that is damaged, unsafe, unknown, or does not fit the configuration."""
 
 
-class MissingFileError(CheckpointError, ImageError, FileNotFoundError):
+class MissingFileError(PVTError, ValueError, FileNotFoundError):
     """A path at which there is no file."""

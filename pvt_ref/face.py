@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -80,9 +81,9 @@ def with_new_head(model: Model, num_classes: int, rng: np.random.Generator) -> M
         ConfigError: if num_classes is not a positive whole number.
     """
     check_rng(rng)
-    if isinstance(num_classes, int) and num_classes < 1:
-        raise ConfigError(f"num_classes is {num_classes}; a head needs at least 1")
     config = dataclasses.replace(model.config, num_classes=num_classes)
+    if not config.has_classifier:
+        raise ConfigError(f"num_classes is {num_classes}; a head needs at least 1")
     params, C = model.params, config.embed_dims[-1]
     like = params.pos_embed4
     xp = array_module(like)
@@ -93,7 +94,7 @@ def with_new_head(model: Model, num_classes: int, rng: np.random.Generator) -> M
     def constant(value: float, *shape: int) -> Array:
         return xp.astype(from_host(np.full(shape, value), like=like), like.dtype)
 
-    changes = {"head": LinearParams(normal(num_classes, C), constant(0.0, num_classes))}
+    changes: dict[str, Any] = {"head": LinearParams(normal(num_classes, C), constant(0.0, num_classes))}
     if not model.config.has_classifier:
         changes["cls_token"] = normal(1, 1, C)
         changes[f"pos_embed{NUM_STAGES}"] = xp.concat((normal(1, 1, C), like), axis=1)

@@ -167,8 +167,8 @@ def _assemble(params: PVTParams, dstages: Sequence[StageParams], **others: Any) 
         named[f"block{i}"] = dstage.blocks
     for name in ("cls_token", "norm", "head"):
         gradient = others.get(name)
-        unused = zeros_like_params(getattr(params, name))
-        named[name] = unused if gradient is None else gradient
+        unused = gradient is None
+        named[name] = zeros_like_params(getattr(params, name)) if unused else gradient
     return PVTParams(**named)
 
 

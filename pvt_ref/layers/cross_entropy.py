@@ -45,6 +45,7 @@ def cross_entropy(
     total = xp.sum(p, axis=-1, keepdims=True)  # (B, 1)
     p /= total
     log_p = shifted - xp.log(total)  # (B, K)
+    log_p = xp.where(t == 0, xp.zeros_like(log_p), log_p)  # 0 log 0 = 0: a masked class costs 0
     loss = -xp.sum(t * log_p) * share  # ()
     # d log_p_k / d logits_j = 1[j = k] - p_j
     dlogits = (p * xp.sum(t, axis=-1, keepdims=True) - t) * share  # (B, K)
@@ -98,4 +99,5 @@ def _distribution(logits: Array, targets: Array, smoothing: float) -> Array:
         )
     if smoothing == 0.0:
         return t
+    smoothing = float(smoothing)  # a NumPy double would widen float32
     return t * (1 - smoothing) + smoothing / K

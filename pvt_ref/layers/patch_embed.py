@@ -39,14 +39,17 @@ def patchify(x: Array, P: int) -> Array:
         P: side of a block.
 
     Returns:
-        (B, (H/P)(W/P), P*P*C): blocks in raster order; within one, rows, then columns, then
-        channels.
+        (B, (H/P)(W/P), P*P*C), new memory: blocks in raster order; within one, rows, then columns,
+        then channels.
     """
     xp = array_module(x)
     B, H, W, C = x.shape
     x = xp.reshape(x, (B, H // P, P, W // P, P, C))  # (B, H/P, P, W/P, P, C)
-    x = xp.permute_dims(x, (0, 1, 3, 2, 4, 5))  # (B, H/P, W/P, P, P, C)
-    return xp.reshape(x, (B, (H // P) * (W // P), P * P * C))  # (B, n, P*P*C)
+    # assigned, not reshaped: where P = 1 a reshape would be a view of the caller's array, and a
+    # cache that holds it would change with it
+    blocks = xp.empty((B, H // P, W // P, P, P, C), dtype=x.dtype)
+    blocks[...] = xp.permute_dims(x, (0, 1, 3, 2, 4, 5))  # (B, H/P, W/P, P, P, C)
+    return xp.reshape(blocks, (B, (H // P) * (W // P), P * P * C))  # (B, n, P*P*C)
 
 
 def unpatchify(blocks: Array, P: int, grid: tuple[int, int]) -> Array:

@@ -1,0 +1,483 @@
+"""Every operation of the package as one kind of test case, so that one test can hold for all.
+
+A case has named inputs (x, weights), our forward and backward, and PyTorch's forward, whose
+derivative is autograd's. Nothing in the PyTorch side is written by us beyond naming its functions.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from strategies import normal, seeds
+
+from pvt_ref.block import BlockParams
+from pvt_ref.config import StageConfig
+from pvt_ref.layers.layer_norm import LayerNormParams
+from pvt_ref.layers.linear import LinearParams
+from pvt_ref.layers.mlp import MLPParams
+from pvt_ref.layers.patch_embed import PatchEmbedParams
+from pvt_ref.layers.sra import SRAParams
+from pvt_ref.ops import REFERENCE
+
+Inputs = dict[str, Any]
+ops = REFERENCE
+
+
+@dataclass(frozen=True)
+class OpCase:
+    name: str
+    facts: str  # what was drawn, for the reproducer
+    inputs: Inputs
+    forward: Callable[..., Any]  # (inputs, keep) -> y, cache
+    backward: Callable[..., Inputs]  # (inputs, cache, dy) -> gradients by the inputs' names
+    torch: Callable[[Inputs], torch.Tensor]
+
+    def __repr__(self) -> str:
+        return f"{self.name}({self.facts})"
+
+    def cast(self, convert: Callable[[np.ndarray], Any]) -> Inputs:
+        return {name: convert(x) for name, x in self.inputs.items()}
+
+
+def stage_config(**changes: Any) -> StageConfig:
+    base = StageConfig(
+        patch_size=2,
+        embed_dim=4,
+        num_heads=2,
+        hidden_dim=8,
+        depth=1,
+        sr_ratio=1,
+        scale=1 / math.sqrt(2),
+        drop_rate=0.0,
+        attn_drop_rate=0.0,
+        drop_path_rates=(0.0,),
+        norm_eps=1e-6,
+        projection_norm_eps=1e-5,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def _linear(i: Inputs, name: str) -> LinearParams:
+    return LinearParams(i[f"{name}.weight"], i.get(f"{name}.bias"))
+
+
+def _norm(i: Inputs, name: str) -> LayerNormParams:
+    return LayerNormParams(i[f"{name}.weight"], i[f"{name}.bias"])
+
+
+def _named(record: Any, name: str) -> Inputs:
+    """weight and bias of a record under the names they have among the inputs."""
+    pairs = {f"{name}.weight": record.weight, f"{name}.bias": record.bias}
+    return {key: x for key, x in pairs.items() if x is not None}
+
+
+def _random(seed: int, **shapes: tuple[int, ...]) -> Inputs:
+    """Inputs by name (two underscores for a dot), norms around one, weights of fan-in size."""
+    inputs = {}
+    for k, (name, shape) in enumerate(shapes.items()):
+        name, x = name.replace("__", "."), normal(seed + k, *shape)
+        if name.endswith("weight") and "norm" in name:
+            x = 1 + 0.3 * x
+        elif name.endswith("weight"):
+            x = x / math.sqrt(math.prod(shape[1:]))
+        inputs[name] = x
+    return inputs
+
+
+small = st.integers(1, 4)
+
+
+@st.composite
+def linear(draw) -> OpCase:
+    B, n, C_in, C_out = draw(small), draw(small), draw(small), draw(small)
+    bias, seed = draw(st.booleans()), draw(seeds)
+    shapes = {"x": (B, n, C_in), "p__weight": (C_out, C_in)} | (
+        {"p__bias": (C_out,)} if bias else {}
+    )
+
+    def backward(i, cache, dy):
+        dx, d = ops.linear.backward(_linear(i, "p"), cache, dy)
+        return {"x": dx, **_named(d, "p")}
+
+    return OpCase(
+        "linear",
+        f"{shapes}, seed={seed}",
+        _random(seed, **shapes),
+        lambda i, keep=True: ops.linear.forward(_linear(i, "p"), i["x"], keep=keep),
+        backward,
+        lambda i: F.linear(i["x"], i["p.weight"], i.get("p.bias")),
+    )
+
+
+@st.composite
+def layer_norm(draw) -> OpCase:
+    B, n, C = draw(small), draw(small), draw(st.integers(3, 8))
+    eps, seed = draw(st.sampled_from([1e-6, 1e-5, 1e-1])), draw(seeds)
+    shapes = {"x": (B, n, C), "norm__weight": (C,), "norm__bias": (C,)}
+
+    def backward(i, cache, dy):
+        dx, d = ops.layer_norm.backward(_norm(i, "norm"), cache, dy)
+        return {"x": dx, **_named(d, "norm")}
+
+    return OpCase(
+        "layer_norm",
+        f"{shapes}, eps={eps}, seed={seed}",
+        _random(seed, **shapes),
+        lambda i, keep=True: ops.layer_norm.forward(_norm(i, "norm"), i["x"], eps, keep=keep),
+        backward,
+        lambda i: F.layer_norm(i["x"], (C,), i["norm.weight"], i["norm.bias"], eps),
+    )
+
+
+@st.composite
+def gelu(draw) -> OpCase:
+    shape, seed = (draw(small), draw(small), draw(small)), draw(seeds)
+    scale = draw(st.sampled_from([0.1, 1.0, 4.0]))
+    return OpCase(
+        "gelu",
+        f"{shape}, scale={scale}, seed={seed}",
+        {"x": normal(seed, *shape, scale=scale)},
+        lambda i, keep=True: ops.gelu.forward(i["x"], keep=keep),
+        lambda i, cache, dy: {"x": ops.gelu.backward(cache, dy)},
+        lambda i: F.gelu(i["x"]),
+    )
+
+
+@st.composite
+def softmax(draw) -> OpCase:
+    shape, seed = (draw(small), draw(small), draw(small), draw(st.integers(2, 6))), draw(seeds)
+    scale = draw(st.sampled_from([0.1, 1.0, 10.0]))
+    return OpCase(
+        "softmax",
+        f"{shape}, scale={scale}, seed={seed}",
+        {"x": normal(seed, *shape, scale=scale)},
+        lambda i, keep=True: ops.softmax.forward(i["x"], keep=keep),
+        lambda i, cache, dy: {"x": ops.softmax.backward(cache, dy)},
+        lambda i: F.softmax(i["x"], dim=-1),
+    )
+
+
+@st.composite
+def patch_embed(draw) -> OpCase:
+    P, h, w = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    B, C_in, C, seed = draw(small), draw(small), draw(st.integers(3, 6)), draw(seeds)
+    eps = draw(st.sampled_from([1e-5, 1e-1]))
+    shapes = {
+        "x": (B, h * P, w * P, C_in),
+        "proj__weight": (C, C_in, P, P),
+        "proj__bias": (C,),
+        "norm__weight": (C,),
+        "norm__bias": (C,),
+    }
+
+    def params(i):
+        return PatchEmbedParams(_linear(i, "proj"), _norm(i, "norm"))
+
+    def backward(i, cache, dy):
+        dx, d = ops.patch_embed.backward(params(i), cache, dy, ops)
+        return {"x": dx, **_named(d.proj, "proj"), **_named(d.norm, "norm")}
+
+    def reference(i):
+        y = F.conv2d(i["x"].permute(0, 3, 1, 2), i["proj.weight"], i["proj.bias"], stride=P)
+        y = y.flatten(2).transpose(1, 2)
+        return F.layer_norm(y, (C,), i["norm.weight"], i["norm.bias"], eps)
+
+    return OpCase(
+        "patch_embed",
+        f"{shapes}, eps={eps}, seed={seed}",
+        _random(seed, **shapes),
+        lambda i, keep=True: ops.patch_embed.forward(params(i), i["x"], ops, eps, keep=keep),
+        backward,
+        reference,
+    )
+
+
+@st.composite
+def position(draw) -> OpCase:
+    sizes = st.integers(1, 5)
+    grid, table_grid = (draw(sizes), draw(sizes)), (draw(sizes), draw(sizes))
+    if draw(st.integers(0, 3)) == 0:
+        table_grid = grid
+    B, C, seed = draw(small), draw(small), draw(seeds)
+    in_table = draw(st.booleans())
+    cls = in_table and draw(st.booleans())
+    shapes = {
+        "x": (B, grid[0] * grid[1] + cls, C),
+        "table": (1, table_grid[0] * table_grid[1] + in_table, C),
+    }
+
+    def backward(i, cache, dy):
+        dx, dtable = ops.position.backward(i["table"], cache, dy)
+        return {"x": dx, "table": dtable}
+
+    def reference(i):
+        rows = i["table"][:, in_table:]
+        square = rows.reshape(1, *table_grid, C).permute(0, 3, 1, 2)
+        rows = F.interpolate(square, size=grid, mode="bilinear", align_corners=False)
+        rows = rows.permute(0, 2, 3, 1).reshape(1, -1, C)
+        if cls:
+            rows = torch.cat([i["table"][:, :1], rows], dim=1)
+        return i["x"] + rows
+
+    return OpCase(
+        "position",
+        f"{shapes}, grid={grid}, table_grid={table_grid}, cls={cls}, seed={seed}",
+        _random(seed, **shapes),
+        lambda i, keep=True: ops.position.forward(
+            i["table"], i["x"], grid, table_grid, cls=cls, keep=keep
+        ),
+        backward,
+        reference,
+    )
+
+
+@st.composite
+def attention(draw) -> OpCase:
+    B, N, n, m, d = draw(small), draw(small), draw(small), draw(st.integers(2, 5)), draw(small)
+    scale, seed = draw(st.sampled_from([1 / math.sqrt(d), 0.3, 2.0])), draw(seeds)
+    shapes = {"q": (B, N, n, d), "k": (B, N, m, d), "v": (B, N, m, d)}
+
+    def backward(i, cache, dy):
+        return dict(zip("qkv", ops.attention.backward(cache, dy, ops), strict=True))
+
+    return OpCase(
+        "attention",
+        f"{shapes}, scale={scale}, seed={seed}",
+        _random(seed, **shapes),
+        lambda i, keep=True: ops.attention.forward(i["q"], i["k"], i["v"], ops, scale, keep=keep),
+        backward,
+        lambda i: F.scaled_dot_product_attention(i["q"], i["k"], i["v"], scale=scale),
+    )
+
+
+def _sra_shapes(C: int, R: int, bias: bool, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    shapes = {"q__weight": (C, C), "kv__weight": (2 * C, C), "proj__weight": (C, C)}
+    shapes["proj__bias"] = (C,)
+    if bias:
+        shapes |= {"q__bias": (C,), "kv__bias": (2 * C,)}
+    if R > 1:
+        shapes |= {"sr__weight": (C, C, R, R), "sr__bias": (C,)}
+        shapes |= {"norm__weight": (C,), "norm__bias": (C,)}
+    return {prefix + name: shape for name, shape in shapes.items()}
+
+
+def _sra_params(i: Inputs, prefix: str = "") -> SRAParams:
+    reduced = f"{prefix}sr.weight" in i
+    return SRAParams(
+        _linear(i, f"{prefix}q"),
+        _linear(i, f"{prefix}kv"),
+        _linear(i, f"{prefix}proj"),
+        _linear(i, f"{prefix}sr") if reduced else None,
+        _norm(i, f"{prefix}norm") if reduced else None,
+    )
+
+
+def _sra_gradients(d: SRAParams, prefix: str = "") -> Inputs:
+    named = {}
+    for name in ("q", "kv", "proj", "sr", "norm"):
+        record = getattr(d, name)
+        named |= {} if record is None else _named(record, prefix + name)
+    return named
+
+
+def _torch_sra(i: Inputs, x, grid, N: int, eps: float, prefix: str = ""):
+    """conv2d, layer_norm and PyTorch's own multi-head attention with separate projections."""
+    B, _, C = x.shape
+    keys = x
+    if f"{prefix}sr.weight" in i:
+        weight, bias = i[f"{prefix}sr.weight"], i[f"{prefix}sr.bias"]
+        as_map = x.transpose(1, 2).reshape(B, C, *grid)
+        keys = F.conv2d(as_map, weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
+        keys = F.layer_norm(keys, (C,), i[f"{prefix}norm.weight"], i[f"{prefix}norm.bias"], eps)
+    kv = i[f"{prefix}kv.weight"]
+    in_bias = None
+    if f"{prefix}q.bias" in i:
+        in_bias = torch.cat([i[f"{prefix}q.bias"], i[f"{prefix}kv.bias"]])
+    y, _ = F.multi_head_attention_forward(
+        x.transpose(0, 1),
+        keys.transpose(0, 1),
+        keys.transpose(0, 1),
+        C,
+        N,
+        None,
+        in_bias,
+        None,
+        None,
+        False,
+        0.0,
+        i[f"{prefix}proj.weight"],
+        i[f"{prefix}proj.bias"],
+        training=False,
+        need_weights=False,
+        use_separate_proj_weight=True,
+        q_proj_weight=i[f"{prefix}q.weight"],
+        k_proj_weight=kv[:C],
+        v_proj_weight=kv[C:],
+    )
+    return y.transpose(0, 1)
+
+
+@st.composite
+def sra(draw) -> OpCase:
+    R, h, w = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    N, d, B = draw(st.integers(1, 3)), draw(st.integers(2, 3)), draw(small)
+    bias, seed, eps = draw(st.booleans()), draw(seeds), draw(st.sampled_from([1e-5, 1e-1]))
+    C, grid = N * d + (N == 1), (h * R, w * R)
+    cls = R == 1 and draw(st.booleans())
+    shapes = {"x": (B, grid[0] * grid[1] + cls, C), **_sra_shapes(C, R, bias)}
+    scale = 1 / math.sqrt(C // N)
+    stage = stage_config(embed_dim=C, num_heads=N, scale=scale, projection_norm_eps=eps)
+
+    def backward(i, cache, dy):
+        dx, gradients = ops.sra.backward(_sra_params(i), cache, dy, ops, stage)
+        return {"x": dx, **_sra_gradients(gradients)}
+
+    return OpCase(
+        "sra",
+        f"{shapes}, grid={grid}, N={N}, R={R}, eps={eps}, seed={seed}",
+        _random(seed, **shapes),
+        lambda i, keep=True: ops.sra.forward(_sra_params(i), i["x"], ops, grid, stage, keep=keep),
+        backward,
+        lambda i: _torch_sra(i, i["x"], grid, N, eps),
+    )
+
+
+@st.composite
+def mlp(draw) -> OpCase:
+    B, n, C, hidden, seed = (
+        draw(small),
+        draw(small),
+        draw(small),
+        draw(st.integers(1, 6)),
+        draw(seeds),
+    )
+    shapes = {
+        "x": (B, n, C),
+        "fc1__weight": (hidden, C),
+        "fc1__bias": (hidden,),
+        "fc2__weight": (C, hidden),
+        "fc2__bias": (C,),
+    }
+
+    def params(i):
+        return MLPParams(_linear(i, "fc1"), _linear(i, "fc2"))
+
+    def backward(i, cache, dy):
+        dx, d = ops.mlp.backward(params(i), cache, dy, ops)
+        return {"x": dx, **_named(d.fc1, "fc1"), **_named(d.fc2, "fc2")}
+
+    def reference(i):
+        hidden = F.gelu(F.linear(i["x"], i["fc1.weight"], i["fc1.bias"]))
+        return F.linear(hidden, i["fc2.weight"], i["fc2.bias"])
+
+    return OpCase(
+        "mlp",
+        f"{shapes}, seed={seed}",
+        _random(seed, **shapes),
+        lambda i, keep=True: ops.mlp.forward(params(i), i["x"], ops, keep=keep),
+        backward,
+        reference,
+    )
+
+
+@st.composite
+def block(draw) -> OpCase:
+    R, h, w = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    N, d, B, E = draw(st.integers(1, 2)), draw(st.integers(2, 3)), draw(st.integers(1, 3)), 2
+    bias, seed = draw(st.booleans()), draw(seeds)
+    eps, projection_eps = draw(st.permutations([1e-6, 1e-2]))
+    C, grid = N * d + (N == 1), (h * R, w * R)
+    shapes = {
+        "x": (B, grid[0] * grid[1], C),
+        "norm1__weight": (C,),
+        "norm1__bias": (C,),
+        "norm2__weight": (C,),
+        "norm2__bias": (C,),
+        "fc1__weight": (E * C, C),
+        "fc1__bias": (E * C,),
+        "fc2__weight": (C, E * C),
+        "fc2__bias": (C,),
+        **_sra_shapes(C, R, bias, "attn__"),
+    }
+    stage = stage_config(
+        embed_dim=C,
+        num_heads=N,
+        scale=1 / math.sqrt(C // N),
+        norm_eps=eps,
+        projection_norm_eps=projection_eps,
+    )
+
+    def params(i):
+        return BlockParams(
+            _norm(i, "norm1"),
+            _sra_params(i, "attn."),
+            _norm(i, "norm2"),
+            MLPParams(_linear(i, "fc1"), _linear(i, "fc2")),
+        )
+
+    def backward(i, cache, dy):
+        dx, g = ops.block.backward(params(i), cache, dy, ops, stage)
+        named = {"x": dx, **_named(g.norm1, "norm1"), **_named(g.norm2, "norm2")}
+        named |= _named(g.mlp.fc1, "fc1") | _named(g.mlp.fc2, "fc2")
+        return named | _sra_gradients(g.attn, "attn.")
+
+    def reference(i):
+        x = i["x"]
+        normed = F.layer_norm(x, (C,), i["norm1.weight"], i["norm1.bias"], eps)
+        x = x + _torch_sra(i, normed, grid, N, projection_eps, "attn.")
+        normed = F.layer_norm(x, (C,), i["norm2.weight"], i["norm2.bias"], eps)
+        hidden = F.gelu(F.linear(normed, i["fc1.weight"], i["fc1.bias"]))
+        return x + F.linear(hidden, i["fc2.weight"], i["fc2.bias"])
+
+    return OpCase(
+        "block",
+        f"{shapes}, grid={grid}, N={N}, eps={eps, projection_eps}, seed={seed}",
+        _random(seed, **shapes),
+        lambda i, keep=True: ops.block.forward(params(i), i["x"], ops, grid, stage, keep=keep),
+        backward,
+        reference,
+    )
+
+
+@st.composite
+def dropped(draw) -> OpCase:
+    """Dropout or drop path with a fixed mask: linear, so everything about operations applies."""
+    path = draw(st.booleans())
+    shape = (draw(st.integers(2, 5)), draw(small), draw(small))
+    rate, mask_seed, seed = draw(st.sampled_from([0.0, 0.25, 0.6])), draw(seeds), draw(seeds)
+    op = ops.drop_path if path else ops.dropout
+    mask_shape = (shape[0], 1, 1) if path else shape
+
+    def reference(i):
+        kept = np.random.default_rng(mask_seed).random(mask_shape, dtype=np.float32) >= rate
+        return i["x"] * torch.tensor(kept).to(i["x"].dtype) / (1 - rate)
+
+    return OpCase(
+        "drop_path" if path else "dropout",
+        f"{shape}, rate={rate}, mask_seed={mask_seed}, seed={seed}",
+        {"x": normal(seed, *shape)},
+        lambda i, keep=True: op.forward(i["x"], rate, np.random.default_rng(mask_seed)),
+        lambda i, cache, dy: {"x": op.backward(cache, dy)},
+        reference,
+    )
+
+
+OPERATIONS = {
+    "linear": linear(),
+    "layer_norm": layer_norm(),
+    "gelu": gelu(),
+    "softmax": softmax(),
+    "patch_embed": patch_embed(),
+    "position": position(),
+    "attention": attention(),
+    "sra": sra(),
+    "mlp": mlp(),
+    "block": block(),
+    "drop": dropped(),
+}

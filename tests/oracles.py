@@ -1,0 +1,168 @@
+"""Implementations that nobody here wrote, brought to the same interface: arrays in, arrays out.
+
+``transformers``' PVT equals the authors' code once three things are mended from outside, none of
+them arithmetic: its norms after projections get the authors' eps, its position tables are handed
+over already resized (it sizes them for patches 4, 2, 2, 2 and resizes them wrongly), and for the
+dense pyramid its cls token is taken away.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pvt_ref import PVTConfig, PVTParams, from_state_dict, to_state_dict
+
+torch.set_num_threads(1)  # NumPy's threads and PyTorch's disturb each other
+
+
+def tensor(x: np.ndarray, grad: bool = False) -> torch.Tensor:
+    return torch.tensor(np.ascontiguousarray(x), requires_grad=grad)
+
+
+class MaskedDrop(nn.Module):
+    """Dropout or drop path with the masks that a NumPy generator draws, in order of use."""
+
+    def __init__(self, rate: float, rng: np.random.Generator, per_sample: bool) -> None:
+        super().__init__()
+        self.rate, self.rng, self.per_sample = rate, rng, per_sample
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.rate == 0:
+            return x
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1) if self.per_sample else tuple(x.shape)
+        kept = self.rng.random(shape, dtype=np.float32) >= self.rate
+        return x * torch.tensor(kept).to(x.dtype) / (1 - self.rate)
+
+
+def build(config: PVTConfig, rng: np.random.Generator | None, pyramid: bool):
+    from transformers import PvtConfig, PvtForImageClassification
+
+    settings = PvtConfig(
+        image_size=config.img_size,
+        num_channels=config.in_chans,
+        depths=list(config.depths),
+        sequence_reduction_ratios=list(config.sr_ratios),
+        hidden_sizes=list(config.embed_dims),
+        patch_sizes=list(config.patch_sizes),
+        strides=list(config.patch_sizes),
+        num_attention_heads=list(config.num_heads),
+        mlp_ratios=list(config.mlp_ratios),
+        qkv_bias=config.qkv_bias,
+        layer_norm_eps=config.norm_eps,
+        num_labels=max(config.num_classes, 1),
+    )
+    with torch.device("meta"):  # every weight is handed over at the call
+        model = PvtForImageClassification(settings)
+    encoder = model.pvt.encoder
+    for i in range(4):
+        encoder.patch_embeddings[i].layer_norm.eps = config.projection_norm_eps
+        for block in encoder.block[i]:
+            if config.sr_ratios[i] > 1:
+                block.attention.self.layer_norm.eps = config.projection_norm_eps
+    if pyramid:
+        encoder.patch_embeddings[3].cls_token = None
+    if rng is not None:
+        rates = iter(np.linspace(0, config.drop_path_rate, sum(config.depths)))
+        for i in range(4):
+            encoder.patch_embeddings[i].dropout = MaskedDrop(config.drop_rate, rng, False)
+            for block in encoder.block[i]:
+                attention = block.attention
+                attention.self.dropout = MaskedDrop(config.attn_drop_rate, rng, False)
+                attention.output.dropout = MaskedDrop(config.drop_rate, rng, False)
+                block.drop_path = MaskedDrop(float(next(rates)), rng, True)
+                block.mlp.dropout = MaskedDrop(config.drop_rate, rng, False)
+    return model.eval()  # the drops above do not ask whether they train
+
+
+def resized_table(table: torch.Tensor, side: int, grid: tuple[int, int]) -> torch.Tensor:
+    C = table.shape[-1]
+    square = table.reshape(1, side, side, C).permute(0, 3, 1, 2)
+    resized = F.interpolate(square, size=grid, mode="bilinear", align_corners=False)
+    return resized.permute(0, 2, 3, 1).reshape(1, -1, C)
+
+
+def translate(native: dict, config: PVTConfig, size: tuple[int, int], pyramid: bool) -> dict:
+    """Tensors by the authors' names to tensors by Hugging Face's, differentiably."""
+    state = {}
+    for i, grid in enumerate(config.grids(*size)):
+        theirs, ours = f"pvt.encoder.patch_embeddings.{i}", f"patch_embed{i + 1}"
+        for kind in ("weight", "bias"):
+            state[f"{theirs}.projection.{kind}"] = native[f"{ours}.proj.{kind}"]
+            state[f"{theirs}.layer_norm.{kind}"] = native[f"{ours}.norm.{kind}"]
+        table, side = native[f"pos_embed{i + 1}"], config.table_sides[i]
+        cls_rows = table.shape[1] - side**2
+        resized = resized_table(table[:, cls_rows:], side, grid)
+        if i == 3 and not pyramid:
+            resized = torch.cat([table[:, :1], resized], dim=1)
+        state[f"{theirs}.position_embeddings"] = resized
+        for b in range(config.depths[i]):
+            theirs, ours = f"pvt.encoder.block.{i}.{b}", f"block{i + 1}.{b}"
+            C = config.embed_dims[i]
+            for kind in ("weight", "bias"):
+                state[f"{theirs}.layer_norm_1.{kind}"] = native[f"{ours}.norm1.{kind}"]
+                state[f"{theirs}.layer_norm_2.{kind}"] = native[f"{ours}.norm2.{kind}"]
+                state[f"{theirs}.attention.output.dense.{kind}"] = native[
+                    f"{ours}.attn.proj.{kind}"
+                ]
+                state[f"{theirs}.mlp.dense1.{kind}"] = native[f"{ours}.mlp.fc1.{kind}"]
+                state[f"{theirs}.mlp.dense2.{kind}"] = native[f"{ours}.mlp.fc2.{kind}"]
+                if kind == "weight" or config.qkv_bias:
+                    state[f"{theirs}.attention.self.query.{kind}"] = native[f"{ours}.attn.q.{kind}"]
+                    kv = native[f"{ours}.attn.kv.{kind}"]
+                    state[f"{theirs}.attention.self.key.{kind}"] = kv[:C]
+                    state[f"{theirs}.attention.self.value.{kind}"] = kv[C:]
+                if config.sr_ratios[i] > 1:
+                    sr, norm = native[f"{ours}.attn.sr.{kind}"], native[f"{ours}.attn.norm.{kind}"]
+                    state[f"{theirs}.attention.self.sequence_reduction.{kind}"] = sr
+                    state[f"{theirs}.attention.self.layer_norm.{kind}"] = norm
+    if config.has_classifier and not pyramid:
+        state["pvt.encoder.patch_embeddings.3.cls_token"] = native["cls_token"]
+        for kind in ("weight", "bias"):
+            state[f"pvt.encoder.layer_norm.{kind}"] = native[f"norm.{kind}"]
+            state[f"classifier.{kind}"] = native[f"head.{kind}"]
+    else:  # they run, but only the hidden states before them are looked at
+        C = config.embed_dims[-1]
+        unread = torch.zeros(max(config.num_classes, 1), C, dtype=table.dtype)
+        for kind in ("weight", "bias"):
+            state[f"pvt.encoder.layer_norm.{kind}"] = unread[0]
+        state |= {"classifier.weight": unread, "classifier.bias": unread[:, 0]}
+    return state
+
+
+def transformers_forward(
+    params: PVTParams,
+    images: np.ndarray,
+    config: PVTConfig,
+    rng: np.random.Generator | None = None,
+    pyramid: bool = False,
+):
+    """Outputs (a list of one, or the four maps) as tensors, and the leaves that made them."""
+    model = build(config, rng, pyramid)
+    leaves = {key: tensor(x, grad=True) for key, x in to_state_dict(params).items()}
+    x = tensor(images, grad=True)
+    size = (images.shape[2], images.shape[3])
+    state = translate(leaves, config, size, pyramid)
+    kwargs = {"pixel_values": x, "output_hidden_states": pyramid}
+    result = torch.func.functional_call(model, state, kwargs=kwargs)
+    if not pyramid:
+        return [result.logits], leaves, x
+    ends = np.cumsum(config.depths) - 1  # the last block of each stage
+    maps = [
+        result.hidden_states[end].permute(0, 2, 1).reshape(images.shape[0], C, *grid)
+        for end, C, grid in zip(ends, config.embed_dims, config.grids(*size), strict=True)
+    ]
+    return maps, leaves, x
+
+
+def transformers_backward(outputs, cotangents, leaves, x, config: PVTConfig):
+    """Gradients as a PVTParams of arrays, and of the images; zeros for what was not used."""
+    inputs = [x, *leaves.values()]
+    grads = torch.autograd.grad(
+        outputs, inputs, [tensor(dy) for dy in cotangents], allow_unused=True
+    )
+    arrays = [
+        torch.zeros_like(leaf).numpy() if g is None else g.numpy()
+        for leaf, g in zip(inputs, grads, strict=True)
+    ]
+    return from_state_dict(dict(zip(leaves, arrays[1:], strict=True)), config), arrays[0]

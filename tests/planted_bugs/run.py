@@ -1,0 +1,458 @@
+"""Plants the mistakes of catalogue.toml one at a time, and asks whether the tests notice.
+
+    python tests/planted_bugs/run.py --check                  # does every entry still apply?
+    python tests/planted_bugs/run.py --log bugs.jsonl         # all of them; resumes if interrupted
+    python tests/planted_bugs/run.py --only gelu-tanh drop-no-rescale
+    python tests/planted_bugs/run.py --first tests/test_layers.py -- --ignore tests/test_image.py
+
+What stands after ``--`` goes to pytest as it is; paths among it replace the folder ``tests``. For
+every bug the package and its tests are copied to a temporary folder, one line of the copy is
+changed, and pytest runs there until its first failure. The repository itself is never written to.
+This folder is not part of the copy, so a test of the catalogue has to be left out with --ignore.
+
+The exit status is 0 if every bug was caught, 1 if one survived, timed out or did not apply, 2 if
+the tests fail without any bug or the arguments make no sense.
+"""
+
+import argparse
+import ast
+import dataclasses
+import hashlib
+import json
+import os
+import py_compile
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CATALOGUE = HERE / "catalogue.toml"
+
+# what the tests may look at; whichever of these exist are copied
+COPIED = (
+    "pvt_ref",
+    "tests",
+    "examples",
+    "benchmarks",
+    "docs",
+    "pyproject.toml",
+    "README.md",
+    "CHANGELOG.md",
+    "LICENSE",
+    "constraints.txt",
+    "mkdocs.yml",
+)
+NOT_COPIED = ("planted_bugs", "__pycache__", ".pytest_cache", ".hypothesis", "*.pyc")
+
+CAUGHT, SURVIVED, TIMEOUT = "caught", "SURVIVED", "timeout"
+NOT_APPLIED, BROKEN = "did-not-apply", "broken"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bug:
+    """One entry of the catalogue."""
+
+    id: str
+    file: str
+    old: str
+    new: str
+    why: str
+    shows: str
+    occurrence: int | None = None
+
+    @property
+    def digest(self) -> str:
+        """Changes when the edit does, so that a log entry of an older one is not reused."""
+        edit = "\0".join((self.file, self.old, self.new, str(self.occurrence)))
+        return hashlib.sha256(edit.encode()).hexdigest()[:12]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What became of one bug."""
+
+    id: str
+    status: str
+    by: str  # the test that noticed, or the reason
+    seconds: float
+    digest: str
+
+
+class DoesNotApplyError(Exception):
+    """The line to be changed is not there, not unique, or not code."""
+
+
+# The catalogue --------------------------------------------------------------------------------
+
+
+def read_catalogue(path: Path = CATALOGUE) -> list[Bug]:
+    """All entries, in order; ids are unique and no field is empty."""
+    bugs = [Bug(**entry) for entry in tomllib.loads(path.read_text("utf-8"))["bug"]]
+    twice = [key for key, count in Counter(bug.id for bug in bugs).items() if count > 1]
+    if twice:
+        raise ValueError(f"ids occur twice: {', '.join(twice)}")
+    for bug in bugs:
+        if not all((bug.id, bug.file, bug.old, bug.new, bug.why, bug.shows)):
+            raise ValueError(f"{bug.id}: a field is empty")
+        if "\n" in bug.old + bug.new:
+            raise ValueError(f"{bug.id}: an edit stays within one line")
+    return bugs
+
+
+def edited(text: str, bug: Bug) -> str:
+    """text, the content of bug.file, with the bug in it."""
+    pieces = text.split(bug.old)
+    found = len(pieces) - 1
+    if bug.occurrence is None and found != 1:
+        raise DoesNotApplyError(f"{bug.old!r} stands {found} times in {bug.file}, not once")
+    if bug.occurrence is not None and (found < 2 or not 1 <= bug.occurrence <= found):
+        raise DoesNotApplyError(
+            f"{bug.old!r} stands {found} times in {bug.file}; occurrence is {bug.occurrence}"
+        )
+    at = bug.occurrence or 1
+    result = bug.old.join(pieces[:at]) + bug.new + bug.old.join(pieces[at:])
+    if ast.dump(ast.parse(text)) == ast.dump(ast.parse(result)):
+        raise DoesNotApplyError("only a comment changes")
+    return result
+
+
+# A copy ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def copy_with(bug: Bug | None) -> Iterator[Path]:
+    """A temporary copy of package and tests, with the bug planted if there is one."""
+    with tempfile.TemporaryDirectory(prefix="planted_") as name:
+        copy = Path(name).resolve()
+        for part in COPIED:
+            source = ROOT / part
+            if source.is_dir():
+                shutil.copytree(source, copy / part, ignore=shutil.ignore_patterns(*NOT_COPIED))
+            elif source.exists():
+                shutil.copy2(source, copy / part)
+        if bug is not None:
+            target = copy / bug.file
+            if not target.is_file():
+                raise DoesNotApplyError(f"there is no {bug.file}")
+            try:
+                target.write_text(edited(target.read_text("utf-8"), bug), "utf-8")
+                py_compile.compile(str(target), cfile=str(copy / "compiled"), doraise=True)
+            except (SyntaxError, py_compile.PyCompileError) as error:
+                raise DoesNotApplyError(f"{bug.file} does not compile: {error}") from error
+            (copy / "compiled").unlink()
+        yield copy
+
+
+def environment(copy: Path) -> dict[str, str]:
+    """The copy before the installed package, one thread, no bytecode left behind."""
+    one_thread = dict.fromkeys(
+        ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1"
+    )
+    return {
+        **os.environ,
+        **one_thread,
+        "PYTHONPATH": str(copy),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "COLUMNS": "250",
+    }
+
+
+_running: set[subprocess.Popen[str]] = set()
+_stopping = threading.Event()
+
+
+def run_python(copy: Path, arguments: list[str], timeout: float | None) -> tuple[int | None, str]:
+    """Exit status (None after a timeout) and output of a Python started in the copy."""
+    if _stopping.is_set():
+        raise KeyboardInterrupt
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=copy,
+        env=environment(copy),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # so that a test's own children end with it
+    )
+    _running.add(process)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        end(process)
+        output, _ = process.communicate()
+        return None, output
+    finally:
+        _running.discard(process)
+    return process.returncode, output
+
+
+def end(process: "subprocess.Popen[str]") -> None:
+    """Ends a process that run_python started, with its children."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def check_import(copy: Path, file: str = "pvt_ref/__init__.py") -> None:
+    """Raises unless the copy's package imports, and is the copy's."""
+    module = file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+    code = f"import pvt_ref, {module}; print(pvt_ref.__file__)"
+    status, output = run_python(copy, ["-c", code], timeout=120)
+    where = output.strip().splitlines()[-1] if output.strip() else ""
+    if status != 0:
+        raise DoesNotApplyError(f"import fails: {where}")
+    if copy not in Path(where).resolve().parents:
+        raise DoesNotApplyError(f"imported {where}, not the copy in {copy}")
+
+
+# Checking the catalogue -----------------------------------------------------------------------
+
+
+def check(bug: Bug) -> Result:
+    """Whether the bug applies, compiles, and leaves a package that can be imported."""
+    start = time.monotonic()
+    try:
+        with copy_with(bug) as copy:
+            check_import(copy, bug.file)
+        status, reason = "applies", ""
+    except DoesNotApplyError as error:
+        status, reason = NOT_APPLIED, str(error)
+    return Result(bug.id, status, reason, round(time.monotonic() - start, 2), bug.digest)
+
+
+# Running the tests ----------------------------------------------------------------------------
+
+
+def first_failure(output: str) -> str:
+    """The test that failed first, from pytest's short summary."""
+    for line in output.splitlines():
+        for word in ("FAILED ", "ERROR "):
+            if line.startswith(word):
+                return line.removeprefix(word).split(" - ")[0].strip()
+    return ""
+
+
+def pytest_command(first: list[str], extra: list[str]) -> list[str]:
+    """Arguments of python: first's files, then the paths in extra, or all tests."""
+    given = any((ROOT / argument.split("::")[0]).exists() for argument in paths_in(extra))
+    paths = [*first] if given else [*first, "tests"]
+    return ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *extra, *paths]
+
+
+def paths_in(extra: list[str]) -> list[str]:
+    """Those pytest arguments that are neither options nor the values of options."""
+    takes_value = {"-k", "-m", "-p", "-o", "-c", "-W", "-n"}
+    found, skip = [], False
+    for argument in extra:
+        if skip:
+            skip = False
+        elif argument.startswith("-"):
+            skip = argument in takes_value or (argument.startswith("--") and "=" not in argument)
+        else:
+            found.append(argument)
+    return found
+
+
+def run_bug(bug: Bug, command: list[str], timeout: float) -> Result:
+    """Plants the bug and runs the tests until the first failure."""
+    start = time.monotonic()
+
+    def result(status: str, by: str) -> Result:
+        return Result(bug.id, status, by, round(time.monotonic() - start, 1), bug.digest)
+
+    try:
+        with copy_with(bug) as copy:
+            check_import(copy, bug.file)
+            status, output = run_python(copy, command, timeout)
+    except DoesNotApplyError as error:
+        return result(NOT_APPLIED, str(error))
+    if status is None:
+        return result(TIMEOUT, f"no result in {timeout:.0f} s")
+    if status == 0:
+        return result(SURVIVED, "")
+    by = first_failure(output)
+    # 1: a test failed. 2 with a test named: it failed while it was collected.
+    if status == 1 or (status == 2 and by):
+        return result(CAUGHT, by or "?")
+    last = output.strip().splitlines()[-1:] or [""]
+    return result(BROKEN, f"pytest ended with {status}: {last[0]}")
+
+
+def run_without_bug(command: list[str], timeout: float | None) -> float:
+    """Seconds that the tests take on the unedited copy; leaves the program if they fail."""
+    start = time.monotonic()
+    with copy_with(None) as copy:
+        try:
+            check_import(copy)
+        except DoesNotApplyError as error:
+            sys.exit(refuse(f"the unedited copy: {error}"))
+        status, output = run_python(copy, command, timeout)
+    if status != 0:
+        print("\n".join(output.splitlines()[-40:]))
+        sys.exit(refuse(f"the tests must pass without any bug; pytest ended with {status}"))
+    return time.monotonic() - start
+
+
+def refuse(message: str) -> int:
+    """Prints the message; the exit status that goes with it."""
+    print(message, file=sys.stderr)
+    return 2
+
+
+# The log and the table ------------------------------------------------------------------------
+
+
+def read_log(path: Path | None) -> dict[str, Result]:
+    """The last result recorded for each id."""
+    if path is None or not path.exists():
+        return {}
+    recorded = {}
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            result = Result(**json.loads(line))
+        except (ValueError, TypeError):
+            continue  # a line cut short by an interruption
+        recorded[result.id] = result
+    return recorded
+
+
+def work_through(
+    bugs: list[Bug], do: Callable[[Bug], Result], workers: int, log: Path | None
+) -> dict[str, Result]:
+    """do(bug) for all bugs, a line each as they end; results by id."""
+    results: dict[str, Result] = {}
+    lock = threading.Lock()
+
+    def one(bug: Bug) -> None:
+        if _stopping.is_set():
+            return
+        result = do(bug)
+        if _stopping.is_set():
+            return  # its tests were ended, which says nothing about the bug
+        with lock:
+            results[bug.id] = result
+            number = f"[{len(results)}/{len(bugs)}]"
+            print(f"{number} {bug.id}: {result.status} {result.by}".rstrip(), flush=True)
+            if log is not None:
+                with log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(dataclasses.asdict(result)) + "\n")
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(one, bug) for bug in bugs]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            _stopping.set()
+            for future in futures:
+                future.cancel()
+            for process in list(_running):
+                end(process)
+            raise
+    return results
+
+
+def print_table(bugs: list[Bug], results: dict[str, Result]) -> None:
+    """One line a bug in the catalogue's order, then the counts; the others' reasons at the end."""
+    width = max((len(bug.id) for bug in bugs), default=0)
+    print()
+    for bug in bugs:
+        if bug.id in results:
+            r = results[bug.id]
+            print(f"{bug.id:{width}}  {r.status:13}  {r.seconds:6.1f} s  {r.by}".rstrip())
+    counts = Counter(result.status for result in results.values())
+    print("\n" + ", ".join(f"{count} {status}" for status, count in counts.most_common()))
+    for bug in bugs:
+        if bug.id in results and results[bug.id].status == SURVIVED:
+            print(f"\n{bug.id} in {bug.file}: {bug.why}\n  - {bug.old}\n  + {bug.new}")
+            print(f"  shows: {bug.shows}")
+
+
+def arguments() -> tuple[argparse.Namespace, list[str]]:
+    """Own arguments, and those after ``--`` for pytest."""
+    own, extra = sys.argv[1:], []
+    if "--" in own:
+        at = own.index("--")
+        own, extra = own[:at], own[at + 1 :]
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n", 1)[0], epilog="After --: arguments for pytest."
+    )
+    parser.add_argument("--only", nargs="+", metavar="ID", help="these bugs only")
+    parser.add_argument("--file", nargs="+", metavar="FILE", help="bugs of these sources only")
+    parser.add_argument("--workers", type=int, default=2, help="bugs at the same time (2)")
+    parser.add_argument("--list", action="store_true", help="print the catalogue and stop")
+    parser.add_argument(
+        "--check", action="store_true", help="only see whether every entry applies and imports"
+    )
+    parser.add_argument("--log", type=Path, help="JSON lines; ids recorded there are skipped")
+    parser.add_argument(
+        "--retry", action="store_true", help="run those again that the log has as not caught"
+    )
+    parser.add_argument(
+        "--first", nargs="+", default=[], metavar="TEST_FILE", help="run these before the others"
+    )
+    parser.add_argument(
+        "--timeout", type=float, help="seconds a bug (three times the run without a bug, and 30)"
+    )
+    return parser.parse_args(own), extra
+
+
+def main() -> int:
+    """The program; returns its exit status."""
+    options, extra = arguments()
+    bugs = read_catalogue()
+    unknown = set(options.only or ()) - {bug.id for bug in bugs}
+    if unknown:
+        return refuse(f"not in the catalogue: {', '.join(sorted(unknown))}")
+    if options.only:
+        bugs = [bug for bug in bugs if bug.id in options.only]
+    if options.file:
+        bugs = [bug for bug in bugs if bug.file in options.file]
+    if options.list:
+        for bug in bugs:
+            print(f"{bug.id}  ({bug.file})\n    {bug.why}; shows: {bug.shows}")
+        print(f"\n{len(bugs)} bugs")
+        return 0
+    if options.check:
+        results = work_through(bugs, check, options.workers, None)
+        bad = [r for r in results.values() if r.status == NOT_APPLIED]
+        print(f"\n{len(results) - len(bad)} of {len(results)} apply and import")
+        for r in bad:
+            print(f"{r.id}: {r.by}")
+        return 1 if bad else 0
+
+    recorded = read_log(options.log)
+    done = {
+        bug.id: recorded[bug.id]
+        for bug in bugs
+        if bug.id in recorded
+        and recorded[bug.id].digest == bug.digest
+        and not (options.retry and recorded[bug.id].status != CAUGHT)
+    }
+    todo = [bug for bug in bugs if bug.id not in done]
+    if todo:
+        command = pytest_command(options.first, extra)
+        print("without a bug: python " + " ".join(command), flush=True)
+        seconds = run_without_bug(command, None)
+        timeout = options.timeout or 3 * seconds + 30
+        print(f"passes in {seconds:.1f} s; {len(todo)} bugs, {timeout:.0f} s each at most\n")
+        done |= work_through(
+            todo, lambda bug: run_bug(bug, command, timeout), options.workers, options.log
+        )
+    print_table(bugs, done)
+    return 0 if all(result.status == CAUGHT for result in done.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Our numbers are those of the authors' own code: outputs, and the gradient of every parameter.
+
+The golden file was computed once by the released classifier and the released dense backbone.
+Weights, images and cotangents are drawn here by the recipe it was made with.
+"""
+
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from closeness import split_key_bias
+
+import pvt_ref
+from pvt_ref import VARIANTS
+from pvt_ref.params import named_arrays, param_shapes
+
+GOLDEN = Path(__file__).parent / "golden" / "golden.npz"
+
+TINY = VARIANTS["pvt_tiny"]
+MICRO = replace(
+    TINY,
+    img_size=64,
+    depths=(1, 2, 1, 2),
+    embed_dims=(12, 24, 40, 48),
+    num_heads=(1, 2, 5, 4),
+    mlp_ratios=(2, 3, 4, 2),
+    sr_ratios=(4, 2, 2, 1),
+    num_classes=7,
+)
+CASES = {  # seed, batch, size, configuration
+    "tiny_224": (1, 2, (224, 224), TINY),
+    "tiny_256x320": (2, 1, (256, 320), TINY),
+    "small_224": (3, 1, (224, 224), VARIANTS["pvt_small"]),
+    "micro_64": (4, 3, (64, 64), MICRO),
+}
+
+
+def draw(name: str, shape, seed: int) -> np.ndarray:
+    return np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape)
+
+
+def draw_weight(key: str, shape, seed: int) -> np.ndarray:
+    x = draw(key, shape, seed)
+    if key.endswith(("norm.weight", "norm1.weight", "norm2.weight")):
+        return 1 + 0.2 * x
+    if len(shape) == 1:
+        return 0.1 * x
+    if key.startswith(("pos_embed", "cls_token")):
+        return 0.2 * x
+    return x / np.sqrt(np.prod(shape[1:]))
+
+
+def inputs(case: str):
+    seed, batch, size, config = CASES[case]
+    state = {key: draw_weight(key, shape, seed) for key, shape in param_shapes(config).items()}
+    images = draw("images", (batch, config.in_chans, *size), seed)
+    return pvt_ref.from_state_dict(state, config), images, config, seed
+
+
+def digest(name: str, x: np.ndarray, seed: int) -> np.ndarray:
+    x = np.ascontiguousarray(x)
+    probe = draw("probe:" + name, x.shape, seed)
+    return np.array([np.linalg.norm(x.ravel()), (x * probe).sum(), *x.ravel()[:6]])
+
+
+def assert_digest(name: str, x: np.ndarray, seed: int, golden, tolerance: float) -> None:
+    expected = golden[name]
+    assert expected[0] > 0
+    np.testing.assert_allclose(
+        digest(name, x, seed), expected, rtol=0, atol=tolerance * expected[0], err_msg=name
+    )
+
+
+def assert_gradient_digests(tag: str, grads, dimages, seed: int, golden) -> None:
+    assert_digest(f"{tag}/grad/images", dimages, seed, golden, 1e-10)
+    checked = {f"{tag}/grad/images"}
+    for key, g in named_arrays(grads):
+        name = f"{tag}/grad/{key}"
+        if name not in golden:
+            assert not np.any(g), f"{key} is not used by {tag}, yet its gradient is not 0"
+            continue
+        # the digest is of the whole array; the noise of the K half is far below its tolerance
+        assert_digest(name, g, seed, golden, 1e-10)
+        noise, signal = split_key_bias(key, g)
+        if noise.size:
+            assert np.abs(noise).max() < 1e-10 * np.abs(signal).max()
+        checked.add(name)
+    assert checked == {n for n in golden.files if n.startswith(f"{tag}/grad/")}
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDEN) as file:
+        yield file
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_classifier_equals_the_released_code(case, golden):
+    params, images, config, seed = inputs(case)
+    tag = f"{case}/logits"
+    logits, cache = pvt_ref.forward_with_cache(params, images, config)
+    expected = golden[f"{tag}/out0"]
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+    np.testing.assert_array_equal(pvt_ref.forward(params, images, config), logits)
+    dlogits = draw(f"{tag}/dy0", logits.shape, seed)
+    grads, dimages = pvt_ref.backward(params, cache, dlogits, config)
+    assert_gradient_digests(tag, grads, dimages, seed, golden)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pyramid_equals_the_released_dense_backbone(case, golden):
+    params, images, config, seed = inputs(case)
+    tag = f"{case}/pyramid"
+    maps, cache = pvt_ref.forward_pyramid_with_cache(params, images, config)
+    for i, (x, y) in enumerate(
+        zip(maps, pvt_ref.forward_pyramid(params, images, config), strict=True)
+    ):
+        assert_digest(f"{tag}/out{i}", x, seed, golden, 1e-12)
+        np.testing.assert_array_equal(x, y)
+    dmaps = [draw(f"{tag}/dy{i}", x.shape, seed) for i, x in enumerate(maps)]
+    grads, dimages = pvt_ref.backward_pyramid(params, cache, dmaps, config)
+    assert_gradient_digests(tag, grads, dimages, seed, golden)

@@ -1,0 +1,183 @@
+"""The whole model against Hugging Face's PVT (see oracles.py): values and all gradients."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from closeness import (
+    FORWARD,
+    GRADIENT,
+    assert_float32_error,
+    assert_gradients_near,
+    assert_near,
+    split_key_bias,
+)
+from hypothesis import given, settings
+from oracles import transformers_backward, transformers_forward
+from strategies import (
+    MUST_BE_DRAWN,
+    ModelCase,
+    assert_all_drawn,
+    model_cases,
+    normal,
+    random_params,
+    rng_of,
+)
+
+import pvt_ref
+from pvt_ref import VARIANTS
+from pvt_ref.params import named_arrays
+
+TINY = VARIANTS["pvt_tiny"]
+UNUSED_BY_A_PYRAMID = {"cls_token", "norm.weight", "norm.bias", "head.weight", "head.bias"}
+
+
+def run_both(case: ModelCase, dtype=np.float64, pyramid: bool = False, masks: int | None = None):
+    """Outputs and gradients, ours and theirs, for one case; masks is a seed for dropout."""
+    config, params, images = case.config, case.params(dtype), case.images(dtype)
+    rngs = [None if masks is None else rng_of(masks) for _ in range(2)]
+    if pyramid:
+        outputs, cache = pvt_ref.forward_pyramid_with_cache(params, images, config, rngs[0])
+    else:
+        logits, cache = pvt_ref.forward_with_cache(params, images, config, rngs[0])
+        outputs = [logits]
+    dys = [normal(case.seed + i, *y.shape, dtype=dtype) for i, y in enumerate(outputs)]
+    if pyramid:
+        grads, dimages = pvt_ref.backward_pyramid(params, cache, dys, config)
+    else:
+        grads, dimages = pvt_ref.backward(params, cache, dys[0], config)
+    theirs, leaves, x = transformers_forward(params, images, config, rngs[1], pyramid)
+    their_grads, their_dimages = transformers_backward(theirs, dys, leaves, x, config)
+    if masks is not None:
+        assert rngs[0].random() == rngs[1].random(), "not the same number of masks was drawn"
+    return (
+        outputs,
+        [t.detach().numpy() for t in theirs],
+        (grads, dimages),
+        (
+            their_grads,
+            their_dimages,
+        ),
+    )
+
+
+def assert_equal_in_float64(case: ModelCase, pyramid: bool = False, masks: int | None = None):
+    ours, theirs, (grads, dimages), (their_grads, their_dimages) = run_both(
+        case, np.float64, pyramid, masks
+    )
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert_near(a, b, FORWARD, f"output {i}")
+    if masks is None or np.any(their_dimages):  # masks can cut the images off altogether
+        assert_near(dimages, their_dimages, GRADIENT, "images")
+    else:
+        assert not np.any(dimages)
+    unused = UNUSED_BY_A_PYRAMID if pyramid else ()
+    assert_gradients_near(
+        dict(named_arrays(grads)),
+        dict(named_arrays(their_grads)),
+        unused=unused,
+        may_vanish=masks is not None,
+    )
+
+
+@pytest.mark.parametrize("pyramid", [False, True], ids=["logits", "pyramid"])
+@pytest.mark.parametrize("size", [(224, 224), (96, 160)], ids=str)
+def test_tiny_equals_transformers_in_float64(size, pyramid):
+    assert_equal_in_float64(ModelCase(TINY, 1, size, 11), pyramid)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variants_forward_equals_transformers(variant):
+    config = VARIANTS[variant]
+    params = random_params(config, 3, np.float32)
+    images = normal(3, 1, 3, 224, 224, dtype=np.float32)
+    (theirs,), _, _ = transformers_forward(params, images, config)
+    ours = pvt_ref.forward(params, images, config)
+    assert ours.dtype == np.float32
+    assert_near(ours, theirs.detach().numpy(), 5e-5, variant)
+
+
+@pytest.mark.parametrize("pyramid", [False, True], ids=["logits", "pyramid"])
+def test_small_random_models_equal_transformers(pyramid):
+    seen = Counter()
+
+    @settings(max_examples=40)
+    @given(model_cases(classifier=None if pyramid else True))
+    def check(case):
+        seen.update(case.tags())
+        assert_equal_in_float64(case, pyramid)
+
+    check()
+    assert_all_drawn(seen, MUST_BE_DRAWN | {"backbone"} if pyramid else MUST_BE_DRAWN)
+
+
+@pytest.mark.parametrize("pyramid", [False, True], ids=["logits", "pyramid"])
+def test_dropout_and_drop_path_equal_transformers_with_the_same_masks(pyramid):
+    seen = Counter()
+
+    @settings(max_examples=25)
+    @given(model_cases(dropout=True))
+    def check(case):
+        seen.update(case.tags())
+        case = replace(case, batch=3)  # one sample alone may have every path dropped
+        assert_equal_in_float64(case, pyramid, masks=case.seed)
+
+    check()
+    assert_all_drawn(seen, {"dropout"})
+
+
+def test_qk_scale_replaces_the_root_of_d():
+    base = ModelCase(replace(TINY, img_size=32), 2, (32, 64), 5)
+    params, images = base.params(), base.images()
+    doubled = replace(base.config, qk_scale=2 / 8)  # d is 64 at every stage
+    state = pvt_ref.to_state_dict(params)
+    by_weights = {k: 2 * x if ".attn.q." in k else x for k, x in state.items()}
+    expected = pvt_ref.forward(
+        pvt_ref.from_state_dict(by_weights, base.config), images, base.config
+    )
+    assert_near(pvt_ref.forward(params, images, doubled), expected, FORWARD)
+    # zero is honoured: every query then sees the mean of all values
+    flat = pvt_ref.attention_maps(params, images, replace(base.config, qk_scale=0.0))
+    for weights in flat.values():
+        np.testing.assert_allclose(weights, 1 / weights.shape[-1], rtol=1e-12)
+
+
+@pytest.mark.parametrize("pyramid", [False, True], ids=["logits", "pyramid"])
+def test_float32_errs_no_more_than_twice_as_much_as_pytorch(pyramid):
+    case = ModelCase(TINY, 1, (224, 224), 21)
+    exact, exact_grads, exact_dimages = exact_run(case, pyramid)
+    ours, theirs, (grads, dimages), (their_grads, their_dimages) = run_both(
+        case, np.float32, pyramid
+    )
+    for y in (*ours, dimages, *dict(named_arrays(grads)).values()):
+        assert y.dtype == np.float32
+    for triple in zip(ours, theirs, exact, strict=True):
+        assert_float32_error([triple], what="output")
+    assert_float32_error([(dimages, their_dimages, exact_dimages)], what="images")
+    triples = []
+    exact_by_key, theirs_by_key = dict(named_arrays(exact_grads)), dict(named_arrays(their_grads))
+    for key, g in named_arrays(grads):
+        if pyramid and key in UNUSED_BY_A_PYRAMID:
+            continue
+        parts = [split_key_bias(key, x)[1] for x in (g, theirs_by_key[key], exact_by_key[key])]
+        triples.append(tuple(parts))
+        # one array alone scatters: three times is allowed it, twice holds over all of them
+        assert_float32_error([tuple(parts), *triples[:-1]], what=key)
+    assert_float32_error(triples, what="all parameter gradients")
+
+
+def exact_run(case: ModelCase, pyramid: bool):
+    """Float64 arithmetic on the numbers of float32, so that only the arithmetic differs."""
+    config, state = case.config, pvt_ref.to_state_dict(case.params(np.float32))
+    params = pvt_ref.from_state_dict({k: x.astype(np.float64) for k, x in state.items()}, config)
+    images = case.images(np.float32).astype(np.float64)
+    if pyramid:
+        outputs, cache = pvt_ref.forward_pyramid_with_cache(params, images, config)
+        dys = [normal(case.seed + i, *y.shape, dtype=np.float32) for i, y in enumerate(outputs)]
+        grads, dimages = pvt_ref.backward_pyramid(params, cache, dys, config)
+        return outputs, grads, dimages
+    logits, cache = pvt_ref.forward_with_cache(params, images, config)
+    dy = normal(case.seed, *logits.shape, dtype=np.float32)
+    grads, dimages = pvt_ref.backward(params, cache, dy, config)
+    return [logits], grads, dimages
