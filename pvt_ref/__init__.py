@@ -5,6 +5,7 @@ pure; the same code computes on the CPU with NumPy arrays and on CUDA with CuPy 
 """
 
 from pvt_ref.arrays import to_device, to_numpy
+from pvt_ref.checkpoint import load, save
 from pvt_ref.config import VARIANTS, PVTConfig
 from pvt_ref.cost import VITS, Cost, ViTConfig, count_cost
 from pvt_ref.errors import PVTError
@@ -48,10 +49,12 @@ __all__ = [
     "forward_with_cache",
     "from_state_dict",
     "init_params",
+    "load",
     "load_image",
     "normalize",
     "pad_to_multiple",
     "preprocess",
+    "save",
     "to_device",
     "to_numpy",
     "to_state_dict",

@@ -73,6 +73,13 @@ def from_host(host: np.ndarray, like: Array) -> Array:
     return xp.asarray(host, device=like.device)
 
 
+def synchronize(x: Array) -> None:
+    """Waits until x's device has done all it was told, so that a clock can be read."""
+    if is_cupy(x):
+        with x.device:
+            sys.modules["cupy"].cuda.get_current_stream().synchronize()
+
+
 def sum_in_float64(x: Array, axis: int | tuple[int, ...]) -> Array:
     """Sum over axis, added up in double precision; the result has x's dtype.
 

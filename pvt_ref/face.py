@@ -94,7 +94,9 @@ def with_new_head(model: Model, num_classes: int, rng: np.random.Generator) -> M
     def constant(value: float, *shape: int) -> Array:
         return xp.astype(from_host(np.full(shape, value), like=like), like.dtype)
 
-    changes: dict[str, Any] = {"head": LinearParams(normal(num_classes, C), constant(0.0, num_classes))}
+    changes: dict[str, Any] = {
+        "head": LinearParams(normal(num_classes, C), constant(0.0, num_classes))
+    }
     if not model.config.has_classifier:
         changes["cls_token"] = normal(1, 1, C)
         changes[f"pos_embed{NUM_STAGES}"] = xp.concat((normal(1, 1, C), like), axis=1)

@@ -28,6 +28,7 @@ settings.register_profile(
 settings.register_profile(  # shrinking a mutant's counterexample helps nobody
     "mutation",
     parent=settings.get_profile("ci"),
+    max_examples=15,
     phases=(Phase.explicit, Phase.generate),
     database=None,
 )

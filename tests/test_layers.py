@@ -167,3 +167,20 @@ def test_resize_matrix_equals_interpolate_of_unit_vectors(out_size, in_size):
     np.testing.assert_allclose(
         resize_matrix(out_size, in_size), theirs.reshape(in_size, out_size).numpy().T, atol=1e-14
     )
+
+
+@pytest.mark.parametrize("name", [n for n in OPERATIONS if n != "drop"])
+def test_a_forward_keeps_its_cache_unless_told_not_to(name):
+    from inspect import signature
+
+    from pvt_ref.ops import REFERENCE
+
+    assert signature(getattr(REFERENCE, name).forward).parameters["keep"].default is True
+
+    @settings(max_examples=3)
+    @given(OPERATIONS[name])
+    def check(case):
+        assert case.forward(case.inputs, keep=True)[1] is not None
+        assert case.forward(case.inputs, keep=False)[1] is None
+
+    check()

@@ -34,14 +34,14 @@ def resize_matrix(out_size: int, in_size: int) -> np.ndarray:
         (out_size, in_size) float64, rows summing to 1; the identity if the sizes agree.
     """
     centre = (np.arange(out_size) + 0.5) * (in_size / out_size) - 0.5
-    centre = np.clip(centre, 0, in_size - 1)
+    centre = np.maximum(centre, 0)  # before the first cell
     left = np.floor(centre).astype(int)
-    right = np.minimum(left + 1, in_size - 1)
+    right = np.minimum(left + 1, in_size - 1)  # after the last one
     toward_right = centre - left
     A = np.zeros((out_size, in_size))
     rows = np.arange(out_size)
-    A[rows, left] += 1 - toward_right
-    A[rows, right] += toward_right
+    A[rows, left] = 1 - toward_right
+    A[rows, right] += toward_right  # added: at the border, left and right are one cell
     return A
 
 

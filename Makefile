@@ -1,0 +1,86 @@
+# Everything a developer does, one word each. Needs make and Python 3.11 or newer; whatever else a
+# target uses is installed into .venv the first time, in the releases that constraints.txt names.
+#
+#     make test ARGS="-k softmax"        ARGS goes to the program that the target runs
+#     make test PYTHON=python3.13        the Python that .venv is made with, once
+
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL: # two pips must not write into one .venv
+.PHONY: help venv demo test lint format types docs docs-serve check-planted fuzz mutation \
+  clean distclean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
+
+# Installing ------------------------------------------------------------------------------------
+
+.venv/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "pvt_ref needs Python 3.11 or newer, and '$(PYTHON)' is not one ($$($(PYTHON) --version 2>&1)). Name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
+	  exit 1; }
+	@$(PYTHON) -m venv .venv
+
+# One stamp an extra; a newer pyproject.toml or constraints.txt makes pip look again. The pins go
+# through the environment, since that is how pip hands them on to where it builds the package.
+.venv/.stamp-%: pyproject.toml constraints.txt | .venv/bin/pip
+	@echo "Installing the extra '$*' into .venv (the first time, this takes a few minutes) ..."
+	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+	  PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install -qq -e '.[$*]'
+	@touch $@
+
+venv: .venv/bin/pip ## an empty .venv, to put a PyTorch of one's own choice into
+
+# Using -----------------------------------------------------------------------------------------
+
+demo: .venv/.stamp-examples ## one photo through a PVT; writes pyramid.png
+	@$(PY) examples/forward.py $(ARGS)
+
+# Checking --------------------------------------------------------------------------------------
+
+test: .venv/.stamp-test ## all tests, on up to eight cores
+	@$(PY) -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+# code in *.md keeps the comments beside it in a column
+ONLY_PY := --config 'format.exclude = ["*.md"]'
+
+lint: .venv/.stamp-lint ## formatting and style
+	@.venv/bin/ruff format --check $(ONLY_PY) .
+	@.venv/bin/ruff check .
+
+format: .venv/.stamp-lint ## puts formatting, and what else ruff can, in order
+	@.venv/bin/ruff check --fix --exit-zero --quiet .
+	@.venv/bin/ruff format $(ONLY_PY) .
+
+types: .venv/.stamp-lint .venv/.stamp-examples ## static types
+	@.venv/bin/pyright --pythonpath $(PY) $(ARGS)
+
+docs: .venv/.stamp-docs ## the documentation as web pages in site/
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
+docs-serve: .venv/.stamp-docs ## the documentation on a local port, rebuilt at every change
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs serve --strict $(ARGS)
+
+# Checking the tests (hours, not minutes) -------------------------------------------------------
+
+check-planted: .venv/.stamp-test ## plants known mistakes, one at a time: do the tests notice?
+	@HYPOTHESIS_PROFILE=mutation $(PY) tests/planted_bugs/run.py $(ARGS)
+
+fuzz: ARGS ?= --count 100000 --seed 0
+fuzz: .venv/.stamp-test ## 100,000 damaged weights files of each kind
+	@$(PY) tests/fuzz_checkpoints.py $(ARGS)
+
+mutation: .venv/.stamp-test .venv/.stamp-mutation ## mutates the layers by machine: do the tests notice?
+	@HYPOTHESIS_PROFILE=mutation .venv/bin/mutmut run $(ARGS)
+	@.venv/bin/mutmut results | grep -v ': not checked' || echo "no mutant survived"
+
+# Cleaning --------------------------------------------------------------------------------------
+
+clean: ## removes what was built, and caches; keeps .venv
+	@rm -rf site build dist mutants pyramid.png .coverage .pytest_cache .ruff_cache .hypothesis
+	@find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean ## removes .venv too
+	@rm -rf .venv

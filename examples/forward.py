@@ -1,0 +1,219 @@
+"""One photo through a Pyramid Vision Transformer, step by step, on the CPU.
+
+    python examples/forward.py                       a photo that comes with scikit-learn
+    python examples/forward.py cat.jpg --weights pvt_small.pth
+    python examples/forward.py street.png --size 512 768
+
+Prints what each stage works on and how long it takes, and the five likeliest classes, and writes
+pyramid.png: the photo, the four feature maps, and where one query looks at every stage.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # a file is written, no window opened
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+
+import pvt_ref
+from pvt_ref import VARIANTS, Model, PVTConfig, PVTError
+from pvt_ref.image import IMAGENET_MEAN, IMAGENET_STD
+from pvt_ref.tables import text_table
+from pvt_ref.timing import time_stages
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="One photo through a PVT, on the CPU.")
+    parser.add_argument("image", nargs="?", help="JPEG or PNG (default: a scikit-learn photo)")
+    parser.add_argument("--weights", metavar="FILE", help="a checkpoint (default: random weights)")
+    parser.add_argument(
+        "--variant", choices=list(VARIANTS), help="default pvt_tiny, or what the weights say"
+    )
+    parser.add_argument(
+        "--size", nargs=2, type=int, metavar=("H", "W"), help="default: the weights' own, 224 224"
+    )
+    parser.add_argument("--output", default="pyramid.png", help="default pyramid.png")
+    return parser.parse_args(argv)
+
+
+def get_model(weights: str | None, variant: str | None) -> Model:
+    """A checkpoint, or random weights drawn from seed 0."""
+    if weights:
+        return pvt_ref.load(weights, VARIANTS[variant] if variant else None)
+    name = variant or "pvt_tiny"
+    config = VARIANTS[name]
+    params = pvt_ref.init_params(config, np.random.default_rng(0))
+    return Model(params, config, f"{name} with RANDOM weights (give trained ones with --weights)")
+
+
+def get_images(path: str | None, size: tuple[int, int]) -> tuple[str, NDArray]:
+    """What the photo is called, and (1, 3, H, W) float32."""
+    if path:
+        return path, pvt_ref.load_image(path, size)
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+
+    photo = Image.fromarray(load_sample_image("china.jpg"))
+    return "china.jpg (from scikit-learn)", pvt_ref.preprocess(photo, size)
+
+
+def stage_table(model: Model, images: NDArray) -> str:
+    cost = pvt_ref.count_cost(model.config, images.shape[2:])
+    times = time_stages(model.params, images, model.config)
+    rows = [
+        [
+            f"{s.stage}",
+            f"{s.grid[0]}x{s.grid[1]}",
+            f"{s.channels}",
+            f"{s.tokens}",
+            f"{s.keys}",
+            f"{cost.of_stage(s.stage).macs / 1e6:,.1f}",
+            f"{1000 * seconds:,.1f}",
+        ]
+        for s, seconds in zip(cost.stages, times, strict=False)
+    ]
+    total = ["all", "", "", "", "", f"{cost.macs / 1e6:,.1f}", f"{1000 * sum(times):,.1f}"]
+    heading = ["stage", "grid", "channels", "tokens", "keys", "MMACs", "ms"]
+    return text_table(heading, rows, total)
+
+
+def top_five(model: Model, images: NDArray) -> str:
+    if not model.config.has_classifier:
+        return "These weights are a backbone without a classifier: feature maps only, no classes."
+    logits = model(images)[0]
+    p = np.exp(logits - logits.max())
+    p /= p.sum()
+    best = np.argsort(-p)[:5]
+    return text_table(["class", "probability"], [[f"{k}", f"{p[k]:.4f}"] for k in best])
+
+
+# The picture --------------------------------------------------------------------------------------
+
+
+def displayable(images: NDArray) -> NDArray:
+    """The photo as the network gets it, (H, W, 3) in 0..1."""
+    return np.clip(images[0].transpose(1, 2, 0) * IMAGENET_STD + IMAGENET_MEAN, 0, 1)
+
+
+def as_rgb(feature_map: NDArray) -> NDArray:
+    """(C, h, w) as (h, w, 3): the three directions in which its cells differ most."""
+    C, h, w = feature_map.shape
+    cells = feature_map.reshape(C, h * w).T.astype(np.float64)  # (h*w, C)
+    cells -= cells.mean(axis=0)
+    _, _, directions = np.linalg.svd(cells, full_matrices=False)
+    shown = np.zeros((h * w, 3))
+    found = min(3, len(directions))
+    shown[:, :found] = cells @ directions[:found].T
+    low, high = np.percentile(shown, [2, 98], axis=0)
+    return np.clip((shown - low) / np.maximum(high - low, 1e-12), 0, 1).reshape(h, w, 3)
+
+
+def query_attention(model: Model, images: NDArray, point: tuple[float, float]) -> list[NDArray]:
+    """Where the query at point looks at each stage: last block, mean of the heads, (h, w) keys.
+
+    The cls token of stage 4, which has no place in the image, is left out.
+
+    Args:
+        point: row and column as fractions of the image.
+    """
+    config = model.config
+    maps = pvt_ref.attention_maps(model.params, images, config)
+    result = []
+    for i, (H, W) in enumerate(config.grids(*images.shape[2:])):
+        weights = maps[i + 1, config.depths[i] - 1][0].mean(axis=0)  # (queries, keys)
+        R = config.sr_ratios[i]
+        cls = weights.shape[0] - H * W  # 1 where the cls token is among them
+        query = int(point[0] * H) * W + int(point[1] * W)
+        result.append(weights[cls + query, cls:].reshape(H // R, W // R))
+    return result
+
+
+def draw(model: Model, name: str, images: NDArray, path: Path) -> None:
+    """Writes the figure: feature maps above, attention of one query below."""
+    config: PVTConfig = model.config
+    H, W = images.shape[2:]
+    photo, point = displayable(images), (0.55, 0.5)
+    maps = model.pyramid(images)
+    attention = query_attention(model, images, point)
+    strides = config.strides
+
+    plt.rcParams.update({"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 8})
+    height = 2 * (2.7 * H / W) + 2.6  # two rows of pictures, and the text around them
+    figure, axes = plt.subplots(2, 5, figsize=(14, height), layout="constrained")
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        for spine in ax.spines.values():
+            spine.set_visible(False)
+    axes[0, 0].imshow(photo)
+    axes[0, 0].set_title(f"the photo\n{H}×{W} pixels, 3 channels")
+    axes[1, 0].imshow(photo)
+    axes[1, 0].set_title("red: the query's own token\nat stages 1 to 4")
+    for i, stride in enumerate(strides):  # the token's own pixels, smaller at earlier stages
+        row, col = (int(f * side / stride) * stride for f, side in zip(point, (H, W), strict=True))
+        axes[1, 0].add_patch(
+            Rectangle((col - 0.5, row - 0.5), stride, stride, fill=False, color="red", lw=1)
+        )
+        C, h, w = maps[i].shape[1:]
+        ax = axes[0, i + 1]
+        ax.imshow(as_rgb(maps[i][0]), interpolation="nearest")
+        ax.set_title(f"$F_{i + 1}$: {h}×{w} cells, {C} channels")
+        ax.set_xlabel(f"a cell is {stride}×{stride} pixels")
+
+        cls = config.has_classifier and i == len(strides) - 1
+        seen, with_cls = attention[i].size + cls, " (with the cls token)" if cls else ""
+        keys, R, N = attention[i], config.sr_ratios[i], config.num_heads[i]
+        ax = axes[1, i + 1]
+        ax.imshow(photo.mean(axis=-1), cmap="gray", vmin=-0.3, vmax=1.3)
+        ax.imshow(keys, extent=(-0.5, W - 0.5, H - 0.5, -0.5), cmap="viridis", alpha=0.65)
+        ax.add_patch(
+            Rectangle((col - 0.5, row - 0.5), stride, stride, fill=False, color="red", lw=1.2)
+        )
+        heads = "1 head" if N == 1 else f"mean of {N} heads"
+        ax.set_title(f"stage {i + 1}: {h * w} queries × {keys.size} keys\n{heads}")
+        merged = f"{R}×{R} tokens ($R_{i + 1}$ = {R})" if R > 1 else f"one token ($R_{i + 1}$ = 1)"
+        ax.set_xlabel(
+            f"a key is {merged}\nweights {keys.min():.4f} (dark) to {keys.max():.4f} (light)\n"
+            f"all alike would be {1 / seen:.4f}{with_cls}"
+        )
+    figure.suptitle(
+        f"{name} through {model.source}\n"
+        "Above: each feature map, its three principal components as red, green and blue. Finer "
+        "cells at first, more channels later.\n"
+        "Below: how one query of the last block spreads its attention. Spatial reduction keeps the "
+        "keys few where the queries are many.",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        model = get_model(args.weights, args.variant)
+        side = model.config.img_size
+        size = tuple(args.size) if args.size else (side, side)
+        model.config.grids(*size)  # before any work
+        name, images = get_images(args.image, size)
+        print(f"photo:   {name}, brought to {size[0]}x{size[1]} pixels")
+        print(f"weights: {model.source}\n")
+        print(stage_table(model, images), "\n")
+        print(top_five(model, images))
+        if not args.weights:
+            print("The weights are random, so the classes mean nothing. The arithmetic is real.")
+        draw(model, name, images, Path(args.output))
+        print(f"\nwritten: {args.output}")
+    except (PVTError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Reading and writing .safetensors: a JSON header, then the raw numbers.
+
+The format has no checksum. So this project's own files carry, in their one metadata entry, a JSON
+text with the configuration and a SHA-256 over the configuration and every tensor's name, dtype,
+shape and bytes; what fails it is refused. One entry and not three, because safetensors writes
+several in random order, and the same model should give the same file.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # also teaches NumPy, and so safetensors, the name bfloat16
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from pvt_ref.config import PVTConfig, config_to_dict
+from pvt_ref.errors import CheckpointError
+
+METADATA_KEY = "pvt_ref"
+FORMAT = "pvt_ref weights 1"
+
+_DAMAGED = (
+    "The likely cause is an interrupted or faulty download or copy: fetch the file again, or save "
+    "the model again"
+)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Every tensor of the file, and the metadata ({} if there is none).
+
+    Raises:
+        CheckpointError: if it is damaged, or holds a dtype that NumPy does not have.
+    """
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except MemoryError:
+        raise
+    except Exception as error:  # damage: SafetensorError; shapes and dtypes beyond NumPy: others
+        raise CheckpointError(
+            f"not a whole .safetensors file, or one with number types that NumPy lacks "
+            f"({type(error).__name__}: {error}). {_DAMAGED}"
+        ) from error
+    return tensors, metadata
+
+
+def widen(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same arrays, with bfloat16 as float32."""
+    return {
+        key: x.astype(np.float32) if x.dtype == ml_dtypes.bfloat16 else x
+        for key, x in state.items()
+    }
+
+
+def own_config(state: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> PVTConfig | None:
+    """The configuration in a file that this project wrote, once the digest has been verified.
+
+    Returns:
+        None if the file was written by somebody else.
+
+    Raises:
+        CheckpointError: if anything in it differs from what was written.
+    """
+    if METADATA_KEY not in metadata:
+        return None
+    try:
+        record = json.loads(metadata[METADATA_KEY])
+        written, expected = record["format"], record["sha256"]
+        found = _digest(state, record["config"])
+    except Exception as error:
+        raise CheckpointError(
+            f"a pvt_ref file whose metadata cannot be read ({type(error).__name__}: {error}). "
+            f"{_DAMAGED}"
+        ) from error
+    if written != FORMAT:
+        raise CheckpointError(
+            f"a pvt_ref file of format {written!r}; this version reads {FORMAT!r}. It was written "
+            f"by a newer version, or is damaged. Update pvt_ref, or save the model again"
+        )
+    if found != expected or len(metadata) != 1:
+        raise CheckpointError(
+            f"a pvt_ref file whose content does not match its SHA-256 ({found[:12]}..., written as "
+            f"{str(expected)[:12]}...): at least one bit has changed. {_DAMAGED}"
+        )
+    try:
+        config = PVTConfig(**record["config"])
+    except Exception as error:  # also TypeError, for fields that this version does not know
+        raise CheckpointError(
+            f"a pvt_ref file with a configuration that this version does not accept: {error}. It "
+            f"was probably written by another version: update pvt_ref"
+        ) from error
+    if sum(config.depths) > len(state):
+        raise CheckpointError(
+            f"a pvt_ref file whose configuration has {sum(config.depths)} blocks and whose tensors "
+            f"are only {len(state)}. It was not written by this project: save the model again"
+        )
+    return config
+
+
+def check_foreign_metadata(metadata: Mapping[str, str]) -> None:
+    """Raises CheckpointError unless a file with this project's key names is plainly not its own.
+
+    Otherwise damage to the name of the metadata entry would hide the digest.
+    """
+    if not all(k == "format" and re.fullmatch("[a-z]{1,8}", v) for k, v in metadata.items()):
+        raise CheckpointError(
+            f"tensors in this project's layout, but the metadata has entries that it does not "
+            f"write ({', '.join(repr(k[:20]) for k in sorted(metadata)[:4])}; known are "
+            f"{METADATA_KEY!r}, and 'format' as other libraries write it), so the file cannot be "
+            f"verified. {_DAMAGED}. If another program wrote it, save the tensors without metadata"
+        )
+
+
+def to_bytes(state: Mapping[str, np.ndarray], config: PVTConfig) -> bytes:
+    """A file of this project: the same weights and configuration give the same bytes."""
+    # safetensors takes the memory as it lies, and would scramble any other order silently
+    state = {key: np.ascontiguousarray(x) for key, x in state.items()}
+    plain = json.loads(json.dumps(config_to_dict(config)))  # tuples as lists, as it will be read
+    record = {"format": FORMAT, "config": plain, "sha256": _digest(state, plain)}
+    return safetensors.numpy.save(dict(state), {METADATA_KEY: json.dumps(record, sort_keys=True)})
+
+
+def _digest(state: Mapping[str, np.ndarray], config: Any) -> str:
+    sha256 = hashlib.sha256()
+    sha256.update(json.dumps([FORMAT, config], sort_keys=True).encode())
+    for key in sorted(state):
+        x = state[key]
+        sha256.update(json.dumps([key, x.dtype.name, x.shape]).encode())  # also says how many bytes
+        little = x.astype(x.dtype.newbyteorder("<"), copy=False)
+        sha256.update(np.ascontiguousarray(little).data)
+    return sha256.hexdigest()

@@ -1,0 +1,65 @@
+"""How long each stage takes, on whatever device the arrays are."""
+
+import dataclasses
+import itertools
+import statistics
+import time
+from typing import Any
+
+from pvt_ref.arrays import Array, synchronize
+from pvt_ref.config import NUM_STAGES, PVTConfig
+from pvt_ref.errors import RangeError
+from pvt_ref.model import forward, forward_pyramid
+from pvt_ref.ops import Ops, default_ops
+from pvt_ref.params import PVTParams
+
+
+def time_stages(
+    params: PVTParams,
+    images: Array,
+    config: PVTConfig,
+    repeats: int = 5,
+    *,
+    ops: Ops | None = None,
+) -> list[float]:
+    """Median time of each stage in a forward pass, and of what follows the last block.
+
+    Args:
+        params, images, config, ops: as for :func:`pvt_ref.forward`; without a classifier the
+            pyramid is run.
+        repeats: timed passes, after one that warms up.
+
+    Returns:
+        Five times in seconds: stages 1 to 4, each with its patch embedding, and the classifier.
+
+    Raises:
+        RangeError: if repeats is less than 1.
+    """
+    if repeats < 1:
+        raise RangeError(f"repeats is {repeats}; it must be at least 1")
+    ops = default_ops(images) if ops is None else ops
+    ends: list[float] = []  # when each block was done
+
+    def timed_block(*args: Any, **kwargs: Any) -> Any:
+        result = ops.block.forward(*args, **kwargs)
+        synchronize(images)
+        ends.append(time.perf_counter())
+        return result
+
+    timed = dataclasses.replace(ops, block=dataclasses.replace(ops.block, forward=timed_block))
+    run = forward if config.has_classifier else forward_pyramid
+    passes: list[list[float]] = []
+    for _ in range(repeats + 1):
+        ends.clear()
+        synchronize(images)
+        marks = [time.perf_counter()]
+        run(params, images, config, ops=timed)
+        synchronize(images)
+        finish = time.perf_counter()
+        done = 0
+        for i in range(NUM_STAGES):
+            done += config.depths[i]
+            marks.append(ends[done - 1])  # a stage ends with its last block
+        marks.append(finish)
+        passes.append([b - a for a, b in itertools.pairwise(marks)])
+    return [statistics.median(times) for times in zip(*passes[1:], strict=True)]

@@ -1,0 +1,106 @@
+"""The command line, run in process; once as a user would."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from strategies import rng_of
+
+import pvt_ref
+from pvt_ref import VARIANTS
+from pvt_ref.__main__ import main
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    status = main(argv)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_summary_prints_the_bill(capsys):
+    status, out, _ = run(capsys, "summary", "pvt_small", "--size", "512", "768")
+    cost = pvt_ref.count_cost(VARIANTS["pvt_small"], (512, 768))
+    assert status == 0
+    assert "pvt_small, image 512x768" in out
+    assert "24,485,864" in out  # parameters
+    assert f"{cost.macs / 1e6:,.2f}" in out
+    assert f"{cost.peak_bytes / 2**20:,.2f}" in out
+    assert "attn.sr x4" in out  # stage 2 has four blocks
+    for i, grid in enumerate(("128x192", "64x96", "32x48", "16x24"), start=1):
+        assert f"stage {i}: grid {grid}" in out
+
+
+def test_summary_of_a_vit_a_square_and_the_pyramid(capsys):
+    assert "22,050,664" in run(capsys, "summary", "vit_s_16")[1]
+    assert (
+        "image 64x64, batch 2, float64"
+        in run(capsys, "summary", "pvt_tiny", "--size", "64", "--batch", "2", "--dtype", "float64")[
+            1
+        ]
+    )
+    assert "classifier" not in run(capsys, "summary", "pvt_tiny", "--pyramid")[1]
+
+
+def test_summary_of_an_impossible_size_says_what_fits(capsys):
+    status, out, err = run(capsys, "summary", "pvt_tiny", "--size", "200", "224")
+    assert status == 2
+    assert not out
+    assert "200x224 does not fit" in err
+    assert "192x224" in err
+    status, _, err = run(capsys, "summary", "pvt_tiny", "--size", "1", "2", "3")
+    assert status == 2
+    assert "a side or (H, W)" in err
+
+
+def test_convert_writes_our_format_and_says_what_it_recognised(capsys, tmp_path):
+    import torch
+
+    config = VARIANTS["pvt_tiny"]
+    params = pvt_ref.init_params(config, rng_of(0))
+    state = {k: torch.tensor(x) for k, x in pvt_ref.to_state_dict(params).items()}
+    torch.save(state, tmp_path / "pvt_tiny.pth")
+    target = tmp_path / "tiny.safetensors"
+    status, out, _ = run(capsys, "convert", str(tmp_path / "pvt_tiny.pth"), str(target))
+    assert status == 0
+    assert "pvt_tiny" in out
+    assert str(target) in out
+    model = pvt_ref.load(target)
+    assert model.config == config
+    for key, x in pvt_ref.to_state_dict(model.params).items():
+        np.testing.assert_array_equal(x, state[key].numpy(), err_msg=key)
+
+
+def test_convert_of_what_is_not_there_or_not_weights(capsys, tmp_path):
+    target = tmp_path / "x.safetensors"
+    status, _, err = run(capsys, "convert", str(tmp_path / "nothing.pth"), str(target))
+    assert status == 2
+    assert "nothing.pth" in err
+    (tmp_path / "text.pth").write_text("hello")
+    status, _, err = run(capsys, "convert", str(tmp_path / "text.pth"), str(target))
+    assert status == 2
+    assert "text.pth" in err
+    assert not target.exists()
+
+
+def test_module_runs_as_a_program_and_needs_no_torch():
+    code = (
+        "import sys, runpy\n"
+        "sys.argv = ['pvt_ref', 'summary', 'pvt_tiny']\n"
+        "try: runpy.run_module('pvt_ref', run_name='__main__')\n"
+        "except SystemExit as e: assert not e.code\n"
+        "loaded = {'torch', 'cupy', 'transformers', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "13,229,288" in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-m", "pvt_ref", "--version"], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == f"pvt_ref {pvt_ref.__version__}"
+
+
+@pytest.mark.parametrize("name", sorted(pvt_ref.__all__))
+def test_every_public_name_is_there_and_documented(name):
+    assert getattr(pvt_ref, name).__doc__

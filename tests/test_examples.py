@@ -1,0 +1,196 @@
+"""The example scripts do what the README says, from a photo to a picture."""
+
+import importlib
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from strategies import normal, rng_of
+
+import pvt_ref
+from pvt_ref import VARIANTS, Model
+from pvt_ref.timing import time_stages
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def examples(monkeypatch, tmp_path):
+    """Import of a script by name, run in an empty folder."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+
+    def get(name: str) -> types.ModuleType:
+        return importlib.import_module(name)
+
+    yield get
+    for name in ("forward", "forward_gpu"):
+        sys.modules.pop(name, None)
+
+
+def test_forward_shows_the_stages_and_draws_the_pyramid(examples, capsys, tmp_path):
+    assert examples("forward").main([]) == 0
+    out = capsys.readouterr().out
+    assert "china.jpg (from scikit-learn)" in out
+    assert "RANDOM weights" in out
+    assert "The weights are random" in out
+    table = [line.split() for line in out.splitlines()]
+    stages = {row[0]: row[1:6] for row in table if row and row[0] in ("1", "2", "3", "4")}
+    cost = pvt_ref.count_cost(VARIANTS["pvt_tiny"])
+    for s in cost.stages:
+        macs = f"{cost.of_stage(s.stage).macs / 1e6:,.1f}"
+        assert stages[f"{s.stage}"] == [
+            f"{s.grid[0]}x{s.grid[1]}",
+            f"{s.channels}",
+            f"{s.tokens}",
+            f"{s.keys}",
+            macs,
+        ]
+    model = examples("forward").get_model(None, None)
+    logits = model(examples("forward").get_images(None, (224, 224))[1])[0]
+    five = [f"{k}" for k in np.argsort(-logits)[:5]]
+    heading = next(i for i, row in enumerate(table) if row[:2] == ["class", "probability"])
+    assert [row[0] for row in table[heading + 2 : heading + 7]] == five
+    with Image.open(tmp_path / "pyramid.png") as picture:
+        assert picture.width > 1000
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+        assert len(np.unique(pixels, axis=0)) > 1000  # a photo is in it
+
+
+def test_forward_takes_a_picture_weights_and_a_size(examples, capsys, tmp_path):
+    config = VARIANTS["pvt_tiny"]
+    model = Model(pvt_ref.init_params(config, rng_of(3)), config)
+    pvt_ref.save(tmp_path / "mine.safetensors", model)
+    Image.fromarray(rng_of(0).integers(0, 255, (50, 90, 3), np.uint8)).save(tmp_path / "x.png")
+    arguments = ["x.png", "--weights", "mine.safetensors", "--size", "64", "96"]
+    assert examples("forward").main([*arguments, "--output", "out.png"]) == 0
+    out = capsys.readouterr().out
+    assert "x.png, brought to 64x96 pixels" in out
+    assert "random" not in out.lower()
+    assert (tmp_path / "out.png").exists()
+
+
+def test_forward_draws_a_backbone_without_a_classifier(examples, capsys, tmp_path, monkeypatch):
+    import dataclasses
+
+    config = dataclasses.replace(VARIANTS["pvt_tiny"], num_classes=0)
+    backbone = Model(pvt_ref.init_params(config, rng_of(3)), config)
+    forward = examples("forward")
+    monkeypatch.setattr(forward, "get_model", lambda *_: backbone)
+    assert forward.main(["--size", "64", "64"]) == 0
+    assert "without a classifier" in capsys.readouterr().out
+    assert (tmp_path / "pyramid.png").exists()
+
+
+def test_forward_explains_what_is_wrong(examples, capsys, tmp_path):
+    forward = examples("forward")
+    assert forward.main(["nothing.jpg"]) == 2
+    assert "nothing.jpg" in capsys.readouterr().err
+    assert forward.main(["--size", "100", "224"]) == 2
+    assert "multiples of 32" in capsys.readouterr().err
+    assert not (tmp_path / "pyramid.png").exists()
+
+
+def test_query_attention_picks_the_token_at_the_point(examples):
+    forward = examples("forward")
+    config = VARIANTS["pvt_tiny"]
+    model = Model(pvt_ref.init_params(config, rng_of(1)), config)
+    images = normal(0, 1, 3, 64, 96, dtype=np.float32)
+    maps = pvt_ref.attention_maps(model.params, images, config)
+    found = forward.query_attention(model, images, (0.55, 0.5))
+    for i, (row, col) in enumerate([(8, 12), (4, 6), (2, 3), (1, 1)]):
+        H, W = config.grids(64, 96)[i]
+        weights = maps[i + 1, 1][0].mean(axis=0)
+        cls = int(i == 3)
+        np.testing.assert_array_equal(found[i].ravel(), weights[cls + row * W + col][cls:])
+        assert found[i].shape == (2, 3)
+        assert weights.shape[0] == H * W + cls
+
+
+def test_forward_gpu_without_cuda_says_what_to_install_and_exits_with_2(
+    examples, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "cupy", None)  # an import of it fails
+    assert examples("forward_gpu").main([]) == 2
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert captured.err.count("error:") == 1
+    assert "pip install 'pvt_ref[cuda12]'" in captured.err
+
+
+class FakeCuda:
+    """Stands in for CuPy's module where only the device's name is asked."""
+
+    __version__ = "0"
+
+    class cuda:  # noqa: N801
+        class runtime:  # noqa: N801
+            @staticmethod
+            def getDevice():  # noqa: N802
+                return 0
+
+            @staticmethod
+            def getDeviceProperties(_):  # noqa: N802
+                return {"name": b"a CPU in disguise"}
+
+
+@pytest.fixture
+def gpu_script(examples, monkeypatch):
+    """The script with NumPy in the place of the device: everything but CuPy itself is run."""
+    script = examples("forward_gpu")
+    monkeypatch.setattr(script, "import_cupy", lambda: FakeCuda)
+    monkeypatch.setattr(script, "to_device", lambda tree: tree)
+    config = VARIANTS["pvt_tiny"]
+    small = Model(pvt_ref.init_params(config, rng_of(0)), config, "test weights")
+    monkeypatch.setattr(script, "get_model", lambda *_: small)
+    monkeypatch.setattr(
+        script, "get_images", lambda *_: ("noise", normal(0, 1, 3, 32, 32, dtype=np.float32))
+    )
+    return script
+
+
+def test_forward_gpu_compares_everything_before_it_times(gpu_script, capsys):
+    assert gpu_script.main(["--batch", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "All results match." in out
+    for name in ("logits", "pyramid F1 to F4", "gradients of the classifier"):
+        assert f"{name} " in out
+    assert out.index("All results match") < out.index("stage 1")
+    assert "forward and backward" in out
+
+
+def test_forward_gpu_refuses_to_time_wrong_numbers(gpu_script, capsys, monkeypatch):
+    honest = gpu_script.run_all
+    calls = []
+
+    def dishonest(params, images, config):
+        results = honest(params, images, config)
+        calls.append(None)
+        if len(calls) == 2:  # the device's turn
+            results["logits"] = [results["logits"][0] * 1.01]
+        return results
+
+    monkeypatch.setattr(gpu_script, "run_all", dishonest)
+    assert gpu_script.main(["--batch", "1"]) == 1
+    out = capsys.readouterr().out
+    assert "NO" in out
+    assert "stage 1" not in out
+
+
+@pytest.mark.gpu
+def test_forward_gpu_on_a_gpu(examples, capsys, cupy):
+    assert examples("forward_gpu").main(["--batch", "2"]) == 0
+    assert "All results match." in capsys.readouterr().out
+
+
+def test_time_stages_gives_a_time_for_each_stage_and_the_rest():
+    config = VARIANTS["pvt_tiny"]
+    params = pvt_ref.init_params(config, rng_of(0))
+    times = time_stages(params, normal(0, 1, 3, 32, 32, dtype=np.float32), config, repeats=2)
+    assert len(times) == 5
+    assert all(t > 0 for t in times)
+    with pytest.raises(ValueError, match="at least 1"):
+        time_stages(params, normal(0, 1, 3, 32, 32, dtype=np.float32), config, repeats=0)

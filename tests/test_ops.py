@@ -1,0 +1,178 @@
+"""The record of operations: whatever is put into it is what the model uses, everywhere."""
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+import pytest
+from strategies import ModelCase, normal, random_params, rng_of
+
+import pvt_ref
+from pvt_ref import REFERENCE, VARIANTS, Ops
+from pvt_ref.ops import Operation, default_ops
+
+CONFIG = dataclasses.replace(
+    VARIANTS["pvt_tiny"],
+    img_size=32,
+    embed_dims=(4, 8, 12, 16),
+    num_heads=(1, 2, 3, 4),
+    num_classes=5,
+    drop_rate=0.1,
+    attn_drop_rate=0.1,
+    drop_path_rate=0.2,
+)
+CASE = ModelCase(CONFIG, 2, (32, 64), 1)
+NAMES = [field.name for field in dataclasses.fields(Ops) if field.name != "name"]
+
+
+def counting(calls: Counter, keeps: list | None = None) -> Ops:
+    """The reference, with every call counted by operation and direction."""
+
+    def spy(name: str, direction: str, function):
+        def called(*args, **kwargs):
+            calls[f"{name}.{direction}"] += 1
+            if keeps is not None and direction == "forward" and "drop" not in name:
+                # attention takes keep as its eighth argument, the others by name
+                keeps.append((name, kwargs["keep"] if "keep" in kwargs else args[7:8]))
+            return function(*args, **kwargs)
+
+        return called
+
+    operations = {
+        name: Operation(
+            spy(name, "forward", getattr(REFERENCE, name).forward),
+            spy(name, "backward", getattr(REFERENCE, name).backward),
+        )
+        for name in NAMES
+    }
+    return Ops(name="counting", **operations)
+
+
+FORWARD = {f"{name}.forward" for name in NAMES}
+BACKWARD = {f"{name}.backward" for name in NAMES}
+
+
+def test_the_classifier_uses_every_operation_of_the_record_it_is_given():
+    params, images, calls = CASE.params(), CASE.images(), Counter()
+    ops = counting(calls)
+    logits = pvt_ref.forward(params, images, CONFIG, ops=ops)
+    assert set(calls) == FORWARD
+    np.testing.assert_array_equal(logits, pvt_ref.forward(params, images, CONFIG))
+    calls.clear()
+    logits, cache = pvt_ref.forward_with_cache(params, images, CONFIG, rng_of(1), ops=ops)
+    assert set(calls) == FORWARD
+    calls.clear()
+    pvt_ref.backward(params, cache, logits, CONFIG)  # the cache knows its record
+    assert set(calls) == BACKWARD
+    calls.clear()
+    pvt_ref.backward(params, cache, logits, CONFIG, ops=ops)
+    assert set(calls) == BACKWARD
+
+
+def test_the_pyramid_uses_every_operation_of_the_record_it_is_given():
+    params, images, calls = CASE.params(), CASE.images(), Counter()
+    ops = counting(calls)
+    pvt_ref.forward_pyramid(params, images, CONFIG, ops=ops)
+    assert set(calls) == FORWARD
+    calls.clear()
+    maps, cache = pvt_ref.forward_pyramid_with_cache(params, images, CONFIG, rng_of(1), ops=ops)
+    assert set(calls) == FORWARD
+    calls.clear()
+    pvt_ref.backward_pyramid(params, cache, maps, CONFIG)
+    assert set(calls) == BACKWARD
+
+
+def test_attention_maps_use_the_record_they_are_given():
+    calls = Counter()
+    pvt_ref.attention_maps(CASE.params(), CASE.images(), CONFIG, ops=counting(calls))
+    assert set(calls) == FORWARD
+
+
+def test_a_replaced_gelu_reaches_the_mlp_inside_a_block():
+    def relu_forward(x, keep=True):
+        return np.maximum(x, 0), x if keep else None
+
+    ops = dataclasses.replace(
+        REFERENCE, name="relu", gelu=Operation(relu_forward, lambda x, dy: dy * (x > 0))
+    )
+    params, images = CASE.params(), CASE.images()
+    logits, cache = pvt_ref.forward_with_cache(params, images, CONFIG, ops=ops)
+    assert np.abs(logits - pvt_ref.forward(params, images, CONFIG)).max() > 1e-3
+    _, dimages = pvt_ref.backward(params, cache, np.ones_like(logits), CONFIG)
+    v = normal(3, *images.shape)
+    up, down = (
+        pvt_ref.forward(params, images + step * v, CONFIG, ops=ops) for step in (1e-6, -1e-6)
+    )
+    np.testing.assert_allclose((up - down).sum() / 2e-6, (dimages * v).sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("run", ["forward", "forward_pyramid", "attention_maps"])
+def test_inference_asks_no_operation_for_a_cache(run):
+    keeps: list = []
+    ops = counting(Counter(), keeps)
+    getattr(pvt_ref, run)(CASE.params(), CASE.images(), CONFIG, ops=ops)
+    assert {name for name, _ in keeps} == {n for n in NAMES if "drop" not in n}
+    wrong = [(name, keep) for name, keep in keeps if keep is not False and keep != (False,)]
+    assert not wrong
+
+
+def test_without_a_generator_nothing_is_dropped_and_with_one_something_is():
+    params, images = CASE.params(), CASE.images()
+    still = pvt_ref.forward(params, images, CONFIG)
+    np.testing.assert_array_equal(pvt_ref.forward_with_cache(params, images, CONFIG)[0], still)
+    dropped, _ = pvt_ref.forward_with_cache(params, images, CONFIG, rng_of(1))
+    assert np.abs(dropped - still).max() > 1e-3
+    maps = pvt_ref.forward_pyramid(params, images, CONFIG)
+    kept, _ = pvt_ref.forward_pyramid_with_cache(params, images, CONFIG)
+    changed, _ = pvt_ref.forward_pyramid_with_cache(params, images, CONFIG, rng_of(1))
+    for a, b, c in zip(maps, kept, changed, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert np.abs(a - c).max() > 1e-3
+
+
+def test_every_kind_of_drop_happens_where_its_own_rate_says():
+    # one rate at a time: how many masks are drawn, and of what shapes
+    params, images, B = random_params(CONFIG, 2), CASE.images(), 2
+    blocks = sum(CONFIG.depths)
+
+    class Recorder(np.random.Generator):
+        def __init__(self):
+            super().__init__(np.random.PCG64(0))
+            self.shapes = []
+
+        def random(self, size=None, dtype=np.float64, out=None):
+            self.shapes.append(tuple(size))
+            return super().random(size, dtype)
+
+    def shapes_drawn(**rates):
+        off = {"drop_rate": 0.0, "attn_drop_rate": 0.0, "drop_path_rate": 0.0}
+        recorder = Recorder()
+        config = dataclasses.replace(CONFIG, **(off | rates))
+        pvt_ref.forward_with_cache(params, images, config, recorder)
+        return recorder.shapes
+
+    assert shapes_drawn() == []
+    # the first block's rate is 0, so it draws nothing
+    assert shapes_drawn(drop_path_rate=0.5) == [(B, 1, 1)] * (2 * (blocks - 1))
+    n = [128, 32, 8, 3]  # tokens of a 32x64 image, with cls in stage 4
+    m = [2, 2, 2, 3]
+    attention = [(B, CONFIG.num_heads[i], n[i], m[i]) for i in range(4) for _ in range(2)]
+    assert shapes_drawn(attn_drop_rate=0.5) == attention
+    dropout = []
+    for i, C in enumerate(CONFIG.embed_dims):
+        hidden = int(C * CONFIG.mlp_ratios[i])
+        dropout += [(B, n[i], C)]  # after the position embedding
+        dropout += [(B, n[i], C), (B, n[i], hidden), (B, n[i], C)] * 2  # W^O, GELU, fc2
+    assert shapes_drawn(drop_rate=0.5) == dropout
+
+
+def test_the_default_record_is_the_reference():
+    assert default_ops(CASE.images()) is REFERENCE
+    _, cache = pvt_ref.forward_with_cache(CASE.params(), CASE.images(), CONFIG)
+    assert cache.ops is REFERENCE
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        REFERENCE.gelu = None
+
+
+def test_no_stages_give_no_attention_maps():
+    assert pvt_ref.attention_maps(CASE.params(), CASE.images(), CONFIG, stages=[]) == {}

@@ -1,0 +1,33 @@
+"""The README's code runs as it stands, and what its comments promise is so."""
+
+import re
+from pathlib import Path
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_code_in_the_readme_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["logits"].shape == (2, 1000)
+    assert [names[f"f{i}"].shape for i in (1, 4)] == [(2, 64, 56, 56), (2, 512, 7, 7)]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == ["(64, 64)", "(2, 1, 3136, 49)"]
+    assert any("13,229,288" in line for line in printed)
+
+
+def test_the_agreement_in_the_readme_is_that_of_the_full_table():
+    table = Path(__file__).parents[1] / "docs" / "results" / "agreement.md"
+    measured = table.read_text(encoding="utf-8").splitlines()
+    rows = [line for line in README.splitlines() if line.startswith("| pvt_")]
+    assert len(rows) > 5
+    assert all(row in measured for row in rows)
+
+
+def test_every_file_that_the_readme_links_to_exists():
+    links = re.findall(r"\]\(([^)h#][^)]*)\)", README)
+    assert links
+    for link in links:
+        assert (Path(__file__).parents[1] / link).exists(), link
