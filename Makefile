@@ -43,16 +43,13 @@ demo: .venv/.stamp-examples ## one photo through a PVT; writes pyramid.png
 test: .venv/.stamp-test ## all tests, on up to eight cores
 	@$(PY) -m pytest -n auto --maxprocesses 8 $(ARGS)
 
-# code in *.md keeps the comments beside it in a column
-ONLY_PY := --config 'format.exclude = ["*.md"]'
-
 lint: .venv/.stamp-lint ## formatting and style
-	@.venv/bin/ruff format --check $(ONLY_PY) .
+	@.venv/bin/ruff format --check .
 	@.venv/bin/ruff check .
 
 format: .venv/.stamp-lint ## puts formatting, and what else ruff can, in order
 	@.venv/bin/ruff check --fix --exit-zero --quiet .
-	@.venv/bin/ruff format $(ONLY_PY) .
+	@.venv/bin/ruff format .
 
 types: .venv/.stamp-lint .venv/.stamp-examples ## static types
 	@.venv/bin/pyright --pythonpath $(PY) $(ARGS)

@@ -5,6 +5,7 @@ and use the functions of the array API standard (https://data-apis.org/array-api
 CuPy share; so the same lines also run on any other library that implements the standard.
 """
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -34,16 +35,16 @@ def array_module(x: Array) -> ModuleType:
         return sys.modules["cupy"]
     if hasattr(x, "__array_namespace__"):
         return x.__array_namespace__()
-    raise ArrayTypeError(
-        f"expected an array, got {type(x).__module__}.{type(x).__name__}. "
-        f"{_how_to_convert(x)} moves it into a NumPy array"
-    )
+    raise ArrayTypeError(f"expected an array, got {describe_type(x)}")
 
 
-def _how_to_convert(x: object) -> str:
-    if type(x).__module__.split(".")[0] == "torch":
-        return "x.detach().cpu().numpy()"
-    return "numpy.asarray(x, dtype=numpy.float32)"
+def describe_type(x: object) -> str:
+    """What a value is that should be an array, and how it becomes one."""
+    library = type(x).__module__.split(".")[0]
+    if library == "torch":
+        return "a torch.Tensor. x.detach().cpu().numpy() makes an array of it"
+    name = type(x).__name__ if library == "builtins" else f"{library}.{type(x).__name__}"
+    return f"a {name}. numpy.asarray(x, dtype=numpy.float32) makes an array of numbers"
 
 
 def is_cupy(x: object) -> bool:
@@ -55,6 +56,16 @@ def is_cupy(x: object) -> bool:
 def is_array(x: object) -> bool:
     """Whether :func:`array_module` accepts x."""
     return isinstance(x, np.ndarray | np.generic) or is_cupy(x) or hasattr(x, "__array_namespace__")
+
+
+def same_library(x: Array, y: Array) -> bool:
+    """Whether x and y can be combined."""
+    return array_module(x) is array_module(y)
+
+
+def library_and_dtype(x: Array) -> str:
+    """``"numpy float32"`` and the like, for messages."""
+    return f"{array_module(x).__name__.split('.')[0]} {dtype_name(x)}"
 
 
 def dtype_name(x: Array) -> str:
@@ -152,12 +163,12 @@ def to_device(tree: Any, device: str = "cuda") -> Any:
     """
     if device == "cpu":
         return to_numpy(tree)
-    kind, _, index = device.partition(":") if isinstance(device, str) else ("", "", "")
-    if kind != "cuda" or (index and not index.isdecimal()):
+    match = re.fullmatch(r"cuda(?::(\d+))?", device) if isinstance(device, str) else None
+    if not match:
         raise DeviceError(f"device is {device!r}; known are 'cpu', 'cuda', 'cuda:0', 'cuda:1', ...")
     cupy = import_cupy()
     count = cupy.cuda.runtime.getDeviceCount()
-    number = int(index) if index else cupy.cuda.runtime.getDevice()
+    number = int(match[1]) if match[1] else cupy.cuda.runtime.getDevice()
     if number >= count:
         raise DeviceError(f"device is {device!r}, but the CUDA devices here are 0 to {count - 1}")
     with cupy.cuda.Device(number):

@@ -13,11 +13,13 @@ from pvt_ref.arrays import (
     FLOAT_DTYPES,
     Array,
     array_module,
+    describe_type,
     dtype_name,
     is_array,
-    is_cupy,
+    library_and_dtype,
+    same_library,
 )
-from pvt_ref.config import NUM_STAGES, PVTConfig
+from pvt_ref.config import NUM_STAGES, PVTConfig, check_config, config_to_dict, is_whole
 from pvt_ref.errors import (
     ArrayTypeError,
     ConfigError,
@@ -25,39 +27,17 @@ from pvt_ref.errors import (
     RangeError,
     ShapeError,
 )
-from pvt_ref.ops import Ops
-from pvt_ref.params import PVTParams, named_arrays, param_shapes
+from pvt_ref.ops import Ops, default_ops
+from pvt_ref.params import PVTParams, check_params_type, named_arrays, param_shapes
 
 
-def check_config(config: object) -> None:
-    """Raises ArrayTypeError unless config is a PVTConfig."""
-    if not isinstance(config, PVTConfig):
-        raise ArrayTypeError(
-            f"config is a {type(config).__name__}; it must be a PVTConfig, such as "
-            f"VARIANTS['pvt_tiny'], the last argument of (params, images, config)"
-        )
-
-
-def check_params(params: object, config: PVTConfig) -> None:
+def check_params(params: PVTParams, config: PVTConfig) -> None:
     """Raises unless params are a PVTParams of one float dtype on one device, made for config."""
     check_config(config)
-    if not isinstance(params, PVTParams):
-        raise ArrayTypeError(
-            f"params is a {type(params).__name__}; it must be a PVTParams, from init_params, "
-            f"from_state_dict or load(path).params"
-        )
-    first = params.pos_embed1
+    check_params_type(params)
     shapes = param_shapes(config)
-    found = {}
-    for key, x in named_arrays(params):
-        found[key] = tuple(x.shape)
-        check_float(key, x)
-        if dtype_name(x) != dtype_name(first) or is_cupy(x) != is_cupy(first):
-            raise ArrayTypeError(
-                f"params mix {_kind(first)} (pos_embed1) and {_kind(x)} ({key}); all must have one "
-                f"dtype and lie on one device. from_state_dict(to_state_dict(params), config) "
-                f"makes the dtype one, to_device(params, ...) the device"
-            )
+    arrays = dict(named_arrays(params))
+    found = {key: tuple(x.shape) for key, x in arrays.items()}
     if found != shapes:
         different = sorted(k for k in found.keys() | shapes.keys() if found.get(k) != shapes.get(k))
         key = different[0]
@@ -66,10 +46,16 @@ def check_params(params: object, config: PVTConfig) -> None:
             f"{key}, which is {found.get(key, 'absent')} and should be "
             f"{shapes.get(key, 'absent')}. Pass the config that params were made with"
         )
-
-
-def _kind(x: Array) -> str:
-    return f"{type(x).__module__.split('.')[0]} {dtype_name(x)}"
+    first = params.pos_embed1
+    for key, x in arrays.items():
+        check_float(key, x)
+        if dtype_name(x) != dtype_name(first) or not same_library(x, first):
+            raise ArrayTypeError(
+                f"params mix {library_and_dtype(first)} (pos_embed1) and {library_and_dtype(x)} "
+                f"({key}); all must have one dtype and lie on one device. "
+                f"from_state_dict(to_state_dict(params), config) makes the dtype one, "
+                f"to_device(params, ...) the device"
+            )
 
 
 def check_float(name: str, x: Array) -> None:
@@ -92,15 +78,16 @@ def prepare_images(params: PVTParams, images: Array, config: PVTConfig) -> Array
     check_params(params, config)
     if not is_array(images):
         raise ArrayTypeError(
-            f"images are a {type(images).__name__}; they must be one array (B, {config.in_chans}, "
-            f"H, W) of floats. numpy.stack(list_of_images) makes one of several; "
+            f"images are {describe_type(images)}. They must be one array (B, {config.in_chans}, H, "
+            f"W) of floats: numpy.stack(list_of_images) makes one of several, and "
             f"pvt_ref.load_image(path) reads one from a file"
         )
     weight = params.pos_embed1
-    if is_cupy(images) != is_cupy(weight):
+    if not same_library(images, weight):
         raise ArrayTypeError(
-            f"images are {_kind(images)} and the weights {_kind(weight)}; both must lie on one "
-            f"device. Move one: pvt_ref.to_device(x, 'cuda') or pvt_ref.to_numpy(x)"
+            f"images are {library_and_dtype(images)} and the weights {library_and_dtype(weight)}; "
+            f"both must lie on one device. Move one: pvt_ref.to_device(x, 'cuda') or "
+            f"pvt_ref.to_numpy(x)"
         )
     xp = array_module(images)
     name = dtype_name(images)
@@ -150,11 +137,12 @@ def check_has_classifier(config: PVTConfig) -> None:
 def check_cotangent(name: str, dy: Array, shape: tuple[int, ...], like: Array) -> Array:
     """A gradient of the given shape, on like's device, cast to like's dtype."""
     if not is_array(dy):
-        raise ArrayTypeError(f"{name} is a {type(dy).__name__}; it must be an array {shape}")
-    if is_cupy(dy) != is_cupy(like):
+        raise ArrayTypeError(f"{name} is {describe_type(dy)}. It must be an array {shape}")
+    if not same_library(dy, like):
         raise ArrayTypeError(
-            f"{name} is {_kind(dy)} and the weights are {_kind(like)}; both must lie on one "
-            f"device. Move one: pvt_ref.to_device(x, 'cuda') or pvt_ref.to_numpy(x)"
+            f"{name} is {library_and_dtype(dy)} and the weights are {library_and_dtype(like)}; "
+            f"both must lie on one device. Move one: pvt_ref.to_device(x, 'cuda') or "
+            f"pvt_ref.to_numpy(x)"
         )
     check_float(name, dy)
     if tuple(dy.shape) != shape:
@@ -184,14 +172,37 @@ def check_pyramid_cotangents(
     ]
 
 
-def check_cache(cache: Any, kind: type, maker: str, ops: Ops | None) -> Ops:
+def choose_ops(ops: Ops | None, images: Array) -> Ops:
+    """The record named, or the default for images.
+
+    Raises:
+        ArrayTypeError: if ops is something else.
+    """
+    if ops is None:
+        return default_ops(images)
+    if not isinstance(ops, Ops):
+        raise ArrayTypeError(
+            f"ops is a {type(ops).__name__}; it must be a record of operations (pvt_ref.Ops), such "
+            f"as pvt_ref.REFERENCE, or None for the default"
+        )
+    return ops
+
+
+def check_cache(cache: Any, kind: type, maker: str, config: PVTConfig, ops: Ops | None) -> Ops:
     """The record of operations that made cache, once it is sure that it can read it."""
     if not isinstance(cache, kind):
         raise ArrayTypeError(
             f"cache is a {type(cache).__name__}; this backward needs the {kind.__name__} that "
             f"{maker} returned beside its result"
         )
-    if ops is not None and ops is not cache.ops:
+    if cache.config != config:
+        made, given = config_to_dict(cache.config), config_to_dict(config)
+        fields = ", ".join(name for name in made if made[name] != given[name])
+        raise ShapeError(
+            f"the cache was made with another config; the two differ in {fields}. Pass the same "
+            f"config to {maker} and to its backward"
+        )
+    if ops is not None and choose_ops(ops, None) is not cache.ops:
         raise ArrayTypeError(
             f"the cache was made with ops {cache.ops.name!r} and cannot be read by {ops.name!r}: "
             f"a cache belongs to the pair that made it. Leave ops out, or pass it to the forward"
@@ -199,13 +210,15 @@ def check_cache(cache: Any, kind: type, maker: str, ops: Ops | None) -> Ops:
     return cache.ops
 
 
-def check_stages(stages: Sequence[int]) -> set[int]:
+def check_stages(stages: Iterable[int]) -> set[int]:
     """The stages as a set, each from 1 to 4."""
-    if not isinstance(stages, Iterable) or not set(stages) <= set(range(1, NUM_STAGES + 1)):
+    wanted = list(stages) if isinstance(stages, Iterable) else [stages]
+    whole = all(map(is_whole, wanted))
+    if not isinstance(stages, Iterable) or not whole or not all(1 <= s <= 4 for s in wanted):
         raise RangeError(
             f"stages are {stages!r}; they must be a list of numbers from 1 to 4, such as [1, 4]"
         )
-    return set(stages)
+    return {int(s) for s in wanted}
 
 
 def check_finite(name: str, x: Array, cause: str) -> None:
@@ -213,7 +226,7 @@ def check_finite(name: str, x: Array, cause: str) -> None:
 
     Arrays on a device are passed over: looking at them would make the host wait.
     """
-    if not isinstance(x, np.ndarray) or bool(np.isfinite(x).all()):
+    if not isinstance(x, np.ndarray) or x.dtype.kind != "f" or bool(np.isfinite(x).all()):
         return
     bad = ~np.isfinite(x)
     where = tuple(int(i) for i in np.argwhere(bad)[0])

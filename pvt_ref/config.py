@@ -12,9 +12,12 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
-from pvt_ref.errors import ConfigError, ShapeError
+from pvt_ref.errors import ArrayTypeError, ConfigError, ShapeError
 
 NUM_STAGES = 4
+
+#: Numbers from here on are refused: no array is so large, and floats lose their last digits.
+TOO_LARGE = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +94,10 @@ class PVTConfig:
         self._set("mlp_ratios", ratios)
         for name, least in (("img_size", 1), ("in_chans", 1), ("num_classes", 0)):
             value = getattr(self, name)
-            if not _is_whole(value) or value < least:
+            if not is_whole(value) or value < least:
                 problems.append(f"{name} is {value!r}; it must be a whole number, {least} or more")
+            elif value >= TOO_LARGE:
+                problems.append(f"{name} is too large; it must be below 2**31")
             else:
                 self._set(name, int(value))
         for name in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
@@ -196,9 +201,12 @@ class PVTConfig:
         """Token grids (H_i, W_i) of the four stages for an image of height x width pixels.
 
         Raises:
-            ShapeError: if a border of the image would fall outside the last whole patch or block.
+            ShapeError: if these are no whole numbers, or a border of the image would fall outside
+                the last whole patch or block.
         """
         g = self.size_multiple
+        if not (is_whole(height) and is_whole(width)):
+            raise ShapeError(f"image size {height!r} x {width!r} must be whole numbers of pixels")
         if height < 1 or width < 1 or height % g or width % g:
             near = [max(g, round(side / g) * g) for side in (height, width)]
             padded = [max(g, math.ceil(side / g) * g) for side in (height, width)]
@@ -216,7 +224,8 @@ class PVTConfig:
         return tuple(self.img_size // s for s in self.strides)
 
 
-def _is_whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
+    """Whether value is an integer, of Python or of NumPy, and not a truth value."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -230,11 +239,23 @@ def _positive_per_stage(name: str, value: Any, problems: list[str], *, whole: bo
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != NUM_STAGES:
         problems.append(f"{name} is {value!r}; it must be four {kind}, one per stage")
         return value
-    is_number = _is_whole if whole else _is_real
+    is_number = is_whole if whole else _is_real
     if not all(is_number(v) and 0 < v < math.inf for v in value):
         problems.append(f"{name} is {value!r}; each must be a positive {kind[:-1]}")
         return value
+    if any(v >= TOO_LARGE for v in value):
+        problems.append(f"{name} holds a number that is too large; each must be below 2**31")
+        return value
     return tuple(int(v) if float(v).is_integer() else float(v) for v in value)
+
+
+def check_config(config: object) -> None:
+    """Raises ArrayTypeError unless config is a PVTConfig."""
+    if not isinstance(config, PVTConfig):
+        raise ArrayTypeError(
+            f"config is a {type(config).__name__}; it must be a PVTConfig, such as "
+            f"VARIANTS['pvt_tiny']. It is the last argument of forward(params, images, config)"
+        )
 
 
 def config_to_dict(config: PVTConfig) -> dict[str, Any]:

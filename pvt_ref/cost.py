@@ -13,13 +13,14 @@ R = 1: that is the comparison the paper makes.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
 from pvt_ref.arrays import FLOAT_DTYPES
-from pvt_ref.config import NUM_STAGES, PVTConfig
-from pvt_ref.errors import ConfigError, RangeError, ShapeError
+from pvt_ref.config import NUM_STAGES, PVTConfig, is_whole
+from pvt_ref.errors import ArrayTypeError, ConfigError, RangeError, ShapeError
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,10 @@ class ViTConfig:
     num_classes: int = 1000
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not is_whole(value) or value < 1:
+                raise ConfigError(f"{field.name} is {value!r}; it must be a positive whole number")
         if self.img_size % self.patch_size:
             raise ConfigError(
                 f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}"
@@ -148,13 +153,21 @@ def count_cost(
     Raises:
         ShapeError: if the model cannot take that size.
     """
-    if not isinstance(batch, int) or batch < 1:
+    if not isinstance(config, PVTConfig | ViTConfig):
+        raise ArrayTypeError(
+            f"config is a {type(config).__name__}; it must be a PVTConfig or ViTConfig, such as "
+            f"VARIANTS['pvt_tiny'] or VITS['vit_s_16']"
+        )
+    if not is_whole(batch) or batch < 1:
         raise RangeError(f"batch is {batch!r}; it must be a whole number, 1 or more")
     if dtype not in FLOAT_DTYPES:
         raise RangeError(f"dtype is {dtype!r}; it must be 'float32' or 'float64'")
     height, width = _as_size(config.img_size if size is None else size)
     scalar = np.dtype(dtype).itemsize
+    batch = int(batch)
     if isinstance(config, ViTConfig):
+        if pyramid:
+            raise ConfigError("a columnar ViT has one scale and no pyramid; leave pyramid=False")
         stages, items = _count_vit(config, height, width, batch, scalar)
     else:
         with_classifier = config.has_classifier and not pyramid
@@ -162,15 +175,11 @@ def count_cost(
     return Cost((height, width), batch, dtype, tuple(stages), tuple(items))
 
 
-def _as_size(size: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else size
-    if (
-        not isinstance(pair, tuple | list)
-        or len(pair) != 2
-        or not all(isinstance(side, int) for side in pair)
-    ):
+def _as_size(size: Any) -> tuple[int, int]:
+    pair = (size, size) if is_whole(size) else size
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(map(is_whole, pair)):
         raise ShapeError(f"size is {size!r}; it must be a side or (H, W), in whole pixels")
-    return pair[0], pair[1]
+    return int(pair[0]), int(pair[1])
 
 
 def _count_pvt(
@@ -216,8 +225,10 @@ def _count_vit(
     config: ViTConfig, height: int, width: int, batch: int, scalar: int
 ) -> tuple[list[StageShape], list[CostItem]]:
     P, C = config.patch_size, config.embed_dim
-    if height % P or width % P:
-        raise ShapeError(f"image size {height}x{width} must be multiples of the patch size {P}")
+    if height < 1 or width < 1 or height % P or width % P:
+        raise ShapeError(
+            f"image size {height}x{width} must be positive multiples of the patch size {P}"
+        )
     held = batch * config.in_chans * height * width * scalar
     grid = (height // P, width // P)
     count = _StageCount(
@@ -320,9 +331,11 @@ class _StageCount:
         table = self.table_side**2 + self.cls  # rows, the cls token's own included
         resized = self.grid != (self.table_side, self.table_side)
         P_rows = (n + self.cls) * C * scalar if resized or self.cls else 0
-        # the widest moment of the resizing is a product beside its reordered copy
+        # resizing holds the two matrices, the table with its rows done, twice (in two orders), and
+        # the result; then the result, twice
+        matrices = sum(self.grid) * self.table_side * (np.float64().itemsize + scalar)
         across = self.grid[0] * self.table_side * C * scalar
-        resizing = max(2 * across, across + n * C * scalar, 2 * n * C * scalar) if resized else 0
+        resizing = matrices + n * C * scalar + max(2 * across, n * C * scalar) if resized else 0
         adding = 2 * self.token_bytes + P_rows  # before, after, and the table
         concat = (T + self.token_bytes) if self.cls else 0
         live = max(adding, self.token_bytes + resizing, concat)
@@ -346,7 +359,7 @@ class _StageCount:
         reduced = 0
         if R > 1:
             kernel = R * R * C * C
-            live = x_h_q + kernel * scalar + max(T + M, 3 * M + M // C)
+            live = x_h_q + kernel * scalar + T + M  # the norm over M needs less
             yield self._item("attn.sr", kernel + C + 2 * C, self.m * kernel, live)
             reduced = M
         kv = 2 * M

@@ -10,7 +10,7 @@ from pvt_ref.arrays import Array, array_module, from_host
 from pvt_ref.boundary import check_finite, check_params
 from pvt_ref.config import NUM_STAGES, PVTConfig
 from pvt_ref.cost import count_cost
-from pvt_ref.errors import ConfigError
+from pvt_ref.errors import ArrayTypeError, ConfigError
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.model import forward, forward_pyramid
@@ -81,6 +81,11 @@ def with_new_head(model: Model, num_classes: int, rng: np.random.Generator) -> M
         ConfigError: if num_classes is not a positive whole number.
     """
     check_rng(rng)
+    if not isinstance(model, Model):
+        raise ArrayTypeError(
+            f"model is a {type(model).__name__}; it must be a Model: load(path), or "
+            f"Model(params, config)"
+        )
     config = dataclasses.replace(model.config, num_classes=num_classes)
     if not config.has_classifier:
         raise ConfigError(f"num_classes is {num_classes}; a head needs at least 1")

@@ -20,11 +20,12 @@ from pvt_ref.boundary import (
     check_params,
     check_pyramid_cotangents,
     check_stages,
+    choose_ops,
     prepare_images,
 )
 from pvt_ref.config import NUM_STAGES, PVTConfig
 from pvt_ref.layers.sra import sra_weights
-from pvt_ref.ops import Ops, default_ops
+from pvt_ref.ops import Ops
 from pvt_ref.params import PVTParams, StageParams, check_rng, zeros_like_params
 
 
@@ -47,6 +48,7 @@ class ClassifierCache:
     head: Any
     tokens_shape: tuple[int, ...]  # of stage 4, (B, 1 + n_4, C_4)
     image_dtype: Any
+    config: PVTConfig
     ops: Ops
 
 
@@ -57,6 +59,7 @@ class PyramidCache:
     stages: tuple[StageCache, ...]
     batch: int
     image_dtype: Any
+    config: PVTConfig
     ops: Ops
 
 
@@ -236,7 +239,7 @@ def _classify(
     check_has_classifier(config)
     image_dtype = getattr(images, "dtype", None)
     images = prepare_images(params, images, config)  # (B, in_chans, H, W)
-    ops = default_ops(images) if ops is None else ops
+    ops = choose_ops(ops, images)
     x = _channels_last(images)  # (B, H, W, in_chans)
     caches = []
     for i in range(NUM_STAGES):
@@ -254,7 +257,7 @@ def _classify(
     if not keep:
         return logits, None
     return logits, ClassifierCache(
-        tuple(caches), norm_cache, head_cache, tokens_shape, image_dtype, ops
+        tuple(caches), norm_cache, head_cache, tokens_shape, image_dtype, config, ops
     )
 
 
@@ -272,7 +275,7 @@ def backward(
         params: the weights of the forward.
         cache: what the forward returned. It is read, never changed: it may serve several dlogits.
         dlogits: dL/dlogits (B, num_classes), for instance from :func:`pvt_ref.cross_entropy`.
-        config: the configuration of the forward.
+        config: the configuration of the forward, the very same.
         ops: the forward's record (the default); another one cannot read its cache.
 
     Returns:
@@ -284,7 +287,7 @@ def backward(
     """
     check_has_classifier(config)
     check_params(params, config)
-    ops = check_cache(cache, ClassifierCache, "forward_with_cache", ops)
+    ops = check_cache(cache, ClassifierCache, "forward_with_cache", config, ops)
     head = params.head
     assert head is not None
     batch = cache.tokens_shape[0]
@@ -366,7 +369,7 @@ def _pyramid(
 ) -> tuple[list[Array], PyramidCache | None]:
     image_dtype = getattr(images, "dtype", None)
     images = prepare_images(params, images, config)  # (B, in_chans, H, W)
-    ops = default_ops(images) if ops is None else ops
+    ops = choose_ops(ops, images)
     x = _channels_last(images)  # (B, H, W, in_chans)
     maps, caches = [], []
     for i in range(NUM_STAGES):
@@ -378,7 +381,7 @@ def _pyramid(
         caches.append(cache)
     if not keep:
         return maps, None
-    return maps, PyramidCache(tuple(caches), images.shape[0], image_dtype, ops)
+    return maps, PyramidCache(tuple(caches), images.shape[0], image_dtype, config, ops)
 
 
 def backward_pyramid(
@@ -406,7 +409,7 @@ def backward_pyramid(
         ShapeError, ArrayTypeError: for unsuitable arguments, with the reason.
     """
     check_params(params, config)
-    ops = check_cache(cache, PyramidCache, "forward_pyramid_with_cache", ops)
+    ops = check_cache(cache, PyramidCache, "forward_pyramid_with_cache", config, ops)
     shapes = [
         (cache.batch, C, *stage.grid)
         for C, stage in zip(config.embed_dims, cache.stages, strict=True)
@@ -455,7 +458,7 @@ def attention_maps(
     """
     wanted = check_stages(stages)
     images = prepare_images(params, images, config)  # (B, in_chans, H, W)
-    ops = default_ops(images) if ops is None else ops
+    ops = choose_ops(ops, images)
     x = _channels_last(images)  # (B, H, W, in_chans)
     maps: dict[tuple[int, int], Array] = {}
     for i in range(max(wanted, default=0)):

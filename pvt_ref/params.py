@@ -15,7 +15,7 @@ import numpy as np
 
 from pvt_ref.arrays import FLOAT_DTYPES, Array, array_module, dtype_name, is_array, map_arrays
 from pvt_ref.block import BlockParams
-from pvt_ref.config import NUM_STAGES, PVTConfig
+from pvt_ref.config import NUM_STAGES, PVTConfig, check_config
 from pvt_ref.errors import ArrayTypeError, CheckpointError
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
@@ -160,10 +160,15 @@ def init_params(config: PVTConfig, rng: np.random.Generator, dtype: Any = np.flo
     Raises:
         ArrayTypeError: if rng is not a NumPy generator, or for another dtype.
     """
+    check_config(config)
     check_rng(rng)
-    dtype = np.dtype(dtype)
-    if dtype.name not in FLOAT_DTYPES:
-        raise ArrayTypeError(f"dtype is {dtype.name}; parameters are float32 or float64")
+    try:
+        name = repr(None) if dtype is None else np.dtype(dtype).name
+    except TypeError:  # another library's, or none
+        name = repr(dtype)
+    if name not in FLOAT_DTYPES:
+        raise ArrayTypeError(f"dtype is {name}; parameters are float32 or float64")
+    dtype = np.dtype(name)
 
     def draw(leaf: Leaf) -> np.ndarray:
         if leaf.init == "zeros":
@@ -188,6 +193,15 @@ def check_rng(rng: object) -> None:
         )
 
 
+def check_params_type(params: object) -> None:
+    """Raises ArrayTypeError unless params is a PVTParams."""
+    if not isinstance(params, PVTParams):
+        raise ArrayTypeError(
+            f"params is a {type(params).__name__}; it must be a PVTParams, from init_params, "
+            f"from_state_dict or load(path).params"
+        )
+
+
 def named_arrays(tree: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
     """Key and array of every leaf of a parameter record, in field order."""
     if is_array(tree):
@@ -205,7 +219,11 @@ def to_state_dict(params: PVTParams) -> dict[str, Array]:
     """The weights by the authors' key names, in the authors' order and shapes.
 
     The arrays are those of params, not copies.
+
+    Raises:
+        ArrayTypeError: if params is not a PVTParams.
     """
+    check_params_type(params)
     return dict(named_arrays(params))
 
 
@@ -221,6 +239,7 @@ def from_state_dict(state: Mapping[str, Array], config: PVTConfig) -> PVTParams:
         CheckpointError: if keys are missing, unexpected or mis-shaped; all of them are listed.
         ArrayTypeError: if a value is not an array of floats.
     """
+    check_config(config)
     if not isinstance(state, Mapping):
         raise ArrayTypeError(
             f"state is a {type(state).__name__}; it must map key names to arrays. For a file, use "
@@ -231,7 +250,8 @@ def from_state_dict(state: Mapping[str, Array], config: PVTConfig) -> PVTParams:
 
     def pick(leaf: Leaf) -> Array:
         x = state[leaf.key]
-        return x if dtype_name(x) == dtype else array_module(x).astype(x, np.dtype(dtype))
+        xp = array_module(x)
+        return x if dtype_name(x) == dtype else xp.astype(x, getattr(xp, dtype))
 
     return build_params(config, pick)
 

@@ -469,6 +469,19 @@ def test_peak_memory_item_by_item(config, size, dtype):
             assert 0 <= peak - billed[item] <= 0.002 * billed[item] + PYTHON, item
 
 
+def test_peak_memory_of_one_narrow_image_under_a_wide_table():
+    # the only case in which resizing the table is the fullest moment of its item
+    config = replace(MICRO, img_size=512, embed_dims=(48, 24, 40, 48))
+    params, images = random_params(config, 0), normal(0, 1, 3, 512, 64)
+    found = item_peaks(params, images, config, False)
+    cost = count_cost(config, (512, 64), dtype="float64")
+    billed = {(i.stage, i.operation): i.peak_bytes for i in cost.items}
+    table_across = 128 * 128 * 48 * 8  # H_1 w C_1: rows are resized, columns not yet
+    assert billed[1, "pos_embed"] > 2 * table_across
+    for item, peak in found.items():
+        assert 0 <= peak - billed[item] <= 0.002 * billed[item] + PYTHON, item
+
+
 @pytest.mark.parametrize("pyramid", [False, True])
 def test_inference_memory_does_not_grow_with_depth(pyramid):
     def peak(depth: int) -> int:

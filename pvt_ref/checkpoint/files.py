@@ -11,7 +11,6 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pvt_ref.arrays import dtype_name, to_numpy
-from pvt_ref.boundary import check_config
 from pvt_ref.checkpoint.key_maps import AUTHORS, AUTHORS_DENSE, OWN, to_native
 from pvt_ref.checkpoint.pth import PthFile
 from pvt_ref.checkpoint.recognise import (
@@ -29,7 +28,7 @@ from pvt_ref.checkpoint.safetensors_file import (
     to_bytes,
     widen,
 )
-from pvt_ref.config import PVTConfig
+from pvt_ref.config import PVTConfig, check_config
 from pvt_ref.errors import (
     ArrayTypeError,
     CheckpointError,

@@ -1,5 +1,7 @@
 """Softmax cross-entropy with label smoothing: what a classifier is trained on."""
 
+from numbers import Real
+
 import numpy as np
 
 from pvt_ref.arrays import (
@@ -9,7 +11,8 @@ from pvt_ref.arrays import (
     dtype_name,
     from_host,
     is_array,
-    is_cupy,
+    library_and_dtype,
+    same_library,
 )
 from pvt_ref.errors import ArrayTypeError, RangeError, ShapeError
 
@@ -58,18 +61,18 @@ def _distribution(logits: Array, targets: Array, smoothing: float) -> Array:
         raise ArrayTypeError(f"logits have dtype {logits.dtype}; they must be float32 or float64")
     if logits.ndim != 2 or 0 in logits.shape:
         raise ShapeError(f"logits have shape {tuple(logits.shape)}; they must be (B, K), not empty")
-    if not 0 <= smoothing <= 1:
+    if not isinstance(smoothing, Real) or not 0 <= smoothing <= 1:
         raise RangeError(f"label_smoothing is {smoothing!r}; it must be in [0, 1]")
     B, K = logits.shape
     if not is_array(targets):
         raise ArrayTypeError(
             f"targets are a {type(targets).__name__}; they must be an array: (B,) integer labels "
-            f"or (B, K) floats. numpy.asarray(targets) makes one"
+            f"or (B, K) floats. numpy.asarray(targets) makes one of numbers"
         )
-    if is_cupy(targets) != is_cupy(logits):
+    if not same_library(logits, targets):
         raise ArrayTypeError(
-            f"logits are {type(logits).__module__} and targets {type(targets).__module__}; move "
-            f"one with to_device or to_numpy"
+            f"logits are {library_and_dtype(logits)} and targets {library_and_dtype(targets)}; "
+            f"both must lie on one device. Move one with to_device or to_numpy"
         )
     xp = array_module(logits)
     if xp.isdtype(targets.dtype, "integral"):
