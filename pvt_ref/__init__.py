@@ -21,8 +21,9 @@ from pvt_ref.model import (
     forward_pyramid_with_cache,
     forward_with_cache,
 )
-from pvt_ref.ops import REFERENCE, Operation, Ops
+from pvt_ref.ops import Operation, Ops
 from pvt_ref.params import PVTParams, from_state_dict, init_params, to_state_dict
+from pvt_ref.records import REFERENCE
 
 __version__ = "0.1.0"
 

@@ -1,18 +1,16 @@
 """One transformer block: attention, then the MLP, each normalised first and added to its input."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pvt_ref.arrays import Array
+from pvt_ref.config import StageConfig
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.mlp import MLPParams
 from pvt_ref.layers.sra import SRAParams
-
-if TYPE_CHECKING:
-    from pvt_ref.config import StageConfig
-    from pvt_ref.ops import Ops
+from pvt_ref.ops import Ops
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,9 +36,9 @@ class BlockCache:
 def block_forward(
     p: BlockParams,
     x: Array,
-    ops: "Ops",
+    ops: Ops,
     grid: tuple[int, int],
-    stage: "StageConfig",
+    stage: StageConfig,
     drop_path_rate: float = 0.0,
     rng: np.random.Generator | None = None,
     keep: bool = True,
@@ -74,7 +72,7 @@ def block_forward(
 
 
 def block_backward(
-    p: BlockParams, cache: BlockCache, dy: Array, ops: "Ops", stage: "StageConfig"
+    p: BlockParams, cache: BlockCache, dy: Array, ops: Ops, stage: StageConfig
 ) -> tuple[Array, BlockParams]:
     """Gradients of :func:`block_forward`.
 

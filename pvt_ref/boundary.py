@@ -27,8 +27,9 @@ from pvt_ref.errors import (
     RangeError,
     ShapeError,
 )
-from pvt_ref.ops import Ops, default_ops
+from pvt_ref.ops import Ops
 from pvt_ref.params import PVTParams, check_params_type, named_arrays, param_shapes
+from pvt_ref.records import default_ops
 
 
 def check_params(params: PVTParams, config: PVTConfig) -> None:

@@ -1,8 +1,8 @@
-"""The record of operations: which implementation of each layer the block and the model use.
+"""The record of operations through which block and model reach the layers.
 
-block.py and model.py call ``ops.layer_norm.forward`` rather than a function by name. REFERENCE
-points every entry at the readable layers; another record may put a faster twin in any place, from
-a single GELU to a whole block, with ``dataclasses.replace(REFERENCE, gelu=Operation(f, b))``.
+They call ``ops.layer_norm.forward`` rather than a function by name, so that a faster twin may stand
+in any place, from a single GELU to a whole block: ``dataclasses.replace(REFERENCE, gelu=...)``. The
+records that there are stand in records.py.
 
 The rules of an operation, whoever writes it: it computes what the reference computes; it writes
 only into arrays it made; its cache belongs to its own backward and is opaque to everyone else; a
@@ -14,17 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pvt_ref.arrays import Array
-from pvt_ref.block import block_backward, block_forward
-from pvt_ref.layers.attention import attention_backward, attention_forward
-from pvt_ref.layers.drop import drop_backward, drop_path_forward, dropout_forward
-from pvt_ref.layers.gelu import gelu_backward, gelu_forward
-from pvt_ref.layers.layer_norm import layer_norm_backward, layer_norm_forward
-from pvt_ref.layers.linear import linear_backward, linear_forward
-from pvt_ref.layers.mlp import mlp_backward, mlp_forward
-from pvt_ref.layers.patch_embed import patch_embed_backward, patch_embed_forward
-from pvt_ref.layers.position import position_backward, position_forward
-from pvt_ref.layers.softmax import softmax_backward, softmax_forward
-from pvt_ref.layers.sra import sra_backward, sra_forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,27 +41,3 @@ class Ops:
     sra: Operation
     mlp: Operation
     block: Operation
-
-
-#: The layers as the paper writes them.
-REFERENCE = Ops(
-    name="reference",
-    linear=Operation(linear_forward, linear_backward),
-    layer_norm=Operation(layer_norm_forward, layer_norm_backward),
-    gelu=Operation(gelu_forward, gelu_backward),
-    softmax=Operation(softmax_forward, softmax_backward),
-    dropout=Operation(dropout_forward, drop_backward),
-    drop_path=Operation(drop_path_forward, drop_backward),
-    patch_embed=Operation(patch_embed_forward, patch_embed_backward),
-    position=Operation(position_forward, position_backward),
-    attention=Operation(attention_forward, attention_backward),
-    sra=Operation(sra_forward, sra_backward),
-    mlp=Operation(mlp_forward, mlp_backward),
-    block=Operation(block_forward, block_backward),
-)
-
-
-def default_ops(x: Array) -> Ops:
-    """The record used when the caller names none, by the kind and dtype of the array x."""
-    del x  # there is one record so far, and it serves every array
-    return REFERENCE

@@ -10,8 +10,9 @@ from pvt_ref.arrays import Array, synchronize
 from pvt_ref.config import NUM_STAGES, PVTConfig
 from pvt_ref.errors import RangeError
 from pvt_ref.model import forward, forward_pyramid
-from pvt_ref.ops import Ops, default_ops
+from pvt_ref.ops import Ops
 from pvt_ref.params import PVTParams
+from pvt_ref.records import default_ops
 
 
 def time_stages(

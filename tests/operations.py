@@ -23,7 +23,7 @@ from pvt_ref.layers.linear import LinearParams
 from pvt_ref.layers.mlp import MLPParams
 from pvt_ref.layers.patch_embed import PatchEmbedParams
 from pvt_ref.layers.sra import SRAParams
-from pvt_ref.ops import REFERENCE
+from pvt_ref.records import REFERENCE
 
 Inputs = dict[str, Any]
 ops = REFERENCE

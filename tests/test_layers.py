@@ -1,5 +1,8 @@
 """Every operation against torch.nn.functional and autograd, in float64 and in float32."""
 
+import dataclasses
+from inspect import signature
+
 import numpy as np
 import pytest
 import torch
@@ -18,8 +21,11 @@ from oracles import tensor
 from strategies import normal, rng_of, seeds
 
 from pvt_ref import cross_entropy
+from pvt_ref.layers.layer_norm import LayerNormParams
+from pvt_ref.layers.linear import LinearParams
 from pvt_ref.layers.patch_embed import kernel_to_matrix, matrix_to_kernel, patchify, unpatchify
 from pvt_ref.layers.position import resize_matrix
+from pvt_ref.records import REFERENCE
 
 
 def run_ours(case: OpCase, dtype):
@@ -95,15 +101,27 @@ def test_operation_errs_at_most_twice_as_much_as_pytorch_in_float32(name):
 
 def test_float32_gradients_of_400000_rows_keep_their_digits():
     # a plain float32 sum over so many rows is off by 2.5e-5
-    from pvt_ref.layers.linear import LinearParams, linear_backward, linear_forward
+    x = 1 + normal(1, 1, 400_000, 2, dtype=np.float32)
+    dy = 1 + normal(2, 1, 400_000, 2, dtype=np.float32)
+    wide = dy.astype(np.float64)
 
-    x = 1 + normal(1, 1, 400_000, 1, dtype=np.float32)
-    p = LinearParams(np.ones((2, 1), np.float32), np.zeros(2, np.float32))
-    y, cache = linear_forward(p, x)
-    dy = 1 + normal(2, *y.shape, dtype=np.float32)
-    _, grads = linear_backward(p, cache, dy)
-    exact = dy.astype(np.float64).sum(axis=(0, 1))
-    assert relative(grads.bias, exact) < 1e-7
+    p = LinearParams(np.ones((2, 2), np.float32), np.zeros(2, np.float32))
+    _, cache = REFERENCE.linear.forward(p, x)
+    _, grads = REFERENCE.linear.backward(p, cache, dy)
+    assert relative(grads.bias, wide.sum(axis=(0, 1))) < 1e-7
+
+    p = LayerNormParams(np.ones(2, np.float32), np.zeros(2, np.float32))
+    _, cache = REFERENCE.layer_norm.forward(p, x, 1e-6)
+    shifted = dataclasses.replace(cache, x_hat=cache.x_hat + np.float32(2))  # sums far from 0
+    _, grads = REFERENCE.layer_norm.backward(p, shifted, dy)
+    assert relative(grads.bias, wide.sum(axis=(0, 1))) < 1e-7
+    assert relative(grads.weight, (wide * shifted.x_hat).sum(axis=(0, 1))) < 1e-7
+
+    table = np.zeros((1, 1, 2), np.float32)
+    many = dy.reshape(400_000, 1, 2)
+    _, cache = REFERENCE.position.forward(table, many, (1, 1), (1, 1), cls=False)
+    _, dtable = REFERENCE.position.backward(table, cache, many)
+    assert relative(dtable[0], wide.sum(axis=1)) < 1e-7
 
 
 @given(
@@ -171,10 +189,6 @@ def test_resize_matrix_equals_interpolate_of_unit_vectors(out_size, in_size):
 
 @pytest.mark.parametrize("name", [n for n in OPERATIONS if n != "drop"])
 def test_a_forward_keeps_its_cache_unless_told_not_to(name):
-    from inspect import signature
-
-    from pvt_ref.ops import REFERENCE
-
     assert signature(getattr(REFERENCE, name).forward).parameters["keep"].default is True
 
     @settings(max_examples=3)

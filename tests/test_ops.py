@@ -9,7 +9,8 @@ from strategies import ModelCase, normal, random_params, rng_of
 
 import pvt_ref
 from pvt_ref import REFERENCE, VARIANTS, Ops
-from pvt_ref.ops import Operation, default_ops
+from pvt_ref.ops import Operation
+from pvt_ref.records import default_ops
 
 CONFIG = dataclasses.replace(
     VARIANTS["pvt_tiny"],

@@ -35,8 +35,8 @@ from pvt_ref.layers.patch_embed import (
 from pvt_ref.layers.position import resize_matrix, resize_positions, resize_positions_backward
 from pvt_ref.layers.softmax import softmax_backward, softmax_forward
 from pvt_ref.layers.sra import SRAParams, sra_forward
-from pvt_ref.ops import REFERENCE
 from pvt_ref.params import named_arrays
+from pvt_ref.records import REFERENCE
 
 ops = REFERENCE
 any_operation = pytest.mark.parametrize("name", OPERATIONS)
@@ -99,6 +99,16 @@ def test_04_layer_norm_ignores_a_shift(n, C, shift, seed):
     p, x = random_norm(C, seed), normal(seed, n, C)
     y, _ = layer_norm_forward(p, x, 1e-6)
     np.testing.assert_allclose(layer_norm_forward(p, x + shift, 1e-6)[0], y, atol=1e-9)
+
+
+def test_04_layer_norm_of_tokens_far_from_zero_keeps_its_digits():
+    # the mean of squares less the square of the mean would have none left
+    x = 1e6 + normal(3, 5, 8)
+    y, _ = layer_norm_forward(unit_norm(8), x, 1e-6)
+    wide = x.astype(np.longdouble)
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(y, expected.astype(float), atol=1e-8)
 
 
 @given(

@@ -1,14 +1,12 @@
 """Scaled dot-product attention (paper eq. 4), for all heads and samples at once."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pvt_ref.arrays import Array, array_module
-
-if TYPE_CHECKING:
-    from pvt_ref.ops import Ops
+from pvt_ref.ops import Ops
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,7 +20,7 @@ class AttentionCache:
     drop: Any
 
 
-def attention_weights(q: Array, k: Array, scale: float, ops: "Ops") -> Array:
+def attention_weights(q: Array, k: Array, scale: float, ops: Ops) -> Array:
     """A = Softmax(scale * q k^T), the rows of the picture "where does this query look".
 
     Args:
@@ -48,7 +46,7 @@ def attention_forward(
     q: Array,
     k: Array,
     v: Array,
-    ops: "Ops",
+    ops: Ops,
     scale: float,
     drop_rate: float = 0.0,
     rng: np.random.Generator | None = None,
@@ -77,7 +75,7 @@ def attention_forward(
     return y, AttentionCache(q, k, v, scale, weights, softmax_cache, drop_cache)
 
 
-def attention_backward(cache: AttentionCache, dy: Array, ops: "Ops") -> tuple[Array, Array, Array]:
+def attention_backward(cache: AttentionCache, dy: Array, ops: Ops) -> tuple[Array, Array, Array]:
     """Gradients of :func:`attention_forward`.
 
     With A the weights and S the scores, per head::

@@ -1,15 +1,13 @@
 """The feed-forward half of a block: widen E-fold, bend, narrow again, each token for itself."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pvt_ref.arrays import Array
 from pvt_ref.layers.linear import LinearParams
-
-if TYPE_CHECKING:
-    from pvt_ref.ops import Ops
+from pvt_ref.ops import Ops
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,7 +30,7 @@ class MLPCache:
 def mlp_forward(
     p: MLPParams,
     x: Array,
-    ops: "Ops",
+    ops: Ops,
     drop_rate: float = 0.0,
     rng: np.random.Generator | None = None,
     keep: bool = True,
@@ -60,7 +58,7 @@ def mlp_forward(
     return y, MLPCache(fc1_cache, gelu_cache, drop1_cache, fc2_cache, drop2_cache)
 
 
-def mlp_backward(p: MLPParams, cache: MLPCache, dy: Array, ops: "Ops") -> tuple[Array, MLPParams]:
+def mlp_backward(p: MLPParams, cache: MLPCache, dy: Array, ops: Ops) -> tuple[Array, MLPParams]:
     """Gradients of :func:`mlp_forward`: each step's own, in reverse order.
 
     Args:

@@ -6,14 +6,12 @@ reduction (eq. 3) is the same operation with R for P, and uses this file.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pvt_ref.arrays import Array, array_module
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
-
-if TYPE_CHECKING:
-    from pvt_ref.ops import Ops
+from pvt_ref.ops import Ops
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,7 +86,7 @@ def matrix_to_kernel(matrix: Array, shape: tuple[int, ...]) -> Array:
 
 
 def patch_embed_forward(
-    p: PatchEmbedParams, x: Array, ops: "Ops", eps: float, keep: bool = True
+    p: PatchEmbedParams, x: Array, ops: Ops, eps: float, keep: bool = True
 ) -> tuple[Array, PatchEmbedCache | None]:
     """Tokens of the P x P blocks of a map: LN(blocks W + b).
 
@@ -113,7 +111,7 @@ def patch_embed_forward(
 
 
 def patch_embed_backward(
-    p: PatchEmbedParams, cache: PatchEmbedCache, dy: Array, ops: "Ops"
+    p: PatchEmbedParams, cache: PatchEmbedCache, dy: Array, ops: Ops
 ) -> tuple[Array, PatchEmbedParams]:
     """Gradients of :func:`patch_embed_forward`.
 

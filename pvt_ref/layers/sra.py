@@ -5,19 +5,17 @@ R x R blocks, so that there are m = n / R^2 of them and attention costs R^2 time
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pvt_ref.arrays import Array, array_module
+from pvt_ref.config import StageConfig
 from pvt_ref.layers.attention import attention_weights
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.layers.patch_embed import PatchEmbedParams
-
-if TYPE_CHECKING:
-    from pvt_ref.config import StageConfig
-    from pvt_ref.ops import Ops
+from pvt_ref.ops import Ops
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +54,7 @@ def merge_heads(x: Array) -> Array:
 
 
 def _spatial_reduction(
-    p: SRAParams, x: Array, ops: "Ops", grid: tuple[int, int], eps: float, keep: bool
+    p: SRAParams, x: Array, ops: Ops, grid: tuple[int, int], eps: float, keep: bool
 ) -> tuple[Array, Any]:
     """SR(x) = LN(Reshape(x, R) W^S), eq. 3: tokens (B, n, C) to (B, m, C)."""
     if p.sr is None or p.norm is None:  # R = 1: every token is a key
@@ -73,7 +71,7 @@ def _keys_and_values(kv: Array, N: int) -> tuple[Array, Array]:
 
 
 def sra_weights(
-    p: SRAParams, x: Array, ops: "Ops", grid: tuple[int, int], stage: "StageConfig"
+    p: SRAParams, x: Array, ops: Ops, grid: tuple[int, int], stage: StageConfig
 ) -> Array:
     """Where each query looks, without dropout. Arguments as in :func:`sra_forward`.
 
@@ -90,9 +88,9 @@ def sra_weights(
 def sra_forward(
     p: SRAParams,
     x: Array,
-    ops: "Ops",
+    ops: Ops,
     grid: tuple[int, int],
-    stage: "StageConfig",
+    stage: StageConfig,
     rng: np.random.Generator | None = None,
     keep: bool = True,
 ) -> tuple[Array, SRACache | None]:
@@ -127,7 +125,7 @@ def sra_forward(
 
 
 def sra_backward(
-    p: SRAParams, cache: SRACache, dy: Array, ops: "Ops", stage: "StageConfig"
+    p: SRAParams, cache: SRACache, dy: Array, ops: Ops, stage: StageConfig
 ) -> tuple[Array, SRAParams]:
     """Gradients of :func:`sra_forward`.
 
