@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 import pvt_ref
 from pvt_ref import VARIANTS, Model, PVTConfig, PVTError
+from pvt_ref.errors import CheckpointError
 from pvt_ref.image import IMAGENET_MEAN, IMAGENET_STD
 from pvt_ref.tables import text_table
 from pvt_ref.timing import time_stages
@@ -33,7 +34,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("image", nargs="?", help="JPEG or PNG (default: a scikit-learn photo)")
     parser.add_argument("--weights", metavar="FILE", help="a checkpoint (default: random weights)")
     parser.add_argument(
-        "--variant", choices=list(VARIANTS), help="default pvt_tiny, or what the weights say"
+        "--variant",
+        choices=list(VARIANTS),
+        help="default pvt_tiny; with weights: what they are",
     )
     parser.add_argument(
         "--size", nargs=2, type=int, metavar=("H", "W"), help="default: the weights' own, 224 224"
@@ -45,7 +48,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def get_model(weights: str | None, variant: str | None) -> Model:
     """A checkpoint, or random weights drawn from seed 0."""
     if weights:
-        return pvt_ref.load(weights, VARIANTS[variant] if variant else None)
+        model = pvt_ref.load(weights)  # recognises what it holds
+        if variant and model.config.depths != VARIANTS[variant].depths:
+            raise CheckpointError(f"{weights} holds another model than {variant}: {model.source}")
+        return model
     name = variant or "pvt_tiny"
     config = VARIANTS[name]
     params = pvt_ref.init_params(config, np.random.default_rng(0))
@@ -90,7 +96,7 @@ def top_five(model: Model, images: NDArray) -> str:
     p = np.exp(logits - logits.max())
     p /= p.sum()
     best = np.argsort(-p)[:5]
-    return text_table(["class", "probability"], [[f"{k}", f"{p[k]:.4f}"] for k in best])
+    return text_table(["class index", "probability"], [[f"{k}", f"{p[k]:.4f}"] for k in best])
 
 
 # The picture --------------------------------------------------------------------------------------

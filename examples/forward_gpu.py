@@ -4,7 +4,8 @@
     python examples/forward_gpu.py cat.jpg --weights pvt_small.pth --batch 32
 
 Nothing of the model is written twice: the arrays are moved, and the code that computes is the same.
-Exit status 0 if every number agrees, 1 if one does not, 2 without CuPy, a driver or a device.
+Exit status 0 if every number agrees, 1 if one does not, 2 without CuPy, a driver or a device, or
+when a file or an argument is unsuitable.
 """
 
 import argparse
@@ -34,7 +35,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("image", nargs="?", help="JPEG or PNG (default: a scikit-learn photo)")
     parser.add_argument("--weights", metavar="FILE", help="a checkpoint (default: random weights)")
     parser.add_argument(
-        "--variant", choices=list(VARIANTS), help="default pvt_tiny, or what the weights say"
+        "--variant",
+        choices=list(VARIANTS),
+        help="default pvt_tiny; with weights: what they are",
     )
     parser.add_argument("--batch", type=int, default=8, help="images at once (default 8)")
     args = parser.parse_args(argv)

@@ -40,9 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("src", help="a .pth, .bin or .safetensors file")
     convert.add_argument("dst", help="the .safetensors file to write")
     convert.add_argument(
-        "--variant",
-        choices=list(VARIANTS),
-        help="the configuration, for a file that does not determine it",
+        "--eps",
+        nargs="+",
+        type=float,
+        metavar="EPS",
+        help="epsilon of the norms, and of those after projections if another (default: that of "
+        "the code which made the file; 1e-6 1e-5 for the authors' weights in Hugging Face's files)",
     )
     return parser
 
@@ -64,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             cost = count_cost(known[args.model], size, args.batch, args.dtype, args.pyramid)
             print(f"{args.model}, {format_cost(cost)}")
         else:
-            model = load(args.src, VARIANTS[args.variant] if args.variant else None)
+            eps = args.eps[0] if args.eps and len(args.eps) == 1 else args.eps
+            model = load(args.src, eps=eps)
             save(args.dst, model)
             print(f"{args.src}: {model.source}\nwritten to {args.dst}")
     except (PVTError, OSError) as error:

@@ -59,13 +59,16 @@ def is_array(x: object) -> bool:
 
 
 def same_library(x: Array, y: Array) -> bool:
-    """Whether x and y can be combined."""
-    return array_module(x) is array_module(y)
+    """Whether x and y can be combined: arrays of one library and, on CUDA, of one device."""
+    if array_module(x) is not array_module(y):
+        return False
+    return not is_cupy(x) or x.device == y.device
 
 
 def library_and_dtype(x: Array) -> str:
     """``"numpy float32"`` and the like, for messages."""
-    return f"{array_module(x).__name__.split('.')[0]} {dtype_name(x)}"
+    device = f" on {x.device}" if is_cupy(x) else ""
+    return f"{array_module(x).__name__.split('.')[0]} {dtype_name(x)}{device}"
 
 
 def dtype_name(x: Array) -> str:
@@ -152,7 +155,9 @@ def to_device(tree: Any, device: str = "cuda") -> Any:
 
     Args:
         tree: an array, or arrays in a record (parameters, gradients, a Model), tuple, list or dict.
-        device: ``"cuda"`` (the current CUDA device), ``"cuda:1"`` and so on, or ``"cpu"``.
+        device: ``"cuda"`` (the current CUDA device), ``"cuda:1"`` and so on, or ``"cpu"``. CuPy
+            computes on the current device: for another, use ``with cupy.cuda.Device(1):`` around
+            the calls.
 
     Returns:
         The same structure with CuPy arrays, or with NumPy arrays for ``"cpu"``.

@@ -1,7 +1,8 @@
 """What the public functions check before they compute: types, dtypes, devices, shapes.
 
-Inside the package, arrays are trusted. Everything a caller can get wrong is caught here, once, with
-what was given, what is needed, the likely cause and the fix in one message.
+Inside, arrays are trusted: what a caller can get wrong about them is caught here, once, with what
+was given, what is needed, the likely cause and the fix in one message. (Configurations, weights,
+losses, costs and pictures are checked where they are made.)
 """
 
 from collections.abc import Iterable, Sequence
@@ -73,8 +74,7 @@ def prepare_images(params: PVTParams, images: Array, config: PVTConfig) -> Array
 
     Raises:
         ArrayTypeError: not an array, integers, objects, or on another device than params.
-        ShapeError: wrong rank, channels or size; an empty batch.
-        ConfigError: weights that belong to another configuration.
+        ShapeError: wrong rank, channels or size; an empty batch; weights of another config.
     """
     check_params(params, config)
     if not is_array(images):
@@ -97,9 +97,9 @@ def prepare_images(params: PVTParams, images: Array, config: PVTConfig) -> Array
             f"images have dtype {name}, which looks like raw pixels; they must be normalised "
             f"floats. Preprocess them first: pvt_ref.load_image(path), or pvt_ref.normalize(pixels)"
         )
-    if name not in ("float16", *FLOAT_DTYPES):
+    if not name.startswith(("float", "bfloat")):
         raise ArrayTypeError(
-            f"images have dtype {name}; they must be float32 or float64"
+            f"images have dtype {name}; they must be float32 or float64, or other floats to be cast"
             + (" (is it a ragged list of arrays?)" if name == "object" else "")
         )
     shape = tuple(images.shape)

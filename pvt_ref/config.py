@@ -263,17 +263,13 @@ def config_to_dict(config: PVTConfig) -> dict[str, Any]:
     return {f.name: getattr(config, f.name) for f in fields(config)}
 
 
-def _variant(depths: tuple[int, ...], **changes: Any) -> PVTConfig:
-    return PVTConfig(depths=depths, **changes)
-
-
 #: The published models (paper Table 1, with the released code's depths; see docs/decisions.md).
 VARIANTS: dict[str, PVTConfig] = {
-    "pvt_tiny": _variant((2, 2, 2, 2)),
-    "pvt_small": _variant((3, 4, 6, 3)),
-    "pvt_medium": _variant((3, 4, 18, 3)),
-    "pvt_large": _variant((3, 8, 27, 3)),
-    "pvt_huge_v2": _variant(
-        (3, 10, 60, 3), embed_dims=(128, 256, 512, 768), num_heads=(2, 4, 8, 12)
+    "pvt_tiny": PVTConfig(depths=(2, 2, 2, 2)),
+    "pvt_small": PVTConfig(depths=(3, 4, 6, 3)),
+    "pvt_medium": PVTConfig(depths=(3, 4, 18, 3)),
+    "pvt_large": PVTConfig(depths=(3, 8, 27, 3)),
+    "pvt_huge_v2": PVTConfig(
+        depths=(3, 10, 60, 3), embed_dims=(128, 256, 512, 768), num_heads=(2, 4, 8, 12)
     ),
 }

@@ -121,7 +121,7 @@ class ViTConfig:
             )
 
 
-#: The columnar models that the paper compares with (its section 5.1 and Table 8).
+#: Columnar models that the paper compares with, in image classification and under RetinaNet.
 VITS: dict[str, ViTConfig] = {
     "vit_s_32": ViTConfig(patch_size=32),
     "vit_s_16": ViTConfig(patch_size=16),
@@ -352,18 +352,18 @@ class _StageCount:
         S = batch * self.N * n_all * m_all * scalar  # scores
         U = batch * n_all * self.hidden * scalar  # hidden units
 
-        # first half: alive are the block's input x, then norm1(x) too
+        # first half: alive are the block's input x, then norm1(x), then q beside them, T each
         yield self._item("norm1", 2 * C, 0, 3 * T + rows)
         yield self._item("attn.q", C * C + bias, n_all * C * C, 3 * T)
-        x_h_q = 3 * T
+        x_norm_q = 3 * T
         reduced = 0
         if R > 1:
             kernel = R * R * C * C
-            live = x_h_q + kernel * scalar + T + M  # the norm over M needs less
+            live = x_norm_q + kernel * scalar + T + M  # the norm over M needs less
             yield self._item("attn.sr", kernel + C + 2 * C, self.m * kernel, live)
             reduced = M
         kv = 2 * M
-        attending = x_h_q + reduced + kv
+        attending = x_norm_q + reduced + kv
         yield self._item("attn.kv", 2 * (C * C + bias), 2 * m_all * C * C, attending)
         live = attending + max(3 * S, S + T)  # scores, shifted, exponential; then A and A v
         yield self._item("attn.weights", 0, 2 * self.n * self.m * C, live)
@@ -372,9 +372,11 @@ class _StageCount:
 
         # second half: the block's input, the sum x, and the branch
         yield self._item("norm2", 2 * C, 0, 5 * T + rows)
-        x_x_h = 3 * T
+        x_sum_norm = 3 * T
         yield self._item(
-            "mlp.fc1", C * self.hidden + self.hidden, n_all * C * self.hidden, x_x_h + U
+            "mlp.fc1", C * self.hidden + self.hidden, n_all * C * self.hidden, x_sum_norm + U
         )
-        yield self._item("mlp.gelu", 0, 0, x_x_h + 3 * U)  # hidden, its multiple, erf of that
-        yield self._item("mlp.fc2", self.hidden * C + C, n_all * C * self.hidden, x_x_h + U + T)
+        yield self._item("mlp.gelu", 0, 0, x_sum_norm + 3 * U)  # hidden, its multiple, erf of that
+        yield self._item(
+            "mlp.fc2", self.hidden * C + C, n_all * C * self.hidden, x_sum_norm + U + T
+        )

@@ -39,7 +39,11 @@ class Model:
     def __post_init__(self) -> None:
         check_params(self.params, self.config)
         for key, x in named_arrays(self.params):
-            check_finite(key, x, "The file is damaged, or the training that made it diverged")
+            check_finite(
+                key,
+                x,
+                "The file they came from is damaged, or the training that made them diverged",
+            )
 
     def __call__(self, images: Array) -> Array:
         """Class logits (B, num_classes) of images (B, in_chans, H, W); see :func:`forward`."""

@@ -1,7 +1,7 @@
 """The whole network: four stages, read out as class logits or as a pyramid of feature maps.
 
-Nothing is computed here; this file says in what order the operations of ops.py are applied, and
-the backward says it in reverse. Two readings share the stages but differ in the fourth (see
+This file says in what order the operations are applied, and the backward says it in reverse; what
+they compute stands in layers/. Two readings share the stages but differ in the fourth (see
 :func:`forward` and :func:`forward_pyramid`), as the authors' classifier and their dense backbones
 do.
 """
@@ -161,15 +161,20 @@ def _channels_first(x_map: Array) -> Array:
     return array_module(x_map).permute_dims(x_map, (0, 3, 1, 2))
 
 
-def _assemble(params: PVTParams, dstages: Sequence[StageParams], **others: Any) -> PVTParams:
+def _assemble(
+    params: PVTParams,
+    dstages: Sequence[StageParams],
+    cls_token: Array | None = None,
+    norm: Any = None,
+    head: Any = None,
+) -> PVTParams:
     """Gradients of the whole from those of the stages; zeros for what the pass did not use."""
     named: dict[str, Any] = {}
     for i, dstage in enumerate(dstages, start=1):
         named[f"patch_embed{i}"] = dstage.patch_embed
         named[f"pos_embed{i}"] = dstage.pos_embed
         named[f"block{i}"] = dstage.blocks
-    for name in ("cls_token", "norm", "head"):
-        gradient = others.get(name)
+    for name, gradient in (("cls_token", cls_token), ("norm", norm), ("head", head)):
         unused = gradient is None
         named[name] = zeros_like_params(getattr(params, name)) if unused else gradient
     return PVTParams(**named)
@@ -283,7 +288,7 @@ def backward(
         dtype of images.
 
     Raises:
-        ShapeError, ArrayTypeError: for unsuitable arguments, with the reason.
+        ShapeError, ArrayTypeError, ConfigError: for unsuitable arguments, with the reason.
     """
     check_has_classifier(config)
     check_params(params, config)
@@ -311,7 +316,7 @@ def backward(
         dcls_token = dcls if dcls is not None else dcls_token
         if i > 0:
             dx = _to_tokens(dmap)  # (B, n_{i-1}, C_{i-1})
-    grads = _assemble(params, dstages, cls_token=dcls_token, norm=dnorm, head=dhead)
+    grads = _assemble(params, dstages, dcls_token, dnorm, dhead)
     return grads, xp.astype(_channels_first(dmap), cache.image_dtype)
 
 
@@ -442,7 +447,9 @@ def attention_maps(
 ) -> dict[tuple[int, int], Array]:
     """Where every query looks, in every block of the stages named.
 
-    Stage 4 of a classifier includes the cls token, as query and key 0; a backbone has none.
+    Stage 4 of a classifier includes the cls token, as query and key 0; a backbone has none. The
+    weights are those of the readable layers (with the softmax, norms and products of ops), whatever
+    stands for attention as a whole in ops.
 
     Args:
         params, images, config, ops: as for :func:`forward`; the weights may lack a classifier.

@@ -7,12 +7,12 @@ import time
 from typing import Any
 
 from pvt_ref.arrays import Array, synchronize
-from pvt_ref.config import NUM_STAGES, PVTConfig
+from pvt_ref.boundary import choose_ops
+from pvt_ref.config import NUM_STAGES, PVTConfig, is_whole
 from pvt_ref.errors import RangeError
 from pvt_ref.model import forward, forward_pyramid
 from pvt_ref.ops import Ops
 from pvt_ref.params import PVTParams
-from pvt_ref.records import default_ops
 
 
 def time_stages(
@@ -34,11 +34,11 @@ def time_stages(
         Five times in seconds: stages 1 to 4, each with its patch embedding, and the classifier.
 
     Raises:
-        RangeError: if repeats is less than 1.
+        RangeError: if repeats is no positive whole number.
     """
-    if repeats < 1:
-        raise RangeError(f"repeats is {repeats}; it must be at least 1")
-    ops = default_ops(images) if ops is None else ops
+    if not is_whole(repeats) or repeats < 1:
+        raise RangeError(f"repeats is {repeats!r}; it must be a whole number, at least 1")
+    ops = choose_ops(ops, images)
     ends: list[float] = []  # when each block was done
 
     def timed_block(*args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ import types
 from dataclasses import replace
 
 import array_api_strict
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -170,12 +171,14 @@ def test_text_and_dates(dtype):
         pvt_ref.forward(PARAMS, np.zeros((2, 3, 32, 32), dtype), SMALL)
 
 
-def test_long_double():
-    if np.dtype(np.longdouble).itemsize == 8:
-        pytest.skip("long double is float64 on this platform")
-    images_are_refused(
-        IMAGES.astype(np.longdouble), ArrayTypeError, "dtype float", "float32 or float64"
-    )
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.longdouble])
+def test_images_of_other_float_dtypes_are_cast_and_get_gradients_of_their_own(dtype):
+    images = IMAGES.astype(dtype)
+    logits, cache = pvt_ref.forward_with_cache(PARAMS, images, SMALL)
+    expected = pvt_ref.forward(PARAMS, images.astype(np.float64), SMALL)
+    np.testing.assert_array_equal(logits, expected)
+    _, dimages = pvt_ref.backward(PARAMS, cache, logits, SMALL)
+    assert dimages.dtype == dtype
 
 
 def test_foreign_byte_order():
@@ -867,6 +870,7 @@ class OnDevice:
     def __init__(self, host):
         self.host = np.asarray(host)
         self.dtype, self.shape, self.ndim = self.host.dtype, self.host.shape, self.host.ndim
+        self.device = "<CUDA Device 0>"
 
     def get(self):
         return self.host

@@ -52,7 +52,7 @@ def test_forward_shows_the_stages_and_draws_the_pyramid(examples, capsys, tmp_pa
     model = examples("forward").get_model(None, None)
     logits = model(examples("forward").get_images(None, (224, 224))[1])[0]
     five = [f"{k}" for k in np.argsort(-logits)[:5]]
-    heading = next(i for i, row in enumerate(table) if row[:2] == ["class", "probability"])
+    heading = next(i for i, row in enumerate(table) if row[:3] == ["class", "index", "probability"])
     assert [row[0] for row in table[heading + 2 : heading + 7]] == five
     with Image.open(tmp_path / "pyramid.png") as picture:
         assert picture.width > 1000

@@ -28,7 +28,7 @@ from pvt_ref.checkpoint.safetensors_file import (
     to_bytes,
     widen,
 )
-from pvt_ref.config import PVTConfig, check_config
+from pvt_ref.config import PVTConfig, check_config, config_to_dict
 from pvt_ref.errors import (
     ArrayTypeError,
     CheckpointError,
@@ -60,7 +60,8 @@ def load(
         path: the file.
         config: the model in it. Needed unless the file is one of :func:`save` or the shapes are
             those of a published variant up to class count and image size: the number of heads
-            leaves no trace in any shape. If given, it is taken as it is, eps fields included.
+            leaves no trace in any shape. If given, it is taken as it is, eps fields included; for
+            a file of :func:`save`, only eps and drop rates may differ from what it says.
         eps: epsilon of the layer norms, which weights do not tell: one number, or
             ``(norm_eps, projection_norm_eps)``. None takes what the code that made the file uses:
             ``(1e-6, 1e-5)`` for the authors' files, 1e-6 everywhere for Hugging Face and
@@ -114,6 +115,8 @@ def _load(
     if layout in (AUTHORS, AUTHORS_DENSE):
         check_foreign_metadata(metadata)
     state = {k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)}
+    if config and stored:
+        _check_same_model(config, stored)
     used = config or stored or recognise_config(state, layout, prefix)
     check_state(state, layout, used, prefix)
     by_default = not (eps or config or stored)
@@ -128,6 +131,22 @@ def _load(
     made = f", {halves} made float32" if halves and params.pos_embed1.itemsize == 4 else ""
     source = f"{layout.name}{under}, {describe(used)}{made}; {_describe_eps(used, by_default)}"
     return Model(params, used, source)
+
+
+def _check_same_model(config: PVTConfig, stored: PVTConfig) -> None:
+    """Raises unless config is what a file of save says, up to fields that no weight depends on."""
+    free = ("norm_eps", "projection_norm_eps", "drop_rate", "attn_drop_rate", "drop_path_rate")
+    given, written = config_to_dict(config), config_to_dict(stored)
+    wrong = [
+        f"{name} is {written[name]} in the file and {given[name]} in config"
+        for name in written
+        if name not in free and written[name] != given[name]
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"a pvt_ref file of another model than config: {'; '.join(wrong)}. Leave config out: "
+            f"the file brings its own"
+        )
 
 
 def _describe_eps(config: PVTConfig, by_default: bool) -> str:

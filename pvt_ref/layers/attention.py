@@ -52,7 +52,7 @@ def attention_forward(
     rng: np.random.Generator | None = None,
     keep: bool = True,
 ) -> tuple[Array, AttentionCache | None]:
-    """Attention(q, k, v) = Softmax(scale * q k^T) v.
+    """Attention(q, k, v) = Dropout(Softmax(scale * q k^T)) v.
 
     Args:
         q: queries (B, N, n, d).
@@ -78,11 +78,12 @@ def attention_forward(
 def attention_backward(cache: AttentionCache, dy: Array, ops: Ops) -> tuple[Array, Array, Array]:
     """Gradients of :func:`attention_forward`.
 
-    With A the weights and S the scores, per head::
+    With S the scores, A the weights and A' those that dropout left, per head::
 
-        y = A v                 dA = dy v^T           dv = A^T dy
-        A = Softmax(S)          dS = A * (dA - <dA, A>)
-        S = scale * q k^T       dq = scale * dS k     dk = scale * dS^T q
+        y  = A' v               dA' = dy v^T          dv = A'^T dy
+        A' = Dropout(A)         dA  = Dropout's mask on dA'
+        A  = Softmax(S)         dS  = A * (dA - <dA, A>)
+        S  = scale * q k^T      dq  = scale * dS k    dk = scale * dS^T q
 
     Args:
         dy: dL/dy (B, N, n, d).

@@ -24,7 +24,11 @@ def cross_entropy(
 
     With t the target distribution, smoothed to ``(1 - s) t + s / K``, and p = Softmax(logits)::
 
-        L = -sum_k t_k log p_k        dL/dlogits = p * sum_k t_k - t    (p - t if t sums to 1)
+        L            = -1/B sum_b sum_k t_k log p_k
+        dL/dlogits_j = -1/B sum_k t_k (1[k = j] - p_j)
+                     =  1/B (p_j sum_k t_k - t_j)         (p - t) / B if t sums to 1
+
+    where 1/B is left out if reduction is "sum".
 
     Args:
         logits: (B, K) float32 or float64.
@@ -33,7 +37,7 @@ def cross_entropy(
         reduction: ``"mean"`` over the batch, or ``"sum"``.
 
     Returns:
-        loss, a 0-d array, and dlogits (B, K), both of the logits' dtype.
+        loss, a scalar array, and dlogits (B, K), both of the logits' dtype.
 
     Raises:
         ArrayTypeError, ShapeError, RangeError: on unsuitable arguments, with the reason.

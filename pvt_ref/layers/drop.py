@@ -1,7 +1,7 @@
 """Dropout (Srivastava et al. 2014) and drop path (stochastic depth, Huang et al. 2016).
 
-Both multiply by a random mask of 0 and 1/keep, so that the expectation is the input. Masks are
-drawn on the host from a NumPy generator: one seed gives the same masks on every device and for
+Both multiply by a random mask of 0 and 1/(1 - rate), so that the expectation is the input. Masks
+are drawn on the host from a NumPy generator: one seed gives the same masks on every device and for
 every dtype.
 """
 
@@ -15,7 +15,7 @@ from pvt_ref.arrays import Array, array_module, from_host
 @dataclass(frozen=True, slots=True, eq=False)
 class DropCache:
     mask: Array  # bool, x's shape (dropout) or (B, 1, ..., 1) (drop path)
-    scale: float  # 1 / keep
+    gain: float  # 1 / (1 - rate)
 
 
 def dropout_forward(
@@ -62,7 +62,7 @@ def _drop(
 
 
 def _apply(cache: DropCache, x: Array) -> Array:
-    y = x * cache.scale
+    y = x * cache.gain
     y *= array_module(x).astype(cache.mask, x.dtype)
     return y
 

@@ -35,7 +35,7 @@ def layer_norm_forward(
     """
     xp = array_module(x)
     x_hat = x - xp.mean(x, axis=-1, keepdims=True)  # (..., C), centred so far
-    # not abs(): a complex step must pass through
+    # rather than var, which takes |x|^2: the tests differentiate with complex numbers
     variance = xp.mean(x_hat * x_hat, axis=-1, keepdims=True)  # (..., 1)
     rstd = 1.0 / xp.sqrt(variance + eps)  # (..., 1)
     x_hat *= rstd
@@ -52,9 +52,16 @@ def layer_norm_backward(
     """Gradients of :func:`layer_norm_forward`.
 
     x enters x_hat three times: as itself, through the mean and through the variance. With
-    g = dL/dx_hat and means over the C channels of the token, the three add up to::
+    g = dL/dx_hat, every mean over the C channels of one token, and c the centred token::
 
-        dL/dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat))
+        c     = x - mean(x)
+        rstd  = (mean(c^2) + eps)^(-1/2)      d rstd / d c_j = -rstd^3 c_j / C
+        x_hat = c * rstd
+
+        dL/dc_j = g_j rstd + sum_k g_k c_k * (-rstd^3 c_j / C)      as itself, and by rstd
+                = rstd * (g_j - x_hat_j mean(g * x_hat))            since c = x_hat / rstd
+        dL/dx_j = dL/dc_j - mean(dL/dc)                             since dc_k/dx_j = 1[k = j] - 1/C
+                = rstd * (g_j - mean(g) - x_hat_j mean(g * x_hat))  since mean(x_hat) = 0
 
     Args:
         dy: dL/dy (..., C).

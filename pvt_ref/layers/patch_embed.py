@@ -88,7 +88,7 @@ def matrix_to_kernel(matrix: Array, shape: tuple[int, ...]) -> Array:
 def patch_embed_forward(
     p: PatchEmbedParams, x: Array, ops: Ops, eps: float, keep: bool = True
 ) -> tuple[Array, PatchEmbedCache | None]:
-    """Tokens of the P x P blocks of a map: LN(blocks W + b).
+    """Tokens of the P x P blocks of a map: LN(blocks W^T + b).
 
     Args:
         p: projection weight (C_out, C_in, P, P), its bias, and the norm.
@@ -114,6 +114,9 @@ def patch_embed_backward(
     p: PatchEmbedParams, cache: PatchEmbedCache, dy: Array, ops: Ops
 ) -> tuple[Array, PatchEmbedParams]:
     """Gradients of :func:`patch_embed_forward`.
+
+    patchify only moves numbers: it is a permutation matrix Pi, y = LN(Pi x W^T + b). A
+    permutation's transpose is its inverse, so dL/dx = Pi^T dL/dblocks is unpatchify.
 
     Args:
         dy: dL/dtokens (B, n, C_out).

@@ -45,11 +45,11 @@ def resize_matrix(out_size: int, in_size: int) -> np.ndarray:
     return A
 
 
-def resize_positions(P: Array, table_grid: tuple[int, int], grid: tuple[int, int]) -> Array:
+def resize_positions(rows: Array, table_grid: tuple[int, int], grid: tuple[int, int]) -> Array:
     """A_h P A_w^T for every channel.
 
     Args:
-        P: (h*w, C), the table without a cls row, in raster order over table_grid = (h, w).
+        rows: (h*w, C), the table P without a cls row, in raster order over table_grid = (h, w).
         table_grid: (h, w).
         grid: (H, W), the grid wanted.
 
@@ -57,25 +57,25 @@ def resize_positions(P: Array, table_grid: tuple[int, int], grid: tuple[int, int
         (H*W, C).
     """
     if grid == table_grid:
-        return P
-    return _resize(P, table_grid, grid, *_matrices(table_grid, grid))
+        return rows
+    return _resize(rows, table_grid, grid, *_matrices(table_grid, grid))
 
 
 def resize_positions_backward(
-    dP: Array, table_grid: tuple[int, int], grid: tuple[int, int]
+    drows: Array, table_grid: tuple[int, int], grid: tuple[int, int]
 ) -> Array:
     """The transpose of :func:`resize_positions`: A_h^T dP A_w for every channel.
 
     Args:
-        dP: (H*W, C), over grid.
+        drows: dL/drows (H*W, C), over grid.
 
     Returns:
         (h*w, C), over table_grid.
     """
     if grid == table_grid:
-        return dP
+        return drows
     A_h, A_w = _matrices(table_grid, grid)
-    return _resize(dP, grid, table_grid, A_h.T, A_w.T)
+    return _resize(drows, grid, table_grid, A_h.T, A_w.T)
 
 
 def _matrices(table_grid: tuple[int, int], grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -85,17 +85,17 @@ def _matrices(table_grid: tuple[int, int], grid: tuple[int, int]) -> tuple[np.nd
 
 
 def _resize(
-    P: Array, old: tuple[int, int], new: tuple[int, int], A_h: np.ndarray, A_w: np.ndarray
+    rows: Array, old: tuple[int, int], new: tuple[int, int], A_h: np.ndarray, A_w: np.ndarray
 ) -> Array:
     """Applies A_h along the first axis of the grid and A_w along the second."""
-    xp = array_module(P)
-    C = P.shape[-1]
-    A_h, A_w = (xp.astype(from_host(A, like=P), P.dtype) for A in (A_h, A_w))
-    P = A_h @ xp.reshape(P, (old[0], old[1] * C))  # (H, w*C)
-    P = xp.permute_dims(xp.reshape(P, (new[0], old[1], C)), (1, 0, 2))  # (w, H, C)
-    P = A_w @ xp.reshape(P, (old[1], new[0] * C))  # (W, H*C)
-    P = xp.permute_dims(xp.reshape(P, (new[1], new[0], C)), (1, 0, 2))  # (H, W, C)
-    return xp.reshape(P, (new[0] * new[1], C))  # (H*W, C)
+    xp = array_module(rows)
+    C = rows.shape[-1]
+    A_h, A_w = (xp.astype(from_host(A, like=rows), rows.dtype) for A in (A_h, A_w))
+    rows = A_h @ xp.reshape(rows, (old[0], old[1] * C))  # (H, w*C)
+    rows = xp.permute_dims(xp.reshape(rows, (new[0], old[1], C)), (1, 0, 2))  # (w, H, C)
+    rows = A_w @ xp.reshape(rows, (old[1], new[0] * C))  # (W, H*C)
+    rows = xp.permute_dims(xp.reshape(rows, (new[1], new[0], C)), (1, 0, 2))  # (H, W, C)
+    return xp.reshape(rows, (new[0] * new[1], C))  # (H*W, C)
 
 
 def position_forward(
@@ -124,10 +124,10 @@ def position_forward(
     """
     xp = array_module(x)
     patch_rows = _cls_rows(table, table_grid)
-    P = resize_positions(table[0, patch_rows:, :], table_grid, grid)  # (H*W, C)
+    rows = resize_positions(table[0, patch_rows:, :], table_grid, grid)  # (H*W, C)
     if cls:
-        P = xp.concat((table[0, :1, :], P), axis=0)  # (1 + H*W, C)
-    return x + P, PositionCache(grid, table_grid, cls) if keep else None
+        rows = xp.concat((table[0, :1, :], rows), axis=0)  # (1 + H*W, C)
+    return x + rows, PositionCache(grid, table_grid, cls) if keep else None
 
 
 def position_backward(table: Array, cache: PositionCache, dy: Array) -> tuple[Array, Array]:
@@ -143,15 +143,15 @@ def position_backward(table: Array, cache: PositionCache, dy: Array) -> tuple[Ar
         dx, which is dy, and dtable, the table's shape.
     """
     xp = array_module(dy)
-    dP = sum_in_float64(dy, axis=0)  # (H*W, C) or (1 + H*W, C)
-    # P = [cls row; resized rows]
+    drows = sum_in_float64(dy, axis=0)  # (H*W, C) or (1 + H*W, C)
+    # y = x + rows, with rows = [cls row; resized table]
     dpatches = resize_positions_backward(
-        dP[1:, :] if cache.cls else dP, cache.table_grid, cache.grid
+        drows[1:, :] if cache.cls else drows, cache.table_grid, cache.grid
     )  # (h*w, C)
     if cache.cls:
-        dpatches = xp.concat((dP[:1, :], dpatches), axis=0)  # (1 + h*w, C)
+        dpatches = xp.concat((drows[:1, :], dpatches), axis=0)  # (1 + h*w, C)
     elif _cls_rows(table, cache.table_grid):
-        dpatches = xp.concat((xp.zeros_like(table[0, :1, :]), dpatches), axis=0)
+        dpatches = xp.concat((xp.zeros_like(table[0, :1, :]), dpatches), axis=0)  # (1 + h*w, C)
     return dy, xp.expand_dims(dpatches, axis=0)  # (1, rows, C)
 
 

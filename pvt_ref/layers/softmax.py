@@ -20,7 +20,7 @@ def softmax_forward(x: Array, keep: bool = True) -> tuple[Array, SoftmaxCache | 
         keep: whether a cache for the backward is returned; without it, it is None.
 
     Returns:
-        y (..., m), rows of positive numbers that sum to 1, and the cache.
+        y (..., m), rows of non-negative numbers that sum to 1, and the cache.
     """
     xp = array_module(x)
     y = x - xp.max(x, axis=-1, keepdims=True)  # (..., m)
@@ -32,9 +32,11 @@ def softmax_forward(x: Array, keep: bool = True) -> tuple[Array, SoftmaxCache | 
 def softmax_backward(cache: SoftmaxCache, dy: Array) -> Array:
     """Gradient of :func:`softmax_forward`.
 
-    dy_j/dx_k = y_j (1[j = k] - y_k), so with the row's inner product <dy, y>::
+    Each y_j depends on every x_k of its row, by the quotient rule::
 
-        dL/dx = y * (dy - <dy, y>)
+        J_jk    = d y_j / d x_k = y_j (1[j = k] - y_k)
+        dL/dx_k = sum_j dy_j J_jk = dy_k y_k - y_k sum_j dy_j y_j
+        dL/dx   = y * (dy - <dy, y>)
 
     A row of dx sums to 0, because a shift of x changes nothing.
 

@@ -18,7 +18,10 @@ import argparse
 import ast
 import dataclasses
 import hashlib
+import importlib
 import json
+import multiprocessing
+import multiprocessing.process
 import os
 import py_compile
 import shutil
@@ -32,7 +35,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -49,6 +52,8 @@ COPIED = (
     "pyproject.toml",
     "README.md",
     "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
     "LICENSE",
     "constraints.txt",
     "mkdocs.yml",
@@ -154,63 +159,48 @@ def copy_with(bug: Bug | None) -> Iterator[Path]:
         yield copy
 
 
+ONE_THREAD = dict.fromkeys(
+    ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1"
+)
+
+
 def environment(copy: Path) -> dict[str, str]:
     """The copy before the installed package, one thread, no bytecode left behind."""
-    one_thread = dict.fromkeys(
-        ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1"
-    )
     return {
         **os.environ,
-        **one_thread,
+        **ONE_THREAD,
         "PYTHONPATH": str(copy),
         "PYTHONDONTWRITEBYTECODE": "1",
         "COLUMNS": "250",
     }
 
 
-_running: set[subprocess.Popen[str]] = set()
+_context = multiprocessing.get_context("forkserver")
+_running: set[multiprocessing.process.BaseProcess] = set()
 _stopping = threading.Event()
 
 
-def run_python(copy: Path, arguments: list[str], timeout: float | None) -> tuple[int | None, str]:
-    """Exit status (None after a timeout) and output of a Python started in the copy."""
-    if _stopping.is_set():
-        raise KeyboardInterrupt
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=copy,
-        env=environment(copy),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # so that a test's own children end with it
-    )
-    _running.add(process)
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        end(process)
-        output, _ = process.communicate()
-        return None, output
-    finally:
-        _running.discard(process)
-    return process.returncode, output
-
-
-def end(process: "subprocess.Popen[str]") -> None:
-    """Ends a process that run_python started, with its children."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+def end(process: multiprocessing.process.BaseProcess) -> None:
+    """Ends a process that run_pytest started, with its children."""
+    if process.pid is not None and process.is_alive():
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def check_import(copy: Path, file: str = "pvt_ref/__init__.py") -> None:
     """Raises unless the copy's package imports, and is the copy's."""
     module = file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
     code = f"import pvt_ref, {module}; print(pvt_ref.__file__)"
-    status, output = run_python(copy, ["-c", code], timeout=120)
-    where = output.strip().splitlines()[-1] if output.strip() else ""
-    if status != 0:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=copy,
+        env=environment(copy),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    where = ((done.stdout + done.stderr).strip().splitlines() or [""])[-1]
+    if done.returncode != 0:
         raise DoesNotApplyError(f"import fails: {where}")
     if copy not in Path(where).resolve().parents:
         raise DoesNotApplyError(f"imported {where}, not the copy in {copy}")
@@ -234,6 +224,72 @@ def check(bug: Bug) -> Result:
 # Running the tests ----------------------------------------------------------------------------
 
 
+#: Imported once, before any bug; every run forks from there and starts within a moment.
+PRELOADED = [
+    "numpy",
+    "pytest",
+    "rich.table",
+    "safetensors.numpy",
+    "scipy.special",
+    "torch",
+    "transformers.models.pvt.modeling_pvt",
+]
+_IMPORT_FAILED = 97
+
+
+def run_pytest(copy: Path, file: str, arguments: list[str], timeout: float | None):
+    """Exit status (None after a timeout) and output of pytest in the copy, in a forked process.
+
+    Raises:
+        DoesNotApplyError: if the module that was edited cannot be imported from the copy.
+    """
+    if _stopping.is_set():
+        raise KeyboardInterrupt
+    with tempfile.NamedTemporaryFile("w+", errors="replace") as output:
+        process = _context.Process(
+            target=_pytest_in, args=(str(copy), file, arguments, output.name)
+        )
+        process.start()
+        _running.add(process)
+        process.join(timeout)
+        late = process.is_alive()
+        end(process)
+        process.join()
+        _running.discard(process)
+        text = Path(output.name).read_text("utf-8", errors="replace")
+    if process.exitcode == _IMPORT_FAILED:
+        raise DoesNotApplyError(f"import fails: {(text.strip().splitlines() or [''])[-1]}")
+    return (None if late else process.exitcode), text
+
+
+def _pytest_in(copy: str, file: str, arguments: list[str], output: str) -> None:
+    """The forked process: imports the package from the copy, then runs pytest there."""
+    os.setsid()  # so that a test's own children end with it
+    with open(output, "w", encoding="utf-8") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.chdir(copy)
+    os.environ.update(environment(Path(copy)))
+    sys.dont_write_bytecode = True
+    sys.path[:0] = [copy]
+    try:
+        import pvt_ref
+
+        importlib.import_module(
+            file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        )
+        found = Path(pvt_ref.__file__).resolve()
+        assert Path(copy) in found.parents, f"imported {found}, not the copy in {copy}"
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+        os._exit(_IMPORT_FAILED)
+    import pytest
+
+    status = int(pytest.main(arguments))
+    sys.stdout.flush()
+    os._exit(status)
+
+
 def first_failure(output: str) -> str:
     """The test that failed first, from pytest's short summary."""
     for line in output.splitlines():
@@ -244,10 +300,13 @@ def first_failure(output: str) -> str:
 
 
 def pytest_command(first: list[str], extra: list[str]) -> list[str]:
-    """Arguments of python: first's files, then the paths in extra, or all tests."""
+    """Arguments of pytest: first's files, then the paths in extra, or all tests."""
     given = any((ROOT / argument.split("::")[0]).exists() for argument in paths_in(extra))
-    paths = [*first] if given else [*first, "tests"]
-    return ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *extra, *paths]
+    # file by file: pytest would drop those that a folder among the arguments contains
+    others = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py"))
+    paths = [*first] if given else [*first, *(path for path in others if path not in first)]
+    preloaded = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # plugins are loaded already
+    return ["-x", "-q", "-p", "no:cacheprovider", *preloaded, *extra, *paths]
 
 
 def paths_in(extra: list[str]) -> list[str]:
@@ -273,8 +332,7 @@ def run_bug(bug: Bug, command: list[str], timeout: float) -> Result:
 
     try:
         with copy_with(bug) as copy:
-            check_import(copy, bug.file)
-            status, output = run_python(copy, command, timeout)
+            status, output = run_pytest(copy, bug.file, command, timeout)
     except DoesNotApplyError as error:
         return result(NOT_APPLIED, str(error))
     if status is None:
@@ -294,10 +352,9 @@ def run_without_bug(command: list[str], timeout: float | None) -> float:
     start = time.monotonic()
     with copy_with(None) as copy:
         try:
-            check_import(copy)
+            status, output = run_pytest(copy, "pvt_ref/__init__.py", command, timeout)
         except DoesNotApplyError as error:
             sys.exit(refuse(f"the unedited copy: {error}"))
-        status, output = run_python(copy, command, timeout)
     if status != 0:
         print("\n".join(output.splitlines()[-40:]))
         sys.exit(refuse(f"the tests must pass without any bug; pytest ended with {status}"))
@@ -411,6 +468,9 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
 def main() -> int:
     """The program; returns its exit status."""
     options, extra = arguments()
+    os.environ.update(ONE_THREAD)  # before NumPy is loaded where all runs fork from
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    _context.set_forkserver_preload(PRELOADED)
     bugs = read_catalogue()
     unknown = set(options.only or ()) - {bug.id for bug in bugs}
     if unknown:

@@ -1,0 +1,71 @@
+"""The house stands as docs/index.md draws it: imports go one way, and few files know much."""
+
+import ast
+import re
+from pathlib import Path
+
+import pvt_ref
+
+PACKAGE = Path(pvt_ref.__file__).parent
+INDEX = (Path(__file__).parents[1] / "docs" / "index.md").read_text(encoding="utf-8")
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found
+
+
+def room(name: str) -> str:
+    """A file, or the folder it lies in, as the tables of index.md name it."""
+    first = name.removeprefix("pvt_ref.").split(".")[0]
+    return f"{first}/" if (PACKAGE / first).is_dir() else f"{first}.py"
+
+
+def test_imports_go_down_the_table_only():
+    tables = INDEX.split("Beside the network:")
+    order, beside = (re.findall(r"^\| (`.+?) \|", table, flags=re.MULTILINE) for table in tables)
+    # every row names its files first
+    order = [name for row in order for name in re.findall(r"`(\w+(?:\.py|/))`", row)]
+    beside = {name for row in beside for name in re.findall(r"`(\w+(?:\.py|/))`", row)}
+    on_disk = {f"{p.name}/" if p.is_dir() else p.name for p in PACKAGE.glob("[!_.p]*")}
+    on_disk |= {"params.py", "__main__.py"}
+    assert set(order) | beside == on_disk
+    for path in PACKAGE.rglob("*.py"):
+        here = room(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+        if here not in order:
+            continue
+        for module in imports(path):
+            if module.startswith("pvt_ref"):
+                there = room(module)
+                below = there in order and order.index(there) >= order.index(here)
+                assert below or there in beside, f"{path.name} imports {module}"
+
+
+def test_only_arrays_knows_cupy_and_nothing_knows_torch():
+    for path in PACKAGE.rglob("*.py"):
+        used = {name.split(".")[0] for name in imports(path)}
+        assert not used & {"torch", "transformers", "jax", "autograd", "matplotlib", "sklearn"}
+        assert "cupy" not in used or path.name == "arrays.py", path
+
+
+def test_every_forward_has_its_backward_below_it():
+    pairs = 0
+    for path in [*(PACKAGE / "layers").glob("*.py"), PACKAGE / "block.py", PACKAGE / "model.py"]:
+        functions = {
+            node.name: node.lineno
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.FunctionDef)
+        }
+        for name, line in functions.items():
+            if name.endswith("_forward") and name != "_stage_forward":
+                twin = name.replace("_forward", "_backward")
+                twin = "drop_backward" if path.name == "drop.py" else twin
+                assert functions[twin] > line, f"{path.name}: {name}"
+                pairs += 1
+    assert pairs >= 12
