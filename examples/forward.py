@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 import pvt_ref
 from pvt_ref import VARIANTS, Model, PVTConfig, PVTError
-from pvt_ref.errors import CheckpointError
+from pvt_ref.errors import CheckpointError, ImageError
 from pvt_ref.image import IMAGENET_MEAN, IMAGENET_STD
 from pvt_ref.tables import text_table
 from pvt_ref.timing import time_stages
@@ -67,6 +67,15 @@ def get_images(path: str | None, size: tuple[int, int]) -> tuple[str, NDArray]:
 
     photo = Image.fromarray(load_sample_image("china.jpg"))
     return "china.jpg (from scikit-learn)", pvt_ref.preprocess(photo, size)
+
+
+def check_output(path: str) -> None:
+    """Raises ImageError unless a picture can be written there: better now than after the work."""
+    suffixes = (".png", ".jpg", ".pdf", ".svg")
+    if Path(path).suffix.lower() not in suffixes:
+        raise ImageError(f"--output is {path!r}; it must end in one of {', '.join(suffixes)}")
+    if not Path(path).resolve().parent.is_dir():
+        raise ImageError(f"--output is {path!r}, but there is no folder {Path(path).parent}")
 
 
 def stage_table(model: Model, images: NDArray) -> str:
@@ -194,6 +203,7 @@ def draw(model: Model, name: str, images: NDArray, path: Path) -> None:
         "Below: how one query of the last block spreads its attention. Spatial reduction keeps the "
         "keys few where the queries are many.",
         fontsize=10,
+        parse_math=False,  # a file name may hold dollar signs
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -202,6 +212,7 @@ def draw(model: Model, name: str, images: NDArray, path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
+        check_output(args.output)
         model = get_model(args.weights, args.variant)
         side = model.config.img_size
         size = tuple(args.size) if args.size else (side, side)

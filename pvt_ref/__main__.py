@@ -1,6 +1,7 @@
 """The command line: ``python -m pvt_ref summary pvt_small --size 512 768`` and ``convert``."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 
@@ -60,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or 2 after a message on standard error.
     """
     args = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names may hold what a terminal cannot show
+            stream.reconfigure(errors="replace")
     try:
         if args.command == "summary":
             known = {**VARIANTS, **VITS}

@@ -20,6 +20,8 @@ from pvt_ref.errors import ArrayTypeError, DeviceError
 #: An array of NumPy, CuPy or another library of the array API standard.
 Array = Any
 
+_ODD_ARRAYS = (np.ma.MaskedArray, np.matrix)
+
 FLOAT_DTYPES = ("float32", "float64")  # of parameters, and so of all computation
 
 
@@ -29,11 +31,11 @@ def array_module(x: Array) -> ModuleType:
     Raises:
         ArrayTypeError: if x is not an array.
     """
-    if isinstance(x, np.ndarray | np.generic):
+    if is_numpy(x):
         return np
     if is_cupy(x):
         return sys.modules["cupy"]
-    if hasattr(x, "__array_namespace__"):
+    if is_array(x):
         return x.__array_namespace__()
     raise ArrayTypeError(f"expected an array, got {describe_type(x)}")
 
@@ -43,8 +45,15 @@ def describe_type(x: object) -> str:
     library = type(x).__module__.split(".")[0]
     if library == "torch":
         return "a torch.Tensor. x.detach().cpu().numpy() makes an array of it"
+    if isinstance(x, np.ma.MaskedArray):
+        return "a masked array. x.filled(value) makes a plain one, with value where it is masked"
     name = type(x).__name__ if library == "builtins" else f"{library}.{type(x).__name__}"
     return f"a {name}. numpy.asarray(x, dtype=numpy.float32) makes an array of numbers"
+
+
+def is_numpy(x: object) -> bool:
+    """Whether x is a NumPy array that computes as arrays do; masked ones and matrices do not."""
+    return isinstance(x, np.ndarray | np.generic) and not isinstance(x, _ODD_ARRAYS)
 
 
 def is_cupy(x: object) -> bool:
@@ -55,7 +64,9 @@ def is_cupy(x: object) -> bool:
 
 def is_array(x: object) -> bool:
     """Whether :func:`array_module` accepts x."""
-    return isinstance(x, np.ndarray | np.generic) or is_cupy(x) or hasattr(x, "__array_namespace__")
+    if isinstance(x, _ODD_ARRAYS):
+        return False
+    return is_numpy(x) or is_cupy(x) or hasattr(x, "__array_namespace__")
 
 
 def same_library(x: Array, y: Array) -> bool:

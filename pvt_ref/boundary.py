@@ -99,7 +99,8 @@ def prepare_images(params: PVTParams, images: Array, config: PVTConfig) -> Array
         )
     if not name.startswith(("float", "bfloat")):
         raise ArrayTypeError(
-            f"images have dtype {name}; they must be float32 or float64, or other floats to be cast"
+            f"images have dtype {name}; they must be float32 or float64, or other floats to be "
+            f"cast. x.astype('float32') also mends another byte order"
             + (" (is it a ragged list of arrays?)" if name == "object" else "")
         )
     shape = tuple(images.shape)
@@ -189,7 +190,9 @@ def choose_ops(ops: Ops | None, images: Array) -> Ops:
     return ops
 
 
-def check_cache(cache: Any, kind: type, maker: str, config: PVTConfig, ops: Ops | None) -> Ops:
+def check_cache(
+    cache: Any, kind: type, maker: str, params: PVTParams, config: PVTConfig, ops: Ops | None
+) -> Ops:
     """The record of operations that made cache, once it is sure that it can read it."""
     if not isinstance(cache, kind):
         raise ArrayTypeError(
@@ -203,7 +206,12 @@ def check_cache(cache: Any, kind: type, maker: str, config: PVTConfig, ops: Ops 
             f"the cache was made with another config; the two differ in {fields}. Pass the same "
             f"config to {maker} and to its backward"
         )
-    if ops is not None and choose_ops(ops, None) is not cache.ops:
+    if cache.dtype != params.pos_embed1.dtype:
+        raise ArrayTypeError(
+            f"the cache was made with {cache.dtype} weights, and params are "
+            f"{dtype_name(params.pos_embed1)}. Pass the same params to {maker} and to its backward"
+        )
+    if ops is not None and choose_ops(ops, None) != cache.ops:
         raise ArrayTypeError(
             f"the cache was made with ops {cache.ops.name!r} and cannot be read by {ops.name!r}: "
             f"a cache belongs to the pair that made it. Leave ops out, or pass it to the forward"

@@ -108,14 +108,14 @@ class PVTConfig:
                 self._set(name, float(value))
         for name in ("norm_eps", "projection_norm_eps"):
             value = getattr(self, name)
-            if not _is_real(value) or not 0 <= value < math.inf:
+            if not _is_moderate(value) or value < 0:
                 problems.append(f"{name} is {value!r}; it must be a finite number, 0 or more")
             else:
                 self._set(name, float(value))
         if not isinstance(self.qkv_bias, bool):
             problems.append(f"qkv_bias is {self.qkv_bias!r}; it must be True or False")
         if self.qk_scale is not None:
-            if not _is_real(self.qk_scale) or not math.isfinite(self.qk_scale):
+            if not _is_moderate(self.qk_scale):
                 problems.append(
                     f"qk_scale is {self.qk_scale!r}; it must be None (for 1/sqrt(d)) or finite"
                 )
@@ -207,6 +207,7 @@ class PVTConfig:
         g = self.size_multiple
         if not (is_whole(height) and is_whole(width)):
             raise ShapeError(f"image size {height!r} x {width!r} must be whole numbers of pixels")
+        height, width = int(height), int(width)  # a NumPy uint8 would wrap round
         if height < 1 or width < 1 or height % g or width % g:
             near = [max(g, round(side / g) * g) for side in (height, width)]
             padded = [max(g, math.ceil(side / g) * g) for side in (height, width)]
@@ -231,6 +232,11 @@ def is_whole(value: object) -> bool:
 
 def _is_real(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_moderate(value: object) -> bool:
+    """A number that is neither NaN, infinite, nor beyond all use."""
+    return _is_real(value) and -TOO_LARGE < value < TOO_LARGE  # type: ignore[operator]
 
 
 def _positive_per_stage(name: str, value: Any, problems: list[str], *, whole: bool) -> Any:

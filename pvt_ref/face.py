@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pvt_ref.arrays import Array, array_module, from_host
+from pvt_ref.arrays import Array, array_module, dtype_name, from_host
 from pvt_ref.boundary import check_finite, check_params
 from pvt_ref.config import NUM_STAGES, PVTConfig
 from pvt_ref.cost import count_cost
@@ -47,13 +47,20 @@ class Model:
 
     def __call__(self, images: Array) -> Array:
         """Class logits (B, num_classes) of images (B, in_chans, H, W); see :func:`forward`."""
-        _check_images(images)
+        self._check_images(images)
         return forward(self.params, images, self.config)
 
     def pyramid(self, images: Array) -> list[Array]:
         """Feature maps [F_1, ..., F_4], (B, C_i, H_i, W_i) each; see :func:`forward_pyramid`."""
-        _check_images(images)
+        self._check_images(images)
         return forward_pyramid(self.params, images, self.config)
+
+    def _check_images(self, images: Array) -> None:
+        weight = self.params.pos_embed1
+        if isinstance(images, np.ndarray) and images.dtype.kind == "f":
+            with np.errstate(over="ignore"):  # what float32 cannot hold turns infinite: refused
+                images = images.astype(dtype_name(weight), copy=False)
+        check_finite("images", images, "Check the preprocessing: a division by a zero deviation?")
 
     def summary(self, size: int | tuple[int, int] | None = None) -> str:
         """Parameters, MACs and memory by stage and operation, as a text table.
@@ -63,10 +70,6 @@ class Model:
         """
         report = count_cost(self.config, size)
         return f"{self.source}\n\n{format_cost(report)}"
-
-
-def _check_images(images: Array) -> None:
-    check_finite("images", images, "Check the preprocessing: a division by a zero deviation?")
 
 
 def with_new_head(model: Model, num_classes: int, rng: np.random.Generator) -> Model:

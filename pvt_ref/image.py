@@ -12,6 +12,8 @@ the whole picture instead, and :func:`pad_to_multiple` makes its size fit.
 
 import io
 import os
+import stat
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +39,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 #: Pixels that a picture may have between resizing and cropping: very long ones grow enormous.
 MAX_RESIZED_PIXELS = 2**27
+
+#: Held while the warnings filters are changed.
+_FILTERS = threading.RLock()
 
 Source = str | os.PathLike[str] | BinaryIO | Image.Image
 
@@ -162,8 +167,9 @@ def _describe(source: object) -> str:
 @contextmanager
 def _as_image_error(what: str) -> Iterator[None]:
     """Pillow's plugins raise errors of a dozen types, and warn: here all become ImageError."""
-    with warnings.catch_warnings():
-        # Filters belong to the whole process: hide Pillow's notes only, not another thread's
+    # Filters belong to the whole process: threads that change them in turn, not one within another,
+    # leave them as they were. Hidden are Pillow's notes only
+    with _FILTERS, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -184,6 +190,9 @@ def _as_image_error(what: str) -> Iterator[None]:
 
 def _read_path(path: str | os.PathLike[str], what: str) -> bytes:
     try:
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe could keep us waiting for ever
+            raise ImageError(f"{what} is no regular file; copy the picture into one")
         with open(path, "rb") as file:
             return file.read()
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -493,6 +502,7 @@ def pad_to_multiple(images: Array, multiple: int) -> Array:
         )
     if 0 in shape:
         raise ShapeError(f"images have shape {shape}: there is nothing in them")
+    multiple = int(multiple)  # a NumPy uint8 would wrap round
     below, beside = -H % multiple, -W % multiple
     if below:
         images = xp.concat((images, _zeros((B, C, below, W), images)), axis=2)

@@ -48,6 +48,7 @@ class ClassifierCache:
     head: Any
     tokens_shape: tuple[int, ...]  # of stage 4, (B, 1 + n_4, C_4)
     image_dtype: Any
+    dtype: Any  # of the weights
     config: PVTConfig
     ops: Ops
 
@@ -59,6 +60,7 @@ class PyramidCache:
     stages: tuple[StageCache, ...]
     batch: int
     image_dtype: Any
+    dtype: Any  # of the weights
     config: PVTConfig
     ops: Ops
 
@@ -262,7 +264,7 @@ def _classify(
     if not keep:
         return logits, None
     return logits, ClassifierCache(
-        tuple(caches), norm_cache, head_cache, tokens_shape, image_dtype, config, ops
+        tuple(caches), norm_cache, head_cache, tokens_shape, image_dtype, x.dtype, config, ops
     )
 
 
@@ -292,7 +294,7 @@ def backward(
     """
     check_has_classifier(config)
     check_params(params, config)
-    ops = check_cache(cache, ClassifierCache, "forward_with_cache", config, ops)
+    ops = check_cache(cache, ClassifierCache, "forward_with_cache", params, config, ops)
     head = params.head
     assert head is not None
     batch = cache.tokens_shape[0]
@@ -386,7 +388,7 @@ def _pyramid(
         caches.append(cache)
     if not keep:
         return maps, None
-    return maps, PyramidCache(tuple(caches), images.shape[0], image_dtype, config, ops)
+    return maps, PyramidCache(tuple(caches), images.shape[0], image_dtype, x.dtype, config, ops)
 
 
 def backward_pyramid(
@@ -414,7 +416,7 @@ def backward_pyramid(
         ShapeError, ArrayTypeError: for unsuitable arguments, with the reason.
     """
     check_params(params, config)
-    ops = check_cache(cache, PyramidCache, "forward_pyramid_with_cache", config, ops)
+    ops = check_cache(cache, PyramidCache, "forward_pyramid_with_cache", params, config, ops)
     shapes = [
         (cache.batch, C, *stage.grid)
         for C, stage in zip(config.embed_dims, cache.stages, strict=True)

@@ -3,11 +3,14 @@
 import io
 from collections.abc import Iterable
 
-from rich.box import SIMPLE_HEAD
+from rich.box import Box
 from rich.console import Console
 from rich.table import Table
 
 from pvt_ref.cost import Cost, CostItem
+
+#: A rule under the heading and nothing else, in characters that every terminal and file can hold.
+_PLAIN = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 
 
 def text_table(
@@ -20,7 +23,7 @@ def text_table(
         rows: cells as text.
         total: a last row under a rule.
     """
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=_PLAIN, pad_edge=False, show_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:

@@ -5,6 +5,7 @@ concerns files stands in test_checkpoint.py, what concerns pictures in test_imag
 """
 
 import contextlib
+import copy
 import math
 import sys
 import types
@@ -1210,3 +1211,53 @@ def test_numbers_too_large_for_floats_in_a_configuration():
 def test_grids_of_no_whole_number_of_pixels(size):
     with refused(ShapeError, "image size", repr(size[0]), "whole numbers of pixels"):
         SMALL.grids(*size)
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+@pytest.mark.parametrize("odd", [np.ma.masked_array, np.matrix])
+def test_masked_arrays_and_matrices_are_no_arrays(odd):
+    # the mask would be ignored, and a matrix multiplies in its own way
+    name = "a masked array" if odd is np.ma.masked_array else "numpy.matrix"
+    logits = odd(LOGITS)
+    with refused(ArrayTypeError, name):
+        cross_entropy(logits, LABELS)
+    if odd is np.ma.masked_array:
+        images_are_refused(odd(IMAGES), ArrayTypeError, name, "x.filled(value)")
+        masked = replace(PARAMS, norm=replace(PARAMS.norm, weight=odd(PARAMS.norm.weight)))
+        params_are_refused(masked, SMALL, ShapeError, "norm.weight", "absent")
+
+
+def test_a_cache_and_weights_of_two_dtypes(classified, pyramid):
+    (logits, cache), (maps, pyramid_cache) = classified, pyramid
+    narrow = map_arrays(lambda x: x.astype(np.float32), PARAMS)
+    with refused(ArrayTypeError, "float64 weights", "float32", "same params"):
+        pvt_ref.backward(narrow, cache, logits, SMALL)
+    with refused(ArrayTypeError, "float64 weights", "float32", "same params"):
+        pvt_ref.backward_pyramid(narrow, pyramid_cache, maps, SMALL)
+
+
+def test_a_copied_cache_is_still_of_the_record_that_made_it(classified):
+    logits, cache = classified
+    grads, _ = pvt_ref.backward(PARAMS, copy.deepcopy(cache), logits, SMALL, ops=REFERENCE)
+    expected, _ = pvt_ref.backward(PARAMS, cache, logits, SMALL)
+    np.testing.assert_array_equal(grads.cls_token, expected.cls_token)
+
+
+def test_model_refuses_images_beyond_the_range_of_its_weights():
+    narrow = Model(map_arrays(lambda x: x.astype(np.float32), PARAMS), SMALL)
+    for call in (narrow, narrow.pyramid):
+        with refused(NonFiniteError, "images", "infinite"):
+            call(np.full((1, 3, 32, 32), 1e300))
+
+
+def test_small_numpy_integers_do_not_wrap_round():
+    assert SMALL.grids(np.uint8(224), np.uint8(224)) == SMALL.grids(224, 224)
+    assert type(SMALL.grids(np.uint8(32), 32)[0][0]) is int
+    padded = pvt_ref.pad_to_multiple(np.zeros((1, 3, 225, 300), np.float32), np.uint8(32))
+    assert padded.shape == (1, 3, 256, 320)
+
+
+@pytest.mark.parametrize("name", ["qk_scale", "norm_eps", "projection_norm_eps"])
+def test_scale_and_eps_beyond_floats(name):
+    with refused(ConfigError, name, "finite"):
+        replace(SMALL, **{name: 10**400})

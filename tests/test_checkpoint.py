@@ -1211,3 +1211,9 @@ def test_36_key_maps_lose_nothing_and_save_load_is_bitwise(tmp_path):
 
     check()
     assert_all_drawn(seen, {"R > 1", "no qkv bias", "backbone", "classifier", "qk_scale"})
+
+
+def test_save_takes_every_name_that_the_file_system_takes(tmp_path):
+    path = tmp_path / ("n" * 243 + ".safetensors")
+    save(path, make_model())
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]

@@ -1,5 +1,7 @@
 """The command line, run in process; once as a user would."""
 
+import dataclasses
+import os
 import subprocess
 import sys
 
@@ -69,6 +71,33 @@ def test_convert_writes_our_format_and_says_what_it_recognised(capsys, tmp_path)
     assert model.config == config
     for key, x in pvt_ref.to_state_dict(model.params).items():
         np.testing.assert_array_equal(x, state[key].numpy(), err_msg=key)
+
+
+def test_convert_takes_the_eps_that_no_file_tells(capsys, tmp_path):
+    config = dataclasses.replace(VARIANTS["pvt_tiny"], projection_norm_eps=1e-6)
+    source = tmp_path / "a.safetensors"
+    pvt_ref.save(source, pvt_ref.Model(pvt_ref.init_params(config, rng_of(0)), config))
+    for given, expected in (
+        ([], (1e-6, 1e-6)),
+        (["--eps", "1e-3"], (1e-3, 1e-3)),
+        (["--eps", "1e-6", "1e-5"], (1e-6, 1e-5)),
+    ):
+        target = tmp_path / "b.safetensors"
+        assert run(capsys, "convert", str(source), str(target), *given)[0] == 0
+        found = pvt_ref.load(target).config
+        assert (found.norm_eps, found.projection_norm_eps) == expected
+
+
+def test_tables_are_plain_ascii():
+    done = subprocess.run(
+        [sys.executable, "-m", "pvt_ref", "summary", "pvt_tiny"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"13,229,288" in done.stdout
+    assert b"?" not in done.stdout
 
 
 def test_convert_of_what_is_not_there_or_not_weights(capsys, tmp_path):

@@ -566,7 +566,7 @@ def test_known_totals_in_the_text():
 def test_tables_are_aligned_and_plain():
     text = text_table(["name", "n"], [["a", "1"], ["longer", "1,000"]], ["sum", "1,001"])
     lines = text.splitlines()
-    assert [line.split() for line in lines if line and "─" not in line] == [
+    assert [line.split() for line in lines if line and "--" not in line] == [
         ["name", "n"],
         ["a", "1"],
         ["longer", "1,000"],

@@ -94,6 +94,31 @@ def test_forward_explains_what_is_wrong(examples, capsys, tmp_path):
     assert not (tmp_path / "pyramid.png").exists()
 
 
+@pytest.mark.parametrize("output", ["noext", "", "out.xyz", "nodir/out.png"])
+def test_forward_refuses_a_useless_output_before_it_works(examples, capsys, output):
+    assert examples("forward").main(["--output", output]) == 2
+    captured = capsys.readouterr()
+    assert "--output is" in captured.err
+    assert not captured.out
+
+
+def test_forward_takes_file_names_with_dollar_signs(examples, tmp_path):
+    Image.fromarray(rng_of(0).integers(0, 255, (50, 90, 3), np.uint8)).save(tmp_path / "a$^$b.png")
+    assert examples("forward").main(["a$^$b.png", "--size", "32", "32"]) == 0
+    assert (tmp_path / "pyramid.png").exists()
+
+
+def test_forward_holds_the_weights_to_the_variant_that_was_named(examples, capsys, tmp_path):
+    config = VARIANTS["pvt_tiny"]
+    pvt_ref.save(
+        tmp_path / "mine.safetensors", Model(pvt_ref.init_params(config, rng_of(3)), config)
+    )
+    arguments = ["--weights", "mine.safetensors", "--size", "32", "32", "--variant"]
+    assert examples("forward").main([*arguments, "pvt_small"]) == 2
+    assert "holds another model than pvt_small" in capsys.readouterr().err
+    assert examples("forward").main([*arguments, "pvt_tiny"]) == 0
+
+
 def test_query_attention_picks_the_token_at_the_point(examples):
     forward = examples("forward")
     config = VARIANTS["pvt_tiny"]

@@ -2,8 +2,11 @@
 
 import io
 import math
+import os
 import struct
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import array_api_strict
 import numpy as np
@@ -835,3 +838,19 @@ def test_pad_refuses():
         pad_to_multiple(np.zeros((8, 20, 20, 3), np.float32), 32)
     with pytest.raises(ShapeError, match="nothing in them"):
         pad_to_multiple(np.zeros((1, 3, 0, 4), np.float32), 32)
+
+
+def test_threads_leave_the_warnings_filters_as_they_were(tmp_path):
+    path = tmp_path / "x.png"
+    Image.new("RGB", (40, 40), "red").save(path)
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: load_image(path, 32), range(200)))
+    assert list(warnings.filters) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_a_pipe_is_refused_rather_than_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageError, match="no regular file"):
+        load_image(tmp_path / "pipe.png")

@@ -136,7 +136,9 @@ def test_float32_gradients_of_400000_rows_keep_their_digits():
 def test_cross_entropy_equals_pytorch(B, K, smoothing, reduction, soft, scale, seed):
     logits = normal(seed, B, K, scale=scale)
     rng = rng_of(seed)
-    targets = rng.dirichlet(np.ones(K), B) if soft else rng.integers(0, K, B)
+    # soft targets need not sum to 1
+    targets = 2 * rng.random((B, 1)) * rng.dirichlet(np.ones(K), B) if soft else None
+    targets = rng.integers(0, K, B) if targets is None else targets
     loss, dlogits = cross_entropy(logits, targets, smoothing, reduction)
     x = tensor(logits, grad=True)
     theirs = F.cross_entropy(
@@ -145,6 +147,26 @@ def test_cross_entropy_equals_pytorch(B, K, smoothing, reduction, soft, scale, s
     (their_dlogits,) = torch.autograd.grad(theirs, x)
     np.testing.assert_allclose(loss, theirs.item(), rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(dlogits, their_dlogits.numpy(), rtol=1e-10, atol=1e-15)
+
+
+def test_cross_entropy_of_extreme_logits_equals_pytorch():
+    # rows far apart, a class ten thousand behind, and one that a mask took out
+    logits = np.array([[0.0, 1.0, 2000.0], [5000.0, 5001.0, 4999.0], [-1e4, 0.0, -np.inf]])
+    labels = np.array([0, 1, 0])
+    loss, dlogits = cross_entropy(logits, labels)
+    x = tensor(logits, grad=True)
+    theirs = F.cross_entropy(x, torch.tensor(labels))
+    (their_dlogits,) = torch.autograd.grad(theirs, x)
+    np.testing.assert_allclose(loss, theirs.item(), rtol=1e-13)
+    np.testing.assert_allclose(dlogits, their_dlogits.numpy(), atol=1e-15)
+
+
+def test_cross_entropy_keeps_float32_whatever_targets_and_smoothing_are():
+    logits = normal(0, 3, 4, dtype=np.float32)
+    for targets in (np.full((3, 4), 0.25), np.full((3, 4), 0.25, np.float16)):
+        for smoothing in (0.0, 0.1, np.float64(0.1)):
+            loss, dlogits = cross_entropy(logits, targets, smoothing)
+            assert loss.dtype == dlogits.dtype == np.float32
 
 
 def test_cross_entropy_takes_labels_of_any_integer_type_and_keeps_the_dtype():

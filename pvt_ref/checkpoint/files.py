@@ -282,7 +282,7 @@ def save(path: str | os.PathLike[str], model: Model) -> None:
 
 
 def _write_whole(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # short: names have a limit
     try:
         # "x" and not tempfile: the file gets the usual permissions, and overwrites nothing
         with temporary.open("xb") as file:
@@ -295,8 +295,9 @@ def _write_whole(path: Path, data: bytes) -> None:
             temporary.unlink()
         raise
     if os.name == "posix":  # elsewhere a directory cannot be flushed
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        with contextlib.suppress(OSError):  # the file is in place; some systems flush no directory
+            directory = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)

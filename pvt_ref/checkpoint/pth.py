@@ -369,7 +369,10 @@ def _set_items(target: Any, items: list[Any]) -> None:
     for key, value in zip(items[::2], items[1::2], strict=True):
         if not isinstance(key, str | int | float | None):
             # nested tuples, for one, can take exponential time to hash
-            raise TypeError(f"{type(key).__name__} as a key")
+            raise CheckpointError(
+                f"its pickle has a {type(key).__name__} as a dict key; weights have names. "
+                f"{_RESAVE}"
+            )
         target[key] = value
 
 
