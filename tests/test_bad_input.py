@@ -1261,3 +1261,17 @@ def test_small_numpy_integers_do_not_wrap_round():
 def test_scale_and_eps_beyond_floats(name):
     with refused(ConfigError, name, "finite"):
         replace(SMALL, **{name: 10**400})
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_cotangents_of_the_other_float_dtype_are_cast(dtype):
+    params = map_arrays(lambda x: x.astype(dtype), PARAMS)
+    other = np.float64 if dtype == np.float32 else np.float32
+    logits, cache = pvt_ref.forward_with_cache(params, IMAGES, SMALL)
+    maps, pyramid_cache = pvt_ref.forward_pyramid_with_cache(params, IMAGES, SMALL)
+    dmaps = [x.astype(other) for x in maps]
+    for grads, _ in (
+        pvt_ref.backward(params, cache, logits.astype(other), SMALL),
+        pvt_ref.backward_pyramid(params, pyramid_cache, dmaps, SMALL),
+    ):
+        assert {x.dtype for x in pvt_ref.to_state_dict(grads).values()} == {np.dtype(dtype)}
