@@ -29,6 +29,7 @@ class Ops:
     """One operation of each kind. Frozen: dataclasses.replace makes a changed one."""
 
     name: str
+    numpy_only: bool = False  # whether arrays of other libraries are refused
     linear: Operation
     layer_norm: Operation
     gelu: Operation

@@ -1,7 +1,16 @@
 """The records of operations that there are, and which of them is the default."""
 
-from pvt_ref.arrays import Array
+import dataclasses
+import functools
+import os
+from types import ModuleType
+
+from pvt_ref.arrays import FLOAT_DTYPES, Array, dtype_name, is_numpy
 from pvt_ref.block import block_backward, block_forward
+from pvt_ref.config import is_whole
+from pvt_ref.errors import RangeError
+from pvt_ref.kernels import attention, block, gelu, layer_norm, linear, mlp, patch_embed, softmax
+from pvt_ref.kernels.blocking import Blocking
 from pvt_ref.layers.attention import attention_backward, attention_forward
 from pvt_ref.layers.drop import drop_backward, drop_path_forward, dropout_forward
 from pvt_ref.layers.gelu import gelu_backward, gelu_forward
@@ -32,7 +41,72 @@ REFERENCE = Ops(
 )
 
 
+
+
+@functools.cache  # one record for the same settings: a cache is only read by the record that made it
+def blocked_ops(threads: int | None = None, *, rows: int = 256) -> Ops:
+    """The kernels for NumPy arrays: cut into blocks that stay in the processor's cache, threaded.
+
+    They compute what the layers compute; float32 rounds otherwise, no worse, and float64 agrees to
+    the last digits. Where there is dropout, the layers themselves are used.
+
+    Args:
+        threads: at most so many; None for as many as NumPy's matrix products would use, which are
+            the cores available unless ``OPENBLAS_NUM_THREADS``, ``OMP_NUM_THREADS`` or threadpoolctl
+            says otherwise.
+        rows: tokens of a block.
+
+    Returns:
+        A record; the same one for the same arguments.
+
+    Raises:
+        RangeError: if threads or rows is no positive whole number.
+    """
+    for name, value in (("threads", threads), ("rows", rows)):
+        if not (name == "threads" and value is None) and (not is_whole(value) or value < 1):
+            raise RangeError(f"{name} is {value!r}; it must be a whole number, at least 1")
+    blocking = Blocking(threads, rows)
+
+    def twin(module: ModuleType) -> Operation:
+        name = module.__name__.rsplit(".", 1)[-1]
+        forward, backward = (getattr(module, f"{name}_{way}") for way in ("forward", "backward"))
+        return Operation(
+            functools.partial(forward, blocking=blocking),
+            functools.partial(backward, blocking=blocking),
+        )
+
+    return dataclasses.replace(
+        REFERENCE,
+        name="blocked",
+        numpy_only=True,
+        linear=twin(linear),
+        layer_norm=twin(layer_norm),
+        gelu=twin(gelu),
+        softmax=twin(softmax),
+        patch_embed=twin(patch_embed),
+        attention=twin(attention),
+        mlp=twin(mlp),
+        block=twin(block),
+    )
+
+
 def default_ops(x: Array) -> Ops:
-    """The record used when the caller names none, by the kind and dtype of the array x."""
-    del x  # there is one record so far, and it serves every array
-    return REFERENCE
+    """The record used when the caller names none, by the kind and dtype of the array x.
+
+    NumPy arrays get :func:`blocked_ops`, all others REFERENCE. The environment variable
+    ``PVT_REF_OPS``, ``reference`` or ``blocked``, decides it for NumPy arrays instead.
+
+    Raises:
+        RangeError: if the variable says something else.
+    """
+    if not is_numpy(x) or dtype_name(x) not in FLOAT_DTYPES:
+        return REFERENCE
+    wanted = os.environ.get("PVT_REF_OPS") or "blocked"
+    if wanted == "reference":
+        return REFERENCE
+    if wanted == "blocked":
+        return blocked_ops()
+    raise RangeError(
+        f"the environment variable PVT_REF_OPS is {wanted!r}; known are 'reference' (the readable "
+        f"layers) and 'blocked' (their faster twins, the default)"
+    )

@@ -1,0 +1,7 @@
+"""Faster twins of the operations for NumPy arrays: the same mathematics, cut into blocks.
+
+Nothing here is needed to understand the model: layers/ says what is computed, these files only how
+it is done fast. ``*_rows`` functions compute a block of rows, writing where they are told;
+``*_forward`` and ``*_backward`` have the signatures of the readable operations, whose docstrings
+hold for them too.
+"""

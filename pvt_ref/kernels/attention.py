@@ -1,0 +1,160 @@
+"""Attention whose scores are made, used and forgotten block by block of queries.
+
+No array of all n x m scores exists, so memory grows with the number of tokens, not with its square.
+The backward makes the scores again rather than remember them: one product more, much less memory.
+Scores stand keys first, (N, m, queries), so that the softmax runs along a short axis and computes
+many queries side by side.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pvt_ref.kernels.blocking import Blocking, by_group, cut
+from pvt_ref.kernels.softmax import softmax_in_place
+from pvt_ref.kernels.threads import Scratch
+from pvt_ref.layers import attention as readable
+from pvt_ref.ops import Ops
+
+
+def _weights(q: np.ndarray, k: np.ndarray, scale: float, scratch: Scratch) -> np.ndarray:
+    """Softmax(scale * k q^T), (N, m, queries)."""
+    (N, queries, _), m = q.shape, k.shape[1]
+    weights = scratch("attention.weights", N, m, queries, dtype=q.dtype)
+    np.matmul(k, q.transpose(0, 2, 1), out=weights)
+    weights *= scale
+    softmax_in_place(weights, axis=1)
+    return weights
+
+
+def _queries(q: np.ndarray, k: np.ndarray, blocking: Blocking) -> list[slice]:
+    """Blocks of queries whose scores may be held at once."""
+    row = k.shape[0] * k.shape[1]  # scores of a query, all heads
+    return list(cut(slice(0, q.shape[1]), max(1, blocking.scores // row)))
+
+
+def attend_rows(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    scale: float,
+    y: np.ndarray,
+    scratch: Scratch,
+    blocking: Blocking,
+) -> None:
+    """y becomes Softmax(scale * q k^T) v, for some queries of one image.
+
+    Args:
+        q: (N, queries, d).
+        k, v: (N, m, d), all keys and values of the image.
+        scale: 1 / sqrt(d) in the paper.
+        y: (N, queries, d), written.
+        scratch: memory of this thread.
+        blocking: the settings.
+    """
+    for part in _queries(q, k, blocking):
+        weights = _weights(q[:, part], k, scale, scratch)
+        np.matmul(weights.transpose(0, 2, 1), v, out=y[:, part])
+
+
+def attend_backward_rows(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    scale: float,
+    dy: np.ndarray,
+    dq: np.ndarray,
+    dk: np.ndarray,
+    dv: np.ndarray,
+    scratch: Scratch,
+    blocking: Blocking,
+) -> None:
+    """dq becomes the gradient of some queries of one image; dk and dv grow by what they add.
+
+    The equations are those of :func:`pvt_ref.layers.attention.attention_backward`.
+
+    Args:
+        q, k, v, scale, scratch, blocking: as in :func:`attend_rows`.
+        dy: dL/dy (N, queries, d).
+        dq: (N, queries, d), written.
+        dk, dv: (N, m, d), added to.
+    """
+    for part in _queries(q, k, blocking):
+        weights = _weights(q[:, part], k, scale, scratch)
+        dv += np.matmul(weights, dy[:, part])
+        dscores = scratch("attention.dscores", *weights.shape, dtype=dy.dtype)
+        np.matmul(v, dy[:, part].transpose(0, 2, 1), out=dscores)  # dL/dweights
+        dscores *= weights
+        weights *= np.sum(dscores, axis=1, keepdims=True)
+        dscores -= weights
+        dscores *= scale
+        np.matmul(dscores.transpose(0, 2, 1), k, out=dq[:, part])
+        dk += np.matmul(dscores, q[:, part])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionCache:
+    """What the scores are made from again."""
+
+    q: np.ndarray  # (B, N, n, d)
+    k: np.ndarray  # (B, N, m, d)
+    v: np.ndarray  # (B, N, m, d)
+    scale: float
+
+
+def attention_forward(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    ops: Ops,
+    scale: float,
+    drop_rate: float = 0.0,
+    rng: np.random.Generator | None = None,
+    keep: bool = True,
+    *,
+    blocking: Blocking,
+) -> tuple[np.ndarray, Any]:
+    """As :func:`pvt_ref.layers.attention.attention_forward`.
+
+    Dropout on the weights wants all of them: then the readable function computes.
+    """
+    if rng is not None and drop_rate > 0.0:
+        return readable.attention_forward(q, k, v, ops, scale, drop_rate, rng, keep)
+    B, N, n, d = q.shape
+    y = np.empty((B, n, N, d), q.dtype).transpose(0, 2, 1, 3)  # (B, N, n, d), ready to be merged
+
+    def work(piece: slice, scratch: Scratch) -> None:
+        for b, queries, _ in by_group(piece, n):
+            attend_rows(q[b, :, queries], k[b], v[b], scale, y[b, :, queries], scratch, blocking)
+
+    blocking.run(work, B * n, N * (d + k.shape[2]))
+    return y, AttentionCache(q, k, v, scale) if keep else None
+
+
+def attention_backward(
+    cache: Any, dy: np.ndarray, ops: Ops, *, blocking: Blocking
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As :func:`pvt_ref.layers.attention.attention_backward`."""
+    if not isinstance(cache, AttentionCache):
+        return readable.attention_backward(cache, dy, ops)
+    q, k, v = cache.q, cache.k, cache.v
+    B, N, n, d = q.shape
+    dq = np.empty(q.shape, q.dtype)
+
+    def work(piece: slice, scratch: Scratch) -> list[tuple[int, np.ndarray]]:
+        parts = []
+        for b, queries, _ in by_group(piece, n):
+            dkv = np.zeros((2, *k.shape[1:]), k.dtype)
+            attend_backward_rows(
+                q[b, :, queries], k[b], v[b], cache.scale, dy[b, :, queries], dq[b, :, queries],
+                *dkv, scratch, blocking,
+            )  # fmt: skip
+            parts.append((b, dkv))
+        return parts
+
+    dkv = np.zeros((2, *k.shape), k.dtype)
+    for parts in blocking.run(work, B * n, N * (d + k.shape[2])):
+        for b, part in parts:
+            dkv[:, b] += part
+    return dq, dkv[0], dkv[1]

@@ -1,0 +1,98 @@
+"""Linear by blocks of rows; the gradients of weights by rows of the weight."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pvt_ref.kernels.blocking import Blocking
+from pvt_ref.kernels.threads import Scratch
+from pvt_ref.layers.linear import LinearParams
+
+
+def linear_rows(p: LinearParams, x: np.ndarray, y: np.ndarray) -> None:
+    """y becomes x W^T + b, for a block of rows."""
+    np.matmul(x, p.weight.T, out=y)
+    if p.bias is not None:
+        y += p.bias
+
+
+def column_sums(x: np.ndarray) -> np.ndarray:
+    """Sums over the rows of one block, in x's dtype; blocks are added up in double precision."""
+    return np.ones(len(x), x.dtype) @ x
+
+
+def weight_gradients(
+    pairs: list[tuple[np.ndarray, np.ndarray]], blocking: Blocking
+) -> list[np.ndarray]:
+    """dW = dy^T x for several linear layers at once.
+
+    Every thread makes some rows of a dW, over all tokens: there is nothing to add up afterwards,
+    and the number of threads changes no sum.
+
+    Args:
+        pairs: dy (rows, C_out) and x (rows, C_in) of each layer.
+        blocking: the settings.
+
+    Returns:
+        dW (C_out, C_in) of each layer.
+    """
+    results = [np.empty((dy.shape[1], x.shape[1]), dy.dtype) for dy, x in pairs]
+    # all rows of all dW, one below the other, are what the threads share
+    starts = np.cumsum([0] + [len(dW) for dW in results])
+
+    def work(piece: slice, scratch: Scratch) -> None:
+        del scratch
+        for (dy, x), dW, start in zip(pairs, results, starts, strict=False):
+            first = max(piece.start - start, 0)
+            last = min(piece.stop - start, len(dW))
+            if first < last:
+                np.matmul(dy[:, first:last].T, x, out=dW[first:last])
+
+    total = int(starts[-1])
+    tokens = sum(len(x) * dW.size for (_, x), dW in zip(pairs, results, strict=True))
+    blocking.run(work, total, max(1, tokens // max(1, total)), rows=total)
+    return results
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearCache:
+    """As the readable one."""
+
+    x: np.ndarray  # (..., C_in)
+
+
+def linear_forward(
+    p: LinearParams, x: np.ndarray, keep: bool = True, *, blocking: Blocking
+) -> tuple[np.ndarray, LinearCache | None]:
+    """As :func:`pvt_ref.layers.linear.linear_forward`."""
+    C_out, C_in = p.weight.shape
+    y = np.empty((*x.shape[:-1], C_out), x.dtype)
+    x_rows, y_rows = x.reshape(-1, C_in), y.reshape(-1, C_out)
+
+    def work(piece: slice, scratch: Scratch) -> None:
+        del scratch
+        linear_rows(p, x_rows[piece], y_rows[piece])
+
+    blocking.run(work, len(y_rows), C_in + C_out)
+    return y, LinearCache(x) if keep else None
+
+
+def linear_backward(
+    p: LinearParams, cache: LinearCache, dy: np.ndarray, *, blocking: Blocking
+) -> tuple[np.ndarray, LinearParams]:
+    """As :func:`pvt_ref.layers.linear.linear_backward`."""
+    C_out, C_in = p.weight.shape
+    dx = np.empty(cache.x.shape, dy.dtype)
+    dx_rows, dy_rows = dx.reshape(-1, C_in), dy.reshape(-1, C_out)
+
+    def work(piece: slice, scratch: Scratch) -> np.ndarray:
+        del scratch
+        dbias = np.zeros(C_out)
+        for rows in blocking.cut(piece):
+            np.matmul(dy_rows[rows], p.weight, out=dx_rows[rows])
+            dbias += column_sums(dy_rows[rows])
+        return dbias
+
+    dbias = sum(blocking.run(work, len(dy_rows), C_in + C_out)).astype(dy.dtype)
+    (dweight,) = weight_gradients([(dy_rows, cache.x.reshape(-1, C_in))], blocking)
+    return dx, LinearParams(dweight, None if p.bias is None else dbias)

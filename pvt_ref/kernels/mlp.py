@@ -1,0 +1,144 @@
+"""The MLP by blocks of rows: a block is widened, bent and narrowed again while it is in cache."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pvt_ref.kernels.blocking import Blocking
+from pvt_ref.kernels.gelu import gelu_rows
+from pvt_ref.kernels.linear import column_sums, linear_rows, weight_gradients
+from pvt_ref.kernels.threads import Scratch
+from pvt_ref.layers import mlp as readable
+from pvt_ref.layers.linear import LinearParams
+from pvt_ref.layers.mlp import MLPParams
+from pvt_ref.ops import Ops
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HiddenCache:
+    """The hidden layer of all rows, for the backward."""
+
+    y: np.ndarray  # (rows, E*C), after GELU: fc2's weight needs it
+    slope: np.ndarray  # (rows, E*C), the derivative of GELU
+
+
+def empty_hidden(p: MLPParams, rows: int, dtype: np.dtype) -> HiddenCache:
+    """Room for the hidden layer of so many rows."""
+    shape = (rows, p.fc1.weight.shape[0])
+    return HiddenCache(np.empty(shape, dtype), np.empty(shape, dtype))
+
+
+def mlp_rows(
+    p: MLPParams,
+    x: np.ndarray,
+    y: np.ndarray,
+    rows: slice,
+    hidden: HiddenCache | None,
+    scratch: Scratch,
+) -> None:
+    """y becomes fc2(GELU(fc1(x))) for a block.
+
+    Args:
+        p: the weights.
+        x: (block, C).
+        y: (block, C), written.
+        rows: which rows of hidden the block has.
+        hidden: keeps the hidden layer; None if nobody needs it afterwards.
+        scratch: memory of this thread.
+    """
+    if hidden is None:
+        wide = scratch("mlp.hidden", len(x), p.fc1.weight.shape[0], dtype=x.dtype)
+        slope = None
+    else:
+        wide, slope = hidden.y[rows], hidden.slope[rows]
+    linear_rows(p.fc1, x, wide)
+    gelu_rows(wide, scratch, slope)
+    linear_rows(p.fc2, wide, y)
+
+
+def mlp_backward_rows(
+    p: MLPParams,
+    slope: np.ndarray,
+    dy: np.ndarray,
+    dhidden: np.ndarray,
+    dx: np.ndarray,
+    dbias1: np.ndarray,
+    dbias2: np.ndarray,
+) -> None:
+    """The gradients of a block's rows, and what the block adds to those of the biases.
+
+    Args:
+        p: the weights.
+        slope: the derivative of GELU (block, E*C).
+        dy: dL/dy (block, C).
+        dhidden: (block, E*C), becomes the gradient before GELU; fc1's weight needs it.
+        dx: (block, C), written.
+        dbias1, dbias2: float64 (E*C,) and (C,), added to.
+    """
+    dbias2 += column_sums(dy)
+    np.matmul(dy, p.fc2.weight, out=dhidden)
+    dhidden *= slope
+    dbias1 += column_sums(dhidden)
+    np.matmul(dhidden, p.fc1.weight, out=dx)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MLPCache:
+    """Input and hidden layer."""
+
+    x: np.ndarray  # (rows, C)
+    hidden: HiddenCache
+
+
+def mlp_forward(
+    p: MLPParams,
+    x: np.ndarray,
+    ops: Ops,
+    drop_rate: float = 0.0,
+    rng: np.random.Generator | None = None,
+    keep: bool = True,
+    *,
+    blocking: Blocking,
+) -> tuple[np.ndarray, Any]:
+    """As :func:`pvt_ref.layers.mlp.mlp_forward`, which computes where there is dropout."""
+    if rng is not None and drop_rate > 0.0:
+        return readable.mlp_forward(p, x, ops, drop_rate, rng, keep)
+    y = np.empty(x.shape, x.dtype)
+    x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, x.shape[-1])
+    hidden = empty_hidden(p, len(x_rows), x.dtype) if keep else None
+
+    def work(piece: slice, scratch: Scratch) -> None:
+        for rows in blocking.cut(piece):
+            mlp_rows(p, x_rows[rows], y_rows[rows], rows, hidden, scratch)
+
+    blocking.run(work, len(x_rows), p.fc1.weight.shape[0])
+    return y, None if hidden is None else MLPCache(x_rows, hidden)
+
+
+def mlp_backward(
+    p: MLPParams, cache: Any, dy: np.ndarray, ops: Ops, *, blocking: Blocking
+) -> tuple[np.ndarray, MLPParams]:
+    """As :func:`pvt_ref.layers.mlp.mlp_backward`."""
+    if not isinstance(cache, MLPCache):
+        return readable.mlp_backward(p, cache, dy, ops)
+    dx = np.empty(dy.shape, dy.dtype)
+    dx_rows, dy_rows = dx.reshape(cache.x.shape), dy.reshape(cache.x.shape)
+    dhidden = np.empty_like(cache.hidden.y)
+
+    def work(piece: slice, scratch: Scratch) -> tuple[np.ndarray, np.ndarray]:
+        del scratch
+        dbias1, dbias2 = np.zeros(dhidden.shape[1]), np.zeros(dx_rows.shape[1])
+        for rows in blocking.cut(piece):
+            mlp_backward_rows(
+                p, cache.hidden.slope[rows], dy_rows[rows], dhidden[rows], dx_rows[rows],
+                dbias1, dbias2,
+            )  # fmt: skip
+        return dbias1, dbias2
+
+    sums = blocking.run(work, *dhidden.shape)
+    dbias1, dbias2 = (sum(parts).astype(dy.dtype) for parts in zip(*sums, strict=True))
+    dweight1, dweight2 = weight_gradients(
+        [(dhidden, cache.x), (dy_rows, cache.hidden.y)], blocking
+    )
+    return dx, MLPParams(LinearParams(dweight1, dbias1), LinearParams(dweight2, dbias2))

@@ -1,0 +1,57 @@
+"""Softmax in place, along whichever axis the caller has laid the keys."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pvt_ref.kernels.blocking import Blocking
+from pvt_ref.kernels.threads import Scratch
+
+
+def softmax_in_place(x: np.ndarray, axis: int) -> None:
+    """x becomes exp(x) / sum(exp(x)) along axis."""
+    x -= np.max(x, axis=axis, keepdims=True)
+    np.exp(x, out=x)
+    x /= np.sum(x, axis=axis, keepdims=True)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SoftmaxCache:
+    """As the readable one."""
+
+    y: np.ndarray  # (..., m)
+
+
+def softmax_forward(
+    x: np.ndarray, keep: bool = True, *, blocking: Blocking
+) -> tuple[np.ndarray, SoftmaxCache | None]:
+    """As :func:`pvt_ref.layers.softmax.softmax_forward`."""
+    y = np.empty(x.shape, x.dtype)
+    x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, x.shape[-1])
+
+    def work(piece: slice, scratch: Scratch) -> None:
+        del scratch
+        for rows in blocking.cut(piece):
+            y_rows[rows] = x_rows[rows]
+            softmax_in_place(y_rows[rows], axis=1)
+
+    blocking.run(work, *y_rows.shape)
+    return y, SoftmaxCache(y) if keep else None
+
+
+def softmax_backward(cache: SoftmaxCache, dy: np.ndarray, *, blocking: Blocking) -> np.ndarray:
+    """As :func:`pvt_ref.layers.softmax.softmax_backward`."""
+    dx = np.empty(dy.shape, dy.dtype)
+    shape = (-1, dy.shape[-1])
+    y_rows, dx_rows, dy_rows = cache.y.reshape(shape), dx.reshape(shape), dy.reshape(shape)
+
+    def work(piece: slice, scratch: Scratch) -> None:
+        for rows in blocking.cut(piece):
+            y, block = y_rows[rows], dx_rows[rows]
+            product = scratch("softmax.product", *y.shape, dtype=y.dtype)
+            np.multiply(dy_rows[rows], y, out=block)
+            np.multiply(y, np.sum(block, axis=1, keepdims=True), out=product)
+            block -= product
+
+    blocking.run(work, *dx_rows.shape)
+    return dx
