@@ -44,7 +44,7 @@ REFERENCE = Ops(
 
 
 @functools.cache  # one record for the same settings: a cache is only read by the record that made it
-def blocked_ops(threads: int | None = None, *, rows: int = 256) -> Ops:
+def blocked_ops(threads: int | None = None, *, elements: int = 2**18) -> Ops:
     """The kernels for NumPy arrays: cut into blocks that stay in the processor's cache, threaded.
 
     They compute what the layers compute; float32 rounds otherwise, no worse, and float64 agrees to
@@ -54,18 +54,18 @@ def blocked_ops(threads: int | None = None, *, rows: int = 256) -> Ops:
         threads: at most so many; None for as many as NumPy's matrix products would use, which are
             the cores available unless ``OPENBLAS_NUM_THREADS``, ``OMP_NUM_THREADS`` or threadpoolctl
             says otherwise.
-        rows: tokens of a block.
+        elements: numbers in the widest array of a block; the default suits caches of 1 to 2 MB.
 
     Returns:
         A record; the same one for the same arguments.
 
     Raises:
-        RangeError: if threads or rows is no positive whole number.
+        RangeError: if threads or elements is no positive whole number.
     """
-    for name, value in (("threads", threads), ("rows", rows)):
+    for name, value in (("threads", threads), ("elements", elements)):
         if not (name == "threads" and value is None) and (not is_whole(value) or value < 1):
             raise RangeError(f"{name} is {value!r}; it must be a whole number, at least 1")
-    blocking = Blocking(threads, rows)
+    blocking = Blocking(threads, elements)
 
     def twin(module: ModuleType) -> Operation:
         name = module.__name__.rsplit(".", 1)[-1]

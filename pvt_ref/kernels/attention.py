@@ -31,7 +31,7 @@ def _weights(q: np.ndarray, k: np.ndarray, scale: float, scratch: Scratch) -> np
 def _queries(q: np.ndarray, k: np.ndarray, blocking: Blocking) -> list[slice]:
     """Blocks of queries whose scores may be held at once."""
     row = k.shape[0] * k.shape[1]  # scores of a query, all heads
-    return list(cut(slice(0, q.shape[1]), max(1, blocking.scores // row)))
+    return list(cut(slice(0, q.shape[1]), max(1, blocking.elements // row)))
 
 
 def attend_rows(
@@ -124,11 +124,12 @@ def attention_forward(
     B, N, n, d = q.shape
     y = np.empty((B, n, N, d), q.dtype).transpose(0, 2, 1, 3)  # (B, N, n, d), ready to be merged
 
-    def work(piece: slice, scratch: Scratch) -> None:
-        for b, queries, _ in by_group(piece, n):
-            attend_rows(q[b, :, queries], k[b], v[b], scale, y[b, :, queries], scratch, blocking)
+    def work(blocks: list[slice], scratch: Scratch) -> None:
+        for rows in blocks:
+            for b, part, _ in by_group(rows, n):
+                attend_rows(q[b, :, part], k[b], v[b], scale, y[b, :, part], scratch, blocking)
 
-    blocking.run(work, B * n, N * (d + k.shape[2]))
+    blocking.run(work, B * n, blocking.rows(N * (d + k.shape[2])))
     return y, AttentionCache(q, k, v, scale) if keep else None
 
 
@@ -142,19 +143,20 @@ def attention_backward(
     B, N, n, d = q.shape
     dq = np.empty(q.shape, q.dtype)
 
-    def work(piece: slice, scratch: Scratch) -> list[tuple[int, np.ndarray]]:
-        parts = []
-        for b, queries, _ in by_group(piece, n):
-            dkv = np.zeros((2, *k.shape[1:]), k.dtype)
-            attend_backward_rows(
-                q[b, :, queries], k[b], v[b], cache.scale, dy[b, :, queries], dq[b, :, queries],
-                *dkv, scratch, blocking,
-            )  # fmt: skip
-            parts.append((b, dkv))
+    def work(blocks: list[slice], scratch: Scratch) -> dict[int, np.ndarray]:
+        parts: dict[int, np.ndarray] = {}  # of the images that the piece has queries of
+        for rows in blocks:
+            for b, part, _ in by_group(rows, n):
+                if b not in parts:
+                    parts[b] = np.zeros((2, *k.shape[1:]), k.dtype)
+                attend_backward_rows(
+                    q[b, :, part], k[b], v[b], cache.scale, dy[b, :, part], dq[b, :, part],
+                    *parts[b], scratch, blocking,
+                )  # fmt: skip
         return parts
 
     dkv = np.zeros((2, *k.shape), k.dtype)
-    for parts in blocking.run(work, B * n, N * (d + k.shape[2])):
-        for b, part in parts:
+    for parts in blocking.run(work, B * n, blocking.rows(N * (d + k.shape[2]))):
+        for b, part in parts.items():
             dkv[:, b] += part
     return dq, dkv[0], dkv[1]

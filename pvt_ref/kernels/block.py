@@ -2,9 +2,9 @@
 
 Everything in a block belongs to one token, except that a query looks at the keys and values of its
 whole image. So the forward first makes all keys and values (there are few), then takes one block of
-rows after the other through all the rest: norm, queries, attention, projection, sum, norm, MLP,
-sum. Nothing but the tokens, the keys and the values exists at full length. The backward goes the
-same way back: first the rows, then the keys and values; last, the products that give the weights'
+rows after the other through all the rest: queries, attention, projection, sum, norm, MLP, sum.
+Nothing but the tokens, the keys and the values exists at full length. The backward goes the same
+way back: first the rows, then the keys and values; last, the products that give the weights'
 gradients, over all tokens at once.
 """
 
@@ -19,11 +19,11 @@ from pvt_ref.config import StageConfig
 from pvt_ref.kernels.attention import attend_backward_rows, attend_rows
 from pvt_ref.kernels.blocking import Blocking, by_group
 from pvt_ref.kernels.layer_norm import (
+    LayerNormCache,
     add_sums,
-    affine_rows,
+    empty_layer_norm_cache,
     layer_norm_backward_rows,
     layer_norm_rows,
-    normalize_rows,
     zero_sums,
 )
 from pvt_ref.kernels.linear import column_sums, linear_rows, weight_gradients
@@ -33,7 +33,7 @@ from pvt_ref.kernels.patch_embed import (
     as_blocks,
     embed_backward_rows,
     embed_rows,
-    empty_embedded,
+    empty_embedded_cache,
 )
 from pvt_ref.kernels.threads import Scratch
 from pvt_ref.layers.drop import drop_path_forward
@@ -47,15 +47,21 @@ from pvt_ref.ops import Ops
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowsCache:
-    """What the second sweep leaves of every token for the backward."""
+    """What is kept of every token for the backward."""
 
-    x_hat1: np.ndarray  # (B*n, C), norm1
-    rstd1: np.ndarray  # (B*n, 1)
+    norm1: LayerNormCache
     q: np.ndarray  # (B*n, C)
     heads: np.ndarray  # (B*n, C), attention's result before W^O
-    x_hat2: np.ndarray  # (B*n, C), norm2
-    rstd2: np.ndarray  # (B*n, 1)
+    norm2: LayerNormCache
     hidden: HiddenCache
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeysCache:
+    """What is kept of every key."""
+
+    embedded: EmbeddedCache | None  # of the spatial reduction; None if R = 1
+    reduced: np.ndarray  # (B*m, C), SR(norm1(x)): keys and values are made of it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,22 +70,47 @@ class BlockCache:
 
     shape: tuple[int, int, int]  # (B, n, C)
     grid: tuple[int, int]
-    reduced: np.ndarray  # (B*m, C), SR(norm1(x)): keys and values are made of it
-    embedded: EmbeddedCache | None  # of the spatial reduction; None if R = 1
-    kv: np.ndarray  # (B*m, 2C)
     rows: RowsCache
+    keys: KeysCache
+    kv: np.ndarray  # (B*m, 2C)
     gain1: np.ndarray | None  # (B, 1, 1), what drop path multiplied by; None if nothing
     gain2: np.ndarray | None
 
 
+def _empty_caches(
+    p: BlockParams, rows: int, keys: int, dtype: np.dtype
+) -> tuple[RowsCache, KeysCache]:
+    """Room for so many tokens and keys."""
+    C = p.norm1.weight.shape[0]
+    rows_cache = RowsCache(
+        norm1=empty_layer_norm_cache(rows, C, dtype),
+        q=np.empty((rows, C), dtype),
+        heads=np.empty((rows, C), dtype),
+        norm2=empty_layer_norm_cache(rows, C, dtype),
+        hidden=empty_hidden(p.mlp, rows, dtype),
+    )
+    embedded = None
+    if p.attn.sr is not None:
+        embedded = empty_embedded_cache(keys, p.attn.sr.weight[0].size, C, dtype)
+    return rows_cache, KeysCache(embedded, np.empty((keys, C), dtype))
+
+
 @dataclass(frozen=True, slots=True)
 class _Lines:
-    """The tokens of a batch as lines of R x R blocks: what spatial reduction is cut along."""
+    """The tokens of a batch as lines of R x R blocks: spatial reduction is cut between them."""
 
     count: int  # in the batch
     keys: int  # of a line
     tokens: int  # of a line
     R: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, int, int], grid: tuple[int, int], R: int) -> "_Lines":
+        B, n, _ = shape
+        if R == 1:  # tokens are keys, the cls token too: a line is one token
+            return cls(B * n, 1, 1, 1)
+        H, W = grid
+        return cls(B * H // R, W // R, R * W, R)
 
     def rows(self, lines: slice) -> slice:
         """Their tokens."""
@@ -89,29 +120,22 @@ class _Lines:
         """Their keys."""
         return slice(lines.start * self.keys, lines.stop * self.keys)
 
-    def at_once(self, blocking: Blocking) -> int:
-        """How many go through the reduction together: a quarter of a block's rows in keys."""
-        return max(1, blocking.rows // (self.keys * min(self.R, 4)))
-
     def blocks(self, rows: np.ndarray) -> np.ndarray:
         """Tokens (lines*tokens, C) seen as (lines, keys, R, R, C), the same memory."""
-        C = rows.shape[-1]
-        as_map = rows.reshape(1, -1, self.keys * self.R, C)
+        as_map = rows.reshape(1, -1, self.keys * self.R, rows.shape[-1])
         return as_blocks(as_map, self.R)[0]
 
-
-def _lines_of(B: int, n: int, grid: tuple[int, int], R: int) -> _Lines:
-    if R == 1:  # tokens are keys, the cls token too: a line is one token
-        return _Lines(B * n, 1, 1, 1)
-    H, W = grid
-    return _Lines(B * H // R, W // R, R * W, R)
+    def run(self, blocking: Blocking, work: Any, C: int) -> list[Any]:
+        """work(blocks of lines, scratch), shared among threads."""
+        at_once = blocking.rows(C) // self.tokens or 1
+        return blocking.run(work, self.count, at_once, self.tokens)
 
 
-def _reduction(p: SRAParams) -> LinearParams | None:
-    """W^S as a matrix; None if R = 1."""
-    if p.sr is None:
+def _reduction(p: SRAParams) -> tuple[LinearParams, LayerNormParams] | None:
+    """W^S as a matrix, and the norm after it; None if R = 1."""
+    if p.sr is None or p.norm is None:
         return None
-    return LinearParams(kernel_to_matrix(p.sr.weight), p.sr.bias)
+    return LinearParams(kernel_to_matrix(p.sr.weight), p.sr.bias), p.norm
 
 
 def _per_head(rows: np.ndarray, N: int) -> np.ndarray:
@@ -125,8 +149,14 @@ def _keys_and_values(kv: np.ndarray, N: int) -> tuple[np.ndarray, np.ndarray]:
     return _per_head(kv[:, :C], N), _per_head(kv[:, C:], N)
 
 
+def _draw_gain(x: np.ndarray, rate: float, rng: np.random.Generator | None) -> np.ndarray | None:
+    """Drop path's factor of every sample (B, 1, 1), drawn as the readable operation draws it."""
+    gain, cache = drop_path_forward(np.ones((x.shape[0], 1, 1), x.dtype), rate, rng)
+    return None if cache is None else gain
+
+
 def _scale_samples(branch: np.ndarray, gain: np.ndarray | None, rows: slice, n: int) -> None:
-    """Drop path: every row times the gain of its sample."""
+    """Drop path: every row of a block times the gain of its sample."""
     if gain is not None:
         for b, _, part in by_group(rows, n):
             branch[part] *= gain[b, 0, 0]
@@ -147,150 +177,120 @@ def block_forward(
     """As :func:`pvt_ref.block.block_forward`, which computes where there is dropout."""
     if rng is not None and (stage.drop_rate > 0.0 or stage.attn_drop_rate > 0.0):
         return readable.block_forward(p, x, ops, grid, stage, drop_path_rate, rng, keep)
-    gain1, gain2 = (_draw_gain(x, drop_path_rate, rng) for _ in range(2))
-    tokens = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
-    reduced, embedded, kv = _sweep_keys(p, tokens, x.shape, grid, stage, keep, blocking)
-    y, rows_cache = _sweep_rows(p, tokens, kv, x.shape, stage, (gain1, gain2), keep, blocking)
+    B, n, C = x.shape
+    gain1 = _draw_gain(x, drop_path_rate, rng)
+    gain2 = _draw_gain(x, drop_path_rate, rng)
+    tokens = np.ascontiguousarray(x).reshape(B * n, C)
+    y = np.empty_like(tokens)
+    lines = _Lines.of(x.shape, grid, stage.sr_ratio)
+    kv = np.empty((lines.count * lines.keys, 2 * C), x.dtype)
+    rows_cache, keys_cache = _empty_caches(p, len(y), len(kv), x.dtype) if keep else (None, None)
+    _sweep_keys(p, tokens, y, kv, lines, stage, rows_cache, keys_cache, blocking)
+    _sweep_rows(p, tokens, y, kv, x.shape, stage, (gain1, gain2), rows_cache, blocking)
     y = y.reshape(x.shape)
-    if rows_cache is None:
+    if rows_cache is None or keys_cache is None:
         return y, None
-    return y, BlockCache(x.shape, grid, reduced, embedded, kv, rows_cache, gain1, gain2)
-
-
-def _draw_gain(x: np.ndarray, rate: float, rng: np.random.Generator | None) -> np.ndarray | None:
-    """Drop path's factor of every sample (B, 1, 1), drawn as the readable operation draws it."""
-    ones = np.ones((x.shape[0], 1, 1), x.dtype)
-    gain, cache = drop_path_forward(ones, rate, rng)
-    return None if cache is None else gain
+    return y, BlockCache(x.shape, grid, rows_cache, keys_cache, kv, gain1, gain2)
 
 
 def _sweep_keys(
     p: BlockParams,
     tokens: np.ndarray,
-    shape: tuple[int, int, int],
-    grid: tuple[int, int],
+    normed: np.ndarray,
+    kv: np.ndarray,
+    lines: _Lines,
     stage: StageConfig,
-    keep: bool,
+    rows_cache: RowsCache | None,
+    keys_cache: KeysCache | None,
     blocking: Blocking,
-) -> tuple[np.ndarray, EmbeddedCache | None, np.ndarray]:
-    """Keys and values of all images: KV(SR(norm1(x))), and what the backward needs of them."""
-    B, n, C = shape
-    lines = _lines_of(B, n, grid, stage.sr_ratio)
-    keys = lines.count * lines.keys
-    proj = _reduction(p.attn)
-    kv = np.empty((keys, 2 * C), tokens.dtype)
-    reduced = np.empty((keys if keep else 0, C), tokens.dtype)
-    embedded = None
-    if proj is not None and keep:
-        embedded = empty_embedded(keys, proj.weight.shape[1], C, tokens.dtype)
+) -> None:
+    """normed becomes norm1(x), and kv the keys and values made of SR(normed), of all images."""
+    C, reduction = tokens.shape[1], _reduction(p.attn)
+    norm1 = None if rows_cache is None else rows_cache.norm1
 
-    def work(piece: slice, scratch: Scratch) -> None:
-        for part in blocking.cut(piece, lines.at_once(blocking)):
+    def work(blocks: list[slice], scratch: Scratch) -> None:
+        for part in blocks:
             rows, key_rows = lines.rows(part), lines.key_rows(part)
-            count = key_rows.stop - key_rows.start
-            normed = scratch("normed", rows.stop - rows.start, C, dtype=tokens.dtype)
-            layer_norm_rows(p.norm1, tokens[rows], stage.norm_eps, normed)
-            result = normed
-            if keep:
-                result = reduced[key_rows]
-            elif proj is not None:
-                result = scratch("reduced", count, C, dtype=tokens.dtype)
-            if proj is None:
-                result[...] = normed
+            layer_norm_rows(p.norm1, tokens[rows], stage.norm_eps, normed[rows], rows, norm1)
+            if keys_cache is None:
+                reduced = scratch("reduced", key_rows.stop - key_rows.start, C, dtype=kv.dtype)
             else:
-                assert p.attn.norm is not None
-                width = proj.weight.shape[1]
-                if embedded is None:
-                    blocks = scratch("blocks", count, width, dtype=tokens.dtype)
-                else:
-                    blocks = embedded.blocks[key_rows]
-                cut_up = lines.blocks(normed)
-                blocks.reshape(cut_up.shape)[...] = cut_up
+                reduced = keys_cache.reduced[key_rows]
+            if reduction is None:
+                reduced[...] = normed[rows]
+            else:
                 embed_rows(
-                    proj, p.attn.norm, blocks, stage.projection_norm_eps, result, key_rows, embedded
-                )
-            linear_rows(p.attn.kv, result, kv[key_rows])
+                    *reduction, [lines.blocks(normed[rows])], stage.projection_norm_eps, reduced,
+                    key_rows, None if keys_cache is None else keys_cache.embedded, scratch,
+                )  # fmt: skip
+            linear_rows(p.attn.kv, reduced, kv[key_rows])
 
-    blocking.run(work, lines.count, lines.tokens * C, rows=lines.at_once(blocking))
-    return reduced, embedded, kv
+    lines.run(blocking, work, C)
 
 
 def _sweep_rows(
     p: BlockParams,
     tokens: np.ndarray,
+    y: np.ndarray,
     kv: np.ndarray,
     shape: tuple[int, int, int],
     stage: StageConfig,
     gains: tuple[np.ndarray | None, np.ndarray | None],
-    keep: bool,
+    cache: RowsCache | None,
     blocking: Blocking,
-) -> tuple[np.ndarray, RowsCache | None]:
-    """Everything but keys and values, one block of rows after the other."""
+) -> None:
+    """y, norm1(x) so far, becomes the block's result, some rows after the other."""
     B, n, C = shape
-    N, dtype = stage.num_heads, tokens.dtype
+    N = stage.num_heads
     kv = kv.reshape(B, -1, 2 * C)
-    y = np.empty_like(tokens)
-    cache = _empty_rows_cache(p, B * n, C, dtype) if keep else None
 
-    def work(piece: slice, scratch: Scratch) -> None:
-        for rows in blocking.cut(piece):
-            size = rows.stop - rows.start
-            x, out = tokens[rows], y[rows]
-            normed = scratch("normed", size, C, dtype=dtype)
+    def work(blocks: list[slice], scratch: Scratch) -> None:
+        for rows in blocks:
+            x, y_rows = tokens[rows], y[rows]
             if cache is None:
-                x_hat = normed
-                q, heads = (scratch(name, size, C, dtype=dtype) for name in ("q", "heads"))
-                hidden = None
+                q = scratch("q", *x.shape, dtype=x.dtype)
+                heads = scratch("heads", *x.shape, dtype=x.dtype)
             else:
-                x_hat, q, heads = cache.x_hat1[rows], cache.q[rows], cache.heads[rows]
-                hidden = cache.hidden
+                q, heads = cache.q[rows], cache.heads[rows]
             # x = x + droppath(sra(norm1(x)))
-            rstd = normalize_rows(x, stage.norm_eps, x_hat)
-            affine_rows(p.norm1, x_hat, normed)
-            if cache is not None:
-                cache.rstd1[rows] = rstd
-            linear_rows(p.attn.q, normed, q)
+            linear_rows(p.attn.q, y_rows, q)
             q_heads, y_heads = _per_head(q, N), _per_head(heads, N)
             for b, _, part in by_group(rows, n):
                 k, v = _keys_and_values(kv[b], N)
                 attend_rows(
                     q_heads[:, part], k, v, stage.scale, y_heads[:, part], scratch, blocking
                 )
-            linear_rows(p.attn.proj, heads, out)
-            _scale_samples(out, gains[0], rows, n)
-            out += x
+            linear_rows(p.attn.proj, heads, y_rows)
+            _scale_samples(y_rows, gains[0], rows, n)
+            y_rows += x
             # x = x + droppath(mlp(norm2(x)))
+            normed, branch = heads if cache is None else q, q
             if cache is not None:
-                x_hat = cache.x_hat2[rows]
-            rstd = normalize_rows(out, stage.norm_eps, x_hat)
-            affine_rows(p.norm2, x_hat, normed)
-            if cache is not None:
-                cache.rstd2[rows] = rstd
-            branch = scratch("branch", size, C, dtype=dtype)
-            mlp_rows(p.mlp, normed, branch, rows, hidden, scratch)
+                normed = scratch("normed", *x.shape, dtype=x.dtype)
+                branch = scratch("branch", *x.shape, dtype=x.dtype)
+            layer_norm_rows(
+                p.norm2, y_rows, stage.norm_eps, normed, rows, None if cache is None else cache.norm2
+            )
+            mlp_rows(p.mlp, normed, branch, rows, None if cache is None else cache.hidden, scratch)
             _scale_samples(branch, gains[1], rows, n)
-            out += branch
+            y_rows += branch
 
-    blocking.run(work, B * n, p.mlp.fc1.weight.shape[0])
-    return y, cache
-
-
-def _empty_rows_cache(p: BlockParams, rows: int, C: int, dtype: np.dtype) -> RowsCache:
-    def empty(width: int) -> np.ndarray:
-        return np.empty((rows, width), dtype)
-
-    return RowsCache(
-        x_hat1=empty(C),
-        rstd1=empty(1),
-        q=empty(C),
-        heads=empty(C),
-        x_hat2=empty(C),
-        rstd2=empty(1),
-        hidden=empty_hidden(p.mlp, rows, dtype),
-    )
+    blocking.run(work, B * n, blocking.rows(p.mlp.fc1.weight.shape[0]))
 
 
 # Backward -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _RowGradients:
+    """Gradients of every token that the second sweep back, or a weight, needs."""
+
+    dx: np.ndarray  # (B*n, C), of what norm2 and its skip were given
+    dnormed1: np.ndarray  # (B*n, C), of norm1's result, by way of the queries
+    dq: np.ndarray  # (B*n, C)
+    dproj: np.ndarray  # (B*n, C), of W^O's result; dx itself where nothing was dropped
+    dfc2: np.ndarray  # (B*n, C), of fc2's result; dy itself where nothing was dropped
+    dhidden: np.ndarray  # (B*n, E*C), of fc1's result
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -310,45 +310,28 @@ class _KeySums:
 
     kv: np.ndarray  # (2C,)
     sr: np.ndarray  # (C,)
-    sr_norm: LayerNormParams | None
+    sr_norm: LayerNormParams
     norm1: LayerNormParams
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _RowGradients:
-    """Gradients of every token that the second sweep back, or a weight, needs."""
-
-    dx: np.ndarray  # (B*n, C), of what norm2 and its skip were given
-    dnormed1: np.ndarray  # (B*n, C), of norm1's result, by way of the queries so far
-    dq: np.ndarray  # (B*n, C)
-    dproj: np.ndarray  # (B*n, C), of W^O's result; dx itself where nothing was dropped
-    dfc2: np.ndarray  # (B*n, C), of fc2's result; dy itself where nothing was dropped
-    dhidden: np.ndarray  # (B*n, E*C), of fc1's result
-
-
 def block_backward(
-    p: BlockParams,
-    cache: Any,
-    dy: np.ndarray,
-    ops: Ops,
-    stage: StageConfig,
-    *,
-    blocking: Blocking,
+    p: BlockParams, cache: Any, dy: np.ndarray, ops: Ops, stage: StageConfig, *, blocking: Blocking
 ) -> tuple[np.ndarray, BlockParams]:
     """As :func:`pvt_ref.block.block_backward`."""
     if not isinstance(cache, BlockCache):
         return readable.block_backward(p, cache, dy, ops, stage)
     dy_rows = np.ascontiguousarray(dy).reshape(-1, dy.shape[-1])
-    dkv, g, row_sums = _sweep_rows_back(p, cache, dy_rows, stage, blocking)
-    dx, dprojected, key_sums = _sweep_keys_back(p, cache, dkv, g, stage, blocking)
-    return dx.reshape(dy.shape), _gradients(p, cache, dkv, dprojected, g, row_sums, key_sums, blocking)
+    g, dkv, row_sums = _sweep_rows_back(p, cache, dy_rows, stage, blocking)
+    dx, dprojected, key_sums = _sweep_keys_back(p, cache, g, dkv, stage, blocking)
+    grads = _weight_gradients(p, cache, g, dkv, dprojected, row_sums, key_sums, blocking)
+    return dx.reshape(dy.shape), grads
 
 
 def _sweep_rows_back(
     p: BlockParams, cache: BlockCache, dy: np.ndarray, stage: StageConfig, blocking: Blocking
-) -> tuple[np.ndarray, _RowGradients, list[_RowSums]]:
-    """Back through MLP and attention to the queries; returns dkv (B*m, 2C) beside."""
-    (B, n, C), rows_cache, dtype = cache.shape, cache.rows, dy.dtype
+) -> tuple[_RowGradients, np.ndarray, list[_RowSums]]:
+    """Back through MLP and attention to the queries; dkv (B*m, 2C) beside."""
+    (B, n, C), kept = cache.shape, cache.rows
     N = stage.num_heads
     kv = cache.kv.reshape(B, -1, 2 * C)
     dx = np.empty_like(dy)
@@ -358,163 +341,148 @@ def _sweep_rows_back(
         dq=np.empty_like(dy),
         dproj=dx if cache.gain1 is None else np.empty_like(dy),
         dfc2=dy if cache.gain2 is None else np.empty_like(dy),
-        dhidden=np.empty_like(rows_cache.hidden.slope),
+        dhidden=np.empty_like(kept.hidden.slope),
     )
 
-    def work(piece: slice, scratch: Scratch) -> tuple[_RowSums, list[tuple[int, np.ndarray]]]:
+    def work(blocks: list[slice], scratch: Scratch) -> tuple[_RowSums, dict[int, np.ndarray]]:
         sums = _RowSums(
-            np.zeros(g.dhidden.shape[1]), *(np.zeros(C) for _ in range(3)), zero_sums(p.norm2)
+            np.zeros(g.dhidden.shape[1]), np.zeros(C), np.zeros(C), np.zeros(C), zero_sums(p.norm2)
         )
-        # the gradients of keys and values, for each image that the piece has tokens of
-        dkvs = {b: np.zeros(kv.shape[1:], dtype) for b, _, _ in by_group(piece, n)}
-        for rows in blocking.cut(piece):
+        dkvs: dict[int, np.ndarray] = {}  # of the images that the piece has tokens of
+        for rows in blocks:
             dx = g.dx[rows]
             # x = x + droppath(mlp(norm2(x)))
             if cache.gain2 is not None:
                 g.dfc2[rows] = dy[rows]
                 _scale_samples(g.dfc2[rows], cache.gain2, rows, n)
             mlp_backward_rows(
-                p.mlp, rows_cache.hidden.slope[rows], g.dfc2[rows], g.dhidden[rows], dx,
+                p.mlp, kept.hidden.slope[rows], g.dfc2[rows], g.dhidden[rows], dx,
                 sums.fc1, sums.fc2,
             )  # fmt: skip
-            layer_norm_backward_rows(
-                p.norm2, rows_cache.x_hat2[rows], rows_cache.rstd2[rows], dx, dx, sums.norm2, scratch
-            )
+            layer_norm_backward_rows(p.norm2, kept.norm2, rows, dx, dx, sums.norm2, scratch)
             dx += dy[rows]  # branch + skip
             # x = x + droppath(heads W^O)
             if cache.gain1 is not None:
                 g.dproj[rows] = dx
                 _scale_samples(g.dproj[rows], cache.gain1, rows, n)
             sums.proj[...] += column_sums(g.dproj[rows])
-            dheads = scratch("dheads", *dx.shape, dtype=dtype)
+            dheads = scratch("dheads", *dx.shape, dtype=dx.dtype)
             np.matmul(g.dproj[rows], p.attn.proj.weight, out=dheads)
             # heads = Attention(q, k, v)
-            q, dq = _per_head(rows_cache.q[rows], N), _per_head(g.dq[rows], N)
-            dheads = _per_head(dheads, N)
+            q, dq = _per_head(kept.q[rows], N), _per_head(g.dq[rows], N)
+            dy_heads = _per_head(dheads, N)
             for b, _, part in by_group(rows, n):
+                if b not in dkvs:
+                    dkvs[b] = np.zeros_like(kv[b])
                 attend_backward_rows(
-                    q[:, part], *_keys_and_values(kv[b], N), stage.scale, dheads[:, part],
+                    q[:, part], *_keys_and_values(kv[b], N), stage.scale, dy_heads[:, part],
                     dq[:, part], *_keys_and_values(dkvs[b], N), scratch, blocking,
                 )  # fmt: skip
             # q = norm1(x) W^Q
             sums.q[...] += column_sums(g.dq[rows])
             np.matmul(g.dq[rows], p.attn.q.weight, out=g.dnormed1[rows])
-        return sums, list(dkvs.items())
+        return sums, dkvs
 
-    results = blocking.run(work, B * n, g.dhidden.shape[1])
+    results = blocking.run(work, B * n, blocking.rows(g.dhidden.shape[1]))
     dkv = np.zeros_like(kv)
-    for _, parts in results:
-        for b, part in parts:
+    for _, dkvs in results:
+        for b, part in dkvs.items():
             dkv[b] += part
-    return dkv.reshape(cache.kv.shape), g, [sums for sums, _ in results]
+    return g, dkv.reshape(cache.kv.shape), [sums for sums, _ in results]
 
 
 def _sweep_keys_back(
     p: BlockParams,
     cache: BlockCache,
-    dkv: np.ndarray,
     g: _RowGradients,
+    dkv: np.ndarray,
     stage: StageConfig,
     blocking: Blocking,
 ) -> tuple[np.ndarray, np.ndarray, list[_KeySums]]:
     """Back through keys, values and norm1: dL/dx, and the gradient of W^S's result (B*m, C)."""
-    B, n, C = cache.shape
-    dtype, attn = dkv.dtype, p.attn
-    lines = _lines_of(B, n, cache.grid, stage.sr_ratio)
-    proj = _reduction(attn)
-    dx = g.dnormed1  # becomes norm1's, then the sum of branch and skip
-    dprojected = np.empty_like(cache.reduced) if proj is not None else cache.reduced[:0]
+    C, reduction = dkv.shape[1] // 2, _reduction(p.attn)
+    lines = _Lines.of(cache.shape, cache.grid, stage.sr_ratio)
+    dx = g.dnormed1  # becomes norm1's whole gradient, then the sum of branch and skip
+    dprojected = np.empty((len(dkv), C), dkv.dtype)
 
-    def work(piece: slice, scratch: Scratch) -> _KeySums:
-        sums = _KeySums(
-            np.zeros(2 * C),
-            np.zeros(C),
-            None if attn.norm is None else zero_sums(attn.norm),
-            zero_sums(p.norm1),
-        )
-        for part in blocking.cut(piece, lines.at_once(blocking)):
+    def work(blocks: list[slice], scratch: Scratch) -> _KeySums:
+        sums = _KeySums(np.zeros(2 * C), np.zeros(C), zero_sums(p.norm1), zero_sums(p.norm1))
+        for part in blocks:
             rows, key_rows = lines.rows(part), lines.key_rows(part)
+            dnormed = dx[rows]  # norm1(x) fed the queries, and these:
             # kv = reduced W^KV
             sums.kv[...] += column_sums(dkv[key_rows])
-            dreduced = scratch("dreduced", key_rows.stop - key_rows.start, C, dtype=dtype)
-            np.matmul(dkv[key_rows], attn.kv.weight, out=dreduced)
-            dnormed = dx[rows]  # norm1(x) fed the queries, and these
-            if proj is None:
+            dreduced = scratch("dreduced", key_rows.stop - key_rows.start, C, dtype=dkv.dtype)
+            np.matmul(dkv[key_rows], p.attn.kv.weight, out=dreduced)
+            # reduced = SR(norm1(x))
+            if reduction is None:
                 dnormed += dreduced
             else:
-                assert cache.embedded is not None
-                assert attn.norm is not None
-                assert sums.sr_norm is not None
-                dblocks = scratch("dblocks", len(dreduced), proj.weight.shape[1], dtype=dtype)
-                embed_backward_rows(
-                    proj, attn.norm, cache.embedded, key_rows, dreduced, dprojected[key_rows],
-                    dblocks, sums.sr, sums.sr_norm, scratch,
+                assert cache.keys.embedded is not None
+                dblocks = embed_backward_rows(
+                    *reduction, cache.keys.embedded, key_rows, dreduced, dprojected[key_rows],
+                    sums.sr, sums.sr_norm, scratch,
                 )  # fmt: skip
                 target = lines.blocks(dnormed)
                 target += dblocks.reshape(target.shape)
             layer_norm_backward_rows(
-                p.norm1, cache.rows.x_hat1[rows], cache.rows.rstd1[rows], dnormed, dnormed,
-                sums.norm1, scratch,
-            )  # fmt: skip
+                p.norm1, cache.rows.norm1, rows, dnormed, dnormed, sums.norm1, scratch
+            )
             dnormed += g.dx[rows]  # branch + skip
         return sums
 
-    sums = blocking.run(work, lines.count, lines.tokens * C, rows=lines.at_once(blocking))
-    return dx, dprojected, sums
+    return dx, dprojected, lines.run(blocking, work, C)
 
 
-def _weight_through_norm(
-    dy_x_hat: np.ndarray, dbias: np.ndarray, norm: LayerNormParams
-) -> np.ndarray:
+def _through_norm(dy_x_hat: np.ndarray, dbias: np.ndarray, norm: LayerNormParams) -> np.ndarray:
     """dW of a linear layer whose input x = x_hat * weight + bias was not kept, from dy^T x_hat.
 
-    dW = dy^T x = (dy^T x_hat) * weight + (dy^T 1) bias^T, and dy^T 1 is the bias's gradient.
+    dW = dy^T x = (dy^T x_hat) * weight + (dy^T 1) bias^T, and dy^T 1 is the gradient of the layer's
+    own bias.
     """
     dy_x_hat *= norm.weight
     dy_x_hat += np.outer(dbias, norm.bias)
     return dy_x_hat
 
 
-def _gradients(
+def _weight_gradients(
     p: BlockParams,
     cache: BlockCache,
+    g: _RowGradients,
     dkv: np.ndarray,
     dprojected: np.ndarray,
-    g: _RowGradients,
     row_sums: list[_RowSums],
     key_sums: list[_KeySums],
     blocking: Blocking,
 ) -> BlockParams:
     """The gradients of all weights, from those of the rows."""
-    dtype, rows, attn = dkv.dtype, cache.rows, p.attn
+    dtype, kept, keys, attn = dkv.dtype, cache.rows, cache.keys, p.attn
 
-    def bias(parts: list[np.ndarray]) -> np.ndarray:
+    def added(parts: list[np.ndarray]) -> np.ndarray:
         return sum(parts).astype(dtype)
 
-    db1, db2 = bias([s.fc1 for s in row_sums]), bias([s.fc2 for s in row_sums])
-    dbq, dbo = bias([s.q for s in row_sums]), bias([s.proj for s in row_sums])
-    dbkv = bias([s.kv for s in key_sums])
+    db1, db2 = added([s.fc1 for s in row_sums]), added([s.fc2 for s in row_sums])
+    dbq, dbo = added([s.q for s in row_sums]), added([s.proj for s in row_sums])
+    dbkv = added([s.kv for s in key_sums])
     pairs = [
-        (g.dhidden, rows.x_hat2),
-        (g.dfc2, rows.hidden.y),
-        (g.dq, rows.x_hat1),
-        (g.dproj, rows.heads),
-        (dkv, cache.reduced),
+        (g.dhidden, kept.norm2.x_hat),
+        (g.dfc2, kept.hidden.y),
+        (g.dq, kept.norm1.x_hat),
+        (g.dproj, kept.heads),
+        (dkv, keys.reduced),
     ]
-    if cache.embedded is not None:
-        pairs.append((dprojected, cache.embedded.blocks))
+    if keys.embedded is not None:
+        pairs.append((dprojected, keys.embedded.blocks))
     dW1, dW2, dWq, dWo, dWkv, *dWs = weight_gradients(pairs, blocking)
     dsr, dsr_norm = None, None
     if attn.sr is not None:
         dkernel = matrix_to_kernel(dWs[0], attn.sr.weight.shape)
-        dsr = LinearParams(dkernel, bias([s.sr for s in key_sums]))
-        dsr_norm = add_sums([s.sr_norm for s in key_sums if s.sr_norm is not None], dtype)
+        dsr = LinearParams(dkernel, added([s.sr for s in key_sums]))
+        dsr_norm = add_sums([s.sr_norm for s in key_sums], dtype)
     return BlockParams(
         norm1=add_sums([s.norm1 for s in key_sums], dtype),
         attn=SRAParams(
-            q=LinearParams(
-                _weight_through_norm(dWq, dbq, p.norm1), None if attn.q.bias is None else dbq
-            ),
+            q=LinearParams(_through_norm(dWq, dbq, p.norm1), None if attn.q.bias is None else dbq),
             kv=LinearParams(dWkv, None if attn.kv.bias is None else dbkv),
             proj=LinearParams(dWo, dbo),
             sr=dsr,
@@ -522,6 +490,6 @@ def _gradients(
         ),
         norm2=add_sums([s.norm2 for s in row_sums], dtype),
         mlp=MLPParams(
-            LinearParams(_weight_through_norm(dW1, db1, p.norm2), db1), LinearParams(dW2, db2)
+            LinearParams(_through_norm(dW1, db1, p.norm2), db1), LinearParams(dW2, db2)
         ),
     )

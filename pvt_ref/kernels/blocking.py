@@ -2,13 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from pvt_ref.kernels.threads import Scratch, default_threads, run_pieces
-
-#: Below so many numbers a thread costs more than it saves.
-_WORTH_A_THREAD = 2**13
-
 
 def cut(rows: slice, size: int) -> Iterator[slice]:
     """Consecutive parts of rows, as equal as can be, none longer than size."""
@@ -39,47 +36,41 @@ class Blocking:
 
     Attributes:
         threads: at most so many; None for as many as NumPy's matrix products would use.
-        rows: tokens that go through a chain of operations together. 256 of them, with the hidden
-            layer of an MLP, fill a level-2 cache; fewer make slow matrix products.
+        elements: numbers in the widest array of a block of rows. Larger blocks leave the cache;
+            smaller ones make slow matrix products, and threads that wait for each other: they take
+            turns at the interpreter between any two NumPy calls.
     """
 
     threads: int | None = None
-    rows: int = 256
+    elements: int = 2**18
 
-    @property
-    def scores(self) -> int:
-        """How many attention scores are held at once, at most, if a query's row is not longer."""
-        return 1024 * self.rows
-
-    def cut(self, piece: slice, rows: int | None = None) -> Iterator[slice]:
-        """The blocks of a piece, of self.rows or the given number of rows."""
-        return cut(piece, rows or self.rows)
+    def rows(self, width: int) -> int:
+        """How many rows a block has, if its widest array has so many numbers in a row."""
+        return max(1, self.elements // min(width, 1024))
 
     def run(
-        self,
-        work: Callable[[slice, Scratch], Any],
-        count: int,
-        width: int,
-        rows: int | None = None,
+        self, work: Callable[[list[slice], Scratch], Any], count: int, block: int, tokens: int = 1
     ) -> list[Any]:
-        """work(piece, scratch) for pieces that make up ``slice(0, count)``, on the threads.
+        """work(blocks, scratch) for pieces that make up ``slice(0, count)``, on the threads.
 
         Args:
-            work: computes the rows of a piece, cutting it into blocks itself.
-            count: how many rows there are.
-            width: numbers in a row, to tell what is too little to share.
-            rows: of a block, if not self.rows.
+            work: computes a piece, which it gets as consecutive blocks.
+            count: how many rows (or lines, or whatever is shared) there are.
+            block: how many of them a block has.
+            tokens: what one of them is worth in tokens.
 
         Returns:
             What work returned, in the order of the pieces.
         """
         threads = self.threads or default_threads()
-        blocks = -(-count // (rows or self.rows))
-        affordable = min(threads, count, count * width // _WORTH_A_THREAD)
-        # more pieces than threads, so that a thread that was held up can be helped out; a multiple,
-        # so that they end together
-        pieces = max(1, blocks, affordable)
-        if pieces > threads:
-            pieces = min(-(-pieces // threads), 4) * threads
-        pieces = min(pieces, count)
-        return run_pieces(work, list(cut(slice(0, count), -(-count // pieces))), threads)
+        # a thread needs some rows for its products to be fast; of fewer, a single product makes
+        # better use of the threads
+        worth_a_thread = max(1, self.elements // 2048)
+        sharing = min(threads, count, count * tokens // worth_a_thread)
+        pieces = 1
+        if sharing > 1:
+            # a few for each thread, so that one that is held up can be helped out
+            pieces = sharing * min(4, -(-count // (block * sharing)))
+        bounds = [count * i // pieces for i in range(pieces + 1)]
+        blocks = [list(cut(slice(*ends), block)) for ends in pairwise(bounds)]
+        return run_pieces(work, blocks, threads)

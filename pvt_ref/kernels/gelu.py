@@ -78,24 +78,25 @@ def gelu_forward(
     x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, x.shape[-1])
     slope_rows = None if slope is None else slope.reshape(y_rows.shape)
 
-    def work(piece: slice, scratch: Scratch) -> None:
-        for rows in blocking.cut(piece):
+    def work(blocks: list[slice], scratch: Scratch) -> None:
+        for rows in blocks:
             y_rows[rows] = x_rows[rows]
             gelu_rows(y_rows[rows], scratch, None if slope_rows is None else slope_rows[rows])
 
-    blocking.run(work, *y_rows.shape)
+    blocking.run(work, len(y_rows), blocking.rows(y_rows.shape[1]))
     return y, None if slope is None else GeluCache(slope)
 
 
 def gelu_backward(cache: GeluCache, dy: np.ndarray, *, blocking: Blocking) -> np.ndarray:
     """As :func:`pvt_ref.layers.gelu.gelu_backward`."""
     dx = np.empty(dy.shape, dy.dtype)
-    rows = (-1, dy.shape[-1])
-    dx_rows, dy_rows, slope_rows = dx.reshape(rows), dy.reshape(rows), cache.slope.reshape(rows)
+    shape = (-1, dy.shape[-1])
+    dx_rows, dy_rows, slope_rows = dx.reshape(shape), dy.reshape(shape), cache.slope.reshape(shape)
 
-    def work(piece: slice, scratch: Scratch) -> None:
+    def work(blocks: list[slice], scratch: Scratch) -> None:
         del scratch
-        np.multiply(dy_rows[piece], slope_rows[piece], out=dx_rows[piece])
+        for rows in blocks:
+            np.multiply(dy_rows[rows], slope_rows[rows], out=dx_rows[rows])
 
-    blocking.run(work, *dx_rows.shape)
+    blocking.run(work, len(dx_rows), blocking.rows(dx_rows.shape[1]))
     return dx

@@ -10,6 +10,19 @@ from pvt_ref.kernels.threads import Scratch
 from pvt_ref.layers.layer_norm import LayerNormParams
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerNormCache:
+    """As the readable one, with the tokens in rows."""
+
+    x_hat: np.ndarray  # (rows, C)
+    rstd: np.ndarray  # (rows, 1)
+
+
+def empty_layer_norm_cache(rows: int, C: int, dtype: np.dtype) -> LayerNormCache:
+    """Room for so many rows."""
+    return LayerNormCache(np.empty((rows, C), dtype), np.empty((rows, 1), dtype))
+
+
 def _row_means(x: np.ndarray) -> np.ndarray:
     """(rows, 1)."""
     means = x @ np.ones(x.shape[1], x.dtype)
@@ -24,37 +37,41 @@ def _mean_products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return means[:, None]
 
 
-def normalize_rows(x: np.ndarray, eps: float, x_hat: np.ndarray) -> np.ndarray:
-    """x_hat becomes (x - mean) * rstd, for a block of rows.
+def layer_norm_rows(
+    p: LayerNormParams,
+    x: np.ndarray,
+    eps: float,
+    y: np.ndarray,
+    rows: slice,
+    cache: LayerNormCache | None,
+) -> None:
+    """y becomes LN(x), for a block of rows.
 
-    Returns:
-        rstd (rows, 1).
+    Args:
+        p: weight and bias.
+        x: (block, C).
+        eps: added to the variance.
+        y: (block, C), written; may be x.
+        rows: which rows of the cache the block has.
+        cache: keeps what the backward needs; None if nobody needs it.
     """
+    x_hat = y if cache is None else cache.x_hat[rows]
     np.subtract(x, _row_means(x), out=x_hat)
     rstd = _mean_products(x_hat, x_hat)
     rstd += eps
     np.sqrt(rstd, out=rstd)
     np.divide(1.0, rstd, out=rstd)
     x_hat *= rstd
-    return rstd
-
-
-def affine_rows(p: LayerNormParams, x_hat: np.ndarray, y: np.ndarray) -> None:
-    """y becomes x_hat * weight + bias; y may be x_hat."""
     np.multiply(x_hat, p.weight, out=y)
     y += p.bias
-
-
-def layer_norm_rows(p: LayerNormParams, x: np.ndarray, eps: float, y: np.ndarray) -> None:
-    """y becomes LN(x), keeping nothing."""
-    normalize_rows(x, eps, y)
-    affine_rows(p, y, y)
+    if cache is not None:
+        cache.rstd[rows] = rstd
 
 
 def layer_norm_backward_rows(
     p: LayerNormParams,
-    x_hat: np.ndarray,
-    rstd: np.ndarray,
+    cache: LayerNormCache,
+    rows: slice,
     dy: np.ndarray,
     dx: np.ndarray,
     sums: LayerNormParams,
@@ -64,12 +81,13 @@ def layer_norm_backward_rows(
 
     Args:
         p: weight and bias.
-        x_hat, rstd: what :func:`normalize_rows` made, (rows, C) and (rows, 1).
-        dy: dL/dy (rows, C).
-        dx: (rows, C), written; may be dy.
+        cache, rows: as in :func:`layer_norm_rows`.
+        dy: dL/dy (block, C).
+        dx: (block, C), written; may be dy.
         sums: float64 (C,) each, added to.
         scratch: memory of this thread.
     """
+    x_hat = cache.x_hat[rows]
     product = scratch("layer_norm.product", *dy.shape, dtype=dy.dtype)
     np.multiply(dy, x_hat, out=product)
     sums.weight[...] += column_sums(product)
@@ -78,7 +96,7 @@ def layer_norm_backward_rows(
     np.multiply(x_hat, _mean_products(dx, x_hat), out=product)
     dx -= _row_means(dx)
     dx -= product
-    dx *= rstd
+    dx *= cache.rstd[rows]
 
 
 def zero_sums(p: LayerNormParams) -> LayerNormParams:
@@ -93,14 +111,6 @@ def add_sums(sums: list[LayerNormParams], dtype: np.dtype) -> LayerNormParams:
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerNormCache:
-    """As the readable one, with the tokens in rows."""
-
-    x_hat: np.ndarray  # (rows, C)
-    rstd: np.ndarray  # (rows, 1)
-
-
 def layer_norm_forward(
     p: LayerNormParams, x: np.ndarray, eps: float, keep: bool = True, *, blocking: Blocking
 ) -> tuple[np.ndarray, LayerNormCache | None]:
@@ -108,17 +118,15 @@ def layer_norm_forward(
     C = x.shape[-1]
     y = np.empty(x.shape, x.dtype)
     x_rows, y_rows = x.reshape(-1, C), y.reshape(-1, C)
-    x_hat = np.empty_like(y_rows) if keep else y_rows
-    rstd = np.empty((len(y_rows), 1), x.dtype)
+    cache = empty_layer_norm_cache(*y_rows.shape, x.dtype) if keep else None
 
-    def work(piece: slice, scratch: Scratch) -> None:
+    def work(blocks: list[slice], scratch: Scratch) -> None:
         del scratch
-        for rows in blocking.cut(piece):
-            rstd[rows] = normalize_rows(x_rows[rows], eps, x_hat[rows])
-            affine_rows(p, x_hat[rows], y_rows[rows])
+        for rows in blocks:
+            layer_norm_rows(p, x_rows[rows], eps, y_rows[rows], rows, cache)
 
-    blocking.run(work, len(y_rows), C)
-    return y, LayerNormCache(x_hat, rstd) if keep else None
+    blocking.run(work, len(y_rows), blocking.rows(C))
+    return y, cache
 
 
 def layer_norm_backward(
@@ -128,13 +136,11 @@ def layer_norm_backward(
     dx = np.empty(dy.shape, dy.dtype)
     dx_rows, dy_rows = dx.reshape(cache.x_hat.shape), dy.reshape(cache.x_hat.shape)
 
-    def work(piece: slice, scratch: Scratch) -> LayerNormParams:
+    def work(blocks: list[slice], scratch: Scratch) -> LayerNormParams:
         sums = zero_sums(p)
-        for rows in blocking.cut(piece):
-            layer_norm_backward_rows(
-                p, cache.x_hat[rows], cache.rstd[rows], dy_rows[rows], dx_rows[rows], sums, scratch
-            )
+        for rows in blocks:
+            layer_norm_backward_rows(p, cache, rows, dy_rows[rows], dx_rows[rows], sums, scratch)
         return sums
 
-    sums = blocking.run(work, *dx_rows.shape)
+    sums = blocking.run(work, len(dx_rows), blocking.rows(dx_rows.shape[1]))
     return dx, add_sums(sums, dy.dtype)

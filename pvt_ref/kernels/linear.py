@@ -40,17 +40,16 @@ def weight_gradients(
     # all rows of all dW, one below the other, are what the threads share
     starts = np.cumsum([0] + [len(dW) for dW in results])
 
-    def work(piece: slice, scratch: Scratch) -> None:
+    def work(blocks: list[slice], scratch: Scratch) -> None:
         del scratch
-        for (dy, x), dW, start in zip(pairs, results, starts, strict=False):
-            first = max(piece.start - start, 0)
-            last = min(piece.stop - start, len(dW))
-            if first < last:
-                np.matmul(dy[:, first:last].T, x, out=dW[first:last])
+        for block in blocks:
+            for (dy, x), dW, start in zip(pairs, results, starts, strict=False):
+                rows = slice(max(block.start - start, 0), min(block.stop - start, len(dW)))
+                if rows.start < rows.stop:
+                    np.matmul(dy[:, rows].T, x, out=dW[rows])
 
     total = int(starts[-1])
-    tokens = sum(len(x) * dW.size for (_, x), dW in zip(pairs, results, strict=True))
-    blocking.run(work, total, max(1, tokens // max(1, total)), rows=total)
+    blocking.run(work, total, total)
     return results
 
 
@@ -69,11 +68,12 @@ def linear_forward(
     y = np.empty((*x.shape[:-1], C_out), x.dtype)
     x_rows, y_rows = x.reshape(-1, C_in), y.reshape(-1, C_out)
 
-    def work(piece: slice, scratch: Scratch) -> None:
+    def work(blocks: list[slice], scratch: Scratch) -> None:
         del scratch
-        linear_rows(p, x_rows[piece], y_rows[piece])
+        for rows in blocks:
+            linear_rows(p, x_rows[rows], y_rows[rows])
 
-    blocking.run(work, len(y_rows), C_in + C_out)
+    blocking.run(work, len(y_rows), blocking.rows(C_in + C_out))
     return y, LinearCache(x) if keep else None
 
 
@@ -85,14 +85,14 @@ def linear_backward(
     dx = np.empty(cache.x.shape, dy.dtype)
     dx_rows, dy_rows = dx.reshape(-1, C_in), dy.reshape(-1, C_out)
 
-    def work(piece: slice, scratch: Scratch) -> np.ndarray:
+    def work(blocks: list[slice], scratch: Scratch) -> np.ndarray:
         del scratch
         dbias = np.zeros(C_out)
-        for rows in blocking.cut(piece):
+        for rows in blocks:
             np.matmul(dy_rows[rows], p.weight, out=dx_rows[rows])
             dbias += column_sums(dy_rows[rows])
         return dbias
 
-    dbias = sum(blocking.run(work, len(dy_rows), C_in + C_out)).astype(dy.dtype)
+    dbias = sum(blocking.run(work, len(dy_rows), blocking.rows(C_in + C_out))).astype(dy.dtype)
     (dweight,) = weight_gradients([(dy_rows, cache.x.reshape(-1, C_in))], blocking)
     return dx, LinearParams(dweight, None if p.bias is None else dbias)

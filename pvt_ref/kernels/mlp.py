@@ -108,11 +108,11 @@ def mlp_forward(
     x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, x.shape[-1])
     hidden = empty_hidden(p, len(x_rows), x.dtype) if keep else None
 
-    def work(piece: slice, scratch: Scratch) -> None:
-        for rows in blocking.cut(piece):
+    def work(blocks: list[slice], scratch: Scratch) -> None:
+        for rows in blocks:
             mlp_rows(p, x_rows[rows], y_rows[rows], rows, hidden, scratch)
 
-    blocking.run(work, len(x_rows), p.fc1.weight.shape[0])
+    blocking.run(work, len(x_rows), blocking.rows(p.fc1.weight.shape[0]))
     return y, None if hidden is None else MLPCache(x_rows, hidden)
 
 
@@ -126,17 +126,17 @@ def mlp_backward(
     dx_rows, dy_rows = dx.reshape(cache.x.shape), dy.reshape(cache.x.shape)
     dhidden = np.empty_like(cache.hidden.y)
 
-    def work(piece: slice, scratch: Scratch) -> tuple[np.ndarray, np.ndarray]:
+    def work(blocks: list[slice], scratch: Scratch) -> tuple[np.ndarray, np.ndarray]:
         del scratch
         dbias1, dbias2 = np.zeros(dhidden.shape[1]), np.zeros(dx_rows.shape[1])
-        for rows in blocking.cut(piece):
+        for rows in blocks:
             mlp_backward_rows(
                 p, cache.hidden.slope[rows], dy_rows[rows], dhidden[rows], dx_rows[rows],
                 dbias1, dbias2,
             )  # fmt: skip
         return dbias1, dbias2
 
-    sums = blocking.run(work, *dhidden.shape)
+    sums = blocking.run(work, len(dhidden), blocking.rows(dhidden.shape[1]))
     dbias1, dbias2 = (sum(parts).astype(dy.dtype) for parts in zip(*sums, strict=True))
     dweight1, dweight2 = weight_gradients(
         [(dhidden, cache.x), (dy_rows, cache.hidden.y)], blocking

@@ -1,4 +1,4 @@
-"""Patch embedding by rows of blocks: cut, flattened, projected and normalised while in cache."""
+"""Patch embedding by lines of blocks: cut, flattened, projected and normalised while in cache."""
 
 from dataclasses import dataclass
 
@@ -6,10 +6,11 @@ import numpy as np
 
 from pvt_ref.kernels.blocking import Blocking, by_group
 from pvt_ref.kernels.layer_norm import (
+    LayerNormCache,
     add_sums,
-    affine_rows,
+    empty_layer_norm_cache,
     layer_norm_backward_rows,
-    normalize_rows,
+    layer_norm_rows,
     zero_sums,
 )
 from pvt_ref.kernels.linear import column_sums, linear_rows, weight_gradients
@@ -25,50 +26,92 @@ class EmbeddedCache:
     """What the backward needs of all blocks, n of them in the batch."""
 
     blocks: np.ndarray  # (n, P*P*C_in)
-    x_hat: np.ndarray  # (n, C_out)
-    rstd: np.ndarray  # (n, 1)
+    norm: LayerNormCache
 
 
-def empty_embedded(n: int, width: int, C_out: int, dtype: np.dtype) -> EmbeddedCache:
+def empty_embedded_cache(n: int, width: int, C_out: int, dtype: np.dtype) -> EmbeddedCache:
     """Room for n blocks of so many numbers, and their embeddings."""
-    return EmbeddedCache(
-        np.empty((n, width), dtype), np.empty((n, C_out), dtype), np.empty((n, 1), dtype)
-    )
+    return EmbeddedCache(np.empty((n, width), dtype), empty_layer_norm_cache(n, C_out, dtype))
 
 
 def embed_rows(
     proj: LinearParams,
     norm: LayerNormParams,
-    blocks: np.ndarray,
+    sources: list[np.ndarray],
     eps: float,
     y: np.ndarray,
     rows: slice,
     cache: EmbeddedCache | None,
+    scratch: Scratch,
 ) -> None:
-    """y becomes LN(blocks W^T + b), for some rows of blocks.
+    """y becomes LN(blocks W^T + b), for some of the blocks.
 
     Args:
         proj: the projection as a matrix (C_out, P*P*C_in).
         norm: the norm.
-        blocks: (rows, P*P*C_in).
+        sources: views of maps as :func:`as_blocks` makes them, (lines, blocks, P, P, C_in) each,
+            that hold the blocks one after the other.
         eps: of the norm.
-        y: (rows, C_out), written.
-        rows: which rows of the cache these are.
-        cache: keeps the normalised embedding; None if nobody needs it afterwards.
+        y: (blocks, C_out), written.
+        rows: which rows of the cache these blocks have.
+        cache: keeps the blocks and the norm's share; None if nobody needs them.
+        scratch: memory of this thread.
     """
-    linear_rows(proj, blocks, y)
     if cache is None:
-        normalize_rows(y, eps, y)
-        affine_rows(norm, y, y)
+        blocks = scratch("embed.blocks", len(y), proj.weight.shape[1], dtype=y.dtype)
     else:
-        cache.rstd[rows] = normalize_rows(y, eps, cache.x_hat[rows])
-        affine_rows(norm, cache.x_hat[rows], y)
+        blocks = cache.blocks[rows]
+    lines = blocks.reshape(-1, *sources[0].shape[1:])
+    start = 0
+    for source in sources:
+        lines[start : start + len(source)] = source
+        start += len(source)
+    linear_rows(proj, blocks, y)
+    layer_norm_rows(norm, y, eps, y, rows, None if cache is None else cache.norm)
+
+
+def embed_backward_rows(
+    proj: LinearParams,
+    norm: LayerNormParams,
+    cache: EmbeddedCache,
+    rows: slice,
+    dy: np.ndarray,
+    dprojected: np.ndarray,
+    dbias: np.ndarray,
+    norm_sums: LayerNormParams,
+    scratch: Scratch,
+) -> np.ndarray:
+    """The gradients of some blocks, and what they add to those of bias and norm.
+
+    Args:
+        proj, norm, cache, rows, scratch: as in :func:`embed_rows`.
+        dy: dL/dy (blocks, C_out).
+        dprojected: (blocks, C_out), becomes the gradient before the norm; the weight needs it.
+        dbias: float64 (C_out,), added to.
+        norm_sums: float64, added to.
+
+    Returns:
+        (blocks, P*P*C_in), in the thread's memory.
+    """
+    layer_norm_backward_rows(norm, cache.norm, rows, dy, dprojected, norm_sums, scratch)
+    dbias += column_sums(dprojected)
+    dblocks = scratch("embed.dblocks", len(dy), proj.weight.shape[1], dtype=dy.dtype)
+    np.matmul(dprojected, proj.weight, out=dblocks)
+    return dblocks
 
 
 def as_blocks(x: np.ndarray, P: int) -> np.ndarray:
     """A map (B, H, W, C) seen as blocks (B, H/P, W/P, P, P, C), the same memory."""
     B, H, W, C = x.shape
     return x.reshape(B, H // P, P, W // P, P, C).transpose(0, 1, 3, 2, 4, 5)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PatchEmbedCache:
+    """The blocks, and the map that they were cut from."""
+
+    embedded: EmbeddedCache
+    map_shape: tuple[int, ...]  # (B, H, W, C_in)
 
 
 def patch_embed_forward(
@@ -79,101 +122,58 @@ def patch_embed_forward(
     keep: bool = True,
     *,
     blocking: Blocking,
-) -> tuple[np.ndarray, tuple[EmbeddedCache, tuple[int, ...]] | None]:
+) -> tuple[np.ndarray, PatchEmbedCache | None]:
     """As :func:`pvt_ref.layers.patch_embed.patch_embed_forward`."""
-    del ops  # whole as it is
-    C_out, C_in, P, _ = p.proj.weight.shape
+    del ops  # nothing smaller is asked for
     proj = LinearParams(kernel_to_matrix(p.proj.weight), p.proj.bias)
-    source = as_blocks(x, P)
+    C_out, width = proj.weight.shape
+    source = as_blocks(x, p.proj.weight.shape[-1])
     B, h, w = source.shape[:3]
-    width = P * P * C_in
     y = np.empty((B * h * w, C_out), x.dtype)
-    cache = empty_embedded(len(y), width, C_out, x.dtype) if keep else None
-    lines = max(1, blocking.rows // w)  # of w blocks each, at once
+    embedded = empty_embedded_cache(len(y), width, C_out, x.dtype) if keep else None
 
-    def work(piece: slice, scratch: Scratch) -> None:
-        for part in blocking.cut(piece, lines):
-            rows = slice(part.start * w, part.stop * w)
-            if cache is None:
-                blocks = scratch("blocks", rows.stop - rows.start, width, dtype=x.dtype)
-            else:
-                blocks = cache.blocks[rows]
-            view = blocks.reshape(-1, w, P, P, C_in)
-            for b, image_lines, block_lines in by_group(part, h):
-                view[block_lines] = source[b, image_lines]
-            embed_rows(proj, p.norm, blocks, eps, y[rows], rows, cache)
+    def work(pieces: list[slice], scratch: Scratch) -> None:
+        for lines in pieces:
+            rows = slice(lines.start * w, lines.stop * w)
+            sources = [source[b, part] for b, part, _ in by_group(lines, h)]
+            embed_rows(proj, p.norm, sources, eps, y[rows], rows, embedded, scratch)
 
-    blocking.run(work, B * h, w * width, rows=lines)
-    return y.reshape(B, h * w, C_out), None if cache is None else (cache, x.shape)
-
-
-def embed_backward_rows(
-    proj: LinearParams,
-    norm: LayerNormParams,
-    cache: EmbeddedCache,
-    rows: slice,
-    dy: np.ndarray,
-    dprojected: np.ndarray,
-    dblocks: np.ndarray,
-    dbias: np.ndarray,
-    norm_sums: LayerNormParams,
-    scratch: Scratch,
-) -> None:
-    """The gradients of some blocks, and what they add to those of bias and norm.
-
-    Args:
-        proj, norm, cache, rows: as in :func:`embed_rows`.
-        dy: dL/dy (rows, C_out).
-        dprojected: (rows, C_out), becomes the gradient before the norm; the weight needs it.
-        dblocks: (rows, P*P*C_in), written.
-        dbias: float64 (C_out,), added to.
-        norm_sums: float64, added to.
-        scratch: memory of this thread.
-    """
-    layer_norm_backward_rows(
-        norm, cache.x_hat[rows], cache.rstd[rows], dy, dprojected, norm_sums, scratch
-    )
-    dbias += column_sums(dprojected)
-    np.matmul(dprojected, proj.weight, out=dblocks)
+    blocking.run(work, B * h, blocking.rows(width) // w or 1, tokens=w)
+    cache = None if embedded is None else PatchEmbedCache(embedded, x.shape)
+    return y.reshape(B, h * w, C_out), cache
 
 
 def patch_embed_backward(
-    p: PatchEmbedParams,
-    cache: tuple[EmbeddedCache, tuple[int, ...]],
-    dy: np.ndarray,
-    ops: Ops,
-    *,
-    blocking: Blocking,
+    p: PatchEmbedParams, cache: PatchEmbedCache, dy: np.ndarray, ops: Ops, *, blocking: Blocking
 ) -> tuple[np.ndarray, PatchEmbedParams]:
     """As :func:`pvt_ref.layers.patch_embed.patch_embed_backward`."""
     del ops
-    embedded, map_shape = cache
-    C_out, C_in, P, _ = p.proj.weight.shape
     proj = LinearParams(kernel_to_matrix(p.proj.weight), p.proj.bias)
-    dx = np.empty(map_shape, dy.dtype)
-    target = as_blocks(dx, P)
+    C_out, width = proj.weight.shape
+    dx = np.empty(cache.map_shape, dy.dtype)
+    target = as_blocks(dx, p.proj.weight.shape[-1])
     B, h, w = target.shape[:3]
     dy_rows = dy.reshape(B * h * w, C_out)
-    dprojected = np.empty_like(embedded.x_hat)
-    lines = max(1, blocking.rows // w)
+    dprojected = np.empty(dy_rows.shape, dy.dtype)
 
-    def work(piece: slice, scratch: Scratch) -> tuple[np.ndarray, LayerNormParams]:
+    def work(pieces: list[slice], scratch: Scratch) -> tuple[np.ndarray, LayerNormParams]:
         dbias, norm_sums = np.zeros(C_out), zero_sums(p.norm)
-        for part in blocking.cut(piece, lines):
-            rows = slice(part.start * w, part.stop * w)
-            dblocks = scratch("dblocks", rows.stop - rows.start, P * P * C_in, dtype=dy.dtype)
-            embed_backward_rows(
-                proj, p.norm, embedded, rows, dy_rows[rows], dprojected[rows], dblocks, dbias,
+        for lines in pieces:
+            rows = slice(lines.start * w, lines.stop * w)
+            dblocks = embed_backward_rows(
+                proj, p.norm, cache.embedded, rows, dy_rows[rows], dprojected[rows], dbias,
                 norm_sums, scratch,
             )  # fmt: skip
-            view = dblocks.reshape(-1, w, P, P, C_in)
-            for b, image_lines, block_lines in by_group(part, h):
-                target[b, image_lines] = view[block_lines]
+            dblocks = dblocks.reshape(-1, *target.shape[2:])
+            for b, part, within in by_group(lines, h):
+                target[b, part] = dblocks[within]
         return dbias, norm_sums
 
-    results = blocking.run(work, B * h, w * P * P * C_in, rows=lines)
+    results = blocking.run(work, B * h, blocking.rows(width) // w or 1, tokens=w)
     dbiases, norm_sums = zip(*results, strict=True)
-    (dmatrix,) = weight_gradients([(dprojected, embedded.blocks)], blocking)
-    dweight = matrix_to_kernel(dmatrix, p.proj.weight.shape)
-    dproj = LinearParams(dweight, sum(dbiases).astype(dy.dtype))
+    (dmatrix,) = weight_gradients([(dprojected, cache.embedded.blocks)], blocking)
+    dproj = LinearParams(
+        matrix_to_kernel(dmatrix, p.proj.weight.shape),
+        None if p.proj.bias is None else sum(dbiases).astype(dy.dtype),
+    )
     return dx, PatchEmbedParams(dproj, add_sums(list(norm_sums), dy.dtype))

@@ -29,13 +29,13 @@ def softmax_forward(
     y = np.empty(x.shape, x.dtype)
     x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, x.shape[-1])
 
-    def work(piece: slice, scratch: Scratch) -> None:
+    def work(blocks: list[slice], scratch: Scratch) -> None:
         del scratch
-        for rows in blocking.cut(piece):
+        for rows in blocks:
             y_rows[rows] = x_rows[rows]
             softmax_in_place(y_rows[rows], axis=1)
 
-    blocking.run(work, *y_rows.shape)
+    blocking.run(work, len(y_rows), blocking.rows(y_rows.shape[1]))
     return y, SoftmaxCache(y) if keep else None
 
 
@@ -45,13 +45,13 @@ def softmax_backward(cache: SoftmaxCache, dy: np.ndarray, *, blocking: Blocking)
     shape = (-1, dy.shape[-1])
     y_rows, dx_rows, dy_rows = cache.y.reshape(shape), dx.reshape(shape), dy.reshape(shape)
 
-    def work(piece: slice, scratch: Scratch) -> None:
-        for rows in blocking.cut(piece):
+    def work(blocks: list[slice], scratch: Scratch) -> None:
+        for rows in blocks:
             y, block = y_rows[rows], dx_rows[rows]
             product = scratch("softmax.product", *y.shape, dtype=y.dtype)
             np.multiply(dy_rows[rows], y, out=block)
             np.multiply(y, np.sum(block, axis=1, keepdims=True), out=product)
             block -= product
 
-    blocking.run(work, *dx_rows.shape)
+    blocking.run(work, len(dx_rows), blocking.rows(dx_rows.shape[1]))
     return dx

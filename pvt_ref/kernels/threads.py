@@ -1,4 +1,4 @@
-"""Work shared among threads, while NumPy's matrix products keep to one thread each.
+"""Work shared among threads, and how many of them a matrix product may use meanwhile.
 
 NumPy's own threads only help inside a product; norms, GELUs and softmaxes run on one core. So the
 kernels cut the rows into pieces and let each thread take a piece through all operations. NumPy
@@ -38,9 +38,11 @@ class Scratch:
 
 
 def run_pieces(
-    work: Callable[[slice, Scratch], Any], pieces: Sequence[slice], threads: int
+    work: Callable[[Any, Scratch], Any], pieces: Sequence[Any], threads: int
 ) -> list[Any]:
     """work(piece, scratch) for every piece, on several threads of which the caller's is one.
+
+    Of a single piece, the matrix products use the threads.
 
     Args:
         work: must write only what belongs to its piece; who gets which piece is left to chance.
@@ -69,7 +71,7 @@ def run_pieces(
             waiting.clear()
             raise
 
-    with one_blas_thread():
+    with product_threads(threads if len(pieces) == 1 else 1):
         helpers = _start_helpers(work_off, min(threads, len(pieces)) - 1)
         try:
             work_off()
@@ -102,7 +104,7 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=128, thread_name_prefix="pvt_ref")
 
 
-# One thread for each product ------------------------------------------------------------------
+# Threads inside a matrix product ---------------------------------------------------------------
 
 
 @functools.cache
@@ -111,53 +113,57 @@ def _blas() -> list[Any]:
     return list(ThreadpoolController().select(user_api="blas").lib_controllers)
 
 
-class _Holders:
-    """How many calls hold the libraries at one thread, and what the caller had set."""
+def _set_blas_threads(counts: list[int]) -> None:
+    for library, count in zip(_blas(), counts, strict=True):
+        library.set_num_threads(count)
+
+
+class _ProductThreads:
+    """How many threads the libraries use, while calls that want to say so are under way.
+
+    The setting belongs to the whole process. The first call to enter saves what the user had, the
+    last to leave restores it; in between it only goes down, so that nobody gets more than it wants.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.count = 0
+        self.calls = 0
+        self.limit = 0
         self.before: list[int] = []
 
-    def enter(self) -> None:
+    def enter(self, threads: int) -> None:
         with self.lock:
-            if self.count == 0:
+            if self.calls == 0:
                 self.before = [library.get_num_threads() for library in _blas()]
-                self._set([1] * len(self.before))
-            self.count += 1
+            if self.calls == 0 or threads < self.limit:
+                self.limit = threads
+                _set_blas_threads([threads] * len(self.before))
+            self.calls += 1
 
     def leave(self) -> None:
         with self.lock:
-            self.count -= 1
-            if self.count == 0:
-                self._set(self.before)
+            self.calls -= 1
+            if self.calls == 0:
+                _set_blas_threads(self.before)
 
-    def threads(self) -> int | None:
+    def chosen_by_user(self) -> int | None:
         with self.lock:
-            counts = self.before if self.count else [b.get_num_threads() for b in _blas()]
+            counts = self.before if self.calls else [b.get_num_threads() for b in _blas()]
         return max(counts, default=None)
 
-    @staticmethod
-    def _set(counts: list[int]) -> None:
-        for library, count in zip(_blas(), counts, strict=True):
-            library.set_num_threads(count)
 
-
-_holders = _Holders()
+_product_threads = _ProductThreads()
 
 
 @contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """Matrix products use one thread inside, and afterwards as many as before.
-
-    The setting belongs to the whole process. With several calls at once, the first to enter saves
-    it and the last to leave restores it.
-    """
-    _holders.enter()
+def product_threads(threads: int) -> Iterator[None]:
+    """Matrix products use so many threads inside, and afterwards as many as before."""
+    state = _product_threads  # a fork inside would put another in its place
+    state.enter(threads)
     try:
         yield
     finally:
-        _holders.leave()
+        state.leave()
 
 
 def default_threads() -> int:
@@ -166,21 +172,21 @@ def default_threads() -> int:
     Fewer if the user said so, by ``OPENBLAS_NUM_THREADS``, ``OMP_NUM_THREADS`` or
     ``threadpoolctl.threadpool_limits``.
     """
-    known = _holders.threads()
-    if known is not None:
-        return known
-    if hasattr(os, "sched_getaffinity"):
+    chosen = _product_threads.chosen_by_user()
+    if chosen is not None:
+        return chosen
+    if hasattr(os, "sched_getaffinity"):  # a BLAS that threadpoolctl does not know
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _after_fork() -> None:
-    """A forked child has none of its parent's threads: no pool, and nobody who holds anything."""
-    global _holders
+    """A forked child has none of its parent's threads: no pool, and no call under way."""
+    global _product_threads
     _pool.cache_clear()
-    held, _holders = _holders, _Holders()
-    if held.count:
-        held._set(held.before)
+    inherited, _product_threads = _product_threads, _ProductThreads()
+    if inherited.calls:
+        _set_blas_threads(inherited.before)
 
 
 if hasattr(os, "register_at_fork"):
