@@ -86,7 +86,7 @@ def attend_backward_rows(
         dscores = scratch("attention.dscores", *weights.shape, dtype=dy.dtype)
         np.matmul(v, dy[:, part].transpose(0, 2, 1), out=dscores)  # dL/dweights
         dscores *= weights
-        weights *= np.sum(dscores, axis=1, keepdims=True)
+        weights *= np.add.reduce(dscores, axis=1, keepdims=True)
         dscores -= weights
         dscores *= scale
         np.matmul(dscores.transpose(0, 2, 1), k, out=dq[:, part])

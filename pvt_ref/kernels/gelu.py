@@ -23,6 +23,18 @@ TANH_FIT = (
 )
 
 
+def _constants(dtype: type, *values: float) -> list[np.ndarray]:
+    """Numbers as arrays: NumPy converts a Python float at every call, while it holds the lock."""
+    return [np.array(value, dtype) for value in values]
+
+
+_FIT = _constants(np.float32, *TANH_FIT)
+_COMMON = {
+    np.dtype(dtype): _constants(dtype, 1.0, 0.5, -0.5, 1 / math.sqrt(2 * math.pi), math.sqrt(0.5))
+    for dtype in (np.float32, np.float64)
+}
+
+
 def gelu_rows(x: np.ndarray, scratch: Scratch, slope: np.ndarray | None = None) -> None:
     """x becomes x Phi(x).
 
@@ -33,33 +45,31 @@ def gelu_rows(x: np.ndarray, scratch: Scratch, slope: np.ndarray | None = None) 
     """
     square = scratch("gelu.square", *x.shape, dtype=x.dtype)
     cdf = scratch("gelu.cdf", *x.shape, dtype=x.dtype)
+    one, half, minus_half, peak, root_half = _COMMON[x.dtype]
     with np.errstate(over="ignore"):  # the square of 1e20 is infinite, and its GELU still right
-        np.multiply(x, x, out=square)
-        _double_cdf(x, square, cdf)
-        cdf *= 0.5
+        np.multiply(x, x, square)
+        # erf(x / sqrt(2))
+        if x.dtype == np.float32:
+            np.multiply(square, _FIT[-1], cdf)
+            for coefficient in _FIT[-2:0:-1]:
+                np.add(cdf, coefficient, cdf)
+                np.multiply(cdf, square, cdf)
+            np.add(cdf, _FIT[0], cdf)
+            np.multiply(cdf, x, cdf)
+            np.tanh(cdf, cdf)
+        else:
+            np.multiply(x, root_half, cdf)
+            scipy.special.erf(cdf, cdf)
+        # Phi(x)
+        np.add(cdf, one, cdf)
+        np.multiply(cdf, half, cdf)
         if slope is not None:
-            square *= -0.5
-            np.exp(square, out=slope)
-            slope *= 1 / math.sqrt(2 * math.pi)  # phi(x)
-            slope *= x
-            slope += cdf
-        x *= cdf
-
-
-def _double_cdf(x: np.ndarray, square: np.ndarray, out: np.ndarray) -> None:
-    """2 Phi(x) = 1 + erf(x / sqrt(2))."""
-    if x.dtype == np.float32:
-        np.multiply(square, TANH_FIT[-1], out=out)
-        for coefficient in TANH_FIT[-2:0:-1]:
-            out += coefficient
-            out *= square
-        out += TANH_FIT[0]
-        out *= x
-        np.tanh(out, out=out)
-    else:
-        np.multiply(x, math.sqrt(0.5), out=out)
-        scipy.special.erf(out, out=out)
-    out += 1.0
+            np.multiply(square, minus_half, square)
+            np.exp(square, slope)
+            np.multiply(slope, peak, slope)  # phi(x)
+            np.multiply(slope, x, slope)
+            np.add(slope, cdf, slope)
+        np.multiply(x, cdf, x)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pvt_ref.kernels.blocking import Blocking
-from pvt_ref.kernels.linear import column_sums
+from pvt_ref.kernels.linear import column_sums, ones
 from pvt_ref.kernels.threads import Scratch
 from pvt_ref.layers.layer_norm import LayerNormParams
 
@@ -25,14 +25,14 @@ def empty_layer_norm_cache(rows: int, C: int, dtype: np.dtype) -> LayerNormCache
 
 def _row_means(x: np.ndarray) -> np.ndarray:
     """(rows, 1)."""
-    means = x @ np.ones(x.shape[1], x.dtype)
+    means = x @ ones(x.shape[1], x.dtype)
     means /= x.shape[1]
     return means[:, None]
 
 
 def _mean_products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The mean of x * y over each row, (rows, 1), without an array of products."""
-    means = np.einsum("rc,rc->r", x, y)
+    means = np.vecdot(x, y)
     means /= x.shape[1]
     return means[:, None]
 

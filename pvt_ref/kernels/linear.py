@@ -1,5 +1,6 @@
 """Linear by blocks of rows; the gradients of weights by rows of the weight."""
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +17,17 @@ def linear_rows(p: LinearParams, x: np.ndarray, y: np.ndarray) -> None:
         y += p.bias
 
 
+@functools.lru_cache(maxsize=64)
+def ones(n: int, dtype: np.dtype) -> np.ndarray:
+    """n ones, to add up by a matrix product; nobody may write into them."""
+    result = np.ones(n, dtype)
+    result.flags.writeable = False
+    return result
+
+
 def column_sums(x: np.ndarray) -> np.ndarray:
     """Sums over the rows of one block, in x's dtype; blocks are added up in double precision."""
-    return np.ones(len(x), x.dtype) @ x
+    return ones(len(x), x.dtype) @ x
 
 
 def weight_gradients(

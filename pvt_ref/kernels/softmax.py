@@ -10,9 +10,9 @@ from pvt_ref.kernels.threads import Scratch
 
 def softmax_in_place(x: np.ndarray, axis: int) -> None:
     """x becomes exp(x) / sum(exp(x)) along axis."""
-    x -= np.max(x, axis=axis, keepdims=True)
-    np.exp(x, out=x)
-    x /= np.sum(x, axis=axis, keepdims=True)
+    np.subtract(x, np.maximum.reduce(x, axis=axis, keepdims=True), x)
+    np.exp(x, x)
+    np.divide(x, np.add.reduce(x, axis=axis, keepdims=True), x)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +50,7 @@ def softmax_backward(cache: SoftmaxCache, dy: np.ndarray, *, blocking: Blocking)
             y, block = y_rows[rows], dx_rows[rows]
             product = scratch("softmax.product", *y.shape, dtype=y.dtype)
             np.multiply(dy_rows[rows], y, out=block)
-            np.multiply(y, np.sum(block, axis=1, keepdims=True), out=product)
+            np.multiply(y, np.add.reduce(block, axis=1, keepdims=True), out=product)
             block -= product
 
     blocking.run(work, len(dx_rows), blocking.rows(dx_rows.shape[1]))
