@@ -23,7 +23,7 @@ from pvt_ref.model import (
 )
 from pvt_ref.ops import Operation, Ops
 from pvt_ref.params import PVTParams, from_state_dict, init_params, to_state_dict
-from pvt_ref.records import REFERENCE
+from pvt_ref.records import REFERENCE, blocked_ops
 
 __version__ = "0.1.0"
 
@@ -42,6 +42,7 @@ __all__ = [
     "attention_maps",
     "backward",
     "backward_pyramid",
+    "blocked_ops",
     "count_cost",
     "cross_entropy",
     "forward",

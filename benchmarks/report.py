@@ -1,0 +1,169 @@
+"""Tables and pictures from what cpu.py measured.
+
+    python benchmarks/report.py        makes them again from docs/results/cpu.json
+"""
+
+import json
+import statistics
+from pathlib import Path
+
+from pvt_ref.tables import text_table
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+RIVAL = "PyTorch eager"
+COLOURS = {
+    "pvt_ref": "#3f51b5",
+    "pvt_ref, readable layers": "#9fa8da",
+    "PyTorch eager": "#e65100",
+    "PyTorch eager, fused attention": "#ff9800",
+    "torch.compile": "#795548",
+    "transformers": "#9e9e9e",
+}
+
+
+def ratio(case: dict, name: str, rival: str = RIVAL) -> tuple[float, float, float]:
+    """rival's time over name's, round by round: median, smallest, largest. Above 1, name is faster."""
+    ratios = [b / a for a, b in zip(case["seconds"][name], case["seconds"][rival], strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def label(case: dict) -> str:
+    what = "forward + backward" if case["train"] else "forward"
+    return f"{case['model']}, {what}, B = {case['batch']}"
+
+
+def markdown(headers: list[str], rows: list[list[str]]) -> str:
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def time_tables(result: dict) -> str:
+    names = list(result["times"][0]["seconds"])
+    times, ratios = [], []
+    for case in result["times"]:
+        times.append([label(case)])
+        ratios.append([label(case)])
+        for name in names:
+            each = [1e3 * t for t in case["seconds"][name]]
+            times[-1].append(f"{statistics.median(each):.1f} ({min(each):.1f}-{max(each):.1f})")
+            median, low, high = ratio(case, name)
+            ratios[-1].append(f"{median:.2f} ({low:.2f}-{high:.2f})")
+    return (
+        "Milliseconds: median over the rounds (smallest-largest)\n\n"
+        + markdown(["", *names], times)
+        + f"\nTime of {RIVAL} over the contender's, in the same round: median "
+        "(smallest-largest). Above 1 is faster.\n\n" + markdown(["", *names], ratios)
+    )
+
+
+def large_table(result: dict) -> str:
+    rows = []
+    for case in result["large"]:
+        for name, peaks in case["peak_mib"].items():
+            if not peaks:
+                rows.append([str(case["size"]), name, case["failures"][name], "", "", ""])
+                continue
+            rival = case["peak_mib"][RIVAL]
+            share = f"{min(peaks) / min(rival):.2f}" if rival else ""
+            seconds = statistics.median(case["seconds"][name])
+            before = min(case["before_mib"][name])
+            rows.append(
+                [str(case["size"]), name, f"{seconds:.2f}", f"{min(peaks):.0f}", f"{before:.0f}"]
+                + [share]
+            )
+    headers = ["side", "contender", "seconds", "peak MiB", "of it before the pass"]
+    return (
+        "pvt_tiny, forward, B = 1, each in a fresh process. Peak memory is the process's largest "
+        "resident set, libraries and weights included.\n\n"
+        + markdown([*headers, f"peak / {RIVAL}'s"], rows)
+    )
+
+
+def machine_line(result: dict) -> str:
+    m = result["machine"]
+    versions = sorted({v for versions in result["versions"].values() for v in versions.split(", ")})
+    return (
+        f"Measured {m['date']} on {m['threads']} threads of: {m['processor']} ({m['machine']}, "
+        f"{m['system']}, {m['memory_gib']} GiB). pvt_ref {m['pvt_ref']}, Python {m['python']}, "
+        f"{', '.join(versions)}; {'; '.join(m['blas'])}.\n"
+    )
+
+
+def plot_ratios(result: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = result["times"]
+    names = [name for name in cases[0]["seconds"] if name != RIVAL]
+    figure, axes = plt.subplots(figsize=(9, 0.95 * len(cases) + 1.2))
+    height = 0.8 / len(names)
+    for k, name in enumerate(names):
+        ys = [i + (k - (len(names) - 1) / 2) * height for i in range(len(cases))]
+        found = [ratio(case, name) for case in cases]
+        middle = [m for m, _, _ in found]
+        errors = [[m - low for m, low, _ in found], [high - m for m, _, high in found]]
+        axes.barh(ys, middle, height * 0.9, xerr=errors, color=COLOURS[name], label=name,
+                  error_kw={"lw": 0.8, "ecolor": "#555555"})  # fmt: skip
+    axes.axvline(1, color=COLOURS[RIVAL], lw=1.5)
+    axes.text(1, -0.62, RIVAL, color=COLOURS[RIVAL], ha="center", va="bottom", fontsize=9)
+    axes.set_yticks(range(len(cases)), [label(case) for case in cases])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"speed, as a multiple of {RIVAL}'s (bars: median; lines: all rounds)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.4, 1.02), ncols=3)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def plot_large(result: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4))
+    for name in result["large"][0]["peak_mib"]:
+        cases = [case for case in result["large"] if case["peak_mib"][name]]
+        sizes = [case["size"] for case in cases]
+        seconds = [statistics.median(case["seconds"][name]) for case in cases]
+        peaks = [min(case["peak_mib"][name]) for case in cases]
+        left.plot(sizes, seconds, "o-", color=COLOURS[name], label=name)
+        right.plot(sizes, peaks, "o-", color=COLOURS[name])
+    sides = [case["size"] for case in result["large"]]
+    for axes, title in ((left, "seconds"), (right, "peak memory of the process, MiB")):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(sides, [str(s) for s in sides])
+        axes.minorticks_off()
+        axes.set_xlabel("side of the image, pixels")
+        axes.set_title(title, fontsize=11)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def write_report(result: dict, folder: Path) -> None:
+    """cpu_tables.md and the pictures; the tables are printed too."""
+    parts = [machine_line(result), time_tables(result)]
+    plot_ratios(result, folder / "cpu_ratios.svg")
+    if "large" in result:
+        parts.append(large_table(result))
+        plot_large(result, folder / "cpu_large.svg")
+    (folder / "cpu_tables.md").write_text("\n".join(parts))
+    names = list(result["times"][0]["seconds"])
+    rows = [
+        [label(case), *(f"{ratio(case, name)[0]:.2f}" for name in names)]
+        for case in result["times"]
+    ]
+    print(f"\nSpeed as a multiple of {RIVAL}'s:\n")
+    print(text_table(["", *names], rows))
+
+
+if __name__ == "__main__":
+    write_report(json.loads((RESULTS / "cpu.json").read_text()), RESULTS)

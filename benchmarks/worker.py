@@ -1,0 +1,71 @@
+"""One contender in a process of its own. Reads commands, a JSON line each, and answers likewise."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from contenders import CONTENDERS
+
+from pvt_ref import VARIANTS
+
+
+def inputs(batch: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images and dL/dlogits, the same for every contender."""
+    rng = np.random.default_rng(batch)
+    images = rng.standard_normal((batch, 3, size, size), dtype=np.float32)
+    return images, rng.standard_normal((batch, 1000), dtype=np.float32)
+
+
+def peak_mib() -> float:
+    """Most memory that this process ever had in use, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def measure(run, seconds: float, least: int) -> list[float]:
+    """Times of repeated runs, for so long and at least so often."""
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < least or time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def main() -> None:
+    name, threads = sys.argv[1], int(sys.argv[2])
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # whatever a library prints is no answer
+    model, loaded = None, None
+    for line in sys.stdin:
+        order = json.loads(line)
+        key = order["weights"], order["model"], order["size"]
+        if key != loaded:
+            model = None  # not two at once
+            config = VARIANTS[order["model"]]
+            model = CONTENDERS[name](Path(order["weights"]), config, order["size"], threads)
+            loaded = key
+        images, dlogits = map(model.prepare, inputs(order["batch"], order["size"]))
+
+        def run(model=model, images=images, dlogits=dlogits, order=order):
+            return model.train(images, dlogits) if order["train"] else model.forward(images)
+
+        answer = {"versions": model.versions}
+        if order["do"] == "outputs":
+            np.savez(order["file"], **model.to_numpy(run()))
+        elif order["do"] == "time":
+            run()  # warms up
+            answer["times"] = measure(run, order["seconds"], order["least"])
+        elif order["do"] == "memory":
+            answer["before"] = peak_mib()
+            answer["times"] = measure(run, 0, order["least"])
+            answer["peak"] = peak_mib()
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
