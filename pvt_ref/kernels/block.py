@@ -26,7 +26,12 @@ from pvt_ref.kernels.layer_norm import (
     layer_norm_rows,
     zero_sums,
 )
-from pvt_ref.kernels.linear import column_sums, linear_rows, weight_gradients
+from pvt_ref.kernels.linear import (
+    column_sums,
+    linear_rows,
+    times_weight_rows,
+    weight_gradients,
+)
 from pvt_ref.kernels.mlp import HiddenCache, empty_hidden, mlp_backward_rows, mlp_rows
 from pvt_ref.kernels.patch_embed import (
     EmbeddedCache,
@@ -223,7 +228,7 @@ def _sweep_keys(
                     *reduction, [lines.blocks(normed[rows])], stage.projection_norm_eps, reduced,
                     key_rows, None if keys_cache is None else keys_cache.embedded, scratch,
                 )  # fmt: skip
-            linear_rows(p.attn.kv, reduced, kv[key_rows])
+            linear_rows(p.attn.kv, reduced, kv[key_rows], scratch)
 
     lines.run(blocking, work, C)
 
@@ -253,14 +258,14 @@ def _sweep_rows(
             else:
                 q, heads = cache.q[rows], cache.heads[rows]
             # x = x + droppath(sra(norm1(x)))
-            linear_rows(p.attn.q, y_rows, q)
+            linear_rows(p.attn.q, y_rows, q, scratch)
             q_heads, y_heads = _per_head(q, N), _per_head(heads, N)
             for b, _, part in by_group(rows, n):
                 k, v = _keys_and_values(kv[b], N)
                 attend_rows(
                     q_heads[:, part], k, v, stage.scale, y_heads[:, part], scratch, blocking
                 )
-            linear_rows(p.attn.proj, heads, y_rows)
+            linear_rows(p.attn.proj, heads, y_rows, scratch)
             _scale_samples(y_rows, gains[0], rows, n)
             y_rows += x
             # x = x + droppath(mlp(norm2(x)))
@@ -357,7 +362,7 @@ def _sweep_rows_back(
                 _scale_samples(g.dfc2[rows], cache.gain2, rows, n)
             mlp_backward_rows(
                 p.mlp, kept.hidden.slope[rows], g.dfc2[rows], g.dhidden[rows], dx,
-                sums.fc1, sums.fc2,
+                sums.fc1, sums.fc2, scratch,
             )  # fmt: skip
             layer_norm_backward_rows(p.norm2, kept.norm2, rows, dx, dx, sums.norm2, scratch)
             dx += dy[rows]  # branch + skip
@@ -367,7 +372,7 @@ def _sweep_rows_back(
                 _scale_samples(g.dproj[rows], cache.gain1, rows, n)
             sums.proj[...] += column_sums(g.dproj[rows])
             dheads = scratch("dheads", *dx.shape, dtype=dx.dtype)
-            np.matmul(g.dproj[rows], p.attn.proj.weight, out=dheads)
+            times_weight_rows(g.dproj[rows], p.attn.proj, dheads, scratch)
             # heads = Attention(q, k, v)
             q, dq = _per_head(kept.q[rows], N), _per_head(g.dq[rows], N)
             dy_heads = _per_head(dheads, N)
@@ -380,7 +385,7 @@ def _sweep_rows_back(
                 )  # fmt: skip
             # q = norm1(x) W^Q
             sums.q[...] += column_sums(g.dq[rows])
-            np.matmul(g.dq[rows], p.attn.q.weight, out=g.dnormed1[rows])
+            times_weight_rows(g.dq[rows], p.attn.q, g.dnormed1[rows], scratch)
         return sums, dkvs
 
     results = blocking.run(work, B * n, blocking.rows(g.dhidden.shape[1]))
@@ -413,7 +418,7 @@ def _sweep_keys_back(
             # kv = reduced W^KV
             sums.kv[...] += column_sums(dkv[key_rows])
             dreduced = scratch("dreduced", key_rows.stop - key_rows.start, C, dtype=dkv.dtype)
-            np.matmul(dkv[key_rows], p.attn.kv.weight, out=dreduced)
+            times_weight_rows(dkv[key_rows], p.attn.kv, dreduced, scratch)
             # reduced = SR(norm1(x))
             if reduction is None:
                 dnormed += dreduced

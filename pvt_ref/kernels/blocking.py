@@ -7,6 +7,10 @@ from typing import Any
 
 from pvt_ref.kernels.threads import Scratch, default_threads, run_pieces
 
+#: Fewer columns of a matrix product are not worth another thread.
+_COLUMNS_WORTH_A_THREAD = 32
+
+
 def cut(rows: slice, size: int) -> Iterator[slice]:
     """Consecutive parts of rows, as equal as can be, none longer than size."""
     length = rows.stop - rows.start
@@ -28,6 +32,18 @@ def by_group(rows: slice, size: int) -> Iterator[tuple[int, slice, slice]]:
         within = slice(start - group * size, stop - group * size)
         yield group, within, slice(start - rows.start, stop - rows.start)
         start = stop
+
+
+def share_columns(work: Callable[[slice, Scratch], Any], width: int, scratch: Scratch) -> list[Any]:
+    """work(columns, scratch) for columns that make up ``slice(0, width)``.
+
+    All at once where every thread has its own rows; in parts, on several threads, where the rows
+    were too few to be shared.
+    """
+    parts = max(1, min(scratch.threads, width // _COLUMNS_WORTH_A_THREAD))
+    if parts == 1:
+        return [work(slice(0, width), scratch)]
+    return run_pieces(work, list(cut(slice(0, width), -(-width // parts))), parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +79,8 @@ class Blocking:
             What work returned, in the order of the pieces.
         """
         threads = self.threads or default_threads()
-        # a thread needs some rows for its products to be fast; of fewer, a single product makes
-        # better use of the threads
+        # a thread needs some rows for its products to be fast; fewer rows are shared by columns,
+        # product by product (share_columns)
         worth_a_thread = max(1, self.elements // 2048)
         sharing = min(threads, count, count * tokens // worth_a_thread)
         pieces = 1

@@ -5,16 +5,36 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pvt_ref.kernels.blocking import Blocking
+from pvt_ref.kernels.blocking import Blocking, share_columns
 from pvt_ref.kernels.threads import Scratch
 from pvt_ref.layers.linear import LinearParams
 
 
-def linear_rows(p: LinearParams, x: np.ndarray, y: np.ndarray) -> None:
+def linear_rows(p: LinearParams, x: np.ndarray, y: np.ndarray, scratch: Scratch) -> None:
     """y becomes x W^T + b, for a block of rows."""
-    np.matmul(x, p.weight.T, out=y)
+
+    def work(columns: slice, scratch: Scratch) -> None:
+        del scratch
+        linear_columns(p, x, y[:, columns], columns)
+
+    share_columns(work, y.shape[1], scratch)
+
+
+def linear_columns(p: LinearParams, x: np.ndarray, y: np.ndarray, columns: slice) -> None:
+    """y becomes some columns of x W^T + b."""
+    np.matmul(x, p.weight[columns].T, out=y)
     if p.bias is not None:
-        y += p.bias
+        y += p.bias[columns]
+
+
+def times_weight_rows(dy: np.ndarray, p: LinearParams, dx: np.ndarray, scratch: Scratch) -> None:
+    """dx becomes dy W, for a block of rows: the way back through a linear layer."""
+
+    def work(columns: slice, scratch: Scratch) -> None:
+        del scratch
+        np.matmul(dy, p.weight[:, columns], out=dx[:, columns])
+
+    share_columns(work, dx.shape[1], scratch)
 
 
 @functools.lru_cache(maxsize=64)
@@ -78,9 +98,8 @@ def linear_forward(
     x_rows, y_rows = x.reshape(-1, C_in), y.reshape(-1, C_out)
 
     def work(blocks: list[slice], scratch: Scratch) -> None:
-        del scratch
         for rows in blocks:
-            linear_rows(p, x_rows[rows], y_rows[rows])
+            linear_rows(p, x_rows[rows], y_rows[rows], scratch)
 
     blocking.run(work, len(y_rows), blocking.rows(C_in + C_out))
     return y, LinearCache(x) if keep else None
@@ -95,10 +114,9 @@ def linear_backward(
     dx_rows, dy_rows = dx.reshape(-1, C_in), dy.reshape(-1, C_out)
 
     def work(blocks: list[slice], scratch: Scratch) -> np.ndarray:
-        del scratch
         dbias = np.zeros(C_out)
         for rows in blocks:
-            np.matmul(dy_rows[rows], p.weight, out=dx_rows[rows])
+            times_weight_rows(dy_rows[rows], p, dx_rows[rows], scratch)
             dbias += column_sums(dy_rows[rows])
         return dbias
 

@@ -5,9 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from pvt_ref.kernels.blocking import Blocking
+from pvt_ref.kernels.blocking import Blocking, share_columns
 from pvt_ref.kernels.gelu import gelu_rows
-from pvt_ref.kernels.linear import column_sums, linear_rows, weight_gradients
+from pvt_ref.kernels.linear import (
+    column_sums,
+    linear_columns,
+    linear_rows,
+    times_weight_rows,
+    weight_gradients,
+)
 from pvt_ref.kernels.threads import Scratch
 from pvt_ref.layers import mlp as readable
 from pvt_ref.layers.linear import LinearParams
@@ -52,9 +58,14 @@ def mlp_rows(
         slope = None
     else:
         wide, slope = hidden.y[rows], hidden.slope[rows]
-    linear_rows(p.fc1, x, wide)
-    gelu_rows(wide, scratch, slope)
-    linear_rows(p.fc2, wide, y)
+
+    def widen(columns: slice, scratch: Scratch) -> None:
+        part = wide[:, columns]
+        linear_columns(p.fc1, x, part, columns)
+        gelu_rows(part, scratch, None if slope is None else slope[:, columns])
+
+    share_columns(widen, wide.shape[1], scratch)
+    linear_rows(p.fc2, wide, y, scratch)
 
 
 def mlp_backward_rows(
@@ -65,6 +76,7 @@ def mlp_backward_rows(
     dx: np.ndarray,
     dbias1: np.ndarray,
     dbias2: np.ndarray,
+    scratch: Scratch,
 ) -> None:
     """The gradients of a block's rows, and what the block adds to those of the biases.
 
@@ -75,12 +87,19 @@ def mlp_backward_rows(
         dhidden: (block, E*C), becomes the gradient before GELU; fc1's weight needs it.
         dx: (block, C), written.
         dbias1, dbias2: float64 (E*C,) and (C,), added to.
+        scratch: memory of this thread.
     """
     dbias2 += column_sums(dy)
-    np.matmul(dy, p.fc2.weight, out=dhidden)
-    dhidden *= slope
-    dbias1 += column_sums(dhidden)
-    np.matmul(dhidden, p.fc1.weight, out=dx)
+
+    def widen(columns: slice, scratch: Scratch) -> None:
+        del scratch
+        part = dhidden[:, columns]
+        np.matmul(dy, p.fc2.weight[:, columns], out=part)
+        part *= slope[:, columns]
+        dbias1[columns] += column_sums(part)
+
+    share_columns(widen, dhidden.shape[1], scratch)
+    times_weight_rows(dhidden, p.fc1, dx, scratch)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,12 +146,11 @@ def mlp_backward(
     dhidden = np.empty_like(cache.hidden.y)
 
     def work(blocks: list[slice], scratch: Scratch) -> tuple[np.ndarray, np.ndarray]:
-        del scratch
         dbias1, dbias2 = np.zeros(dhidden.shape[1]), np.zeros(dx_rows.shape[1])
         for rows in blocks:
             mlp_backward_rows(
                 p, cache.hidden.slope[rows], dy_rows[rows], dhidden[rows], dx_rows[rows],
-                dbias1, dbias2,
+                dbias1, dbias2, scratch,
             )  # fmt: skip
         return dbias1, dbias2
 

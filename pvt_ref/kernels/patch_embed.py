@@ -13,7 +13,12 @@ from pvt_ref.kernels.layer_norm import (
     layer_norm_rows,
     zero_sums,
 )
-from pvt_ref.kernels.linear import column_sums, linear_rows, weight_gradients
+from pvt_ref.kernels.linear import (
+    column_sums,
+    linear_rows,
+    times_weight_rows,
+    weight_gradients,
+)
 from pvt_ref.kernels.threads import Scratch
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
@@ -66,7 +71,7 @@ def embed_rows(
     for source in sources:
         lines[start : start + len(source)] = source
         start += len(source)
-    linear_rows(proj, blocks, y)
+    linear_rows(proj, blocks, y, scratch)
     layer_norm_rows(norm, y, eps, y, rows, None if cache is None else cache.norm)
 
 
@@ -96,7 +101,7 @@ def embed_backward_rows(
     layer_norm_backward_rows(norm, cache.norm, rows, dy, dprojected, norm_sums, scratch)
     dbias += column_sums(dprojected)
     dblocks = scratch("embed.dblocks", len(dy), proj.weight.shape[1], dtype=dy.dtype)
-    np.matmul(dprojected, proj.weight, out=dblocks)
+    times_weight_rows(dprojected, proj, dblocks, scratch)
     return dblocks
 
 

@@ -1,9 +1,9 @@
-"""Work shared among threads, and how many of them a matrix product may use meanwhile.
+"""Work shared among threads, while NumPy's matrix products keep to one thread each.
 
 NumPy's own threads only help inside a product; norms, GELUs and softmaxes run on one core. So the
 kernels cut the rows into pieces and let each thread take a piece through all operations. NumPy
 releases the interpreter lock while it computes. The products then must not start threads of their
-own, or the two kinds would fight over the cores.
+own: OpenBLAS's go on spinning for milliseconds after a product, on cores that ours need.
 """
 
 import contextvars
@@ -21,9 +21,17 @@ from threadpoolctl import ThreadpoolController
 
 
 class Scratch:
-    """Memory of one thread, used again from piece to piece under a name for each purpose."""
+    """What belongs to one thread.
 
-    def __init__(self) -> None:
+    Memory, used again from piece to piece under a name for each purpose; and the right to call on
+    other threads, if the work was too little to be shared as a whole.
+
+    Attributes:
+        threads: how many threads may share a step of the work; 1 if all have pieces of their own.
+    """
+
+    def __init__(self, threads: int = 1) -> None:
+        self.threads = threads
         self._buffers: dict[str, np.ndarray] = {}
 
     def __call__(self, name: str, *shape: int, dtype: Any) -> np.ndarray:
@@ -42,11 +50,9 @@ def run_pieces(
 ) -> list[Any]:
     """work(piece, scratch) for every piece, on several threads of which the caller's is one.
 
-    Of a single piece, the matrix products use the threads.
-
     Args:
         work: must write only what belongs to its piece; who gets which piece is left to chance.
-        pieces: what there is to do.
+        pieces: what there is to do. A single piece gets the right to call on the threads.
         threads: at most so many at once, 1 or more.
 
     Returns:
@@ -59,7 +65,7 @@ def run_pieces(
     waiting = deque(enumerate(pieces))
 
     def work_off() -> None:
-        scratch = Scratch()
+        scratch = Scratch(threads if len(pieces) == 1 else 1)
         try:
             while waiting:
                 try:
@@ -71,7 +77,7 @@ def run_pieces(
             waiting.clear()
             raise
 
-    with product_threads(threads if len(pieces) == 1 else 1):
+    with one_blas_thread():
         helpers = _start_helpers(work_off, min(threads, len(pieces)) - 1)
         try:
             work_off()
@@ -104,7 +110,7 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=128, thread_name_prefix="pvt_ref")
 
 
-# Threads inside a matrix product ---------------------------------------------------------------
+# One thread inside a matrix product ------------------------------------------------------------
 
 
 @functools.cache
@@ -118,52 +124,49 @@ def _set_blas_threads(counts: list[int]) -> None:
         library.set_num_threads(count)
 
 
-class _ProductThreads:
-    """How many threads the libraries use, while calls that want to say so are under way.
-
-    The setting belongs to the whole process. The first call to enter saves what the user had, the
-    last to leave restores it; in between it only goes down, so that nobody gets more than it wants.
-    """
+class _Calls:
+    """How many calls are under way, and how many threads the user had given the libraries."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.calls = 0
-        self.limit = 0
+        self.count = 0
         self.before: list[int] = []
 
-    def enter(self, threads: int) -> None:
+    def enter(self) -> None:
         with self.lock:
-            if self.calls == 0:
+            if self.count == 0:
                 self.before = [library.get_num_threads() for library in _blas()]
-            if self.calls == 0 or threads < self.limit:
-                self.limit = threads
-                _set_blas_threads([threads] * len(self.before))
-            self.calls += 1
+                _set_blas_threads([1] * len(self.before))
+            self.count += 1
 
     def leave(self) -> None:
         with self.lock:
-            self.calls -= 1
-            if self.calls == 0:
+            self.count -= 1
+            if self.count == 0:
                 _set_blas_threads(self.before)
 
     def chosen_by_user(self) -> int | None:
         with self.lock:
-            counts = self.before if self.calls else [b.get_num_threads() for b in _blas()]
+            counts = self.before if self.count else [b.get_num_threads() for b in _blas()]
         return max(counts, default=None)
 
 
-_product_threads = _ProductThreads()
+_calls = _Calls()
 
 
 @contextmanager
-def product_threads(threads: int) -> Iterator[None]:
-    """Matrix products use so many threads inside, and afterwards as many as before."""
-    state = _product_threads  # a fork inside would put another in its place
-    state.enter(threads)
+def one_blas_thread() -> Iterator[None]:
+    """Matrix products use one thread inside, and afterwards as many as before.
+
+    The setting belongs to the whole process. Of several calls at once, the first to enter saves it
+    and the last to leave restores it.
+    """
+    calls = _calls  # a fork inside would put another in its place
+    calls.enter()
     try:
         yield
     finally:
-        state.leave()
+        calls.leave()
 
 
 def default_threads() -> int:
@@ -172,7 +175,7 @@ def default_threads() -> int:
     Fewer if the user said so, by ``OPENBLAS_NUM_THREADS``, ``OMP_NUM_THREADS`` or
     ``threadpoolctl.threadpool_limits``.
     """
-    chosen = _product_threads.chosen_by_user()
+    chosen = _calls.chosen_by_user()
     if chosen is not None:
         return chosen
     if hasattr(os, "sched_getaffinity"):  # a BLAS that threadpoolctl does not know
@@ -182,10 +185,10 @@ def default_threads() -> int:
 
 def _after_fork() -> None:
     """A forked child has none of its parent's threads: no pool, and no call under way."""
-    global _product_threads
+    global _calls
     _pool.cache_clear()
-    inherited, _product_threads = _product_threads, _ProductThreads()
-    if inherited.calls:
+    inherited, _calls = _calls, _Calls()
+    if inherited.count:
         _set_blas_threads(inherited.before)
 
 
