@@ -1,6 +1,6 @@
 """Tables and pictures from what cpu.py measured.
 
-    python benchmarks/report.py        makes them again from docs/results/cpu.json
+python benchmarks/report.py        makes them again from docs/results/cpu.json
 """
 
 import json

@@ -17,6 +17,7 @@ from pvt_ref.arrays import (
     describe_type,
     dtype_name,
     is_array,
+    is_numpy,
     library_and_dtype,
     same_library,
 )
@@ -49,9 +50,10 @@ def check_params(params: PVTParams, config: PVTConfig) -> None:
             f"{shapes.get(key, 'absent')}. Pass the config that params were made with"
         )
     first = params.pos_embed1
+    check_float("pos_embed1", first)
     for key, x in arrays.items():
-        check_float(key, x)
-        if dtype_name(x) != dtype_name(first) or not same_library(x, first):
+        if not same_library(x, first) or x.dtype != first.dtype:
+            check_float(key, x)
             raise ArrayTypeError(
                 f"params mix {library_and_dtype(first)} (pos_embed1) and {library_and_dtype(x)} "
                 f"({key}); all must have one dtype and lie on one device. "
@@ -182,6 +184,11 @@ def choose_ops(ops: Ops | None, images: Array) -> Ops:
     """
     if ops is None:
         return default_ops(images)
+    if isinstance(ops, Ops) and ops.numpy_only and is_array(images) and not is_numpy(images):
+        raise ArrayTypeError(
+            f"ops is the record {ops.name!r}, which computes on NumPy arrays only, and images are "
+            f"{library_and_dtype(images)}. Leave ops out, or pass pvt_ref.REFERENCE"
+        )
     if not isinstance(ops, Ops):
         raise ArrayTypeError(
             f"ops is a {type(ops).__name__}; it must be a record of operations (pvt_ref.Ops), such "

@@ -6,9 +6,11 @@ authors' order. What a model lacks is None: sr and norm where R = 1, q and kv bi
 qkv_bias, and cls_token, norm and head in a bare backbone.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -131,15 +133,16 @@ def build_params(config: PVTConfig, make: Callable[[Leaf], Array]) -> PVTParams:
     return PVTParams(**tree)
 
 
-def param_shapes(config: PVTConfig) -> dict[str, tuple[int, ...]]:
-    """Shape by key, in the authors' order."""
+@functools.lru_cache(maxsize=32)  # every forward asks
+def param_shapes(config: PVTConfig) -> Mapping[str, tuple[int, ...]]:
+    """Shape by key, in the authors' order; read-only."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def record(leaf: Leaf) -> None:
         shapes[leaf.key] = leaf.shape
 
     build_params(config, record)
-    return shapes
+    return MappingProxyType(shapes)
 
 
 def init_params(config: PVTConfig, rng: np.random.Generator, dtype: Any = np.float32) -> PVTParams:

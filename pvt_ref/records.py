@@ -1,9 +1,10 @@
 """The records of operations that there are, and which of them is the default."""
 
 import dataclasses
-import functools
 import os
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 from pvt_ref.arrays import FLOAT_DTYPES, Array, dtype_name, is_numpy
 from pvt_ref.block import block_backward, block_forward
@@ -41,9 +42,17 @@ REFERENCE = Ops(
 )
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _WithSettings:
+    """A kernel and its settings; equal to another of the same, so that records can be compared."""
+
+    function: Callable[..., Any]
+    blocking: Blocking
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs, blocking=self.blocking)
 
 
-@functools.cache  # one record for the same settings: a cache is only read by the record that made it
 def blocked_ops(threads: int | None = None, *, elements: int = 2**18) -> Ops:
     """The kernels for NumPy arrays: cut into blocks that stay in the processor's cache, threaded.
 
@@ -57,7 +66,7 @@ def blocked_ops(threads: int | None = None, *, elements: int = 2**18) -> Ops:
         elements: numbers in the widest array of a block; the default suits caches of 1 to 2 MB.
 
     Returns:
-        A record; the same one for the same arguments.
+        A record, equal to every other one made with the same arguments.
 
     Raises:
         RangeError: if threads or elements is no positive whole number.
@@ -70,10 +79,7 @@ def blocked_ops(threads: int | None = None, *, elements: int = 2**18) -> Ops:
     def twin(module: ModuleType) -> Operation:
         name = module.__name__.rsplit(".", 1)[-1]
         forward, backward = (getattr(module, f"{name}_{way}") for way in ("forward", "backward"))
-        return Operation(
-            functools.partial(forward, blocking=blocking),
-            functools.partial(backward, blocking=blocking),
-        )
+        return Operation(_WithSettings(forward, blocking), _WithSettings(backward, blocking))
 
     return dataclasses.replace(
         REFERENCE,

@@ -704,12 +704,13 @@ def test_a_cache_of_the_other_kind(classified, pyramid):
 def test_a_cache_made_with_other_operations(classified, pyramid):
     (logits, cache), (maps, pyramid_cache) = classified, pyramid
     other = replace(REFERENCE, name="faster")
-    words = ("made with ops 'reference'", "'faster'", "belongs to the pair", "Leave ops out")
+    made = f"made with ops '{cache.ops.name}'"
+    words = (made, "'faster'", "belongs to the pair", "Leave ops out")
     with refused(ArrayTypeError, *words):
         pvt_ref.backward(PARAMS, cache, logits, SMALL, ops=other)
     with refused(ArrayTypeError, *words):
         pvt_ref.backward_pyramid(PARAMS, pyramid_cache, maps, SMALL, ops=other)
-    pvt_ref.backward(PARAMS, cache, logits, SMALL, ops=REFERENCE)
+    pvt_ref.backward(PARAMS, cache, logits, SMALL, ops=cache.ops)
     # a cache of the other operations is read by them without asking
     _, faster = pvt_ref.forward_with_cache(PARAMS, IMAGES, SMALL, ops=other)
     pvt_ref.backward(PARAMS, faster, logits, SMALL)
@@ -1238,7 +1239,7 @@ def test_a_cache_and_weights_of_two_dtypes(classified, pyramid):
 
 def test_a_copied_cache_is_still_of_the_record_that_made_it(classified):
     logits, cache = classified
-    grads, _ = pvt_ref.backward(PARAMS, copy.deepcopy(cache), logits, SMALL, ops=REFERENCE)
+    grads, _ = pvt_ref.backward(PARAMS, copy.deepcopy(cache), logits, SMALL, ops=cache.ops)
     expected, _ = pvt_ref.backward(PARAMS, cache, logits, SMALL)
     np.testing.assert_array_equal(grads.cls_token, expected.cls_token)
 

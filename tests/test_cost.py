@@ -39,7 +39,7 @@ def readings(config: PVTConfig) -> list[bool]:
     return [False, True] if config.has_classifier else [True]
 
 
-def run(params, images, config, pyramid, ops=None):
+def run(params, images, config, pyramid, ops=REFERENCE):
     read = pvt_ref.forward_pyramid if pyramid else pvt_ref.forward
     return read(params, images, config, ops=ops)
 

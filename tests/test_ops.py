@@ -1,6 +1,7 @@
 """The record of operations: whatever is put into it is what the model uses, everywhere."""
 
 import dataclasses
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -9,8 +10,10 @@ from strategies import ModelCase, normal, random_params, rng_of
 
 import pvt_ref
 from pvt_ref import REFERENCE, VARIANTS, Ops
+from pvt_ref.boundary import choose_ops
+from pvt_ref.errors import ArrayTypeError, RangeError
 from pvt_ref.ops import Operation
-from pvt_ref.records import default_ops
+from pvt_ref.records import blocked_ops, default_ops
 
 CONFIG = dataclasses.replace(
     VARIANTS["pvt_tiny"],
@@ -23,7 +26,9 @@ CONFIG = dataclasses.replace(
     drop_path_rate=0.2,
 )
 CASE = ModelCase(CONFIG, 2, (32, 64), 1)
-NAMES = [field.name for field in dataclasses.fields(Ops) if field.name != "name"]
+NAMES = [
+    field.name for field in dataclasses.fields(Ops) if field.name not in ("name", "numpy_only")
+]
 
 
 def counting(calls: Counter, keeps: list | None = None) -> Ops:
@@ -58,7 +63,7 @@ def test_the_classifier_uses_every_operation_of_the_record_it_is_given():
     ops = counting(calls)
     logits = pvt_ref.forward(params, images, CONFIG, ops=ops)
     assert set(calls) == FORWARD
-    np.testing.assert_array_equal(logits, pvt_ref.forward(params, images, CONFIG))
+    np.testing.assert_array_equal(logits, pvt_ref.forward(params, images, CONFIG, ops=REFERENCE))
     calls.clear()
     logits, cache = pvt_ref.forward_with_cache(params, images, CONFIG, rng_of(1), ops=ops)
     assert set(calls) == FORWARD
@@ -167,12 +172,54 @@ def test_every_kind_of_drop_happens_where_its_own_rate_says():
     assert shapes_drawn(drop_rate=0.5) == dropout
 
 
-def test_the_default_record_is_the_reference():
-    assert default_ops(CASE.images()) is REFERENCE
-    _, cache = pvt_ref.forward_with_cache(CASE.params(), CASE.images(), CONFIG)
-    assert cache.ops is REFERENCE
+def test_the_default_record_is_that_of_the_environment(monkeypatch):
+    images = CASE.images()
+    for value, ops in (("", blocked_ops()), ("blocked", blocked_ops()), ("reference", REFERENCE)):
+        monkeypatch.setenv("PVT_REF_OPS", value)
+        for dtype in (np.float32, np.float64):
+            assert default_ops(images.astype(dtype)) == ops
+        _, cache = pvt_ref.forward_with_cache(CASE.params(), images, CONFIG)
+        assert cache.ops == ops
+    monkeypatch.delenv("PVT_REF_OPS")
+    assert default_ops(images) == blocked_ops()
+    monkeypatch.setenv("PVT_REF_OPS", "fast")
+    with pytest.raises(RangeError, match="PVT_REF_OPS is 'fast'; known are 'reference'"):
+        pvt_ref.forward(CASE.params(), images, CONFIG)
+
+
+def test_arrays_of_other_libraries_get_the_reference():
+    strict = pytest.importorskip("array_api_strict")
+    images = strict.asarray(CASE.images())
+    assert default_ops(images) is REFERENCE
+    with pytest.raises(ArrayTypeError, match="'blocked', which computes on NumPy arrays only"):
+        choose_ops(blocked_ops(), images)
+
+
+def test_records_do_not_change():
     with pytest.raises(dataclasses.FrozenInstanceError):
         REFERENCE.gelu = None
+
+
+def test_equal_settings_make_equal_records():
+    assert blocked_ops(2, elements=64) == blocked_ops(2, elements=64)
+    assert blocked_ops(2) != blocked_ops(3)
+    assert blocked_ops(2) != REFERENCE
+    assert pickle.loads(pickle.dumps(blocked_ops(2))) == blocked_ops(2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"threads": 0}, "threads is 0"),
+        ({"threads": 1.5}, "threads is 1.5"),
+        ({"threads": True}, "threads is True"),
+        ({"elements": 0}, "elements is 0"),
+        ({"elements": None}, "elements is None"),
+    ],
+)
+def test_settings_of_the_kernels_are_checked(settings, words):
+    with pytest.raises(RangeError, match=f"{words}; it must be a whole number, at least 1"):
+        blocked_ops(**settings)
 
 
 def test_no_stages_give_no_attention_maps():

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pvt_ref import block as readable
+import pvt_ref.block as readable
 from pvt_ref.block import BlockParams
 from pvt_ref.config import StageConfig
 from pvt_ref.kernels.attention import attend_backward_rows, attend_rows
@@ -110,11 +110,11 @@ class _Lines:
     R: int
 
     @classmethod
-    def of(cls, shape: tuple[int, int, int], grid: tuple[int, int], R: int) -> "_Lines":
+    def of(cls, p: SRAParams, shape: tuple[int, int, int], grid: tuple[int, int]) -> "_Lines":
         B, n, _ = shape
-        if R == 1:  # tokens are keys, the cls token too: a line is one token
+        if p.sr is None:  # tokens are keys, the cls token too: a line is one token
             return cls(B * n, 1, 1, 1)
-        H, W = grid
+        (H, W), R = grid, p.sr.weight.shape[-1]
         return cls(B * H // R, W // R, R * W, R)
 
     def rows(self, lines: slice) -> slice:
@@ -187,7 +187,7 @@ def block_forward(
     gain2 = _draw_gain(x, drop_path_rate, rng)
     tokens = np.ascontiguousarray(x).reshape(B * n, C)
     y = np.empty_like(tokens)
-    lines = _Lines.of(x.shape, grid, stage.sr_ratio)
+    lines = _Lines.of(p.attn, x.shape, grid)
     kv = np.empty((lines.count * lines.keys, 2 * C), x.dtype)
     rows_cache, keys_cache = _empty_caches(p, len(y), len(kv), x.dtype) if keep else (None, None)
     _sweep_keys(p, tokens, y, kv, lines, stage, rows_cache, keys_cache, blocking)
@@ -274,7 +274,12 @@ def _sweep_rows(
                 normed = scratch("normed", *x.shape, dtype=x.dtype)
                 branch = scratch("branch", *x.shape, dtype=x.dtype)
             layer_norm_rows(
-                p.norm2, y_rows, stage.norm_eps, normed, rows, None if cache is None else cache.norm2
+                p.norm2,
+                y_rows,
+                stage.norm_eps,
+                normed,
+                rows,
+                None if cache is None else cache.norm2,
             )
             mlp_rows(p.mlp, normed, branch, rows, None if cache is None else cache.hidden, scratch)
             _scale_samples(branch, gains[1], rows, n)
@@ -327,7 +332,7 @@ def block_backward(
         return readable.block_backward(p, cache, dy, ops, stage)
     dy_rows = np.ascontiguousarray(dy).reshape(-1, dy.shape[-1])
     g, dkv, row_sums = _sweep_rows_back(p, cache, dy_rows, stage, blocking)
-    dx, dprojected, key_sums = _sweep_keys_back(p, cache, g, dkv, stage, blocking)
+    dx, dprojected, key_sums = _sweep_keys_back(p, cache, g, dkv, blocking)
     grads = _weight_gradients(p, cache, g, dkv, dprojected, row_sums, key_sums, blocking)
     return dx.reshape(dy.shape), grads
 
@@ -401,12 +406,11 @@ def _sweep_keys_back(
     cache: BlockCache,
     g: _RowGradients,
     dkv: np.ndarray,
-    stage: StageConfig,
     blocking: Blocking,
 ) -> tuple[np.ndarray, np.ndarray, list[_KeySums]]:
     """Back through keys, values and norm1: dL/dx, and the gradient of W^S's result (B*m, C)."""
     C, reduction = dkv.shape[1] // 2, _reduction(p.attn)
-    lines = _Lines.of(cache.shape, cache.grid, stage.sr_ratio)
+    lines = _Lines.of(p.attn, cache.shape, cache.grid)
     dx = g.dnormed1  # becomes norm1's whole gradient, then the sum of branch and skip
     dprojected = np.empty((len(dkv), C), dkv.dtype)
 
@@ -494,7 +498,5 @@ def _weight_gradients(
             norm=dsr_norm,
         ),
         norm2=add_sums([s.norm2 for s in row_sums], dtype),
-        mlp=MLPParams(
-            LinearParams(_through_norm(dW1, db1, p.norm2), db1), LinearParams(dW2, db2)
-        ),
+        mlp=MLPParams(LinearParams(_through_norm(dW1, db1, p.norm2), db1), LinearParams(dW2, db2)),
     )

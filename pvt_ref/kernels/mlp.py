@@ -156,7 +156,5 @@ def mlp_backward(
 
     sums = blocking.run(work, len(dhidden), blocking.rows(dhidden.shape[1]))
     dbias1, dbias2 = (sum(parts).astype(dy.dtype) for parts in zip(*sums, strict=True))
-    dweight1, dweight2 = weight_gradients(
-        [(dhidden, cache.x), (dy_rows, cache.hidden.y)], blocking
-    )
+    dweight1, dweight2 = weight_gradients([(dhidden, cache.x), (dy_rows, cache.hidden.y)], blocking)
     return dx, MLPParams(LinearParams(dweight1, dbias1), LinearParams(dweight2, dbias2))
