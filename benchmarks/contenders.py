@@ -31,7 +31,7 @@ class Contender:
 
 
 def ours(weights: Path, config: PVTConfig, size: int, threads: int, readable: bool) -> Contender:
-    """This project; its readable layers or its kernels."""
+    """pvt_ref itself: its readable layers or its kernels."""
     import scipy
 
     model = pvt_ref.load(weights, config)

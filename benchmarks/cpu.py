@@ -75,7 +75,7 @@ def say(*words: object) -> None:
 
 
 def make_weights(name: str, folder: Path) -> Path:
-    """Random weights of a variant, no bias zero and no norm one, so that equality means something."""
+    """Random weights of a variant; no bias is 0 and no norm 1, so that equality means something."""
     rng = np.random.default_rng(7)
     params = pvt_ref.init_params(VARIANTS[name], rng)
     params = map_arrays(
@@ -181,6 +181,11 @@ def measure_memory(names: list[str], orders: list[dict], threads: int, rounds: i
     return results
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def processor() -> str:
     with contextlib.suppress(OSError):
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
@@ -202,6 +207,7 @@ def describe_machine(threads: int) -> dict:
         "system": platform.system(),
         "memory_gib": round(memory, 1),
         "threads": threads,
+        "cores": cores(),
         "python": platform.python_version(),
         "pvt_ref": pvt_ref.__version__,
         "blas": blas,
@@ -217,7 +223,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None, help="default: all cores")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args()
-    threads = args.threads or len(os.sched_getaffinity(0))
+    threads = args.threads or cores()
     names = [name for name in CONTENDERS if name not in args.skip]
     models = ["pvt_tiny"] if args.quick else ["pvt_tiny", "pvt_small"]
     result = {"machine": describe_machine(threads), "versions": {}}

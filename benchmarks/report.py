@@ -22,7 +22,7 @@ COLOURS = {
 
 
 def ratio(case: dict, name: str, rival: str = RIVAL) -> tuple[float, float, float]:
-    """rival's time over name's, round by round: median, smallest, largest. Above 1, name is faster."""
+    """rival's time over name's in each round: median, least, most. Above 1, name is faster."""
     ratios = [b / a for a, b in zip(case["seconds"][name], case["seconds"][rival], strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
 
@@ -68,8 +68,14 @@ def large_table(result: dict) -> str:
             seconds = statistics.median(case["seconds"][name])
             before = min(case["before_mib"][name])
             rows.append(
-                [str(case["size"]), name, f"{seconds:.2f}", f"{min(peaks):.0f}", f"{before:.0f}"]
-                + [share]
+                [
+                    str(case["size"]),
+                    name,
+                    f"{seconds:.2f}",
+                    f"{min(peaks):.0f}",
+                    f"{before:.0f}",
+                    share,
+                ]
             )
     headers = ["side", "contender", "seconds", "peak MiB", "of it before the pass"]
     return (

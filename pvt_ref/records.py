@@ -10,7 +10,17 @@ from pvt_ref.arrays import FLOAT_DTYPES, Array, dtype_name, is_numpy
 from pvt_ref.block import block_backward, block_forward
 from pvt_ref.config import is_whole
 from pvt_ref.errors import RangeError
-from pvt_ref.kernels import attention, block, gelu, layer_norm, linear, mlp, patch_embed, softmax
+from pvt_ref.kernels import (
+    attention,
+    block,
+    gelu,
+    layer_norm,
+    linear,
+    mlp,
+    patch_embed,
+    position,
+    softmax,
+)
 from pvt_ref.kernels.blocking import Blocking
 from pvt_ref.layers.attention import attention_backward, attention_forward
 from pvt_ref.layers.drop import drop_backward, drop_path_forward, dropout_forward
@@ -60,9 +70,9 @@ def blocked_ops(threads: int | None = None, *, elements: int = 2**18) -> Ops:
     the last digits. Where there is dropout, the layers themselves are used.
 
     Args:
-        threads: at most so many; None for as many as NumPy's matrix products would use, which are
-            the cores available unless ``OPENBLAS_NUM_THREADS``, ``OMP_NUM_THREADS`` or threadpoolctl
-            says otherwise.
+        threads: at most so many; None for as many as NumPy's matrix products would use: the cores
+            available, unless ``OPENBLAS_NUM_THREADS``, ``OMP_NUM_THREADS`` or threadpoolctl says
+            otherwise.
         elements: numbers in the widest array of a block; the default suits caches of 1 to 2 MB.
 
     Returns:
@@ -71,8 +81,8 @@ def blocked_ops(threads: int | None = None, *, elements: int = 2**18) -> Ops:
     Raises:
         RangeError: if threads or elements is no positive whole number.
     """
-    for name, value in (("threads", threads), ("elements", elements)):
-        if not (name == "threads" and value is None) and (not is_whole(value) or value < 1):
+    for name, value in (("threads", 1 if threads is None else threads), ("elements", elements)):
+        if not is_whole(value) or value < 1:
             raise RangeError(f"{name} is {value!r}; it must be a whole number, at least 1")
     blocking = Blocking(threads, elements)
 
@@ -90,6 +100,7 @@ def blocked_ops(threads: int | None = None, *, elements: int = 2**18) -> Ops:
         gelu=twin(gelu),
         softmax=twin(softmax),
         patch_embed=twin(patch_embed),
+        position=twin(position),
         attention=twin(attention),
         mlp=twin(mlp),
         block=twin(block),

@@ -26,8 +26,8 @@ from pvt_ref.layers.sra import SRAParams
 from pvt_ref.records import REFERENCE, blocked_ops, default_ops
 
 Inputs = dict[str, Any]
-#: The record under test: what PVT_REF_OPS says. Blocks of a few numbers and three threads make small
-#: arrays go every way that large ones go.
+#: The record under test: what PVT_REF_OPS says. With blocks of a few numbers and three threads,
+#: small arrays go every way that large ones go.
 ops = default_ops(np.zeros(1))
 if ops is not REFERENCE:
     ops = blocked_ops(3, elements=16)

@@ -12,10 +12,15 @@ from typing import Any
 import numpy as np
 
 from pvt_ref.kernels.blocking import Blocking, by_group, cut
-from pvt_ref.kernels.softmax import softmax_in_place
+from pvt_ref.kernels.linear import ones
 from pvt_ref.kernels.threads import Scratch
 from pvt_ref.layers import attention as readable
 from pvt_ref.ops import Ops
+
+
+def _sum_over_keys(x: np.ndarray) -> np.ndarray:
+    """(N, 1, queries) of x (N, m, queries), as a matrix product: a plain sum rounds worse."""
+    return np.matmul(ones(x.shape[1], x.dtype)[None], x)
 
 
 def _weights(q: np.ndarray, k: np.ndarray, scale: float, scratch: Scratch) -> np.ndarray:
@@ -24,7 +29,9 @@ def _weights(q: np.ndarray, k: np.ndarray, scale: float, scratch: Scratch) -> np
     weights = scratch("attention.weights", N, m, queries, dtype=q.dtype)
     np.matmul(k, q.transpose(0, 2, 1), out=weights)
     weights *= scale
-    softmax_in_place(weights, axis=1)
+    np.subtract(weights, np.maximum.reduce(weights, axis=1, keepdims=True), weights)
+    np.exp(weights, weights)
+    np.divide(weights, _sum_over_keys(weights), weights)
     return weights
 
 
@@ -86,7 +93,7 @@ def attend_backward_rows(
         dscores = scratch("attention.dscores", *weights.shape, dtype=dy.dtype)
         np.matmul(v, dy[:, part].transpose(0, 2, 1), out=dscores)  # dL/dweights
         dscores *= weights
-        weights *= np.add.reduce(dscores, axis=1, keepdims=True)
+        weights *= _sum_over_keys(dscores)
         dscores -= weights
         dscores *= scale
         np.matmul(dscores.transpose(0, 2, 1), k, out=dq[:, part])
@@ -149,9 +156,10 @@ def attention_backward(
             for b, part, _ in by_group(rows, n):
                 if b not in parts:
                     parts[b] = np.zeros((2, *k.shape[1:]), k.dtype)
+                dk, dv = parts[b]
                 attend_backward_rows(
                     q[b, :, part], k[b], v[b], cache.scale, dy[b, :, part], dq[b, :, part],
-                    *parts[b], scratch, blocking,
+                    dk, dv, scratch, blocking,
                 )  # fmt: skip
         return parts
 

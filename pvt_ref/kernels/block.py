@@ -27,6 +27,7 @@ from pvt_ref.kernels.layer_norm import (
     zero_sums,
 )
 from pvt_ref.kernels.linear import (
+    add_up,
     column_sums,
     linear_rows,
     times_weight_rows,
@@ -468,7 +469,7 @@ def _weight_gradients(
     dtype, kept, keys, attn = dkv.dtype, cache.rows, cache.keys, p.attn
 
     def added(parts: list[np.ndarray]) -> np.ndarray:
-        return sum(parts).astype(dtype)
+        return add_up(parts, dtype)
 
     db1, db2 = added([s.fc1 for s in row_sums]), added([s.fc2 for s in row_sums])
     dbq, dbo = added([s.q for s in row_sums]), added([s.proj for s in row_sums])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pvt_ref.kernels.blocking import Blocking
-from pvt_ref.kernels.linear import column_sums, ones
+from pvt_ref.kernels.linear import add_up, column_sums, ones
 from pvt_ref.kernels.threads import Scratch
 from pvt_ref.layers.layer_norm import LayerNormParams
 
@@ -107,7 +107,7 @@ def zero_sums(p: LayerNormParams) -> LayerNormParams:
 def add_sums(sums: list[LayerNormParams], dtype: np.dtype) -> LayerNormParams:
     """The gradients of weight and bias from those of the pieces."""
     return LayerNormParams(
-        sum(s.weight for s in sums).astype(dtype), sum(s.bias for s in sums).astype(dtype)
+        add_up([s.weight for s in sums], dtype), add_up([s.bias for s in sums], dtype)
     )
 
 
@@ -142,5 +142,5 @@ def layer_norm_backward(
             layer_norm_backward_rows(p, cache, rows, dy_rows[rows], dx_rows[rows], sums, scratch)
         return sums
 
-    sums = blocking.run(work, len(dx_rows), blocking.rows(dx_rows.shape[1]))
+    sums = blocking.run(work, len(dx_rows), blocking.rows(dy.shape[-1]))
     return dx, add_sums(sums, dy.dtype)

@@ -1,6 +1,7 @@
 """Linear by blocks of rows; the gradients of weights by rows of the weight."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +49,11 @@ def ones(n: int, dtype: np.dtype) -> np.ndarray:
 def column_sums(x: np.ndarray) -> np.ndarray:
     """Sums over the rows of one block, in x's dtype; blocks are added up in double precision."""
     return ones(len(x), x.dtype) @ x
+
+
+def add_up(parts: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    """The sum of what the pieces found, in dtype."""
+    return np.sum(parts, axis=0).astype(dtype)
 
 
 def weight_gradients(
@@ -120,6 +126,6 @@ def linear_backward(
             dbias += column_sums(dy_rows[rows])
         return dbias
 
-    dbias = sum(blocking.run(work, len(dy_rows), blocking.rows(C_in + C_out))).astype(dy.dtype)
+    dbias = add_up(blocking.run(work, len(dy_rows), blocking.rows(C_in + C_out)), dy.dtype)
     (dweight,) = weight_gradients([(dy_rows, cache.x.reshape(-1, C_in))], blocking)
     return dx, LinearParams(dweight, None if p.bias is None else dbias)

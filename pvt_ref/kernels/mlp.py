@@ -8,6 +8,7 @@ import numpy as np
 from pvt_ref.kernels.blocking import Blocking, share_columns
 from pvt_ref.kernels.gelu import gelu_rows
 from pvt_ref.kernels.linear import (
+    add_up,
     column_sums,
     linear_columns,
     linear_rows,
@@ -146,7 +147,7 @@ def mlp_backward(
     dhidden = np.empty_like(cache.hidden.y)
 
     def work(blocks: list[slice], scratch: Scratch) -> tuple[np.ndarray, np.ndarray]:
-        dbias1, dbias2 = np.zeros(dhidden.shape[1]), np.zeros(dx_rows.shape[1])
+        dbias1, dbias2 = np.zeros(dhidden.shape[-1]), np.zeros(dy.shape[-1])
         for rows in blocks:
             mlp_backward_rows(
                 p, cache.hidden.slope[rows], dy_rows[rows], dhidden[rows], dx_rows[rows],
@@ -154,7 +155,7 @@ def mlp_backward(
             )  # fmt: skip
         return dbias1, dbias2
 
-    sums = blocking.run(work, len(dhidden), blocking.rows(dhidden.shape[1]))
-    dbias1, dbias2 = (sum(parts).astype(dy.dtype) for parts in zip(*sums, strict=True))
+    sums = blocking.run(work, len(dhidden), blocking.rows(dhidden.shape[-1]))
+    dbias1, dbias2 = (add_up(parts, dy.dtype) for parts in zip(*sums, strict=True))
     dweight1, dweight2 = weight_gradients([(dhidden, cache.x), (dy_rows, cache.hidden.y)], blocking)
     return dx, MLPParams(LinearParams(dweight1, dbias1), LinearParams(dweight2, dbias2))

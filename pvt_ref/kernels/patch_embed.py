@@ -14,6 +14,7 @@ from pvt_ref.kernels.layer_norm import (
     zero_sums,
 )
 from pvt_ref.kernels.linear import (
+    add_up,
     column_sums,
     linear_rows,
     times_weight_rows,
@@ -179,6 +180,6 @@ def patch_embed_backward(
     (dmatrix,) = weight_gradients([(dprojected, cache.embedded.blocks)], blocking)
     dproj = LinearParams(
         matrix_to_kernel(dmatrix, p.proj.weight.shape),
-        None if p.proj.bias is None else sum(dbiases).astype(dy.dtype),
+        None if p.proj.bias is None else add_up(dbiases, dy.dtype),
     )
     return dx, PatchEmbedParams(dproj, add_sums(list(norm_sums), dy.dtype))

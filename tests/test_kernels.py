@@ -1,0 +1,407 @@
+"""The kernels: what the suite under PVT_REF_OPS=blocked does not ask of them.
+
+Every test of operations, properties, golden numbers and transformers runs with the kernels too
+(operations.py chooses the record by the environment). Here: every kernel against its readable twin
+for several thread counts and block sizes, the fitted GELU, memory, and manners towards the threads
+and settings of others.
+"""
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from dataclasses import replace
+
+import fit_gelu
+import numpy as np
+import operations
+import pytest
+import scipy.special
+import torch
+import torch.nn.functional as F
+from closeness import relative
+from hypothesis import HealthCheck, given, settings
+from operations import OPERATIONS
+from strategies import ModelCase, normal, rng_of
+from threadpoolctl import threadpool_info, threadpool_limits
+
+import pvt_ref
+from pvt_ref import REFERENCE, VARIANTS, blocked_ops, count_cost
+from pvt_ref.kernels import threads as threads_module
+from pvt_ref.kernels.blocking import Blocking, by_group, cut, share_columns
+from pvt_ref.kernels.gelu import TANH_FIT, gelu_rows
+from pvt_ref.kernels.threads import Scratch, default_threads, one_blas_thread, run_pieces
+from pvt_ref.params import named_arrays
+
+CONFIG = replace(
+    VARIANTS["pvt_tiny"],
+    img_size=64,
+    embed_dims=(8, 12, 20, 32),
+    num_heads=(1, 2, 5, 4),
+    num_classes=7,
+)
+CASE = ModelCase(CONFIG, 3, (96, 160), 5)
+
+
+def blas_threads() -> list[int]:
+    return [each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"]
+
+
+# Equal to the readable layers -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("elements", [1, 50, 2**18])
+@pytest.mark.parametrize("name", sorted(set(OPERATIONS) - {"drop"}))
+def test_kernel_equals_its_readable_twin(name, threads, elements, monkeypatch):
+    ops = blocked_ops(threads, elements=elements)
+
+    def compute(record, case, dy):
+        monkeypatch.setattr(operations, "ops", record)
+        y, cache = case.forward(case.inputs)
+        without_cache, _ = case.forward(case.inputs, keep=False)
+        np.testing.assert_array_equal(y, without_cache)
+        return y, case.backward(case.inputs, cache, dy(y))
+
+    @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(OPERATIONS[name])
+    def check(case):
+        expected, expected_grads = compute(REFERENCE, case, lambda y: normal(9, *y.shape))
+        y, grads = compute(ops, case, lambda y: normal(9, *y.shape))
+        assert relative(y, expected) < 1e-13
+        whole = np.concatenate([np.ravel(g) for g in expected_grads.values()])
+        for key, g in grads.items():
+            assert g.shape == expected_grads[key].shape
+            error = np.linalg.norm(g - expected_grads[key])
+            assert error <= 1e-12 * np.linalg.norm(whole), key
+
+    check()
+
+
+def run_model(case, ops, drop=None, dtype=np.float64, **changes):
+    config = replace(case.config, **changes)
+    params = pvt_ref.from_state_dict(
+        {k: x.astype(dtype) for k, x in pvt_ref.to_state_dict(case.params()).items()}, config
+    )
+    rng = None if drop is None else rng_of(drop)
+    images = case.images().astype(dtype)
+    y, cache = pvt_ref.forward_with_cache(params, images, config, rng, ops=ops)
+    grads, dimages = pvt_ref.backward(params, cache, normal(3, *y.shape, dtype=dtype), config)
+    return {"logits": y, "dimages": dimages} | dict(named_arrays(grads))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("elements", [64, 4096, 2**18])
+def test_a_whole_model_equals_the_readable_one(threads, elements):
+    expected = run_model(CASE, REFERENCE)
+    for key, x in run_model(CASE, blocked_ops(threads, elements=elements)).items():
+        assert relative(x, expected[key]) < 1e-11, key
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        {"drop_path_rate": 0.4},
+        {"drop_path_rate": 0.4, "drop_rate": 0.1},
+        {"attn_drop_rate": 0.2},
+    ],
+)
+def test_the_same_seed_drops_the_same(rates):
+    expected = run_model(CASE, REFERENCE, drop=8, **rates)
+    still = run_model(CASE, REFERENCE)
+    assert relative(expected["logits"], still["logits"]) > 1e-3
+    for key, x in run_model(CASE, blocked_ops(2, elements=4096), drop=8, **rates).items():
+        assert relative(x, expected[key]) < 1e-11, key
+
+
+def test_dropout_alone_on_attention_and_mlp_is_the_readable_one():
+    ops = blocked_ops(2, elements=16)
+    q, k, v = (normal(i, 2, 3, 5, 4) for i in range(3))
+    dy = normal(4, 2, 3, 5, 4)
+    for record in (REFERENCE, ops):
+        y, cache = record.attention.forward(q, k, v, record, 0.5, 0.3, rng_of(1))
+        grads = record.attention.backward(cache, dy, record)
+        if record is REFERENCE:
+            expected, expected_grads = y, grads
+    np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-14)
+    for g, e in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(g, e, rtol=1e-11, atol=1e-13)
+    block = CASE.params().block1[0].mlp
+    x = normal(5, 2, 6, 8)
+    for record in (REFERENCE, ops):
+        y, cache = record.mlp.forward(block, x, record, 0.3, rng_of(1))
+        dx, _ = record.mlp.backward(block, cache, x, record)
+        if record is REFERENCE:
+            expected, expected_dx = y, dx
+    np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(dx, expected_dx, rtol=1e-12, atol=1e-14)
+
+
+def test_the_number_of_helpers_does_not_change_a_bit():
+    # who computes a piece is left to chance; what comes out is not
+    ops = blocked_ops(4, elements=4096)
+    first = run_model(CASE, ops, dtype=np.float32)
+    for _ in range(3):
+        for key, x in run_model(CASE, ops, dtype=np.float32).items():
+            np.testing.assert_array_equal(x, first[key], err_msg=key)
+
+
+def test_many_keys_err_in_float32_no_more_than_pytorch_does_twice():
+    q, k, v = (normal(i, 1, 2, n, 64) for i, n in enumerate((300, 4096, 4096)))
+    exact, _ = REFERENCE.attention.forward(q, k, v, REFERENCE, 0.125)
+    q, k, v = (x.astype(np.float32) for x in (q, k, v))
+    ops = blocked_ops(2)
+    ours, _ = ops.attention.forward(q, k, v, ops, 0.125, keep=False)
+    theirs = F.scaled_dot_product_attention(*(torch.tensor(x) for x in (q, k, v)), scale=0.125)
+    assert relative(ours, exact) <= 2 * relative(theirs.numpy(), exact)
+
+
+# GELU -----------------------------------------------------------------------------------------
+
+
+def gelu(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    y, slope = x.copy(), np.empty_like(x)
+    gelu_rows(y, Scratch(), slope)
+    return y, slope
+
+
+def exact_gelu(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    x = x.astype(np.float64)
+    cdf = scipy.special.ndtr(x)
+    return x * cdf, cdf + x * np.exp(-0.5 * x * x) / np.sqrt(2 * np.pi)
+
+
+def test_the_fit_is_what_its_script_makes():
+    coefficients, error = fit_gelu.fit()
+    np.testing.assert_allclose(TANH_FIT, coefficients, rtol=1e-4)
+    assert 6e-8 < error < 7e-8
+
+
+def test_the_fit_errs_less_than_float32_rounds_and_keeps_growing():
+    x = np.linspace(-40, 40, 800_001)
+    u = x * np.polynomial.polynomial.polyval(x * x, TANH_FIT)
+    assert np.abs(x * (1 + np.tanh(u)) / 2 - exact_gelu(x)[0]).max() < 7e-8
+    assert (np.diff(u) > 0).all()
+
+
+def test_gelu_in_float32_errs_no_more_than_pytorch():
+    x = np.linspace(-12, 12, 1_000_001, dtype=np.float32)
+    leaf = torch.tensor(x, requires_grad=True)
+    their_y = F.gelu(leaf)
+    their_y.sum().backward()
+    assert leaf.grad is not None
+    theirs = their_y.detach().numpy(), leaf.grad.numpy()
+    for ours, their, exact in zip(gelu(x), theirs, exact_gelu(x), strict=True):
+        assert np.abs(ours - exact).max() <= np.abs(their - exact).max()
+        z = slice(None, None, 7)
+        assert relative(ours[z], exact[z]) <= 2 * relative(their[z], exact[z])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_gelu_far_out(dtype):
+    x = np.array([0, -0.0, 1e-40, -1e-40, 30, -30, 1e19, -1e19, 1e30, -1e30], dtype)
+    y, slope = gelu(x)
+    np.testing.assert_allclose(y, np.maximum(x, 0) * (np.abs(x) > 1) + x / 2 * (np.abs(x) < 1))
+    np.testing.assert_allclose(slope, np.where(np.abs(x) < 1, 0.5, x > 0), atol=1e-30)
+    assert np.isnan(gelu(np.array([np.nan], dtype))[0]).all()
+
+
+# Memory ---------------------------------------------------------------------------------------
+
+
+def peak(images, config, params, ops) -> int:
+    pvt_ref.forward(params, images[:, :, :64, :64], config, ops=ops)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        pvt_ref.forward(params, images, config, ops=ops)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_grows_with_the_number_of_tokens_and_not_with_its_square():
+    params = CASE.params()
+    sides = (384, 768)
+    ops = blocked_ops(2, elements=2**14)
+    images = [normal(1, 1, 3, side, side) for side in sides]
+    small, large = (peak(x, CONFIG, params, ops) for x in images)
+    assert large < 4.4 * small
+    # the readable layers hold all scores: sixteen times as many
+    bills = [count_cost(CONFIG, side, dtype="float64").peak_bytes for side in sides]
+    assert bills[1] > 8 * bills[0]
+    assert large < bills[1] / 5
+
+
+# Threads --------------------------------------------------------------------------------------
+
+
+def test_pieces_are_worked_off_in_order_of_their_results():
+    for threads in (1, 2, 4):
+        results = run_pieces(lambda i, scratch: i * i, range(20), threads)
+        assert results == [i * i for i in range(20)]
+    assert run_pieces(lambda i, scratch: i, [], 3) == []
+
+
+def test_no_more_threads_than_asked_for_and_not_fewer():
+    at_work, most = set(), 0
+    lock, both = threading.Lock(), threading.Barrier(3, timeout=20)
+
+    def work(i, scratch):
+        nonlocal most
+        with lock:
+            at_work.add(threading.get_ident())
+            most = max(most, len(at_work))
+        if i < 3:
+            both.wait()  # three are needed to get past it
+        time.sleep(0.001)
+        with lock:
+            at_work.discard(threading.get_ident())
+        assert scratch.threads == 1
+
+    run_pieces(work, range(30), 3)
+    assert most == 3
+
+
+def test_an_error_in_a_piece_ends_the_work_and_reaches_the_caller():
+    done = []
+
+    def work(i, scratch):
+        if i == 5:
+            raise MemoryError("no room")
+        done.append(i)
+        time.sleep(0.002)
+
+    for threads in (1, 3):
+        done.clear()
+        before = blas_threads()
+        with pytest.raises(MemoryError, match="no room"):
+            run_pieces(work, range(1000), threads)
+        assert len(done) < 20
+        assert blas_threads() == before
+
+
+def test_where_no_thread_can_be_started_the_caller_does_it_all(monkeypatch):
+    class Full:
+        def submit(self, *args):
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threads_module, "_pool", Full)
+    assert run_pieces(lambda i, scratch: -i, range(9), 4) == [-i for i in range(9)]
+
+
+def test_settings_of_the_caller_hold_in_the_threads():
+    with np.errstate(over="raise", divide="ignore"):
+        seen = run_pieces(lambda i, scratch: time.sleep(0.002) or np.geterr(), range(20), 3)
+        assert all(settings == np.geterr() for settings in seen)
+
+
+def test_blas_threads_are_as_before_afterwards():
+    images, params = CASE.images(), CASE.params()
+    for count in (1, 2, 3):
+        with threadpool_limits(count, user_api="blas"):
+            before = blas_threads()
+            assert set(before) == {count}
+            pvt_ref.forward(params, images, CONFIG, ops=blocked_ops(2, elements=64))
+            assert blas_threads() == before
+            with one_blas_thread():
+                assert set(blas_threads()) == {1}
+                assert default_threads() == count
+                with one_blas_thread():
+                    pass
+                assert set(blas_threads()) == {1}
+            assert blas_threads() == before
+            assert default_threads() == count
+
+
+def test_two_callers_do_not_disturb_each_other():
+    with threadpool_limits(2, user_api="blas"):
+        before = blas_threads()
+        cases = [ModelCase(CONFIG, 2, (64, 96), seed) for seed in range(2)]
+        ops = blocked_ops(2, elements=512)
+        expected = [pvt_ref.forward(c.params(), c.images(), CONFIG, ops=ops) for c in cases]
+        wrong: list[int] = []
+
+        def call(i):
+            params, images = cases[i].params(), cases[i].images()
+            for _ in range(15):
+                logits = pvt_ref.forward(params, images, CONFIG, ops=ops)
+                if not np.array_equal(logits, expected[i]):
+                    wrong.append(i)
+
+        callers = [threading.Thread(target=call, args=(i,)) for i in range(2)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+        assert not wrong
+        assert blas_threads() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+def test_a_forked_child_computes():
+    script = """
+import os, sys, numpy as np
+from pvt_ref.kernels.threads import run_pieces, one_blas_thread
+from threadpoolctl import threadpool_info
+count = lambda: {i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"}
+before = count()
+square = lambda i, scratch: i * i
+assert run_pieces(square, range(50), 3) == [i * i for i in range(50)]
+with one_blas_thread():
+    child = os.fork()
+    if child == 0:
+        assert count() == before, (count(), before)
+        assert run_pieces(square, range(50), 3) == [i * i for i in range(50)]
+        os._exit(0)
+_, status = os.waitpid(child, 0)
+assert status == 0, status
+assert count() == before
+"""
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "2"}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    subprocess.run(command, check=True, env=environment, timeout=60)
+
+
+# Cutting --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(3, 10), slice(5, 105)])
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+def test_parts_are_even_and_leave_nothing_out(rows, size):
+    parts = list(cut(rows, size))
+    lengths = [part.stop - part.start for part in parts]
+    assert max(lengths) <= size
+    assert max(lengths) - min(lengths) <= 1
+    assert [i for p in parts for i in range(p.start, p.stop)] == list(range(rows.start, rows.stop))
+    groups = list(by_group(rows, size))
+    flat = [g * size + i for g, within, _ in groups for i in range(within.start, within.stop)]
+    assert flat == list(range(rows.start, rows.stop))
+    counted = [i for _, _, part in groups for i in range(part.start, part.stop)]
+    assert counted == list(range(rows.stop - rows.start))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("count", "block"), [(1, 5), (7, 2), (100, 9), (1000, 64)])
+def test_work_is_shared_without_gap_or_overlap(threads, count, block):
+    pieces = Blocking(threads, elements=1).run(lambda blocks, scratch: blocks, count, block)
+    rows = [i for blocks in pieces for b in blocks for i in range(b.start, b.stop)]
+    assert rows == list(range(count))
+    assert max(b.stop - b.start for blocks in pieces for b in blocks) <= block
+    assert len(pieces) >= min(threads, count)
+
+
+def test_few_rows_are_shared_by_columns():
+    seen = []
+
+    def work(blocks, scratch):
+        assert scratch.threads == 3
+        seen.extend(share_columns(lambda columns, scratch: columns, 100, scratch))
+
+    Blocking(3).run(work, 10, 100)
+    assert [(c.start, c.stop) for c in seen] == [(0, 33), (33, 66), (66, 100)]
+    assert share_columns(lambda columns, scratch: columns, 40, Scratch(3)) == [slice(0, 40)]
+    assert share_columns(lambda columns, scratch: columns, 400, Scratch(1)) == [slice(0, 400)]
