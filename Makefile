@@ -40,8 +40,9 @@ demo: .venv/.stamp-examples ## one photo through a PVT; writes pyramid.png
 
 # Checking --------------------------------------------------------------------------------------
 
-test: .venv/.stamp-test ## all tests, on up to eight cores
-	@$(PY) -m pytest -n auto --maxprocesses 8 $(ARGS)
+test: .venv/.stamp-test ## all tests, with the kernels and with the readable layers
+	@PVT_REF_OPS=blocked $(PY) -m pytest -n auto --maxprocesses 8 $(ARGS)
+	@PVT_REF_OPS=reference $(PY) -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 lint: .venv/.stamp-lint ## formatting and style
 	@.venv/bin/ruff format --check .
@@ -70,7 +71,7 @@ fuzz: .venv/.stamp-test ## 100,000 damaged weights files of each kind
 	@$(PY) tests/fuzz_checkpoints.py $(ARGS)
 
 mutation: .venv/.stamp-test .venv/.stamp-mutation ## mutates the layers by machine: do the tests notice?
-	@HYPOTHESIS_PROFILE=mutation .venv/bin/mutmut run $(ARGS)
+	@PVT_REF_OPS=reference HYPOTHESIS_PROFILE=mutation .venv/bin/mutmut run $(ARGS)
 	@.venv/bin/mutmut results | grep -v ': not checked' || echo "no mutant survived"
 
 # Cleaning --------------------------------------------------------------------------------------

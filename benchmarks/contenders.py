@@ -98,7 +98,8 @@ def pytorch(
         model = PVT(config, fused)
     model.load_state_dict(load_file(weights), assign=True)
     parameters = dict(model.named_parameters())
-    module = torch.compile(model) if compiled else model
+    torch.compiler.reset()  # it counts the shapes it has compiled for, over all models
+    module = torch.compile(model, dynamic=False) if compiled else model
     return _torch(
         module, {key: parameters[key] for key in COMPARED}, f"PyTorch {torch.__version__}"
     )

@@ -38,6 +38,10 @@ LARGE = (512, 1024, 2048)
 ALLOWED = 1e-5
 
 
+class ContenderError(Exception):
+    """A contender's process died: its error is on the terminal, or it was killed for memory."""
+
+
 class Worker:
     """A process that answers orders, one at a time."""
 
@@ -45,13 +49,16 @@ class Worker:
         environment = dict(os.environ)
         for library in ("OMP", "OPENBLAS", "MKL"):
             environment[f"{library}_NUM_THREADS"] = str(threads)
-        self.name = name
+        self.name, self.threads, self.environment = name, threads, environment
+        self.start()
+
+    def start(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "worker.py"), name, str(threads)],
+            [sys.executable, str(HERE / "worker.py"), self.name, str(self.threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=self.environment,
         )
 
     def ask(self, **order) -> dict:
@@ -61,7 +68,9 @@ class Worker:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"{self.name} ended with status {self.process.wait()} on {order}")
+            status = self.process.wait()
+            self.start()
+            raise ContenderError(f"{self.name} ended with status {status}")
         return json.loads(answer)
 
     def close(self) -> None:
@@ -129,17 +138,24 @@ def check_equality(workers: list[Worker], orders: list[dict], folder: Path) -> l
 
 
 def time_in_turn(workers: list[Worker], orders: list[dict], rounds: int, seconds: float) -> list:
-    """Median of each contender in each round, for every order."""
+    """Median of each contender in each round, for every order; none where it failed."""
     results = []
     for order in orders:
         medians: dict[str, list[float]] = {worker.name: [] for worker in workers}
+        able = list(workers)
         for _ in range(rounds):
-            for worker in workers:
-                answer = worker.ask(do="time", seconds=seconds, least=3, **order)
+            for worker in list(able):
+                try:
+                    answer = worker.ask(do="time", seconds=seconds, least=3, **order)
+                except ContenderError as error:
+                    say(f"  {error}; it is left out here")
+                    medians[worker.name] = []
+                    able.remove(worker)
+                    continue
                 medians[worker.name].append(statistics.median(answer["times"]))
         case = {key: order[key] for key in ("model", "size", "batch", "train")}
         results.append(case | {"seconds": medians})
-        shown = ", ".join(f"{n} {statistics.median(t) * 1e3:.1f}" for n, t in medians.items())
+        shown = ", ".join(f"{n} {statistics.median(t) * 1e3:.1f}" for n, t in medians.items() if t)
         what = "forward + backward" if order["train"] else "forward"
         say(f"  {order['model']} {what}, B = {order['batch']}, in ms: {shown}")
     return results
@@ -164,9 +180,9 @@ def measure_memory(names: list[str], orders: list[dict], threads: int, rounds: i
                     peaks[name].append(answer["peak"])
                     before[name].append(answer["before"])
                     seconds[name].append(min(answer["times"]))
-                    worker.close()
-                except RuntimeError as error:  # killed: more memory than there is
+                except ContenderError as error:  # killed: more memory than there is
                     failures[name] = str(error)
+                worker.close()
         results.append(
             case
             | {"peak_mib": peaks, "before_mib": before, "seconds": seconds, "failures": failures}

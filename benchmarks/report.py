@@ -4,6 +4,7 @@ python benchmarks/report.py        makes them again from docs/results/cpu.json
 """
 
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -23,6 +24,8 @@ COLOURS = {
 
 def ratio(case: dict, name: str, rival: str = RIVAL) -> tuple[float, float, float]:
     """rival's time over name's in each round: median, least, most. Above 1, name is faster."""
+    if not case["seconds"][name]:
+        return math.nan, math.nan, math.nan
     ratios = [b / a for a, b in zip(case["seconds"][name], case["seconds"][rival], strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
 
@@ -45,6 +48,10 @@ def time_tables(result: dict) -> str:
         ratios.append([label(case)])
         for name in names:
             each = [1e3 * t for t in case["seconds"][name]]
+            if not each:
+                times[-1].append("failed")
+                ratios[-1].append("")
+                continue
             times[-1].append(f"{statistics.median(each):.1f} ({min(each):.1f}-{max(each):.1f})")
             median, low, high = ratio(case, name)
             ratios[-1].append(f"{median:.2f} ({low:.2f}-{high:.2f})")
@@ -54,6 +61,21 @@ def time_tables(result: dict) -> str:
         + f"\nTime of {RIVAL} over the contender's, in the same round: median "
         "(smallest-largest). Above 1 is faster.\n\n" + markdown(["", *names], ratios)
     )
+
+
+def summary_table(result: dict) -> str:
+    """What the README shows."""
+    rows = []
+    for case in result["times"]:
+        ours, theirs = (1e3 * statistics.median(case["seconds"][n]) for n in ("pvt_ref", RIVAL))
+        cells = [
+            label(case),
+            f"{ours:.0f} ms",
+            f"{theirs:.0f} ms",
+            f"{ratio(case, 'pvt_ref')[0]:.2f}",
+        ]
+        rows.append(cells)
+    return markdown(["224×224", "pvt_ref", RIVAL, "ratio"], rows)
 
 
 def large_table(result: dict) -> str:
@@ -156,7 +178,7 @@ def plot_large(result: dict, path: Path) -> None:
 
 def write_report(result: dict, folder: Path) -> None:
     """cpu_tables.md and the pictures; the tables are printed too."""
-    parts = [machine_line(result), time_tables(result)]
+    parts = [machine_line(result), summary_table(result), time_tables(result)]
     plot_ratios(result, folder / "cpu_ratios.svg")
     if "large" in result:
         parts.append(large_table(result))

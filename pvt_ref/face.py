@@ -14,6 +14,7 @@ from pvt_ref.errors import ArrayTypeError, ConfigError
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.model import forward, forward_pyramid
+from pvt_ref.ops import Ops
 from pvt_ref.params import PVTParams, check_rng, named_arrays
 from pvt_ref.tables import format_cost
 
@@ -45,15 +46,15 @@ class Model:
                 "The file they came from is damaged, or the training that made them diverged",
             )
 
-    def __call__(self, images: Array) -> Array:
+    def __call__(self, images: Array, *, ops: Ops | None = None) -> Array:
         """Class logits (B, num_classes) of images (B, in_chans, H, W); see :func:`forward`."""
         self._check_images(images)
-        return forward(self.params, images, self.config)
+        return forward(self.params, images, self.config, ops=ops)
 
-    def pyramid(self, images: Array) -> list[Array]:
+    def pyramid(self, images: Array, *, ops: Ops | None = None) -> list[Array]:
         """Feature maps [F_1, ..., F_4], (B, C_i, H_i, W_i) each; see :func:`forward_pyramid`."""
         self._check_images(images)
-        return forward_pyramid(self.params, images, self.config)
+        return forward_pyramid(self.params, images, self.config, ops=ops)
 
     def _check_images(self, images: Array) -> None:
         weight = self.params.pos_embed1

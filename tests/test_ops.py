@@ -88,6 +88,19 @@ def test_the_pyramid_uses_every_operation_of_the_record_it_is_given():
     assert set(calls) == BACKWARD
 
 
+def test_a_model_uses_the_record_it_is_given():
+    model, images, calls = pvt_ref.Model(CASE.params(), CONFIG), CASE.images(), Counter()
+    ops = counting(calls)
+    logits = model(images, ops=ops)
+    assert set(calls) == FORWARD
+    np.testing.assert_array_equal(logits, model(images, ops=REFERENCE))
+    calls.clear()
+    maps = model.pyramid(images, ops=ops)
+    assert set(calls) == FORWARD
+    for x, y in zip(maps, model.pyramid(images, ops=REFERENCE), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 def test_attention_maps_use_the_record_they_are_given():
     calls = Counter()
     pvt_ref.attention_maps(CASE.params(), CASE.images(), CONFIG, ops=counting(calls))

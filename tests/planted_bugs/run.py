@@ -270,6 +270,8 @@ def _pytest_in(copy: str, file: str, arguments: list[str], output: str) -> None:
         os.dup2(log.fileno(), 2)
     os.chdir(copy)
     os.environ.update(environment(Path(copy)))
+    # the tests of the operations see the record that the mistake is in
+    os.environ["PVT_REF_OPS"] = "blocked" if "/kernels/" in file else "reference"
     sys.dont_write_bytecode = True
     sys.path[:0] = [copy]
     try:
