@@ -2,6 +2,7 @@
 
     make bench                         everything; about half an hour
     make bench ARGS="--quick"          pvt_tiny at 224 x 224 only; some minutes
+    make bench ARGS="--large"          the large images again, beside the times already stored
 
 Every contender lives in a process of its own; they are asked in turn, round after round, while the
 others sleep. First all of them must give the numbers of the readable layers in float64. Results go
@@ -233,6 +234,7 @@ def describe_machine(threads: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="pvt_tiny at 224 x 224 only")
+    parser.add_argument("--large", action="store_true", help="only the large images")
     parser.add_argument("--rounds", type=int, default=5, help="times that each is asked")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing a case and round")
     parser.add_argument("--skip", nargs="*", default=[], choices=list(CONTENDERS), metavar="NAME")
@@ -242,7 +244,9 @@ def main() -> None:
     threads = args.threads or cores()
     names = [name for name in CONTENDERS if name not in args.skip]
     models = ["pvt_tiny"] if args.quick else ["pvt_tiny", "pvt_small"]
-    result = {"machine": describe_machine(threads), "versions": {}}
+    result: dict = {"machine": describe_machine(threads), "versions": {}}
+    if args.large:
+        result = json.loads((args.out / "cpu.json").read_text())
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         weights = {name: make_weights(name, folder) for name in models}
@@ -251,34 +255,31 @@ def main() -> None:
             path = str(weights[model])
             return {"weights": path, "model": model, "size": size, "batch": batch, "train": train}
 
-        say("Starting", ", ".join(names))
-        workers = [Worker(name, threads) for name in names]
-        say("Checking that all compute the same")
-        checks = [order(model, NATIVE, 2, train=True) for model in models]
-        if not args.quick:
-            checks.append(order("pvt_tiny", LARGE[0], 1))
-        result["errors"] = check_equality(workers, checks, folder)
-        say(f"Timing, {args.rounds} rounds; medians")
-        cases = [
-            order(model, NATIVE, batch, train)
-            for model in models
-            for train in (False, True)
-            for batch in (1, 8)
-        ]
-        result["times"] = time_in_turn(workers, cases, args.rounds, args.seconds)
-        for worker in workers:
-            worker.close()
+        if not args.large:
+            say("Starting", ", ".join(names))
+            workers = [Worker(name, threads) for name in names]
+            say("Checking that all compute the same")
+            checks = [order(model, NATIVE, 2, train=True) for model in models]
+            if not args.quick:
+                checks.append(order("pvt_tiny", LARGE[0], 1))
+            result["errors"] = check_equality(workers, checks, folder)
+            say(f"Timing, {args.rounds} rounds; medians")
+            cases = [
+                order(model, NATIVE, batch, train)
+                for model in models
+                for train in (False, True)
+                for batch in (1, 8)
+            ]
+            result["times"] = time_in_turn(workers, cases, args.rounds, args.seconds)
+            for worker in workers:
+                answer = worker.ask(do="versions", **order(models[-1], NATIVE, 1))
+                result["versions"][worker.name] = answer["versions"]
+                worker.close()
         if not args.quick:
             say("Large images, in fresh processes")
             sizes = [order("pvt_tiny", size, 1) for size in (NATIVE, *LARGE)]
             single = [name for name in names if name != "torch.compile"]  # would compile each
             result["large"] = measure_memory(single, sizes, threads, 2)
-        say("Versions")
-        for name in names:
-            worker = Worker(name, threads)
-            answer = worker.ask(do="versions", **order(models[0], NATIVE, 1))
-            result["versions"][name] = answer["versions"]
-            worker.close()
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "cpu.json").write_text(json.dumps(result, indent=1) + "\n")
     write_report(result, args.out)

@@ -33,7 +33,10 @@ from pvt_ref import REFERENCE, VARIANTS, blocked_ops, count_cost
 from pvt_ref.kernels import threads as threads_module
 from pvt_ref.kernels.blocking import Blocking, by_group, cut, share_columns
 from pvt_ref.kernels.gelu import TANH_FIT, gelu_rows
+from pvt_ref.kernels.linear import column_sums
 from pvt_ref.kernels.threads import Scratch, default_threads, one_blas_thread, run_pieces
+from pvt_ref.layers.linear import LinearParams
+from pvt_ref.layers.mlp import MLPParams
 from pvt_ref.params import named_arrays
 
 CONFIG = replace(
@@ -159,6 +162,28 @@ def test_many_keys_err_in_float32_no_more_than_pytorch_does_twice():
     assert relative(ours, exact) <= 2 * relative(theirs.numpy(), exact)
 
 
+def test_sums_of_many_rows_are_as_exact_as_the_readable_ones():
+    x = np.abs(normal(1, 50_000, 8)).astype(np.float32)
+    exact = x.sum(axis=0, dtype=np.float64)
+    assert relative(column_sums(x), exact) < 1.5e-7
+    p = LinearParams(np.eye(8, dtype=np.float32), np.zeros(8, np.float32))
+    ops = blocked_ops(2)
+    _, cache = ops.linear.forward(p, x)
+    _, grads = ops.linear.backward(p, cache, x)
+    assert grads.bias.dtype == np.float32
+    assert relative(grads.bias, exact) < 1.5e-7
+
+
+def test_where_there_is_no_bias_there_is_no_gradient_of_one():
+    ops, block = blocked_ops(2, elements=64), CASE.params().block1[0]
+    bare = MLPParams(*(LinearParams(fc.weight, None) for fc in (block.mlp.fc1, block.mlp.fc2)))
+    x = normal(5, 2, 6, 8)
+    _, cache = ops.mlp.forward(bare, x, ops)
+    _, grads = ops.mlp.backward(bare, cache, x, ops)
+    assert grads.fc1.bias is None
+    assert grads.fc2.bias is None
+
+
 # GELU -----------------------------------------------------------------------------------------
 
 
@@ -207,6 +232,14 @@ def test_gelu_far_out(dtype):
     np.testing.assert_allclose(y, np.maximum(x, 0) * (np.abs(x) > 1) + x / 2 * (np.abs(x) < 1))
     np.testing.assert_allclose(slope, np.where(np.abs(x) < 1, 0.5, x > 0), atol=1e-30)
     assert np.isnan(gelu(np.array([np.nan], dtype))[0]).all()
+
+
+def test_gelu_of_a_single_number():
+    ops = blocked_ops(2)
+    y, cache = ops.gelu.forward(np.array(1.0))
+    assert y.shape == ()
+    np.testing.assert_allclose(y, 0.8413447460685429, rtol=1e-15)
+    np.testing.assert_allclose(ops.gelu.backward(cache, np.array(1.0)), 1.0833154705876864)
 
 
 # Memory ---------------------------------------------------------------------------------------
@@ -339,6 +372,61 @@ def test_two_callers_do_not_disturb_each_other():
             caller.join()
         assert not wrong
         assert blas_threads() == before
+
+
+def test_whoever_leaves_last_restores_and_any_thread_can_limit():
+    inside, leave = threading.Event(), threading.Event()
+
+    def other():
+        with one_blas_thread():
+            inside.set()
+            leave.wait(20)
+
+    with threadpool_limits(3, user_api="blas"):
+        before = blas_threads()
+        caller = threading.Thread(target=other)
+        with one_blas_thread():
+            caller.start()
+            inside.wait(20)
+        assert set(blas_threads()) == {1}  # the other is still inside
+        assert default_threads() == 3
+        leave.set()
+        caller.join()
+        assert blas_threads() == before
+        inside.clear()
+        leave.clear()
+        caller = threading.Thread(target=other)
+        caller.start()
+        inside.wait(20)
+        assert set(blas_threads()) == {1}
+        leave.set()
+        caller.join()
+        assert blas_threads() == before
+
+
+def test_libraries_with_a_setting_for_each_thread(monkeypatch):
+    class PerThread:
+        internal_api = "mkl"
+
+        def __init__(self):
+            self.counts: dict[int, int] = {}
+            self.within: set[int] = set()
+
+        def get_num_threads(self):
+            return self.counts.get(threading.get_ident(), 8)
+
+        def set_num_threads(self, count):
+            self.counts[threading.get_ident()] = count
+
+    library = PerThread()
+    monkeypatch.setattr(threads_module, "_blas", lambda: [library])
+    assert default_threads() == 8
+    seen = run_pieces(
+        lambda i, scratch: time.sleep(0.002) or library.get_num_threads(), range(20), 3
+    )
+    assert set(seen) == {1}
+    assert set(library.counts.values()) == {8}  # of the caller and of every helper
+    assert default_threads() == 8
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")

@@ -413,7 +413,7 @@ def _sweep_keys_back(
     C, reduction = dkv.shape[1] // 2, _reduction(p.attn)
     lines = _Lines.of(p.attn, cache.shape, cache.grid)
     dx = g.dnormed1  # becomes norm1's whole gradient, then the sum of branch and skip
-    dprojected = np.empty((len(dkv), C), dkv.dtype)
+    dprojected = np.empty((0 if reduction is None else len(dkv), C), dkv.dtype)
 
     def work(blocks: list[slice], scratch: Scratch) -> _KeySums:
         sums = _KeySums(np.zeros(2 * C), np.zeros(C), zero_sums(p.norm1), zero_sums(p.norm1))
@@ -471,6 +471,9 @@ def _weight_gradients(
     def added(parts: list[np.ndarray]) -> np.ndarray:
         return add_up(parts, dtype)
 
+    def linear(p: LinearParams, dweight: np.ndarray, dbias: np.ndarray) -> LinearParams:
+        return LinearParams(dweight, None if p.bias is None else dbias)
+
     db1, db2 = added([s.fc1 for s in row_sums]), added([s.fc2 for s in row_sums])
     dbq, dbo = added([s.q for s in row_sums]), added([s.proj for s in row_sums])
     dbkv = added([s.kv for s in key_sums])
@@ -487,17 +490,20 @@ def _weight_gradients(
     dsr, dsr_norm = None, None
     if attn.sr is not None:
         dkernel = matrix_to_kernel(dWs[0], attn.sr.weight.shape)
-        dsr = LinearParams(dkernel, added([s.sr for s in key_sums]))
+        dsr = linear(attn.sr, dkernel, added([s.sr for s in key_sums]))
         dsr_norm = add_sums([s.sr_norm for s in key_sums], dtype)
     return BlockParams(
         norm1=add_sums([s.norm1 for s in key_sums], dtype),
         attn=SRAParams(
-            q=LinearParams(_through_norm(dWq, dbq, p.norm1), None if attn.q.bias is None else dbq),
-            kv=LinearParams(dWkv, None if attn.kv.bias is None else dbkv),
-            proj=LinearParams(dWo, dbo),
+            q=linear(attn.q, _through_norm(dWq, dbq, p.norm1), dbq),
+            kv=linear(attn.kv, dWkv, dbkv),
+            proj=linear(attn.proj, dWo, dbo),
             sr=dsr,
             norm=dsr_norm,
         ),
         norm2=add_sums([s.norm2 for s in row_sums], dtype),
-        mlp=MLPParams(LinearParams(_through_norm(dW1, db1, p.norm2), db1), LinearParams(dW2, db2)),
+        mlp=MLPParams(
+            fc1=linear(p.mlp.fc1, _through_norm(dW1, db1, p.norm2), db1),
+            fc2=linear(p.mlp.fc2, dW2, db2),
+        ),
     )

@@ -52,9 +52,10 @@ class Blocking:
 
     Attributes:
         threads: at most so many; None for as many as NumPy's matrix products would use.
-        elements: numbers in the widest array of a block of rows. Larger blocks leave the cache;
-            smaller ones make slow matrix products, and threads that wait for each other: they take
-            turns at the interpreter between any two NumPy calls.
+        elements: numbers in the widest array of a block of rows, if a row has no more than 1,024;
+            of wider ones, a block has as many rows as if it had 1,024. Larger blocks leave the
+            cache; smaller ones make slow matrix products, and threads that wait for each other:
+            they take turns at the interpreter between any two NumPy calls.
     """
 
     threads: int | None = None

@@ -85,7 +85,8 @@ def gelu_forward(
     """As :func:`pvt_ref.layers.gelu.gelu_forward`."""
     y = np.empty(x.shape, x.dtype)
     slope = np.empty_like(y) if keep else None
-    x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, x.shape[-1])
+    shape = (-1, *x.shape[-1:]) if x.ndim else (1, 1)
+    x_rows, y_rows = x.reshape(shape), y.reshape(shape)
     slope_rows = None if slope is None else slope.reshape(y_rows.shape)
 
     def work(blocks: list[slice], scratch: Scratch) -> None:
@@ -100,7 +101,7 @@ def gelu_forward(
 def gelu_backward(cache: GeluCache, dy: np.ndarray, *, blocking: Blocking) -> np.ndarray:
     """As :func:`pvt_ref.layers.gelu.gelu_backward`."""
     dx = np.empty(dy.shape, dy.dtype)
-    shape = (-1, dy.shape[-1])
+    shape = (-1, *dy.shape[-1:]) if dy.ndim else (1, 1)
     dx_rows, dy_rows, slope_rows = dx.reshape(shape), dy.reshape(shape), cache.slope.reshape(shape)
 
     def work(blocks: list[slice], scratch: Scratch) -> None:

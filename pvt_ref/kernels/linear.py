@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pvt_ref.kernels.blocking import Blocking, share_columns
+from pvt_ref.kernels.blocking import Blocking, cut, share_columns
 from pvt_ref.kernels.threads import Scratch
 from pvt_ref.layers.linear import LinearParams
 
@@ -47,8 +47,11 @@ def ones(n: int, dtype: np.dtype) -> np.ndarray:
 
 
 def column_sums(x: np.ndarray) -> np.ndarray:
-    """Sums over the rows of one block, in x's dtype; blocks are added up in double precision."""
-    return ones(len(x), x.dtype) @ x
+    """Sums over the rows, float64 (C,): by products of few rows each, since float32 rounds."""
+    sums = np.zeros(x.shape[1])
+    for rows in cut(slice(0, len(x)), 256):
+        sums += ones(rows.stop - rows.start, x.dtype) @ x[rows]
+    return sums
 
 
 def add_up(parts: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
@@ -84,7 +87,8 @@ def weight_gradients(
                     np.matmul(dy[:, rows].T, x, out=dW[rows])
 
     total = int(starts[-1])
-    blocking.run(work, total, total)
+    tokens = max(len(x) for _, x in pairs)
+    blocking.run(work, total, total, tokens=max(1, tokens // 16))
     return results
 
 

@@ -158,4 +158,7 @@ def mlp_backward(
     sums = blocking.run(work, len(dhidden), blocking.rows(dhidden.shape[-1]))
     dbias1, dbias2 = (add_up(parts, dy.dtype) for parts in zip(*sums, strict=True))
     dweight1, dweight2 = weight_gradients([(dhidden, cache.x), (dy_rows, cache.hidden.y)], blocking)
-    return dx, MLPParams(LinearParams(dweight1, dbias1), LinearParams(dweight2, dbias2))
+    return dx, MLPParams(
+        LinearParams(dweight1, None if p.fc1.bias is None else dbias1),
+        LinearParams(dweight2, None if p.fc2.bias is None else dbias2),
+    )

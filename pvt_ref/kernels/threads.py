@@ -64,6 +64,10 @@ def run_pieces(
     results: list[Any] = [None] * len(pieces)
     waiting = deque(enumerate(pieces))
 
+    def help_out() -> None:
+        with one_blas_thread():
+            work_off()
+
     def work_off() -> None:
         scratch = Scratch(threads if len(pieces) == 1 else 1)
         try:
@@ -78,7 +82,7 @@ def run_pieces(
             raise
 
     with one_blas_thread():
-        helpers = _start_helpers(work_off, min(threads, len(pieces)) - 1)
+        helpers = _start_helpers(help_out, min(threads, len(pieces)) - 1)
         try:
             work_off()
         finally:
@@ -92,13 +96,13 @@ def run_pieces(
     return results
 
 
-def _start_helpers(work_off: Callable[[], None], count: int) -> list[Future[None]]:
+def _start_helpers(help_out: Callable[[], None], count: int) -> list[Future[None]]:
     helpers: list[Future[None]] = []
     try:
         for _ in range(count):
             # each in a copy of the caller's context, which holds numpy.errstate
             context = contextvars.copy_context()
-            helpers.append(_pool().submit(context.run, work_off))
+            helpers.append(_pool().submit(context.run, help_out))
     except RuntimeError:  # no thread can be started (a limit, or the interpreter is closing):
         pass  # those there are do the work
     return helpers
@@ -119,36 +123,62 @@ def _blas() -> list[Any]:
     return list(ThreadpoolController().select(user_api="blas").lib_controllers)
 
 
-def _set_blas_threads(counts: list[int]) -> None:
-    for library, count in zip(_blas(), counts, strict=True):
+def _of_one_thread(library: Any) -> bool:
+    """Whether its setting belongs to the thread that makes it, rather than to the process."""
+    return library.internal_api == "mkl" or getattr(library, "threading_layer", "") == "openmp"
+
+
+def _libraries(of_one_thread: bool) -> list[Any]:
+    return [library for library in _blas() if _of_one_thread(library) == of_one_thread]
+
+
+def _get(libraries: list[Any]) -> list[int]:
+    return [library.get_num_threads() for library in libraries]
+
+
+def _set(libraries: list[Any], counts: list[int]) -> None:
+    for library, count in zip(libraries, counts, strict=True):
+        # threadpoolctl lets the first thread that set OpenBLAS's number do so alone, and passes
+        # over the others in silence; who may set it when is counted in _Calls
+        release = getattr(library, "clear_controlling_thread", lambda force=False: None)
+        release(force=True)
         library.set_num_threads(count)
+        release()
 
 
 class _Calls:
-    """How many calls are under way, and how many threads the user had given the libraries."""
+    """How many calls are under way, and what the user had set for the process."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.count = 0
         self.before: list[int] = []
 
-    def enter(self) -> None:
+    def enter(self) -> list[int]:
+        """One thread from now on. Returns what was set for the calling thread."""
+        mine = _libraries(of_one_thread=True)
+        mine_before = _get(mine)
+        _set(mine, [1] * len(mine))
         with self.lock:
+            everyones = _libraries(of_one_thread=False)
             if self.count == 0:
-                self.before = [library.get_num_threads() for library in _blas()]
-                _set_blas_threads([1] * len(self.before))
-            self.count += 1
+                self.before = _get(everyones)
+            self.count += 1  # first: a fork in between must know that there is something to undo
+            if self.count == 1:
+                _set(everyones, [1] * len(everyones))
+        return mine_before
 
-    def leave(self) -> None:
+    def leave(self, mine_before: list[int]) -> None:
+        _set(_libraries(of_one_thread=True), mine_before)
         with self.lock:
+            if self.count == 1:
+                _set(_libraries(of_one_thread=False), self.before)
             self.count -= 1
-            if self.count == 0:
-                _set_blas_threads(self.before)
 
     def chosen_by_user(self) -> int | None:
         with self.lock:
-            counts = self.before if self.count else [b.get_num_threads() for b in _blas()]
-        return max(counts, default=None)
+            counts = self.before if self.count else _get(_libraries(of_one_thread=False))
+        return max(counts + _get(_libraries(of_one_thread=True)), default=None)
 
 
 _calls = _Calls()
@@ -158,15 +188,15 @@ _calls = _Calls()
 def one_blas_thread() -> Iterator[None]:
     """Matrix products use one thread inside, and afterwards as many as before.
 
-    The setting belongs to the whole process. Of several calls at once, the first to enter saves it
-    and the last to leave restores it.
+    OpenBLAS has one setting for the whole process: of several calls at once, the first to enter
+    saves it and the last to leave restores it. MKL and OpenMP have one for each thread.
     """
     calls = _calls  # a fork inside would put another in its place
-    calls.enter()
+    before = calls.enter()
     try:
         yield
     finally:
-        calls.leave()
+        calls.leave(before)
 
 
 def default_threads() -> int:
@@ -189,7 +219,7 @@ def _after_fork() -> None:
     _pool.cache_clear()
     inherited, _calls = _calls, _Calls()
     if inherited.count:
-        _set_blas_threads(inherited.before)
+        _set(_libraries(of_one_thread=False), inherited.before)
 
 
 if hasattr(os, "register_at_fork"):
