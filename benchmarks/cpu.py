@@ -279,7 +279,7 @@ def main() -> None:
             say("Large images, in fresh processes")
             sizes = [order("pvt_tiny", size, 1) for size in (NATIVE, *LARGE)]
             single = [name for name in names if name != "torch.compile"]  # would compile each
-            result["large"] = measure_memory(single, sizes, threads, 2)
+            result["large"] = measure_memory(single, sizes, threads, min(args.rounds, 2))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "cpu.json").write_text(json.dumps(result, indent=1) + "\n")
     write_report(result, args.out)

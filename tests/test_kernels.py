@@ -35,6 +35,7 @@ from pvt_ref.kernels.blocking import Blocking, by_group, cut, share_columns
 from pvt_ref.kernels.gelu import TANH_FIT, gelu_rows
 from pvt_ref.kernels.linear import column_sums
 from pvt_ref.kernels.threads import Scratch, default_threads, one_blas_thread, run_pieces
+from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.layers.mlp import MLPParams
 from pvt_ref.params import named_arrays
@@ -172,6 +173,19 @@ def test_sums_of_many_rows_are_as_exact_as_the_readable_ones():
     _, grads = ops.linear.backward(p, cache, x)
     assert grads.bias.dtype == np.float32
     assert relative(grads.bias, exact) < 1.5e-7
+
+
+def test_sums_over_many_blocks_are_in_double_precision():
+    x, dy = normal(1, 6000, 3), np.abs(normal(2, 6000, 3))
+    p = LayerNormParams(np.ones(3), np.zeros(3))
+    _, cache = REFERENCE.layer_norm.forward(p, x, 1e-6)
+    dy = np.abs(dy) * np.sign(cache.x_hat)  # the shares of dweight do not cancel
+    _, exact = REFERENCE.layer_norm.backward(p, cache, dy)
+    ops = blocked_ops(1, elements=1)
+    narrow = LayerNormParams(*(w.astype(np.float32) for w in (p.weight, p.bias)))
+    _, cache = ops.layer_norm.forward(narrow, x.astype(np.float32), 1e-6)
+    _, grads = ops.layer_norm.backward(narrow, cache, dy.astype(np.float32))
+    assert relative(grads.weight, exact.weight) < 2e-7
 
 
 def test_where_there_is_no_bias_there_is_no_gradient_of_one():
@@ -315,6 +329,20 @@ def test_an_error_in_a_piece_ends_the_work_and_reaches_the_caller():
             run_pieces(work, range(1000), threads)
         assert len(done) < 20
         assert blas_threads() == before
+
+
+def test_an_error_in_a_helper_alone_reaches_the_caller():
+    caller, helping = threading.get_ident(), threading.Event()
+
+    def work(i, scratch):
+        if threading.get_ident() == caller:
+            assert helping.wait(20)
+        else:
+            helping.set()
+            raise MemoryError("no room for the helper")
+
+    with pytest.raises(MemoryError, match="no room for the helper"):
+        run_pieces(work, range(4), 2)
 
 
 def test_where_no_thread_can_be_started_the_caller_does_it_all(monkeypatch):
