@@ -9,8 +9,9 @@ from pvt_ref.checkpoint import load, save
 from pvt_ref.config import VARIANTS, PVTConfig
 from pvt_ref.cost import VITS, Cost, ViTConfig, count_cost
 from pvt_ref.errors import PVTError
-from pvt_ref.face import Model, with_new_head
+from pvt_ref.face import Model, Prediction, with_new_head
 from pvt_ref.image import load_image, normalize, pad_to_multiple, preprocess
+from pvt_ref.info import ModelInfo, Preprocessing
 from pvt_ref.layers.cross_entropy import cross_entropy
 from pvt_ref.model import (
     attention_maps,
@@ -33,11 +34,14 @@ __all__ = [
     "VITS",
     "Cost",
     "Model",
+    "ModelInfo",
     "Operation",
     "Ops",
     "PVTConfig",
     "PVTError",
     "PVTParams",
+    "Prediction",
+    "Preprocessing",
     "ViTConfig",
     "attention_maps",
     "backward",

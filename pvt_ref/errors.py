@@ -43,3 +43,7 @@ class CheckpointError(PVTError, ValueError):
 
 class MissingFileError(PVTError, ValueError, FileNotFoundError):
     """A path at which there is no file."""
+
+
+class TrainingError(PVTError, ValueError):
+    """A training that cannot start or go on: unsuitable data, another run's files, divergence."""

@@ -2,21 +2,30 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from pvt_ref.arrays import Array, array_module, dtype_name, from_host
-from pvt_ref.boundary import check_finite, check_params
-from pvt_ref.config import NUM_STAGES, PVTConfig
+from pvt_ref.arrays import Array, array_module, dtype_name, from_host, is_array, to_numpy
+from pvt_ref.boundary import check_finite, check_has_classifier, check_params
+from pvt_ref.config import NUM_STAGES, PVTConfig, is_whole
 from pvt_ref.cost import count_cost
-from pvt_ref.errors import ArrayTypeError, ConfigError
+from pvt_ref.errors import ArrayTypeError, ConfigError, RangeError
+from pvt_ref.info import UNKNOWN, ModelInfo
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.model import forward, forward_pyramid
 from pvt_ref.ops import Ops
 from pvt_ref.params import PVTParams, check_rng, named_arrays
 from pvt_ref.tables import format_cost
+
+
+class Prediction(NamedTuple):
+    """One answer of :meth:`Model.predict`."""
+
+    label: str  # name of the class
+    index: int  # of the output
+    probability: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,24 +36,94 @@ class Model:
         params: the weights; to_device(model) and to_numpy(model) move them.
         config: their configuration.
         source: where they came from and what was recognised, in a sentence.
+        info: what is known of them besides: class names, preprocessing, training.
 
     Raises:
         NonFiniteError: if a weight on the host is NaN or infinite.
         ShapeError, ArrayTypeError: if params do not belong to config.
+        ConfigError: if info names another number of classes than config has.
     """
 
     params: PVTParams
     config: PVTConfig
     source: str = "made in memory"
+    info: ModelInfo = UNKNOWN
 
     def __post_init__(self) -> None:
         check_params(self.params, self.config)
+        self._check_info()
         for key, x in named_arrays(self.params):
             check_finite(
                 key,
                 x,
                 "The file they came from is damaged, or the training that made them diverged",
             )
+
+    def _check_info(self) -> None:
+        names, K = self.info.classes, self.config.num_classes
+        if names and len(names) != K:
+            raise ConfigError(
+                f"info names {len(names)} classes, and the configuration has num_classes={K}"
+            )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the outputs, in order; ``("0", "1", ...)`` if they are not known."""
+        return self.info.classes or tuple(map(str, range(self.config.num_classes)))
+
+    def preprocess(self, images: Any, size: int | tuple[int, int] | None = None) -> Array:
+        """Pictures as a batch for this model, with the preprocessing of its training.
+
+        Args:
+            images: a picture or a list of them: paths, PIL images, or arrays (H, W, 3) of uint8.
+            size: side of the square, or (H, W), in pixels; None takes config.img_size.
+
+        Returns:
+            (B, in_chans, h, w) of the weights' library and dtype.
+
+        Raises:
+            ConfigError: if the model has another number of channels than its preprocessing.
+            ImageError, MissingFileError, ArrayTypeError, ShapeError: as
+                :func:`pvt_ref.load_image`.
+        """
+        preprocessing = self.info.preprocessing
+        if preprocessing.channels != self.config.in_chans:
+            raise ConfigError(
+                f"the model has in_chans={self.config.in_chans}, and its preprocessing makes "
+                f"{preprocessing.channels} channels ({preprocessing.mode}). Prepare the images "
+                f"yourself, or give Model an info with the right preprocessing"
+            )
+        like = self.params.pos_embed1
+        x = from_host(preprocessing(images, self.config.img_size if size is None else size), like)
+        return array_module(like).astype(x, like.dtype, copy=False)
+
+    def predict(self, images: Any, top: int = 5) -> list[list[Prediction]]:
+        """The likeliest classes of each image, likeliest first.
+
+        Args:
+            images: what :meth:`preprocess` takes, or made: (B, in_chans, h, w) floats.
+            top: how many; all if there are fewer classes.
+
+        Returns:
+            A list of :class:`Prediction` an image. Probabilities are Softmax(logits).
+
+        Raises:
+            RangeError: if top is not a positive whole number.
+            and what the model itself and preprocess raise.
+        """
+        if not is_whole(top) or top < 1:
+            raise RangeError(f"top is {top!r}; it must be a whole number, at least 1")
+        check_has_classifier(self.config)
+        prepared = is_array(images) and dtype_name(images).startswith(("float", "bfloat"))
+        logits = to_numpy(self(images if prepared else self.preprocess(images)))
+        logits = logits.astype(np.float64)  # (B, K)
+        p = np.exp(logits - logits.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        best = np.argsort(-p, axis=1, kind="stable")[:, :top]  # (B, top)
+        return [
+            [Prediction(self.classes[k], int(k), float(row[k])) for k in indices]
+            for row, indices in zip(p, best, strict=True)
+        ]
 
     def __call__(self, images: Array, *, ops: Ops | None = None) -> Array:
         """Class logits (B, num_classes) of images (B, in_chans, H, W); see :func:`forward`."""
@@ -115,4 +194,5 @@ def with_new_head(model: Model, num_classes: int, rng: np.random.Generator) -> M
         changes[f"pos_embed{NUM_STAGES}"] = xp.concat((normal(1, 1, C), like), axis=1)
         changes["norm"] = LayerNormParams(constant(1.0, C), constant(0.0, C))
     params = dataclasses.replace(params, **changes)
-    return Model(params, config, f"{model.source}; new head for {num_classes} classes")
+    info = dataclasses.replace(model.info, title="", classes=(), training={})  # not true any more
+    return Model(params, config, f"{model.source}; new head for {num_classes} classes", info)

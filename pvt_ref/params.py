@@ -218,6 +218,12 @@ def named_arrays(tree: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
             yield from named_arrays(branch, f"{prefix}.{index}")
 
 
+def map_named(f: Callable[[str, Array], Any], tree: Any, prefix: str = "") -> Any:
+    """A copy of a parameter record with ``f(key, array)`` in the place of every array."""
+    results = iter([f(key, x) for key, x in named_arrays(tree, prefix)])
+    return map_arrays(lambda _: next(results), tree)  # both go through the record in field order
+
+
 def to_state_dict(params: PVTParams) -> dict[str, Array]:
     """The weights by the authors' key names, in the authors' order and shapes.
 

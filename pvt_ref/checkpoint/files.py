@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,11 +22,12 @@ from pvt_ref.checkpoint.recognise import (
 )
 from pvt_ref.checkpoint.safetensors_file import (
     check_foreign_metadata,
-    own_config,
+    own_header,
     read_safetensors,
     to_bytes,
     widen,
 )
+from pvt_ref.checkpoint.whole_file import write_whole
 from pvt_ref.config import PVTConfig, check_config, config_to_dict
 from pvt_ref.errors import (
     ArrayTypeError,
@@ -37,6 +37,7 @@ from pvt_ref.errors import (
     PVTError,
 )
 from pvt_ref.face import Model
+from pvt_ref.imagenet import released_info
 from pvt_ref.params import from_state_dict, to_state_dict
 
 _SUFFIX = ".safetensors"
@@ -102,14 +103,14 @@ def _load(
 ) -> Model:
     read: Callable[[dict[str, Any]], dict[str, np.ndarray]]
     state: dict[str, Any]
-    metadata, stored, entry = {}, None, ""
+    metadata, stored, info, entry = {}, None, None, ""
     if _recognise_format(file) == "pth":
         pth = PthFile(file)
         state, entry = find_state(pth.tree)
         read = pth.read  # only what will be used
     else:
         state, metadata = read_safetensors(path)
-        stored = own_config(state, metadata)
+        stored, info = own_header(state, metadata)
         read = widen
     layout, prefix = (OWN, "") if stored else find_layout(state)
     if layout in (AUTHORS, AUTHORS_DENSE):
@@ -130,7 +131,7 @@ def _load(
     halves = " and ".join(sorted({dtype_name(x) for x in state.values()} & _HALVES))
     made = f", {halves} made float32" if halves and params.pos_embed1.itemsize == 4 else ""
     source = f"{layout.name}{under}, {describe(used)}{made}; {_describe_eps(used, by_default)}"
-    return Model(params, used, source)
+    return Model(params, used, source, info or released_info(used))
 
 
 def _check_same_model(config: PVTConfig, stored: PVTConfig) -> None:
@@ -244,7 +245,7 @@ def _with_kind(error: Exception) -> str:
     return str(error)
 
 
-def save(path: str | os.PathLike[str], model: Model) -> None:
+def save(path: str | os.PathLike[str], model: Model, dtype: str | None = None) -> None:
     """Writes a model to a .safetensors file, with its configuration and a SHA-256 of both.
 
     The file appears complete or not at all: it is written beside its place under another name,
@@ -253,11 +254,14 @@ def save(path: str | os.PathLike[str], model: Model) -> None:
 
     Args:
         path: ends in ``.safetensors``; its directory exists.
-        model: what to save. Its ``source`` is not kept.
+        model: what to save, its ``info`` included. Its ``source`` is not kept.
+        dtype: ``"float16"`` stores the weights in half the space, rounded to 11 bits; loading makes
+            them float32 again. None stores them as they are.
 
     Raises:
-        CheckpointError: if the suffix is another, or the file cannot be written.
-        ArrayTypeError: if model is not a Model.
+        CheckpointError: if the suffix is another, a weight is beyond float16, or the file cannot
+            be written.
+        ArrayTypeError: if model is not a Model, or dtype is another.
     """
     path = _as_path(path)
     if not isinstance(model, Model):
@@ -270,9 +274,12 @@ def save(path: str | os.PathLike[str], model: Model) -> None:
             f"{path}: models are saved as {_SUFFIX} files only, because a .pth file is a program "
             f"and has no place for a digest. Use {path.with_suffix(_SUFFIX) if path.name else ''}"
         )
-    data = to_bytes(to_state_dict(to_numpy(model.params)), model.config)
+    state = to_state_dict(to_numpy(model.params))
+    if dtype is not None:
+        state = _narrow(path, state, dtype)
+    data = to_bytes(state, model.config, model.info)
     try:
-        _write_whole(Path(os.path.realpath(path)), data)  # through a link, which stays a link
+        write_whole(Path(os.path.realpath(path)), data)  # through a link, which stays a link
     except OSError as error:
         raise CheckpointError(
             f"{path}: could not be saved ({type(error).__name__}: {error.strerror or error}). A "
@@ -281,23 +288,17 @@ def save(path: str | os.PathLike[str], model: Model) -> None:
         ) from error
 
 
-def _write_whole(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # short: names have a limit
-    try:
-        # "x" and not tempfile: the file gets the usual permissions, and overwrites nothing
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # the content before the name
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    if os.name == "posix":  # elsewhere a directory cannot be flushed
-        with contextlib.suppress(OSError):  # the file is in place; some systems flush no directory
-            directory = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+def _narrow(path: Path, state: dict[str, np.ndarray], dtype: Any) -> dict[str, np.ndarray]:
+    """Every array as float16, once it is sure that none overflows."""
+    if dtype != "float16":
+        raise ArrayTypeError(
+            f"dtype is {dtype!r}; files hold the weights as they are (None) or as 'float16'"
+        )
+    largest = float(np.finfo(np.float16).max)
+    for key, x in state.items():
+        if np.abs(x).max(initial=0.0) > largest:
+            raise CheckpointError(
+                f"{path}: {key} holds numbers beyond {largest:g}, the largest of float16. Leave "
+                f"dtype out"
+            )
+    return {key: x.astype(np.float16) for key, x in state.items()}

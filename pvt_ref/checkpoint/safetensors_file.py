@@ -1,9 +1,9 @@
 """Reading and writing .safetensors: a JSON header, then the raw numbers.
 
 The format has no checksum. So this project's own files carry, in their one metadata entry, a JSON
-text with the configuration and a SHA-256 over the configuration and every tensor's name, dtype,
-shape and bytes; what fails it is refused. One entry and not three, because safetensors writes
-several in random order, and the same model should give the same file.
+text with the configuration, what else is known of the model, and a SHA-256 over both and over every
+tensor's name, dtype, shape and bytes; what fails it is refused. One entry and not three, because
+safetensors writes several in random order, and the same model should give the same file.
 """
 
 import hashlib
@@ -20,9 +20,11 @@ import safetensors.numpy
 
 from pvt_ref.config import PVTConfig, config_to_dict
 from pvt_ref.errors import CheckpointError
+from pvt_ref.info import ModelInfo
 
 METADATA_KEY = "pvt_ref"
 FORMAT = "pvt_ref weights 1"
+TRAINING_KEY = "pvt_ref_training"  # of the files of train/
 
 _DAMAGED = (
     "The likely cause is an interrupted or faulty download or copy: fetch the file again, or save "
@@ -58,21 +60,28 @@ def widen(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def own_config(state: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> PVTConfig | None:
-    """The configuration in a file that this project wrote, once the digest has been verified.
+def own_header(
+    state: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> tuple[PVTConfig | None, ModelInfo | None]:
+    """Configuration and info in a file of this project, once the digest has been verified.
 
     Returns:
-        None if the file was written by somebody else.
+        (None, None) if the file was written by somebody else; no info if none was saved.
 
     Raises:
         CheckpointError: if anything in it differs from what was written.
     """
+    if TRAINING_KEY in metadata:
+        raise CheckpointError(
+            "the saved state of a training, which holds more than one set of weights. Go on with "
+            "it (--resume), or load the model beside it: best.safetensors"
+        )
     if METADATA_KEY not in metadata:
-        return None
+        return None, None
     try:
         record = json.loads(metadata[METADATA_KEY])
         written, expected = record["format"], record["sha256"]
-        found = _digest(state, record["config"])
+        found = digest(state, _stated(record["config"], record.get("info")))
     except Exception as error:
         raise CheckpointError(
             f"a pvt_ref file whose metadata cannot be read ({type(error).__name__}: {error}). "
@@ -90,17 +99,18 @@ def own_config(state: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> 
         )
     try:
         config = PVTConfig(**record["config"])
+        info = ModelInfo.from_dict(record["info"]) if "info" in record else None
     except Exception as error:  # also TypeError, for fields that this version does not know
         raise CheckpointError(
-            f"a pvt_ref file with a configuration that this version does not accept: {error}. It "
-            f"was probably written by another version: update pvt_ref"
+            f"a pvt_ref file with a configuration or info that this version does not accept: "
+            f"{error}. It was probably written by another version: update pvt_ref"
         ) from error
     if sum(config.depths) > len(state):
         raise CheckpointError(
             f"a pvt_ref file whose configuration has {sum(config.depths)} blocks and whose tensors "
             f"are only {len(state)}. It was not written by this project: save the model again"
         )
-    return config
+    return config, info
 
 
 def check_foreign_metadata(metadata: Mapping[str, str]) -> None:
@@ -117,18 +127,34 @@ def check_foreign_metadata(metadata: Mapping[str, str]) -> None:
         )
 
 
-def to_bytes(state: Mapping[str, np.ndarray], config: PVTConfig) -> bytes:
-    """A file of this project: the same weights and configuration give the same bytes."""
+def to_bytes(
+    state: Mapping[str, np.ndarray], config: PVTConfig, info: ModelInfo | None = None
+) -> bytes:
+    """A file of this project: the same weights, configuration and info give the same bytes."""
+    record = {"format": FORMAT, "config": config_to_dict(config)}
+    if info is not None:
+        record["info"] = info.to_dict()
+    record = json.loads(json.dumps(record))  # tuples as lists, as it will be read
+    record["sha256"] = digest(state, _stated(record["config"], record.get("info")))
+    return pack(state, METADATA_KEY, record)
+
+
+def pack(state: Mapping[str, np.ndarray], entry: str, record: Mapping[str, Any]) -> bytes:
+    """A .safetensors file with one metadata entry, a JSON text."""
     # safetensors takes the memory as it lies, and would scramble any other order silently
-    state = {key: np.ascontiguousarray(x) for key, x in state.items()}
-    plain = json.loads(json.dumps(config_to_dict(config)))  # tuples as lists, as it will be read
-    record = {"format": FORMAT, "config": plain, "sha256": _digest(state, plain)}
-    return safetensors.numpy.save(dict(state), {METADATA_KEY: json.dumps(record, sort_keys=True)})
+    contiguous = {key: np.ascontiguousarray(x) for key, x in state.items()}
+    return safetensors.numpy.save(contiguous, {entry: json.dumps(record, sort_keys=True)})
 
 
-def _digest(state: Mapping[str, np.ndarray], config: Any) -> str:
+def _stated(config: Any, info: Any) -> list[Any]:
+    """What the digest of a weights file covers besides the tensors."""
+    return [FORMAT, config] if info is None else [FORMAT, config, info]
+
+
+def digest(state: Mapping[str, np.ndarray], stated: Any) -> str:
+    """SHA-256 over every tensor's name, dtype, shape and bytes, and over plain values."""
     sha256 = hashlib.sha256()
-    sha256.update(json.dumps([FORMAT, config], sort_keys=True).encode())
+    sha256.update(json.dumps(stated, sort_keys=True).encode())
     for key in sorted(state):
         x = state[key]
         sha256.update(json.dumps([key, x.dtype.name, x.shape]).encode())  # also says how many bytes

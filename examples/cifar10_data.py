@@ -1,0 +1,137 @@
+"""CIFAR-10 as its authors publish it (the binary version), read, checked and, if wanted, fetched.
+
+    python examples/cifar10_data.py DIR          fetches the archive into DIR and unpacks it there
+
+The data set is by Krizhevsky, Nair and Hinton: https://www.cs.toronto.edu/~kriz/cifar.html. A
+record is one byte, the label, and 3,072 bytes: red, green and blue planes of 32x32 pixels.
+"""
+
+import argparse
+import hashlib
+import sys
+import tarfile
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+from rich.progress import Progress
+
+from pvt_ref import Preprocessing, PVTError
+from pvt_ref.errors import TrainingError
+from pvt_ref.train import LabelledImages
+
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+PREPROCESSING = Preprocessing("RGB", (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
+
+URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # as the data set's page gives it
+TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
+TEST_FILES = ("test_batch.bin",)
+_RECORD = 1 + 3 * 32 * 32
+_RECORDS = 10_000  # in each file
+
+HOW_TO_GET_IT = (
+    f"The binary version (162 MB) is at {URL}. Either 'python examples/cifar10_data.py DIR' "
+    f"fetches it, or unpack it yourself: tar -xzf cifar-10-binary.tar.gz -C DIR"
+)
+
+
+def read_cifar10(folder: str | Path, names: tuple[str, ...]) -> LabelledImages:
+    """The records of some files, in their order.
+
+    Args:
+        folder: holds the .bin files, or cifar-10-batches-bin with them.
+        names: TRAIN_FILES or TEST_FILES.
+
+    Raises:
+        TrainingError: if a file is missing, cut off, or not of this layout.
+    """
+    place = Path(folder)
+    if (place / "cifar-10-batches-bin").is_dir():
+        place = place / "cifar-10-batches-bin"
+    missing = [name for name in names if not (place / name).is_file()]
+    if missing:
+        raise TrainingError(f"{place}: there is no {', '.join(missing)}. {HOW_TO_GET_IT}")
+    records = np.concatenate([_read_file(place / name) for name in names])  # (N, 3073)
+    images = records[:, 1:].reshape(-1, 3, 32, 32)
+    return LabelledImages(images, records[:, 0].astype(np.int64), PREPROCESSING)
+
+
+def _read_file(path: Path) -> np.ndarray:
+    """(10000, 3073) uint8."""
+    size, expected = path.stat().st_size, _RECORD * _RECORDS
+    if size != expected:
+        raise TrainingError(
+            f"{path} has {size:,} bytes; it must have {expected:,} ({_RECORDS:,} records of "
+            f"{_RECORD:,} bytes). It was cut off, or is the Python or Matlab version. "
+            f"{HOW_TO_GET_IT}"
+        )
+    records = np.fromfile(path, dtype=np.uint8).reshape(-1, _RECORD)
+    highest = int(records[:, 0].max())
+    if highest >= len(CLASSES):
+        raise TrainingError(
+            f"{path}: a label is {highest}; CIFAR-10 has labels 0 to 9. Is it a file of "
+            f"CIFAR-100, or damaged? {HOW_TO_GET_IT}"
+        )
+    return records
+
+
+def fetch_cifar10(folder: str | Path, url: str = URL, md5: str = MD5) -> Path:
+    """Downloads the archive, compares its checksum, and unpacks it.
+
+    What was downloaded only in part, or differs from the checksum, is removed.
+
+    Args:
+        folder: where the archive goes, and cifar-10-batches-bin; made if it is not there.
+        url: where the archive is.
+        md5: what it must hash to.
+
+    Returns:
+        The folder with the .bin files.
+
+    Raises:
+        TrainingError: if it cannot be fetched, or is not what was expected.
+    """
+    place = Path(folder)
+    archive, partial = place / "cifar-10-binary.tar.gz", place / ".cifar-10-binary.part"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        if not archive.exists():
+            found = _download(url, partial)
+            if found != md5:
+                raise TrainingError(
+                    f"what {url} gave has the MD5 {found}, and should have {md5}: the download "
+                    f"was cut off or altered. Try again, or fetch it by hand. {HOW_TO_GET_IT}"
+                )
+            partial.rename(archive)
+        with tarfile.open(archive) as tar:
+            tar.extractall(place, filter="data")
+    except (OSError, tarfile.TarError) as error:
+        raise TrainingError(f"{url} could not be fetched: {error}. {HOW_TO_GET_IT}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return place / "cifar-10-batches-bin"
+
+
+def _download(url: str, path: Path) -> str:
+    """Writes what is at url, with a progress bar, and returns its MD5."""
+    md5 = hashlib.md5(usedforsecurity=False)
+    with urllib.request.urlopen(url, timeout=60) as answer, path.open("wb") as file:
+        length = answer.headers.get("Content-Length")
+        with Progress() as progress:
+            task = progress.add_task("CIFAR-10", total=int(length) if length else None)
+            while block := answer.read(2**18):
+                file.write(block)
+                md5.update(block)
+                progress.advance(task, len(block))
+    return md5.hexdigest()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Fetches CIFAR-10, binary version (162 MB).")
+    parser.add_argument("folder", metavar="DIR", help="where to put it")
+    try:
+        print(fetch_cifar10(parser.parse_args().folder))
+    except PVTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

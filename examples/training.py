@@ -1,0 +1,126 @@
+"""What the two training examples share: their options, the run, and the report at its end."""
+
+import argparse
+import dataclasses
+import platform
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+import pvt_ref
+from pvt_ref import Model, ModelInfo, PVTConfig
+from pvt_ref.train import LabelledImages, Recipe, Run, evaluate, fit
+from pvt_ref.train.loop import BEST
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, recipe: Recipe, folder: str) -> None:
+    """--folder, --resume, --device, and one option for each field of the recipe."""
+    parser.add_argument("--folder", default=folder, help=f"of the run (default {folder})")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    group = parser.add_argument_group("recipe", "see pvt_ref.train.Recipe")
+    for field in dataclasses.fields(Recipe):
+        default = getattr(recipe, field.name)
+        option = "--" + field.name.replace("_", "-")
+        if isinstance(default, bool):
+            group.add_argument(option, action=argparse.BooleanOptionalAction, default=default)
+        else:
+            kind = float if default is None else type(default)
+            group.add_argument(option, type=kind, default=default, help=f"default {default}")
+
+
+def recipe_from(args: argparse.Namespace) -> Recipe:
+    """The recipe that the options say."""
+    return Recipe(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe)})
+
+
+def run(
+    config: PVTConfig,
+    data: LabelledImages,
+    held_out: LabelledImages,
+    info: ModelInfo,
+    args: argparse.Namespace,
+) -> Run:
+    """Trains, and says how to go on if it was stopped."""
+    recipe = recipe_from(args)
+    parameters = pvt_ref.count_cost(config).parameters
+    steps = recipe.steps_per_epoch(len(data))
+    print(
+        f"{parameters:,} parameters, {len(data):,} samples, {recipe.epochs} epochs of {steps} steps"
+    )
+    done = fit(
+        config,
+        recipe,
+        data,
+        held_out,
+        args.folder,
+        info=info,
+        resume=args.resume,
+        device=args.device,
+        console=Console(),
+    )
+    if not done.finished:
+        resume = "" if args.resume else " --resume"
+        print(
+            f"Stopped and saved after step {done.state.step} of {recipe.epochs * steps}. To go "
+            f"on:\n\n    {_command()}{resume}"
+        )
+    return done
+
+
+def finish(
+    done: Run,
+    held_out: LabelledImages,
+    test: LabelledImages | None,
+    about: dict[str, str | int | float],
+    args: argparse.Namespace,
+) -> Path:
+    """Writes the best weights in half precision, with what was measured of them as they are there.
+
+    Args:
+        done: a finished run.
+        held_out: what the best epoch was chosen on.
+        test: what no choice was made on, if there is such a part; measured once, here.
+        about: further entries for the file, such as the data set's name.
+        args: the program's options.
+
+    Returns:
+        The file, model.safetensors in the folder of the run.
+    """
+    path = done.folder / "model.safetensors"
+    best = pvt_ref.load(done.folder / BEST)
+    pvt_ref.save(path, best, dtype="float16")
+    rounded = pvt_ref.load(path)
+    training = {
+        **about,
+        "command": _command().removesuffix(" --resume"),
+        "seed": args.seed,
+        "epochs": args.epochs,
+        "best_epoch": done.state.best_epoch,
+        "steps": done.state.step,
+        "held_out_samples": len(held_out),
+        "held_out_accuracy": evaluate(rounded.params, rounded.config, held_out)[1],
+    }
+    if test is not None:
+        training["test_samples"] = len(test)
+        training["test_accuracy"] = evaluate(rounded.params, rounded.config, test)[1]
+    training |= {
+        "pvt_ref": pvt_ref.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "device": args.device,
+    }
+    info = dataclasses.replace(best.info, training=training)
+    pvt_ref.save(path, Model(best.params, best.config, info=info), dtype="float16")
+    for name, value in training.items():
+        print(f"{name:>18}: {value}")
+    print(f"written: {path} ({path.stat().st_size:,} bytes)")
+    return path
+
+
+def _command() -> str:
+    """The command line, with the program's path as in the repository."""
+    return shlex.join(["python", f"examples/{Path(sys.argv[0]).name}", *sys.argv[1:]])

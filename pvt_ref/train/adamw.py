@@ -1,0 +1,109 @@
+"""AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101): Adam with weight decay kept apart.
+
+With g the gradient of step t (counted from 1), and everything by element::
+
+    m_t = beta_1 m_{t-1} + (1 - beta_1) g                    running mean
+    v_t = beta_2 v_{t-1} + (1 - beta_2) g^2                  running mean square
+    m^  = m_t / (1 - beta_1^t),  v^ = v_t / (1 - beta_2^t)   both began at 0: this undoes it
+    w_t = w_{t-1} - lr lambda w_{t-1} - lr m^ / (sqrt(v^) + eps)
+
+The decay lambda w is not part of g: it is not divided by sqrt(v^), so it shrinks all weights alike.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from pvt_ref.arrays import Array, array_module, map_arrays
+from pvt_ref.params import PVTParams, map_named, zeros_like_params
+from pvt_ref.train.checks import check_number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamW:
+    """The constants of the method.
+
+    Attributes:
+        beta1, beta2: how slowly the two means forget, in [0, 1).
+        eps: keeps the quotient finite where no gradient has been, above 0.
+        weight_decay: lambda, at least 0. In effect it is lr times this.
+        decay_positions: whether position embeddings are decayed, as the authors' code does.
+
+    Raises:
+        RangeError: if a number is outside its range.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    decay_positions: bool = False
+
+    def __post_init__(self) -> None:
+        check_number("beta1", self.beta1, least=0, below=1)
+        check_number("beta2", self.beta2, least=0, below=1)
+        check_number("eps", self.eps, above=0)
+        check_number("weight_decay", self.weight_decay, least=0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdamWState:
+    """What the method remembers from step to step."""
+
+    t: int  # steps done
+    m: PVTParams  # running mean of the gradients
+    v: PVTParams  # running mean of their squares
+
+
+def adamw_init(params: PVTParams) -> AdamWState:
+    """The state before the first step: zeros, of params' dtypes and on their device."""
+    return AdamWState(0, zeros_like_params(params), zeros_like_params(params))
+
+
+def is_decayed(key: str, x: Array, decay_positions: bool = False) -> bool:
+    """Whether weight decay applies to the array at key.
+
+    It does to the matrices. It does not to biases and norms, whose size means something else, nor
+    to the cls token; nor, unless asked for, to position embeddings.
+    """
+    if key.startswith("pos_embed"):
+        return decay_positions
+    return x.ndim > 1 and key != "cls_token"
+
+
+def adamw_step(
+    params: PVTParams, grads: PVTParams, state: AdamWState, lr: float, settings: AdamW
+) -> tuple[PVTParams, AdamWState]:
+    """One step. What is passed in stays as it was.
+
+    Args:
+        params: the weights, NumPy or CuPy.
+        grads: dL/dw in the place of each w.
+        state: from :func:`adamw_init` or the step before.
+        lr: the learning rate of this step.
+        settings: the constants.
+
+    Returns:
+        The new weights and the new state.
+    """
+    b1, b2 = settings.beta1, settings.beta2
+    t = state.t + 1
+    bias_1, bias_2 = 1 - b1**t, 1 - b2**t
+    rates = map_named(
+        lambda key, w: lr * settings.weight_decay * is_decayed(key, w, settings.decay_positions),
+        params,
+    )
+
+    def new_w(w: Array, m: Array, v: Array, rate: float) -> Array:
+        # lr m^ / (sqrt(v^) + eps), with the two corrections drawn out of the arrays
+        root = array_module(v).sqrt(v)
+        root *= 1 / math.sqrt(bias_2)
+        root += settings.eps
+        step = m / root
+        step *= -lr / bias_1
+        step += w * (1 - rate)
+        return step
+
+    m: Any = map_arrays(lambda m, g: b1 * m + (1 - b1) * g, state.m, grads)
+    v: Any = map_arrays(lambda v, g: b2 * v + (1 - b2) * (g * g), state.v, grads)
+    return map_arrays(new_w, params, m, v, rates), AdamWState(t, m, v)

@@ -1,0 +1,108 @@
+"""Random changes of a batch that do not change what it shows: crop, flip, cutout; and mixup.
+
+Every function takes and returns a batch (B, C, H, W) of NumPy or CuPy arrays. The random numbers
+come from a NumPy generator on the host, so a seed means the same on every device.
+"""
+
+import numpy as np
+
+from pvt_ref.arrays import Array, array_module, from_host
+
+
+def random_crop(images: Array, padding: int, rng: np.random.Generator) -> Array:
+    """Each image moved by up to padding pixels in both directions; what comes in is 0.
+
+    That is: a border of zeros around it, and an H x W piece cut out anywhere.
+
+    Args:
+        images: (B, C, H, W), normalised, so that 0 is the mean colour.
+        padding: at least 0. 0 draws nothing.
+        rng: source of the shifts.
+
+    Returns:
+        (B, C, H, W).
+    """
+    if padding == 0:
+        return images
+    xp = array_module(images)
+    B, C, H, W = images.shape
+    down = rng.integers(0, 2 * padding + 1, B)
+    right = rng.integers(0, 2 * padding + 1, B)
+    padded = xp.zeros((B, C, H + 2 * padding, W + 2 * padding), dtype=images.dtype)
+    padded[:, :, padding : padding + H, padding : padding + W] = images
+    # piece[b, c, i, j] = padded[b, c, down[b] + i, right[b] + j]
+    b = from_host(np.arange(B)[:, None, None, None], like=images)
+    c = from_host(np.arange(C)[:, None, None], like=images)
+    i = from_host((down[:, None] + np.arange(H))[:, None, :, None], like=images)  # (B, 1, H, 1)
+    j = from_host((right[:, None] + np.arange(W))[:, None, None, :], like=images)  # (B, 1, 1, W)
+    return padded[b, c, i, j]  # (B, C, H, W)
+
+
+def random_flip(images: Array, rng: np.random.Generator) -> Array:
+    """Each image mirrored, left to right, with probability one half."""
+    xp = array_module(images)
+    turned = from_host(rng.random(images.shape[0]) < 0.5, like=images)[:, None, None, None]
+    return xp.where(turned, xp.flip(images, axis=-1), images)
+
+
+def cutout(images: Array, side: int, rng: np.random.Generator) -> Array:
+    """A square of each image set to 0, its centre anywhere (DeVries and Taylor, arXiv 1708.04552).
+
+    At the border, part of the square lies outside.
+
+    Args:
+        images: (B, C, H, W), normalised.
+        side: of the square, in pixels. 0 draws nothing.
+        rng: source of the centres.
+
+    Returns:
+        (B, C, H, W).
+    """
+    if side == 0:
+        return images
+    xp = array_module(images)
+    B, _, H, W = images.shape
+    top = rng.integers(0, H, B)[:, None] - side // 2
+    left = rng.integers(0, W, B)[:, None] - side // 2
+    rows, columns = np.arange(H), np.arange(W)
+    in_rows = (top <= rows) & (rows < top + side)  # (B, H)
+    in_columns = (left <= columns) & (columns < left + side)  # (B, W)
+    kept = ~(in_rows[:, :, None] & in_columns[:, None, :])  # (B, H, W)
+    return images * xp.astype(from_host(kept[:, None], like=images), images.dtype)
+
+
+def mixup(
+    images: Array, targets: Array, alpha: float, rng: np.random.Generator
+) -> tuple[Array, Array]:
+    """Each sample blended with another of the batch, and its target likewise.
+
+    Zhang et al. 2018 (arXiv 1710.09412), with one lambda ~ Beta(alpha, alpha) a batch::
+
+        x = lambda x_b + (1 - lambda) x_partner(b)
+        t = lambda t_b + (1 - lambda) t_partner(b)
+
+    Args:
+        images: (B, C, H, W).
+        targets: (B, K), a distribution a row.
+        alpha: 0 draws nothing and blends nothing; 1 takes every lambda alike.
+        rng: source of lambda and of the partners.
+
+    Returns:
+        images (B, C, H, W) and targets (B, K).
+    """
+    if alpha == 0:
+        return images, targets
+    lam = float(rng.beta(alpha, alpha))
+    partner = from_host(rng.permutation(images.shape[0]), like=images)
+    xp = array_module(images)
+
+    def blend(x: Array) -> Array:
+        return lam * x + (1 - lam) * xp.take(x, partner, axis=0)
+
+    return blend(images), blend(targets)
+
+
+def one_hot(labels: np.ndarray, classes: int, like: Array) -> Array:
+    """Labels (B,) as distributions (B, K), of like's library, device and dtype."""
+    host = labels[:, None] == np.arange(classes)
+    return array_module(like).astype(from_host(host, like=like), like.dtype)

@@ -1,0 +1,34 @@
+"""How the numbers of a training are checked: one message for all."""
+
+from numbers import Real
+
+from pvt_ref.config import is_whole
+from pvt_ref.errors import RangeError
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    whole: bool = False,
+) -> None:
+    """Raises RangeError unless value is a (whole) number within the bounds, which are finite."""
+    right_kind = is_whole(value) if whole else isinstance(value, Real)
+    good = (
+        right_kind
+        and not isinstance(value, bool)
+        and float("-inf") < value < float("inf")  # type: ignore[operator]
+        and (least is None or value >= least)  # type: ignore[operator]
+        and (above is None or value > above)  # type: ignore[operator]
+        and (most is None or value <= most)  # type: ignore[operator]
+        and (below is None or value < below)  # type: ignore[operator]
+    )
+    if not good:
+        bounds = (("at least", least), ("above", above), ("at most", most), ("below", below))
+        limits = " and ".join(f"{word} {limit:g}" for word, limit in bounds if limit is not None)
+        kind = "a whole number" if whole else "a number"
+        raise RangeError(f"{name} is {value!r}; it must be {kind} {limits}".rstrip())

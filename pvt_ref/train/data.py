@@ -1,0 +1,94 @@
+"""Labelled images as a training wants them, and how often the model is right about them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pvt_ref.arrays import Array, array_module, to_numpy
+from pvt_ref.config import PVTConfig
+from pvt_ref.errors import TrainingError
+from pvt_ref.info import Preprocessing
+from pvt_ref.layers.cross_entropy import cross_entropy
+from pvt_ref.model import forward
+from pvt_ref.params import PVTParams
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LabelledImages:
+    """Raw pixels and what they show, on the host.
+
+    Attributes:
+        images: (N, C, H, W) uint8.
+        labels: (N,) integers, from 0.
+        preprocessing: how pixels become numbers.
+
+    Raises:
+        TrainingError: if they do not fit together.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    preprocessing: Preprocessing
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray):
+            raise TrainingError(
+                f"images and labels are a {type(images).__name__} and a {type(labels).__name__}; "
+                f"both must be NumPy arrays on the host (batches are moved to the device)"
+            )
+        if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
+            raise TrainingError(
+                f"images have dtype {images.dtype} and shape {images.shape}; they must be raw "
+                f"pixels, (N, C, H, W) uint8, and at least one"
+            )
+        C = self.preprocessing.channels
+        if images.shape[1] != C:
+            last = " They look channels-last: images.transpose(0, 3, 1, 2) turns them"
+            raise TrainingError(
+                f"images have shape {images.shape}; mode {self.preprocessing.mode!r} has {C} "
+                f"channels, so they must be (N, {C}, H, W)." + last * (images.shape[3] == C)
+            )
+        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+            raise TrainingError(
+                f"labels have dtype {labels.dtype} and shape {labels.shape}; for "
+                f"{len(images)} images they must be {len(images)} integers"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def check_fits(self, config: PVTConfig, name: str) -> None:
+        """Raises TrainingError unless a model of config can be trained on these."""
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= config.num_classes:
+            raise TrainingError(
+                f"{name}: labels run from {low} to {high}, but the model knows classes 0 to "
+                f"{config.num_classes - 1}. Are they one-based, or is num_classes that of another "
+                f"data set?"
+            )
+        if self.images.shape[1] != config.in_chans:
+            raise TrainingError(
+                f"{name}: images have {self.images.shape[1]} channels and the configuration has "
+                f"in_chans={config.in_chans}"
+            )
+        config.grids(*self.images.shape[2:])  # refuses sizes that would lose pixels
+
+    def batch(self, chosen: np.ndarray | slice, like: Array) -> Array:
+        """The images at some places, normalised: (B, C, H, W) of like's library and dtype."""
+        return self.preprocessing.normalize(self.images[chosen], like)
+
+
+def evaluate(
+    params: PVTParams, config: PVTConfig, data: LabelledImages, batch_size: int = 256
+) -> tuple[float, float]:
+    """Mean cross-entropy and share of right answers over all of data, without augmentation."""
+    loss, hits = 0.0, 0
+    for start in range(0, len(data), batch_size):
+        chosen = slice(start, start + batch_size)
+        logits = forward(params, data.batch(chosen, params.pos_embed1), config)
+        labels = data.labels[chosen]
+        on_device = array_module(logits).asarray(labels)
+        loss += float(cross_entropy(logits, on_device, reduction="sum")[0])
+        hits += int(np.sum(to_numpy(logits).argmax(axis=1) == labels))
+    return loss / len(data), hits / len(data)

@@ -1,0 +1,62 @@
+"""What happens to gradients between the backward and the optimiser: adding up and clipping."""
+
+import math
+from typing import Any
+
+from pvt_ref.arrays import Array, array_module, map_arrays
+from pvt_ref.params import PVTParams, named_arrays
+
+#: Added to the norm before it divides, as PyTorch's clip_grad_norm_ does.
+_TINY = 1e-6
+
+
+def global_norm(grads: PVTParams) -> float:
+    """``sqrt(sum of g^2)`` over all numbers of all arrays, added up in double precision.
+
+    Reading it makes the host wait for the device. NaN or infinity in any array shows in it.
+    """
+    total: Array | None = None
+    for _, g in named_arrays(grads):
+        xp = array_module(g)
+        wide = xp.astype(g, xp.float64)  # float32 squares could overflow, and sums would drift
+        square = xp.sum(wide * wide)
+        total = square if total is None else total + square
+    return math.sqrt(float(total)) if total is not None else 0.0
+
+
+def clip_by_global_norm(grads: PVTParams, max_norm: float) -> tuple[PVTParams, float]:
+    """All gradients by one factor, so that their common norm is at most max_norm.
+
+    One factor for all keeps the direction of the step (Pascanu et al. 2013)::
+
+        g <- g min(1, max_norm / (|g| + 1e-6))
+
+    Args:
+        grads: gradients of a model.
+        max_norm: above 0. Infinity clips nothing.
+
+    Returns:
+        The gradients, and their norm before clipping.
+    """
+    norm = global_norm(grads)
+    factor = max_norm / (norm + _TINY)
+    if not factor < 1:  # small enough, or not a number: left for the caller to see
+        return grads, norm
+    return map_arrays(lambda g: g * factor, grads), norm
+
+
+def add_gradients(total: PVTParams | None, grads: PVTParams, share: float) -> PVTParams:
+    """``total + share * grads``: gradient accumulation over parts of a batch.
+
+    The loss of a batch is the mean over its samples, so a part of b samples out of B has the share
+    b / B, and the sum over the parts is the gradient of the whole batch.
+
+    Args:
+        total: the sum so far; None for the first part.
+        grads: gradients of the mean loss of this part.
+        share: of this part in the batch.
+    """
+    if total is None:
+        return grads if share == 1 else map_arrays(lambda g: g * share, grads)
+    added: Any = map_arrays(lambda a, g: a + share * g, total, grads)
+    return added

@@ -1,0 +1,90 @@
+"""What a person sees of a training: a bar in a terminal, a line an epoch anywhere."""
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bar
+
+from pvt_ref.train.step import StepReport
+
+
+class Progress:
+    """A progress bar with loss, accuracy, images a second and the time left.
+
+    Args:
+        console: where; None shows nothing. Where it is no terminal, only the epochs' lines appear.
+        total: steps of the whole training.
+        done: steps that were done before.
+    """
+
+    def __init__(self, console: Console | None, total: int, done: int) -> None:
+        self.images_per_second = 0.0
+        self._console = console
+        self._bar = Bar(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console or Console(quiet=True),
+            disable=console is None or not console.is_terminal,
+            speed_estimate_period=300,
+        )
+        self._task = self._bar.add_task("", total=total, completed=done, text="")
+        self._loss = self._accuracy = None
+        self._clock = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def step(self, report: StepReport, batch_size: int) -> None:
+        """After every step. What is shown is smoothed over the last ten or so."""
+        now = time.monotonic()
+        rate, self._clock = batch_size / max(now - self._clock, 1e-9), now
+        self.images_per_second = _smooth(self.images_per_second or None, rate)
+        self._loss = _smooth(self._loss, report.loss)
+        self._accuracy = _smooth(self._accuracy, report.hits / batch_size)
+        self._bar.update(
+            self._task,
+            advance=1,
+            text=f"loss {self._loss:.3f}  acc {self._accuracy:.3f}  "
+            f"{self.images_per_second:,.0f} images/s",
+        )
+
+    def epoch(self, line: Mapping[str, Any]) -> None:
+        """After every epoch: one line that stays."""
+        if self._console is not None:
+            self._console.print(
+                f"epoch {line['epoch']:>3}  loss {line['train_loss']:.4f}  "
+                f"acc {line['train_accuracy']:.4f}  held out: loss {line['held_out_loss']:.4f}  "
+                f"acc {line['held_out_accuracy']:.4f}  (best {line['best_accuracy']:.4f})  "
+                f"{line['images_per_second']:,.0f} images/s",
+                highlight=False,
+                soft_wrap=True,
+            )
+        self._clock = time.monotonic()  # the evaluation is not the next step's time
+
+
+def _smooth(old: float | None, new: float) -> float:
+    return new if old is None else old + 0.1 * (new - old)

@@ -1,0 +1,112 @@
+"""Recipe: every choice of a training but the model and the data, in one frozen record."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pvt_ref.errors import RangeError, TrainingError
+from pvt_ref.train.adamw import AdamW
+from pvt_ref.train.checks import check_number
+from pvt_ref.train.schedule import warmup_cosine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a model is trained. The same recipe, data and machine give the same weights, bit by bit.
+
+    (The rate of drop path belongs to the model's configuration, as dropout does.)
+
+    Attributes:
+        epochs: passes through the data.
+        batch_size: samples a step. What is left over at the end of an epoch is left out of it.
+        accumulate: parts that a batch is computed in, to save memory.
+        lr: the learning rate at its peak.
+        lr_floor: the learning rate at the end.
+        warmup_epochs: epochs in which it rises; may be a fraction.
+        weight_decay, decay_positions, beta1, beta2: see :class:`AdamW`.
+        clip_norm: largest norm of the gradients, or None.
+        label_smoothing: share of each target spread over all classes.
+        mixup_alpha: see :func:`pvt_ref.train.mixup`; 0 leaves it out.
+        crop_padding: pixels by which images are moved at most.
+        flip: whether images are mirrored at random. (Digits must not be.)
+        cutout: side of the square that is blanked; 0 leaves it out.
+        ema_decay: how slowly the averaged weights forget; 0 makes them the last ones.
+        drop_path_ramp_epochs: epochs until config.drop_path_rate is reached.
+        seed: of the one generator that everything random comes from.
+
+    Raises:
+        RangeError: if a number is outside its range.
+    """
+
+    epochs: int
+    batch_size: int
+    accumulate: int = 1
+    lr: float = 1e-3
+    lr_floor: float = 1e-5
+    warmup_epochs: float = 2
+    weight_decay: float = 0.05
+    decay_positions: bool = False
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip_norm: float | None = 1.0
+    label_smoothing: float = 0.1
+    mixup_alpha: float = 0.0
+    crop_padding: int = 4
+    flip: bool = True
+    cutout: int = 0
+    ema_decay: float = 0.999
+    drop_path_ramp_epochs: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate"):
+            check_number(name, getattr(self, name), least=1, whole=True)
+        for name in ("crop_padding", "cutout", "drop_path_ramp_epochs", "seed"):
+            check_number(name, getattr(self, name), least=0, whole=True)
+        for name in ("decay_positions", "flip"):
+            if not isinstance(getattr(self, name), bool):
+                raise RangeError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+        check_number("lr", self.lr, above=0)
+        check_number("lr_floor", self.lr_floor, least=0, most=self.lr)
+        check_number("warmup_epochs", self.warmup_epochs, least=0, most=self.epochs)
+        check_number("label_smoothing", self.label_smoothing, least=0, most=1)
+        check_number("mixup_alpha", self.mixup_alpha, least=0)
+        check_number("ema_decay", self.ema_decay, least=0, below=1)
+        if self.clip_norm is not None:
+            check_number("clip_norm", self.clip_norm, above=0)
+        if self.accumulate > self.batch_size:
+            raise RangeError(
+                f"accumulate is {self.accumulate}, but a batch has only {self.batch_size} samples"
+            )
+        self.optimizer  # noqa: B018  its numbers are checked where they are used
+
+    @property
+    def optimizer(self) -> AdamW:
+        """The optimiser's constants."""
+        return AdamW(
+            beta1=self.beta1,
+            beta2=self.beta2,
+            weight_decay=self.weight_decay,
+            decay_positions=self.decay_positions,
+        )
+
+    def steps_per_epoch(self, samples: int) -> int:
+        """Full batches in so many samples.
+
+        Raises:
+            TrainingError: if there is not even one.
+        """
+        if samples < self.batch_size:
+            raise TrainingError(
+                f"there are {samples} samples, fewer than one batch of {self.batch_size}. Choose "
+                f"a smaller batch_size"
+            )
+        return samples // self.batch_size
+
+    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
+        """Of a step, counted from 0 over all epochs."""
+        total, warmup = self.epochs * steps_per_epoch, round(self.warmup_epochs * steps_per_epoch)
+        return warmup_cosine(step, total, warmup, self.lr, self.lr_floor)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by field name, fit for JSON."""
+        return asdict(self)

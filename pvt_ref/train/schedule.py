@@ -1,0 +1,45 @@
+"""What changes in the course of a training: the learning rate, and how often blocks are dropped."""
+
+import dataclasses
+import math
+
+from pvt_ref.config import PVTConfig
+
+
+def warmup_cosine(
+    step: int, total_steps: int, warmup_steps: int, peak: float, floor: float = 0.0
+) -> float:
+    """Learning rate of a step (counted from 0): up in a line, down in half a cosine.
+
+    With w warm-up steps out of T (Loshchilov and Hutter 2017, arXiv 1608.03983, without restarts)::
+
+        lr(s) = peak (s + 1) / w                                              s < w
+        lr(s) = floor + (peak - floor) (1 + cos(pi (s - w) / (T - w))) / 2    s >= w
+
+    The first steps are small because Adam's running means know little yet.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return floor + (peak - floor) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+
+def drop_path_of_epoch(epoch: int, peak: float, ramp_epochs: int) -> float:
+    """Drop-path rate of the last block in an epoch (counted from 0).
+
+    It rises in a line from 0 and reaches the peak after ramp_epochs: dropping blocks keeps a model
+    from learning its data by heart, which in the first epochs it does not do.
+    """
+    if epoch >= ramp_epochs:
+        return peak
+    return peak * epoch / ramp_epochs
+
+
+def config_of_epoch(config: PVTConfig, epoch: int, ramp_epochs: int) -> PVTConfig:
+    """config with the drop-path rates of an epoch, reset for all blocks.
+
+    The authors' class does the same with ``reset_drop_path``; here it is another config, and the
+    weights do not notice.
+    """
+    rate = drop_path_of_epoch(epoch, config.drop_path_rate, ramp_epochs)
+    return dataclasses.replace(config, drop_path_rate=rate)

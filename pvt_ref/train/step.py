@@ -1,0 +1,176 @@
+"""One step of a training: from the state after s steps to the state after s + 1.
+
+A state holds all that the rest of the training depends on: so a step is a function, a training can
+be stopped after any of them, and going on from a saved one gives the same bits.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pvt_ref.arrays import Array, array_module, from_host, to_numpy
+from pvt_ref.config import PVTConfig
+from pvt_ref.errors import TrainingError
+from pvt_ref.layers.cross_entropy import cross_entropy
+from pvt_ref.model import backward, forward_with_cache
+from pvt_ref.params import PVTParams
+from pvt_ref.train.adamw import AdamWState, adamw_init, adamw_step
+from pvt_ref.train.augment import cutout, mixup, one_hot, random_crop, random_flip
+from pvt_ref.train.data import LabelledImages
+from pvt_ref.train.diagnosis import first_non_finite
+from pvt_ref.train.ema import ema_decay_of_step, ema_step
+from pvt_ref.train.gradients import add_gradients, clip_by_global_norm
+from pvt_ref.train.recipe import Recipe
+from pvt_ref.train.schedule import config_of_epoch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainState:
+    """A training after ``step`` steps. No step changes one; it makes the next."""
+
+    step: int
+    params: PVTParams
+    optimizer: AdamWState
+    average: PVTParams  # exponential moving average of params
+    rng: Mapping[str, Any]  # state of the generator, as NumPy gives it
+    order: np.ndarray  # (N,) int64, the order of the samples in the epoch in progress
+    epoch_loss: float = 0.0  # sum over the steps of the epoch in progress
+    epoch_hits: int = 0  # right answers among the samples of the epoch in progress
+    best_accuracy: float = -1.0  # of the averaged weights, on the samples held out
+    best_epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What a step was like."""
+
+    loss: float
+    hits: int  # samples of the batch whose likeliest class was (mostly) theirs
+    lr: float
+    grad_norm: float  # before clipping
+
+
+def start_training(params: PVTParams, samples: int, seed: int) -> TrainState:
+    """The state before the first step.
+
+    Args:
+        params: the first weights, NumPy or CuPy.
+        samples: how many there are to learn from.
+        seed: of the generator.
+    """
+    rng = np.random.default_rng(seed)
+    order = np.arange(samples, dtype=np.int64)
+    return TrainState(0, params, adamw_init(params), params, rng.bit_generator.state, order)
+
+
+def train_step(
+    state: TrainState, data: LabelledImages, config: PVTConfig, recipe: Recipe
+) -> tuple[TrainState, StepReport]:
+    """The next state: draw a batch, change it at random, forward, loss, backward, clip, update.
+
+    Args:
+        state: where the training stands; its arrays say on which device it runs.
+        data: what it learns from; the same at every step.
+        config: the model, with drop-path rates as they are at their peak.
+        recipe: how.
+
+    Returns:
+        The next state, and how the step went.
+
+    Raises:
+        TrainingError: if the loss or a gradient is not finite; the message has the step, the
+            learning rate, and the first layer whose output was not. The state passed in is whole.
+    """
+    steps = recipe.steps_per_epoch(len(data))
+    epoch, index = divmod(state.step, steps)
+    config = config_of_epoch(config, epoch, recipe.drop_path_ramp_epochs)
+    rng = generator(state.rng)
+    if index == 0:
+        order = rng.permutation(len(data))
+        state = dataclasses.replace(state, order=order, epoch_loss=0.0, epoch_hits=0)
+    chosen = state.order[index * recipe.batch_size : (index + 1) * recipe.batch_size]
+    lr = recipe.learning_rate(state.step, steps)
+
+    loss, hits, grads = 0.0, 0, None
+    for part in np.array_split(chosen, recipe.accumulate):
+        images, targets = _draw(state.params, data, part, config.num_classes, recipe, rng)
+        before = rng.bit_generator.state  # for the diagnosis, if there must be one
+        logits, cache = forward_with_cache(state.params, images, config, rng)
+        part_loss, dlogits = cross_entropy(logits, targets, recipe.label_smoothing)
+        part_grads, _ = backward(state.params, cache, dlogits, config)
+        del cache  # the largest thing here; the next part makes its own
+        share = len(part) / len(chosen)
+        grads = add_gradients(grads, part_grads, share)
+        loss += share * float(part_loss)
+        if not math.isfinite(loss):
+            culprit = first_non_finite(state.params, images, config, generator(before))
+            raise _diverged("loss", loss, state.step, epoch, lr, culprit)
+        hits += _count_hits(logits, targets)
+    assert grads is not None  # a batch has at least one part
+    grads, norm = clip_by_global_norm(grads, recipe.clip_norm or math.inf)
+    if not math.isfinite(norm):
+        culprit = first_non_finite(grads)
+        raise _diverged("norm of the gradients", norm, state.step, epoch, lr, culprit)
+
+    params, optimizer = adamw_step(state.params, grads, state.optimizer, lr, recipe.optimizer)
+    decay = ema_decay_of_step(state.step, recipe.ema_decay)
+    following = dataclasses.replace(
+        state,
+        step=state.step + 1,
+        params=params,
+        optimizer=optimizer,
+        average=ema_step(state.average, params, decay),
+        rng=rng.bit_generator.state,
+        epoch_loss=state.epoch_loss + loss,
+        epoch_hits=state.epoch_hits + hits,
+    )
+    return following, StepReport(loss, hits, lr, norm)
+
+
+def generator(rng_state: Mapping[str, Any]) -> np.random.Generator:
+    """A generator that goes on where the state was taken."""
+    bits = np.random.PCG64()
+    bits.state = rng_state
+    return np.random.Generator(bits)
+
+
+def _draw(
+    params: PVTParams,
+    data: LabelledImages,
+    chosen: np.ndarray,
+    classes: int,
+    recipe: Recipe,
+    rng: np.random.Generator,
+) -> tuple[Array, Array]:
+    """A batch on the device of params, changed at random, and its targets."""
+    like = params.pos_embed1
+    images = random_crop(data.batch(chosen, like), recipe.crop_padding, rng)
+    if recipe.flip:
+        images = random_flip(images, rng)
+    images = cutout(images, recipe.cutout, rng)
+    labels = data.labels[chosen].astype(np.int64)
+    if recipe.mixup_alpha == 0:
+        return images, from_host(labels, like=like)
+    return mixup(images, one_hot(labels, classes, like), recipe.mixup_alpha, rng)
+
+
+def _count_hits(logits: Array, targets: Array) -> int:
+    xp = array_module(logits)
+    if targets.ndim == 2:  # mixed: the class with the larger share
+        targets = xp.argmax(targets, axis=1)
+    return int(to_numpy(xp.sum(xp.argmax(logits, axis=1) == targets)))
+
+
+def _diverged(
+    what: str, value: float, step: int, epoch: int, lr: float, culprit: str
+) -> TrainingError:
+    return TrainingError(
+        f"the {what} is {value} at step {step + 1} (epoch {epoch + 1}), with learning rate "
+        f"{lr:.3g}. {culprit}. The weights before this step are whole, and saved ones too. Likely "
+        f"causes: a learning rate too high, a warm-up too short, no clipping of gradients; or NaN "
+        f"in the first weights"
+    )
