@@ -17,6 +17,7 @@ from training import add_run_arguments, finish, run
 import pvt_ref
 from pvt_ref import ModelInfo, PVTConfig, PVTError
 from pvt_ref.train import LabelledImages, Recipe, evaluate
+from pvt_ref.train.loop import BEST
 
 #: The four stages see 16x16, 8x8, 4x4 and 2x2 tokens.
 CONFIG = PVTConfig(
@@ -73,7 +74,9 @@ def main(argv: list[str] | None = None) -> int:
         done = run(CONFIG, data, held_out, info, args)
         if not done.finished:
             return 130
-        finish(done, held_out, read_cifar10(args.data, TEST_FILES), {"data": "CIFAR-10"}, args)
+        best = pvt_ref.load(done.folder / BEST)
+        about = {"data": "CIFAR-10", "best_epoch": done.state.best_epoch}
+        finish(done, best, held_out, read_cifar10(args.data, TEST_FILES), about, args)
         return 0
     except PVTError as error:
         print(f"error: {error}", file=sys.stderr)

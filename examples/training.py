@@ -13,7 +13,6 @@ from rich.console import Console
 import pvt_ref
 from pvt_ref import Model, ModelInfo, PVTConfig
 from pvt_ref.train import LabelledImages, Recipe, Run, evaluate, fit
-from pvt_ref.train.loop import BEST
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, recipe: Recipe, folder: str) -> None:
@@ -73,17 +72,19 @@ def run(
 
 def finish(
     done: Run,
+    model: Model,
     held_out: LabelledImages,
     test: LabelledImages | None,
     about: dict[str, str | int | float],
     args: argparse.Namespace,
 ) -> Path:
-    """Writes the best weights in half precision, with what was measured of them as they are there.
+    """Writes a model in half precision, with what was measured of it as it is there.
 
     Args:
         done: a finished run.
-        held_out: what the best epoch was chosen on.
-        test: what no choice was made on, if there is such a part; measured once, here.
+        model: what came of it.
+        held_out: the samples that the epochs were compared on.
+        test: what no choice was made on, if that is another part; measured once, here.
         about: further entries for the file, such as the data set's name.
         args: the program's options.
 
@@ -91,15 +92,13 @@ def finish(
         The file, model.safetensors in the folder of the run.
     """
     path = done.folder / "model.safetensors"
-    best = pvt_ref.load(done.folder / BEST)
-    pvt_ref.save(path, best, dtype="float16")
+    pvt_ref.save(path, model, dtype="float16")
     rounded = pvt_ref.load(path)
     training = {
         **about,
         "command": _command().removesuffix(" --resume"),
         "seed": args.seed,
         "epochs": args.epochs,
-        "best_epoch": done.state.best_epoch,
         "steps": done.state.step,
         "held_out_samples": len(held_out),
         "held_out_accuracy": evaluate(rounded.params, rounded.config, held_out)[1],
@@ -113,8 +112,8 @@ def finish(
         "python": platform.python_version(),
         "device": args.device,
     }
-    info = dataclasses.replace(best.info, training=training)
-    pvt_ref.save(path, Model(best.params, best.config, info=info), dtype="float16")
+    info = dataclasses.replace(model.info, training=training)
+    pvt_ref.save(path, Model(model.params, model.config, info=info), dtype="float16")
     for name, value in training.items():
         print(f"{name:>18}: {value}")
     print(f"written: {path} ({path.stat().st_size:,} bytes)")

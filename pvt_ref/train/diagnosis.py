@@ -56,16 +56,16 @@ def _finite(x: Array) -> bool:
 def _watched(params: PVTParams) -> Ops:
     """The readable operations, each of which looks at what it returns."""
     names = _names_by_identity(params)
-    latest = ""  # what has no weights (softmax, GELU) is placed by what came before it
+    inside: list[str] = []  # what has no weights of its own (softmax, GELU) is placed by these
 
     def watch(name: str, operation: Operation) -> Operation:
         def forward(first: Any, *args: Any, **kwargs: Any) -> tuple[Array, Any]:
-            nonlocal latest
-            y, cache = operation.forward(first, *args, **kwargs)
             own = names.get(id(first))
+            inside.append(own or (inside[-1] if inside else "the network"))
+            y, cache = operation.forward(first, *args, **kwargs)
+            where = inside.pop()
             if not _finite(y):
-                raise _FoundError(f"{own} ({name})" if own else f"the {name} after {latest}")
-            latest = own or latest
+                raise _FoundError(f"{own} ({name})" if own else f"the {name} inside {where}")
             return y, cache
 
         return Operation(forward, operation.backward)

@@ -97,7 +97,7 @@ def train_step(
 
     loss, hits, grads = 0.0, 0, None
     for part in np.array_split(chosen, recipe.accumulate):
-        images, targets = _draw(state.params, data, part, config.num_classes, recipe, rng)
+        images, targets = draw_batch(state.params, data, part, config.num_classes, recipe, rng)
         before = rng.bit_generator.state  # for the diagnosis, if there must be one
         logits, cache = forward_with_cache(state.params, images, config, rng)
         part_loss, dlogits = cross_entropy(logits, targets, recipe.label_smoothing)
@@ -134,11 +134,11 @@ def train_step(
 def generator(rng_state: Mapping[str, Any]) -> np.random.Generator:
     """A generator that goes on where the state was taken."""
     bits = np.random.PCG64()
-    bits.state = rng_state
+    bits.state = dict(rng_state)  # type: ignore[assignment]
     return np.random.Generator(bits)
 
 
-def _draw(
+def draw_batch(
     params: PVTParams,
     data: LabelledImages,
     chosen: np.ndarray,
@@ -146,7 +146,19 @@ def _draw(
     recipe: Recipe,
     rng: np.random.Generator,
 ) -> tuple[Array, Array]:
-    """A batch on the device of params, changed at random, and its targets."""
+    """Some of the samples, changed at random as the recipe says.
+
+    Args:
+        params: say on which device and of which dtype the batch is to be.
+        data: all samples.
+        chosen: (B,), the places of those wanted.
+        classes: K.
+        recipe: which changes.
+        rng: what they are drawn from: crop, flip, cutout, mixup, in this order.
+
+    Returns:
+        images (B, C, H, W), and targets: labels (B,), or with mixup distributions (B, K).
+    """
     like = params.pos_embed1
     images = random_crop(data.batch(chosen, like), recipe.crop_padding, rng)
     if recipe.flip:

@@ -1,0 +1,321 @@
+"""Whole trainings: beside PyTorch, broken off and resumed, killed, misled, and on one batch."""
+
+import dataclasses
+import gc
+import importlib.util
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from closeness import relative
+from kill_training import fingerprint, saved, what_counts
+from rich.console import Console
+from small_training import CONFIG, DATA, HELD_OUT, RECIPE, stripes, without_chance
+from strategies import random_params, rng_of
+from twin import our_losses, twin_losses
+
+import pvt_ref
+from pvt_ref import ModelInfo, init_params, to_state_dict
+from pvt_ref.errors import CheckpointError, DeviceError, MissingFileError, TrainingError
+from pvt_ref.params import map_named
+from pvt_ref.train import fit, read_metrics, start_training, train_step
+from pvt_ref.train.loop import BEST, CURVES, STATE
+
+HERE = Path(__file__).parent
+LAST = RECIPE.epochs * 4
+
+
+# Beside PyTorch -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chance", [True, False], ids=["augmented", "plain"])
+def test_a_hundred_steps_are_pytorchs(chance):
+    """Loss of each step within 1e-10, relative; every weight at the end within 1e-9."""
+    recipe = dataclasses.replace(RECIPE, epochs=25)  # of 4 steps
+    if not chance:
+        recipe = dataclasses.replace(without_chance(recipe), accumulate=1, clip_norm=None)
+    state = start_training(init_params(CONFIG, rng_of(3), np.float64), len(DATA), seed=1)
+    end, ours = our_losses(state, DATA, CONFIG, recipe, 100)
+    weights, average, theirs = twin_losses(state, DATA, CONFIG, recipe, 100)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+    for mine, other in ((end.params, weights), (end.average, average)):
+        for key, x in to_state_dict(mine).items():
+            np.testing.assert_allclose(x, other[key], rtol=0, atol=1e-9, err_msg=key)
+    moved = [relative(x, to_state_dict(state.params)[k]) for k, x in weights.items() if "mlp" in k]
+    assert min(moved) > 0.01  # a training in which nothing happens would agree too
+
+
+# Learning -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_one_batch_is_learnt_by_heart(dtype):
+    config = dataclasses.replace(CONFIG, drop_path_rate=0.0)
+    batch = stripes(6, 4)
+    recipe = dataclasses.replace(
+        without_chance(RECIPE), epochs=500, label_smoothing=0.0, weight_decay=0.0, accumulate=1
+    )
+    state = start_training(init_params(config, rng_of(1), dtype), 6, seed=0)
+    losses = []
+    while state.step < recipe.epochs:
+        state, report = train_step(state, batch, config, recipe)
+        losses.append(report.loss)
+    assert losses[0] > 1.0  # log 3 is chance
+    assert losses[-1] < 0.01
+    assert report.hits == 6
+    assert state.params.pos_embed1.dtype == dtype
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_memory_does_not_grow():
+    """Over a thousand steps; a state (60 KB) or a cache that stayed each time would be 50 MB."""
+    recipe = dataclasses.replace(RECIPE, epochs=275)
+    state = start_training(init_params(CONFIG, rng_of(0)), len(DATA), seed=0)
+    resident, objects = [], []
+    for step in range(1, 1101):
+        state, _ = train_step(state, DATA, CONFIG, recipe)
+        if step % 100 == 0:
+            gc.collect()
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            resident.append(pages * resource.getpagesize())
+            objects.append(len(gc.get_objects()))
+    assert resident[-1] - resident[0] < 3e6, resident
+    assert objects[-1] - objects[0] < 500, objects
+
+
+# Stopping and going on ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert fit(CONFIG, RECIPE, DATA, HELD_OUT, folder, log_steps=1).finished
+    return folder
+
+
+def test_resumed_is_bit_for_bit_the_same(undisturbed, tmp_path):
+    """Thirty runs, each stopped at random steps until it is done."""
+    expected, rng = fingerprint(saved(undisturbed)), rng_of(11)
+    for run in range(30):
+        folder, stops = tmp_path / str(run), sorted(set(rng.integers(1, LAST, 2).tolist()))
+        for resume, stop in enumerate([*stops, None]):
+            done = fit(
+                CONFIG,
+                RECIPE,
+                DATA,
+                HELD_OUT,
+                folder,
+                resume=bool(resume),
+                stop_at_step=stop,
+                log_steps=1,
+            )
+            assert done.finished == (stop is None)
+            assert done.state.step == (stop or LAST)
+        assert fingerprint(saved(folder)) == expected, stops
+        assert fingerprint(done.state) == expected
+        assert what_counts(folder) == what_counts(undisturbed)
+        assert (folder / BEST).read_bytes() == (undisturbed / BEST).read_bytes()
+
+
+def run_script(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-W", "error", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=HERE,
+        timeout=300,
+        check=False,
+        **options,
+    )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
+def test_killed_fifty_times():
+    done = run_script("kill_training.py", "--rounds", "50")
+    assert done.returncode == 0, done.stderr
+    assert "killed 50 times; the bits are the same" in done.stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs RLIMIT_FSIZE")
+def test_a_full_disk_leaves_what_was_saved():
+    done = run_script("kill_training.py", "--full-disk")
+    assert done.returncode == 0, done.stderr
+    assert "What was saved before is whole" in done.stdout
+    assert "bytes free" in done.stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGINT for one process")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_after_the_step_in_progress(number, tmp_path, undisturbed):
+    """And the run goes on from there. (Signals reach the main thread, so a process of its own.)"""
+    code = f"""
+import os, signal, sys, threading
+sys.path.insert(0, {str(HERE)!r})
+from small_training import CONFIG, DATA, HELD_OUT, RECIPE
+from pvt_ref.train import fit
+from pvt_ref.train import loop
+inner = loop.train_step
+def step(state, *rest):
+    if state.step == 6:
+        os.kill(os.getpid(), {int(number)})
+    return inner(state, *rest)
+loop.train_step = step
+done = fit(CONFIG, RECIPE, DATA, HELD_OUT, {str(tmp_path)!r}, log_steps=1)
+print(done.finished, done.state.step, signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+"""
+    done = run_script("-c", code)
+    assert done.stdout.split() == ["False", "7", "True"], done.stderr
+    fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path, resume=True, log_steps=1)
+    assert fingerprint(saved(tmp_path)) == fingerprint(saved(undisturbed))
+
+
+def test_it_also_runs_beside_the_main_thread(tmp_path):
+    done = []
+    thread = threading.Thread(
+        target=lambda: done.append(fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path, stop_at_step=1))
+    )
+    thread.start()
+    thread.join()
+    assert done[0].state.step == 1
+
+
+# What a run leaves behind -------------------------------------------------------------------------
+
+
+def test_the_folder_of_a_run(undisturbed):
+    assert {p.name for p in undisturbed.iterdir()} == {STATE, BEST, "metrics.jsonl", CURVES}
+    lines = read_metrics(undisturbed / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, LAST + 1))
+    epochs = [line for line in lines if "held_out_accuracy" in line]
+    assert [line["epoch"] for line in epochs] == [1, 2, 3]
+    assert all(0 <= line["train_accuracy"] <= 1 for line in epochs)
+    best = max(line["held_out_accuracy"] for line in epochs)
+    model = pvt_ref.load(undisturbed / BEST)
+    assert model.info.preprocessing == DATA.preprocessing
+    assert epochs[-1]["best_accuracy"] == best == saved(undisturbed).best_accuracy
+    # what is kept is what did best
+    loss, accuracy = pvt_ref.train.evaluate(model.params, model.config, HELD_OUT)
+    chosen = epochs[saved(undisturbed).best_epoch - 1]
+    assert (loss, accuracy) == (chosen["held_out_loss"], chosen["held_out_accuracy"])
+    assert (undisturbed / CURVES).read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_of_steps_that_were_not_saved_are_dropped(tmp_path):
+    fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path, stop_at_step=3, log_steps=1)
+    path = tmp_path / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write(json.dumps({"step": 4, "loss": 99.0}) + '\n{"step": 5, "lo')
+    fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path, resume=True, stop_at_step=5, log_steps=1)
+    lines = read_metrics(path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert lines[3].get("loss") != 99.0
+
+
+def test_a_person_sees_how_it_goes(tmp_path):
+    with (tmp_path / "seen").open("w+") as file:
+        console = Console(file=file, force_terminal=True, width=160)
+        fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path / "run", console=console)
+        file.seek(0)
+        seen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.read())
+    assert re.search(r"12/12 .*loss \d\.\d+  acc \d\.\d+  [\d,]+ images/s .*left", seen)
+    assert re.search(r"epoch   3  loss \d.* held out: .* \(best", seen)
+
+
+def test_first_weights_can_be_given(tmp_path):
+    params = random_params(CONFIG, 8, np.float32)
+    done = fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path, first=params, stop_at_step=1)
+    expected, _ = train_step(start_training(params, len(DATA), RECIPE.seed), DATA, CONFIG, RECIPE)
+    assert fingerprint(done.state) == fingerprint(expected)
+
+
+# Bad input ----------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_use_is_not_overwritten(undisturbed):
+    with pytest.raises(TrainingError, match="holds a training already"):
+        fit(CONFIG, RECIPE, DATA, HELD_OUT, undisturbed)
+
+
+def test_there_must_be_something_to_go_on_with(tmp_path):
+    with pytest.raises(MissingFileError, match="without --resume"):
+        fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path, resume=True)
+
+
+def test_another_run_is_not_continued(undisturbed):
+    config = dataclasses.replace(CONFIG, drop_path_rate=0.1)
+    recipe = dataclasses.replace(RECIPE, lr=1e-3, epochs=5)
+    message = r"(?s)config.drop_path_rate is 0.3 there and 0.1 here.*recipe.epochs is 3 there and 5"
+    with pytest.raises(TrainingError, match=message):
+        fit(config, recipe, DATA, HELD_OUT, undisturbed, resume=True)
+    with pytest.raises(TrainingError, match=r"data\.sha256"):
+        fit(CONFIG, RECIPE, stripes(27, 9), HELD_OUT, undisturbed, resume=True)
+
+
+def test_labels_out_of_range_and_other_devices(tmp_path):
+    wrong = pvt_ref.train.LabelledImages(DATA.images, DATA.labels + 1, DATA.preprocessing)
+    with pytest.raises(TrainingError, match="held out: labels run from 1 to 3"):
+        fit(CONFIG, RECIPE, DATA, wrong, tmp_path / "run")
+    with pytest.raises(DeviceError, match="device is 'tpu'"):
+        fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path / "run", device="tpu")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingError, match="cannot be made"):
+        fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path / "file" / "run")
+
+
+def test_a_damaged_state_is_refused(tmp_path):
+    fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path, stop_at_step=1)
+    whole = (tmp_path / STATE).read_bytes()
+    for place in rng_of(2).integers(8, len(whole), 40).tolist():
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << (place % 8)
+        (tmp_path / STATE).write_bytes(damaged)
+        with pytest.raises((CheckpointError, TrainingError)):
+            saved(tmp_path)
+    (tmp_path / STATE).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError):
+        saved(tmp_path)
+    (tmp_path / STATE).write_bytes(whole)
+    saved(tmp_path)
+
+
+def test_a_state_is_no_model_and_says_so(undisturbed):
+    with pytest.raises(CheckpointError, match=r"saved state of a training.* best\.safetensors"):
+        pvt_ref.load(undisturbed / STATE)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_divergence_stops_with_step_rate_and_layer(tmp_path):
+    key = "block2.0.mlp.fc1.weight"
+    params = map_named(
+        lambda k, x: np.full_like(x, 3e38) if k == key else x,
+        init_params(CONFIG, rng_of(1), np.float32),
+    )
+    message = r"at step 1 \(epoch 1\), with learning rate 0.00075. .*block2.0.mlp.fc1 \(linear\)"
+    with pytest.raises(TrainingError, match=message):
+        fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path, first=params)
+    assert saved(tmp_path).step == 0
+
+
+def test_info_goes_with_the_best_weights(tmp_path):
+    info = ModelInfo(title="stripes", classes=("across", "along", "none"))
+    fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path, info=info)
+    model = pvt_ref.load(tmp_path / BEST)
+    assert model.classes == ("across", "along", "none")
+    picture = DATA.images[0, 0]
+    (answer,) = model.predict([picture], top=1)
+    assert answer[0].label in model.classes
+
+
+def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path, stop_at_step=4)
+    assert not (tmp_path / CURVES).exists()
+    assert (tmp_path / "metrics.jsonl").exists()

@@ -1,0 +1,98 @@
+"""The same training done by PyTorch: its optimiser, schedulers, clipping, loss and autograd.
+
+The network is transformers' PVT (see oracles.py). Weights, batches and drop-path masks are those of
+this project: both sides draw from generators of the same state.
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from oracles import tensor, transformers_forward
+
+from pvt_ref import PVTConfig, PVTParams, from_state_dict, to_state_dict
+from pvt_ref.train import LabelledImages, Recipe, train_step
+from pvt_ref.train.step import TrainState, draw_batch, generator
+
+
+def our_losses(
+    state: TrainState, data: LabelledImages, config: PVTConfig, recipe: Recipe, steps: int
+) -> tuple[TrainState, list[float]]:
+    losses = []
+    for _ in range(steps):
+        state, report = train_step(state, data, config, recipe)
+        losses.append(report.loss)
+    return state, losses
+
+
+def twin_losses(
+    state: TrainState, data: LabelledImages, config: PVTConfig, recipe: Recipe, steps: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[float]]:
+    """Weights and averaged weights by key after so many steps, and the loss of each."""
+    leaves = {key: tensor(x, grad=True) for key, x in to_state_dict(state.params).items()}
+    plain = [
+        x for k, x in leaves.items() if x.ndim == 1 or k == "cls_token" or k.startswith("pos_")
+    ]
+    decayed = [x for x in leaves.values() if not any(x is other for other in plain)]
+    optimizer = torch.optim.AdamW(
+        [{"params": plain, "weight_decay": 0.0}, {"params": decayed}],
+        lr=recipe.lr,
+        betas=(recipe.beta1, recipe.beta2),
+        eps=1e-8,
+        weight_decay=recipe.weight_decay,
+    )
+    per_epoch = len(data) // recipe.batch_size
+    warmup, total = round(recipe.warmup_epochs * per_epoch), recipe.epochs * per_epoch
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda s: (
+            (s + 1) / warmup
+            if s < warmup
+            else (
+                recipe.lr_floor
+                + (recipe.lr - recipe.lr_floor)
+                * (1 + np.cos(np.pi * (s - warmup) / (total - warmup)))
+                / 2
+            )
+            / recipe.lr
+        ),
+    )
+    average = [x.detach().clone() for x in leaves.values()]
+    rng = generator(state.rng)
+    losses = []
+    for step in range(steps):
+        epoch, index = divmod(step, per_epoch)
+        if index == 0:
+            order = rng.permutation(len(data))
+        rate = config.drop_path_rate * min(1.0, epoch / max(recipe.drop_path_ramp_epochs, 1))
+        of_epoch = dataclasses.replace(config, drop_path_rate=rate)
+        chosen = order[index * recipe.batch_size : (index + 1) * recipe.batch_size]
+        optimizer.zero_grad()
+        total_loss = 0.0
+        for part in np.array_split(chosen, recipe.accumulate):
+            images, targets = draw_batch(state.params, data, part, config.num_classes, recipe, rng)
+            params = current(leaves, config)
+            (logits,), used, _ = transformers_forward(params, images, of_epoch, rng)
+            loss = F.cross_entropy(
+                logits, torch.tensor(targets), label_smoothing=recipe.label_smoothing
+            ) * (len(part) / len(chosen))
+            loss.backward()
+            for key, leaf in leaves.items():  # the forward made leaves of its own
+                leaf.grad = used[key].grad if leaf.grad is None else leaf.grad + used[key].grad
+            total_loss += float(loss.detach())
+        if recipe.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(list(leaves.values()), recipe.clip_norm)
+        optimizer.step()
+        schedule.step()
+        decay = min(recipe.ema_decay, (1 + step) / (10 + step))
+        torch.optim.swa_utils.get_ema_multi_avg_fn(decay)(
+            average, [x.detach() for x in leaves.values()], None
+        )
+        losses.append(total_loss)
+    weights = {key: x.detach().numpy() for key, x in leaves.items()}
+    return weights, dict(zip(leaves, (x.numpy() for x in average), strict=True)), losses
+
+
+def current(leaves: dict[str, torch.Tensor], config: PVTConfig) -> PVTParams:
+    return from_state_dict({key: x.detach().numpy() for key, x in leaves.items()}, config)
