@@ -1,8 +1,9 @@
-"""One photo through a Pyramid Vision Transformer, step by step, on the CPU.
+"""What a trained Pyramid Vision Transformer sees, step by step, on the CPU.
 
-    python examples/forward.py                       a photo that comes with scikit-learn
-    python examples/forward.py cat.jpg --weights pvt_small.pth
-    python examples/forward.py street.png --size 512 768
+    python examples/forward.py                       a cat, and digits nobody trained on
+    python examples/forward.py photo.jpg             one of CIFAR-10's classes, whatever it shows
+    python examples/forward.py cat.jpg --weights pvt_small.pth        ImageNet's thousand classes
+    python examples/forward.py street.png --variant pvt_tiny --size 512 768       random weights
 
 Prints what each stage works on and how long it takes, and the five likeliest classes, and writes
 pyramid.png: the photo, the four feature maps, and where one query looks at every stage.
@@ -18,55 +19,56 @@ matplotlib.use("Agg")  # a file is written, no window opened
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import SubFigure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 import pvt_ref
-from pvt_ref import VARIANTS, Model, PVTConfig, PVTError
+from pvt_ref import VARIANTS, Model, Preprocessing, PVTConfig, PVTError
 from pvt_ref.errors import CheckpointError, ImageError
-from pvt_ref.image import IMAGENET_MEAN, IMAGENET_STD
 from pvt_ref.tables import text_table
 from pvt_ref.timing import time_stages
+
+#: Chelsea, by Stefan van der Walt, who waived all rights (CC0); from scikit-image's data.
+PHOTO = Path(__file__).with_name("chelsea.jpg")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="One photo through a PVT, on the CPU.")
-    parser.add_argument("image", nargs="?", help="JPEG or PNG (default: a scikit-learn photo)")
-    parser.add_argument("--weights", metavar="FILE", help="a checkpoint (default: random weights)")
+    parser.add_argument("image", nargs="?", help="JPEG or PNG (default: a cat, and ten digits)")
+    parser.add_argument(
+        "--weights",
+        metavar="NAME|FILE",
+        help="cifar10 (default), digits, pvt_tiny ... pvt_large (fetched), or a checkpoint",
+    )
     parser.add_argument(
         "--variant",
         choices=list(VARIANTS),
-        help="default pvt_tiny; with weights: what they are",
+        help="random weights of this model; with --weights: what they are",
     )
     parser.add_argument(
-        "--size", nargs=2, type=int, metavar=("H", "W"), help="default: the weights' own, 224 224"
+        "--size", nargs=2, type=int, metavar=("H", "W"), help="default: the weights' own"
     )
     parser.add_argument("--output", default="pyramid.png", help="default pyramid.png")
     return parser.parse_args(argv)
 
 
 def get_model(weights: str | None, variant: str | None) -> Model:
-    """A checkpoint, or random weights drawn from seed 0."""
-    if weights:
-        model = pvt_ref.load(weights)  # recognises what it holds
+    """Weights by name or file; random ones, drawn from seed 0, if only a variant is named."""
+    if weights or not variant:
+        model = pvt_ref.load(weights or "cifar10")
         if variant and model.config.depths != VARIANTS[variant].depths:
             raise CheckpointError(f"{weights} holds another model than {variant}: {model.source}")
         return model
-    name = variant or "pvt_tiny"
-    config = VARIANTS[name]
+    config = VARIANTS[variant]
     params = pvt_ref.init_params(config, np.random.default_rng(0))
-    return Model(params, config, f"{name} with RANDOM weights (give trained ones with --weights)")
+    return Model(params, config, f"{variant} with RANDOM weights (--weights names trained ones)")
 
 
-def get_images(path: str | None, size: tuple[int, int]) -> tuple[str, NDArray]:
-    """What the photo is called, and (1, 3, H, W) float32."""
-    if path:
-        return path, pvt_ref.load_image(path, size)
-    from PIL import Image
-    from sklearn.datasets import load_sample_image
-
-    photo = Image.fromarray(load_sample_image("china.jpg"))
-    return "china.jpg (from scikit-learn)", pvt_ref.preprocess(photo, size)
+def get_images(path: str | None, model: Model, size: tuple[int, int]) -> tuple[str, NDArray]:
+    """What the photo is called, and (1, C, H, W) float32, as the model wants it."""
+    name = path or f"{PHOTO.name} (comes with the examples)"
+    return name, model.preprocess([path or PHOTO], size)
 
 
 def check_output(path: str) -> None:
@@ -101,19 +103,28 @@ def stage_table(model: Model, images: NDArray) -> str:
 def top_five(model: Model, images: NDArray) -> str:
     if not model.config.has_classifier:
         return "These weights are a backbone without a classifier: feature maps only, no classes."
-    logits = model(images)[0]
-    p = np.exp(logits - logits.max())
-    p /= p.sum()
-    best = np.argsort(-p)[:5]
-    return text_table(["class index", "probability"], [[f"{k}", f"{p[k]:.4f}"] for k in best])
+    (answers,) = model.predict(images)
+    return text_table(
+        ["class", "probability"], [[a.label, f"{a.probability:.4f}"] for a in answers]
+    )
+
+
+def read_ten_digits() -> tuple[list[NDArray], list[str]]:
+    """The first of each digit among those held out of the training, as pixels, and their names."""
+    from train_digits import read_digits
+
+    _, held_out = read_digits()
+    first = [int(np.argmax(held_out.labels == digit)) for digit in range(10)]
+    return [held_out.images[k, 0] for k in first], [str(held_out.labels[k]) for k in first]
 
 
 # The picture --------------------------------------------------------------------------------------
 
 
-def displayable(images: NDArray) -> NDArray:
+def displayable(images: NDArray, preprocessing: Preprocessing) -> NDArray:
     """The photo as the network gets it, (H, W, 3) in 0..1."""
-    return np.clip(images[0].transpose(1, 2, 0) * IMAGENET_STD + IMAGENET_MEAN, 0, 1)
+    pixels = images[0].transpose(1, 2, 0) * preprocessing.std + preprocessing.mean
+    return np.broadcast_to(np.clip(pixels, 0, 1), (*pixels.shape[:2], 3))  # grey: three alike
 
 
 def as_rgb(feature_map: NDArray) -> NDArray:
@@ -149,24 +160,63 @@ def query_attention(model: Model, images: NDArray, point: tuple[float, float]) -
     return result
 
 
-def draw(model: Model, name: str, images: NDArray, path: Path) -> None:
-    """Writes the figure: feature maps above, attention of one query below."""
+def draw(model: Model, name: str, images: NDArray, path: Path, digits: bool) -> None:
+    """Writes the figure: feature maps, below them the attention of one query, and maybe digits."""
+    plt.rcParams.update({"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 8})
+    H, W = images.shape[2:]
+    height = 2 * (2.7 * H / W) + 2.8  # two rows of pictures, and the text around them
+    figure = plt.figure(figsize=(14, height + 2.2 * digits), layout="constrained")
+    parts = figure.subfigures(1 + digits, 1, height_ratios=[height, 2.2][: 1 + digits])
+    parts = np.atleast_1d(parts)
+    draw_pyramid(parts[0], model, name, images)
+    if digits:
+        draw_digits(parts[1])
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_digits(figure: SubFigure) -> None:
+    """Ten digits and what the model for digits takes them for."""
+    model = pvt_ref.load("digits")
+    pixels, labels = read_ten_digits()
+    answers = model.predict(pixels, top=1)
+    axes = figure.subplots(1, 10)
+    for ax, picture, label, (answer,) in zip(axes, pixels, labels, answers, strict=True):
+        ax.imshow(picture, cmap="gray")
+        ax.set(xticks=[], yticks=[])
+        right = answer.label == label
+        ax.set_title(
+            f"{answer.label}: {answer.probability:.0%}" + ("" if right else f"\nit is {label}"),
+            color="black" if right else "red",
+        )
+    figure.suptitle(
+        "Ten handwritten digits of scikit-learn's that the training did not see, and what the "
+        "weights 'digits' take them for",
+        fontsize=10,
+    )
+
+
+def draw_pyramid(figure: SubFigure, model: Model, name: str, images: NDArray) -> None:
+    """The photo with its likeliest classes, its feature maps, and where one query looks."""
     config: PVTConfig = model.config
     H, W = images.shape[2:]
-    photo, point = displayable(images), (0.55, 0.5)
+    photo, point = displayable(images, model.info.preprocessing), (0.55, 0.5)
     maps = model.pyramid(images)
     attention = query_attention(model, images, point)
     strides = config.strides
 
-    plt.rcParams.update({"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 8})
-    height = 2 * (2.7 * H / W) + 2.6  # two rows of pictures, and the text around them
-    figure, axes = plt.subplots(2, 5, figsize=(14, height), layout="constrained")
+    axes = figure.subplots(2, 5)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         for spine in ax.spines.values():
             spine.set_visible(False)
     axes[0, 0].imshow(photo)
-    axes[0, 0].set_title(f"the photo\n{H}×{W} pixels, 3 channels")
+    axes[0, 0].set_title(f"the photo\n{H}×{W} pixels, {images.shape[1]} channels")
+    if model.info.classes:
+        (answers,) = model.predict(images, top=3)
+        axes[0, 0].set_xlabel(
+            "\n".join(f"{a.label}: {a.probability:.1%}" for a in answers), fontsize=10
+        )
     axes[1, 0].imshow(photo)
     axes[1, 0].set_title("red: the query's own token\nat stages 1 to 4")
     for i, stride in enumerate(strides):  # the token's own pixels, smaller at earlier stages
@@ -197,7 +247,7 @@ def draw(model: Model, name: str, images: NDArray, path: Path) -> None:
             f"all alike would be {1 / seen:.4f}{with_cls}"
         )
     figure.suptitle(
-        f"{name} through {model.source}\n"
+        f"{name} through: {model.info.title or model.source}\n"
         "Above: each feature map, its three principal components as red, green and blue. Finer "
         "cells at first, more channels later.\n"
         "Below: how one query of the last block spreads its attention. Spatial reduction keeps the "
@@ -205,8 +255,6 @@ def draw(model: Model, name: str, images: NDArray, path: Path) -> None:
         fontsize=10,
         parse_math=False,  # a file name may hold dollar signs
     )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -217,14 +265,15 @@ def main(argv: list[str] | None = None) -> int:
         side = model.config.img_size
         size = tuple(args.size) if args.size else (side, side)
         model.config.grids(*size)  # before any work
-        name, images = get_images(args.image, size)
+        name, images = get_images(args.image, model, size)
         print(f"photo:   {name}, brought to {size[0]}x{size[1]} pixels")
         print(f"weights: {model.source}\n")
         print(stage_table(model, images), "\n")
         print(top_five(model, images))
-        if not args.weights:
+        if "RANDOM" in model.source:
             print("The weights are random, so the classes mean nothing. The arithmetic is real.")
-        draw(model, name, images, Path(args.output))
+        plain = not (args.image or args.weights or args.variant)
+        draw(model, name, images, Path(args.output), digits=plain)
         print(f"\nwritten: {args.output}")
     except (PVTError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -32,8 +32,8 @@ TOLERANCES = {"float32": (1e-4, 1e-3), "float64": (1e-11, 1e-9)}
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A PVT on CUDA, checked against NumPy.")
-    parser.add_argument("image", nargs="?", help="JPEG or PNG (default: a scikit-learn photo)")
-    parser.add_argument("--weights", metavar="FILE", help="a checkpoint (default: random weights)")
+    parser.add_argument("image", nargs="?", help="JPEG or PNG (default: a cat)")
+    parser.add_argument("--weights", metavar="NAME|FILE", help="trained ones (default: random)")
     parser.add_argument(
         "--variant",
         choices=list(VARIANTS),
@@ -139,9 +139,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         cupy = import_cupy()
-        model = get_model(args.weights, args.variant)
+        model = get_model(args.weights, args.variant or (None if args.weights else "pvt_tiny"))
         side = model.config.img_size
-        name, photo = get_images(args.image, (side, side))
+        name, photo = get_images(args.image, model, (side, side))
         images = make_batch(photo, args.batch)
         properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
         print(f"device:  {properties['name'].decode()}, CuPy {cupy.__version__}")

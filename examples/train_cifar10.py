@@ -64,10 +64,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.test:
             model = pvt_ref.load(args.test)
-            loss, accuracy = evaluate(
-                model.params, model.config, read_cifar10(args.data, TEST_FILES)
+            test = read_cifar10(args.data, TEST_FILES)
+            loss, accuracy = evaluate(model.params, model.config, test)
+            print(
+                f"{args.test}: test accuracy {accuracy:.4f}, loss {loss:.4f} ({len(test):,} images)"
             )
-            print(f"{args.test}: test accuracy {accuracy:.4f}, loss {loss:.4f} (10,000 images)")
             return 0
         data, held_out = split(read_cifar10(args.data, TRAIN_FILES))
         info = ModelInfo(title="CIFAR-10, ten classes of 32x32 photos", classes=tuple(CLASSES))

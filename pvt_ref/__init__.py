@@ -5,7 +5,7 @@ pure; the same code computes on the CPU with NumPy arrays and on CUDA with CuPy 
 """
 
 from pvt_ref.arrays import to_device, to_numpy
-from pvt_ref.checkpoint import load, save
+from pvt_ref.checkpoint import save
 from pvt_ref.config import VARIANTS, PVTConfig
 from pvt_ref.cost import VITS, Cost, ViTConfig, count_cost
 from pvt_ref.errors import PVTError
@@ -25,6 +25,7 @@ from pvt_ref.model import (
 from pvt_ref.ops import Operation, Ops
 from pvt_ref.params import PVTParams, from_state_dict, init_params, to_state_dict
 from pvt_ref.records import REFERENCE, blocked_ops
+from pvt_ref.zoo import load
 
 __version__ = "0.1.0"
 

@@ -1,16 +1,19 @@
-"""The command line: ``python -m pvt_ref summary pvt_small --size 512 768`` and ``convert``."""
+"""The command line: ``python -m pvt_ref classify cat.jpg``, ``summary pvt_small``, ``convert``."""
 
 import argparse
 import io
+import json
 import sys
 from collections.abc import Sequence
 
 from pvt_ref import __version__
-from pvt_ref.checkpoint import load, save
+from pvt_ref.checkpoint import save
 from pvt_ref.config import VARIANTS
 from pvt_ref.cost import VITS, count_cost
 from pvt_ref.errors import PVTError
-from pvt_ref.tables import format_cost
+from pvt_ref.face import Prediction
+from pvt_ref.tables import format_cost, text_table
+from pvt_ref.zoo import RELEASED, SHIPPED, load
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -19,6 +22,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pvt_ref {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
+
+    classify = commands.add_parser("classify", help="what pictures show, with probabilities")
+    classify.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
+    classify.add_argument(
+        "--weights",
+        default="cifar10",
+        metavar="NAME|FILE",
+        help=f"{', '.join(SHIPPED)} (in the package), {', '.join(RELEASED)} (fetched when first "
+        f"asked for), or a file (default cifar10)",
+    )
+    classify.add_argument("--top", type=int, default=5, help="classes a picture (default 5)")
+    classify.add_argument("--json", action="store_true", help="a list, for programs")
 
     summary = commands.add_parser(
         "summary", help="parameters, MACs and memory by stage and operation, as a table"
@@ -51,6 +66,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _as_tables(args: argparse.Namespace, answers: list[list[Prediction]]) -> str:
+    return "\n\n".join(
+        f"{path}\n{text_table(['class', 'probability'], map(_row, answer))}"
+        for path, answer in zip(args.images, answers, strict=True)
+    )
+
+
+def _row(answer: Prediction) -> list[str]:
+    return [answer.label, f"{answer.probability:.4f}"]
+
+
+def _as_json(args: argparse.Namespace, answers: list[list[Prediction]]) -> str:
+    records = [
+        {
+            "image": path,
+            "weights": args.weights,
+            "predictions": [answer._asdict() for answer in predictions],
+        }
+        for path, predictions in zip(args.images, answers, strict=True)
+    ]
+    return json.dumps(records, indent=2)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
@@ -65,7 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # file names may hold what a terminal cannot show
             stream.reconfigure(errors="replace")
     try:
-        if args.command == "summary":
+        if args.command == "classify":
+            model = load(args.weights)
+            answers = model.predict(args.images, top=args.top)
+            print(_as_json(args, answers) if args.json else _as_tables(args, answers))
+        elif args.command == "summary":
             known = {**VARIANTS, **VITS}
             size = args.size[0] if args.size and len(args.size) == 1 else args.size
             cost = count_cost(known[args.model], size, args.batch, args.dtype, args.pyramid)

@@ -47,3 +47,7 @@ class MissingFileError(PVTError, ValueError, FileNotFoundError):
 
 class TrainingError(PVTError, ValueError):
     """A training that cannot start or go on: unsuitable data, another run's files, divergence."""
+
+
+class DownloadError(PVTError, ValueError):
+    """Weights that had to be fetched and could not be."""

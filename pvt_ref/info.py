@@ -148,7 +148,10 @@ class ModelInfo:
         return {
             "title": self.title,
             "classes": list(self.classes),
-            "preprocessing": asdict(self.preprocessing),
+            "preprocessing": {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in asdict(self.preprocessing).items()
+            },
             "training": dict(self.training),
         }
 

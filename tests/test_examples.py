@@ -27,19 +27,20 @@ def examples(monkeypatch, tmp_path):
         return importlib.import_module(name)
 
     yield get
-    for name in ("forward", "forward_gpu"):
+    for name in ("forward", "forward_gpu", "train_digits", "training", "cifar10_data"):
         sys.modules.pop(name, None)
 
 
-def test_forward_shows_the_stages_and_draws_the_pyramid(examples, capsys, tmp_path):
-    assert examples("forward").main([]) == 0
+def test_forward_classifies_shows_the_stages_and_draws_the_pyramid(examples, capsys, tmp_path):
+    forward = examples("forward")
+    assert forward.main([]) == 0
     out = capsys.readouterr().out
-    assert "china.jpg (from scikit-learn)" in out
-    assert "RANDOM weights" in out
-    assert "The weights are random" in out
+    assert "chelsea.jpg (comes with the examples)" in out
+    assert "random" not in out.lower()
     table = [line.split() for line in out.splitlines()]
     stages = {row[0]: row[1:6] for row in table if row and row[0] in ("1", "2", "3", "4")}
-    cost = pvt_ref.count_cost(VARIANTS["pvt_tiny"])
+    model = pvt_ref.load("cifar10")
+    cost = pvt_ref.count_cost(model.config)
     for s in cost.stages:
         macs = f"{cost.of_stage(s.stage).macs / 1e6:,.1f}"
         assert stages[f"{s.stage}"] == [
@@ -49,15 +50,46 @@ def test_forward_shows_the_stages_and_draws_the_pyramid(examples, capsys, tmp_pa
             f"{s.keys}",
             macs,
         ]
-    model = examples("forward").get_model(None, None)
-    logits = model(examples("forward").get_images(None, (224, 224))[1])[0]
-    five = [f"{k}" for k in np.argsort(-logits)[:5]]
-    heading = next(i for i, row in enumerate(table) if row[:3] == ["class", "index", "probability"])
-    assert [row[0] for row in table[heading + 2 : heading + 7]] == five
+    (answers,) = model.predict([forward.PHOTO])
+    heading = next(i for i, row in enumerate(table) if row == ["class", "probability"])
+    shown = table[heading + 2 : heading + 7]
+    assert shown == [[a.label, f"{a.probability:.4f}"] for a in answers]
     with Image.open(tmp_path / "pyramid.png") as picture:
         assert picture.width > 1000
         pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
         assert len(np.unique(pixels, axis=0)) > 1000  # a photo is in it
+
+
+def test_the_digits_shown_are_held_out_and_mostly_read(examples):
+    pixels, labels = examples("forward").read_ten_digits()
+    assert labels == list("0123456789")
+    data, _ = examples("train_digits").read_digits()
+    assert not any((data.images[:, 0] == picture).all(axis=(1, 2)).any() for picture in pixels)
+    answers = pvt_ref.load("digits").predict(pixels, top=1)
+    assert sum(answer.label == label for (answer,), label in zip(answers, labels, strict=True)) >= 9
+
+
+def test_random_weights_are_called_so(examples, capsys, tmp_path):
+    assert examples("forward").main(["--variant", "pvt_tiny", "--size", "64", "64"]) == 0
+    out = capsys.readouterr().out
+    assert "RANDOM weights" in out
+    assert "The weights are random" in out
+    assert [line for line in out.splitlines() if line.startswith("3  ")]
+    assert (tmp_path / "pyramid.png").exists()
+
+
+def test_imagenet_weights_answer_by_name(examples, capsys, tmp_path):
+    from pvt_ref.imagenet import imagenet_classes
+
+    config = VARIANTS["pvt_tiny"]
+    state = pvt_ref.to_state_dict(pvt_ref.init_params(config, rng_of(3)))
+    from safetensors.numpy import save_file
+
+    save_file(state, tmp_path / "released.safetensors")  # in the authors' layout, without info
+    assert examples("forward").main(["--weights", "released.safetensors"]) == 0
+    out = capsys.readouterr().out
+    rows = out.split("class ")[1].splitlines()[2:7]
+    assert all(row.rsplit(maxsplit=1)[0] in imagenet_classes() for row in rows)
 
 
 def test_forward_takes_a_picture_weights_and_a_size(examples, capsys, tmp_path):
@@ -80,7 +112,7 @@ def test_forward_draws_a_backbone_without_a_classifier(examples, capsys, tmp_pat
     backbone = Model(pvt_ref.init_params(config, rng_of(3)), config)
     forward = examples("forward")
     monkeypatch.setattr(forward, "get_model", lambda *_: backbone)
-    assert forward.main(["--size", "64", "64"]) == 0
+    assert forward.main(["--variant", "pvt_tiny", "--size", "64", "64"]) == 0
     assert "without a classifier" in capsys.readouterr().out
     assert (tmp_path / "pyramid.png").exists()
 
@@ -89,7 +121,7 @@ def test_forward_explains_what_is_wrong(examples, capsys, tmp_path):
     forward = examples("forward")
     assert forward.main(["nothing.jpg"]) == 2
     assert "nothing.jpg" in capsys.readouterr().err
-    assert forward.main(["--size", "100", "224"]) == 2
+    assert forward.main(["--variant", "pvt_tiny", "--size", "100", "224"]) == 2
     assert "multiples of 32" in capsys.readouterr().err
     assert not (tmp_path / "pyramid.png").exists()
 
@@ -104,7 +136,7 @@ def test_forward_refuses_a_useless_output_before_it_works(examples, capsys, outp
 
 def test_forward_takes_file_names_with_dollar_signs(examples, tmp_path):
     Image.fromarray(rng_of(0).integers(0, 255, (50, 90, 3), np.uint8)).save(tmp_path / "a$^$b.png")
-    assert examples("forward").main(["a$^$b.png", "--size", "32", "32"]) == 0
+    assert examples("forward").main(["a$^$b.png"]) == 0
     assert (tmp_path / "pyramid.png").exists()
 
 

@@ -1,0 +1,199 @@
+"""The two training programs: their data, their options, and what they leave behind."""
+
+import hashlib
+import http.server
+import importlib
+import io
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from strategies import rng_of
+
+import pvt_ref
+from pvt_ref import count_cost
+from pvt_ref.errors import TrainingError
+from pvt_ref.train import Recipe, evaluate, read_metrics
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPTS = ("cifar10_data", "train_cifar10", "train_digits", "training")
+
+
+@pytest.fixture
+def examples(monkeypatch, tmp_path):
+    """Import of a script by name, run in an empty folder."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+    yield importlib.import_module
+    for name in SCRIPTS:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def cifar(examples, monkeypatch, tmp_path):
+    """Files of the real layout with 60 records each, of noise."""
+    data = examples("cifar10_data")
+    monkeypatch.setattr(data, "_RECORDS", 60)
+    folder = tmp_path / "data" / "cifar-10-batches-bin"
+    folder.mkdir(parents=True)
+    for number, name in enumerate((*data.TRAIN_FILES, *data.TEST_FILES)):
+        records = rng_of(number).integers(0, 256, (60, 3073), np.uint8)
+        records[:, 0] %= 10
+        (folder / name).write_bytes(records.tobytes())
+    return data
+
+
+# CIFAR-10's files ---------------------------------------------------------------------------------
+
+
+def test_records_are_read_as_published(cifar, tmp_path):
+    data = cifar.read_cifar10(tmp_path / "data", cifar.TRAIN_FILES)
+    assert data.images.shape == (300, 3, 32, 32)
+    raw = (tmp_path / "data" / "cifar-10-batches-bin" / "data_batch_2.bin").read_bytes()
+    record = raw[3073 : 2 * 3073]
+    assert data.labels[61] == record[0]
+    assert data.images[61, 0, 0, 5] == record[1 + 5]  # red, first row
+    assert data.images[61, 2, 31, 31] == record[-1]  # blue, last row
+    inside = cifar.read_cifar10(tmp_path / "data" / "cifar-10-batches-bin", cifar.TEST_FILES)
+    assert len(inside) == 60
+
+
+def test_files_that_are_missing_cut_off_or_of_another_kind(cifar, tmp_path):
+    folder = tmp_path / "data" / "cifar-10-batches-bin"
+    with pytest.raises(TrainingError, match=r"there is no test_batch\.bin\. .*cifar10_data\.py"):
+        cifar.read_cifar10(tmp_path, cifar.TEST_FILES)
+    path = folder / "test_batch.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(TrainingError, match="has 184,379 bytes; it must have 184,380"):
+        cifar.read_cifar10(folder, cifar.TEST_FILES)
+    path.write_bytes(b"\x0a" + whole[1:])
+    with pytest.raises(TrainingError, match="a label is 10; CIFAR-10 has labels 0 to 9"):
+        cifar.read_cifar10(folder, cifar.TEST_FILES)
+
+
+@pytest.fixture
+def server(cifar, tmp_path):
+    """The archive of those files, on this machine, and its MD5."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        tar.add(tmp_path / "data" / "cifar-10-batches-bin", "cifar-10-batches-bin")
+    content = buffer.getvalue()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/a.tar.gz" else 404)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=httpd.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{httpd.server_address[1]}", hashlib.md5(content).hexdigest()
+    httpd.shutdown()
+    thread.join()
+    httpd.server_close()
+
+
+def test_the_archive_is_fetched_checked_and_unpacked(cifar, server, tmp_path):
+    address, md5 = server
+    place = tmp_path / "new" / "folder"
+    found = cifar.fetch_cifar10(place, f"{address}/a.tar.gz", md5)
+    assert len(cifar.read_cifar10(found, cifar.TRAIN_FILES)) == 300
+    assert {p.name for p in place.iterdir()} == {"cifar-10-batches-bin", "cifar-10-binary.tar.gz"}
+
+
+def test_another_archive_is_refused_and_removed(cifar, server, tmp_path):
+    address, _ = server
+    with pytest.raises(TrainingError, match=f"and should have {cifar.MD5}"):
+        cifar.fetch_cifar10(tmp_path / "new", f"{address}/a.tar.gz")
+    assert list((tmp_path / "new").iterdir()) == []
+    with pytest.raises(TrainingError, match=r"could not be fetched: HTTP Error 404.*unpack it"):
+        cifar.fetch_cifar10(tmp_path / "new", f"{address}/b.tar.gz")
+    with pytest.raises(TrainingError, match="could not be fetched"):
+        cifar.fetch_cifar10(tmp_path / "new", "http://127.0.0.1:9/a.tar.gz")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+# The programs -------------------------------------------------------------------------------------
+
+
+def test_cifar10_from_start_to_end(cifar, examples, monkeypatch, capsys, tmp_path):
+    program = examples("train_cifar10")
+    monkeypatch.setattr(program, "HELD_OUT", 50)
+    arguments = ["--data", "data", "--epochs", "1", "--batch-size", "50", "--warmup-epochs", "0"]
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train_cifar10.py", *arguments])
+    assert program.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "2,594,762 parameters, 250 samples, 1 epochs of 5 steps" in out
+    model = pvt_ref.load(tmp_path / "runs" / "cifar10" / "model.safetensors")
+    training = model.info.training
+    assert training["command"] == " ".join(["python", "examples/train_cifar10.py", *arguments])
+    assert training["test_samples"] == 60
+    loss, accuracy = evaluate(
+        model.params, model.config, cifar.read_cifar10("data", cifar.TEST_FILES)
+    )
+    assert accuracy == training["test_accuracy"]
+    assert program.main(["--data", "data", "--test", "runs/cifar10/model.safetensors"]) == 0
+    assert f"test accuracy {accuracy:.4f}, loss {loss:.4f} (60 images)" in capsys.readouterr().out
+    assert program.main(arguments) == 2
+    assert "holds a training already" in capsys.readouterr().err
+    assert program.main([*arguments, "--resume", "--lr", "1"]) == 2
+    assert "recipe.lr is 0.001 there and 1.0 here" in capsys.readouterr().err
+    assert program.main([*arguments, "--folder", "x", "--lr", "-1"]) == 2
+    assert "lr is -1.0" in capsys.readouterr().err
+
+
+def test_the_held_out_part_and_the_test_set_are_never_learnt_from(cifar, examples, tmp_path):
+    program = examples("train_cifar10")
+    program.HELD_OUT = 50
+    everything = cifar.read_cifar10("data", cifar.TRAIN_FILES)
+    learnt, held_out = program.split(everything)
+    assert len(learnt) == 250
+    assert np.array_equal(np.concatenate([learnt.images, held_out.images]), everything.images)
+
+
+def test_cifar10s_model_is_small_enough(examples):
+    program = examples("train_cifar10")
+    assert count_cost(program.CONFIG).parameters <= 4e6
+    assert pvt_ref.load("cifar10").config.embed_dims == program.CONFIG.embed_dims
+    assert isinstance(program.RECIPE, Recipe)
+
+
+def test_digits_learn_in_a_few_epochs(examples, monkeypatch, capsys, tmp_path):
+    program = examples("train_digits")
+    monkeypatch.setattr(sys, "argv", ["train_digits.py"])
+    assert program.main(["--epochs", "4", "--warmup-epochs", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "389,098 parameters, 1,437 samples, 4 epochs of 22 steps" in out
+    lines = read_metrics(tmp_path / "runs" / "digits" / "metrics.jsonl")
+    losses = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
+    assert losses[-1] < losses[0] < 2.31  # log 10 is chance
+    model = pvt_ref.load(tmp_path / "runs" / "digits" / "model.safetensors")
+    assert model.info.training["held_out_accuracy"] > 0.5
+    assert model.config.num_classes == 10
+
+
+def test_stopped_it_says_how_to_go_on(examples, monkeypatch, capsys):
+    program, training = examples("train_digits"), examples("training")
+    monkeypatch.setattr(sys, "argv", ["examples/train_digits.py", "--seed", "3"])
+    inner = training.fit
+    monkeypatch.setattr(
+        training, "fit", lambda *args, **options: inner(*args, **options, stop_at_step=2)
+    )
+    assert program.main(["--seed", "3"]) == 130
+    out = capsys.readouterr().out
+    assert "Stopped and saved after step 2 of 1320" in out
+    assert "python examples/train_digits.py --seed 3 --resume" in out
+    monkeypatch.setattr(
+        training, "fit", lambda *args, **options: inner(*args, **options, stop_at_step=3)
+    )
+    assert program.main(["--seed", "3", "--resume"]) == 130
+    assert "after step 3" in capsys.readouterr().out

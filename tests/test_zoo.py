@@ -1,0 +1,370 @@
+"""Weights by name: shipped ones as measured, released ones through a server on this machine."""
+
+import hashlib
+import http.server
+import importlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from strategies import normal, random_params
+
+import pvt_ref
+from pvt_ref import VARIANTS, Model, ModelInfo, Preprocessing, PVTConfig, count_cost
+from pvt_ref.checkpoint import load as load_file
+from pvt_ref.errors import (
+    ArrayTypeError,
+    CheckpointError,
+    ConfigError,
+    DownloadError,
+    MissingFileError,
+    RangeError,
+    ShapeError,
+)
+from pvt_ref.imagenet import imagenet_classes
+from pvt_ref.params import named_arrays
+from pvt_ref.train import evaluate
+from pvt_ref.zoo import RELEASED, SHIPPED
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PHOTO = EXAMPLES / "chelsea.jpg"
+
+
+@pytest.fixture
+def digits(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module("train_digits")
+
+
+# Shipped ------------------------------------------------------------------------------------------
+
+
+def test_the_digits_model_is_as_good_as_it_says(digits):
+    model = pvt_ref.load("digits")
+    _, held_out = digits.read_digits()
+    assert len(held_out) == 360
+    assert np.bincount(held_out.labels).min() >= 34  # stratified
+    _, accuracy = evaluate(model.params, model.config, held_out)
+    assert accuracy == model.info.training["held_out_accuracy"] >= 0.98
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_models_say_what_they_are(name):
+    model = pvt_ref.load(name)
+    training = model.info.training
+    assert len(model.classes) == 10
+    assert model.info.title
+    assert f"examples/train_{name}.py" in training["command"]
+    assert {"seed", "epochs", "data", "held_out_accuracy"} <= set(training)
+    assert count_cost(model.config).parameters <= 4e6
+    assert all(x.dtype == np.float32 for _, x in named_arrays(model.params))
+    path = Path(pvt_ref.__file__).parent / "weights" / f"{name}.safetensors"
+    assert path.stat().st_size < 2.1 * count_cost(model.config).parameters + 20_000  # float16
+
+
+def test_cifar10_says_how_good_it_is():
+    """Its accuracy is measured by a command, since its images are not in the repository."""
+    model = pvt_ref.load("cifar10")
+    assert model.classes[3] == "cat"
+    assert model.info.training["test_samples"] == 10_000
+    assert model.info.training["test_accuracy"] >= 0.76
+
+
+# Classes, preprocessing, answers ------------------------------------------------------------------
+
+
+def test_predict_takes_pictures_of_every_kind():
+    model = pvt_ref.load("cifar10")
+    image = Image.open(PHOTO).convert("RGB")
+    kinds = [str(PHOTO), PHOTO, image, np.asarray(image)]
+    prepared = model.preprocess(kinds)
+    assert prepared.shape == (4, 3, 32, 32)
+    assert prepared.dtype == np.float32
+    assert all(np.array_equal(x, prepared[0]) for x in prepared)
+    answers = model.predict(kinds, top=3)
+    assert answers == model.predict(prepared, top=3)  # the same batch: the same bits
+    assert [len(a) for a in answers] == [3] * 4
+    assert model.predict(np.asarray(image)) == model.predict(image) == model.predict([image])
+    stacked = np.stack([np.asarray(image)] * 2)
+    again = model.predict(stacked, top=1)[1][0]
+    assert again.label == answers[0][0].label
+    assert again.probability == pytest.approx(answers[0][0].probability, rel=1e-4)
+
+
+def test_predictions_are_the_softmax_in_order():
+    model = pvt_ref.load("digits")
+    images = normal(3, 5, 1, 32, 32, dtype=np.float32)
+    logits = model(images).astype(np.float64)
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    for row, answer in zip(p, model.predict(images, top=99), strict=True):
+        assert [a.index for a in answer] == np.argsort(-row).tolist()
+        assert [a.probability for a in answer] == pytest.approx(sorted(row, reverse=True))
+        assert math.fsum(a.probability for a in answer) == pytest.approx(1)
+        assert all(a.label == str(a.index) for a in answer)
+
+
+def test_preprocessing_by_hand():
+    grey = Preprocessing("L", (0.25,), (0.5,))
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    x = grey([pixels], 8)
+    assert x.shape == (1, 1, 8, 8)
+    np.testing.assert_allclose(x[0, 0], (pixels / 255 - 0.25) / 0.5, rtol=1e-6, atol=1e-6)
+    colours = np.stack([pixels, pixels // 2, 255 - pixels], axis=-1)
+    rgb = Preprocessing("RGB", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    expected = (colours / 255 - np.array([0.1, 0.2, 0.3])) / np.array([0.4, 0.5, 0.6])
+    np.testing.assert_allclose(
+        rgb(colours, 8)[0], expected.transpose(2, 0, 1), rtol=1e-5, atol=1e-6
+    )
+    default = Preprocessing()([PHOTO], 224)
+    assert np.array_equal(default, pvt_ref.load_image(PHOTO))  # ImageNet's is the released one
+
+
+def test_what_cannot_be_classified_is_refused():
+    model = pvt_ref.load("digits")
+    with pytest.raises(RangeError, match="top is 0"):
+        model.predict([PHOTO], top=0)
+    with pytest.raises(MissingFileError):
+        model.predict(["nowhere.png"])
+    with pytest.raises(ShapeError, match="list of images is empty"):
+        model.predict([])
+    with pytest.raises(ArrayTypeError, match="dtype int64"):
+        model.predict([np.zeros((8, 8), int)])
+    with pytest.raises(ShapeError, match=r"shape \(8, 8, 4\)"):
+        model.predict([np.zeros((8, 8, 4), np.uint8)])
+    backbone = PVTConfig(img_size=32, num_classes=0)
+    bare = Model(random_params(backbone, 0), backbone)
+    with pytest.raises(ConfigError, match="bare backbone"):
+        bare.predict([PHOTO])
+    two = PVTConfig(img_size=32, in_chans=2, num_classes=3)
+    with pytest.raises(ConfigError, match=r"in_chans=2.* 3 channels \(RGB\)"):
+        Model(random_params(two, 0), two).predict([PHOTO])
+    with pytest.raises(ConfigError, match="info names 2 classes"):
+        Model(model.params, model.config, info=ModelInfo(classes=("a", "b")))
+    assert Model(model.params, model.config).classes == tuple("0123456789")
+
+
+def test_imagenet_has_a_thousand_names():
+    names = imagenet_classes()
+    assert len(set(names)) == 1000
+    assert names[0] == "tench"
+    assert names[281] == "tabby"
+    assert names[999] == "toilet tissue"
+
+
+def test_info_is_saved_and_protected(tmp_path):
+    model = pvt_ref.load("digits")
+    info = ModelInfo(title="été", classes=tuple("abcdefghij"), training={"list": [1, {"a": None}]})
+    path = tmp_path / "m.safetensors"
+    pvt_ref.save(path, Model(model.params, model.config, info=info))
+    loaded = pvt_ref.load(path)
+    assert loaded.info.to_dict() == info.to_dict()
+    assert loaded.classes == tuple("abcdefghij")
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'\\"b\\"', b'\\"B\\"', 1))
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        pvt_ref.load(path)
+    fresh = pvt_ref.with_new_head(loaded, 4, np.random.default_rng(0))
+    assert fresh.classes == ("0", "1", "2", "3")
+    assert fresh.info.preprocessing == info.preprocessing
+
+
+def test_half_precision_is_half_the_size(tmp_path):
+    model = pvt_ref.load("digits")
+    half, full = tmp_path / "half.safetensors", tmp_path / "full.safetensors"
+    pvt_ref.save(half, model, dtype="float16")
+    pvt_ref.save(full, model)
+    assert half.stat().st_size < 0.55 * full.stat().st_size
+    for (_, x), (_, y) in zip(
+        named_arrays(pvt_ref.load(half).params), named_arrays(model.params), strict=True
+    ):
+        np.testing.assert_array_equal(x, y)  # these came from float16
+    with pytest.raises(ArrayTypeError, match="dtype is 'int8'"):
+        pvt_ref.save(half, model, dtype="int8")
+    large = Model(pvt_ref.arrays.map_arrays(lambda x: x * 1e5, model.params), model.config)
+    with pytest.raises(CheckpointError, match="beyond 65504"):
+        pvt_ref.save(half, large, dtype="float16")
+    assert pvt_ref.load(half).source  # what was there is still there
+
+
+# Names and paths ----------------------------------------------------------------------------------
+
+
+def test_names_come_before_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("digits").write_bytes(b"not weights")
+    assert pvt_ref.load("digits").classes[7] == "7"
+    with pytest.raises(CheckpointError, match="neither a zip"):
+        pvt_ref.load("./digits")
+    with pytest.raises(CheckpointError, match="neither a zip"):
+        pvt_ref.load(Path("digits"))
+    with pytest.raises(ArrayTypeError, match="brings its own"):
+        pvt_ref.load("digits", VARIANTS["pvt_tiny"])
+    with pytest.raises(ArrayTypeError, match=r"mirror was given with '\./digits'"):
+        pvt_ref.load("./digits", mirror="http://localhost")
+    with pytest.raises(ArrayTypeError, match="mirror is 'localhost'"):
+        pvt_ref.load("pvt_tiny", mirror="localhost")
+    with pytest.raises(MissingFileError):
+        pvt_ref.load("digit")
+
+
+# Released -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A file as the Hub has it, with random weights."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import transformers
+    folder = tmp_path_factory.mktemp("hub")
+    transformers.PvtForImageClassification(transformers.PvtConfig(num_labels=1000)).save_pretrained(
+        folder
+    )
+    return folder / "model.safetensors"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub as a download needs: one file, its checksum, its commit."""
+
+    protocol_version = "HTTP/1.1"
+    content, seen = b"", []
+
+    def do_HEAD(self):
+        self.seen.append((self.command, self.path))
+        found = self.path == f"/{RELEASED['pvt_tiny']}/resolve/main/model.safetensors"
+        self.send_response(200 if found else 404)
+        self.send_header("Content-Length", str(len(self.content) if found else 0))
+        self.send_header("ETag", f'"{hashlib.sha256(self.content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.end_headers()
+        return found
+
+    def do_GET(self):
+        if self.do_HEAD():
+            self.wfile.write(self.content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(released):
+    Hub.content, Hub.seen = released.read_bytes(), []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def in_a_process(code: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
+    """The Hub's client reads its settings once, when it is imported: so a process of its own."""
+    settings = {
+        **os.environ,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PVT_REF_WEIGHTS": str(tmp_path / "weights"),
+        "NO_PROXY": "127.0.0.1",
+        **environment,
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=settings,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_released_weights_are_fetched_once_and_kept(hub, released, tmp_path):
+    code = f"""
+import pvt_ref
+model = pvt_ref.load("pvt_tiny", mirror={hub!r})
+print(model.source)
+print(model.config.norm_eps, model.config.projection_norm_eps, model.classes[1])
+print(float(model.params.head.weight.sum()))
+"""
+    for _ in range(2):
+        done = in_a_process(code, tmp_path)
+        assert done.returncode == 0, done.stderr
+        _, numbers, total = done.stdout.splitlines()
+        assert numbers == "1e-06 1e-05 goldfish"
+        expected = load_file(released).params.head.weight.sum()
+        assert float(total) == pytest.approx(float(expected))
+    assert [method for method, _ in Hub.seen].count("GET") == 1
+
+
+def test_the_clients_own_setting_for_a_mirror_works(hub, tmp_path):
+    code = "import pvt_ref; print(pvt_ref.load('pvt_tiny').config.depths)"
+    done = in_a_process(code, tmp_path, HF_ENDPOINT=hub)
+    assert done.stdout == "(2, 2, 2, 2)\n", done.stderr
+
+
+def test_without_a_network_one_message_says_what_to_do(tmp_path):
+    code = """
+import pvt_ref
+try:
+    pvt_ref.load("pvt_small")
+except pvt_ref.errors.DownloadError as error:
+    print(error)
+"""
+    done = in_a_process(code, tmp_path, HF_HUB_OFFLINE="1")
+    assert done.stderr == ""
+    place = re.escape(str(tmp_path / "weights" / "pvt_small.pth"))
+    assert re.search(rf"download https://github.com/\S+/pvt_small\.pth to {place}", done.stdout)
+    assert "Zetatech/pvt-small-224/resolve/main/model.safetensors" in done.stdout
+
+
+def test_a_server_without_the_file_is_named(hub, tmp_path):
+    code = f"""
+import pvt_ref
+try:
+    pvt_ref.load("pvt_small", mirror={hub!r})
+except pvt_ref.errors.DownloadError as error:
+    print(error)
+"""
+    done = in_a_process(code, tmp_path)
+    assert f"{hub} did not give it" in done.stdout, done.stderr
+    assert "By hand:" in done.stdout
+
+
+def test_what_was_put_there_by_hand_is_found(released, tmp_path, monkeypatch):
+    monkeypatch.setenv("PVT_REF_WEIGHTS", str(tmp_path))
+    (tmp_path / "pvt_tiny.safetensors").write_bytes(released.read_bytes())
+    model = pvt_ref.load("pvt_tiny")
+    assert model.config == VARIANTS["pvt_tiny"]
+    assert model.classes == imagenet_classes()
+    ported = pvt_ref.load("pvt_tiny", eps=1e-6)
+    assert ported.config.projection_norm_eps == 1e-6
+
+
+def test_without_the_hubs_client_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setenv("PVT_REF_WEIGHTS", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(DownloadError, match=r"pip install 'pvt_ref\[hub\]'.*By hand"):
+        pvt_ref.load("pvt_tiny")
+    with pytest.raises(DownloadError, match="were not released"):
+        pvt_ref.load("pvt_huge_v2")
+
+
+def test_info_of_other_files():
+    with pytest.raises(ConfigError, match="classes are 'abc'"):
+        ModelInfo(classes="abc")
+    with pytest.raises(ConfigError, match="preprocessing is a str"):
+        ModelInfo(preprocessing="RGB")
+    with pytest.raises(ConfigError, match="training a mapping"):
+        ModelInfo(training=3)
+    assert json.loads(json.dumps(ModelInfo().to_dict())) == ModelInfo().to_dict()
