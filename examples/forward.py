@@ -12,6 +12,7 @@ pyramid.png: the photo, the four feature maps, and where one query looks at ever
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -19,7 +20,7 @@ matplotlib.use("Agg")  # a file is written, no window opened
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import SubFigure
+from matplotlib.figure import FigureBase
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
@@ -166,8 +167,7 @@ def draw(model: Model, name: str, images: NDArray, path: Path, digits: bool) -> 
     H, W = images.shape[2:]
     height = 2 * (2.7 * H / W) + 2.8  # two rows of pictures, and the text around them
     figure = plt.figure(figsize=(14, height + 2.2 * digits), layout="constrained")
-    parts = figure.subfigures(1 + digits, 1, height_ratios=[height, 2.2][: 1 + digits])
-    parts = np.atleast_1d(parts)
+    parts: Any = figure.subfigures(2, 1, height_ratios=[height, 2.2]) if digits else [figure]
     draw_pyramid(parts[0], model, name, images)
     if digits:
         draw_digits(parts[1])
@@ -175,7 +175,7 @@ def draw(model: Model, name: str, images: NDArray, path: Path, digits: bool) -> 
     plt.close(figure)
 
 
-def draw_digits(figure: SubFigure) -> None:
+def draw_digits(figure: FigureBase) -> None:
     """Ten digits and what the model for digits takes them for."""
     model = pvt_ref.load("digits")
     pixels, labels = read_ten_digits()
@@ -196,7 +196,7 @@ def draw_digits(figure: SubFigure) -> None:
     )
 
 
-def draw_pyramid(figure: SubFigure, model: Model, name: str, images: NDArray) -> None:
+def draw_pyramid(figure: FigureBase, model: Model, name: str, images: NDArray) -> None:
     """The photo with its likeliest classes, its feature maps, and where one query looks."""
     config: PVTConfig = model.config
     H, W = images.shape[2:]

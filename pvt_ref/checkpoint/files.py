@@ -38,6 +38,7 @@ from pvt_ref.errors import (
 )
 from pvt_ref.face import Model
 from pvt_ref.imagenet import released_info
+from pvt_ref.info import UNKNOWN
 from pvt_ref.params import from_state_dict, to_state_dict
 
 _SUFFIX = ".safetensors"
@@ -131,7 +132,9 @@ def _load(
     halves = " and ".join(sorted({dtype_name(x) for x in state.values()} & _HALVES))
     made = f", {halves} made float32" if halves and params.pos_embed1.itemsize == 4 else ""
     source = f"{layout.name}{under}, {describe(used)}{made}; {_describe_eps(used, by_default)}"
-    return Model(params, used, source, info or released_info(used))
+    if info is None:
+        info = UNKNOWN if stored else released_info(used)
+    return Model(params, used, source, info)
 
 
 def _check_same_model(config: PVTConfig, stored: PVTConfig) -> None:
@@ -277,7 +280,7 @@ def save(path: str | os.PathLike[str], model: Model, dtype: str | None = None) -
     state = to_state_dict(to_numpy(model.params))
     if dtype is not None:
         state = _narrow(path, state, dtype)
-    data = to_bytes(state, model.config, model.info)
+    data = to_bytes(state, model.config, None if model.info == UNKNOWN else model.info)
     try:
         write_whole(Path(os.path.realpath(path)), data)  # through a link, which stays a link
     except OSError as error:
