@@ -1,6 +1,7 @@
 """The README's code runs as it stands, and what its comments promise is so."""
 
 import re
+import tempfile
 from pathlib import Path
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -16,6 +17,17 @@ def test_the_code_in_the_readme_runs(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[:2] == ["(64, 64)", "(2, 1, 3136, 49)"]
     assert any("13,229,288" in line for line in printed)
+
+
+def test_the_code_on_the_training_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    page = Path(__file__).parents[1] / "docs" / "training.md"
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL):
+        exec(code, names)
+    assert names["losses"][-1] < 0.7 * names["losses"][0]
+    assert names["run"].finished
+    assert capsys.readouterr().out.splitlines()[1].split()[0] == "True"
 
 
 def test_the_agreement_in_the_readme_is_that_of_the_full_table():

@@ -53,6 +53,28 @@ def test_a_hundred_steps_are_pytorchs(chance):
     assert min(moved) > 0.01  # a training in which nothing happens would agree too
 
 
+@pytest.mark.gpu
+def test_steps_on_a_gpu_are_those_on_the_host(cupy):
+    """The same functions on CuPy arrays; batches and masks are drawn on the host, alike."""
+    state = start_training(init_params(CONFIG, rng_of(3), np.float64), len(DATA), seed=1)
+    there = start_training(pvt_ref.to_device(state.params), len(DATA), seed=1)
+    end, ours = our_losses(state, DATA, CONFIG, RECIPE, 12)
+    end_there, theirs = our_losses(there, DATA, CONFIG, RECIPE, 12)
+    np.testing.assert_allclose(theirs, ours, rtol=1e-9)
+    for tree, other in ((end.params, end_there.params), (end.average, end_there.average)):
+        host = to_state_dict(pvt_ref.to_numpy(other))
+        for key, x in to_state_dict(tree).items():
+            np.testing.assert_allclose(host[key], x, rtol=0, atol=1e-8, err_msg=key)
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_is_resumed_with_the_same_bits(cupy, tmp_path):
+    fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path / "whole", device="cuda")
+    fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path / "cut", device="cuda", stop_at_step=6)
+    fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path / "cut", device="cuda", resume=True)
+    assert fingerprint(saved(tmp_path / "cut")) == fingerprint(saved(tmp_path / "whole"))
+
+
 # Learning -----------------------------------------------------------------------------------------
 
 

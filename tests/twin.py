@@ -65,8 +65,9 @@ def twin_losses(
         epoch, index = divmod(step, per_epoch)
         if index == 0:
             order = rng.permutation(len(data))
-        rate = config.drop_path_rate * min(1.0, epoch / max(recipe.drop_path_ramp_epochs, 1))
-        of_epoch = dataclasses.replace(config, drop_path_rate=rate)
+        ramp = recipe.drop_path_ramp_epochs
+        share = min(1.0, epoch / ramp) if ramp else 1.0
+        of_epoch = dataclasses.replace(config, drop_path_rate=share * config.drop_path_rate)
         chosen = order[index * recipe.batch_size : (index + 1) * recipe.batch_size]
         optimizer.zero_grad()
         total_loss = 0.0

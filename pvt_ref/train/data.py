@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pvt_ref.arrays import Array, array_module, to_numpy
+from pvt_ref.arrays import Array, from_host, to_numpy
 from pvt_ref.config import PVTConfig
 from pvt_ref.errors import TrainingError
 from pvt_ref.info import Preprocessing
@@ -88,7 +88,7 @@ def evaluate(
         chosen = slice(start, start + batch_size)
         logits = forward(params, data.batch(chosen, params.pos_embed1), config)
         labels = data.labels[chosen]
-        on_device = array_module(logits).asarray(labels)
-        loss += float(cross_entropy(logits, on_device, reduction="sum")[0])
+        targets = from_host(labels.astype(np.int64), like=logits)
+        loss += float(cross_entropy(logits, targets, reduction="sum")[0])
         hits += int(np.sum(to_numpy(logits).argmax(axis=1) == labels))
     return loss / len(data), hits / len(data)
