@@ -62,10 +62,9 @@ def run(
         console=Console(),
     )
     if not done.finished:
-        resume = "" if args.resume else " --resume"
         print(
             f"Stopped and saved after step {done.state.step} of {recipe.epochs * steps}. To go "
-            f"on:\n\n    {_command()}{resume}"
+            f"on:\n\n    {_command()} --resume"
         )
     return done
 
@@ -96,10 +95,11 @@ def finish(
     rounded = pvt_ref.load(path)
     training = {
         **about,
-        "command": _command().removesuffix(" --resume"),
+        "command": _command(),
         "seed": args.seed,
         "epochs": args.epochs,
         "steps": done.state.step,
+        "samples": len(done.state.order),
         "held_out_samples": len(held_out),
         "held_out_accuracy": evaluate(rounded.params, rounded.config, held_out)[1],
     }
@@ -121,5 +121,6 @@ def finish(
 
 
 def _command() -> str:
-    """The command line, with the program's path as in the repository."""
-    return shlex.join(["python", f"examples/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    """The command line without --resume, with the program's path as in the repository."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
+    return shlex.join(["python", f"examples/{Path(sys.argv[0]).name}", *arguments])

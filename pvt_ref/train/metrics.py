@@ -100,4 +100,6 @@ def draw_curves(metrics: str | os.PathLike[str], picture: str | os.PathLike[str]
             f"accuracy (held out, best: {best['held_out_accuracy']:.4f} in epoch {best['epoch']})"
         )
     loss.legend()
-    figure.savefig(picture, dpi=120)
+    # without a date in it, the same run gives the same SVG
+    undated = {"metadata": {"Date": None}} if str(picture).endswith(".svg") else {}
+    figure.savefig(picture, dpi=120, **undated)

@@ -1,0 +1,82 @@
+"""Keeps what finished trainings were: their command, their log and their curves, in docs/results/.
+
+    python benchmarks/training.py runs/digits runs/cifar10
+
+Reads each run's model.safetensors and metrics.jsonl, writes training.md, and for each run the log
+of its epochs as JSON lines and its curves as SVG. Nothing is trained or measured here.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+import pvt_ref
+from pvt_ref.train import draw_curves, read_metrics
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+
+HEADING = """# Trainings
+
+What `examples/train_digits.py` and `examples/train_cifar10.py` came to, written by
+`python benchmarks/training.py` from the files of the runs. How a training works is told in
+[training](../training.md). The weights are those in the package: `pvt_ref.load("digits")`,
+`pvt_ref.load("cifar10")`, in half precision, and measured as such.
+
+On the same machine with the same NumPy and the same number of threads, a command gives the same
+weights, bit by bit. Elsewhere the last digits differ, and with them, after some hundred steps, the
+rest.
+"""
+
+
+def keep(folder: Path) -> str:
+    """Copies one run's log and curves, and returns its section of the page."""
+    name = folder.name
+    model = pvt_ref.load(folder / "model.safetensors")
+    epochs = [
+        line for line in read_metrics(folder / "metrics.jsonl") if "held_out_accuracy" in line
+    ]
+    log = RESULTS / f"training_{name}.jsonl"
+    log.write_text("".join(json.dumps(line) + "\n" for line in epochs))
+    matplotlib.rcParams.update({"svg.hashsalt": "pvt_ref", "font.size": 9})
+    draw_curves(log, RESULTS / f"training_{name}.svg")
+    cost = pvt_ref.count_cost(model.config)
+    seconds = sum(
+        model.info.training["samples"] / line["images_per_second"] for line in epochs
+    )  # the epochs' evaluation is not in it
+    rows = {
+        "parameters": f"{cost.parameters:,}",
+        "MACs an image": f"{cost.macs / 1e6:.1f} M",
+        **{
+            key.replace("_", " "): f"{value:.4f}" if isinstance(value, float) else f"{value}"
+            for key, value in model.info.training.items()
+            if key != "command"
+        },
+        "time in steps, about": f"{seconds / 60:.0f} minutes",
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"""
+## {model.info.title}
+
+```sh
+{model.info.training["command"]}
+```
+
+| | |
+| --- | --- |
+{table}
+
+![Loss and accuracy by epoch](training_{name}.svg)
+
+Every epoch is in [training_{name}.jsonl](training_{name}.jsonl).
+"""
+
+
+def main(folders: list[str]) -> None:
+    sections = [keep(Path(folder)) for folder in folders]
+    (RESULTS / "training.md").write_text(HEADING + "".join(sections))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
