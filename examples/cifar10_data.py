@@ -7,11 +7,15 @@ record is one byte, the label, and 3,072 bytes: red, green and blue planes of 32
 """
 
 import argparse
+import contextlib
 import hashlib
 import sys
 import tarfile
 import urllib.request
+import zlib
+from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.progress import Progress
@@ -77,7 +81,7 @@ def _read_file(path: Path) -> np.ndarray:
 
 
 def fetch_cifar10(folder: str | Path, url: str = URL, md5: str = MD5) -> Path:
-    """Downloads the archive, compares its checksum, and unpacks it.
+    """Downloads the archive unless it is there, compares its checksum, and unpacks it.
 
     What was downloaded only in part, or differs from the checksum, is removed.
 
@@ -104,18 +108,33 @@ def fetch_cifar10(folder: str | Path, url: str = URL, md5: str = MD5) -> Path:
                     f"was cut off or altered. Try again, or fetch it by hand. {HOW_TO_GET_IT}"
                 )
             partial.rename(archive)
+        with archive.open("rb") as file:
+            found = hashlib.file_digest(file, _md5).hexdigest()
+        if found != md5:
+            raise TrainingError(
+                f"{archive} has the MD5 {found}, and should have {md5}: it was cut off or "
+                f"altered. Delete it and try again. {HOW_TO_GET_IT}"
+            )
         with tarfile.open(archive) as tar:
             tar.extractall(place, filter="data")
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, HTTPException, tarfile.TarError) as error:
+        if isinstance(error, PVTError):
+            raise
         raise TrainingError(f"{url} could not be fetched: {error}. {HOW_TO_GET_IT}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
     return place / "cifar-10-batches-bin"
+
+
+def _md5() -> Any:
+    """MD5 against accidents, as the data set's page gives it; nobody relies on it for safety."""
+    return hashlib.md5(usedforsecurity=False)
 
 
 def _download(url: str, path: Path) -> str:
     """Writes what is at url, with a progress bar, and returns its MD5."""
-    md5 = hashlib.md5(usedforsecurity=False)
+    md5 = _md5()
     with urllib.request.urlopen(url, timeout=60) as answer, path.open("wb") as file:
         length = answer.headers.get("Content-Length")
         with Progress() as progress:

@@ -11,6 +11,7 @@ pyramid.png: the photo, the four feature maps, and where one query looks at ever
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,7 @@ def main(argv: list[str] | None = None) -> int:
         if "RANDOM" in model.source:
             print("The weights are random, so the classes mean nothing. The arithmetic is real.")
         plain = not (args.image or args.weights or args.variant)
+        plain = plain and find_spec("sklearn") is not None  # the digits come with it
         draw(model, name, images, Path(args.output), digits=plain)
         print(f"\nwritten: {args.output}")
     except (PVTError, OSError) as error:

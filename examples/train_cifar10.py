@@ -1,7 +1,7 @@
 """A PVT for 32x32 pixels learns CIFAR-10 with the package's own gradients, on a CPU or on CUDA.
 
     python examples/train_cifar10.py --data DIR               DIR holds the binary version
-    python examples/train_cifar10.py --data DIR --resume      goes on after Ctrl-C, or a power cut
+    python examples/train_cifar10.py --data DIR --resume      goes on after Ctrl-C or a crash
     python examples/train_cifar10.py --data DIR --test FILE   accuracy of a model on the test set
 
 Of the 50,000 training images 5,000 are held out, and the epoch that does best on them is kept. The
@@ -9,6 +9,7 @@ test set is looked at once, at the end. Where the data come from: see examples/c
 """
 
 import argparse
+import dataclasses
 import sys
 
 from cifar10_data import CLASSES, HOW_TO_GET_IT, TEST_FILES, TRAIN_FILES, read_cifar10
@@ -65,7 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.test:
             model = pvt_ref.load(args.test)
             test = read_cifar10(args.data, TEST_FILES)
-            loss, accuracy = evaluate(model.params, model.config, test)
+            prepared = dataclasses.replace(test, preprocessing=model.info.preprocessing)
+            loss, accuracy = evaluate(model.params, model.config, prepared)
             print(
                 f"{args.test}: test accuracy {accuracy:.4f}, loss {loss:.4f} ({len(test):,} images)"
             )

@@ -4,8 +4,8 @@
     python examples/train_digits.py --resume     goes on after Ctrl-C
 
 The data come with scikit-learn: 1,797 digits of 8x8 pixels in 17 levels of grey, by 43 people (the
-test part of Alpaydin and Kaynak's set in the UCI repository). They are enlarged to 32x32. Every
-fifth of a class is held out, chosen once for all.
+test part of Alpaydin and Kaynak's set in the UCI repository). They are enlarged to 32x32. A fifth
+of each class, drawn at random once for all, is held out.
 """
 
 import argparse

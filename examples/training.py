@@ -12,6 +12,7 @@ from rich.console import Console
 
 import pvt_ref
 from pvt_ref import Model, ModelInfo, PVTConfig
+from pvt_ref.arrays import map_arrays
 from pvt_ref.train import LabelledImages, Recipe, Run, evaluate, fit
 
 
@@ -27,8 +28,12 @@ def add_run_arguments(parser: argparse.ArgumentParser, recipe: Recipe, folder: s
         if isinstance(default, bool):
             group.add_argument(option, action=argparse.BooleanOptionalAction, default=default)
         else:
-            kind = float if default is None else type(default)
+            kind = type(default) if field.name != "clip_norm" else _number_or_none
             group.add_argument(option, type=kind, default=default, help=f"default {default}")
+
+
+def _number_or_none(text: str) -> float | None:
+    return None if text == "none" else float(text)
 
 
 def recipe_from(args: argparse.Namespace) -> Recipe:
@@ -50,17 +55,21 @@ def run(
     print(
         f"{parameters:,} parameters, {len(data):,} samples, {recipe.epochs} epochs of {steps} steps"
     )
-    done = fit(
-        config,
-        recipe,
-        data,
-        held_out,
-        args.folder,
-        info=info,
-        resume=args.resume,
-        device=args.device,
-        console=Console(),
-    )
+    try:
+        done = fit(
+            config,
+            recipe,
+            data,
+            held_out,
+            args.folder,
+            info=info,
+            resume=args.resume,
+            device=args.device,
+            console=Console(),
+        )
+    except KeyboardInterrupt:  # the second one, in the middle of a step
+        print(f"Interrupted. To go on from what was saved last:\n\n    {_command()} --resume")
+        raise SystemExit(130) from None
     if not done.finished:
         print(
             f"Stopped and saved after step {done.state.step} of {recipe.epochs * steps}. To go "
@@ -91,30 +100,33 @@ def finish(
         The file, model.safetensors in the folder of the run.
     """
     path = done.folder / "model.safetensors"
-    pvt_ref.save(path, model, dtype="float16")
-    rounded = pvt_ref.load(path)
-    training = {
-        **about,
-        "command": _command(),
-        "seed": args.seed,
-        "epochs": args.epochs,
-        "steps": done.state.step,
-        "samples": len(done.state.order),
-        "held_out_samples": len(held_out),
-        "held_out_accuracy": evaluate(rounded.params, rounded.config, held_out)[1],
-    }
-    if test is not None:
-        training["test_samples"] = len(test)
-        training["test_accuracy"] = evaluate(rounded.params, rounded.config, test)[1]
-    training |= {
-        "pvt_ref": pvt_ref.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "device": args.device,
-    }
-    info = dataclasses.replace(model.info, training=training)
-    pvt_ref.save(path, Model(model.params, model.config, info=info), dtype="float16")
-    for name, value in training.items():
+    if path.exists():  # resumed after the end: what was measured once stays
+        model = pvt_ref.load(path)
+    else:
+        rounded = map_arrays(lambda w: w.astype(np.float16).astype(np.float32), model.params)
+        training = {
+            **about,
+            "command": _command(),
+            "seed": args.seed,
+            "epochs": args.epochs,
+            "steps": done.state.step,
+            "samples": len(done.state.order),
+            "held_out_samples": len(held_out),
+            "held_out_accuracy": evaluate(rounded, model.config, held_out)[1],
+        }
+        if test is not None:
+            training["test_samples"] = len(test)
+            training["test_accuracy"] = evaluate(rounded, model.config, test)[1]
+        training |= {
+            "pvt_ref": pvt_ref.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+            "device": args.device,
+        }
+        info = dataclasses.replace(model.info, training=training)
+        model = Model(rounded, model.config, info=info)
+        pvt_ref.save(path, model, dtype="float16")
+    for name, value in model.info.training.items():
         print(f"{name:>18}: {value}")
     print(f"written: {path} ({path.stat().st_size:,} bytes)")
     return path

@@ -19,6 +19,9 @@ from pvt_ref.ops import Ops
 from pvt_ref.params import PVTParams, check_rng, named_arrays
 from pvt_ref.tables import format_cost
 
+#: Images that go through the network together in :meth:`Model.predict`, for memory's sake.
+_PREDICTED_AT_ONCE = 64
+
 
 class Prediction(NamedTuple):
     """One answer of :meth:`Model.predict`."""
@@ -114,9 +117,13 @@ class Model:
         if not is_whole(top) or top < 1:
             raise RangeError(f"top is {top!r}; it must be a whole number, at least 1")
         check_has_classifier(self.config)
-        prepared = is_array(images) and dtype_name(images).startswith(("float", "bfloat"))
-        logits = to_numpy(self(images if prepared else self.preprocess(images)))
-        logits = logits.astype(np.float64)  # (B, K)
+        if not (is_array(images) and dtype_name(images).startswith(("float", "bfloat"))):
+            images = self.preprocess(images)
+        parts = [
+            to_numpy(self(images[start : start + _PREDICTED_AT_ONCE]))
+            for start in range(0, max(len(images), 1), _PREDICTED_AT_ONCE)
+        ]
+        logits = np.concatenate(parts).astype(np.float64)  # (B, K)
         p = np.exp(logits - logits.max(axis=1, keepdims=True))
         p /= p.sum(axis=1, keepdims=True)
         best = np.argsort(-p, axis=1, kind="stable")[:, :top]  # (B, top)

@@ -3,11 +3,11 @@
 Weights alone answer with an index, and only if the pixels were prepared as in their training.
 """
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from numbers import Real
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -127,21 +127,22 @@ class ModelInfo:
     title: str = ""
     classes: tuple[str, ...] = ()
     preprocessing: Preprocessing = Preprocessing()
-    training: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        names = self.classes
-        if isinstance(names, str) or not all(isinstance(c, str) for c in names):
-            raise ConfigError(f"classes are {names!r}; they must be a list of names")
-        if not isinstance(self.title, str) or not isinstance(self.training, Mapping):
-            raise ConfigError("title must be a text and training a mapping of plain values")
+        given = self.classes
+        names = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else None
+        if names is None or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"classes are {given!r}; they must be a list of names")
+        if not isinstance(self.title, str):
+            raise ConfigError(f"title is a {type(self.title).__name__}; it must be a text")
         if not isinstance(self.preprocessing, Preprocessing):
             raise ConfigError(
                 f"preprocessing is a {type(self.preprocessing).__name__}; it must be a "
                 f"pvt_ref.Preprocessing"
             )
-        object.__setattr__(self, "classes", tuple(names))
-        object.__setattr__(self, "training", MappingProxyType(dict(self.training)))
+        object.__setattr__(self, "classes", names)
+        object.__setattr__(self, "training", _as_json(self.training))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by field name, fit for JSON; :meth:`from_dict` reads them."""
@@ -152,13 +153,26 @@ class ModelInfo:
                 name: list(value) if isinstance(value, tuple) else value
                 for name, value in asdict(self.preprocessing).items()
             },
-            "training": dict(self.training),
+            "training": _as_json(self.training),
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelInfo":
         """The inverse of :meth:`to_dict`."""
         return cls(**{**values, "preprocessing": Preprocessing(**values["preprocessing"])})
+
+
+def _as_json(training: Any) -> dict[str, Any]:
+    """A copy as a file would give it back; refused now rather than when it is saved."""
+    if not isinstance(training, Mapping):
+        raise ConfigError(f"training is a {type(training).__name__}; it must be a mapping")
+    try:
+        return json.loads(json.dumps(dict(training), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"training holds what JSON does not ({error}); it must hold texts, finite numbers, "
+            f"truth values, lists and mappings. float(x) makes a plain number of NumPy's"
+        ) from error
 
 
 #: Of weights of which nothing is known: ImageNet's preprocessing, and no class names.

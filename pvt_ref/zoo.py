@@ -63,8 +63,8 @@ def load(
         The model, with class names and preprocessing in its ``info`` if they are known.
 
     Raises:
-        DownloadError: if it has to be fetched and cannot be; the message says what to download by
-            hand, and where to put it.
+        DownloadError: if it has to be fetched and cannot be (which takes half a minute of trying);
+            the message says what to download by hand, and where to put it.
         MissingFileError, CheckpointError, ArrayTypeError, ConfigError: see
             :func:`pvt_ref.checkpoint.load`.
     """
@@ -77,7 +77,9 @@ def load(
             )
         if known in SHIPPED:
             return load_file(Path(__file__).with_name("weights") / f"{known}.safetensors", eps=eps)
-        return load_file(_find(known, mirror), VARIANTS[known], eps or _AUTHORS_EPS)
+        return load_file(
+            _find(known, mirror), VARIANTS[known], _AUTHORS_EPS if eps is None else eps
+        )
     if mirror is not None:
         raise ArrayTypeError(
             f"mirror was given with {name!r}, which is not fetched. Known names are "
@@ -111,7 +113,7 @@ def _find(name: str, mirror: str | None) -> Path:
                 f"file on this machine: pvt_ref.load('path/to/file')"
             )
     try:
-        import huggingface_hub
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
     except ImportError as error:
         raise DownloadError(
             f"{name}: fetching it needs the package huggingface_hub: pip install 'pvt_ref[hub]' "
@@ -122,7 +124,10 @@ def _find(name: str, mirror: str | None) -> Path:
     level = log.level
     log.setLevel(logging.ERROR)  # it reports every retry; the end is told below, once
     try:
-        return Path(huggingface_hub.hf_hub_download(RELEASED[name], _FILE, **options))
+        kept = try_to_load_from_cache(RELEASED[name], _FILE)  # without asking the network
+        if isinstance(kept, str):
+            return Path(kept)
+        return Path(hf_hub_download(RELEASED[name], _FILE, **options))
     except Exception as error:  # many kinds, of several libraries: all mean that it is not here
         reason = " ".join(str(error).split())[:300]
         raise DownloadError(

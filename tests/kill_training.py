@@ -4,7 +4,7 @@
 
 A child process trains; the parent ends it with SIGKILL after a random time and starts the next one
 with resume. After every kill what was saved must load. In the end weights, moments, averages,
-generator and metrics must be those of a run that nobody touched. With --limit-bytes, the file
+generator and metrics must be those of a run that nobody touched. With --full-disk, the file
 system refuses larger files instead (as a full disk does), and what was saved before must be whole.
 
 Children are forked, so that a round costs no start of Python; this needs a POSIX system.
@@ -34,7 +34,7 @@ from pvt_ref.train.loop import BEST, STATE
 from pvt_ref.train.saved import describe_run
 from pvt_ref.train.step import TrainState
 
-RUN = describe_run(CONFIG, RECIPE, DATA)
+RUN = describe_run(CONFIG, RECIPE, DATA, HELD_OUT)
 
 
 def train(folder: Path, resume: bool) -> None:
@@ -114,6 +114,7 @@ def kill_many_times(rounds: int, seed: int) -> int:
             train(folder, resume=begun)
         assert fingerprint(saved(folder)) == expected, "the bits differ"
         assert what_counts(folder) == what_counts(undisturbed), "the metrics differ"
+        assert not list(folder.glob(".*")), "something half-written was left behind"
         best = [(Path(f) / BEST).read_bytes() for f in (folder, undisturbed)]
         assert best[0] == best[1], "the best weights differ"
     return killed

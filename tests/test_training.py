@@ -2,11 +2,10 @@
 
 import dataclasses
 import gc
-import importlib.util
 import json
+import math
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -24,13 +23,23 @@ from twin import our_losses, twin_losses
 
 import pvt_ref
 from pvt_ref import ModelInfo, init_params, to_state_dict
-from pvt_ref.errors import CheckpointError, DeviceError, MissingFileError, TrainingError
+from pvt_ref.errors import (
+    CheckpointError,
+    ConfigError,
+    DeviceError,
+    MissingFileError,
+    RangeError,
+    ShapeError,
+    TrainingError,
+)
 from pvt_ref.params import map_named
-from pvt_ref.train import fit, read_metrics, start_training, train_step
+from pvt_ref.train import fit, load_state, read_metrics, start_training, train_step
 from pvt_ref.train.loop import BEST, CURVES, STATE
+from pvt_ref.train.saved import describe_run
 
 HERE = Path(__file__).parent
 LAST = RECIPE.epochs * 4
+OTHER = dataclasses.replace(CONFIG, depths=(1, 1, 1, 1))
 
 
 # Beside PyTorch -----------------------------------------------------------------------------------
@@ -107,10 +116,11 @@ def test_memory_does_not_grow():
         if step % 100 == 0:
             gc.collect()
             pages = int(Path("/proc/self/statm").read_text().split()[1])
-            resident.append(pages * resource.getpagesize())
+            resident.append(pages * os.sysconf("SC_PAGESIZE"))
             objects.append(len(gc.get_objects()))
-    assert resident[-1] - resident[0] < 3e6, resident
-    assert objects[-1] - objects[0] < 500, objects
+    # the first steps fill pools and caches
+    assert resident[-1] - resident[2] < 2e6, resident
+    assert objects[-1] - objects[2] < 500, objects
 
 
 # Stopping and going on ----------------------------------------------------------------------------
@@ -279,17 +289,72 @@ def test_another_run_is_not_continued(undisturbed):
         fit(config, recipe, DATA, HELD_OUT, undisturbed, resume=True)
     with pytest.raises(TrainingError, match=r"data\.sha256"):
         fit(CONFIG, RECIPE, stripes(27, 9), HELD_OUT, undisturbed, resume=True)
+    with pytest.raises(TrainingError, match=r"held_out\.sha256"):
+        fit(CONFIG, RECIPE, DATA, stripes(9, 9), undisturbed, resume=True)
 
 
 def test_labels_out_of_range_and_other_devices(tmp_path):
     wrong = pvt_ref.train.LabelledImages(DATA.images, DATA.labels + 1, DATA.preprocessing)
     with pytest.raises(TrainingError, match="held out: labels run from 1 to 3"):
         fit(CONFIG, RECIPE, DATA, wrong, tmp_path / "run")
-    with pytest.raises(DeviceError, match="device is 'tpu'"):
-        fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path / "run", device="tpu")
+    for device in ("tpu", "cuda:1"):
+        with pytest.raises(DeviceError, match=f"device is '{device}'"):
+            fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path / "run", device=device)
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainingError, match="cannot be made"):
         fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"info": ModelInfo(classes=("a", "b"))}, ConfigError, "info names 2 classes"),
+        ({"first": random_params(OTHER, 0)}, ShapeError, "do not belong to this config"),
+        ({"log_steps": 0}, RangeError, "log_steps is 0"),
+        ({"save_seconds": math.nan}, RangeError, "save_seconds is nan"),
+        ({"stop_at_step": -1}, RangeError, "stop_at_step is -1"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(options, kind, message, tmp_path):
+    with pytest.raises(kind, match=message):
+        fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_backbone_and_unlike_preparations_are_refused(tmp_path):
+    backbone = dataclasses.replace(CONFIG, num_classes=0)
+    with pytest.raises(ConfigError, match="bare backbone"):
+        fit(backbone, RECIPE, DATA, HELD_OUT, tmp_path)
+    other = dataclasses.replace(HELD_OUT, preprocessing=pvt_ref.Preprocessing("L", (0.1,), (1,)))
+    with pytest.raises(TrainingError, match="prepared alike"):
+        fit(CONFIG, RECIPE, DATA, other, tmp_path)
+
+
+@pytest.mark.parametrize("name", [BEST, "metrics.jsonl"])
+def test_results_of_a_run_whose_state_was_deleted_are_not_overwritten(name, tmp_path):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(TrainingError, match=f"holds a training already .{name}"):
+        fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path)
+    assert (tmp_path / name).read_text() == "precious"
+
+
+def test_no_training_ends_for_want_of_a_picture(tmp_path, capsys):
+    (tmp_path / CURVES).mkdir()  # so it cannot be written
+    with (tmp_path / "seen").open("w+") as file:
+        done = fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path, console=Console(file=file, width=300))
+        file.seek(0)
+        assert "curves.png could not be written" in file.read()
+    assert done.finished
+    (tmp_path / CURVES).rmdir()
+    fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path, resume=True)  # nothing is left to do but this
+    assert (tmp_path / CURVES).is_file()
+
+
+def test_what_a_killed_process_left_is_swept_up(tmp_path):
+    (tmp_path / ".0123456789abcdef.tmp").write_text("half of a state")
+    (tmp_path / ".mine.tmp").write_text("somebody's")
+    fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path, stop_at_step=1)
+    assert [p.name for p in tmp_path.glob(".*")] == [".mine.tmp"]
 
 
 def test_a_damaged_state_is_refused(tmp_path):
@@ -313,7 +378,6 @@ def test_a_state_is_no_model_and_says_so(undisturbed):
         pvt_ref.load(undisturbed / STATE)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_divergence_stops_with_step_rate_and_layer(tmp_path):
     key = "block2.0.mlp.fc1.weight"
     params = map_named(
@@ -324,6 +388,29 @@ def test_divergence_stops_with_step_rate_and_layer(tmp_path):
     with pytest.raises(TrainingError, match=message):
         fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path, first=params)
     assert saved(tmp_path).step == 0
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_weights_that_overflow_are_neither_saved_nor_measured(clip_norm, tmp_path):
+    recipe = dataclasses.replace(
+        without_chance(RECIPE), lr=1e38, warmup_epochs=0, clip_norm=clip_norm, batch_size=27
+    )
+    with pytest.raises(TrainingError, match=r"with learning rate 1e\+38\. The first .* finite is"):
+        fit(CONFIG, recipe, DATA, HELD_OUT, tmp_path)
+    config_and_run = CONFIG, describe_run(CONFIG, recipe, DATA, HELD_OUT)
+    kept = load_state(tmp_path / STATE, *config_and_run, like=np.empty(0))
+    assert kept.step == 0
+    assert not (tmp_path / BEST).exists()
+
+
+def test_gradients_too_large_for_their_squares_are_called_so():
+    params = map_named(
+        lambda k, x: x * 1e21 if k == "head.weight" else x, random_params(CONFIG, 2, np.float32)
+    )
+    recipe = dataclasses.replace(RECIPE, clip_norm=None)
+    with pytest.raises(TrainingError, match=r"norm of the gradients is .* squares are too large"):
+        train_step(start_training(params, len(DATA), seed=0), DATA, CONFIG, recipe)
+    train_step(start_training(params, len(DATA), seed=0), DATA, CONFIG, RECIPE)  # clipped: fine
 
 
 def test_info_goes_with_the_best_weights(tmp_path):
@@ -337,7 +424,7 @@ def test_info_goes_with_the_best_weights(tmp_path):
 
 
 def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path, stop_at_step=4)
     assert not (tmp_path / CURVES).exists()
     assert (tmp_path / "metrics.jsonl").exists()

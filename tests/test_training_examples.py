@@ -115,6 +115,16 @@ def test_another_archive_is_refused_and_removed(cifar, server, tmp_path):
     with pytest.raises(TrainingError, match=f"and should have {cifar.MD5}"):
         cifar.fetch_cifar10(tmp_path / "new", f"{address}/a.tar.gz")
     assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "new" / "cifar-10-binary.tar.gz").write_bytes(b"cut off")
+    with pytest.raises(TrainingError, match=r"cut off or altered\. Delete it"):
+        cifar.fetch_cifar10(tmp_path / "new")
+    (tmp_path / "new" / "cifar-10-binary.tar.gz").unlink()
+    for nonsense in ("nonsense", "ftp:/"):
+        with pytest.raises(TrainingError, match="could not be fetched"):
+            cifar.fetch_cifar10(tmp_path / "new", nonsense)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingError, match="could not be fetched"):
+        cifar.fetch_cifar10(tmp_path / "file")
     with pytest.raises(TrainingError, match=r"could not be fetched: HTTP Error 404.*unpack it"):
         cifar.fetch_cifar10(tmp_path / "new", f"{address}/b.tar.gz")
     with pytest.raises(TrainingError, match="could not be fetched"):
@@ -128,7 +138,7 @@ def test_another_archive_is_refused_and_removed(cifar, server, tmp_path):
 def test_cifar10_from_start_to_end(cifar, examples, monkeypatch, capsys, tmp_path):
     program = examples("train_cifar10")
     monkeypatch.setattr(program, "HELD_OUT", 50)
-    arguments = ["--data", "data", "--epochs", "1", "--batch-size", "50", "--warmup-epochs", "0"]
+    arguments = ["--data", "data", "--epochs", "1", "--batch-size", "50", "--warmup-epochs", "0.5"]
     monkeypatch.setattr(sys, "argv", ["/somewhere/train_cifar10.py", *arguments])
     assert program.main(arguments) == 0
     out = capsys.readouterr().out
@@ -143,6 +153,8 @@ def test_cifar10_from_start_to_end(cifar, examples, monkeypatch, capsys, tmp_pat
     assert accuracy == training["test_accuracy"]
     assert program.main(["--data", "data", "--test", "runs/cifar10/model.safetensors"]) == 0
     assert f"test accuracy {accuracy:.4f}, loss {loss:.4f} (60 images)" in capsys.readouterr().out
+    assert program.main([*arguments, "--resume"]) == 0  # nothing is left to do
+    assert f"test_accuracy: {accuracy}" in capsys.readouterr().out
     assert program.main(arguments) == 2
     assert "holds a training already" in capsys.readouterr().err
     assert program.main([*arguments, "--resume", "--lr", "1"]) == 2

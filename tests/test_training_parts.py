@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 import re
 
@@ -458,7 +459,6 @@ def test_evaluate_counts_every_sample_once():
         ("head.weight", "head (linear)"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid:RuntimeWarning")
 def test_the_first_layer_that_overflows_is_named(key, where):
     params = map_named(
         lambda k, x: np.full_like(x, 3e38) if k == key else x,
@@ -479,5 +479,26 @@ def test_weights_and_gradients_that_are_not_finite_are_named():
     assert issubclass(TrainingError, PVTError)
 
 
-def test_recipes_are_records():
+def test_recipes_are_records_of_plain_numbers():
     assert Recipe(**RECIPE.to_dict()) == RECIPE
+    numpys = dataclasses.replace(
+        RECIPE,
+        batch_size=np.int64(6),
+        lr=np.float64(3e-3),
+        clip_norm=np.float64(1.0),
+        ema_decay=np.float64(0.9),
+        beta1=np.float64(0.9),
+        warmup_epochs=1,
+    )
+    assert numpys == RECIPE
+    assert all(type(v) in (int, float, bool) for v in numpys.to_dict().values())
+    assert all(
+        type(v) in (float, bool) for v in dataclasses.asdict(AdamW(eps=np.float64(1))).values()
+    )
+    json.dumps(numpys.to_dict())
+    assert Recipe(epochs=1, batch_size=1).warmup_epochs == 1
+
+
+def test_without_averaging_the_average_is_the_last_weights():
+    params = params_of(1)
+    assert ema_step(params_of(0), params, 0.0) is params

@@ -1,11 +1,14 @@
 """Weights by name: shipped ones as measured, released ones through a server on this machine."""
 
+import copy
+import dataclasses
 import hashlib
 import http.server
 import importlib
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -27,6 +30,7 @@ from pvt_ref.errors import (
     ConfigError,
     DownloadError,
     MissingFileError,
+    NonFiniteError,
     RangeError,
     ShapeError,
 )
@@ -53,6 +57,9 @@ def test_the_digits_model_is_as_good_as_it_says(digits):
     _, held_out = digits.read_digits()
     assert len(held_out) == 360
     assert np.bincount(held_out.labels).min() >= 34  # stratified
+    # another split would put samples that were learnt into the figure
+    digest = hashlib.sha256(held_out.images.tobytes() + held_out.labels.tobytes()).hexdigest()
+    assert digest.startswith("39fcff86fe1fcf73")
     _, accuracy = evaluate(model.params, model.config, held_out)
     assert accuracy == model.info.training["held_out_accuracy"] >= 0.98
 
@@ -177,6 +184,31 @@ def test_info_is_saved_and_protected(tmp_path):
     assert fresh.info.preprocessing == info.preprocessing
 
 
+def test_models_can_be_copied_and_sent_to_other_processes():
+    model = pvt_ref.load("digits")
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert again.info == model.info
+        assert again.config == model.config
+        assert np.array_equal(again.params.head.weight, model.params.head.weight)
+    assert hash(model.info) == hash(again.info)
+    assert dataclasses.asdict(model.info)["training"] == model.info.training
+
+
+def test_many_pictures_go_through_in_parts():
+    model = pvt_ref.load("digits")
+    images = normal(3, 131, 1, 32, 32, dtype=np.float32)
+    answers = model.predict(images, top=1)
+    assert len(answers) == 131
+    for k in (0, 63, 64, 130):
+        assert answers[k][0].label == model.predict(images[k : k + 1], top=1)[0][0].label
+
+
+def test_eps_zero_is_honoured(released, tmp_path, monkeypatch):
+    monkeypatch.setenv("PVT_REF_WEIGHTS", str(released.parent))
+    released.parent.joinpath("pvt_tiny.safetensors").write_bytes(released.read_bytes())
+    assert pvt_ref.load("pvt_tiny", eps=0).config.norm_eps == 0
+
+
 def test_half_precision_is_half_the_size(tmp_path):
     model = pvt_ref.load("digits")
     half, full = tmp_path / "half.safetensors", tmp_path / "full.safetensors"
@@ -192,6 +224,9 @@ def test_half_precision_is_half_the_size(tmp_path):
     large = Model(pvt_ref.arrays.map_arrays(lambda x: x * 1e5, model.params), model.config)
     with pytest.raises(CheckpointError, match="beyond 65504"):
         pvt_ref.save(half, large, dtype="float16")
+    object.__setattr__(large.params.norm, "bias", np.full_like(large.params.norm.bias, np.nan))
+    with pytest.raises(NonFiniteError, match=r"norm\.bias"):
+        pvt_ref.save(half, large)
     assert pvt_ref.load(half).source  # what was there is still there
 
 
@@ -328,6 +363,19 @@ except pvt_ref.errors.DownloadError as error:
     assert "Zetatech/pvt-small-224/resolve/main/model.safetensors" in done.stdout
 
 
+def test_a_server_that_is_not_there_is_named_once_and_quietly(tmp_path):
+    code = """
+import pvt_ref
+try:
+    pvt_ref.load("pvt_small", mirror="http://127.0.0.1:9")
+except pvt_ref.errors.DownloadError as error:
+    print(error)
+"""
+    done = in_a_process(code, tmp_path)
+    assert done.stderr == ""
+    assert "http://127.0.0.1:9 did not give it" in done.stdout
+
+
 def test_a_server_without_the_file_is_named(hub, tmp_path):
     code = f"""
 import pvt_ref
@@ -365,6 +413,13 @@ def test_info_of_other_files():
         ModelInfo(classes="abc")
     with pytest.raises(ConfigError, match="preprocessing is a str"):
         ModelInfo(preprocessing="RGB")
-    with pytest.raises(ConfigError, match="training a mapping"):
+    with pytest.raises(ConfigError, match="training is a int"):
         ModelInfo(training=3)
+    for wrong in ({"accuracy": np.float32(1)}, {"loss": math.nan}, {"x": b"bytes"}):
+        with pytest.raises(ConfigError, match="what JSON does not"):
+            ModelInfo(training=wrong)
+    for wrong in (None, 3, [1, 2]):
+        with pytest.raises(ConfigError, match="classes are"):
+            ModelInfo(classes=wrong)
+    assert ModelInfo(classes=(c for c in "ab")).classes == ("a", "b")
     assert json.loads(json.dumps(ModelInfo().to_dict())) == ModelInfo().to_dict()

@@ -71,12 +71,12 @@ def twin_losses(
         chosen = order[index * recipe.batch_size : (index + 1) * recipe.batch_size]
         optimizer.zero_grad()
         total_loss = 0.0
-        for part in np.array_split(chosen, recipe.accumulate):
-            images, targets = draw_batch(state.params, data, part, config.num_classes, recipe, rng)
+        images, targets = draw_batch(state.params, data, chosen, config.num_classes, recipe, rng)
+        for part in np.array_split(np.arange(len(chosen)), recipe.accumulate):
             params = current(leaves, config)
-            (logits,), used, _ = transformers_forward(params, images, of_epoch, rng)
+            (logits,), used, _ = transformers_forward(params, images[part], of_epoch, rng)
             loss = F.cross_entropy(
-                logits, torch.tensor(targets), label_smoothing=recipe.label_smoothing
+                logits, torch.tensor(targets[part]), label_smoothing=recipe.label_smoothing
             ) * (len(part) / len(chosen))
             loss.backward()
             for key, leaf in leaves.items():  # the forward made leaves of its own

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pvt_ref.arrays import dtype_name, to_numpy
+from pvt_ref.boundary import check_finite
 from pvt_ref.checkpoint.key_maps import AUTHORS, AUTHORS_DENSE, OWN, to_native
 from pvt_ref.checkpoint.pth import PthFile
 from pvt_ref.checkpoint.recognise import (
@@ -258,12 +259,13 @@ def save(path: str | os.PathLike[str], model: Model, dtype: str | None = None) -
     Args:
         path: ends in ``.safetensors``; its directory exists.
         model: what to save, its ``info`` included. Its ``source`` is not kept.
-        dtype: ``"float16"`` stores the weights in half the space, rounded to 11 bits; loading makes
-            them float32 again. None stores them as they are.
+        dtype: ``"float16"`` stores the weights in half the space, rounded to 11 bits (to multiples
+            of 6e-8 below 6e-5); loading makes them float32 again. None stores them as they are.
 
     Raises:
         CheckpointError: if the suffix is another, a weight is beyond float16, or the file cannot
             be written.
+        NonFiniteError: if a weight is NaN or infinite.
         ArrayTypeError: if model is not a Model, or dtype is another.
     """
     path = _as_path(path)
@@ -278,6 +280,8 @@ def save(path: str | os.PathLike[str], model: Model, dtype: str | None = None) -
             f"and has no place for a digest. Use {path.with_suffix(_SUFFIX) if path.name else ''}"
         )
     state = to_state_dict(to_numpy(model.params))
+    for key, x in state.items():  # a Model does not look at arrays on a device
+        check_finite(key, x, "The training that made them diverged; such a file would be refused")
     if dtype is not None:
         state = _narrow(path, state, dtype)
     data = to_bytes(state, model.config, None if model.info == UNKNOWN else model.info)
@@ -299,7 +303,7 @@ def _narrow(path: Path, state: dict[str, np.ndarray], dtype: Any) -> dict[str, n
         )
     largest = float(np.finfo(np.float16).max)
     for key, x in state.items():
-        if np.abs(x).max(initial=0.0) > largest:
+        if not np.abs(x).max(initial=0.0) <= largest:
             raise CheckpointError(
                 f"{path}: {key} holds numbers beyond {largest:g}, the largest of float16. Leave "
                 f"dtype out"

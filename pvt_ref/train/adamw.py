@@ -40,10 +40,14 @@ class AdamW:
     decay_positions: bool = False
 
     def __post_init__(self) -> None:
-        check_number("beta1", self.beta1, least=0, below=1)
-        check_number("beta2", self.beta2, least=0, below=1)
-        check_number("eps", self.eps, above=0)
-        check_number("weight_decay", self.weight_decay, least=0)
+        bounds: dict[str, dict[str, Any]] = {
+            "beta1": {"least": 0, "below": 1},
+            "beta2": {"least": 0, "below": 1},
+            "eps": {"above": 0},
+            "weight_decay": {"least": 0},
+        }
+        for name, limits in bounds.items():
+            object.__setattr__(self, name, check_number(name, getattr(self, name), **limits))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,6 +1,7 @@
 """How the numbers of a training are checked: one message for all."""
 
 from numbers import Real
+from typing import Any
 
 from pvt_ref.config import is_whole
 from pvt_ref.errors import RangeError
@@ -15,8 +16,12 @@ def check_number(
     most: float | None = None,
     below: float | None = None,
     whole: bool = False,
-) -> None:
-    """Raises RangeError unless value is a (whole) number within the bounds, which are finite."""
+) -> Any:
+    """value as a plain int or float: NumPy's scalars would widen float32 arrays.
+
+    Raises:
+        RangeError: unless it is a finite (whole) number within the bounds.
+    """
     right_kind = is_whole(value) if whole else isinstance(value, Real)
     good = (
         right_kind
@@ -32,3 +37,4 @@ def check_number(
         limits = " and ".join(f"{word} {limit:g}" for word, limit in bounds if limit is not None)
         kind = "a whole number" if whole else "a number"
         raise RangeError(f"{name} is {value!r}; it must be {kind} {limits}".rstrip())
+    return int(value) if whole else float(value)  # type: ignore[arg-type]

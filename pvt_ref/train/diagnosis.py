@@ -42,7 +42,8 @@ def first_non_finite(
     if not _finite(images):
         return "The images themselves are not finite"
     try:
-        forward_with_cache(tree, images, config, rng, ops=_watched(tree))
+        with np.errstate(all="ignore"):
+            forward_with_cache(tree, images, config, rng, ops=_watched(tree))
     except _FoundError as found:
         return f"The first layer whose output is not finite is {found}"
     return "Every layer's output is finite, so the loss itself overflowed"

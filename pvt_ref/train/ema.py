@@ -17,5 +17,7 @@ def ema_decay_of_step(step: int, decay: float) -> float:
 
 
 def ema_step(average: PVTParams, params: PVTParams, decay: float) -> PVTParams:
-    """``decay * average + (1 - decay) * params``, in new arrays."""
+    """``decay * average + (1 - decay) * params``; with decay 0, params itself."""
+    if decay == 0:
+        return params
     return map_arrays(lambda a, w: a + (1 - decay) * (w - a), average, params)

@@ -1,6 +1,6 @@
 """The diary of a run: a line of JSON at a time, and the picture drawn from it."""
 
-import importlib.util
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -32,7 +32,9 @@ class Metrics:
         """Adds a line."""
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # before the state that knows of it is written
         except OSError as error:
             raise self._failed(error) from error
 
@@ -46,14 +48,14 @@ class Metrics:
         return CheckpointError(
             f"{self.path}: the metrics could not be written ({type(error).__name__}: "
             f"{error.strerror or error}). What was saved of the training is whole: make room, and "
-            f"go on with --resume"
+            f"resume"
         )
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a metrics file. A last line that was cut off is left out."""
+    """The lines of a metrics file. One that cannot be read, as if cut off, is left out."""
     lines = []
-    for text in Path(path).read_text(encoding="utf-8").splitlines():
+    for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
@@ -63,19 +65,18 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return lines
 
 
-def can_draw() -> bool:
-    """Whether matplotlib is installed (the extra ``plots``)."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
 def draw_curves(metrics: str | os.PathLike[str], picture: str | os.PathLike[str]) -> None:
     """Loss and accuracy by epoch, from a metrics file.
 
-    Needs matplotlib: the extra ``plots``.
+    Needs matplotlib, the extra ``plots``. The picture appears complete or not at all.
 
     Args:
         metrics: a file of :class:`Metrics`.
         picture: ends in .png, .svg or .pdf.
+
+    Raises:
+        ImportError: if there is no matplotlib.
+        OSError: if the picture cannot be written.
     """
     # without pyplot: no window, no global state, and a program's own figures are left alone
     from matplotlib.figure import Figure
@@ -100,6 +101,8 @@ def draw_curves(metrics: str | os.PathLike[str], picture: str | os.PathLike[str]
             f"accuracy (held out, best: {best['held_out_accuracy']:.4f} in epoch {best['epoch']})"
         )
     loss.legend()
-    # without a date in it, the same run gives the same SVG
-    undated = {"metadata": {"Date": None}} if str(picture).endswith(".svg") else {}
-    figure.savefig(picture, dpi=120, **undated)
+    kind = Path(picture).suffix.removeprefix(".")
+    undated = {"Date": None} if kind == "svg" else None  # the same run gives the same file
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=kind, dpi=120, metadata=undated)
+    write_whole(Path(picture).resolve(), drawn.getvalue())

@@ -18,7 +18,7 @@ class Recipe:
     Attributes:
         epochs: passes through the data.
         batch_size: samples a step. What is left over at the end of an epoch is left out of it.
-        accumulate: parts that a batch is computed in, to save memory.
+        accumulate: parts that a batch is computed in, to save memory; drop path is drawn by part.
         lr: the learning rate at its peak.
         lr_floor: the learning rate at the end.
         warmup_epochs: epochs in which it rises; may be a fraction.
@@ -29,9 +29,9 @@ class Recipe:
         crop_padding: pixels by which images are moved at most.
         flip: whether images are mirrored at random. (Digits must not be.)
         cutout: side of the square that is blanked; 0 leaves it out.
-        ema_decay: how slowly the averaged weights forget; 0 makes them the last ones.
+        ema_decay: how slowly the averaged weights forget; with 0 they are the last ones.
         drop_path_ramp_epochs: epochs until config.drop_path_rate is reached.
-        seed: of the one generator that everything random comes from.
+        seed: of the generator that all batches and masks come from, and of one for first weights.
 
     Raises:
         RangeError: if a number is outside its range.
@@ -42,7 +42,7 @@ class Recipe:
     accumulate: int = 1
     lr: float = 1e-3
     lr_floor: float = 1e-5
-    warmup_epochs: float = 2
+    warmup_epochs: float = 1.0
     weight_decay: float = 0.05
     decay_positions: bool = False
     beta1: float = 0.9
@@ -59,25 +59,30 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
-            check_number(name, getattr(self, name), least=1, whole=True)
+            self._settle(name, least=1, whole=True)
         for name in ("crop_padding", "cutout", "drop_path_ramp_epochs", "seed"):
-            check_number(name, getattr(self, name), least=0, whole=True)
+            self._settle(name, least=0, whole=True)
         for name in ("decay_positions", "flip"):
             if not isinstance(getattr(self, name), bool):
                 raise RangeError(f"{name} is {getattr(self, name)!r}; it must be True or False")
-        check_number("lr", self.lr, above=0)
-        check_number("lr_floor", self.lr_floor, least=0, most=self.lr)
-        check_number("warmup_epochs", self.warmup_epochs, least=0, most=self.epochs)
-        check_number("label_smoothing", self.label_smoothing, least=0, most=1)
-        check_number("mixup_alpha", self.mixup_alpha, least=0)
-        check_number("ema_decay", self.ema_decay, least=0, below=1)
+        self._settle("lr", above=0)
+        self._settle("lr_floor", least=0, most=self.lr)
+        self._settle("warmup_epochs", least=0, most=self.epochs)
+        self._settle("label_smoothing", least=0, most=1)
+        self._settle("mixup_alpha", least=0)
+        self._settle("ema_decay", least=0, below=1)
         if self.clip_norm is not None:
-            check_number("clip_norm", self.clip_norm, above=0)
+            self._settle("clip_norm", above=0)
+        for name in ("weight_decay", "beta1", "beta2"):  # their bounds are the optimiser's
+            object.__setattr__(self, name, getattr(self.optimizer, name))
         if self.accumulate > self.batch_size:
             raise RangeError(
                 f"accumulate is {self.accumulate}, but a batch has only {self.batch_size} samples"
             )
-        self.optimizer  # noqa: B018  its numbers are checked where they are used
+
+    def _settle(self, name: str, **bounds: Any) -> None:
+        """Frozen: only __post_init__ may turn a field into a plain number."""
+        object.__setattr__(self, name, check_number(name, getattr(self, name), **bounds))
 
     @property
     def optimizer(self) -> AdamW:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from pvt_ref.config import PVTConfig
 from pvt_ref.errors import CheckpointError, MissingFileError, TrainingError
 from pvt_ref.params import from_state_dict, to_state_dict
 from pvt_ref.train.adamw import AdamWState
+from pvt_ref.train.data import LabelledImages
+from pvt_ref.train.recipe import Recipe
 from pvt_ref.train.step import TrainState
 
 FORMAT = "pvt_ref training 1"
@@ -56,11 +57,11 @@ def save_state(path: Path, state: TrainState, run: Mapping[str, Any]) -> None:
     record["sha256"] = digest(tensors, record)
     data = pack(tensors, TRAINING_KEY, record)
     try:
-        write_whole(path, data)
+        write_whole(path.resolve(), data)  # through a link, which stays a link
     except OSError as error:
         raise CheckpointError(
             f"{path}: the training could not be saved ({type(error).__name__}: "
-            f"{error.strerror or error}). What was saved before is whole, and --resume goes on "
+            f"{error.strerror or error}). What was saved before is whole, and resuming goes on "
             f"from it. Check that the folder may be written to, and that the disk has {len(data)} "
             f"bytes free"
         ) from error
@@ -80,10 +81,10 @@ def load_state(path: Path, config: PVTConfig, run: Mapping[str, Any], like: Arra
         CheckpointError: if it is damaged.
         TrainingError: if it belongs to another run; the differences are listed.
     """
-    if not path.exists():
+    if not path.is_file():
         raise MissingFileError(
-            f"{path}: there is no saved training to go on with. Start one: the same command "
-            f"without --resume"
+            f"{path}: there is no saved training to go on with. Start one: the same without "
+            f"resume=True, on the command line without --resume"
         )
     tensors, metadata = read_safetensors(path)
     try:
@@ -145,29 +146,19 @@ def _check_same_run(path: Path, saved: Mapping[str, Any], given: Mapping[str, An
         )
 
 
-def describe_run(config: PVTConfig, recipe: Any, data: Any) -> dict[str, Any]:
+def describe_run(
+    config: PVTConfig, recipe: Recipe, data: LabelledImages, held_out: LabelledImages
+) -> dict[str, Any]:
     """What must stay the same for a training to go on: model, recipe, samples."""
-    samples = {"images": np.ascontiguousarray(data.images), "labels": data.labels}
-    preprocessing = dataclasses.asdict(data.preprocessing)
     return {
         "config": dataclasses.asdict(config),
         "recipe": recipe.to_dict(),
-        "data": {"samples": len(data), "sha256": digest(samples, preprocessing)},
+        "data": _describe(data),
+        "held_out": _describe(held_out),
     }
 
 
-def free_place(folder: str | os.PathLike[str]) -> Path:
-    """The folder, made if it is not there.
-
-    Raises:
-        TrainingError: if it cannot be.
-    """
-    path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(
-            f"{path}: the folder of the run cannot be made ({type(error).__name__}: "
-            f"{error.strerror or error}). Name another"
-        ) from error
-    return path
+def _describe(data: LabelledImages) -> dict[str, Any]:
+    samples = {"images": data.images, "labels": data.labels.astype(np.int64)}
+    preprocessing = dataclasses.asdict(data.preprocessing)
+    return {"samples": len(data), "sha256": digest(samples, preprocessing)}

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pvt_ref.arrays import Array, array_module, from_host, to_numpy
+from pvt_ref.arrays import Array, array_module, dtype_name, from_host, to_numpy
 from pvt_ref.config import PVTConfig
 from pvt_ref.errors import TrainingError
 from pvt_ref.layers.cross_entropy import cross_entropy
@@ -62,7 +62,7 @@ def start_training(params: PVTParams, samples: int, seed: int) -> TrainState:
         samples: how many there are to learn from.
         seed: of the generator.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.Generator(np.random.PCG64(seed))
     order = np.arange(samples, dtype=np.int64)
     return TrainState(0, params, adamw_init(params), params, rng.bit_generator.state, order)
 
@@ -95,35 +95,41 @@ def train_step(
     chosen = state.order[index * recipe.batch_size : (index + 1) * recipe.batch_size]
     lr = recipe.learning_rate(state.step, steps)
 
+    images, targets = draw_batch(state.params, data, chosen, config.num_classes, recipe, rng)
     loss, hits, grads = 0.0, 0, None
-    for part in np.array_split(chosen, recipe.accumulate):
-        images, targets = draw_batch(state.params, data, part, config.num_classes, recipe, rng)
+    for part in np.array_split(np.arange(len(chosen)), recipe.accumulate):
+        rows = slice(int(part[0]), int(part[-1]) + 1)
         before = rng.bit_generator.state  # for the diagnosis, if there must be one
-        logits, cache = forward_with_cache(state.params, images, config, rng)
-        part_loss, dlogits = cross_entropy(logits, targets, recipe.label_smoothing)
-        part_grads, _ = backward(state.params, cache, dlogits, config)
+        with np.errstate(all="ignore"):  # what is not finite is found below, and named
+            logits, cache = forward_with_cache(state.params, images[rows], config, rng)
+            part_loss, dlogits = cross_entropy(logits, targets[rows], recipe.label_smoothing)
+            if not math.isfinite(float(part_loss)):
+                culprit = first_non_finite(state.params, images[rows], config, generator(before))
+                raise diverged(f"the loss is {float(part_loss)}", state.step, epoch, lr, culprit)
+            part_grads, _ = backward(state.params, cache, dlogits, config)
         del cache  # the largest thing here; the next part makes its own
         share = len(part) / len(chosen)
         grads = add_gradients(grads, part_grads, share)
         loss += share * float(part_loss)
-        if not math.isfinite(loss):
-            culprit = first_non_finite(state.params, images, config, generator(before))
-            raise _diverged("loss", loss, state.step, epoch, lr, culprit)
-        hits += _count_hits(logits, targets)
+        hits += _count_hits(logits, targets[rows])
     assert grads is not None  # a batch has at least one part
-    grads, norm = clip_by_global_norm(grads, recipe.clip_norm or math.inf)
-    if not math.isfinite(norm):
+    max_norm = math.inf if recipe.clip_norm is None else recipe.clip_norm
+    grads, norm = clip_by_global_norm(grads, max_norm)
+    largest = float(np.finfo(dtype_name(state.params.pos_embed1)).max)
+    if not min(norm, max_norm) ** 2 < largest or not math.isfinite(norm):  # AdamW squares them
         culprit = first_non_finite(grads)
-        raise _diverged("norm of the gradients", norm, state.step, epoch, lr, culprit)
+        raise diverged(f"the norm of the gradients is {norm}", state.step, epoch, lr, culprit)
 
-    params, optimizer = adamw_step(state.params, grads, state.optimizer, lr, recipe.optimizer)
     decay = ema_decay_of_step(state.step, recipe.ema_decay)
+    with np.errstate(all="ignore"):  # the loop looks at weights before it keeps them
+        params, optimizer = adamw_step(state.params, grads, state.optimizer, lr, recipe.optimizer)
+        average = ema_step(state.average, params, decay)
     following = dataclasses.replace(
         state,
         step=state.step + 1,
         params=params,
         optimizer=optimizer,
-        average=ema_step(state.average, params, decay),
+        average=average,
         rng=rng.bit_generator.state,
         epoch_loss=state.epoch_loss + loss,
         epoch_hits=state.epoch_hits + hits,
@@ -177,12 +183,12 @@ def _count_hits(logits: Array, targets: Array) -> int:
     return int(to_numpy(xp.sum(xp.argmax(logits, axis=1) == targets)))
 
 
-def _diverged(
-    what: str, value: float, step: int, epoch: int, lr: float, culprit: str
-) -> TrainingError:
+def diverged(what: str, step: int, epoch: int, lr: float, culprit: str) -> TrainingError:
+    """The error that ends a training, for the step after so many."""
     return TrainingError(
-        f"the {what} is {value} at step {step + 1} (epoch {epoch + 1}), with learning rate "
-        f"{lr:.3g}. {culprit}. The weights before this step are whole, and saved ones too. Likely "
-        f"causes: a learning rate too high, a warm-up too short, no clipping of gradients; or NaN "
-        f"in the first weights"
+        f"{what} at step {step + 1} (epoch {epoch + 1}), with learning rate {lr:.3g}. {culprit}. "
+        f"What was saved before is whole, but resuming would end here again. Likely causes: a "
+        f"learning rate too high, a warm-up too short, no clipping of gradients. Start anew in "
+        f"another folder with a smaller one; first=pvt_ref.load('.../best.safetensors').params "
+        f"begins with the best weights so far"
     )
