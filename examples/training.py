@@ -68,12 +68,12 @@ def run(
             console=Console(),
         )
     except KeyboardInterrupt:  # the second one, in the middle of a step
-        print(f"Interrupted. To go on from what was saved last:\n\n    {_command()} --resume")
+        print(f"Interrupted. To go on from what was saved last:\n\n    {_how_to_resume()}")
         raise SystemExit(130) from None
     if not done.finished:
         print(
             f"Stopped and saved after step {done.state.step} of {recipe.epochs * steps}. To go "
-            f"on:\n\n    {_command()} --resume"
+            f"on:\n\n    {_how_to_resume()}"
         )
     return done
 
@@ -106,7 +106,7 @@ def finish(
         rounded = map_arrays(lambda w: w.astype(np.float16).astype(np.float32), model.params)
         training = {
             **about,
-            "command": _command(),
+            "command": _command(args),
             "seed": args.seed,
             "epochs": args.epochs,
             "steps": done.state.step,
@@ -132,7 +132,17 @@ def finish(
     return path
 
 
-def _command() -> str:
-    """The command line without --resume, with the program's path as in the repository."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
+def _arguments() -> list[str]:
+    """What the program was called with, but for --resume."""
+    return [argument for argument in sys.argv[1:] if argument != "--resume"]
+
+
+def _how_to_resume() -> str:
+    return shlex.join(["python", sys.argv[0], *_arguments(), "--resume"])
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command line for others: the program in the repository, and DIR for one's own folder."""
+    data = getattr(args, "data", None)
+    arguments = ["DIR" if argument == data else argument for argument in _arguments()]
     return shlex.join(["python", f"examples/{Path(sys.argv[0]).name}", *arguments])

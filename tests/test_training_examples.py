@@ -145,7 +145,9 @@ def test_cifar10_from_start_to_end(cifar, examples, monkeypatch, capsys, tmp_pat
     assert "2,594,762 parameters, 250 samples, 1 epochs of 5 steps" in out
     model = pvt_ref.load(tmp_path / "runs" / "cifar10" / "model.safetensors")
     training = model.info.training
-    assert training["command"] == " ".join(["python", "examples/train_cifar10.py", *arguments])
+    assert training["command"] == " ".join(
+        ["python", "examples/train_cifar10.py", "--data", "DIR", *arguments[2:]]
+    )
     assert training["test_samples"] == 60
     loss, accuracy = evaluate(
         model.params, model.config, cifar.read_cifar10("data", cifar.TEST_FILES)
