@@ -1,12 +1,15 @@
 """The command line, run in process; once as a user would."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from strategies import rng_of
 
 import pvt_ref
@@ -133,3 +136,42 @@ def test_module_runs_as_a_program_and_needs_no_torch():
 @pytest.mark.parametrize("name", sorted(pvt_ref.__all__))
 def test_every_public_name_is_there_and_documented(name):
     assert getattr(pvt_ref, name).__doc__
+
+
+def test_classify_says_what_pictures_show(capsys, tmp_path):
+    photo = str(Path(__file__).parents[1] / "examples" / "chelsea.jpg")
+    blank = str(tmp_path / "a.png")
+    Image.new("RGB", (40, 40)).save(blank)
+    model = pvt_ref.load("digits")
+    expected = [answer for name in (photo, blank) for answer in model.predict([name], top=2)]
+    assert expected[0][0].label != expected[1][0].label
+    arguments = ["classify", photo, blank, "--weights", "digits", "--top", "2"]
+    status, out, _ = run(capsys, *arguments)
+    assert status == 0
+    for name, answers, text in zip((photo, blank), expected, out.split("\n\n"), strict=True):
+        heading, _, _, *rows = text.splitlines()
+        assert heading == name
+        assert [row.split()[0] for row in rows] == [a.label for a in answers]
+        assert [float(row.split()[1]) for row in rows] == pytest.approx(
+            [a.probability for a in answers], abs=1e-4
+        )
+    status, out, _ = run(capsys, *arguments, "--json")
+    for name, answers, record in zip((photo, blank), expected, json.loads(out), strict=True):
+        assert (record["image"], record["weights"]) == (name, "digits")
+        assert [p["index"] for p in record["predictions"]] == [a.index for a in answers]
+        assert [p["label"] for p in record["predictions"]] == [a.label for a in answers]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.png"], "there is no file"),
+        ([__file__], "not a picture"),
+        ([__file__, "--top", "0"], "top is 0"),
+        ([__file__, "--weights", "nowhere.pth"], "no such file"),
+    ],
+)
+def test_classify_explains_what_is_wrong(arguments, message, capsys):
+    status, out, err = run(capsys, "classify", *arguments)
+    assert (status, out) == (2, "")
+    assert message in err

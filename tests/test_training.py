@@ -2,14 +2,17 @@
 
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,7 @@ from twin import our_losses, twin_losses
 
 import pvt_ref
 from pvt_ref import ModelInfo, init_params, to_state_dict
+from pvt_ref.checkpoint.whole_file import write_whole
 from pvt_ref.errors import (
     CheckpointError,
     ConfigError,
@@ -33,7 +37,17 @@ from pvt_ref.errors import (
     TrainingError,
 )
 from pvt_ref.params import map_named
-from pvt_ref.train import fit, load_state, read_metrics, start_training, train_step
+from pvt_ref.train import (
+    StepReport,
+    fit,
+    load_state,
+    loop,
+    progress,
+    read_metrics,
+    save_state,
+    start_training,
+    train_step,
+)
 from pvt_ref.train.loop import BEST, CURVES, STATE
 from pvt_ref.train.saved import describe_run
 
@@ -151,6 +165,7 @@ def test_resumed_is_bit_for_bit_the_same(undisturbed, tmp_path):
             )
             assert done.finished == (stop is None)
             assert done.state.step == (stop or LAST)
+            assert saved(folder).step == done.state.step  # nothing that was done is done again
         assert fingerprint(saved(folder)) == expected, stops
         assert fingerprint(done.state) == expected
         assert what_counts(folder) == what_counts(undisturbed)
@@ -209,6 +224,87 @@ print(done.finished, done.state.step, signal.getsignal(signal.SIGINT) is signal.
     assert fingerprint(saved(tmp_path)) == fingerprint(saved(undisturbed))
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGINT for one process")
+def test_a_second_interrupt_does_not_wait_for_the_step(tmp_path):
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(HERE)!r})
+from small_training import CONFIG, DATA, HELD_OUT, RECIPE
+from pvt_ref.train import fit
+from pvt_ref.train import loop
+inner = loop.train_step
+def step(state, *rest):
+    if state.step == 6:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+    return inner(state, *rest)
+loop.train_step = step
+try:
+    fit(CONFIG, RECIPE, DATA, HELD_OUT, {str(tmp_path)!r})
+except KeyboardInterrupt:
+    print("interrupted", signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+"""
+    done = run_script("-c", code)
+    assert done.stdout.split() == ["interrupted", "True"], done.stderr
+    assert saved(tmp_path).step == 4  # of the last epoch
+
+
+def test_equal_accuracy_keeps_the_earlier_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "evaluate", lambda *_: (1.0, 0.5))
+    done = fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path)
+    assert (done.state.best_epoch, done.state.best_accuracy) == (1, 0.5)
+
+
+def test_the_epochs_line_is_there_before_the_state_that_knows_of_it(tmp_path, monkeypatch):
+    def save_and_look(path, state, run):
+        lines = read_metrics(tmp_path / "metrics.jsonl") if state.step else []
+        assert len([line for line in lines if "held_out_loss" in line]) == state.step // 4
+        save_state(path, state, run)
+
+    monkeypatch.setattr(loop, "save_state", save_and_look)
+    assert fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path).finished
+
+
+def test_it_saves_when_the_time_has_come(tmp_path, monkeypatch):
+    """With a clock that goes ten seconds a look, and once in between for each save."""
+    steps = []
+    inner = loop.save_state
+    monkeypatch.setattr(
+        loop,
+        "save_state",
+        lambda path, state, run: steps.append(state.step) or inner(path, state, run),
+    )
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    recipe = dataclasses.replace(RECIPE, epochs=1, warmup_epochs=1, batch_size=2, accumulate=1)
+    fit(CONFIG, recipe, DATA, HELD_OUT, tmp_path, save_seconds=25)  # 13 steps
+    assert steps == [0, 3, 6, 9, 12, 13]
+
+
+def test_the_clock_of_the_bar_leaves_the_evaluation_out(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    shown = progress.Progress(None, 10, 0)
+    line = {"epoch": 1, "train_loss": 1, "train_accuracy": 1, "held_out_loss": 1}
+    for _ in range(5):
+        now[0] += 2
+        shown.step(StepReport(1.0, 3, 0.1, 1.0), batch_size=8)
+        now[0] += 100
+        shown.epoch(line | {"held_out_accuracy": 1, "best_accuracy": 1, "images_per_second": 1})
+    assert shown.images_per_second == pytest.approx(4)
+
+
+def test_the_seed_says_the_first_weights(tmp_path):
+    firsts = []
+    for seed in (5, 6):
+        recipe = dataclasses.replace(RECIPE, seed=seed)
+        done = fit(CONFIG, recipe, DATA, HELD_OUT, tmp_path / str(seed), stop_at_step=0)
+        firsts.append(to_state_dict(done.state.params))
+        expected = init_params(CONFIG, np.random.default_rng([seed, 1]))
+        assert all(np.array_equal(x, firsts[-1][k]) for k, x in to_state_dict(expected).items())
+    assert not np.array_equal(firsts[0]["head.weight"], firsts[1]["head.weight"])
+
+
 def test_it_also_runs_beside_the_main_thread(tmp_path):
     done = []
     thread = threading.Thread(
@@ -229,6 +325,11 @@ def test_the_folder_of_a_run(undisturbed):
     epochs = [line for line in lines if "held_out_accuracy" in line]
     assert [line["epoch"] for line in epochs] == [1, 2, 3]
     assert all(0 <= line["train_accuracy"] <= 1 for line in epochs)
+    for line in lines:
+        assert line["lr"] == RECIPE.learning_rate(line["step"] - 1, 4)
+    for line in epochs:  # 24 samples an epoch, three are left over
+        assert round(line["train_accuracy"] * 24, 9).is_integer()
+    assert epochs[-1]["train_accuracy"] == saved(undisturbed).epoch_hits / 24
     best = max(line["held_out_accuracy"] for line in epochs)
     model = pvt_ref.load(undisturbed / BEST)
     assert model.info.preprocessing == DATA.preprocessing
@@ -289,6 +390,12 @@ def test_another_run_is_not_continued(undisturbed):
         fit(config, recipe, DATA, HELD_OUT, undisturbed, resume=True)
     with pytest.raises(TrainingError, match=r"data\.sha256"):
         fit(CONFIG, RECIPE, stripes(27, 9), HELD_OUT, undisturbed, resume=True)
+    for part in ("images", "labels"):  # one pixel, one label
+        changed = getattr(DATA, part).copy()
+        changed.flat[5] = 2 - changed.flat[5] % 2
+        other = dataclasses.replace(DATA, **{part: changed})
+        with pytest.raises(TrainingError, match=r"data\.sha256"):
+            fit(CONFIG, RECIPE, other, HELD_OUT, undisturbed, resume=True)
     with pytest.raises(TrainingError, match=r"held_out\.sha256"):
         fit(CONFIG, RECIPE, DATA, stripes(9, 9), undisturbed, resume=True)
 
@@ -401,6 +508,48 @@ def test_weights_that_overflow_are_neither_saved_nor_measured(clip_norm, tmp_pat
     kept = load_state(tmp_path / STATE, *config_and_run, like=np.empty(0))
     assert kept.step == 0
     assert not (tmp_path / BEST).exists()
+
+
+def test_a_loss_beyond_all_numbers_on_what_is_held_out_is_called_so(tmp_path):
+    recipe = dataclasses.replace(RECIPE, epochs=1, warmup_epochs=0, lr=1e-30, lr_floor=0)
+    first = map_named(
+        lambda k, x: np.full_like(x, 3e38) if k == "head.bias" else x,
+        init_params(CONFIG, rng_of(1)),
+    )
+    first.head.bias[0] *= -1
+    easy = stripes(27, 3)  # all of a class whose logit is finite and largest
+    easy = dataclasses.replace(easy, labels=np.ones(27, int))
+    hard = dataclasses.replace(HELD_OUT, labels=np.zeros(9, int))
+    recipe = dataclasses.replace(recipe, label_smoothing=0.0, mixup_alpha=0.0)
+    with pytest.raises(TrainingError, match=r"loss on what is held out is inf at step 4 .epoch 1"):
+        fit(CONFIG, recipe, easy, hard, tmp_path, first=first)
+
+
+def test_a_file_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
+    """What a power cut would show: the content must be on the disk before the name points to it."""
+    events = []
+    for name in ("fsync", "replace"):
+        inner = getattr(os, name)
+
+        def note(*args, name=name, inner=inner):
+            kind = (
+                "of a folder" if name == "fsync" and stat.S_ISDIR(os.fstat(args[0]).st_mode) else ""
+            )
+            events.append(f"{name} {kind}".strip())
+            return inner(*args)
+
+        monkeypatch.setattr(os, name, note)
+    write_whole(tmp_path / "x", b"1")
+    assert events == ["fsync", "replace", "fsync of a folder"]
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "x", b"2")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_bytes() == b"1"
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_gradients_too_large_for_their_squares_are_called_so():

@@ -1,5 +1,6 @@
 """The two training programs: their data, their options, and what they leave behind."""
 
+import argparse
 import hashlib
 import http.server
 import importlib
@@ -14,9 +15,11 @@ import pytest
 from strategies import rng_of
 
 import pvt_ref
-from pvt_ref import count_cost
+from pvt_ref import Model, count_cost
+from pvt_ref.arrays import map_arrays
 from pvt_ref.errors import TrainingError
-from pvt_ref.train import Recipe, evaluate, read_metrics
+from pvt_ref.params import named_arrays
+from pvt_ref.train import Recipe, Run, evaluate, read_metrics, start_training
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = ("cifar10_data", "train_cifar10", "train_digits", "training")
@@ -153,6 +156,8 @@ def test_cifar10_from_start_to_end(cifar, examples, monkeypatch, capsys, tmp_pat
         model.params, model.config, cifar.read_cifar10("data", cifar.TEST_FILES)
     )
     assert accuracy == training["test_accuracy"]
+    _, held_out = program.split(cifar.read_cifar10("data", cifar.TRAIN_FILES))
+    assert training["held_out_accuracy"] == evaluate(model.params, model.config, held_out)[1]
     assert program.main(["--data", "data", "--test", "runs/cifar10/model.safetensors"]) == 0
     assert f"test accuracy {accuracy:.4f}, loss {loss:.4f} (60 images)" in capsys.readouterr().out
     assert program.main([*arguments, "--resume"]) == 0  # nothing is left to do
@@ -179,6 +184,34 @@ def test_cifar10s_model_is_small_enough(examples):
     assert count_cost(program.CONFIG).parameters <= 4e6
     assert pvt_ref.load("cifar10").config.embed_dims == program.CONFIG.embed_dims
     assert isinstance(program.RECIPE, Recipe)
+
+
+def test_what_is_measured_is_what_is_written(examples, monkeypatch, tmp_path):
+    """The rounded weights; and the command without what was only for this time."""
+    training = examples("training")
+    seen = []
+    monkeypatch.setattr(training, "evaluate", lambda params, *_: seen.append(params) or (0.0, 0.5))
+    model = pvt_ref.load("digits")
+    exact = Model(map_arrays(lambda x: x * np.float32(1.0001), model.params), model.config)
+    state = start_training(exact.params, 4, seed=0)
+    monkeypatch.setattr(sys, "argv", ["x/train_digits.py", "--resume", "--seed", "1"])
+    args = argparse.Namespace(seed=1, epochs=2, device="cpu")
+    path = training.finish(Run(state, True, tmp_path), exact, [], None, {}, args)
+    written = pvt_ref.load(path)
+    assert written.info.training["command"] == "python examples/train_digits.py --seed 1"
+    (measured,) = seen
+    for (_, x), (_, y) in zip(*map(named_arrays, (measured, written.params)), strict=True):
+        assert np.array_equal(x, y)
+    assert not np.array_equal(written.params.head.weight, exact.params.head.weight)
+
+
+def test_digits_span_black_to_white_evenly_by_class(examples):
+    learnt, held_out = examples("train_digits").read_digits()
+    assert held_out.images.max() > 250  # bicubic, from 255
+    assert learnt.images.min() == 0
+    counts = np.bincount(held_out.labels)
+    assert counts.min() >= 35
+    assert counts.max() <= 37
 
 
 def test_digits_learn_in_a_few_epochs(examples, monkeypatch, capsys, tmp_path):

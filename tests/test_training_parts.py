@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from small_training import CONFIG, DATA, RECIPE, stripes
 from strategies import float_dtypes, normal, random_params, rng_of, seeds
 
-from pvt_ref import VARIANTS, Preprocessing, cross_entropy, init_params, to_state_dict
+from pvt_ref import VARIANTS, Preprocessing, cross_entropy, forward, init_params, to_state_dict
 from pvt_ref.arrays import array_module
 from pvt_ref.errors import ConfigError, PVTError, RangeError, ShapeError, TrainingError
 from pvt_ref.params import map_named, named_arrays, param_shapes
@@ -46,6 +46,7 @@ from pvt_ref.train import (
     train_step,
     warmup_cosine,
 )
+from pvt_ref.train.step import draw_batch, generator
 
 
 def params_of(seed: int, dtype=np.float64):
@@ -202,6 +203,19 @@ def test_the_learning_rate_of_a_recipe():
     assert no_warmup.learning_rate(0, 4) == 1.0
 
 
+def test_a_fraction_of_an_epoch_is_rounded_to_the_nearest_step():
+    recipe = dataclasses.replace(RECIPE, epochs=1, lr=1.0, lr_floor=0.0)
+    for fraction, steps in ((0.29, 29), (0.286, 29), (0.284, 28)):  # 0.29 * 100 is 28.999...
+        warming = dataclasses.replace(recipe, warmup_epochs=fraction)
+        assert warming.learning_rate(steps - 1, 100) == 1.0
+        assert warming.learning_rate(steps - 2, 100) < 1.0
+
+
+def test_the_optimiser_gets_the_recipes_numbers():
+    numbers = {"weight_decay": 0.3, "decay_positions": True, "beta1": 0.5, "beta2": 0.7}
+    assert dataclasses.replace(RECIPE, **numbers).optimizer == AdamW(**numbers)
+
+
 def test_drop_path_is_reset_between_epochs():
     config = dataclasses.replace(VARIANTS["pvt_small"], drop_path_rate=0.1)
     seen = [config_of_epoch(config, epoch, 4).drop_path_rate for epoch in range(6)]
@@ -286,6 +300,57 @@ def test_crops_flips_and_cutouts_reach_everything_evenly():
     assert sizes.max() == 16
     assert sizes.min() == 4  # the centre in a corner: half of either side lies outside
     assert 0.10 < holes[:, 0, 4, 4].mean() < 0.30  # 16 of 81 centres blank the middle
+
+
+def test_cutout_reaches_every_place_of_an_oblong_image():
+    holes = cutout(np.ones((3000, 1, 5, 17)), 2, rng_of(8))[:, 0] == 0
+    assert holes.any(axis=0).all()
+    tall = cutout(np.ones((3000, 1, 17, 5)), 2, rng_of(8))[:, 0] == 0
+    assert tall.any(axis=0).all()
+    assert abs(holes.sum() - tall.sum()) < 0.05 * holes.sum()
+
+
+def test_a_batch_is_changed_as_the_recipe_says():
+    recipe, params = small_training.without_chance(RECIPE), params_of(0)
+    rng, chosen = rng_of(2), np.array([4, 1, 7])
+    before = rng.bit_generator.state
+    images, targets = draw_batch(params, DATA, chosen, 3, recipe, rng)
+    assert rng.bit_generator.state == before  # nothing random, nothing drawn
+    expected = (DATA.images[chosen] / 255 - 0.5) / 0.25
+    np.testing.assert_allclose(images, expected, rtol=1e-12, atol=1e-12)
+    assert targets.tolist() == DATA.labels[chosen].tolist()
+    everything = dataclasses.replace(RECIPE, mixup_alpha=0.5)
+    images, targets = draw_batch(params, DATA, chosen, 3, everything, rng_of(2))
+    rng = rng_of(2)
+    expected = random_flip(random_crop(expected, 2, rng), rng)
+    expected = mixup(cutout(expected, 4, rng), np.eye(3)[DATA.labels[chosen]], 0.5, rng)
+    np.testing.assert_allclose(images, expected[0], rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(targets, expected[1], rtol=1e-12)
+
+
+def test_a_hit_is_the_class_with_the_larger_share():
+    """Counted again from the logits of a step without drop path."""
+    config = dataclasses.replace(CONFIG, drop_path_rate=0.0)
+    recipe = dataclasses.replace(RECIPE, accumulate=1, batch_size=27)
+    for seed in range(4):
+        state = start_training(params_of(seed), 27, seed=seed)
+        _, report = train_step(state, DATA, config, recipe)
+        rng = generator(state.rng)
+        images, targets = draw_batch(state.params, DATA, rng.permutation(27), 3, recipe, rng)
+        answers = forward(state.params, images, config).argmax(axis=1)
+        assert report.hits == np.sum(answers == targets.argmax(axis=1))
+        assert report.loss == pytest.approx(
+            float(cross_entropy(forward(state.params, images, config), targets, 0.1)[0])
+        )
+
+
+def test_sums_are_those_of_the_epoch():
+    state, reports = start_training(params_of(0), len(DATA), seed=0), []
+    for step in range(1, 9):  # two epochs of four steps
+        state, report = train_step(state, DATA, CONFIG, RECIPE)
+        reports = [*reports, report] if step != 5 else [report]
+        assert state.epoch_hits == sum(r.hits for r in reports)
+        assert state.epoch_loss == pytest.approx(sum(r.loss for r in reports))
 
 
 @given(seed=seeds, alpha=st.floats(0.05, 4))
@@ -467,6 +532,21 @@ def test_the_first_layer_that_overflows_is_named(key, where):
     images = DATA.batch(slice(0, 3), params.pos_embed1)
     message = first_non_finite(params, images, CONFIG, rng_of(0))
     assert where in message, message
+
+
+def test_a_block_that_was_dropped_is_not_blamed():
+    """Of two blocks that overflow, drop path sometimes skips the earlier for the only sample."""
+    config = dataclasses.replace(CONFIG, depths=(2, 1, 1, 1), drop_path_rate=0.9)
+    params = map_named(
+        lambda k, x: np.full_like(x, 3e38) if "block" in k and k.endswith("fc1.weight") else x,
+        init_params(config, rng_of(1), np.float32),
+    )
+    images = DATA.batch(slice(0, 1), params.pos_embed1)
+    named = {first_non_finite(params, images, config, rng_of(seed)) for seed in range(30)}
+    assert len(named) == 1  # inside the branch it is computed, and found, all the same
+    state = start_training(params, len(DATA), seed=1)
+    with pytest.raises(TrainingError, match=r"block1\.0\.mlp\.fc1 \(linear\)"):
+        train_step(state, DATA, config, RECIPE)
 
 
 def test_weights_and_gradients_that_are_not_finite_are_named():

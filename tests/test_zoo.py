@@ -131,8 +131,56 @@ def test_preprocessing_by_hand():
     np.testing.assert_allclose(
         rgb(colours, 8)[0], expected.transpose(2, 0, 1), rtol=1e-5, atol=1e-6
     )
+    # grey is Pillow's: 0.299 red + 0.587 green + 0.114 blue
+    for colour, level in (((255, 0, 0), 76), ((0, 255, 0), 150), ((0, 0, 255), 29)):
+        (pixels,) = grey.pixels([Image.new("RGB", (9, 9), colour)], 8)
+        assert np.all(np.abs(pixels.astype(int) - level) <= 1)
     default = Preprocessing()([PHOTO], 224)
     assert np.array_equal(default, pvt_ref.load_image(PHOTO))  # ImageNet's is the released one
+
+
+def test_probabilities_of_far_and_of_equal_logits():
+    model = pvt_ref.load("digits")
+    weight = np.zeros_like(model.params.head.weight)
+    flat = dataclasses.replace(model.params.head, weight=weight, bias=np.zeros(10, np.float32))
+    even = Model(dataclasses.replace(model.params, head=flat), model.config)
+    images = normal(1, 2, 1, 32, 32, dtype=np.float32)
+    for answer in even.predict(images, top=10):
+        assert [a.index for a in answer] == list(range(10))
+        assert all(a.probability == pytest.approx(0.1) for a in answer)
+    steep = dataclasses.replace(model.params.head, weight=1e5 * model.params.head.weight)
+    far = Model(dataclasses.replace(model.params, head=steep), model.config)
+    blank = np.concatenate([images, 0 * images[:1]])
+    assert np.ptp(far(blank)) > 1000
+    for answer in far.predict(blank, top=10):
+        assert math.fsum(a.probability for a in answer) == pytest.approx(1)
+
+
+def test_pictures_are_brought_to_the_size_that_is_asked_for():
+    model = pvt_ref.load("digits")
+    assert model.preprocess(PHOTO, 64).shape == (1, 1, 64, 64)
+    assert model.preprocess(PHOTO, (32, 64)).shape == (1, 1, 32, 64)
+
+
+def test_a_new_head_does_not_keep_the_old_names():
+    fresh = pvt_ref.with_new_head(pvt_ref.load("digits"), 10, np.random.default_rng(0))
+    assert fresh.info.classes == ()
+    assert fresh.info.title == ""
+    assert fresh.info.training == {}
+
+
+def test_info_belongs_to_the_model():
+    training = {"seed": 1, "list": [1]}
+    info = ModelInfo(training=training)
+    training["seed"] = 2
+    training["list"].append(2)
+    assert info.training == {"seed": 1, "list": [1]}
+
+
+def test_names_of_imagenet_are_for_released_files_only(tmp_path):
+    config = dataclasses.replace(pvt_ref.load("digits").config, num_classes=1000)
+    pvt_ref.save(tmp_path / "own.safetensors", Model(random_params(config, 0, np.float32), config))
+    assert pvt_ref.load(tmp_path / "own.safetensors").info.classes == ()
 
 
 def test_what_cannot_be_classified_is_refused():
@@ -224,6 +272,10 @@ def test_half_precision_is_half_the_size(tmp_path):
     large = Model(pvt_ref.arrays.map_arrays(lambda x: x * 1e5, model.params), model.config)
     with pytest.raises(CheckpointError, match="beyond 65504"):
         pvt_ref.save(half, large, dtype="float16")
+    low = copy.deepcopy(model)
+    low.params.norm.bias[3] = -7e4
+    with pytest.raises(CheckpointError, match=r"norm\.bias holds numbers beyond"):
+        pvt_ref.save(half, low, dtype="float16")
     object.__setattr__(large.params.norm, "bias", np.full_like(large.params.norm.bias, np.nan))
     with pytest.raises(NonFiniteError, match=r"norm\.bias"):
         pvt_ref.save(half, large)
@@ -331,11 +383,14 @@ model = pvt_ref.load("pvt_tiny", mirror={hub!r})
 print(model.source)
 print(model.config.norm_eps, model.config.projection_norm_eps, model.classes[1])
 print(float(model.params.head.weight.sum()))
+import logging
+print(logging.getLogger("huggingface_hub").level == logging.WARNING)
 """
     for _ in range(2):
         done = in_a_process(code, tmp_path)
         assert done.returncode == 0, done.stderr
-        _, numbers, total = done.stdout.splitlines()
+        _, numbers, total, logging_is_back = done.stdout.splitlines()
+        assert logging_is_back == "True"
         assert numbers == "1e-06 1e-05 goldfish"
         expected = load_file(released).params.head.weight.sum()
         assert float(total) == pytest.approx(float(expected))

@@ -9,6 +9,7 @@ A run lives in a folder of its own::
 """
 
 import dataclasses
+import math
 import os
 import signal
 import threading
@@ -32,6 +33,7 @@ from pvt_ref.info import ModelInfo
 from pvt_ref.params import PVTParams, init_params, named_arrays
 from pvt_ref.train.checks import check_number
 from pvt_ref.train.data import LabelledImages, evaluate
+from pvt_ref.train.diagnosis import first_non_finite
 from pvt_ref.train.metrics import Metrics, draw_curves
 from pvt_ref.train.progress import Progress
 from pvt_ref.train.recipe import Recipe
@@ -108,14 +110,7 @@ def fit(
         MissingFileError: if there is nothing to go on with.
         DeviceError: if there is no such device.
     """
-    check_has_classifier(config)
-    for name, samples in (("the samples to learn from", data), ("held out", held_out)):
-        samples.check_fits(config, name)
-    if data.preprocessing != held_out.preprocessing:
-        raise TrainingError(
-            f"the samples to learn from have {data.preprocessing}, those held out have "
-            f"{held_out.preprocessing}; both must be prepared alike"
-        )
+    _check_data(config, data, held_out)
     steps = recipe.steps_per_epoch(len(data))
     check_number("save_seconds", save_seconds, least=0)
     log_steps = check_number("log_steps", log_steps, least=1, whole=True)
@@ -139,12 +134,7 @@ def fit(
     if resume:
         state = load_state(place / STATE, config, run, like=params.pos_embed1)
     else:
-        there = [name for name in (STATE, BEST, METRICS) if (place / name).exists()]
-        if there:
-            raise TrainingError(
-                f"{place} holds a training already ({', '.join(there)}). Go on with it "
-                f"(resume=True, on the command line --resume), or name another folder"
-            )
+        _check_unused(place)
         state = start_training(params, len(data), recipe.seed)
         save_state(place / STATE, state, run)
     for orphan in place.glob(f".{'?' * 16}.tmp"):  # of a process that was killed while it wrote
@@ -161,7 +151,9 @@ def fit(
             line |= {"images_per_second": round(progress.images_per_second, 1)}
             if index == 0:
                 _check_weights(state, steps, report.lr)
-                state, results = _finish_epoch(state, epoch, config, held_out, place / BEST, info)
+                state, results = _finish_epoch(
+                    state, epoch, report.lr, config, held_out, place / BEST, info
+                )
                 seen = steps * recipe.batch_size
                 line |= {"epoch": epoch, "train_loss": state.epoch_loss / steps}
                 line |= {"train_accuracy": state.epoch_hits / seen, **results}
@@ -186,9 +178,30 @@ def fit(
     return Run(state, state.step == last, place)
 
 
+def _check_data(config: PVTConfig, data: LabelledImages, held_out: LabelledImages) -> None:
+    check_has_classifier(config)
+    for name, samples in (("the samples to learn from", data), ("held out", held_out)):
+        samples.check_fits(config, name)
+    if data.preprocessing != held_out.preprocessing:
+        raise TrainingError(
+            f"the samples to learn from have {data.preprocessing}, those held out have "
+            f"{held_out.preprocessing}; both must be prepared alike"
+        )
+
+
+def _check_unused(place: Path) -> None:
+    there = [name for name in (STATE, BEST, METRICS) if (place / name).exists()]
+    if there:
+        raise TrainingError(
+            f"{place} holds a training already ({', '.join(there)}). Go on with it "
+            f"(resume=True, on the command line --resume), or name another folder"
+        )
+
+
 def _finish_epoch(
     state: TrainState,
     epoch: int,
+    lr: float,
     config: PVTConfig,
     held_out: LabelledImages,
     path: Path,
@@ -199,7 +212,13 @@ def _finish_epoch(
     They are written before the state that knows of it. Should the process end in between, the
     steps since are done again, and write the same file.
     """
-    loss, accuracy = evaluate(state.average, config, held_out)
+    with np.errstate(all="ignore"):  # what is not finite is named below
+        loss, accuracy = evaluate(state.average, config, held_out)
+    if not math.isfinite(loss):
+        what = f"the loss on what is held out is {loss}"
+        images = held_out.batch(slice(0, 64), like=state.average.pos_embed1)
+        culprit = first_non_finite(state.average, images, config)
+        raise diverged(what, state.step - 1, epoch - 1, lr, culprit)
     if accuracy > state.best_accuracy:
         state = dataclasses.replace(state, best_accuracy=accuracy, best_epoch=epoch)
         save(path, Model(to_numpy(state.average), config, info=info))
