@@ -215,8 +215,9 @@ def step(state, *rest):
         os.kill(os.getpid(), {int(number)})
     return inner(state, *rest)
 loop.train_step = step
+before = signal.getsignal(signal.SIGINT)
 done = fit(CONFIG, RECIPE, DATA, HELD_OUT, {str(tmp_path)!r}, log_steps=1)
-print(done.finished, done.state.step, signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+print(done.finished, done.state.step, signal.getsignal(signal.SIGINT) == before)
 """
     done = run_script("-c", code)
     assert done.stdout.split() == ["False", "7", "True"], done.stderr
@@ -239,10 +240,11 @@ def step(state, *rest):
             os.kill(os.getpid(), signal.SIGINT)
     return inner(state, *rest)
 loop.train_step = step
+before = signal.getsignal(signal.SIGINT)
 try:
     fit(CONFIG, RECIPE, DATA, HELD_OUT, {str(tmp_path)!r})
 except KeyboardInterrupt:
-    print("interrupted", signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+    print("interrupted", signal.getsignal(signal.SIGINT) == before)
 """
     done = run_script("-c", code)
     assert done.stdout.split() == ["interrupted", "True"], done.stderr
