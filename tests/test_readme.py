@@ -4,6 +4,8 @@ import re
 import tempfile
 from pathlib import Path
 
+import pvt_ref
+
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
@@ -43,6 +45,21 @@ def test_the_times_in_the_readme_are_those_of_the_full_table():
     rows = [line for line in README.splitlines() if line.endswith("|") and " ms |" in line]
     assert len(rows) == 8
     assert all(row in measured.splitlines() for row in rows)
+
+
+def test_the_accuracies_in_the_readme_are_those_of_the_weights():
+    for name, words, key in (
+        ("digits", "handwritten digits", "held_out"),
+        ("cifar10", "CIFAR-10", "test"),
+    ):
+        model = pvt_ref.load(name)
+        accuracy = model.info.training[f"{key}_accuracy"]
+        (row,) = [line for line in README.splitlines() if line.startswith(f"| {words}")]
+        assert f"| {100 * accuracy:.1f} % |" in row
+        assert f"| {pvt_ref.count_cost(model.config).parameters:,} |" in row
+        page = Path(__file__).parents[1] / "docs" / "results" / "training.md"
+        assert f"| {key.replace('_', ' ')} accuracy | {accuracy:.4f} |" in page.read_text("utf-8")
+        assert model.info.training["command"] in page.read_text("utf-8")
 
 
 def test_every_file_that_the_readme_links_to_exists():
