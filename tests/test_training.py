@@ -25,7 +25,7 @@ from strategies import random_params, rng_of
 from twin import our_losses, twin_losses
 
 import pvt_ref
-from pvt_ref import ModelInfo, init_params, to_state_dict
+from pvt_ref import Model, ModelInfo, init_params, to_state_dict
 from pvt_ref.checkpoint.whole_file import write_whole
 from pvt_ref.errors import (
     CheckpointError,
@@ -96,6 +96,31 @@ def test_a_run_on_a_gpu_is_resumed_with_the_same_bits(cupy, tmp_path):
     fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path / "cut", device="cuda", stop_at_step=6)
     fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path / "cut", device="cuda", resume=True)
     assert fingerprint(saved(tmp_path / "cut")) == fingerprint(saved(tmp_path / "whole"))
+
+
+@pytest.mark.gpu
+def test_what_surrounds_the_steps_works_on_a_gpu(cupy, tmp_path):
+    """Measuring, answering, saving and naming what overflowed, in float32."""
+    config, data = dataclasses.replace(CONFIG, drop_path_rate=0.0), DATA
+    host = Model(
+        init_params(config, rng_of(3)), config, info=ModelInfo(preprocessing=data.preprocessing)
+    )
+    there = pvt_ref.to_device(host)
+    ours = pvt_ref.train.evaluate(host.params, config, data)
+    theirs = pvt_ref.train.evaluate(there.params, config, data)
+    assert theirs == pytest.approx(ours, rel=1e-4)
+    pictures = list(data.images[:5, 0])
+    for mine, other in zip(host.predict(pictures), there.predict(pictures), strict=True):
+        assert [a.probability for a in other] == pytest.approx(
+            [a.probability for a in mine], rel=1e-4
+        )
+    pvt_ref.save(tmp_path / "half.safetensors", there, dtype="float16")
+    assert pvt_ref.load(tmp_path / "half.safetensors").config == config
+    broken = map_named(
+        lambda k, x: np.full_like(x, 3e38) if k == "block2.0.mlp.fc1.weight" else x, host.params
+    )
+    with pytest.raises(TrainingError, match=r"block2\.0\.mlp\.fc1 \(linear\)"):
+        train_step(start_training(pvt_ref.to_device(broken), 27, seed=0), data, config, RECIPE)
 
 
 # Learning -----------------------------------------------------------------------------------------
@@ -221,6 +246,7 @@ print(done.finished, done.state.step, signal.getsignal(signal.SIGINT) == before)
 """
     done = run_script("-c", code)
     assert done.stdout.split() == ["False", "7", "True"], done.stderr
+    assert saved(tmp_path).step == 7
     fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path, resume=True, log_steps=1)
     assert fingerprint(saved(tmp_path)) == fingerprint(saved(undisturbed))
 
