@@ -169,7 +169,8 @@ def environment(copy: Path) -> dict[str, str]:
     return {
         **os.environ,
         **ONE_THREAD,
-        "PYTHONPATH": str(copy),
+        # the programs of examples/ import each other
+        "PYTHONPATH": os.pathsep.join((str(copy), str(copy / "examples"))),
         "PYTHONDONTWRITEBYTECODE": "1",
         "COLUMNS": "250",
     }
@@ -273,7 +274,7 @@ def _pytest_in(copy: str, file: str, arguments: list[str], output: str) -> None:
     # the tests of the operations see the record that the mistake is in
     os.environ["PVT_REF_OPS"] = "blocked" if "/kernels/" in file else "reference"
     sys.dont_write_bytecode = True
-    sys.path[:0] = [copy, str(Path(copy) / "examples")]  # whose programs import each other
+    sys.path[:0] = [copy, str(Path(copy) / "examples")]
     try:
         import pvt_ref
 
