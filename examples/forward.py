@@ -268,13 +268,19 @@ def main(argv: list[str] | None = None) -> int:
         model.config.grids(*size)  # before any work
         name, images = get_images(args.image, model, size)
         print(f"photo:   {name}, brought to {size[0]}x{size[1]} pixels")
-        print(f"weights: {model.source}\n")
+        about = f"{model.info.title}; " if model.info.title else ""
+        print(f"weights: {about}{model.source}\n")
         print(stage_table(model, images), "\n")
         print(top_five(model, images))
         if "RANDOM" in model.source:
             print("The weights are random, so the classes mean nothing. The arithmetic is real.")
         plain = not (args.image or args.weights or args.variant)
         plain = plain and find_spec("sklearn") is not None  # the digits come with it
+        if plain:
+            pixels, labels = read_ten_digits()
+            read = [answer.label for (answer,) in pvt_ref.load("digits").predict(pixels, top=1)]
+            print(f"\nTen digits that no training saw: {' '.join(labels)}")
+            print(f"are read as:                     {' '.join(read)}")
         draw(model, name, images, Path(args.output), digits=plain)
         print(f"\nwritten: {args.output}")
     except (PVTError, OSError) as error:

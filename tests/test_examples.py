@@ -37,6 +37,8 @@ def test_forward_classifies_shows_the_stages_and_draws_the_pyramid(examples, cap
     out = capsys.readouterr().out
     assert "chelsea.jpg (comes with the examples)" in out
     assert "random" not in out.lower()
+    assert "weights: CIFAR-10" in out
+    assert "are read as:                     0 1 2 3 4 5 6 7 8 9\n" in out
     table = [line.split() for line in out.splitlines()]
     stages = {row[0]: row[1:6] for row in table if row and row[0] in ("1", "2", "3", "4")}
     model = pvt_ref.load("cifar10")
