@@ -33,6 +33,14 @@ help: ## this list
 
 venv: .venv/bin/pip ## an empty .venv, to put a PyTorch of one's own choice into
 
+# What the documentation takes from npm, in the releases that package-lock.json names.
+KATEX := docs/tools/node_modules/.package-lock.json
+$(KATEX): docs/tools/package.json docs/tools/package-lock.json
+	@command -v npm >/dev/null || { \
+	  echo "The documentation needs npm, which comes with Node.js: https://nodejs.org" >&2; exit 1; }
+	@npm ci --prefix docs/tools --no-audit --no-fund --loglevel=error
+	@touch $@
+
 # Using -----------------------------------------------------------------------------------------
 
 demo: .venv/.stamp-examples ## one photo through a PVT; writes pyramid.png
@@ -55,11 +63,13 @@ format: .venv/.stamp-lint ## puts formatting, and what else ruff can, in order
 types: .venv/.stamp-lint .venv/.stamp-examples ## static types
 	@.venv/bin/pyright --pythonpath $(PY) $(ARGS)
 
-docs: .venv/.stamp-docs ## the documentation as web pages in site/
-	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+MKDOCS := NO_MKDOCS_2_WARNING=1 PYTHONPATH=docs/tools .venv/bin/mkdocs
 
-docs-serve: .venv/.stamp-docs ## the documentation on a local port, rebuilt at every change
-	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs serve --strict $(ARGS)
+docs: .venv/.stamp-docs $(KATEX) ## the documentation as web pages in site/
+	@$(MKDOCS) build --strict
+
+docs-serve: .venv/.stamp-docs $(KATEX) ## the documentation on a local port, rebuilt at every change
+	@$(MKDOCS) serve --strict $(ARGS)
 
 # Checking the tests (hours, not minutes) -------------------------------------------------------
 
@@ -81,4 +91,4 @@ clean: ## removes what was built, and caches; keeps .venv
 	@find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## removes .venv too
-	@rm -rf .venv
+	@rm -rf .venv docs/tools/node_modules

@@ -1,0 +1,79 @@
+"""What the pages of the course print: source, shapes and checks, shown only if they hold.
+
+Everything here returns text; pages print it, since only their own print is looked at.
+"""
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray
+
+
+def source(*functions: Any) -> str:
+    """The source of functions or records, as it is installed, without docstrings."""
+    blocks = []
+    for function in functions:
+        text = inspect.getsource(function)
+        if '"""' in text:  # the page says it in more words
+            start = text.index('"""')
+            end = text.index('"""', start + 3) + 3
+            text = text[:start].rstrip() + text[end:]
+        blocks.append(f"```python\n{text.rstrip()}\n```\n")
+    return "\n".join(blocks)
+
+
+def shapes(sizes: dict[str, int], **arrays: tuple[Array, str, str]) -> str:
+    """A table of arrays: symbol, shape in letters and in numbers, meaning.
+
+    Args:
+        sizes: the letters.
+        arrays: by symbol, the array, its shape in letters (``"B n C"``), and what it is.
+
+    Raises:
+        AssertionError: if an array has another shape.
+    """
+    rows = ["| symbol | shape | here | what it is |", "| --- | --- | --- | --- |"]
+    for symbol, (x, letters, meaning) in arrays.items():
+        expected = tuple(sizes[letter] for letter in letters.split())
+        assert x.shape == expected, f"{symbol} is {x.shape}, the page says {letters} = {expected}"
+        written = ", ".join(letters.split())
+        rows.append(f"| `{symbol}` | ({written}) | {expected} | {meaning} |")
+    return "\n".join(rows)
+
+
+def compare(name: str, ours: Array, theirs: Array, tolerance: float) -> str:
+    """One line on how far two arrays are apart, relative to the second.
+
+    Raises:
+        AssertionError: if that is more than tolerance, or the second is zero.
+    """
+    norm = float(np.linalg.norm(theirs))
+    assert norm > 0, f"{name}: compared with zero, which shows nothing"
+    error = float(np.linalg.norm(ours - theirs)) / norm
+    assert error <= tolerance, f"{name}: {error:.1e} apart, allowed is {tolerance:.0e}"
+    return f"{name:<24} differs by less than {tolerance:.0e}, relative"
+
+
+def finite_difference(f: Callable[[Array], float], x: Array, step: float = 1e-6) -> Array:
+    """dL/dx by central differences, a number at a time: ``(L(x + h) - L(x - h)) / 2h``."""
+    gradient = np.empty_like(x)
+    for place in np.ndindex(x.shape):
+        ends = []
+        for sign in (1, -1):
+            moved = x.copy()
+            moved[place] += sign * step
+            ends.append(f(moved))
+        gradient[place] = (ends[0] - ends[1]) / (2 * step)
+    return gradient
+
+
+def stored(lesson: str) -> dict[str, Array]:
+    """What PyTorch computed for the numbers of a page, by symbol; see store_pytorch.py."""
+    path = Path(__file__).parents[1] / "course" / "pytorch.json"
+    arrays = json.loads(path.read_text(encoding="utf-8"))[lesson]
+    return {symbol: np.array(values) for symbol, values in arrays.items()}
