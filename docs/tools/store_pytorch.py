@@ -24,9 +24,21 @@ def linear() -> dict[str, torch.Tensor]:
     return {"y": y, "dx": dx, "dW": dW, "db": db}
 
 
+def layer_norm() -> dict[str, torch.Tensor]:
+    """The draws of docs/course/layer_norm.md, in the same order."""
+    rng = np.random.default_rng(4)
+    x = torch.tensor(5 + 2 * rng.standard_normal((2, 3, 6)), requires_grad=True)
+    weight = torch.tensor(1 + 0.1 * rng.standard_normal(6), requires_grad=True)
+    bias = torch.tensor(rng.standard_normal(6), requires_grad=True)
+    y = torch.nn.functional.layer_norm(x, (6,), weight, bias, eps=1e-6)
+    dy = torch.tensor(rng.standard_normal(y.shape))
+    dx, dweight, dbias = torch.autograd.grad(y, (x, weight, bias), dy)
+    return {"y": y, "dx": dx, "dweight": dweight, "dbias": dbias}
+
+
 def main() -> None:
     """Writes all pages' numbers; floats in JSON keep every bit."""
-    pages: dict[str, Any] = {"linear": linear()}
+    pages: dict[str, Any] = {"linear": linear(), "layer_norm": layer_norm()}
     record = {
         page: {symbol: x.detach().numpy().tolist() for symbol, x in arrays.items()}
         for page, arrays in pages.items()
