@@ -36,9 +36,18 @@ def layer_norm() -> dict[str, torch.Tensor]:
     return {"y": y, "dx": dx, "dweight": dweight, "dbias": dbias}
 
 
+def gelu() -> dict[str, torch.Tensor]:
+    """The draws of docs/course/gelu.md, in the same order."""
+    rng = np.random.default_rng(5)
+    x = torch.tensor(2 * rng.standard_normal((2, 3, 4)), requires_grad=True)
+    y = torch.nn.functional.gelu(x)
+    (dx,) = torch.autograd.grad(y, x, torch.tensor(rng.standard_normal(y.shape)))
+    return {"y": y, "dx": dx}
+
+
 def main() -> None:
     """Writes all pages' numbers; floats in JSON keep every bit."""
-    pages: dict[str, Any] = {"linear": linear(), "layer_norm": layer_norm()}
+    pages: dict[str, Any] = {"linear": linear(), "layer_norm": layer_norm(), "gelu": gelu()}
     record = {
         page: {symbol: x.detach().numpy().tolist() for symbol, x in arrays.items()}
         for page, arrays in pages.items()
