@@ -88,10 +88,11 @@ def server(cifar, tmp_path):
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200 if self.path == "/a.tar.gz" else 404)
-            self.send_header("Content-Length", str(len(content)))
+            found = content if self.path == "/a.tar.gz" else b""
+            self.send_response(200 if found else 404)
+            self.send_header("Content-Length", str(len(found)))
             self.end_headers()
-            self.wfile.write(content)
+            self.wfile.write(found)
 
         def log_message(self, *_):
             pass

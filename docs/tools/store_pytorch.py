@@ -45,9 +45,28 @@ def gelu() -> dict[str, torch.Tensor]:
     return {"y": y, "dx": dx}
 
 
+def softmax() -> dict[str, torch.Tensor]:
+    """The draws of docs/course/softmax.md, in the same order."""
+    rng = np.random.default_rng(6)
+    x = torch.tensor(rng.standard_normal((2, 3, 4, 5)), requires_grad=True)
+    y = torch.softmax(x, dim=-1)
+    (dx,) = torch.autograd.grad(y, x, torch.tensor(rng.standard_normal(y.shape)))
+    logits = torch.tensor(2 * rng.standard_normal((2, 6)), requires_grad=True)
+    t = rng.random((2, 6))
+    t /= t.sum(axis=1, keepdims=True)
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(t), label_smoothing=0.1)
+    (dlogits,) = torch.autograd.grad(loss, logits)
+    return {"y": y, "dx": dx, "loss": loss, "dlogits": dlogits}
+
+
 def main() -> None:
     """Writes all pages' numbers; floats in JSON keep every bit."""
-    pages: dict[str, Any] = {"linear": linear(), "layer_norm": layer_norm(), "gelu": gelu()}
+    pages: dict[str, Any] = {
+        "linear": linear(),
+        "layer_norm": layer_norm(),
+        "gelu": gelu(),
+        "softmax": softmax(),
+    }
     record = {
         page: {symbol: x.detach().numpy().tolist() for symbol, x in arrays.items()}
         for page, arrays in pages.items()
