@@ -173,8 +173,8 @@ def fit(
         if state.step % steps and report:
             _check_weights(state, steps, report.lr)
             save_state(place / STATE, state, run)
-        elif state.step:
-            _draw(place, console)  # again: the process may have ended between saving and drawing
+        elif state.step and report is None:  # nothing was left to do, but maybe to draw
+            _draw(place, console)
     return Run(state, state.step == last, place)
 
 

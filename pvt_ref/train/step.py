@@ -103,14 +103,15 @@ def train_step(
         with np.errstate(all="ignore"):  # what is not finite is found below, and named
             logits, cache = forward_with_cache(state.params, images[rows], config, rng)
             part_loss, dlogits = cross_entropy(logits, targets[rows], recipe.label_smoothing)
-            if not math.isfinite(float(part_loss)):
+            value = float(part_loss)  # once: it makes the host wait for the device
+            if not math.isfinite(value):
                 culprit = first_non_finite(state.params, images[rows], config, generator(before))
-                raise diverged(f"the loss is {float(part_loss)}", state.step, epoch, lr, culprit)
+                raise diverged(f"the loss is {value}", state.step, epoch, lr, culprit)
             part_grads, _ = backward(state.params, cache, dlogits, config)
         del cache  # the largest thing here; the next part makes its own
         share = len(part) / len(chosen)
         grads = add_gradients(grads, part_grads, share)
-        loss += share * float(part_loss)
+        loss += share * value
         hits += _count_hits(logits, targets[rows])
     assert grads is not None  # a batch has at least one part
     max_norm = math.inf if recipe.clip_norm is None else recipe.clip_norm
