@@ -1,4 +1,4 @@
-"""The house stands as docs/index.md draws it: imports go one way, and few files know much."""
+"""The house stands as docs/house.md draws it: imports go one way, and few files know much."""
 
 import ast
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 import pvt_ref
 
 PACKAGE = Path(pvt_ref.__file__).parent
-INDEX = (Path(__file__).parents[1] / "docs" / "index.md").read_text(encoding="utf-8")
+HOUSE = (Path(__file__).parents[1] / "docs" / "house.md").read_text(encoding="utf-8")
 
 
 def imports(path: Path) -> set[str]:
@@ -22,13 +22,13 @@ def imports(path: Path) -> set[str]:
 
 
 def room(name: str) -> str:
-    """A file, or the folder it lies in, as the tables of index.md name it."""
+    """A file, or the folder it lies in, as the tables of house.md name it."""
     first = name.removeprefix("pvt_ref.").split(".")[0]
     return f"{first}/" if (PACKAGE / first).is_dir() else f"{first}.py"
 
 
 def test_imports_go_down_the_table_only():
-    tables = INDEX.split("Beside the network:")
+    tables = HOUSE.split("Beside the network:")
     order, beside = (re.findall(r"^\| (`.+?) \|", table, flags=re.MULTILINE) for table in tables)
     # every row names its files first
     order = [name for row in order for name in re.findall(r"`(\w+(?:\.py|/))`", row)]

@@ -1,12 +1,21 @@
-"""A hook of mkdocs: equations become HTML and MathML while the site is built.
+r"""A hook of mkdocs: equations become HTML and MathML while the site is built.
 
 So they are read without JavaScript and without a network, and TeX that is wrong fails the build.
 KaTeX comes from npm (package.json beside this file) and runs in QuickJS, inside this process.
+
+A page may name its symbols in its front matter, each with what it is called in code and tables::
+
+    symbols:
+      W: weight
+      C_\text{in}: C_in
+      \hat{x}: x_hat
+
+They are marked in its equations, and assets/symbols.js lights up what belongs together.
 """
 
 import html
+import json
 import re
-import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +43,10 @@ def _renderer() -> Any:
     context.eval(script.read_text(encoding="utf-8"))
     context.eval(
         "function render(tex, display) { return katex.renderToString(tex, "
-        "{displayMode: display, throwOnError: true, strict: 'error'}); }"
+        "{displayMode: display, throwOnError: true, "
+        # only what mark() puts in: nothing else of KaTeX's HTML extension, no links
+        "trust: (c) => c.command === '\\\\htmlData', "
+        "strict: (c) => c === 'htmlExtension' ? 'ignore' : 'error'}); }"
     )
     return context.get("render")
 
@@ -51,24 +63,59 @@ def render(tex: str, display: bool) -> str:
         raise PluginError(f"KaTeX refuses {tex!r}: {str(error).splitlines()[0]}") from error
 
 
+#: What TeX is made of: a command whose argument is a name or a word, another command, one character.
+_TOKEN = re.compile(
+    r"\\(?:begin|end|text|operatorname|mathrm|mathsf|mathbb|tag)\*?\s*\{[^{}]*\}"
+    r"|\\[A-Za-z]+|\\.|.",
+    re.DOTALL,
+)
+
+
+def mark(tex: str, symbols: list[str]) -> str:
+    """tex with every occurrence of the symbols marked by its number, longest symbol first.
+
+    A letter inside a word (of ``\\text`` or a command's name) is no symbol.
+    """
+    longest_first = sorted(range(len(symbols)), key=lambda number: -len(symbols[number]))
+    out, place = [], 0
+    while place < len(tex):
+        for number in longest_first:
+            symbol = symbols[number]
+            after = tex[place + len(symbol) : place + len(symbol) + 1]
+            word = symbol[-1].isalpha() and re.search(r"\\[A-Za-z]+$", symbol)
+            if tex.startswith(symbol, place) and not (word and after.isalpha()):
+                out.append(f"{{\\htmlData{{symbol={number}}}{{{symbol}}}}}")
+                place += len(symbol)
+                break
+        else:
+            token = _TOKEN.match(tex, place)
+            assert token is not None  # its last alternative takes anything
+            out.append(token[0])
+            place = token.end()
+    return "".join(out)
+
+
 def on_post_page(output: str, page: Any, config: Any) -> str:
-    """Every equation of a page; called by mkdocs."""
+    """Every equation of a page, and the names of its symbols; called by mkdocs."""
+    names = {str(key): str(value).split() for key, value in page.meta.get("symbols", {}).items()}
+    used: set[int] = set()
 
     def replace(match: re.Match[str]) -> str:
         display = match["tag"] == "div"
+        tex = mark(html.unescape(match["tex"]), list(names))
+        used.update(map(int, re.findall(r"\\htmlData\{symbol=(\d+)\}", tex)))
         try:
-            shown = render(html.unescape(match["tex"]), display)
+            shown = render(tex, display)
         except PluginError as error:
             raise PluginError(f"{page.file.src_path}: {error}") from error
         return f'<{match["tag"]} class="equation">{shown}</{match["tag"]}>'
 
-    return _EQUATION.sub(replace, output)
-
-
-def on_post_build(config: Any) -> None:
-    """The style sheet and the fonts that the pages refer to; called by mkdocs."""
-    target = Path(config["site_dir"]) / "assets" / "katex"
-    (target / "fonts").mkdir(parents=True, exist_ok=True)
-    shutil.copy(KATEX / "katex.min.css", target)
-    for font in sorted((KATEX / "fonts").glob("*.woff2")):
-        shutil.copy(font, target / "fonts")
+    output = _EQUATION.sub(replace, output)
+    unused = [key for number, key in enumerate(names) if number not in used]
+    if unused:
+        raise PluginError(f"{page.file.src_path}: no equation holds the symbols {unused}")
+    if not names:
+        return output
+    record = json.dumps(list(names.values())).replace("<", "\\u003c")
+    script = f'<script type="application/json" id="symbols">{record}</script>'
+    return output.replace("</body>", f"{script}</body>")

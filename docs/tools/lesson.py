@@ -41,9 +41,10 @@ def shapes(sizes: dict[str, int], **arrays: tuple[Array, str, str]) -> str:
     for symbol, (x, letters, meaning) in arrays.items():
         expected = tuple(sizes[letter] for letter in letters.split())
         assert x.shape == expected, f"{symbol} is {x.shape}, the page says {letters} = {expected}"
-        written = ", ".join(letters.split())
+        # symbols.js finds the axes by their class
+        written = ", ".join(f'<span class="axis">{letter}</span>' for letter in letters.split())
         rows.append(f"| `{symbol}` | ({written}) | {expected} | {meaning} |")
-    return "\n".join(rows)
+    return "\n".join(['<div class="shapes" markdown="1">', "", *rows, "", "</div>"])
 
 
 def compare(name: str, ours: Array, theirs: Array, tolerance: float) -> str:
@@ -74,6 +75,6 @@ def finite_difference(f: Callable[[Array], float], x: Array, step: float = 1e-6)
 
 def stored(lesson: str) -> dict[str, Array]:
     """What PyTorch computed for the numbers of a page, by symbol; see store_pytorch.py."""
-    path = Path(__file__).parents[1] / "course" / "pytorch.json"
-    arrays = json.loads(path.read_text(encoding="utf-8"))[lesson]
+    path = Path(__file__).parents[1] / "course" / "pytorch" / f"{lesson}.json"
+    arrays = json.loads(path.read_text(encoding="utf-8"))
     return {symbol: np.array(values) for symbol, values in arrays.items()}

@@ -1,0 +1,34 @@
+"""A hook of mkdocs: what the pages need of npm's packages is copied into the site.
+
+Nothing of them is committed, and no page asks another host for them.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+
+MODULES = Path(__file__).parent / "node_modules"
+
+#: From a package, to a folder of the site's assets.
+_WANTED = (
+    ("katex/dist/katex.min.css", "katex"),
+    ("katex/dist/fonts/*.woff2", "katex/fonts"),
+    ("iframe-worker/shim/index.js", "iframe-worker"),
+)
+
+
+def on_post_build(config: Any) -> None:
+    """Called by mkdocs when all pages are written."""
+    for pattern, folder in _WANTED:
+        found = sorted(MODULES.glob(pattern))
+        if not found:
+            raise PluginError(
+                f"{MODULES / pattern} is missing: 'make docs' fetches it; by hand: "
+                f"npm ci --prefix {MODULES.parent}"
+            )
+        target = Path(config["site_dir"]) / "assets" / folder
+        target.mkdir(parents=True, exist_ok=True)
+        for file in found:
+            shutil.copy(file, target)
