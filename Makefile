@@ -9,8 +9,8 @@ PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips must not write into one .venv
-.PHONY: help venv demo test lint format types docs docs-serve check-planted fuzz mutation \
-  clean distclean
+.PHONY: help venv demo test lint format types docs docs-serve check-site check-planted fuzz \
+  mutation clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -34,8 +34,8 @@ help: ## this list
 venv: .venv/bin/pip ## an empty .venv, to put a PyTorch of one's own choice into
 
 # What the documentation takes from npm, in the releases that package-lock.json names.
-KATEX := docs/tools/node_modules/.package-lock.json
-$(KATEX): docs/tools/package.json docs/tools/package-lock.json
+NPM := docs/tools/node_modules/.package-lock.json
+$(NPM): docs/tools/package.json docs/tools/package-lock.json
 	@command -v npm >/dev/null || { \
 	  echo "The documentation needs npm, which comes with Node.js: https://nodejs.org" >&2; exit 1; }
 	@npm ci --prefix docs/tools --no-audit --no-fund --loglevel=error
@@ -63,13 +63,20 @@ format: .venv/.stamp-lint ## puts formatting, and what else ruff can, in order
 types: .venv/.stamp-lint .venv/.stamp-examples ## static types
 	@.venv/bin/pyright --pythonpath $(PY) $(ARGS)
 
-MKDOCS := NO_MKDOCS_2_WARNING=1 PYTHONPATH=docs/tools .venv/bin/mkdocs
+# One commit, one date: two builds have the same bytes.
+MKDOCS := SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 0) \
+  NO_MKDOCS_2_WARNING=1 PYTHONPATH=docs/tools .venv/bin/mkdocs
 
-docs: .venv/.stamp-docs $(KATEX) ## the documentation as web pages in site/
+docs: .venv/.stamp-docs $(NPM) ## the documentation as web pages in site/
 	@$(MKDOCS) build --strict
 
-docs-serve: .venv/.stamp-docs $(KATEX) ## the documentation on a local port, rebuilt at every change
+docs-serve: .venv/.stamp-docs $(NPM) ## the documentation on a local port, rebuilt at every change
 	@$(MKDOCS) serve --strict $(ARGS)
+
+check-site: .venv/.stamp-site docs ## every page of site/, in Chromium or Chrome
+	@again=$$(mktemp -d) && trap 'rm -rf "$$again"' EXIT && \
+	  $(MKDOCS) build --quiet --site-dir "$$again" && \
+	  SITE_AGAIN="$$again" $(PY) -m pytest tests/check_site.py -n auto --maxprocesses 4 $(ARGS)
 
 # Checking the tests (hours, not minutes) -------------------------------------------------------
 

@@ -110,6 +110,120 @@ def sra() -> dict[str, torch.Tensor]:
     return {"y": y, "dx": dx, "y_plain": attend(x), **dict(zip(names, weights, strict=True))}
 
 
+def _micro(seed: int, batch: int) -> tuple:
+    """A PVT of four narrow stages: generator, config, weights, images, logits and maps.
+
+    The weights are drawn in the order of to_state_dict, the images after them. What is computed
+    with them is written here once more, in PyTorch's own operations.
+    """
+    from pvt_ref import PVTConfig
+    from pvt_ref.params import param_shapes
+
+    config = PVTConfig(
+        img_size=16, num_classes=3, patch_sizes=(2, 2, 2, 2), embed_dims=(4, 8, 8, 8),
+        num_heads=(1, 2, 2, 2), mlp_ratios=(2, 2, 2, 2), depths=(1, 2, 1, 1), sr_ratios=(2, 2, 1, 1),
+    )  # fmt: skip
+    rng = np.random.default_rng(seed)
+    F = torch.nn.functional
+    w = {
+        key: torch.tensor(
+            key.endswith(("norm.weight", "norm1.weight", "norm2.weight"))
+            + 0.3 * rng.standard_normal(shape),
+            requires_grad=True,
+        )
+        for key, shape in param_shapes(config).items()
+    }
+    images = torch.tensor(rng.standard_normal((batch, 3, 16, 32)), requires_grad=True)
+
+    def linear(key: str, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, w[f"{key}.weight"], w[f"{key}.bias"])
+
+    def norm(key: str, x: torch.Tensor, eps: float) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], w[f"{key}.weight"], w[f"{key}.bias"], eps)
+
+    def patches(conv: str, after: str, x_map: torch.Tensor, P: int) -> torch.Tensor:
+        x = F.conv2d(x_map, w[f"{conv}.weight"], w[f"{conv}.bias"], stride=P)
+        return norm(after, x.flatten(2).transpose(1, 2), 1e-5)
+
+    def attend(key: str, x: torch.Tensor, grid: tuple[int, ...], N: int, R: int) -> torch.Tensor:
+        def heads(tokens: torch.Tensor) -> torch.Tensor:
+            return tokens.unflatten(-1, (N, -1)).transpose(1, 2)
+
+        reduced = x
+        if R > 1:
+            x_map = x.transpose(1, 2).unflatten(-1, grid)
+            reduced = patches(f"{key}.sr", f"{key}.norm", x_map, R)
+        k, v = linear(f"{key}.kv", reduced).chunk(2, dim=-1)
+        y = F.scaled_dot_product_attention(heads(linear(f"{key}.q", x)), heads(k), heads(v))
+        return linear(f"{key}.proj", y.transpose(1, 2).flatten(2))
+
+    def stage(i: int, x_map: torch.Tensor, with_cls: bool) -> torch.Tensor:
+        P, side = config.patch_sizes[i], config.table_sides[i]
+        grid = tuple(x_map.shape[axis] // P for axis in (2, 3))
+        x = patches(f"patch_embed{i + 1}.proj", f"patch_embed{i + 1}.norm", x_map, P)
+        table = w[f"pos_embed{i + 1}"]
+        cls_rows = table.shape[1] - side * side
+        rows = table[:, cls_rows:].transpose(1, 2).unflatten(-1, (side, side))
+        rows = F.interpolate(rows, size=grid, mode="bilinear", align_corners=False)
+        rows = rows.flatten(2).transpose(1, 2)
+        if with_cls:
+            x = torch.cat((w["cls_token"].expand(batch, -1, -1), x), dim=1)
+            rows = torch.cat((table[:, :1], rows), dim=1)
+        x = x + rows
+        for b in range(config.depths[i]):
+            key = f"block{i + 1}.{b}"
+            heads, R = config.num_heads[i], config.sr_ratios[i]
+            x = x + attend(f"{key}.attn", norm(f"{key}.norm1", x, 1e-6), grid, heads, R)
+            hidden = F.gelu(linear(f"{key}.mlp.fc1", norm(f"{key}.norm2", x, 1e-6)))
+            x = x + linear(f"{key}.mlp.fc2", hidden)
+        if with_cls:
+            return x
+        return x.transpose(1, 2).unflatten(-1, grid)
+
+    maps, x_map = [], images
+    for i in range(4):
+        if i == 3:
+            tokens = stage(i, x_map, with_cls=True)
+        x_map = stage(i, x_map, with_cls=False)
+        maps.append(x_map)
+    logits = linear("head", norm("norm", tokens, 1e-6)[:, 0])
+    return rng, w, images, logits, maps
+
+
+@page
+def stages() -> dict[str, torch.Tensor]:
+    """The draws of docs/course/stages.md, in the same order: both readings of a small PVT."""
+    rng, _, images, logits, maps = _micro(seed=12, batch=1)
+    dlogits = torch.tensor(rng.standard_normal(logits.shape))
+    (dimages,) = torch.autograd.grad(logits, images, dlogits)
+    named = {f"F{i}": x_map for i, x_map in enumerate(maps, start=1)}
+    return {"logits": logits, **named, "dimages": dimages}
+
+
+@page
+def whole_backward() -> dict[str, torch.Tensor]:
+    """The draws of docs/course/whole_backward.md, in the same order.
+
+    Of each gradient its norm, and its inner product with a random direction of its shape.
+    """
+    rng, w, images, logits, maps = _micro(seed=13, batch=2)
+    dmaps = [torch.tensor(rng.standard_normal(x_map.shape)) for x_map in maps]
+    leaves = [*w.values(), images]
+    directions = [torch.tensor(rng.standard_normal(x.shape)) for x in leaves]
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor([2, 0]))
+    results = {"loss": loss}
+    for name, L in (
+        ("classifier", loss),
+        ("pyramid", sum((x_map * d).sum() for x_map, d in zip(maps, dmaps, strict=True))),
+    ):
+        grads = torch.autograd.grad(L, leaves, retain_graph=True, materialize_grads=True)
+        results[f"{name}_norms"] = torch.stack([g.norm() for g in grads])
+        results[f"{name}_along"] = torch.stack(
+            [(g * v).sum() for g, v in zip(grads, directions, strict=True)]
+        )
+    return results
+
+
 def main() -> None:
     """Writes the pages named, or all; floats in JSON keep every bit."""
     FOLDER.mkdir(exist_ok=True)

@@ -1,0 +1,27 @@
+"""A hook of mkdocs: what the theme and a plugin put into every page, put right."""
+
+import re
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+
+#: Pattern, what stands there instead, and why.
+_MENDED = (
+    # a dialog has to say what it is for
+    (r'(<div class="md-search"[^>]*role="dialog")>', r'\1 aria-label="Search">'),
+    # markdown-exec's editor for code in the browser, which no page has
+    (r'\s*<link rel="stylesheet" href="[^"]*_markdown_exec_pyodide\.css">', ""),
+    (r'\s*<script src="[^"]*_markdown_exec_pyodide\.js"></script>', ""),
+)
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Called by mkdocs with every page."""
+    for pattern, replacement in _MENDED:
+        output, count = re.subn(pattern, replacement, output)
+        if not count:
+            raise PluginError(
+                f"{page.file.src_path}: nothing matches {pattern}; has the theme changed? See "
+                f"{__file__}"
+            )
+    return output
