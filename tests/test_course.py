@@ -4,6 +4,8 @@ The site runs the shown blocks when it is built; here every fenced block of a pa
 """
 
 import contextlib
+import functools
+import importlib
 import io
 import re
 import sys
@@ -11,45 +13,113 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+import pvt_ref
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = sorted((DOCS / "course").glob("*.md"))
 BLOCK = re.compile(r"^( *)```python([^\n]*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
+
+#: The order of a page about an operation; other pages keep to what of it makes sense for them.
+SECTIONS = (
+    "The equation", "Shapes", "The source", "A run", "The backward", "Checked", "Cost", "Drawn",
+    "Exercises",
+)  # fmt: skip
+OPERATIONS = (
+    "linear", "layer_norm", "gelu", "softmax", "patch_embed", "position", "attention", "sra",
+    "block",
+)  # fmt: skip
+COURSE = sorted((DOCS / "course").glob("*.md"))
+PHOTO = DOCS.parent / "examples" / "chelsea.jpg"
+OTHERS = [DOCS / f"{name}.md" for name in ("index", "use", "cheat_sheet", "glossary", "api/index")]
 
 
 @pytest.fixture
-def lesson(monkeypatch):
+def tools(monkeypatch):
+    """The folder of the pages' own tools, from which pages import, as when the site is built."""
     monkeypatch.syspath_prepend(str(DOCS / "tools"))
-    import lesson
+    yield DOCS / "tools"
+    for name in [path.stem for path in (DOCS / "tools").glob("*.py")]:
+        sys.modules.pop(name, None)
 
-    yield lesson
-    sys.modules.pop("lesson", None)
+
+@pytest.fixture
+def lesson(tools):
+    return importlib.import_module("lesson")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_block_of_a_page_runs(page, lesson):
-    names: dict = {}
-    blocks = BLOCK.findall(page.read_text("utf-8"))
-    solutions = [code for indent, _, code in blocks if indent]
+def run(page: Path) -> tuple[str, list[str]]:
+    """What the blocks of a page print, run in order; and its solutions, run by themselves."""
+    names: dict = {"__name__": page.stem}
+    solutions = []
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        for indent, _, code in BLOCK.findall(page.read_text("utf-8")):
+            code = textwrap.dedent(code)
+            if indent:
+                solutions.append(code)
+                exec(code, {})
+            else:
+                exec(code, names)
+    return printed.getvalue(), solutions
+
+
+@pytest.mark.parametrize("page", COURSE, ids=lambda page: page.stem)
+def test_every_block_of_a_lesson_runs(page, tools):
+    text, solutions = run(page)
     assert len(solutions) >= 2
     assert all("assert " in code for code in solutions)
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        for indent, _, code in blocks:
-            # a solution stands on its own
-            exec(textwrap.dedent(code), {} if indent else names)
-    text = printed.getvalue()
-    assert "| symbol | shape |" in text
-    assert "finite differences" in text
-    assert text.count("PyTorch") >= 2
+    assert 'class="drawn"' in text
     assert not re.search(r"^(True |False )*False\b", text, re.MULTILINE)
+    if page.stem in OPERATIONS:
+        assert "| symbol | shape |" in text
+        assert "finite differences" in text
+        assert text.count("PyTorch") >= 2
+
+
+@pytest.mark.parametrize("page", COURSE, ids=lambda page: page.stem)
+def test_a_lesson_keeps_to_the_order(page):
+    headings = re.findall(r"^## (.+)$", page.read_text("utf-8"), re.MULTILINE)
+    known = [heading for heading in headings if heading in SECTIONS]
+    assert known == sorted(known, key=SECTIONS.index)
+    assert headings[-1] == "Exercises"
+    assert "Drawn" in headings
+    if page.stem in OPERATIONS:
+        assert known == list(SECTIONS)
+
+
+def test_the_course_is_whole():
+    pages = {page.stem for page in COURSE}
+    more = ("pyramid", "notation", "stages", "whole_backward", "checkpoints", "training", "gpu")
+    assert pages == {*OPERATIONS, *more}
+
+
+@pytest.mark.parametrize("page", OTHERS, ids=lambda page: page.stem)
+def test_every_block_of_the_other_pages_runs(page, tools, monkeypatch):
+    load = pvt_ref.load
+
+    @functools.wraps(load)
+    def load_offline(name):  # what is fetched, or lies on the reader's disk
+        if str(name).startswith("pvt_"):
+            config = pvt_ref.PVTConfig(embed_dims=(8, 16, 20, 16), img_size=32)
+            return pvt_ref.Model(pvt_ref.init_params(config, np.random.default_rng(0)), config)
+        return load(name)
+
+    def predict(self, images, top=5):
+        return real_predict(self, images if images != "photo.jpg" else PHOTO, top)
+
+    real_predict = pvt_ref.Model.predict
+    monkeypatch.setattr(pvt_ref, "load", load_offline)
+    monkeypatch.setattr(pvt_ref.Model, "predict", predict)
+    stay = functools.wraps(pvt_ref.to_device)(lambda tree, device: tree)  # no GPU is needed
+    monkeypatch.setattr(pvt_ref, "to_device", stay)
+    monkeypatch.chdir(DOCS.parent)
+    text, _ = run(page)
+    assert len(text) > 100
 
 
 def test_a_lesson_shows_only_what_holds(lesson):
     x = np.ones((2, 3))
-    assert "| `x` | (B, C) | (2, 3) | tokens |" in lesson.shapes(
-        {"B": 2, "C": 3}, x=(x, "B C", "tokens")
-    )
+    table = re.sub(r"<[^>]+>", "", lesson.shapes({"B": 2, "C": 3}, x=(x, "B C", "tokens")))
+    assert "| `x` | (B, C) | (2, 3) | tokens |" in table
     with pytest.raises(AssertionError, match=r"x is \(2, 3\), the page says C B"):
         lesson.shapes({"B": 2, "C": 3}, x=(x, "C B", "tokens"))
     assert "less than 1e-03" in lesson.compare("x", x, x + 1e-5, 1e-3)
