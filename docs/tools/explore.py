@@ -45,7 +45,7 @@ def _table(heading: list[str], rows: list[list[str]]) -> str:
 
 #: Symbol, formula, shape in letters, and what happens; in the order of sra_forward.
 _SRA_STEPS = (
-    ("x", "x", "B, n, C", "The normalised tokens, one row for each cell of the map."),
+    ("x", "LN(input of the block)", "B, n, C", "The normalised tokens, one row for each cell of the map."),
     ("q", "x W^Q + b", "B, n, C", "A query for every token."),
     ("blocks", "Reshape(x, R)", "B, m, R·R·C", "The map cut into R×R blocks, each laid out in one row."),
     ("reduced", "LN(blocks W^S + b)", "B, m, C", "SR(x): each block brought back to C channels, and normalised."),
