@@ -13,8 +13,9 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
-import pvt_ref
 import pytest
+
+import pvt_ref
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^( *)```python([^\n]*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)

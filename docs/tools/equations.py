@@ -63,7 +63,7 @@ def render(tex: str, display: bool) -> str:
         raise PluginError(f"KaTeX refuses {tex!r}: {str(error).splitlines()[0]}") from error
 
 
-#: What TeX is made of: a command whose argument is a name or a word, another command, one character.
+#: What TeX is made of: a command that takes a word, with it; another command; one character.
 _TOKEN = re.compile(
     r"\\(?:begin|end|text|operatorname|mathrm|mathsf|mathbb|tag)\*?\s*\{[^{}]*\}"
     r"|\\[A-Za-z]+|\\.|.",
@@ -72,9 +72,9 @@ _TOKEN = re.compile(
 
 
 def mark(tex: str, symbols: list[str]) -> str:
-    """tex with every occurrence of the symbols marked by its number, longest symbol first.
+    """The same with every occurrence of the symbols marked by its number, longest symbol first.
 
-    A letter inside a word (of ``\\text`` or a command's name) is no symbol.
+    A letter inside a command's name, or inside the word that it takes, is no symbol.
     """
     longest_first = sorted(range(len(symbols)), key=lambda number: -len(symbols[number]))
     out, place = [], 0

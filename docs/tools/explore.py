@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pvt_ref
 from PIL import Image
+
+import pvt_ref
 from pvt_ref import REFERENCE, PVTConfig
 from pvt_ref.layers.sra import sra_forward
 from pvt_ref.ops import Operation
@@ -34,30 +35,87 @@ def _widget(name: str, data: Any, fallback: str) -> str:
 
 def _table(heading: list[str], rows: list[list[str]]) -> str:
     head = "".join(f'<th scope="col">{cell}</th>' for cell in heading)
-    body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>"
-        for row in rows
-    )
+    body = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-# The shapes of SRA -------------------------------------------------------------------------------
+# The shapes of SRA --------------------------------------------------------------------------------
 
 #: Symbol, formula, shape in letters, and what happens; in the order of sra_forward.
 _SRA_STEPS = (
-    ("x", "LN(input of the block)", "B, n, C", "The normalised tokens, one row for each cell of the map."),
-    ("q", "x W^Q + b", "B, n, C", "A query for every token."),
-    ("blocks", "Reshape(x, R)", "B, m, R·R·C", "The map cut into R×R blocks, each laid out in one row."),
-    ("reduced", "LN(blocks W^S + b)", "B, m, C", "SR(x): each block brought back to C channels, and normalised."),
-    ("kv", "reduced W^KV + b", "B, m, 2C", "Keys in the first C channels, values in the others."),
-    ("q_heads", "split_heads(q)", "B, N, n, d", "Each head takes d of the C channels."),
-    ("k", "split_heads(kv, first half)", "B, N, m, d", "Few keys ..."),
-    ("v", "split_heads(kv, second half)", "B, N, m, d", "... and as many values."),
-    ("weights", "Softmax(q k^T / √d)", "B, N, n, m", "Where each query looks: the largest array, and R·R times smaller than without reduction."),
-    ("heads", "weights v", "B, N, n, d", "What each query found."),
-    ("merged", "merge_heads(heads)", "B, n, C", "The heads side by side."),
-    ("y", "merged W^O + b", "B, n, C", "As many tokens as before."),
-)  # fmt: skip
+    (
+        "x",
+        "LN(input of the block)",
+        "B, n, C",
+        "The normalised tokens, one row for each cell of the map.",
+    ),
+    (
+        "q",
+        "x W^Q + b",
+        "B, n, C",
+        "A query for every token.",
+    ),
+    (
+        "blocks",
+        "Reshape(x, R)",
+        "B, m, R·R·C",
+        "The map cut into R×R blocks, each laid out in one row.",
+    ),
+    (
+        "reduced",
+        "LN(blocks W^S + b)",
+        "B, m, C",
+        "SR(x): each block brought back to C channels, and normalised.",
+    ),
+    (
+        "kv",
+        "reduced W^KV + b",
+        "B, m, 2C",
+        "Keys in the first C channels, values in the others.",
+    ),
+    (
+        "q_heads",
+        "split_heads(q)",
+        "B, N, n, d",
+        "Each head takes d of the C channels.",
+    ),
+    (
+        "k",
+        "split_heads(kv, first half)",
+        "B, N, m, d",
+        "Few keys ...",
+    ),
+    (
+        "v",
+        "split_heads(kv, second half)",
+        "B, N, m, d",
+        "... and as many values.",
+    ),
+    (
+        "weights",
+        "Softmax(q k^T / √d)",
+        "B, N, n, m",
+        "Where each query looks: the largest array, R·R times smaller than without reduction.",
+    ),
+    (
+        "heads",
+        "weights v",
+        "B, N, n, d",
+        "What each query found.",
+    ),
+    (
+        "merged",
+        "merge_heads(heads)",
+        "B, n, C",
+        "The heads side by side.",
+    ),
+    (
+        "y",
+        "merged W^O + b",
+        "B, n, C",
+        "As many tokens as before.",
+    ),
+)
 
 
 def sra_shapes(config: PVTConfig, i: int, size: int = 224) -> dict[str, tuple[int, ...]]:
@@ -110,7 +168,7 @@ def sra_steps(config: PVTConfig) -> str:
     return _widget("sra-steps", data, table)
 
 
-# Cost by image size and R ---------------------------------------------------------------------------
+# Cost by image size and R -------------------------------------------------------------------------
 
 SIDES = range(64, 1025, 64)
 RATIOS = (8, 4, 2, 1)
@@ -133,7 +191,7 @@ def cost_table(name: str = "pvt_tiny") -> str:
                 "n": [s.tokens for s in bill.stages],
                 "m": [s.keys for s in bill.stages],
                 "attention": [
-                    sum(item.macs for item in bill.of_stage(i).items if item.operation == "attn.weights")
+                    sum(x.macs for x in bill.items if x.stage == i and x.operation == "attn.weights")
                     for i in range(1, 5)
                 ],
                 "macs": [bill.of_stage(i).macs for i in range(1, 5)],
@@ -153,7 +211,7 @@ def cost_table(name: str = "pvt_tiny") -> str:
     return _widget("cost-table", data, _table(heading, rows))
 
 
-# Attention on a photo --------------------------------------------------------------------------------
+# Attention on a photo -----------------------------------------------------------------------------
 
 
 def photo_and_attention() -> tuple[np.ndarray, dict[tuple[int, int], np.ndarray], PVTConfig]:
