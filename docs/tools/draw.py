@@ -49,10 +49,13 @@ _STYLE = {
 }
 
 
+# For the whole build: a legend or a text that a page adds later takes its colours from here too.
+mpl.rcParams.update(_STYLE)
+
+
 def panels(rows: int = 1, columns: int = 1, width: float = 7.0, height: float = 2.8, **more: Any):
     """A figure of width x height inches and its axes, in the style of the site."""
-    with mpl.rc_context(_STYLE):
-        return plt.subplots(rows, columns, figsize=(width, height), **more)
+    return plt.subplots(rows, columns, figsize=(width, height), **more)
 
 
 def bare(*axes: Any) -> None:
@@ -72,7 +75,7 @@ def show(figure: Figure, name: str, alt: str) -> str:
         alt: what can be seen, for who cannot see it.
     """
     buffer = io.StringIO()
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+    with mpl.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     plt.close(figure)
     svg = buffer.getvalue()

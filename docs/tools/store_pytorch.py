@@ -3,6 +3,8 @@
 python docs/tools/store_pytorch.py [page ...]       writes docs/course/pytorch/*.json
 """
 
+import argparse
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -121,7 +123,8 @@ def _micro(seed: int, batch: int) -> tuple:
 
     config = PVTConfig(
         img_size=16, num_classes=3, patch_sizes=(2, 2, 2, 2), embed_dims=(4, 8, 8, 8),
-        num_heads=(1, 2, 2, 2), mlp_ratios=(2, 2, 2, 2), depths=(1, 2, 1, 1), sr_ratios=(2, 2, 1, 1),
+        num_heads=(1, 2, 2, 2), mlp_ratios=(2, 2, 2, 2), depths=(1, 2, 1, 1),
+        sr_ratios=(2, 2, 1, 1),
     )  # fmt: skip
     rng = np.random.default_rng(seed)
     F = torch.nn.functional
@@ -222,6 +225,50 @@ def whole_backward() -> dict[str, torch.Tensor]:
             [(g * v).sum() for g, v in zip(grads, directions, strict=True)]
         )
     return results
+
+
+@page
+def checkpoints() -> dict[str, torch.Tensor]:
+    """The bytes of a file as torch.save writes it, and the tensors in it."""
+    rng = np.random.default_rng(14)
+    weight = torch.tensor(rng.standard_normal((2, 3)), dtype=torch.float32)
+    bias = torch.tensor(rng.standard_normal(2)).to(torch.bfloat16)
+    saved = {
+        "model": {"head.weight": weight, "head.bias": bias},
+        "epoch": 300,
+        "args": argparse.Namespace(model="pvt_tiny", lr=0.0005),
+    }
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    data = torch.tensor(list(buffer.getvalue()), dtype=torch.uint8)
+    return {"file": data, "head.weight": weight, "head.bias": bias.float()}
+
+
+@page
+def training() -> dict[str, torch.Tensor]:
+    """The draws of docs/course/training.md, in the same order: four clipped steps of AdamW."""
+    rng = np.random.default_rng(15)
+
+    def draw() -> list[torch.Tensor]:
+        return [torch.tensor(rng.standard_normal(shape)) for shape in ((2, 3), (2,))]
+
+    weight, bias = (x.requires_grad_() for x in draw())
+    gradients = [draw() for _ in range(4)]
+    groups = [{"params": [weight], "weight_decay": 0.3}, {"params": [bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups)
+    weights, biases, norms = [], [], []
+    for (weight.grad, bias.grad), lr in zip(gradients, (0.1, 0.2, 0.15, 0.05), strict=True):
+        norms.append(torch.nn.utils.clip_grad_norm_([weight, bias], 2.9))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        weights.append(weight.detach().clone())
+        biases.append(bias.detach().clone())
+    return {
+        "weight": torch.stack(weights),
+        "bias": torch.stack(biases),
+        "norms": torch.stack(norms),
+    }
 
 
 def main() -> None:
