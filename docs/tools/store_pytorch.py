@@ -112,6 +112,21 @@ def sra() -> dict[str, torch.Tensor]:
     return {"y": y, "dx": dx, "y_plain": attend(x), **dict(zip(names, weights, strict=True))}
 
 
+@page
+def attention() -> dict[str, torch.Tensor]:
+    """The draws of docs/course/attention.md, in the same order."""
+    rng = np.random.default_rng(9)
+    B, n, m, N, C = 2, 6, 4, 2, 6
+    q, k, v = (
+        torch.tensor(rng.standard_normal((B, rows, C)), requires_grad=True) for rows in (n, m, m)
+    )
+    dy = torch.tensor(rng.standard_normal((B, n, C)))
+    heads = (x.unflatten(-1, (N, -1)).transpose(1, 2) for x in (q, k, v))
+    y = torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    dq, dk, dv = torch.autograd.grad(y, (q, k, v), dy)
+    return {"y": y, "dq": dq, "dk": dk, "dv": dv}
+
+
 def _micro(seed: int, batch: int) -> tuple:
     """A PVT of four narrow stages: generator, config, weights, images, logits and maps.
 
