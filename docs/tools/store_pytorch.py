@@ -79,6 +79,33 @@ def softmax() -> dict[str, torch.Tensor]:
 
 
 @page
+def position() -> dict[str, torch.Tensor]:
+    """The draws of docs/course/position.md, in the same order: interpolate, and its gradient."""
+    rng = np.random.default_rng(8)
+    h, w, C = 3, 4, 3
+    table = torch.tensor(rng.standard_normal((1, 1 + h * w, C)), requires_grad=True)
+    x = torch.tensor(rng.standard_normal((2, 1 + 5 * 6, C)), requires_grad=True)
+    dy = torch.tensor(rng.standard_normal((2, 1 + 5 * 6, C)))
+
+    def resized(size: tuple[int, int]) -> torch.Tensor:
+        image = table[:, 1:].transpose(1, 2).unflatten(-1, (h, w))
+        image = torch.nn.functional.interpolate(
+            image, size=size, mode="bilinear", align_corners=False
+        )
+        return image.flatten(2).transpose(1, 2)
+
+    y = x + torch.cat((table[:, :1], resized((5, 6))), dim=1)
+    dx, dtable = torch.autograd.grad(y, (x, table), dy)
+    results = {"y": y, "dx": dx, "dtable": dtable}
+    for size in ((6, 8), (2, 2), (2, 9), (1, 7), (3, 5)):
+        rows = resized(size)[0]
+        (drows,) = torch.autograd.grad(rows, table, torch.tensor(rng.standard_normal(rows.shape)))
+        name = "{}x{}".format(*size)
+        results[f"rows_{name}"], results[f"drows_{name}"] = rows, drows[0, 1:]
+    return results
+
+
+@page
 def sra() -> dict[str, torch.Tensor]:
     """The draws of docs/course/sra.md, in the same order: eq. 1 to 4 with PyTorch's own layers."""
     rng = np.random.default_rng(10)
@@ -125,6 +152,35 @@ def attention() -> dict[str, torch.Tensor]:
     y = torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
     dq, dk, dv = torch.autograd.grad(y, (q, k, v), dy)
     return {"y": y, "dq": dq, "dk": dk, "dv": dv}
+
+
+@page
+def patch_embed() -> dict[str, torch.Tensor]:
+    """The draws of docs/course/patch_embed.md, in the same order; and two maps of odd sides."""
+    rng = np.random.default_rng(7)
+    F = torch.nn.functional
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape)
+
+    drawn = [0.5 * draw(5, 3, 2, 2), draw(5), 1 + 0.1 * draw(5), draw(5), draw(2, 4, 6, 3)]
+    weight, bias, gamma, beta, x = (torch.tensor(array, requires_grad=True) for array in drawn)
+    dy = torch.tensor(draw(2, 6, 5))
+    projected = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride=2).flatten(2).transpose(1, 2)
+    y = F.layer_norm(projected, (5,), gamma, beta, eps=1e-5)
+    names = ("dx", "dweight", "dbias", "dgamma", "dbeta")
+    grads = torch.autograd.grad(y, (x, weight, bias, gamma, beta), dy)
+    odd_1 = torch.arange(49.0).reshape(1, 1, 7, 7)
+    odd_2 = odd_1.clone()
+    odd_2[..., 6, :] = odd_2[..., 6] = 1000
+    kernel = torch.tensor([[[[1.0, 2], [3, 4]]]])
+    return {
+        "projected": projected,
+        "y": y,
+        **dict(zip(names, grads, strict=True)),
+        **{f"odd_{i}": x_map for i, x_map in ((1, odd_1), (2, odd_2))},
+        **{f"tokens_{i}": F.conv2d(m, kernel, stride=2) for i, m in ((1, odd_1), (2, odd_2))},
+    }
 
 
 def _micro(seed: int, batch: int) -> tuple:
