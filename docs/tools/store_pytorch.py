@@ -183,6 +183,55 @@ def patch_embed() -> dict[str, torch.Tensor]:
     }
 
 
+@page
+def block() -> dict[str, torch.Tensor]:
+    """The draws of docs/course/block.md, in the same order; without and with drop path."""
+    rng = np.random.default_rng(11)
+    F = torch.nn.functional
+    B, H, W, C, E, N, R = 3, 2, 4, 4, 2, 2, 2
+
+    def draw(scale: float, *shape: int) -> torch.Tensor:
+        return torch.tensor(scale * rng.standard_normal(shape), requires_grad=True)
+
+    def linear(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return draw(0.5, *shape), draw(1.0, shape[0])
+
+    def norm() -> tuple[torch.Tensor, torch.Tensor]:
+        weight = torch.tensor(1 + 0.1 * rng.standard_normal(C), requires_grad=True)
+        return weight, draw(1.0, C)
+
+    norm1 = norm()
+    q, kv, proj, sr = linear(C, C), linear(2 * C, C), linear(C, C), linear(C, C, R, R)
+    reduced_norm, norm2 = norm(), norm()
+    fc1, fc2 = linear(E * C, C), linear(C, E * C)
+    x, dy = draw(1.0, B, H * W, C), draw(1.0, B, H * W, C)
+
+    def heads(tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.unflatten(-1, (N, -1)).transpose(1, 2)
+
+    def attend(tokens: torch.Tensor) -> torch.Tensor:
+        x_map = tokens.transpose(1, 2).unflatten(-1, (H, W))
+        reduced = F.conv2d(x_map, *sr, stride=R).flatten(2).transpose(1, 2)
+        reduced = F.layer_norm(reduced, (C,), *reduced_norm, eps=1e-5)
+        k, v = F.linear(reduced, *kv).chunk(2, dim=-1)
+        y = F.scaled_dot_product_attention(heads(F.linear(tokens, *q)), heads(k), heads(v))
+        return F.linear(y.transpose(1, 2).flatten(2), *proj)
+
+    coins = np.random.default_rng(2).random((2, B), dtype=np.float32) >= 0.5
+    kept = torch.tensor(coins).unflatten(-1, (B, 1, 1)) / 0.5
+    results = {}
+    for name, (first, second) in (("inference", torch.ones(2)), ("drop path", kept)):
+        middle = x + first * attend(F.layer_norm(x, (C,), *norm1, eps=1e-6))
+        hidden = F.gelu(F.linear(F.layer_norm(middle, (C,), *norm2, eps=1e-6), *fc1))
+        y = middle + second * F.linear(hidden, *fc2)
+        leaves = {"dx": x, "dfc1": fc1[0], "dfc2": fc2[0], "dnorm1": norm1[0], "dnorm2": norm2[0],
+                  "dq": q[0], "dsr": sr[0]}  # fmt: skip
+        grads = torch.autograd.grad(y, list(leaves.values()), dy)
+        results |= {f"{name}.{key}": g for key, g in zip(leaves, grads, strict=True)}
+        results[f"{name}.y"] = y
+    return results
+
+
 def _micro(seed: int, batch: int) -> tuple:
     """A PVT of four narrow stages: generator, config, weights, images, logits and maps.
 
