@@ -27,6 +27,21 @@ def page(
 
 
 @page
+def notation() -> dict[str, torch.Tensor]:
+    """The draws of docs/course/notation.md, in the same order: a linear layer, then GELU."""
+    rng = np.random.default_rng(2)
+
+    def draw(scale: float, *shape: int) -> torch.Tensor:
+        return torch.tensor(scale * rng.standard_normal(shape), requires_grad=True)
+
+    x = draw(1.0, 2, 12, 5)
+    weight, bias, dy = draw(0.5, 6, 5), draw(1.0, 6), draw(1.0, 2, 12, 6)
+    z = torch.nn.functional.gelu(torch.nn.functional.linear(x, weight, bias))
+    dx, dW, db = torch.autograd.grad(z, (x, weight, bias), dy)
+    return {"z": z, "dx": dx, "dW": dW, "db": db}
+
+
+@page
 def linear() -> dict[str, torch.Tensor]:
     """The draws of docs/course/linear.md, in the same order."""
     rng = np.random.default_rng(3)
