@@ -62,7 +62,7 @@
     const words = `The query at row ${r}, column ${c} of ${H}×${W} looks most at key row ${Math.floor(best / w)}, ` +
       `column ${best % w} of ${h}×${w}, with weight ${weights[best].toFixed(4)}. ` +
       `All alike would be ${(1 / (weights.length + layer.cls)).toFixed(4)}.` +
-      (layer.cls ? ` The cls token gets ${(1 - sum).toFixed(4)}.` : "");
+      (layer.cls ? ` The cls token gets ${Math.max(1 - sum, 0).toFixed(4)}.` : "");
     panel.querySelector(".words").textContent = words;
     svg.setAttribute("aria-label", "The photo, darkened where the query does not look. " + words);
   }

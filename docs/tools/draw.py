@@ -83,6 +83,8 @@ def show(figure: Figure, name: str, alt: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     width = 72 * figure.get_figwidth()
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    # of a picture's bytes, so that one shown twice would have it twice
+    svg = re.sub(r' id="image[0-9a-f]+"', "", svg)
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     for stand_in, colour in _IN_THE_PAGE.items():
         svg = svg.replace(stand_in, colour)
