@@ -9,7 +9,7 @@ PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips must not write into one .venv
-.PHONY: help venv demo test lint format types docs docs-serve check-site check-planted fuzz \
+.PHONY: help venv demo bench test lint format types docs docs-serve check-site check-planted fuzz \
   mutation clean distclean
 
 help: ## this list
@@ -46,6 +46,9 @@ $(NPM): docs/tools/package.json docs/tools/package-lock.json
 demo: .venv/.stamp-examples ## one photo through a PVT; writes pyramid.png
 	@$(PY) examples/forward.py $(ARGS)
 
+bench: .venv/.stamp-test ## times everything against PyTorch on this CPU, half an hour
+	@$(PY) benchmarks/cpu.py $(ARGS)
+
 # Checking --------------------------------------------------------------------------------------
 
 test: .venv/.stamp-test ## all tests, with the kernels and with the readable layers
@@ -60,7 +63,7 @@ format: .venv/.stamp-lint ## puts formatting, and what else ruff can, in order
 	@.venv/bin/ruff check --fix --exit-zero --quiet .
 	@.venv/bin/ruff format .
 
-types: .venv/.stamp-lint .venv/.stamp-examples ## static types
+types: .venv/.stamp-lint .venv/.stamp-test ## static types
 	@.venv/bin/pyright --pythonpath $(PY) $(ARGS)
 
 # One commit, one date: two builds have the same bytes.
