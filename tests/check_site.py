@@ -193,6 +193,16 @@ def test_every_layer_is_reached_by_a_page_of_the_course():
 # In a browser -------------------------------------------------------------------------------------
 
 
+#: The numbers of the equations that lie upon their equations.
+_NUMBERS_IN_THE_WAY = """
+    [...document.querySelectorAll(".katex-html > .tag")].filter(tag => {
+      const right = base => base.getBoundingClientRect().right;
+      const ends = [...tag.parentElement.querySelectorAll(":scope > .base")].map(right);
+      return tag.getBoundingClientRect().left < Math.max(...ends);
+    }).map(tag => tag.textContent)
+"""
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_is_quiet_accessible_and_fits(page, open_page):
     for scheme in SCHEMES:
@@ -207,6 +217,7 @@ def test_a_page_is_quiet_accessible_and_fits(page, open_page):
                 fonts = "[...document.fonts].filter(f => f.status === 'loaded').map(f => f.family)"
                 tab.evaluate("document.fonts.ready.then(() => true)")
                 assert any("KaTeX" in family for family in tab.evaluate(fonts)), where
+                assert tab.evaluate(_NUMBERS_IN_THE_WAY) == [], where
             for details in tab.locator("details").all():
                 details.evaluate("element => (element.open = true)")
             tab.add_script_tag(path=AXE)
