@@ -25,6 +25,8 @@ class BlockParams:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockCache:
+    """The caches of the parts, each for its own backward."""
+
     norm1: Any
     attn: Any
     path1: Any

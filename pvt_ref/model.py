@@ -31,12 +31,14 @@ from pvt_ref.params import PVTParams, StageParams, check_rng, zeros_like_params
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageCache:
+    """The caches of the parts, each for its own backward."""
+
     patch_embed: Any
     position: Any
     drop: Any
     blocks: tuple[Any, ...]
-    grid: tuple[int, int]
-    cls: bool
+    grid: tuple[int, int]  # (H_i, W_i): the shape that dL/dF_i must have
+    cls: bool  # whether the first token's gradient is the cls token's
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -181,6 +181,12 @@ def test_every_public_name_is_in_the_reference_with_its_source():
         assert f"{thing.__module__.replace('.', '/')}.py" in source, full
 
 
+def test_a_product_in_a_docstring_is_not_taken_for_emphasis():
+    for page in (page for page in PAGES if page.startswith("api/")):
+        emphasised = set(re.findall(r"<em>(.*?)</em>", (SITE / page).read_text("utf-8")))
+        assert emphasised <= {"required"}, page
+
+
 def test_every_layer_is_reached_by_a_page_of_the_course():
     course = "".join((SITE / page).read_text("utf-8") for page in PAGES if "course/" in page)
     shown = re.sub(r"<[^>]+>", "", course)

@@ -131,8 +131,8 @@ def sra_shapes(config: PVTConfig, i: int, size: int = 224) -> dict[str, tuple[in
         seen.extend((x.shape, y.shape))
         return y, cache
 
-    def attention(q: Any, k: Any, v: Any, *rest: Any) -> Any:
-        y, cache = REFERENCE.attention.forward(q, k, v, *rest[:-1], keep=True)
+    def attention(q: Any, k: Any, v: Any, *rest: Any, **named: Any) -> Any:
+        y, cache = REFERENCE.attention.forward(q, k, v, *rest, **named)
         shapes.update(q_heads=q.shape, k=k.shape, v=v.shape, heads=y.shape)
         shapes["weights"] = cache.weights.shape
         return y, cache

@@ -11,13 +11,13 @@ from pvt_ref.ops import Ops
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionCache:
-    q: Array  # (B, N, n, d)
-    k: Array  # (B, N, m, d)
-    v: Array  # (B, N, m, d)
+    q: Array  # (B, N, n, d), dk needs it
+    k: Array  # (B, N, m, d), dq needs it
+    v: Array  # (B, N, m, d), dA needs it
     scale: float
-    weights: Array  # (B, N, n, m), after dropout
+    weights: Array  # (B, N, n, m), after dropout: dv needs them
     softmax: Any
-    drop: Any
+    drop: Any  # None if nothing was dropped
 
 
 def attention_weights(q: Array, k: Array, scale: float, ops: Ops) -> Array:

@@ -14,7 +14,7 @@ from pvt_ref.arrays import Array, array_module, from_host
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DropCache:
-    mask: Array  # bool, x's shape (dropout) or (B, 1, ..., 1) (drop path)
+    mask: Array  # bool, x's shape (dropout) or (B, 1, ..., 1) (drop path): dy goes where x went
     gain: float  # 1 / (1 - rate)
 
 

@@ -11,8 +11,8 @@ from pvt_ref.arrays import Array, array_module, erf
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GeluCache:
-    x: Array  # (...)
-    cdf: Array  # (...), Phi(x)
+    x: Array  # (...), its density is made from it
+    cdf: Array  # (...), Phi(x): not worth a second error function
 
 
 def gelu_forward(x: Array, keep: bool = True) -> tuple[Array, GeluCache | None]:

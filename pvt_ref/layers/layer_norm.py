@@ -15,8 +15,8 @@ class LayerNormParams:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerNormCache:
-    x_hat: Array  # (..., C), the normalised tokens
-    rstd: Array  # (..., 1), 1 / sqrt(variance + eps)
+    x_hat: Array  # (..., C), the normalised tokens: dweight needs them, and so does dx
+    rstd: Array  # (..., 1), 1 / sqrt(variance + eps): dx is divided by the spread
 
 
 def layer_norm_forward(

@@ -20,6 +20,8 @@ class MLPParams:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MLPCache:
+    """The caches of the parts, each for its own backward."""
+
     fc1: Any
     gelu: Any
     drop1: Any

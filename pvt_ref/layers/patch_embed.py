@@ -26,7 +26,7 @@ class PatchEmbedParams:
 class PatchEmbedCache:
     linear: Any
     norm: Any
-    grid: tuple[int, int]  # (H / P, W / P)
+    grid: tuple[int, int]  # (H / P, W / P): where the blocks go back to
 
 
 def patchify(x: Array, P: int) -> Array:

@@ -31,12 +31,14 @@ class SRAParams:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SRACache:
+    """The caches of the parts, each for its own backward."""
+
     q: Any
-    sr: Any  # None if R = 1
+    sr: Any  # of the patch embedding; None if R = 1
     kv: Any
     attention: Any
     proj: Any
-    drop: Any
+    drop: Any  # of y; None if nothing was dropped
 
 
 def split_heads(x: Array, N: int) -> Array:
@@ -47,7 +49,7 @@ def split_heads(x: Array, N: int) -> Array:
 
 
 def merge_heads(x: Array) -> Array:
-    """(B, N, n, d) to (B, n, C), Concat(head_1..head_N): the inverse of :func:`split_heads`."""
+    """(B, N, n, d) to (B, n, C), Concat(head_0..head_{N-1}): the inverse of :func:`split_heads`."""
     xp = array_module(x)
     B, N, n, d = x.shape
     return xp.reshape(xp.permute_dims(x, (0, 2, 1, 3)), (B, n, N * d))  # (B, n, C)
@@ -75,6 +77,9 @@ def sra_weights(
 ) -> Array:
     """Where each query looks, without dropout. Arguments as in :func:`sra_forward`.
 
+    A record has no operation for it: whatever stands for attention there, the weights are those of
+    :func:`~pvt_ref.layers.attention.attention_weights`.
+
     Returns:
         (B, N, n, m), rows summing to 1.
     """
@@ -94,16 +99,17 @@ def sra_forward(
     rng: np.random.Generator | None = None,
     keep: bool = True,
 ) -> tuple[Array, SRACache | None]:
-    """SRA(Q, K, V) = Concat(head_1..head_N) W^O, eq. 1, with eq. 2::
+    """SRA(Q, K, V) = Concat(head_0..head_{N-1}) W^O, eq. 1, with eq. 2::
 
         head_j = Attention(Q W_j^Q, SR(K) W_j^K, SR(V) W_j^V),    Q = K = V = x
 
     Args:
-        p: the weights.
+        p: the weights. Where ``p.sr`` is None there is no reduction, whatever the stage says.
         x: tokens (B, n, C). With R = 1 a cls token may be among them.
         ops: the record of operations.
         grid: (H_i, W_i) of the tokens, multiples of R.
-        stage: number of heads, scale, eps of the norm, dropout rates.
+        stage: ``num_heads``; ``scale``; ``projection_norm_eps``, for SR's norm; ``attn_drop_rate``,
+            dropout on attention's weights; ``drop_rate``, dropout on y.
         rng: source of the dropout masks; None for inference.
         keep: whether a cache for the backward is returned; without it, it is None.
 
@@ -132,10 +138,14 @@ def sra_backward(
     x is used twice, by the queries and by SR, so two gradients meet in dx.
 
     Args:
+        p: the weights.
+        cache: from the forward.
         dy: dL/dy (B, n, C).
+        ops: the record that the forward was given.
+        stage: the same stage.
 
     Returns:
-        dx (B, n, C) and the gradients of the weights.
+        dx (B, n, C) and the gradients of the weights; ``sr`` and ``norm`` are None where they are.
     """
     xp = array_module(dy)
     # y = dropout(Concat(heads) W^O)
