@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from cpu import describe_machine
+from machine import describe_machine
 from report import RESULTS, markdown
 
 import pvt_ref

@@ -28,37 +28,57 @@ class Contender:
     forward: Callable[[Any], Any]  # logits
     train: Callable[[Any, Any], Any]  # images, dL/dlogits: logits, all gradients
     to_numpy: Callable[[Any], dict[str, np.ndarray]]  # logits, or what train returned
+    synchronize: Callable[[], None] = lambda: None  # waits for the device
+    device_mib: Callable[[Callable[[], Any]], float] | None = None  # most that a run holds there
 
 
-def ours(weights: Path, config: PVTConfig, size: int, threads: int, readable: bool) -> Contender:
-    """pvt_ref itself: its readable layers or its kernels."""
+def ours(
+    weights: Path, config: PVTConfig, size: int, threads: int, device: str, readable: bool
+) -> Contender:
+    """pvt_ref itself: its readable layers or, on the CPU, its kernels."""
     import scipy
 
-    model = pvt_ref.load(weights, config)
-    ops = pvt_ref.REFERENCE if readable else pvt_ref.blocked_ops(threads)
+    model = pvt_ref.to_device(pvt_ref.load(weights, config), device)
+    ops = pvt_ref.blocked_ops(threads) if device == "cpu" and not readable else pvt_ref.REFERENCE
 
     def train(images, dlogits):
         logits, cache = pvt_ref.forward_with_cache(model.params, images, config, ops=ops)
         return logits, *pvt_ref.backward(model.params, cache, dlogits, config)
 
     def to_numpy(result):
+        result = pvt_ref.to_numpy(result)
         if not isinstance(result, tuple):
             return {"logits": result}
         logits, grads, dimages = result
         state = pvt_ref.to_state_dict(grads)
         return {"logits": logits, "dimages": dimages} | {key: state[key] for key in COMPARED}
 
+    if device == "cpu":
+        versions, more = f"NumPy {np.__version__}, SciPy {scipy.__version__}", {}
+    else:
+        import cupy
+
+        pool = cupy.get_default_memory_pool()
+
+        def held(run):
+            pool.free_all_blocks()
+            run()
+            return pool.total_bytes() / 2**20
+
+        versions = f"CuPy {cupy.__version__}"
+        more = {"synchronize": cupy.cuda.get_current_stream().synchronize, "device_mib": held}
     return Contender(
-        f"NumPy {np.__version__}, SciPy {scipy.__version__}",
-        prepare=lambda images: images,
+        versions,
+        prepare=lambda images: pvt_ref.to_device(images, device),
         forward=lambda images: pvt_ref.forward(model.params, images, config, ops=ops),
         train=train,
         to_numpy=to_numpy,
+        **more,
     )
 
 
-def _torch(module: Any, keys: dict[str, Any], versions: str) -> Contender:
-    """A torch.nn.Module; keys are the compared parameters by our names."""
+def _torch(module: Any, keys: dict[str, Any], versions: str, device: str) -> Contender:
+    """A torch.nn.Module on its device; keys are the compared parameters by our names."""
     import torch
 
     leaves = list(module.parameters())
@@ -77,16 +97,39 @@ def _torch(module: Any, keys: dict[str, Any], versions: str) -> Contender:
 
     def to_numpy(result):
         if not isinstance(result, tuple):
-            return {"logits": result.numpy()}
+            return {"logits": result.numpy(force=True)}
         logits, dimages = result
-        arrays = {"logits": logits.detach().numpy(), "dimages": dimages.numpy()}
-        return arrays | {key: p.grad.numpy() for key, p in keys.items()}
+        arrays = {"logits": logits, "dimages": dimages}
+        arrays |= {key: p.grad for key, p in keys.items()}
+        return {key: x.numpy(force=True) for key, x in arrays.items()}
 
-    return Contender(versions, torch.from_numpy, forward, train, to_numpy)
+    def held(run):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_reserved() / 2**20
+
+    more = {}
+    if device != "cpu":
+        more = {"synchronize": torch.cuda.synchronize, "device_mib": held}
+    return Contender(
+        versions,
+        lambda images: torch.from_numpy(images).to(device),
+        forward,
+        train,
+        to_numpy,
+        **more,
+    )
 
 
 def pytorch(
-    weights: Path, config: PVTConfig, size: int, threads: int, fused: bool, compiled: bool
+    weights: Path,
+    config: PVTConfig,
+    size: int,
+    threads: int,
+    device: str,
+    fused: bool,
+    compiled: bool,
 ) -> Contender:
     """benchmarks/torch_pvt.py, as it is or compiled."""
     import torch
@@ -96,16 +139,17 @@ def pytorch(
     torch.set_num_threads(threads)
     with torch.device("meta"):
         model = PVT(config, fused)
-    model.load_state_dict(load_file(weights), assign=True)
+    model.load_state_dict(load_file(weights, device=device), assign=True)
     parameters = dict(model.named_parameters())
     torch.compiler.reset()  # it counts the shapes it has compiled for, over all models
     module = torch.compile(model, dynamic=False) if compiled else model
-    return _torch(
-        module, {key: parameters[key] for key in COMPARED}, f"PyTorch {torch.__version__}"
-    )
+    keys = {key: parameters[key] for key in COMPARED}
+    return _torch(module, keys, f"PyTorch {torch.__version__}", device)
 
 
-def hugging_face(weights: Path, config: PVTConfig, size: int, threads: int) -> Contender:
+def hugging_face(
+    weights: Path, config: PVTConfig, size: int, threads: int, device: str
+) -> Contender:
     """transformers' PvtForImageClassification, mended as in tests/oracles.py."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     import torch
@@ -116,7 +160,8 @@ def hugging_face(weights: Path, config: PVTConfig, size: int, threads: int) -> C
 
     torch.set_num_threads(threads)
     model = build(config, None, pyramid=False)
-    for name, x in translate(load_file(weights), config, (size, size), pyramid=False).items():
+    state = load_file(weights, device=device)
+    for name, x in translate(state, config, (size, size), pyramid=False).items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(x.clone()))
 
@@ -135,10 +180,10 @@ def hugging_face(weights: Path, config: PVTConfig, size: int, threads: int) -> C
         COMPARED[2]: encoder.block[3][1].mlp.dense1.weight,
     }
     versions = f"transformers {transformers.__version__}, PyTorch {torch.__version__}"
-    return _torch(Logits(), keys, versions)
+    return _torch(Logits(), keys, versions, device)
 
 
-CONTENDERS: dict[str, Callable[[Path, PVTConfig, int, int], Contender]] = {
+CONTENDERS: dict[str, Callable[[Path, PVTConfig, int, int, str], Contender]] = {
     "pvt_ref": lambda *a: ours(*a, readable=False),
     "pvt_ref, readable layers": lambda *a: ours(*a, readable=True),
     "PyTorch eager": lambda *a: pytorch(*a, fused=False, compiled=False),

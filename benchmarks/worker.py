@@ -34,19 +34,20 @@ def peak_mib() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-def measure(run, seconds: float, least: int) -> list[float]:
-    """Times of repeated runs, for so long and at least so often."""
+def measure(run, synchronize, seconds: float, least: int) -> list[float]:
+    """Times of repeated runs, for so long and at least so often, until the device is done."""
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < least or time.perf_counter() < end:
         start = time.perf_counter()
         run()
+        synchronize()
         times.append(time.perf_counter() - start)
     return times
 
 
 def main() -> None:
-    name, threads = sys.argv[1], int(sys.argv[2])
+    name, device, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
     answers = sys.stdout
     sys.stdout = sys.stderr  # whatever a library prints is no answer
     model, loaded = None, None
@@ -56,7 +57,8 @@ def main() -> None:
         if key != loaded:
             model = None  # not two at once
             config = VARIANTS[order["model"]]
-            model = CONTENDERS[name](Path(order["weights"]), config, order["size"], threads)
+            weights = Path(order["weights"])
+            model = CONTENDERS[name](weights, config, order["size"], threads, device)
             loaded = key
         images, dlogits = map(model.prepare, inputs(order["batch"], order["size"]))
 
@@ -68,11 +70,14 @@ def main() -> None:
             np.savez(order["file"], **model.to_numpy(run()))
         elif order["do"] == "time":
             run()  # warms up
-            answer["times"] = measure(run, order["seconds"], order["least"])
+            model.synchronize()
+            answer["times"] = measure(run, model.synchronize, order["seconds"], order["least"])
         elif order["do"] == "memory":
             answer["before"] = peak_mib()
-            answer["times"] = measure(run, 0, order["least"])
+            answer["times"] = measure(run, model.synchronize, 0, order["least"])
             answer["peak"] = peak_mib()
+        elif order["do"] == "device memory":
+            answer["peak"] = model.device_mib(run)
         print(json.dumps(answer), file=answers, flush=True)
 
 
