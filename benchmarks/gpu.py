@@ -1,7 +1,7 @@
 """Times this project on a CUDA device, through CuPy, against PyTorch on the same device.
 
     python benchmarks/gpu.py                         a few minutes; needs CuPy and a CUDA PyTorch
-    python benchmarks/gpu.py --out DIR --rounds 3
+    python benchmarks/gpu.py --kernels               only where the device's time goes, by kernel
 
 As on the CPU (cpu.py): each contender in a process of its own, asked in turn, and only if its
 numbers are those of the readable layers in float64. All compute in float32; TensorFloat-32 is off
@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from gpu_report import kind, write_gpu_report
 from in_turn import (
     NATIVE,
     RESULTS,
@@ -28,7 +29,7 @@ from in_turn import (
     time_in_turn,
 )
 from machine import cores, describe_machine
-from report import RIVAL, label, machine_line, markdown, plot_ratios, time_tables
+from report import RIVAL
 
 from pvt_ref.arrays import import_cupy
 
@@ -50,33 +51,24 @@ def describe_device() -> dict[str, str]:
     }
 
 
-def memory_table(result: dict) -> str:
-    names = list(result["memory"][0]["mib"])
-    rows = []
-    for case in result["memory"]:
-        rival = case["mib"][RIVAL]
-        cells = [f"{mib:,.0f} ({mib / rival:.2f})" for mib in case["mib"].values()]
-        rows.append([label(case), *cells])
-    return (
-        "MiB of the device that the library's allocator held after the call (PyTorch: at most "
-        "during it), weights and images included; in brackets the share of "
-        f"{RIVAL}'s.\n\n" + markdown(["", *names], rows)
-    )
-
-
-def write_report(result: dict, folder: Path) -> None:
-    """gpu_tables.md and the picture; the tables are printed too."""
-    m = result["machine"]
-    device = f"On one {m['gpu']}, driver {m['driver']}, CUDA runtime {m['cuda']}. "
-    parts = [device + machine_line(result), time_tables(result), memory_table(result)]
-    text = "\n".join(parts)
-    (folder / "gpu_tables.md").write_text(text)
-    plot_ratios(result, folder / "gpu_ratios.svg")
-    print(text)
+def measure_kernels(workers: list[Worker], orders: list[dict]) -> list[dict]:
+    """Kernels of one call, by what they do: how many and for how many seconds."""
+    results = []
+    for order in orders:
+        case = {key: order[key] for key in ("model", "size", "batch", "train")}
+        kinds: dict[str, dict] = {}
+        for worker in workers:
+            found = kinds.setdefault(worker.name, {})
+            for name, (count, seconds) in worker.ask(do="kernels", **order)["kernels"].items():
+                before = found.get(kind(name), (0, 0.0))
+                found[kind(name)] = before[0] + count, before[1] + seconds
+        results.append(case | {"kernels": kinds})
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kernels", action="store_true", help="only where the time goes")
     parser.add_argument("--rounds", type=int, default=5, help="times that each is asked")
     parser.add_argument("--seconds", type=float, default=0.5, help="of timing a case and round")
     parser.add_argument("--skip", nargs="*", default=[], choices=NAMES, metavar="NAME")
@@ -86,6 +78,8 @@ def main() -> None:
     names = [name for name in NAMES if name not in args.skip]
     threads = cores()
     result: dict = {"machine": describe_machine(threads) | describe_device(), "versions": {}}
+    if args.kernels:
+        result = json.loads((args.out / "gpu.json").read_text())
     models = ["pvt_tiny", "pvt_small"]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -97,21 +91,28 @@ def main() -> None:
             for train in (False, True)
             for batch in BATCHES
         ]
-        say("Starting", ", ".join(names))
-        workers = [Worker(name, threads, "cuda") for name in names]
-        say("Checking that all compute the same")
-        checks = [case for case in cases if case["batch"] == 1]
-        result["errors"] = check_equality(workers, checks, folder)
-        say(f"Timing, {args.rounds} rounds; medians")
-        result["times"] = time_in_turn(workers, cases, args.rounds, args.seconds)
-        result["memory"] = measure_device_memory(workers, cases)
+        if not args.kernels:
+            say("Starting", ", ".join(names))
+            workers = [Worker(name, threads, "cuda") for name in names]
+            say("Checking that all compute the same")
+            checks = [case for case in cases if case["batch"] == 1]
+            result["errors"] = check_equality(workers, checks, folder)
+            say(f"Timing, {args.rounds} rounds; medians")
+            result["times"] = time_in_turn(workers, cases, args.rounds, args.seconds)
+            result["memory"] = measure_device_memory(workers, cases)
+            for worker in workers:
+                answer = worker.ask(do="versions", **cases[0])
+                result["versions"][worker.name] = answer["versions"]
+                worker.close()
+        say("Counting kernels")
+        workers = [Worker(name, threads, "cuda") for name in ("pvt_ref", RIVAL)]
+        chosen = [c for c in cases if c["model"] == "pvt_small" and c["batch"] in (1, 64)]
+        result["kernels"] = measure_kernels(workers, chosen)
         for worker in workers:
-            answer = worker.ask(do="versions", **cases[0])
-            result["versions"][worker.name] = answer["versions"]
             worker.close()
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
-    write_report(result, args.out)
+    write_gpu_report(result, args.out)
     say(f"Written to {args.out}: gpu.json, gpu_tables.md and gpu_ratios.svg")
 
 

@@ -63,15 +63,15 @@ def time_tables(result: dict) -> str:
     )
 
 
-def summary_table(result: dict) -> str:
+def summary_table(result: dict, digits: int = 0) -> str:
     """What the README shows."""
     rows = []
     for case in result["times"]:
         ours, theirs = (1e3 * statistics.median(case["seconds"][n]) for n in ("pvt_ref", RIVAL))
         cells = [
             label(case),
-            f"{ours:.0f} ms",
-            f"{theirs:.0f} ms",
+            f"{ours:.{digits}f} ms",
+            f"{theirs:.{digits}f} ms",
             f"{ratio(case, 'pvt_ref')[0]:.2f}",
         ]
         rows.append(cells)

@@ -46,6 +46,28 @@ def measure(run, synchronize, seconds: float, least: int) -> list[float]:
     return times
 
 
+def kernels(run, synchronize) -> dict[str, tuple[int, float]]:
+    """What ran on the CUDA device during one run: by name of kernel, how often and seconds.
+
+    CUPTI reports every kernel of the process, whichever library started it.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.zeros(1, device="cuda")  # the profiler begins with a context of PyTorch's
+    run()
+    synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        synchronize()
+    found: dict[str, tuple[int, float]] = {}
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            count, seconds = found.get(event.name, (0, 0.0))
+            found[event.name] = count + 1, seconds + event.time_range.elapsed_us() / 1e6
+    return found
+
+
 def main() -> None:
     name, device, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
     answers = sys.stdout
@@ -76,6 +98,8 @@ def main() -> None:
             answer["before"] = peak_mib()
             answer["times"] = measure(run, model.synchronize, 0, order["least"])
             answer["peak"] = peak_mib()
+        elif order["do"] == "kernels":
+            answer["kernels"] = kernels(run, model.synchronize)
         elif order["do"] == "device memory":
             answer["peak"] = model.device_mib(run)
         print(json.dumps(answer), file=answers, flush=True)
