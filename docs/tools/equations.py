@@ -31,6 +31,9 @@ _EQUATION = re.compile(
 )
 
 
+_ANNOTATION = re.compile(r"(<annotation[^>]*>).*?(</annotation>)", re.DOTALL)
+
+
 @cache
 def _renderer() -> Any:
     script = KATEX / "katex.min.js"
@@ -102,12 +105,16 @@ def on_post_page(output: str, page: Any, config: Any) -> str:
 
     def replace(match: re.Match[str]) -> str:
         display = match["tag"] == "div"
-        tex = mark(html.unescape(match["tex"]), list(names))
-        used.update(map(int, re.findall(r"\\htmlData\{symbol=(\d+)\}", tex)))
+        tex = html.unescape(match["tex"])
+        marked = mark(tex, list(names))
+        used.update(map(int, re.findall(r"\\htmlData\{symbol=(\d+)\}", marked)))
         try:
-            shown = render(tex, display)
+            shown = render(marked, display)
         except PluginError as error:
             raise PluginError(f"{page.file.src_path}: {error}") from error
+        # the TeX that readers copy, or have read to them, is what was written
+        written = html.escape(tex, quote=False)
+        shown = _ANNOTATION.sub(lambda found: found[1] + written + found[2], shown)
         return f'<{match["tag"]} class="equation">{shown}</{match["tag"]}>'
 
     output = _EQUATION.sub(replace, output)
