@@ -63,8 +63,40 @@ def run(page: Path) -> tuple[str, list[str]]:
     return printed.getvalue(), solutions
 
 
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """What pages show but no test has: weights that are fetched, a reader's photo, a GPU."""
+    load, to_device, predict = pvt_ref.load, pvt_ref.to_device, pvt_ref.Model.predict
+
+    @functools.wraps(load)
+    def load_offline(name, *args, **kwargs):
+        if str(name).startswith(("pvt_", "retinanet_")):
+            config = pvt_ref.PVTConfig(embed_dims=(8, 16, 20, 16), img_size=32)
+            return pvt_ref.Model(pvt_ref.init_params(config, np.random.default_rng(0)), config)
+        return load(name, *args, **kwargs)
+
+    def predict_offline(self, images, top=5):
+        return predict(self, PHOTO if isinstance(images, str) else images, top)
+
+    @functools.wraps(to_device)
+    def stay(tree, device="cuda"):
+        return tree if device == "cuda" else to_device(tree, device)
+
+    monkeypatch.setattr(pvt_ref, "load", load_offline)
+    monkeypatch.setattr(pvt_ref.Model, "predict", predict_offline)
+    monkeypatch.setattr(pvt_ref, "to_device", stay)
+    monkeypatch.chdir(DOCS.parent)
+
+
+def test_no_block_of_python_goes_by_another_name():
+    for page in DOCS.rglob("*.md"):
+        if "node_modules" not in page.parts:
+            shown = set(re.findall(r"^ *```(\w+)", page.read_text("utf-8"), re.MULTILINE))
+            assert shown <= {"python", "sh", "text"}, page
+
+
 @pytest.mark.parametrize("page", COURSE, ids=lambda page: page.stem)
-def test_every_block_of_a_lesson_runs(page, tools):
+def test_every_block_of_a_lesson_runs(page, tools, elsewhere):
     text, solutions = run(page)
     assert len(solutions) >= 2
     assert all("assert " in code for code in solutions)
@@ -94,25 +126,7 @@ def test_the_course_is_whole():
 
 
 @pytest.mark.parametrize("page", OTHERS, ids=lambda page: page.stem)
-def test_every_block_of_the_other_pages_runs(page, tools, monkeypatch):
-    load = pvt_ref.load
-
-    @functools.wraps(load)
-    def load_offline(name):  # what is fetched, or lies on the reader's disk
-        if str(name).startswith("pvt_"):
-            config = pvt_ref.PVTConfig(embed_dims=(8, 16, 20, 16), img_size=32)
-            return pvt_ref.Model(pvt_ref.init_params(config, np.random.default_rng(0)), config)
-        return load(name)
-
-    def predict(self, images, top=5):
-        return real_predict(self, images if images != "photo.jpg" else PHOTO, top)
-
-    real_predict = pvt_ref.Model.predict
-    monkeypatch.setattr(pvt_ref, "load", load_offline)
-    monkeypatch.setattr(pvt_ref.Model, "predict", predict)
-    stay = functools.wraps(pvt_ref.to_device)(lambda tree, device: tree)  # no GPU is needed
-    monkeypatch.setattr(pvt_ref, "to_device", stay)
-    monkeypatch.chdir(DOCS.parent)
+def test_every_block_of_the_other_pages_runs(page, tools, elsewhere):
     text, _ = run(page)
     assert len(text) > 100
 
