@@ -108,7 +108,8 @@ def synchronize(x: Array) -> None:
 def sum_in_float64(x: Array, axis: int | tuple[int, ...]) -> Array:
     """Sum over axis, added up in double precision; the result has x's dtype.
 
-    A float32 sum over 400,000 rows errs in the fifth digit; biases and norms need such sums.
+    A float32 sum over 400,000 rows loses the sixth digit or the fifth, and where numbers cancel one
+    more; biases and norms need such sums.
     """
     xp = array_module(x)
     return xp.astype(xp.sum(x, axis=axis, dtype=xp.float64), x.dtype)

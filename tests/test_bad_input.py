@@ -374,7 +374,7 @@ def test_params_of_another_type(params):
     )
 
 
-@pytest.mark.parametrize("config", ["pvt_tiny", None, {}, VITS["vit_s_16"]])
+@pytest.mark.parametrize("config", ["pvt_tiny", None, {}, VITS["deit_s_16"]])
 def test_config_of_another_type(config):
     params_are_refused(
         PARAMS,
@@ -986,7 +986,7 @@ def test_host_and_device_mixed(monkeypatch):
 
 @pytest.mark.parametrize("size", ["224", 224.0, (224,), (32, 32, 32), (32.0, 32)])
 def test_cost_of_something_that_is_no_size(size):
-    for config in (SMALL, VITS["vit_s_16"]):
+    for config in (SMALL, VITS["deit_s_16"]):
         with refused(ShapeError, f"size is {size!r}", "(H, W), in whole pixels"):
             count_cost(config, size)
 
@@ -997,12 +997,12 @@ def test_cost_of_a_size_the_model_cannot_take(size):
         with refused(ShapeError, "multiples of 32", "Resize to", "pad to"):
             call()
     with refused(ShapeError, "30x32", "patch size 16"):
-        count_cost(VITS["vit_s_16"], (30, 32))
+        count_cost(VITS["deit_s_16"], (30, 32))
 
 
 @pytest.mark.parametrize("batch", [0, -1, 2.0, "2", None])
 def test_cost_of_an_impossible_batch(batch):
-    for config in (SMALL, VITS["vit_s_16"]):
+    for config in (SMALL, VITS["deit_s_16"]):
         with refused(RangeError, f"batch is {batch!r}", "whole number, 1 or more"):
             count_cost(config, 32, batch)
 
@@ -1126,7 +1126,7 @@ def test_attention_maps_of_stages_that_can_be_read_only_once():
     assert list(pvt_ref.attention_maps(PARAMS, IMAGES, SMALL, iter([1, 4]))) == [(1, 0), (4, 0)]
 
 
-@pytest.mark.parametrize("config", ["pvt_tiny", None, VITS["vit_s_16"]])
+@pytest.mark.parametrize("config", ["pvt_tiny", None, VITS["deit_s_16"]])
 def test_weights_for_something_that_is_no_configuration(config):
     state = pvt_ref.to_state_dict(PARAMS)
     for call in (
@@ -1184,7 +1184,7 @@ def test_cost_takes_the_whole_numbers_of_numpy_and_no_truth_values():
 @pytest.mark.parametrize("size", [0, -16, (16, -16)])
 def test_cost_of_a_vit_without_pixels(size):
     with refused(ShapeError, "size", "16"):
-        count_cost(VITS["vit_s_16"], size)
+        count_cost(VITS["deit_s_16"], size)
 
 
 @pytest.mark.parametrize(
@@ -1199,7 +1199,7 @@ def test_vit_of_impossible_numbers(change):
 
 def test_pyramid_of_a_vit():
     with refused(ConfigError, "ViT", "pyramid"):
-        count_cost(VITS["vit_s_16"], 224, pyramid=True)
+        count_cost(VITS["deit_s_16"], 224, pyramid=True)
 
 
 def test_numbers_too_large_for_floats_in_a_configuration():

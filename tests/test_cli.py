@@ -37,7 +37,7 @@ def test_summary_prints_the_bill(capsys):
 
 
 def test_summary_of_a_vit_a_square_and_the_pyramid(capsys):
-    assert "22,050,664" in run(capsys, "summary", "vit_s_16")[1]
+    assert "22,050,664" in run(capsys, "summary", "deit_s_16")[1]
     assert (
         "image 64x64, batch 2, float64"
         in run(capsys, "summary", "pvt_tiny", "--size", "64", "--batch", "2", "--dtype", "float64")[

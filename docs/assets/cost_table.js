@@ -17,13 +17,13 @@
     </div>
     <div class="md-typeset__scrollwrap"><table><thead><tr><th scope="col">stage</th><th scope="col">R</th>
       <th scope="col">tokens n</th><th scope="col">keys m = n / R²</th>
-      <th scope="col">attention's MACs, 2 n m C L</th><th scope="col">all MACs</th><th scope="col">at most alive</th>
+      <th scope="col">attention's MACs, 2 n m C, times the blocks</th><th scope="col">all MACs</th><th scope="col">at most alive</th>
       </tr></thead><tbody></tbody></table></div>
     <svg viewBox="0 0 360 130" role="img"></svg>
+    <p class="legend">The bars: all MACs of a stage, and inside, darker, those of attention's two products.</p>
     <p class="words" aria-live="polite"></p>`;
   root.prepend(panel);
   const side = panel.querySelector(".side"), ratio = panel.querySelector(".ratio");
-  const most = Math.log10(Math.max(...Object.values(bills).flatMap((bill) => bill.macs)));
 
   function draw() {
     const s = sides[side.value], r = ratios[ratio.value];
@@ -41,12 +41,12 @@
       `${name}, image of ${s}×${s}, R = ${R.join(", ")}: ${(total / 1e9).toFixed(2)} GMACs, ` +
       `${(Math.max(...bill.peak) / 1e6).toFixed(1)} MB at most alive in float32.`;
     const svg = panel.querySelector("svg");
-    const width = (macs) => Math.max((250 * (Math.log10(macs) - 6)) / (most - 6), 1);
+    const width = (macs) => (290 * macs) / Math.max(...bill.macs);
     svg.innerHTML = R.map((_, i) => `
       <text x="0" y="${22 + 30 * i}">stage ${i + 1}</text>
       <rect x="55" y="${8 + 30 * i}" width="${width(bill.macs[i])}" height="20" class="sheet"/>
-      <rect x="55" y="${13 + 30 * i}" width="${width(Math.max(bill.attention[i], 1e6))}" height="10" class="part"/>`).join("");
-    svg.setAttribute("aria-label", "Multiply-accumulates of each stage on a logarithmic scale, and within, of attention");
+      <rect x="55" y="${13 + 30 * i}" width="${width(bill.attention[i])}" height="10" class="part"/>`).join("");
+    svg.setAttribute("aria-label", "Multiply-accumulates of each stage, as shares of the largest, and within, of attention");
   }
 
   side.addEventListener("input", draw);

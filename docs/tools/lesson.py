@@ -5,6 +5,7 @@ Everything here returns text; pages print it, since only their own print is look
 
 import inspect
 import json
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ def source(*functions: Any) -> str:
     """The source of functions or records, as it is installed, without docstrings."""
     blocks = []
     for function in functions:
-        text = inspect.getsource(function)
+        text = textwrap.dedent(inspect.getsource(function))
         if '"""' in text:  # the page says it in more words
             start = text.index('"""')
             end = text.index('"""', start + 3) + 3
@@ -57,10 +58,10 @@ def compare(name: str, ours: Array, theirs: Array, tolerance: float) -> str:
     assert norm > 0, f"{name}: compared with zero, which shows nothing"
     error = float(np.linalg.norm(ours - theirs)) / norm
     assert error <= tolerance, f"{name}: {error:.1e} apart, allowed is {tolerance:.0e}"
-    return f"{name:<24} differs by less than {tolerance:.0e}, relative"
+    return f"{name:<28} differs by less than {tolerance:.0e}, relative"
 
 
-def finite_difference(f: Callable[[Array], float], x: Array, step: float = 1e-6) -> Array:
+def finite_difference(f: Callable[[Array], float], x: Array, step: float = 1e-5) -> Array:
     """dL/dx by central differences, a number at a time: ``(L(x + h) - L(x - h)) / 2h``."""
     gradient = np.empty_like(x)
     for place in np.ndindex(x.shape):
