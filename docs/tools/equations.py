@@ -27,7 +27,9 @@ KATEX = Path(__file__).parent / "node_modules" / "katex" / "dist"
 
 #: What the arithmatex extension leaves of an equation, in a line and on lines of its own.
 _EQUATION = re.compile(
-    r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
+    r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>'
+    r"(?=(?P<follows>[.,;:!?)])?)",
+    re.DOTALL,
 )
 
 
@@ -74,6 +76,19 @@ _TOKEN = re.compile(
 )
 
 
+def _marked(symbol: str, number: int) -> str:
+    """A symbol with its number. Its base and what it carries are marked apart, so that one more
+    index stands where it would without."""
+    found = re.match(r"([^_^']+)([_^']?)(.*)$", symbol)
+    assert found is not None
+    base, script, rest = found.groups()
+    marks = [f"{{\\htmlData{{symbol={number}}}{{{base}}}}}", script]
+    if rest:
+        rest = rest[1:-1] if rest.startswith("{") else rest
+        marks.append(f"{{\\htmlData{{symbol={number}}}{{{rest}}}}}")
+    return "".join(marks)
+
+
 def mark(tex: str, symbols: list[str]) -> str:
     """The same with every occurrence of the symbols marked by its number, longest symbol first.
 
@@ -87,7 +102,7 @@ def mark(tex: str, symbols: list[str]) -> str:
             after = tex[place + len(symbol) : place + len(symbol) + 1]
             word = symbol[-1].isalpha() and re.search(r"\\[A-Za-z]+$", symbol)
             if tex.startswith(symbol, place) and not (word and after.isalpha()):
-                out.append(f"{{\\htmlData{{symbol={number}}}{{{symbol}}}}}")
+                out.append(_marked(symbol, number))
                 place += len(symbol)
                 break
         else:
@@ -115,7 +130,9 @@ def on_post_page(output: str, page: Any, config: Any) -> str:
         # the TeX that readers copy, or have read to them, is what was written
         written = html.escape(tex, quote=False)
         shown = _ANNOTATION.sub(lambda found: found[1] + written + found[2], shown)
-        return f'<{match["tag"]} class="equation">{shown}</{match["tag"]}>'
+        # a sign that follows an equation in a line stays with it: a word joiner between them
+        joiner = "" if display or match["follows"] is None else "\u2060"
+        return f'<{match["tag"]} class="equation">{shown}</{match["tag"]}>{joiner}'
 
     output = _EQUATION.sub(replace, output)
     unused = [key for number, key in enumerate(names) if number not in used]

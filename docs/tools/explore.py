@@ -71,7 +71,7 @@ _SRA_STEPS = (
         "kv",
         "reduced W^KV + b",
         "B, m, 2C",
-        "Keys in the first C channels, values in the others.",
+        "Keys in the first C channels, values in the others; where R = 1, made from x itself.",
     ),
     (
         "q_heads",
@@ -83,19 +83,19 @@ _SRA_STEPS = (
         "k",
         "split_heads(kv, first half)",
         "B, N, m, d",
-        "Few keys ...",
+        "m keys: one for each block.",
     ),
     (
         "v",
         "split_heads(kv, second half)",
         "B, N, m, d",
-        "... and as many values.",
+        "As many values.",
     ),
     (
         "weights",
         "Softmax(q k^T / √d)",
         "B, N, n, m",
-        "Where each query looks: the largest array, R·R times smaller than without reduction.",
+        "Where each query looks. Without reduction it would have n columns, R·R times as many.",
     ),
     (
         "heads",
