@@ -88,7 +88,7 @@ def test_the_columnar_vits_of_the_comparison():
     assert [s.tokens for s in (*coarse.stages, *small.stages, *fine.stages)] == [49, 196, 3136]
     assert coarse.macs < small.macs < fine.macs
     assert round(coarse.macs / 1e9, 2) == 1.14
-    # PVT-Small costs less than DeiT-S/16 and has a stage as fine as DeiT-S/4, which costs 40 times it
+    # PVT-Small costs less than DeiT-S/16, and has a stage as fine as DeiT-S/4, 40 times dearer
     assert count_cost(VARIANTS["pvt_small"]).macs < small.macs
     assert count_cost(VARIANTS["pvt_small"]).stages[0].tokens == fine.stages[0].tokens
     assert fine.macs > 40 * count_cost(VARIANTS["pvt_small"]).macs

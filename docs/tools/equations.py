@@ -28,7 +28,7 @@ KATEX = Path(__file__).parent / "node_modules" / "katex" / "dist"
 #: What the arithmatex extension leaves of an equation, in a line and on lines of its own.
 _EQUATION = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>'
-    r"(?=(?P<follows>[.,;:!?)])?)",
+    r"(?P<follows>[.,;:!?)]*)",  # a sign right after it
     re.DOTALL,
 )
 
@@ -77,8 +77,7 @@ _TOKEN = re.compile(
 
 
 def _marked(symbol: str, number: int) -> str:
-    """A symbol with its number. Its base and what it carries are marked apart, so that one more
-    index stands where it would without."""
+    """A symbol with its number; base and script apart, so that one more index finds its place."""
     found = re.match(r"([^_^']+)([_^']?)(.*)$", symbol)
     assert found is not None
     base, script, rest = found.groups()
@@ -130,9 +129,11 @@ def on_post_page(output: str, page: Any, config: Any) -> str:
         # the TeX that readers copy, or have read to them, is what was written
         written = html.escape(tex, quote=False)
         shown = _ANNOTATION.sub(lambda found: found[1] + written + found[2], shown)
-        # a sign that follows an equation in a line stays with it: a word joiner between them
-        joiner = "" if display or match["follows"] is None else "\u2060"
-        return f'<{match["tag"]} class="equation">{shown}</{match["tag"]}>{joiner}'
+        equation = f'<{match["tag"]} class="equation">{shown}</{match["tag"]}>{match["follows"]}'
+        in_one_piece = shown.count('class="base"') == 1  # a longer one may be broken at the margin
+        if match["follows"] and not display and in_one_piece:
+            return f'<span class="together">{equation}</span>'
+        return equation
 
     output = _EQUATION.sub(replace, output)
     unused = [key for number, key in enumerate(names) if number not in used]
