@@ -41,6 +41,14 @@ KERNELS = {
 }
 REPEATS = 10
 
+HEADING = """# Speed by operation
+
+Where the time of [the whole](cpu.md) goes, written by `benchmarks/by_operation.py`. A line's time
+is its own, without what it spends in other lines, added up over all threads; so the sum is
+threads times the duration. "Waiting" is a thread without work while another has some; "no work,
+or outside" is the rest: the interpreter between operations, and what is in no line.
+"""
+
 
 class Stopwatch:
     """Adds up the own time of functions, over all threads."""
@@ -146,7 +154,7 @@ def main() -> None:
     watch = Stopwatch()
     np.matmul = watch.time(PRODUCTS, np.matmul)
     watch_kernels(watch)
-    results, text = {}, []
+    results, text = {}, [HEADING]
     for train in (False, True):
         what = "forward + backward" if train else "forward"
         found = measure(args.model, args.batch, train, blocked_ops(threads), watch)

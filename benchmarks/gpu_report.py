@@ -71,6 +71,8 @@ def write_gpu_report(result: dict, folder: Path) -> None:
     m = result["machine"]
     device = f"On one {m['gpu']}, driver {m['driver']}, CUDA runtime {m['cuda']}. "
     tables = [
+        "# Times, memory and kernels on a GPU\n\nWhat is read off them: [how fast it is on a GPU]"
+        "(gpu.md).\n",
         device + machine_line(result),
         summary_table(result, digits=1),
         time_tables(result),

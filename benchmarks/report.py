@@ -135,7 +135,8 @@ def plot_ratios(result: dict, path: Path) -> None:
         axes.barh(ys, middle, height * 0.9, xerr=errors, color=COLOURS[name], label=name,
                   error_kw={"lw": 0.8, "ecolor": "#555555"})  # fmt: skip
     axes.axvline(1, color=COLOURS[RIVAL], lw=1.5)
-    axes.text(1, -0.62, RIVAL, color=COLOURS[RIVAL], ha="center", va="bottom", fontsize=9)
+    axes.text(1, -0.62, RIVAL, color=COLOURS[RIVAL], ha="center", va="bottom", fontsize=9,
+              bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})  # fmt: skip
     axes.set_yticks(range(len(cases)), [label(case) for case in cases])
     axes.invert_yaxis()
     axes.set_xlabel(f"speed, as a multiple of {RIVAL}'s (bars: median; lines: all rounds)")
@@ -183,7 +184,10 @@ def write_report(result: dict, folder: Path) -> None:
     if "large" in result:
         parts.append(large_table(result))
         plot_large(result, folder / "cpu_large.svg")
-    (folder / "cpu_tables.md").write_text("\n".join(parts))
+    heading = (
+        "# Times and memory on a CPU\n\nWhat is read off them: [how fast it is on a CPU](cpu.md).\n"
+    )
+    (folder / "cpu_tables.md").write_text("\n".join([heading, *parts]))
     names = list(result["times"][0]["seconds"])
     rows = [
         [label(case), *(f"{ratio(case, name)[0]:.2f}" for name in names)]

@@ -1,0 +1,32 @@
+"""A hook of mkdocs: the code of tables and figures is there too, folded below them.
+
+So whoever wants to run a page finds all that it ran.
+"""
+
+import re
+import textwrap
+from typing import Any
+
+#: A block whose output alone is shown, and the caption of a figure.
+_HIDDEN = re.compile(
+    r'^```python exec="1"(?P<figure> html="1")? session="\w+"\n(?P<code>.*?)^```\n'
+    r"(?P<caption>\n\*[^*\n].*?(?=\n\n|\Z))?",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Called by mkdocs with every page, before anything of it runs."""
+
+    def with_code(match: re.Match[str]) -> str:
+        code = match["code"]
+        if match["figure"] and code.count("\n") > 4:
+            title = "The code of the figure"
+        elif "print(shapes(" in code:
+            title = "The code of the table, and of the arrays used below"
+        else:
+            return match[0]
+        block = textwrap.indent(f"```python\n{code}```\n", "    ", lambda line: line.strip() != "")
+        return f'{match[0]}\n\n??? note "{title}"\n\n{block}'
+
+    return _HIDDEN.sub(with_code, markdown)
