@@ -71,7 +71,7 @@ def keep(folder: Path) -> str:
 | --- | --- |
 {table}
 
-![Two charts over the epochs: the training loss falls and flattens, accuracy on the held-out samples rises and flattens](training_{name}.svg)
+![Over the epochs the loss falls, the accuracy rises, and both flatten](training_{name}.svg)
 
 Every epoch is in [training_{name}.jsonl](training_{name}.jsonl).
 """
