@@ -295,6 +295,7 @@ def test_the_steps_of_sra_are_the_shapes_of_the_package(open_page):
                 break
             panel.locator(".on").focus()
             tab.keyboard.press("Enter")
+        assert panel.locator(".back").evaluate("button => button === document.activeElement")
         assert seen == len(shapes) == (12 if i < 3 else 10)
 
 

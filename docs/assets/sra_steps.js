@@ -56,7 +56,13 @@
   }
 
   select.addEventListener("change", draw);
-  panel.querySelector(".back").addEventListener("click", () => { at -= 1; draw(); });
-  panel.querySelector(".on").addEventListener("click", () => { at += 1; draw(); });
+  const [back, on] = panel.querySelectorAll("button");
+  function go(step, other) {
+    at += step;
+    draw();
+    if (at === 0 || at === steps.length - 1) other.focus(); // a button switched off would lose it
+  }
+  back.addEventListener("click", () => go(-1, on));
+  on.addEventListener("click", () => go(1, back));
   draw();
 })();
