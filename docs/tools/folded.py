@@ -16,7 +16,9 @@ _HIDDEN = re.compile(
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Called by mkdocs with every page, before anything of it runs."""
+    """Called by mkdocs with every page, before anything of it runs; changes those of the course."""
+    if not page.file.src_uri.startswith("course/"):
+        return markdown
 
     def with_code(match: re.Match[str]) -> str:
         code = match["code"]
