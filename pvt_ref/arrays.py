@@ -28,8 +28,14 @@ FLOAT_DTYPES = ("float32", "float64")  # of parameters, and so of all computatio
 def array_module(x: Array) -> ModuleType:
     """The namespace (``numpy``, ``cupy``, ...) whose functions work on x.
 
+    Args:
+        x: an array of any shape and dtype.
+
+    Returns:
+        A module with the functions of the array API standard.
+
     Raises:
-        ArrayTypeError: if x is not an array.
+        ArrayTypeError: if x is not an array, or a masked one or a matrix.
     """
     if is_numpy(x):
         return np
@@ -41,7 +47,14 @@ def array_module(x: Array) -> ModuleType:
 
 
 def describe_type(x: object) -> str:
-    """What a value is that should be an array, and how it becomes one."""
+    """What a value is that should be an array, and how it becomes one.
+
+    Args:
+        x: anything.
+
+    Returns:
+        Words for a message: ``"a list. numpy.asarray(...) makes an array of numbers"``.
+    """
     library = type(x).__module__.split(".")[0]
     if library == "torch":
         return "a torch.Tensor. x.detach().cpu().numpy() makes an array of it"
@@ -52,43 +65,103 @@ def describe_type(x: object) -> str:
 
 
 def is_numpy(x: object) -> bool:
-    """Whether x is a NumPy array that computes as arrays do; masked ones and matrices do not."""
+    """Whether x is a NumPy array that computes as arrays do; masked ones and matrices do not.
+
+    Args:
+        x: anything.
+
+    Returns:
+        True or False; True for NumPy's scalars too.
+    """
     return isinstance(x, np.ndarray | np.generic) and not isinstance(x, _ODD_ARRAYS)
 
 
 def is_cupy(x: object) -> bool:
-    """Whether x is a CuPy array. CuPy is looked at only if the caller has imported it."""
+    """Whether x is a CuPy array. CuPy is looked at only if the caller has imported it.
+
+    Args:
+        x: anything.
+
+    Returns:
+        True or False.
+    """
     cupy = sys.modules.get("cupy")
     return cupy is not None and isinstance(x, getattr(cupy, "ndarray", ()))
 
 
 def is_array(x: object) -> bool:
-    """Whether :func:`array_module` accepts x."""
+    """Whether :func:`array_module` accepts x.
+
+    Args:
+        x: anything.
+
+    Returns:
+        True or False.
+    """
     if isinstance(x, _ODD_ARRAYS):
         return False
     return is_numpy(x) or is_cupy(x) or hasattr(x, "__array_namespace__")
 
 
 def same_library(x: Array, y: Array) -> bool:
-    """Whether x and y can be combined: arrays of one library and, on CUDA, of one device."""
+    """Whether x and y can be combined: arrays of one library and, on CUDA, of one device.
+
+    Args:
+        x: an array of any shape and dtype.
+        y: an array of any shape and dtype.
+
+    Returns:
+        True or False.
+
+    Raises:
+        ArrayTypeError: if one is not an array.
+    """
     if array_module(x) is not array_module(y):
         return False
     return not is_cupy(x) or x.device == y.device
 
 
 def library_and_dtype(x: Array) -> str:
-    """``"numpy float32"`` and the like, for messages."""
+    """``"numpy float32"`` and the like, for messages.
+
+    Args:
+        x: an array of any shape and dtype.
+
+    Returns:
+        Library and dtype; for CuPy, the device too.
+
+    Raises:
+        ArrayTypeError: if x is not an array.
+    """
     device = f" on {x.device}" if is_cupy(x) else ""
     return f"{array_module(x).__name__.split('.')[0]} {dtype_name(x)}{device}"
 
 
 def dtype_name(x: Array) -> str:
-    """``"float32"`` and the like, for the arrays of any library."""
+    """``"float32"`` and the like, for the arrays of any library.
+
+    Args:
+        x: an array, or anything with a dtype.
+
+    Returns:
+        The name of the dtype, without the library's.
+    """
     return str(x.dtype).rsplit(".", 1)[-1]
 
 
 def from_host(host: np.ndarray, like: Array) -> Array:
-    """host as an array of like's library (and device), so that the two can be combined."""
+    """host as an array of like's library (and device), so that the two can be combined.
+
+    Args:
+        host: a NumPy array of any shape and dtype.
+        like: an array of any shape that says where to.
+
+    Returns:
+        An array of host's shape and dtype; host itself if like is a NumPy array.
+
+    Raises:
+        ArrayTypeError: if like is not an array.
+    """
     if isinstance(like, np.ndarray | np.generic):
         return host
     xp = array_module(like)
@@ -99,7 +172,11 @@ def from_host(host: np.ndarray, like: Array) -> Array:
 
 
 def synchronize(x: Array) -> None:
-    """Waits until x's device has done all it was told, so that a clock can be read."""
+    """Waits until x's device has done all it was told, so that a clock can be read.
+
+    Args:
+        x: an array of any shape. For one on the host there is nothing to wait for.
+    """
     if is_cupy(x):
         with x.device:
             sys.modules["cupy"].cuda.get_current_stream().synchronize()
@@ -110,6 +187,16 @@ def sum_in_float64(x: Array, axis: int | tuple[int, ...]) -> Array:
 
     A float32 sum over 400,000 rows loses the sixth digit or the fifth, and where numbers cancel one
     more; biases and norms need such sums.
+
+    Args:
+        x: floats of any shape.
+        axis: one axis, or several.
+
+    Returns:
+        x's shape without those axes, of x's dtype: (..., C) over all but the last gives (C,).
+
+    Raises:
+        ArrayTypeError: if x is not an array.
     """
     xp = array_module(x)
     return xp.astype(xp.sum(x, axis=axis, dtype=xp.float64), x.dtype)
@@ -119,6 +206,12 @@ def erf(x: Array) -> Array:
     """The error function, the one special function that the array API standard lacks.
 
     scipy.special.erf hands a CuPy array to cupyx by itself.
+
+    Args:
+        x: (...), float32 or float64.
+
+    Returns:
+        (...) of x's library, device and dtype, new memory.
     """
     if isinstance(x, np.ndarray | np.generic) or is_cupy(x):
         return scipy.special.erf(x)
@@ -130,6 +223,19 @@ def map_arrays(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
 
     With several trees of one shape, f gets the arrays that stand in the same place. None and
     anything that is not an array stay as they are in the first tree.
+
+    Args:
+        f: gets as many arrays as there are trees.
+        tree: an array, or arrays in records, tuples, lists and dicts.
+        others: more trees of the same structure.
+
+    Returns:
+        tree's structure with the results of f in the places of the arrays.
+
+    Raises:
+        ValueError: if tuples or lists in the same place differ in length.
+        KeyError: if another tree lacks a key of the first.
+        AttributeError: if another tree lacks a field of the first.
     """
     if is_array(tree):
         return f(tree, *others)
@@ -157,7 +263,7 @@ def to_numpy(tree: Any) -> Any:
         tree: an array, or arrays in a record (parameters, gradients), tuple, list or dict.
 
     Returns:
-        The same structure with NumPy arrays.
+        The same structure with NumPy arrays of the same shapes and dtypes.
     """
     return map_arrays(lambda a: a.get() if is_cupy(a) else np.asarray(a), tree)
 
@@ -172,7 +278,8 @@ def to_device(tree: Any, device: str = "cuda") -> Any:
             the calls.
 
     Returns:
-        The same structure with CuPy arrays, or with NumPy arrays for ``"cpu"``.
+        The same structure with CuPy arrays of the same shapes and dtypes, or with NumPy arrays for
+        ``"cpu"``.
 
     Raises:
         DeviceError: if there is no such device here; the message says what was found and what to
@@ -194,6 +301,9 @@ def to_device(tree: Any, device: str = "cuda") -> Any:
 
 def import_cupy() -> ModuleType:
     """The cupy module, once it is sure that it can compute.
+
+    Returns:
+        The module.
 
     Raises:
         DeviceError: if CuPy is not installed, cannot be loaded, or finds no driver or device.

@@ -1,4 +1,8 @@
-"""One transformer block: attention, then the MLP, each normalised first and added to its input."""
+"""One transformer block: attention, then the MLP, each normalised first and added to its input.
+
+Paper section 3.3. The norms stand before the branches, as in ViT (Dosovitskiy et al. 2021, arXiv
+2010.11929, eq. 2 and 3).
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +19,14 @@ from pvt_ref.ops import Ops
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockParams:
-    """The weights of one block, or their gradients."""
+    """The weights of one block, or their gradients.
+
+    Attributes:
+        norm1: before attention, weight and bias (C,) each.
+        attn: W^Q (C, C), W^K over W^V (2C, C), W^O (C, C), and the spatial reduction (C, C, R, R).
+        norm2: before the MLP, weight and bias (C,) each.
+        mlp: fc1 (E*C, C) and fc2 (C, E*C).
+    """
 
     norm1: LayerNormParams
     attn: SRAParams
@@ -25,7 +36,16 @@ class BlockParams:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockCache:
-    """The caches of the parts, each for its own backward."""
+    """The caches of the parts, each for its own backward. Every part returned (B, n, C):
+
+    Attributes:
+        norm1: of the first norm.
+        attn: of the attention.
+        path1: of the drop path on it; None if nothing was dropped.
+        norm2: of the second norm.
+        mlp: of the MLP.
+        path2: of the drop path on it; None if nothing was dropped.
+    """
 
     norm1: Any
     attn: Any
@@ -45,20 +65,23 @@ def block_forward(
     rng: np.random.Generator | None = None,
     keep: bool = True,
 ) -> tuple[Array, BlockCache | None]:
-    """x + SRA(LN(x)), then the same with the MLP.
+    """x + SRA(LN(x)), then the same with the MLP (paper section 3.3)::
+
+        x <- x + DropPath(SRA(LN_1(x)))
+        x <- x + DropPath(MLP(LN_2(x)))
 
     Args:
         p: the weights.
-        x: tokens (B, n, C).
+        x: tokens (B, n, C), of the weights' dtype.
         ops: the record of operations.
-        grid: (H_i, W_i) of the tokens.
+        grid: (H_i, W_i) of the tokens, multiples of R.
         stage: settings of the stage.
-        drop_path_rate: this block's own.
+        drop_path_rate: this block's own, in [0, 1).
         rng: source of the dropout and drop-path masks; None for inference.
         keep: whether a cache for the backward is returned; without it, it is None.
 
     Returns:
-        (B, n, C) and the cache.
+        (B, n, C) of x's dtype, and the cache.
     """
     branch, norm1_cache = ops.layer_norm.forward(p.norm1, x, stage.norm_eps, keep=keep)
     branch, attn_cache = ops.sra.forward(p.attn, branch, ops, grid, stage, rng, keep=keep)
@@ -78,13 +101,19 @@ def block_backward(
 ) -> tuple[Array, BlockParams]:
     """Gradients of :func:`block_forward`.
 
-    Where the forward splits x into a branch and a skip, the backward adds their two gradients.
+    Where the forward splits x into a branch and a skip, the backward adds their two gradients: for
+    y = x + f(x), dL/dx = dL/dy + J_f^T dL/dy.
 
     Args:
+        p: the forward's weights.
+        cache: from the forward.
         dy: dL/dy (B, n, C).
+        ops: the record that the forward was given.
+        stage: the forward's settings.
 
     Returns:
-        dx (B, n, C) and the gradients of the weights.
+        dx (B, n, C) and the gradients of the weights, in the shapes of the weights, all of dy's
+        dtype.
     """
     # x = x + droppath(mlp(norm2(x)))
     dbranch = ops.drop_path.backward(cache.path2, dy)  # (B, n, C)

@@ -35,7 +35,17 @@ from pvt_ref.records import default_ops
 
 
 def check_params(params: PVTParams, config: PVTConfig) -> None:
-    """Raises unless params are a PVTParams of one float dtype on one device, made for config."""
+    """Refuses weights that are not of one float dtype on one device, made for config.
+
+    Args:
+        params: the weights.
+        config: the model.
+
+    Raises:
+        ArrayTypeError: if config is not a PVTConfig or params not a PVTParams, or the arrays are
+            not all float32 or all float64 of one library and device.
+        ShapeError: if an array is absent, is not in config's model, or has another shape there.
+    """
     check_config(config)
     check_params_type(params)
     shapes = param_shapes(config)
@@ -63,7 +73,15 @@ def check_params(params: PVTParams, config: PVTConfig) -> None:
 
 
 def check_float(name: str, x: Array) -> None:
-    """Raises ArrayTypeError unless x has dtype float32 or float64."""
+    """Refuses an array that is not of floats to compute with.
+
+    Args:
+        name: of the array, for the message.
+        x: an array of any shape.
+
+    Raises:
+        ArrayTypeError: unless x has dtype float32 or float64.
+    """
     if dtype_name(x) not in FLOAT_DTYPES:
         raise ArrayTypeError(
             f"{name} has dtype {dtype_name(x)}; it must be float32 or float64. "
@@ -74,8 +92,17 @@ def check_float(name: str, x: Array) -> None:
 def prepare_images(params: PVTParams, images: Array, config: PVTConfig) -> Array:
     """images checked against params and config, and cast to the dtype of the weights.
 
+    Args:
+        params: the weights.
+        images: (B, in_chans, H, W) floats.
+        config: the model.
+
+    Returns:
+        (B, in_chans, H, W) of the weights' dtype; images itself if it has that.
+
     Raises:
-        ArrayTypeError: not an array, integers, objects, or on another device than params.
+        ArrayTypeError: not an array, integers, objects, or on another device than params; also as
+            :func:`check_params`.
         ShapeError: wrong rank, channels or size; an empty batch; weights of another config.
     """
     check_params(params, config)
@@ -129,7 +156,15 @@ def prepare_images(params: PVTParams, images: Array, config: PVTConfig) -> Array
 
 
 def check_has_classifier(config: PVTConfig) -> None:
-    """Raises ConfigError if there is no head to make logits with."""
+    """Refuses a model that has no head to make logits with.
+
+    Args:
+        config: the model.
+
+    Raises:
+        ArrayTypeError: if config is not a PVTConfig.
+        ConfigError: if num_classes is 0.
+    """
     check_config(config)
     if not config.has_classifier:
         raise ConfigError(
@@ -139,7 +174,22 @@ def check_has_classifier(config: PVTConfig) -> None:
 
 
 def check_cotangent(name: str, dy: Array, shape: tuple[int, ...], like: Array) -> Array:
-    """A gradient of the given shape, on like's device, cast to like's dtype."""
+    """A gradient that has been checked, cast to the dtype of the weights.
+
+    Args:
+        name: of the gradient, for the message.
+        dy: the gradient, of that shape, float32 or float64.
+        shape: what it must have: that of what the forward returned.
+        like: an array of the weights, of any shape.
+
+    Returns:
+        dy, of the same shape and of like's dtype; dy itself if it has that.
+
+    Raises:
+        ArrayTypeError: if dy is not an array, lies on another device than like, or is not float32
+            or float64.
+        ShapeError: if it has another shape.
+    """
     if not is_array(dy):
         raise ArrayTypeError(f"{name} is {describe_type(dy)}. It must be an array {shape}")
     if not same_library(dy, like):
@@ -160,7 +210,20 @@ def check_cotangent(name: str, dy: Array, shape: tuple[int, ...], like: Array) -
 def check_pyramid_cotangents(
     dmaps: Sequence[Array | None], shapes: Sequence[tuple[int, ...]], like: Array
 ) -> list[Array]:
-    """Four gradients, with zeros in the place of None."""
+    """Four gradients that have been checked, with zeros in the place of None.
+
+    Args:
+        dmaps: dL/dF_1 to dL/dF_4, (B, C_i, H_i, W_i) each, or None.
+        shapes: of the four maps.
+        like: an array of the weights, of any shape.
+
+    Returns:
+        Four arrays of these shapes, of like's library, device and dtype.
+
+    Raises:
+        ShapeError: if dmaps is not a sequence of four, or one has another shape.
+        ArrayTypeError: as :func:`check_cotangent`.
+    """
     if not isinstance(dmaps, Sequence) or len(dmaps) != NUM_STAGES:
         given = f"{len(dmaps)}" if isinstance(dmaps, Sequence) else f"a {type(dmaps).__name__}"
         raise ShapeError(
@@ -179,8 +242,17 @@ def check_pyramid_cotangents(
 def choose_ops(ops: Ops | None, images: Array) -> Ops:
     """The record named, or the default for images.
 
+    Args:
+        ops: a record, or None.
+        images: what it will compute on, of any shape; its library decides.
+
+    Returns:
+        ops, or for None that of :func:`~pvt_ref.records.default_ops`.
+
     Raises:
-        ArrayTypeError: if ops is something else.
+        ArrayTypeError: if ops is something else, or computes on NumPy arrays only and images are of
+            another library.
+        RangeError: if ops is None and the environment variable PVT_REF_OPS names no record.
     """
     if ops is None:
         return default_ops(images)
@@ -200,7 +272,24 @@ def choose_ops(ops: Ops | None, images: Array) -> Ops:
 def check_cache(
     cache: Any, kind: type, maker: str, params: PVTParams, config: PVTConfig, ops: Ops | None
 ) -> Ops:
-    """The record of operations that made cache, once it is sure that it can read it."""
+    """The record of operations that made cache, once it is sure that it can read it.
+
+    Args:
+        cache: what the caller passed as one.
+        kind: the type that it must have.
+        maker: name of the forward that makes such, for the message.
+        params: the weights of the backward.
+        config: the model of the backward.
+        ops: the record asked for; None takes that of the cache.
+
+    Returns:
+        The record in cache.
+
+    Raises:
+        ArrayTypeError: if cache is of another type, was made with weights of another dtype, or by
+            another record than ops.
+        ShapeError: if it was made with another config.
+    """
     if not isinstance(cache, kind):
         raise ArrayTypeError(
             f"cache is a {type(cache).__name__}; this backward needs the {kind.__name__} that "
@@ -227,7 +316,17 @@ def check_cache(
 
 
 def check_stages(stages: Iterable[int]) -> set[int]:
-    """The stages as a set, each from 1 to 4."""
+    """The stages as a set, each from 1 to 4.
+
+    Args:
+        stages: whole numbers.
+
+    Returns:
+        Plain integers; empty if stages is.
+
+    Raises:
+        RangeError: if stages is not iterable, or holds anything but whole numbers from 1 to 4.
+    """
     wanted = list(stages) if isinstance(stages, Iterable) else [stages]
     whole = all(map(is_whole, wanted))
     if not isinstance(stages, Iterable) or not whole or not all(1 <= s <= 4 for s in wanted):
@@ -238,9 +337,18 @@ def check_stages(stages: Iterable[int]) -> set[int]:
 
 
 def check_finite(name: str, x: Array, cause: str) -> None:
-    """Raises NonFiniteError if a host array holds NaN or infinity.
+    """Refuses a host array that holds NaN or infinity.
 
     Arrays on a device are passed over: looking at them would make the host wait.
+
+    Args:
+        name: of the array, for the message.
+        x: an array of any shape; only one of NumPy floats is looked at.
+        cause: the likely cause and its cure, as sentences for the message.
+
+    Raises:
+        NonFiniteError: if a number in it is NaN or infinite; the message has how many, and where
+            the first.
     """
     if not isinstance(x, np.ndarray) or x.dtype.kind != "f" or bool(np.isfinite(x).all()):
         return

@@ -22,18 +22,33 @@ TOO_LARGE = 2**31
 
 @dataclass(frozen=True, slots=True)
 class StageConfig:
-    """What one stage needs to know, read off :class:`PVTConfig` by :meth:`PVTConfig.stage`."""
+    """What one stage needs to know, read off :class:`PVTConfig` by :meth:`PVTConfig.stage`.
 
-    patch_size: int  # P_i
-    embed_dim: int  # C_i
-    num_heads: int  # N_i
-    hidden_dim: int  # E_i C_i
-    depth: int  # L_i
-    sr_ratio: int  # R_i
-    scale: float  # 1 / sqrt(d), or qk_scale
+    Attributes:
+        patch_size: P_i, in pixels or tokens of what comes in.
+        embed_dim: C_i.
+        num_heads: N_i.
+        hidden_dim: E_i C_i.
+        depth: L_i.
+        sr_ratio: R_i.
+        scale: 1 / sqrt(d) with d = C_i / N_i, or qk_scale.
+        drop_rate: as in PVTConfig.
+        attn_drop_rate: as in PVTConfig.
+        drop_path_rates: one per block of the stage.
+        norm_eps: as in PVTConfig.
+        projection_norm_eps: as in PVTConfig.
+    """
+
+    patch_size: int
+    embed_dim: int
+    num_heads: int
+    hidden_dim: int
+    depth: int
+    sr_ratio: int
+    scale: float
     drop_rate: float
     attn_drop_rate: float
-    drop_path_rates: tuple[float, ...]  # one per block of the stage
+    drop_path_rates: tuple[float, ...]
     norm_eps: float
     projection_norm_eps: float
 
@@ -178,7 +193,18 @@ class PVTConfig:
         return math.lcm(*(s * R for s, R in zip(self.strides, self.sr_ratios, strict=True)))
 
     def stage(self, i: int) -> StageConfig:
-        """Everything stage i (0 to 3) needs, drop-path rates included."""
+        """Everything stage i needs, drop-path rates included.
+
+        Args:
+            i: 0 to 3.
+
+        Returns:
+            The settings of stage i + 1 of the paper. Drop-path rates rise in a line from the first
+            block of the network to the last (Huang et al. 2016, arXiv 1603.09382, section 3).
+
+        Raises:
+            IndexError: if i is 4 or more.
+        """
         C = self.embed_dims[i]
         total, before = sum(self.depths), sum(self.depths[:i])
         rates = [self.drop_path_rate * k / max(total - 1, 1) for k in range(total)]
@@ -199,6 +225,13 @@ class PVTConfig:
 
     def grids(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
         """Token grids (H_i, W_i) of the four stages for an image of height x width pixels.
+
+        Args:
+            height: H, in pixels.
+            width: W, in pixels.
+
+        Returns:
+            ((H_1, W_1), ..., (H_4, W_4)).
 
         Raises:
             ShapeError: if these are no whole numbers, or a border of the image would fall outside
@@ -226,7 +259,14 @@ class PVTConfig:
 
 
 def is_whole(value: object) -> bool:
-    """Whether value is an integer, of Python or of NumPy, and not a truth value."""
+    """Whether value is an integer, of Python or of NumPy, and not a truth value.
+
+    Args:
+        value: anything.
+
+    Returns:
+        True or False.
+    """
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -256,7 +296,14 @@ def _positive_per_stage(name: str, value: Any, problems: list[str], *, whole: bo
 
 
 def check_config(config: object) -> None:
-    """Raises ArrayTypeError unless config is a PVTConfig."""
+    """Refuses what is not a configuration.
+
+    Args:
+        config: anything.
+
+    Raises:
+        ArrayTypeError: unless config is a PVTConfig.
+    """
     if not isinstance(config, PVTConfig):
         raise ArrayTypeError(
             f"config is a {type(config).__name__}; it must be a PVTConfig, such as "
@@ -265,7 +312,14 @@ def check_config(config: object) -> None:
 
 
 def config_to_dict(config: PVTConfig) -> dict[str, Any]:
-    """Plain values by field name, fit for JSON."""
+    """Plain values by field name, fit for JSON.
+
+    Args:
+        config: the configuration.
+
+    Returns:
+        Numbers, truth values, None and tuples of numbers; ``PVTConfig(**values)`` is config again.
+    """
     return {f.name: getattr(config, f.name) for f in fields(config)}
 
 

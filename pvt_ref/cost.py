@@ -25,19 +25,36 @@ from pvt_ref.errors import ArrayTypeError, ConfigError, RangeError, ShapeError
 
 @dataclass(frozen=True, slots=True)
 class CostItem:
-    """One operation of one stage, all its repetitions together."""
+    """One operation of one stage, all its repetitions together.
 
-    stage: int  # 1 to 4; 0 is the classifier
-    operation: str  # named like the weights: "patch_embed", "attn.q", "mlp.fc1", ...
-    repeats: int  # blocks it occurs in
+    Attributes:
+        stage: 1 to 4; 0 is the classifier.
+        operation: named like the weights: ``"patch_embed"``, ``"attn.q"``, ``"mlp.fc1"`` and so on.
+        repeats: blocks it occurs in.
+        parameters: numbers in its weights, over all repeats.
+        macs: multiply-accumulates, over all repeats and the whole batch.
+        peak_bytes: bytes of the arrays alive while it runs, image included, weights not.
+    """
+
+    stage: int
+    operation: str
+    repeats: int
     parameters: int
     macs: int
-    peak_bytes: int  # arrays alive while it runs
+    peak_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class StageShape:
-    """What one stage works on."""
+    """What one stage works on.
+
+    Attributes:
+        stage: 1 to 4.
+        grid: (H_i, W_i).
+        channels: C_i.
+        tokens: n_i, patch tokens; the cls token is not among them.
+        keys: m_i = n_i / R_i^2.
+    """
 
     stage: int
     grid: tuple[int, int]  # (H_i, W_i)
@@ -48,7 +65,15 @@ class StageShape:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The whole bill."""
+    """The whole bill.
+
+    Attributes:
+        size: (H, W) of the image, in pixels.
+        batch: B.
+        dtype: of all arrays, ``"float32"`` or ``"float64"``.
+        stages: what each stage works on.
+        items: one for every operation of every stage.
+    """
 
     size: tuple[int, int]
     batch: int
@@ -72,7 +97,13 @@ class Cost:
         return max(item.peak_bytes for item in self.items)
 
     def of_stage(self, stage: int) -> "Cost":
-        """The part of one stage (1 to 4; 0 is the classifier).
+        """The part of one stage.
+
+        Args:
+            stage: 1 to 4; 0 is the classifier.
+
+        Returns:
+            A bill with the items of that stage only.
 
         Raises:
             RangeError: if the model has no such stage.
@@ -93,8 +124,21 @@ class Cost:
 class ViTConfig:
     """A columnar ViT: one stage, plain attention, a cls token.
 
+    Dosovitskiy et al. 2021, arXiv 2010.11929; DeiT is the same network.
+
+    Attributes:
+        patch_size: P, in pixels.
+        embed_dim: C.
+        depth: blocks.
+        num_heads: N; must divide C.
+        mlp_ratio: E.
+        img_size: side in pixels of the square image that the position table is made for.
+        in_chans: channels of the image.
+        num_classes: outputs of the classifier.
+
     Raises:
-        ConfigError: if the patch does not divide img_size, or the heads the width.
+        ConfigError: if a field is no positive whole number, the patch does not divide img_size, or
+            the heads do not divide the width.
     """
 
     patch_size: int
@@ -144,9 +188,11 @@ def count_cost(
 ) -> Cost:
     """Parameters, MACs and peak activation bytes of a forward pass.
 
+    MACs are counted by the rule in the head of this file, which reproduces the paper's Table 2.
+
     Args:
         config: a PVT or a ViT.
-        size: H x W of the image, or a side; None takes config.img_size.
+        size: (H, W) of the image, or a side, in pixels; None takes config.img_size.
         batch: B.
         dtype: ``"float32"`` or ``"float64"``.
         pyramid: count the dense pyramid instead of the classifier: no cls token, final norm or
@@ -157,7 +203,10 @@ def count_cost(
         not in its bill.
 
     Raises:
-        ShapeError: if the model cannot take that size.
+        ShapeError: if size is not one or two whole numbers, or the model cannot take it.
+        ArrayTypeError: if config is neither a PVTConfig nor a ViTConfig.
+        RangeError: if batch is not a positive whole number, or dtype another.
+        ConfigError: if the pyramid of a ViT is asked for.
     """
     if not isinstance(config, PVTConfig | ViTConfig):
         raise ArrayTypeError(

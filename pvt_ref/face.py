@@ -24,10 +24,16 @@ _PREDICTED_AT_ONCE = 64
 
 
 class Prediction(NamedTuple):
-    """One answer of :meth:`Model.predict`."""
+    """One answer of :meth:`Model.predict`.
 
-    label: str  # name of the class
-    index: int  # of the output
+    Attributes:
+        label: name of the class.
+        index: of the output, from 0.
+        probability: Softmax(logits) there, in [0, 1].
+    """
+
+    label: str
+    index: int
     probability: float
 
 
@@ -43,7 +49,9 @@ class Model:
 
     Raises:
         NonFiniteError: if a weight on the host is NaN or infinite.
-        ShapeError, ArrayTypeError: if params do not belong to config.
+        ShapeError: if params belong to another config.
+        ArrayTypeError: if params or config are of another type, or the weights of several dtypes or
+            devices.
         ConfigError: if info names another number of classes than config has.
     """
 
@@ -71,23 +79,27 @@ class Model:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the outputs, in order; ``("0", "1", ...)`` if they are not known."""
+        """The names of the num_classes outputs, in order; ``("0", "1", ...)`` if not known."""
         return self.info.classes or tuple(map(str, range(self.config.num_classes)))
 
     def preprocess(self, images: Any, size: int | tuple[int, int] | None = None) -> Array:
         """Pictures as a batch for this model, with the preprocessing of its training.
 
         Args:
-            images: a picture or a list of them: paths, PIL images, or arrays (H, W, 3) of uint8.
-            size: side of the square, or (H, W), in pixels; None takes config.img_size.
+            images: a picture or a list of them: paths, open files, PIL images, or arrays (H, W, 3)
+                or (H, W) of uint8; or an array (B, H, W, 3) of uint8.
+            size: side of the square, or (h, w), in pixels; None takes config.img_size.
 
         Returns:
             (B, in_chans, h, w) of the weights' library and dtype.
 
         Raises:
             ConfigError: if the model has another number of channels than its preprocessing.
-            ImageError, MissingFileError, ArrayTypeError, ShapeError: as
-                :func:`pvt_ref.load_image`.
+            ImageError: as :func:`pvt_ref.load_image`.
+            MissingFileError: as :func:`pvt_ref.load_image`.
+            ArrayTypeError: as :func:`pvt_ref.load_image`; also for an array of another dtype.
+            ShapeError: as :func:`pvt_ref.load_image`; also for an array of another shape, or no
+                picture at all.
         """
         preprocessing = self.info.preprocessing
         if preprocessing.channels != self.config.in_chans:
@@ -104,15 +116,20 @@ class Model:
         """The likeliest classes of each image, likeliest first.
 
         Args:
-            images: what :meth:`preprocess` takes, or made: (B, in_chans, h, w) floats.
+            images: what :meth:`preprocess` takes, or made: (B, in_chans, H, W) floats.
             top: how many; all if there are fewer classes.
 
         Returns:
-            A list of :class:`Prediction` an image. Probabilities are Softmax(logits).
+            A list of B lists of :class:`Prediction`. Probabilities are Softmax(logits), in float64.
 
         Raises:
-            RangeError: if top is not a positive whole number.
-            and what the model itself and preprocess raise.
+            RangeError: if top is not a positive whole number; also as :func:`pvt_ref.forward`.
+            ConfigError: if the model is a bare backbone; also as :meth:`preprocess`.
+            NonFiniteError: if floats on the host hold NaN or infinity.
+            ImageError: as :meth:`preprocess`.
+            MissingFileError: as :meth:`preprocess`.
+            ArrayTypeError: as :meth:`preprocess` and :func:`pvt_ref.forward`.
+            ShapeError: as :meth:`preprocess` and :func:`pvt_ref.forward`.
         """
         if not is_whole(top) or top < 1:
             raise RangeError(f"top is {top!r}; it must be a whole number, at least 1")
@@ -133,12 +150,43 @@ class Model:
         ]
 
     def __call__(self, images: Array, *, ops: Ops | None = None) -> Array:
-        """Class logits (B, num_classes) of images (B, in_chans, H, W); see :func:`forward`."""
+        """Class logits; see :func:`pvt_ref.forward`.
+
+        Args:
+            images: (B, in_chans, H, W) normalised floats.
+            ops: a record of operations; None takes the default.
+
+        Returns:
+            logits (B, num_classes) of the weights' dtype.
+
+        Raises:
+            NonFiniteError: if images on the host hold NaN or infinity, or numbers beyond the dtype
+                of the weights.
+            ArrayTypeError: as :func:`pvt_ref.forward`.
+            ShapeError: as :func:`pvt_ref.forward`.
+            ConfigError: as :func:`pvt_ref.forward`.
+            RangeError: as :func:`pvt_ref.forward`.
+        """
         self._check_images(images)
         return forward(self.params, images, self.config, ops=ops)
 
     def pyramid(self, images: Array, *, ops: Ops | None = None) -> list[Array]:
-        """Feature maps [F_1, ..., F_4], (B, C_i, H_i, W_i) each; see :func:`forward_pyramid`."""
+        """Feature maps for dense prediction; see :func:`pvt_ref.forward_pyramid`.
+
+        Args:
+            images: (B, in_chans, H, W) normalised floats.
+            ops: a record of operations; None takes the default.
+
+        Returns:
+            [F_1, F_2, F_3, F_4], (B, C_i, H_i, W_i) each, of the weights' dtype.
+
+        Raises:
+            NonFiniteError: if images on the host hold NaN or infinity, or numbers beyond the dtype
+                of the weights.
+            ArrayTypeError: as :func:`pvt_ref.forward_pyramid`.
+            ShapeError: as :func:`pvt_ref.forward_pyramid`.
+            RangeError: as :func:`pvt_ref.forward_pyramid`.
+        """
         self._check_images(images)
         return forward_pyramid(self.params, images, self.config, ops=ops)
 
@@ -153,7 +201,14 @@ class Model:
         """Parameters, MACs and memory by stage and operation, as a text table.
 
         Args:
-            size: of the image, H x W or a side; None takes config.img_size.
+            size: of the image, (H, W) or a side, in pixels; None takes config.img_size.
+
+        Returns:
+            The table, with ``source`` above it: MACs in millions, memory in MiB, for a batch of
+            one.
+
+        Raises:
+            ShapeError: if the model cannot take that size.
         """
         report = count_cost(self.config, size)
         return f"{self.source}\n\n{format_cost(report)}"
@@ -166,13 +221,16 @@ def with_new_head(model: Model, num_classes: int, rng: np.random.Generator) -> M
         model: any model; its arrays are shared, not copied. A bare backbone also gets a fresh cls
             token, its row of the position table, and a final norm.
         num_classes: at least 1.
-        rng: a NumPy generator for the new weights (normal, std 0.02; bias 0).
+        rng: a NumPy generator for the new weights (normal, std 0.02; bias 0); it is advanced.
 
     Returns:
-        A model whose config has num_classes, of the same dtype and on the same device.
+        A model whose config has num_classes, of the same dtype and on the same device: head weight
+        (num_classes, C_4) and bias (num_classes,).
 
     Raises:
-        ConfigError: if num_classes is not a positive whole number.
+        ArrayTypeError: if model is not a Model, or rng not a NumPy generator.
+        ConfigError: if num_classes is not a positive whole number, or stage 4 of a backbone has
+            spatial reduction, which leaves no place for a cls token.
     """
     check_rng(rng)
     if not isinstance(model, Model):

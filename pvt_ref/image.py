@@ -78,7 +78,8 @@ def preprocess(
         (B, 3, H, W) float32, normalised.
 
     Raises:
-        ImageError, ShapeError: as :func:`load_image`; also ShapeError for an empty list.
+        ImageError: if a picture is damaged, or cannot be brought to that size.
+        ShapeError: if size is not one or two positive whole numbers, or there is no picture.
         ArrayTypeError: if something is not a PIL image.
     """
     batch: list[Any] = list(images) if isinstance(images, list | tuple) else [images]

@@ -26,7 +26,8 @@ class Preprocessing:
 
     Attributes:
         mode: ``"RGB"``, or ``"L"`` for grey (one channel).
-        mean, std: of the training pixels on a scale of 0 to 1, one number a channel.
+        mean: of the training pixels on a scale of 0 to 1, one number a channel.
+        std: their standard deviation, one number a channel, above 0.
 
     Raises:
         ConfigError: if they do not fit together.
@@ -60,11 +61,23 @@ class Preprocessing:
         return _CHANNELS[self.mode]
 
     def pixels(self, pictures: Sequence[Any], size: int | tuple[int, int]) -> np.ndarray:
-        """Pictures of any kind and size, resized and cut: (B, H, W, C) uint8.
+        """Pictures of any kind and size, resized and cut.
 
         Args:
-            pictures: paths, open files, PIL images, or arrays (H, W, 3) or (H, W) of uint8.
-            size: side of a square, or (H, W); see :func:`pvt_ref.image.resize_and_crop`.
+            pictures: a list of paths, open files, PIL images, or arrays (H, W, 3) or (H, W) of
+                uint8.
+            size: side of a square, or (H, W), in pixels; see
+                :func:`pvt_ref.image.resize_and_crop`.
+
+        Returns:
+            (B, H, W, C) uint8, C = 3 for colours, 1 for grey.
+
+        Raises:
+            ShapeError: if there is no picture, an array has another shape, or size is not one or
+                two positive whole numbers.
+            ArrayTypeError: if a picture is none of these, or an array not uint8.
+            ImageError: as :func:`pvt_ref.load_image`.
+            MissingFileError: as :func:`pvt_ref.load_image`.
         """
         if not pictures:
             raise ShapeError("the list of images is empty; a batch needs at least one")
@@ -74,7 +87,19 @@ class Preprocessing:
         return np.stack([np.asarray(image) for image in batch])
 
     def normalize(self, pixels: Array, like: Array) -> Array:
-        """Raw pixels (B, C, H, W) uint8 as floats of like's library, device and dtype."""
+        """Raw pixels as normalised floats.
+
+        Args:
+            pixels: (B, C, H, W) uint8, on the host.
+            like: an array of float32 or float64, of any shape.
+
+        Returns:
+            (B, C, H, W) of like's library, device and dtype.
+
+        Raises:
+            ArrayTypeError: if like is not an array.
+            ValueError: if mode is RGB and pixels do not have 3 channels there.
+        """
         xp = array_module(like)
         x = xp.astype(from_host(pixels, like=like), like.dtype)
         mean = from_host(np.asarray(self.mean)[:, None, None], like=like)
@@ -85,7 +110,22 @@ class Preprocessing:
         return x
 
     def __call__(self, pictures: Any, size: int | tuple[int, int]) -> np.ndarray:
-        """One picture or a list of them as a batch (B, C, H, W) float32."""
+        """Pictures as a batch: :meth:`pixels`, then :meth:`normalize`.
+
+        Args:
+            pictures: one picture or a list of them, of the kinds that :meth:`pixels` takes, or an
+                array (B, H, W, 3) of uint8.
+            size: side of a square, or (H, W), in pixels.
+
+        Returns:
+            (B, C, H, W) float32, normalised.
+
+        Raises:
+            ShapeError: as :meth:`pixels`.
+            ArrayTypeError: as :meth:`pixels`.
+            ImageError: as :meth:`pixels`.
+            MissingFileError: as :meth:`pixels`.
+        """
         several = isinstance(pictures, list | tuple) or getattr(pictures, "ndim", 0) == 4
         pixels = self.pixels(list(pictures) if several else [pictures], size)
         channels_first = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
@@ -145,7 +185,11 @@ class ModelInfo:
         object.__setattr__(self, "training", _as_json(self.training))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by field name, fit for JSON; :meth:`from_dict` reads them."""
+        """Plain values by field name, fit for JSON; :meth:`from_dict` reads them.
+
+        Returns:
+            Texts, numbers, lists and dicts; a copy.
+        """
         return {
             "title": self.title,
             "classes": list(self.classes),
@@ -158,7 +202,19 @@ class ModelInfo:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelInfo":
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of :meth:`to_dict`.
+
+        Args:
+            values: what to_dict returned.
+
+        Returns:
+            An equal record.
+
+        Raises:
+            ConfigError: if a field is of another type.
+            TypeError: if there is a field that this version does not know.
+            KeyError: if there is no preprocessing.
+        """
         return cls(**{**values, "preprocessing": Preprocessing(**values["preprocessing"])})
 
 

@@ -1,9 +1,10 @@
 """The whole network: four stages, read out as class logits or as a pyramid of feature maps.
 
 This file says in what order the operations are applied, and the backward says it in reverse; what
-they compute stands in layers/. Two readings share the stages but differ in the fourth (see
-:func:`forward` and :func:`forward_pyramid`), as the authors' classifier and their dense backbones
-do.
+they compute stands in layers/. The stages are those of sections 3.1 and 3.2 of the paper (Wang et
+al., ICCV 2021, arXiv 2102.12122). Two readings share them but differ in the fourth, as the authors'
+classifier and their dense backbones do: see :func:`forward` (section 4.1) and
+:func:`forward_pyramid` (section 4.2).
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,16 @@ from pvt_ref.params import PVTParams, StageParams, check_rng, zeros_like_params
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageCache:
-    """The caches of the parts, each for its own backward."""
+    """The caches of the parts of stage i, each for its own backward.
+
+    Attributes:
+        patch_embed: of the patch embedding, which made (B, n_i, C_i).
+        position: of the position embedding.
+        drop: of the dropout after it; None if nothing was dropped.
+        blocks: of each of the L_i blocks, in order.
+        grid: (H_i, W_i).
+        cls: whether the first token is the cls token.
+    """
 
     patch_embed: Any
     position: Any
@@ -43,7 +53,18 @@ class StageCache:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ClassifierCache:
-    """Made by :func:`forward_with_cache` for :func:`backward`; it is not changed by it."""
+    """Made by :func:`forward_with_cache` for :func:`backward`; it is not changed by it.
+
+    Attributes:
+        stages: the caches of the four stages.
+        norm: of the final norm over (B, 1 + n_4, C_4).
+        head: of the head, whose input is the cls row (B, C_4).
+        tokens_shape: (B, 1 + n_4, C_4), of stage 4.
+        image_dtype: of the images as they were given, and so of dL/dimages.
+        dtype: of the weights.
+        config: the configuration of the forward.
+        ops: the record of operations that made the caches, and reads them.
+    """
 
     stages: tuple[StageCache, ...]
     norm: Any
@@ -57,7 +78,16 @@ class ClassifierCache:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PyramidCache:
-    """Made by :func:`forward_pyramid_with_cache` for :func:`backward_pyramid`; never changed."""
+    """Made by :func:`forward_pyramid_with_cache` for :func:`backward_pyramid`; never changed.
+
+    Attributes:
+        stages: the caches of the four stages.
+        batch: B.
+        image_dtype: of the images as they were given, and so of dL/dimages.
+        dtype: of the weights.
+        config: the configuration of the forward.
+        ops: the record of operations that made the caches, and reads them.
+    """
 
     stages: tuple[StageCache, ...]
     batch: int
@@ -192,11 +222,12 @@ def forward(
 ) -> Array:
     """Class logits, without keeping anything for a backward.
 
-    The released classifier: stage 4 starts with the cls token; after its last block a layer norm,
-    of which the cls row goes through the head. Memory does not grow with depth.
+    The released classifier (paper sections 3.1, 3.2 and 4.1): stage 4 starts with the cls token;
+    after its last block a layer norm, of which the cls row goes through the head. Memory does not
+    grow with depth.
 
     Args:
-        params: the weights, NumPy or CuPy.
+        params: the weights, NumPy or CuPy, float32 or float64.
         images: (B, in_chans, H, W) normalised floats of the same library, H and W multiples of
             ``config.size_multiple``. Another float dtype is cast to the weights'.
         config: the configuration of the weights.
@@ -206,7 +237,12 @@ def forward(
         logits (B, num_classes) of the weights' dtype.
 
     Raises:
-        ShapeError, ArrayTypeError, ConfigError: for unsuitable arguments, with the reason.
+        ArrayTypeError: if an argument is of another type, images are not floats, or arrays lie on
+            different devices or do not suit ops.
+        ShapeError: if images are not (B, in_chans, H, W), H or W would lose pixels, the batch is
+            empty, or params belong to another config.
+        ConfigError: if the model is a bare backbone, which has no logits.
+        RangeError: if ops is None and the environment variable PVT_REF_OPS names no record.
     """
     logits, _ = _classify(params, images, config, None, ops, keep=False)
     return logits
@@ -222,13 +258,25 @@ def forward_with_cache(
 ) -> tuple[Array, ClassifierCache]:
     """Class logits, and the cache for :func:`backward`.
 
+    What is computed is what :func:`forward` computes, with dropout and drop path if there is an
+    rng. Memory grows with depth.
+
     Args:
-        params, images, config, ops: as for :func:`forward`.
+        params: the weights, NumPy or CuPy, float32 or float64.
+        images: (B, in_chans, H, W) normalised floats, as for :func:`forward`.
+        config: the configuration of the weights.
         rng: a NumPy generator turns dropout and drop path on, at the rates of config. The same
             seed draws the same masks on every device and for every dtype.
+        ops: a record of operations; None takes the default.
 
     Returns:
-        logits (B, num_classes) and the cache.
+        logits (B, num_classes) of the weights' dtype, and the cache.
+
+    Raises:
+        ArrayTypeError: as :func:`forward`; also if rng is not a NumPy generator.
+        ShapeError: as :func:`forward`.
+        ConfigError: as :func:`forward`.
+        RangeError: as :func:`forward`.
     """
     if rng is not None:
         check_rng(rng)
@@ -280,19 +328,28 @@ def backward(
 ) -> tuple[PVTParams, Array]:
     """Gradients of a scalar loss L through :func:`forward_with_cache`.
 
+    The chain rule through head, norm and the stages 4 to 1. Only the cls row of the last tokens is
+    read, so dL/dtokens is zero in all other rows.
+
     Args:
         params: the weights of the forward.
         cache: what the forward returned. It is read, never changed: it may serve several dlogits.
-        dlogits: dL/dlogits (B, num_classes), for instance from :func:`pvt_ref.cross_entropy`.
+        dlogits: dL/dlogits (B, num_classes), float32 or float64, for instance from
+            :func:`pvt_ref.cross_entropy`. It is cast to the weights' dtype.
         config: the configuration of the forward, the very same.
         ops: the forward's record (the default); another one cannot read its cache.
 
     Returns:
-        grads, of params' type with dL/dw in the place of w, and dL/dimages with the shape and
-        dtype of images.
+        grads, of params' type with dL/dw in the place of w, of its shape and dtype; and dL/dimages
+        (B, in_chans, H, W), of the dtype that images had.
 
     Raises:
-        ShapeError, ArrayTypeError, ConfigError: for unsuitable arguments, with the reason.
+        ArrayTypeError: if an argument is of another type, dlogits are not floats or lie on another
+            device, or the cache was made by another forward, with weights of another dtype or with
+            other ops.
+        ShapeError: if dlogits are not (B, num_classes), or params or cache belong to another
+            config.
+        ConfigError: if the model is a bare backbone, which has no logits.
     """
     check_has_classifier(config)
     check_params(params, config)
@@ -332,18 +389,23 @@ def forward_pyramid(
 ) -> list[Array]:
     """The feature maps F_1..F_4 for dense prediction, without keeping anything for a backward.
 
-    The released detection and segmentation backbones: stage 4 has no cls token (its position table
-    is used without the cls row) and no final norm is applied. F_4 is therefore not what the
-    classifier computes.
+    The released detection and segmentation backbones (paper sections 3.1, 3.2 and 4.2): stage 4
+    has no cls token (its position table is used without the cls row) and no final norm is applied.
+    F_4 is therefore not what the classifier computes.
 
     Args:
-        params, images, config, ops: as for :func:`forward`; the weights may lack a classifier.
+        params: the weights, NumPy or CuPy, float32 or float64; they may lack a classifier.
+        images: (B, in_chans, H, W) normalised floats, as for :func:`forward`.
+        config: the configuration of the weights.
+        ops: a record of operations; None takes the default.
 
     Returns:
         [F_1, F_2, F_3, F_4], (B, C_i, H_i, W_i) each, of the weights' dtype.
 
     Raises:
-        ShapeError, ArrayTypeError: for unsuitable arguments, with the reason.
+        ArrayTypeError: as :func:`forward`.
+        ShapeError: as :func:`forward`.
+        RangeError: if ops is None and the environment variable PVT_REF_OPS names no record.
     """
     maps, _ = _pyramid(params, images, config, None, ops, keep=False)
     return maps
@@ -359,7 +421,23 @@ def forward_pyramid_with_cache(
 ) -> tuple[list[Array], PyramidCache]:
     """The feature maps, and the cache for :func:`backward_pyramid`.
 
-    Arguments as for :func:`forward_with_cache`.
+    What is computed is what :func:`forward_pyramid` computes, with dropout and drop path if there
+    is an rng. Memory grows with depth.
+
+    Args:
+        params: the weights, NumPy or CuPy, float32 or float64; they may lack a classifier.
+        images: (B, in_chans, H, W) normalised floats, as for :func:`forward`.
+        config: the configuration of the weights.
+        rng: a NumPy generator turns dropout and drop path on, as for :func:`forward_with_cache`.
+        ops: a record of operations; None takes the default.
+
+    Returns:
+        [F_1, F_2, F_3, F_4], (B, C_i, H_i, W_i) each, of the weights' dtype, and the cache.
+
+    Raises:
+        ArrayTypeError: as :func:`forward`; also if rng is not a NumPy generator.
+        ShapeError: as :func:`forward`.
+        RangeError: if ops is None and the environment variable PVT_REF_OPS names no record.
     """
     if rng is not None:
         check_rng(rng)
@@ -403,19 +481,28 @@ def backward_pyramid(
 ) -> tuple[PVTParams, Array]:
     """Gradients of a scalar loss L through :func:`forward_pyramid_with_cache`.
 
+    F_i is both an output and the input of stage i + 1, so two gradients meet in it: dL/dF_i and
+    what comes back through that stage.
+
     Args:
         params: the weights of the forward.
         cache: what the forward returned. It is read, never changed.
-        dmaps: dL/dF_1..dL/dF_4, (B, C_i, H_i, W_i) each; None for a map that L does not use.
+        dmaps: dL/dF_1..dL/dF_4, (B, C_i, H_i, W_i) each, float32 or float64, cast to the weights'
+            dtype; None for a map that L does not use.
         config: the configuration of the forward.
         ops: the forward's record (the default).
 
     Returns:
-        grads, of params' type (zeros for cls token, final norm, head and the table's cls row), and
-        dL/dimages with the shape and dtype of images.
+        grads, of params' type with dL/dw in the place of w, of its shape and dtype (zeros for cls
+        token, final norm, head and the table's cls row); and dL/dimages (B, in_chans, H, W), of the
+        dtype that images had.
 
     Raises:
-        ShapeError, ArrayTypeError: for unsuitable arguments, with the reason.
+        ArrayTypeError: if an argument is of another type, a map is not of floats or lies on another
+            device, or the cache was made by another forward, with weights of another dtype or with
+            other ops.
+        ShapeError: if dmaps are not four, one has another shape than its map, or params or cache
+            belong to another config.
     """
     check_params(params, config)
     ops = check_cache(cache, PyramidCache, "forward_pyramid_with_cache", params, config, ops)
@@ -449,23 +536,30 @@ def attention_maps(
     *,
     ops: Ops | None = None,
 ) -> dict[tuple[int, int], Array]:
-    """Where every query looks, in every block of the stages named.
+    """Where every query looks, in every block of the stages named: A of paper eq. 4.
 
     Stage 4 of a classifier includes the cls token, as query and key 0; a backbone has none. The
     weights are those of the readable layers (with the softmax, norms and products of ops), whatever
     stands for attention as a whole in ops.
 
     Args:
-        params, images, config, ops: as for :func:`forward`; the weights may lack a classifier.
+        params: the weights, NumPy or CuPy, float32 or float64; they may lack a classifier.
+        images: (B, in_chans, H, W) normalised floats, as for :func:`forward`.
+        config: the configuration of the weights.
         stages: numbers from 1 to 4.
+        ops: a record of operations; None takes the default.
 
     Returns:
-        (stage, block) to weights (B, heads, queries, keys), rows summing to 1. Stages count from
-        1, blocks from 0, as in the keys of the weights. Keys are the m_i tokens after spatial
-        reduction, in raster order.
+        By (stage, block), the weights (B, N_i, n_i, m_i) of every head, query and key, of params'
+        dtype, rows summing to 1. Stages count from 1, blocks from 0, as in the keys of the weights.
+        Keys are the m_i tokens after spatial reduction, in raster order. With a cls token, stage 4
+        has 1 + n_4 queries and keys.
 
     Raises:
-        RangeError, ShapeError, ArrayTypeError: for unsuitable arguments, with the reason.
+        RangeError: if a stage is not 1, 2, 3 or 4, or PVT_REF_OPS names no record, as for
+            :func:`forward`.
+        ArrayTypeError: as :func:`forward`.
+        ShapeError: as :func:`forward`.
     """
     wanted = check_stages(stages)
     images = prepare_images(params, images, config)  # (B, in_chans, H, W)

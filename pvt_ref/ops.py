@@ -23,7 +23,13 @@ from pvt_ref.arrays import Array
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A forward and the backward that understands its cache."""
+    """A forward and the backward that understands its cache.
+
+    Attributes:
+        forward: returns y and the cache, which is None if nothing was kept.
+        backward: takes the cache and dL/dy, and returns dL/dx and the gradients of the weights, if
+            there are any.
+    """
 
     forward: Callable[..., tuple[Array, Any]]
     backward: Callable[..., Any]
@@ -31,7 +37,24 @@ class Operation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ops:
-    """One operation of each kind. Frozen: dataclasses.replace makes a changed one."""
+    """One operation of each kind. Frozen: dataclasses.replace makes a changed one.
+
+    Attributes:
+        name: for messages.
+        numpy_only: whether arrays of other libraries are refused.
+        linear: as in layers/linear.py.
+        layer_norm: as in layers/layer_norm.py.
+        gelu: as in layers/gelu.py.
+        softmax: as in layers/softmax.py.
+        dropout: as in layers/drop.py.
+        drop_path: as in layers/drop.py.
+        patch_embed: as in layers/patch_embed.py.
+        position: as in layers/position.py.
+        attention: as in layers/attention.py.
+        sra: as in layers/sra.py.
+        mlp: as in layers/mlp.py.
+        block: as in block.py.
+    """
 
     name: str
     numpy_only: bool = False  # whether arrays of other libraries are refused

@@ -27,7 +27,13 @@ from pvt_ref.layers.sra import SRAParams
 
 
 class StageParams(NamedTuple):
-    """The weights of one stage, a view into :class:`PVTParams`."""
+    """The weights of stage i, a view into :class:`PVTParams`.
+
+    Attributes:
+        patch_embed: projection (C_i, C_{i-1}, P_i, P_i) and norm (C_i,).
+        pos_embed: (1, n_i, C_i); with a cls row, (1, 1 + n_i, C_i).
+        blocks: of each of the L_i blocks.
+    """
 
     patch_embed: PatchEmbedParams
     pos_embed: Array
@@ -36,13 +42,33 @@ class StageParams(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PVTParams:
-    """The weights of a model, or their gradients."""
+    """The weights of a model, or their gradients, float32 or float64.
 
-    pos_embed1: Array  # (1, n_1, C_1)
+    n_i is the number of tokens of stage i for an image of config.img_size, and C_0 is in_chans.
+
+    Attributes:
+        pos_embed1: (1, n_1, C_1).
+        pos_embed2: (1, n_2, C_2).
+        pos_embed3: (1, n_3, C_3).
+        pos_embed4: (1, 1 + n_4, C_4), row 0 is the cls token's; (1, n_4, C_4) in a backbone.
+        cls_token: (1, 1, C_4); None in a backbone.
+        patch_embed1: projection (C_1, C_0, P_1, P_1), its bias and the norm, (C_1,) each.
+        block1: L_1 blocks of width C_1.
+        patch_embed2: projection (C_2, C_1, P_2, P_2), its bias and the norm, (C_2,) each.
+        block2: L_2 blocks of width C_2.
+        patch_embed3: projection (C_3, C_2, P_3, P_3), its bias and the norm, (C_3,) each.
+        block3: L_3 blocks of width C_3.
+        patch_embed4: projection (C_4, C_3, P_4, P_4), its bias and the norm, (C_4,) each.
+        block4: L_4 blocks of width C_4.
+        norm: the final norm, weight and bias (C_4,) each; None in a backbone.
+        head: weight (num_classes, C_4), bias (num_classes,); None in a backbone.
+    """
+
+    pos_embed1: Array
     pos_embed2: Array
     pos_embed3: Array
-    pos_embed4: Array  # (1, n_4 + 1, C_4), row 0 is the cls token's; (1, n_4, C_4) in a backbone
-    cls_token: Array | None  # (1, 1, C_4)
+    pos_embed4: Array
+    cls_token: Array | None
     patch_embed1: PatchEmbedParams
     block1: tuple[BlockParams, ...]
     patch_embed2: PatchEmbedParams
@@ -51,11 +77,21 @@ class PVTParams:
     block3: tuple[BlockParams, ...]
     patch_embed4: PatchEmbedParams
     block4: tuple[BlockParams, ...]
-    norm: LayerNormParams | None  # (C_4,)
-    head: LinearParams | None  # (num_classes, C_4)
+    norm: LayerNormParams | None
+    head: LinearParams | None
 
     def stage(self, i: int) -> StageParams:
-        """The weights of stage i (0 to 3)."""
+        """The weights of one stage.
+
+        Args:
+            i: 0 to 3.
+
+        Returns:
+            The same arrays, not copies.
+
+        Raises:
+            AttributeError: if there is no stage i.
+        """
         return StageParams(
             getattr(self, f"patch_embed{i + 1}"),
             getattr(self, f"pos_embed{i + 1}"),
@@ -64,7 +100,14 @@ class PVTParams:
 
 
 class Leaf(NamedTuple):
-    """What one array of the parameters has to be."""
+    """What one array of the parameters has to be.
+
+    Attributes:
+        key: its name in the authors' files.
+        shape: its shape.
+        init: how it is drawn; see :func:`init_params`.
+        fan_in: numbers that one output is made of, C_in P P, where init is ``"uniform"``.
+    """
 
     key: str
     shape: tuple[int, ...]
@@ -76,6 +119,14 @@ def build_params(config: PVTConfig, make: Callable[[Leaf], Array]) -> PVTParams:
     """A parameter tree for config, every array made by ``make(leaf)``, in the authors' order.
 
     This is the one place that says which arrays a model has and what their shapes are.
+
+    Args:
+        config: the model.
+        make: gets a :class:`Leaf` and returns what shall stand there, an array of leaf.shape.
+
+    Returns:
+        What make returned, in the places and, as arrays, of the shapes of :class:`PVTParams`; None
+        where the model has no array.
     """
 
     def linear(key: str, C_out: int, C_in: int, bias: bool = True) -> LinearParams:
@@ -135,7 +186,14 @@ def build_params(config: PVTConfig, make: Callable[[Leaf], Array]) -> PVTParams:
 
 @functools.lru_cache(maxsize=32)  # every forward asks
 def param_shapes(config: PVTConfig) -> Mapping[str, tuple[int, ...]]:
-    """Shape by key, in the authors' order; read-only."""
+    """Shape by key, in the authors' order; read-only.
+
+    Args:
+        config: the model.
+
+    Returns:
+        ``{"pos_embed1": (1, n_1, C_1), ...}``; what the model lacks is not in it.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
 
     def record(leaf: Leaf) -> None:
@@ -150,7 +208,8 @@ def init_params(config: PVTConfig, rng: np.random.Generator, dtype: Any = np.flo
 
     Linear weights, position tables and the cls token are normal with std 0.02 (the released
     truncation at +-2 is a hundred standard deviations away); linear biases 0; norms 1 and 0; the
-    patch and spatial-reduction projections uniform in +-1/sqrt(fan_in), as PyTorch's Conv2d.
+    patch and spatial-reduction projections uniform in +-1/sqrt(fan_in), as PyTorch's Conv2d. The
+    source is the released code, whai362/PVT, ``_init_weights``; the paper does not say.
 
     Args:
         config: the model.
@@ -158,10 +217,11 @@ def init_params(config: PVTConfig, rng: np.random.Generator, dtype: Any = np.flo
         dtype: float32 or float64. Both draw the same numbers, rounded.
 
     Returns:
-        NumPy arrays; :func:`pvt_ref.to_device` moves them.
+        NumPy arrays of the shapes in :class:`PVTParams`; :func:`pvt_ref.to_device` moves them.
 
     Raises:
-        ArrayTypeError: if rng is not a NumPy generator, or for another dtype.
+        ArrayTypeError: if config is not a PVTConfig or rng not a NumPy generator, or for another
+            dtype.
     """
     check_config(config)
     check_rng(rng)
@@ -187,7 +247,14 @@ def init_params(config: PVTConfig, rng: np.random.Generator, dtype: Any = np.flo
 
 
 def check_rng(rng: object) -> None:
-    """Raises ArrayTypeError unless rng is a NumPy generator."""
+    """Refuses what is not a NumPy generator.
+
+    Args:
+        rng: anything.
+
+    Raises:
+        ArrayTypeError: unless rng is a numpy.random.Generator.
+    """
     if not isinstance(rng, np.random.Generator):
         raise ArrayTypeError(
             f"rng is {type(rng).__name__}; it must be a NumPy generator, such as "
@@ -197,7 +264,14 @@ def check_rng(rng: object) -> None:
 
 
 def check_params_type(params: object) -> None:
-    """Raises ArrayTypeError unless params is a PVTParams."""
+    """Refuses what is not a record of weights.
+
+    Args:
+        params: anything.
+
+    Raises:
+        ArrayTypeError: unless params is a PVTParams.
+    """
     if not isinstance(params, PVTParams):
         raise ArrayTypeError(
             f"params is a {type(params).__name__}; it must be a PVTParams, from init_params, "
@@ -206,7 +280,15 @@ def check_params_type(params: object) -> None:
 
 
 def named_arrays(tree: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
-    """Key and array of every leaf of a parameter record, in field order."""
+    """Key and array of every leaf of a parameter record, in field order.
+
+    Args:
+        tree: a record of parameters or gradients, a tuple of such, or an array; None has no leaves.
+        prefix: of all keys, without a dot at its end.
+
+    Yields:
+        (key, array), the array itself, not a copy.
+    """
     if is_array(tree):
         yield prefix, tree
     elif is_dataclass(tree):
@@ -219,7 +301,16 @@ def named_arrays(tree: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
 
 
 def map_named(f: Callable[[str, Array], Any], tree: Any, prefix: str = "") -> Any:
-    """A copy of a parameter record with ``f(key, array)`` in the place of every array."""
+    """A copy of a parameter record with ``f(key, array)`` in the place of every array.
+
+    Args:
+        f: gets the key of :func:`named_arrays` and the array.
+        tree: a record of parameters or gradients.
+        prefix: of all keys, without a dot at its end.
+
+    Returns:
+        A record of tree's type.
+    """
     results = iter([f(key, x) for key, x in named_arrays(tree, prefix)])
     return map_arrays(lambda _: next(results), tree)  # both go through the record in field order
 
@@ -227,7 +318,12 @@ def map_named(f: Callable[[str, Array], Any], tree: Any, prefix: str = "") -> An
 def to_state_dict(params: PVTParams) -> dict[str, Array]:
     """The weights by the authors' key names, in the authors' order and shapes.
 
-    The arrays are those of params, not copies.
+    Args:
+        params: the weights, NumPy or CuPy.
+
+    Returns:
+        Key to array, of the shapes of :func:`param_shapes`. The arrays are those of params, not
+        copies.
 
     Raises:
         ArrayTypeError: if params is not a PVTParams.
@@ -244,9 +340,14 @@ def from_state_dict(state: Mapping[str, Array], config: PVTConfig) -> PVTParams:
             come together, all become float64. Arrays that need no conversion are not copied.
         config: the model they must fit.
 
+    Returns:
+        The weights, of the shapes of :func:`param_shapes`, all float32 or all float64, each array
+        on the device where it was.
+
     Raises:
         CheckpointError: if keys are missing, unexpected or mis-shaped; all of them are listed.
-        ArrayTypeError: if a value is not an array of floats.
+        ArrayTypeError: if config is not a PVTConfig, state not a mapping, or a value not an array
+            of float16, float32 or float64.
     """
     check_config(config)
     if not isinstance(state, Mapping):
@@ -266,7 +367,16 @@ def from_state_dict(state: Mapping[str, Array], config: PVTConfig) -> PVTParams:
 
 
 def check_keys(state: Mapping[str, Array], config: PVTConfig) -> None:
-    """Raises CheckpointError with every missing, unexpected and mis-shaped key of state."""
+    """Refuses a state that does not fit a model.
+
+    Args:
+        state: key to array, of any shapes.
+        config: the model.
+
+    Raises:
+        ArrayTypeError: if a value is not an array.
+        CheckpointError: with every missing, unexpected and mis-shaped key of state.
+    """
     shapes = param_shapes(config)
     for key, x in state.items():
         if not is_array(x):
@@ -305,5 +415,12 @@ def _common_dtype(state: Mapping[str, Array]) -> str:
 
 
 def zeros_like_params(params: Any) -> Any:
-    """A record of the same type with zeros: the gradient of weights that a pass did not use."""
+    """A record of the same type with zeros: the gradient of weights that a pass did not use.
+
+    Args:
+        params: a record of parameters, a tuple of such, an array, or None.
+
+    Returns:
+        The same structure, with zeros of each array's shape, dtype and device.
+    """
     return map_arrays(lambda x: array_module(x).zeros_like(x), params)

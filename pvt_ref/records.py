@@ -113,8 +113,15 @@ def default_ops(x: Array) -> Ops:
     NumPy arrays get :func:`blocked_ops`, all others REFERENCE. The environment variable
     ``PVT_REF_OPS``, ``reference`` or ``blocked``, decides it for NumPy arrays instead.
 
+    Args:
+        x: what will be computed on, of any shape.
+
+    Returns:
+        A record; REFERENCE also for what is no array of float32 or float64.
+
     Raises:
-        RangeError: if the variable says something else.
+        RangeError: if the variable says something else, and x is a NumPy array of float32 or
+            float64.
     """
     if not is_numpy(x) or dtype_name(x) not in FLOAT_DTYPES:
         return REFERENCE

@@ -20,8 +20,11 @@ def text_table(
 
     Args:
         columns: headings.
-        rows: cells as text.
+        rows: cells as text, as many a row as there are columns.
         total: a last row under a rule.
+
+    Returns:
+        Lines of ASCII rules and cells, without a newline at the end.
     """
     table = Table(box=_PLAIN, pad_edge=False, show_edge=False)
     for index, column in enumerate(columns):
@@ -37,7 +40,14 @@ def text_table(
 
 
 def format_cost(cost: Cost) -> str:
-    """Parameters, MACs and memory by stage and operation, with totals."""
+    """Parameters, MACs and memory by stage and operation, with totals.
+
+    Args:
+        cost: the bill, from :func:`pvt_ref.count_cost`.
+
+    Returns:
+        Two lines on size and units, and the table: MACs in millions, memory in MiB.
+    """
     height, width = cost.size
 
     def row(name: str, items: list[CostItem]) -> list[str]:

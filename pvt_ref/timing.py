@@ -26,15 +26,19 @@ def time_stages(
     """Median time of each stage in a forward pass, and of what follows the last block.
 
     Args:
-        params, images, config, ops: as for :func:`pvt_ref.forward`; without a classifier the
-            pyramid is run.
+        params: the weights, NumPy or CuPy.
+        images: (B, in_chans, H, W) normalised floats, as for :func:`pvt_ref.forward`.
+        config: the configuration of the weights. Without a classifier the pyramid is run.
         repeats: timed passes, after one that warms up.
+        ops: a record of operations; None takes the default.
 
     Returns:
         Five times in seconds: stages 1 to 4, each with its patch embedding, and the classifier.
 
     Raises:
-        RangeError: if repeats is no positive whole number.
+        RangeError: if repeats is no positive whole number; also as :func:`pvt_ref.forward`.
+        ArrayTypeError: as :func:`pvt_ref.forward`.
+        ShapeError: as :func:`pvt_ref.forward`.
     """
     if not is_whole(repeats) or repeats < 1:
         raise RangeError(f"repeats is {repeats!r}; it must be a whole number, at least 1")

@@ -60,13 +60,17 @@ def load(
         mirror: address of a server that answers like huggingface.co, to fetch from instead.
 
     Returns:
-        The model, with class names and preprocessing in its ``info`` if they are known.
+        The model, float32 or float64 as stored, on the host, with class names and preprocessing in
+        its ``info`` if they are known.
 
     Raises:
         DownloadError: if it has to be fetched and cannot be (which takes half a minute of trying);
             the message says what to download by hand, and where to put it.
-        MissingFileError, CheckpointError, ArrayTypeError, ConfigError: see
-            :func:`pvt_ref.checkpoint.load`.
+        MissingFileError: if there is no file at the path.
+        CheckpointError: if the file is damaged, unsafe, of an unknown kind, or does not fit.
+        ArrayTypeError: if name, config or mirror is of another type, config comes with a known
+            name, or mirror with what is not fetched.
+        ConfigError: if eps is not one or two numbers that can be one.
     """
     known = name if isinstance(name, str) else ""
     if known in (*SHIPPED, *VARIANTS):
@@ -89,7 +93,11 @@ def load(
 
 
 def weights_folder() -> Path:
-    """Where files of released models are looked for before they are fetched."""
+    """Where files of released models are looked for before they are fetched.
+
+    Returns:
+        What the environment variable PVT_REF_WEIGHTS names, or ``~/.cache/pvt_ref``.
+    """
     named = os.environ.get("PVT_REF_WEIGHTS")
     return Path(named) if named else Path.home() / ".cache" / "pvt_ref"
 

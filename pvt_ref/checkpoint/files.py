@@ -72,14 +72,15 @@ def load(
             weights were trained by the authors, with their two numbers.)
 
     Returns:
-        The model, float32 or float64 as stored (float16 and bfloat16 become float32); bare
-        backbones have num_classes 0. Its ``source`` says what was recognised.
+        The model, on the host, float32 or float64 as stored (float16 and bfloat16 become float32);
+        bare backbones have num_classes 0. Its ``source`` says what was recognised.
 
     Raises:
         MissingFileError: if there is no such file.
         CheckpointError: if it is damaged, unsafe, of an unknown kind, or does not fit; all keys
             that are missing, unexpected or mis-shaped are listed together.
-        ArrayTypeError, ConfigError: on unsuitable arguments.
+        ArrayTypeError: if path or config is of another type.
+        ConfigError: if eps is not one or two numbers that can be one.
     """
     path = _as_path(path)
     if config is not None:

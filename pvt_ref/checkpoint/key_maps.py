@@ -63,7 +63,15 @@ MMDETECTION_KEYS = {
 
 
 class Piece(NamedTuple):
-    """One region of our array that is one region of a foreign array."""
+    """One region of our array that is one region of a foreign array.
+
+    Attributes:
+        key: name of our array.
+        region: slices of it; ``WHOLE`` is all of it.
+        foreign: name of the foreign array.
+        foreign_region: slices of that.
+        foreign_shape: shape of the whole foreign array.
+    """
 
     key: str
     region: Region
@@ -74,7 +82,15 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How one family of files names and cuts the weights."""
+    """How one family of files names and cuts the weights.
+
+    Attributes:
+        name: for messages.
+        rename: our key to theirs; None where they have none.
+        pieces_of: the pieces of one of our arrays, by its key and shape and the model.
+        eps: norm_eps and projection_norm_eps of the code that reads such files.
+        has_classifier: whether their models have one; None if files with and without are found.
+    """
 
     name: str
     rename: Callable[[str], str | None]  # our key to theirs, None where they have none
@@ -84,7 +100,15 @@ class Layout:
 
 
 def pieces(layout: Layout, config: PVTConfig) -> list[Piece]:
-    """All pieces of a model, in the authors' order."""
+    """All pieces of a model, in the authors' order.
+
+    Args:
+        layout: how the file names and cuts the weights.
+        config: the model.
+
+    Returns:
+        The pieces of the first array, then those of the second, and so on.
+    """
     return [
         piece
         for key, shape in param_shapes(config).items()
@@ -93,14 +117,37 @@ def pieces(layout: Layout, config: PVTConfig) -> list[Piece]:
 
 
 def foreign_shapes(layout: Layout, config: PVTConfig) -> dict[str, Shape]:
-    """Key and shape of every array that a file of this layout must hold."""
+    """Key and shape of every array that a file of this layout must hold.
+
+    Args:
+        layout: how the file names and cuts the weights.
+        config: the model.
+
+    Returns:
+        Shape by foreign key.
+    """
     return {piece.foreign: piece.foreign_shape for piece in pieces(layout, config)}
 
 
 def to_native(
     state: Mapping[str, np.ndarray], layout: Layout, config: PVTConfig
 ) -> dict[str, np.ndarray]:
-    """A foreign state, complete and of the right shapes, by this project's keys."""
+    """A foreign state by this project's keys.
+
+    Args:
+        state: foreign key to array, complete and of the shapes of :func:`foreign_shapes`.
+        layout: how the file names and cuts the weights.
+        config: the model.
+
+    Returns:
+        Our key to array, of the shapes of :func:`pvt_ref.params.param_shapes`. What is one piece
+        keeps its dtype and may share its memory; what is put together has the widest dtype of the
+        state.
+
+    Raises:
+        KeyError: if the state lacks an array.
+        ValueError: if an array has more or fewer numbers than its shape says.
+    """
     shapes = param_shapes(config)
     dtype = np.result_type(*(x.dtype for x in state.values()))
     native: dict[str, np.ndarray] = {}
@@ -119,7 +166,21 @@ def to_native(
 def to_foreign(
     state: Mapping[str, np.ndarray], layout: Layout, config: PVTConfig
 ) -> dict[str, np.ndarray]:
-    """A native state by the keys of a layout. What that layout lacks is left out."""
+    """A native state by the keys of a layout. What that layout lacks is left out.
+
+    Args:
+        state: our key to array, of the shapes of :func:`pvt_ref.params.param_shapes`.
+        layout: how the file names and cuts the weights.
+        config: the model.
+
+    Returns:
+        Foreign key to array, of the shapes of :func:`foreign_shapes` and the dtypes of the state,
+        in new memory. What we lack is zero there.
+
+    Raises:
+        KeyError: if the state lacks an array.
+        ValueError: if an array has more or fewer numbers than its shape says.
+    """
     foreign: dict[str, np.ndarray] = {}
     for piece in pieces(layout, config):
         x = state[piece.key]

@@ -54,7 +54,13 @@ _RESAVE = (
 
 
 class Storage(NamedTuple):
-    """A reference to one entry of raw numbers."""
+    """A reference to one entry of raw numbers.
+
+    Attributes:
+        key: name of the entry under ``data/``.
+        dtype: its name in NumPy, or ``"bfloat16"``.
+        numel: how many numbers.
+    """
 
     key: str
     dtype: str
@@ -63,7 +69,14 @@ class Storage(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor:
-    """A tensor that has not been read yet."""
+    """A tensor that has not been read yet.
+
+    Attributes:
+        storage: where its numbers are.
+        offset: of the first, in elements.
+        shape: its sizes.
+        strides: from one to the next along each axis, in elements.
+    """
 
     storage: Storage
     offset: int  # in elements, as strides
@@ -87,6 +100,9 @@ class Record(dict):
 
 class PthFile:
     """An open file of PyTorch's zip format.
+
+    Args:
+        file: opened in binary mode, seekable; it must stay open while tensors are read.
 
     Attributes:
         tree: what was saved, with :class:`StoredTensor` for every tensor and :class:`Record` for
@@ -112,7 +128,13 @@ class PthFile:
         self.tree = read_pickle(pickled)
 
     def read(self, tensors: Mapping[str, StoredTensor]) -> dict[str, np.ndarray]:
-        """The named tensors as contiguous arrays of their own, bfloat16 as float32.
+        """The named tensors as contiguous arrays of their own.
+
+        Args:
+            tensors: some of those in ``tree``, by name.
+
+        Returns:
+            Arrays of the tensors' shapes, by the same names, of their dtypes; bfloat16 as float32.
 
         Raises:
             CheckpointError: if a storage is missing or damaged, or a tensor reaches outside its
@@ -246,7 +268,11 @@ _PARAMETER = "torch._utils._rebuild_parameter"
 
 
 class Global(NamedTuple):
-    """A name that the pickle may use. Only a label: nothing is imported."""
+    """A name that the pickle may use. Only a label: nothing is imported.
+
+    Attributes:
+        name: module and name, joined by a dot.
+    """
 
     name: str
 
@@ -265,6 +291,12 @@ _GLOBALS = {
 
 def read_pickle(data: bytes) -> Any:
     """What a pickle written by torch.save says, by the rules in the head of this file.
+
+    Args:
+        data: the bytes of ``data.pkl``.
+
+    Returns:
+        Dicts, lists, tuples, numbers, texts, and :class:`StoredTensor` for every tensor.
 
     Raises:
         CheckpointError: if it names anything that is not allowed, or is damaged.

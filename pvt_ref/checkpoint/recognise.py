@@ -59,12 +59,25 @@ class Entry(Protocol):
 
 
 def is_entry(value: object) -> bool:
-    """Whether value is a tensor rather than a number, list or dict beside it."""
+    """Whether value is a tensor rather than a number, list or dict beside it.
+
+    Args:
+        value: anything.
+
+    Returns:
+        True if it has a shape and a dtype.
+    """
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
 def find_state(tree: Any) -> tuple[dict[str, Any], str]:
-    """The state dict in what a file holds, and the entry where it was ("" for the top).
+    """The state dict in what a file holds, and the entry where it was.
+
+    Args:
+        tree: what the file holds.
+
+    Returns:
+        Key to tensor, and ``"model"``, ``"state_dict"``, or ``""`` for the top.
 
     Raises:
         CheckpointError: if there is none.
@@ -93,6 +106,12 @@ def find_layout(state: Mapping[str, Any]) -> tuple[Layout, str]:
     """The layout of a state dict, and the prefix of the model's keys in it.
 
     A detector's checkpoint holds the model under ``backbone.``, beside its neck and heads.
+
+    Args:
+        state: key to tensor; only keys and shapes are looked at.
+
+    Returns:
+        The layout, and the prefix, with the dot at its end; ``""`` if there is none.
 
     Raises:
         CheckpointError: if the keys are of no known layout, or of several models.
@@ -156,6 +175,15 @@ def list_problems(
     """Every key of state that is missing, unexpected, mis-shaped or not of floats.
 
     In the names of the file, with its prefix, so that a reader can find them there.
+
+    Args:
+        state: key, without the prefix, to tensor.
+        layout: how the file names and cuts the weights.
+        config: the model that the file should hold.
+        prefix: of the keys in the file.
+
+    Returns:
+        A line for each problem; empty if there is none.
     """
     shapes = foreign_shapes(layout, config)
     problems = [f"missing: {prefix}{k} {shape}" for k, shape in shapes.items() if k not in state]
@@ -177,7 +205,17 @@ def list_problems(
 def check_state(
     state: Mapping[str, Any], layout: Layout, config: PVTConfig, prefix: str = ""
 ) -> None:
-    """Raises CheckpointError with all problems of state together."""
+    """Refuses a state that is not the model's.
+
+    Args:
+        state: key, without the prefix, to tensor.
+        layout: how the file names and cuts the weights.
+        config: the model that the file should hold.
+        prefix: of the keys in the file.
+
+    Raises:
+        CheckpointError: with all problems of state together.
+    """
     if layout.has_classifier is False and config.has_classifier:
         raise CheckpointError(
             f"it is a bare backbone ({layout.name}: no cls token, final norm or head), and the "
@@ -203,6 +241,14 @@ def recognise_config(state: Mapping[str, Any], layout: Layout, prefix: str = "")
 
     Class count and image size are read off. Head counts leave no trace in any shape, so every other
     model needs its configuration from the caller.
+
+    Args:
+        state: key, without the prefix, to tensor.
+        layout: how the file names and cuts the weights.
+        prefix: of the keys in the file.
+
+    Returns:
+        The variant, with class count and image size of the file.
 
     Raises:
         CheckpointError: if it is no variant; with the differences from the nearest.
@@ -294,7 +340,14 @@ def _read_off(shapes: Mapping[str, Shape], layout: Layout) -> str:
 
 
 def describe(config: PVTConfig) -> str:
-    """A configuration in a few words: ``pvt_tiny, 1000 classes, 224 px``."""
+    """A configuration in a few words: ``pvt_tiny, 1000 classes, 224 px``.
+
+    Args:
+        config: the configuration.
+
+    Returns:
+        Name of the variant (or that it is none), classes, and image size in pixels.
+    """
     name = "custom configuration"
     for candidate, variant in VARIANTS.items():
         same = {field: getattr(config, field) for field in _NOT_STRUCTURE}

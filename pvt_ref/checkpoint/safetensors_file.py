@@ -33,7 +33,14 @@ _DAMAGED = (
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Every tensor of the file, and the metadata ({} if there is none).
+    """Every tensor of the file, and the metadata.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Key to array, of any shape and dtype, and the metadata as texts by name; {} if there is
+        none.
 
     Raises:
         CheckpointError: if it is damaged, or holds a dtype that NumPy does not have.
@@ -53,7 +60,14 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
 
 
 def widen(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same arrays, with bfloat16 as float32."""
+    """The same arrays, with bfloat16 as float32.
+
+    Args:
+        state: key to array, of any shape.
+
+    Returns:
+        Key to array of the same shape; what is not bfloat16 is not copied.
+    """
     return {
         key: x.astype(np.float32) if x.dtype == ml_dtypes.bfloat16 else x
         for key, x in state.items()
@@ -64,6 +78,10 @@ def own_header(
     state: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> tuple[PVTConfig | None, ModelInfo | None]:
     """Configuration and info in a file of this project, once the digest has been verified.
+
+    Args:
+        state: all tensors of the file, of any shapes.
+        metadata: that of the file.
 
     Returns:
         (None, None) if the file was written by somebody else; no info if none was saved.
@@ -114,9 +132,15 @@ def own_header(
 
 
 def check_foreign_metadata(metadata: Mapping[str, str]) -> None:
-    """Raises CheckpointError unless a file with this project's key names is plainly not its own.
+    """Refuses a file with this project's key names unless it is plainly not its own.
 
     Otherwise damage to the name of the metadata entry would hide the digest.
+
+    Args:
+        metadata: that of the file.
+
+    Raises:
+        CheckpointError: if there are entries that other libraries do not write.
     """
     if not all(k == "format" and re.fullmatch("[a-z]{1,8}", v) for k, v in metadata.items()):
         raise CheckpointError(
@@ -130,7 +154,16 @@ def check_foreign_metadata(metadata: Mapping[str, str]) -> None:
 def to_bytes(
     state: Mapping[str, np.ndarray], config: PVTConfig, info: ModelInfo | None = None
 ) -> bytes:
-    """A file of this project: the same weights, configuration and info give the same bytes."""
+    """A file of this project: the same weights, configuration and info give the same bytes.
+
+    Args:
+        state: our key to array, of the shapes of config, on the host.
+        config: the model.
+        info: what else is known of it; None leaves it out.
+
+    Returns:
+        The whole file.
+    """
     record = {"format": FORMAT, "config": config_to_dict(config)}
     if info is not None:
         record["info"] = info.to_dict()
@@ -140,7 +173,19 @@ def to_bytes(
 
 
 def pack(state: Mapping[str, np.ndarray], entry: str, record: Mapping[str, Any]) -> bytes:
-    """A .safetensors file with one metadata entry, a JSON text."""
+    """A .safetensors file with one metadata entry, a JSON text.
+
+    Args:
+        state: key to array of any shape, on the host.
+        entry: name of the metadata entry.
+        record: what it says, fit for JSON.
+
+    Returns:
+        The whole file.
+
+    Raises:
+        TypeError: if record holds what JSON does not.
+    """
     # safetensors takes the memory as it lies, and would scramble any other order silently
     contiguous = {key: np.ascontiguousarray(x) for key, x in state.items()}
     return safetensors.numpy.save(contiguous, {entry: json.dumps(record, sort_keys=True)})
@@ -152,7 +197,19 @@ def _stated(config: Any, info: Any) -> list[Any]:
 
 
 def digest(state: Mapping[str, np.ndarray], stated: Any) -> str:
-    """SHA-256 over every tensor's name, dtype, shape and bytes, and over plain values."""
+    """SHA-256 over every tensor's name, dtype, shape and bytes, and over plain values.
+
+    Args:
+        state: key to array of any shape, on the host. The order of keys does not matter, nor the
+            byte order.
+        stated: plain values, fit for JSON.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        TypeError: if stated holds what JSON does not.
+    """
     sha256 = hashlib.sha256()
     sha256.update(json.dumps(stated, sort_keys=True).encode())
     for key in sorted(state):

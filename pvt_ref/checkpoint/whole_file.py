@@ -12,6 +12,10 @@ def write_whole(path: Path, data: bytes) -> None:
     An older file of that name stays whole until then. Killed in between, a hidden ``.tmp`` file is
     all that is left.
 
+    Args:
+        path: the file; its directory exists.
+        data: all that it shall hold.
+
     Raises:
         OSError: if it cannot be written; nothing is left behind.
     """

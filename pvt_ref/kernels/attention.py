@@ -50,11 +50,12 @@ def attend_rows(
     scratch: Scratch,
     blocking: Blocking,
 ) -> None:
-    """y becomes Softmax(scale * q k^T) v, for some queries of one image.
+    """y becomes Softmax(scale * q k^T) v (paper eq. 4), for some queries of one image.
 
     Args:
         q: (N, queries, d).
-        k, v: (N, m, d), all keys and values of the image.
+        k: (N, m, d), all keys of the image.
+        v: (N, m, d), all values of the image.
         scale: 1 / sqrt(d) in the paper.
         y: (N, queries, d), written.
         scratch: memory of this thread.
@@ -82,10 +83,16 @@ def attend_backward_rows(
     The equations are those of :func:`pvt_ref.layers.attention.attention_backward`.
 
     Args:
-        q, k, v, scale, scratch, blocking: as in :func:`attend_rows`.
+        q: (N, queries, d).
+        k: (N, m, d), all keys of the image.
+        v: (N, m, d), all values of the image.
+        scale: as in :func:`attend_rows`.
         dy: dL/dy (N, queries, d).
         dq: (N, queries, d), written.
-        dk, dv: (N, m, d), added to.
+        dk: (N, m, d), added to.
+        dv: (N, m, d), added to.
+        scratch: memory of this thread.
+        blocking: the settings.
     """
     for part in _queries(q, k, blocking):
         weights = _weights(q[:, part], k, scale, scratch)
@@ -102,7 +109,14 @@ def attend_backward_rows(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionCache:
-    """What the scores are made from again."""
+    """What the scores are made from again.
+
+    Attributes:
+        q: queries (B, N, n, d).
+        k: keys (B, N, m, d).
+        v: values (B, N, m, d).
+        scale: the factor on the scores.
+    """
 
     q: np.ndarray  # (B, N, n, d)
     k: np.ndarray  # (B, N, m, d)
@@ -125,6 +139,20 @@ def attention_forward(
     """As :func:`pvt_ref.layers.attention.attention_forward`.
 
     Dropout on the weights wants all of them: then the readable function computes.
+
+    Args:
+        q: queries (B, N, n, d).
+        k: keys (B, N, m, d).
+        v: values (B, N, m, d).
+        ops: the record of operations, for the readable function.
+        scale: 1 / sqrt(d) in the paper.
+        drop_rate: dropout on the weights, in [0, 1).
+        rng: source of the dropout mask; None for inference.
+        keep: whether a cache for the backward is returned; without it, it is None.
+        blocking: the settings.
+
+    Returns:
+        (B, N, n, d), whose memory lies as (B, n, N, d), and the cache.
     """
     if rng is not None and drop_rate > 0.0:
         return readable.attention_forward(q, k, v, ops, scale, drop_rate, rng, keep)
@@ -143,7 +171,17 @@ def attention_forward(
 def attention_backward(
     cache: Any, dy: np.ndarray, ops: Ops, *, blocking: Blocking
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As :func:`pvt_ref.layers.attention.attention_backward`."""
+    """As :func:`pvt_ref.layers.attention.attention_backward`.
+
+    Args:
+        cache: from the forward.
+        dy: dL/dy (B, N, n, d).
+        ops: the record of operations, for the readable function.
+        blocking: the settings.
+
+    Returns:
+        dq (B, N, n, d), dk (B, N, m, d) and dv (B, N, m, d).
+    """
     if not isinstance(cache, AttentionCache):
         return readable.attention_backward(cache, dy, ops)
     q, k, v = cache.q, cache.k, cache.v

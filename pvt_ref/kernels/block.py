@@ -53,7 +53,15 @@ from pvt_ref.ops import Ops
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowsCache:
-    """What is kept of every token for the backward."""
+    """What is kept of every token for the backward.
+
+    Attributes:
+        norm1: of the first norm, over (B*n, C).
+        q: (B*n, C), the queries.
+        heads: (B*n, C), attention's result before W^O.
+        norm2: of the second norm, over (B*n, C).
+        hidden: of the MLP, (B*n, E*C).
+    """
 
     norm1: LayerNormCache
     q: np.ndarray  # (B*n, C)
@@ -64,7 +72,12 @@ class RowsCache:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeysCache:
-    """What is kept of every key."""
+    """What is kept of every key.
+
+    Attributes:
+        embedded: of the spatial reduction, over (B*m, R*R*C); None if R = 1.
+        reduced: (B*m, C), SR(norm1(x)).
+    """
 
     embedded: EmbeddedCache | None  # of the spatial reduction; None if R = 1
     reduced: np.ndarray  # (B*m, C), SR(norm1(x)): keys and values are made of it
@@ -72,7 +85,17 @@ class KeysCache:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockCache:
-    """What the backward needs."""
+    """What the backward needs.
+
+    Attributes:
+        shape: (B, n, C).
+        grid: (H_i, W_i) of the tokens.
+        rows: of every token.
+        keys: of every key.
+        kv: (B*m, 2C), keys beside values.
+        gain1: (B, 1, 1), what drop path multiplied attention by; None if nothing was dropped.
+        gain2: (B, 1, 1), what drop path multiplied the MLP by; None if nothing was dropped.
+    """
 
     shape: tuple[int, int, int]  # (B, n, C)
     grid: tuple[int, int]
@@ -180,7 +203,22 @@ def block_forward(
     *,
     blocking: Blocking,
 ) -> tuple[np.ndarray, Any]:
-    """As :func:`pvt_ref.block.block_forward`, which computes where there is dropout."""
+    """As :func:`pvt_ref.block.block_forward`, which computes where there is dropout.
+
+    Args:
+        p: the weights.
+        x: tokens (B, n, C).
+        ops: the record of operations, for the readable function.
+        grid: (H_i, W_i) of the tokens, multiples of R.
+        stage: settings of the stage.
+        drop_path_rate: this block's own, in [0, 1).
+        rng: source of the dropout and drop-path masks; None for inference.
+        keep: whether a cache for the backward is returned; without it, it is None.
+        blocking: the settings.
+
+    Returns:
+        (B, n, C) and the cache.
+    """
     if rng is not None and (stage.drop_rate > 0.0 or stage.attn_drop_rate > 0.0):
         return readable.block_forward(p, x, ops, grid, stage, drop_path_rate, rng, keep)
     B, n, C = x.shape
@@ -328,7 +366,19 @@ class _KeySums:
 def block_backward(
     p: BlockParams, cache: Any, dy: np.ndarray, ops: Ops, stage: StageConfig, *, blocking: Blocking
 ) -> tuple[np.ndarray, BlockParams]:
-    """As :func:`pvt_ref.block.block_backward`."""
+    """As :func:`pvt_ref.block.block_backward`.
+
+    Args:
+        p: the forward's weights.
+        cache: from the forward.
+        dy: dL/dy (B, n, C).
+        ops: the record of operations, for the readable function.
+        stage: the forward's settings.
+        blocking: the settings.
+
+    Returns:
+        dx (B, n, C) and the gradients of the weights, in their shapes.
+    """
     if not isinstance(cache, BlockCache):
         return readable.block_backward(p, cache, dy, ops, stage)
     dy_rows = np.ascontiguousarray(dy).reshape(-1, dy.shape[-1])

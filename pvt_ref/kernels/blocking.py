@@ -12,7 +12,15 @@ _COLUMNS_WORTH_A_THREAD = 32
 
 
 def cut(rows: slice, size: int) -> Iterator[slice]:
-    """Consecutive parts of rows, as equal as can be, none longer than size."""
+    """Consecutive parts of rows, as equal as can be, none longer than size.
+
+    Args:
+        rows: a slice with start and stop.
+        size: at least 1.
+
+    Yields:
+        The parts as slices, in order.
+    """
     length = rows.stop - rows.start
     parts = -(-length // size)
     for i in range(parts):
@@ -21,6 +29,10 @@ def cut(rows: slice, size: int) -> Iterator[slice]:
 
 def by_group(rows: slice, size: int) -> Iterator[tuple[int, slice, slice]]:
     """Splits rows where a new group (an image) of size rows starts.
+
+    Args:
+        rows: a slice with start and stop.
+        size: rows of a group.
 
     Yields:
         (group, rows within the group, rows counted from the start of the given ones).
@@ -39,6 +51,14 @@ def share_columns(work: Callable[[slice, Scratch], Any], width: int, scratch: Sc
 
     All at once where every thread has its own rows; in parts, on several threads, where the rows
     were too few to be shared.
+
+    Args:
+        work: computes some columns, and writes nothing else.
+        width: how many columns there are.
+        scratch: of the calling thread; says how many threads may help.
+
+    Returns:
+        What work returned, in the order of the columns.
     """
     parts = max(1, min(scratch.threads, width // _COLUMNS_WORTH_A_THREAD))
     if parts == 1:
@@ -62,7 +82,14 @@ class Blocking:
     elements: int = 2**18
 
     def rows(self, width: int) -> int:
-        """How many rows a block has, if its widest array has so many numbers in a row."""
+        """How many rows a block has.
+
+        Args:
+            width: numbers in a row of the block's widest array.
+
+        Returns:
+            At least 1.
+        """
         return max(1, self.elements // min(width, 1024))
 
     def run(

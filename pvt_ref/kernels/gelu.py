@@ -74,7 +74,11 @@ def gelu_rows(x: np.ndarray, scratch: Scratch, slope: np.ndarray | None = None) 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GeluCache:
-    """The derivative itself, made where the forward has x in cache."""
+    """The derivative itself, made where the forward has x in cache.
+
+    Attributes:
+        slope: (...), Phi(x) + x phi(x).
+    """
 
     slope: np.ndarray  # (...)
 
@@ -82,7 +86,16 @@ class GeluCache:
 def gelu_forward(
     x: np.ndarray, keep: bool = True, *, blocking: Blocking
 ) -> tuple[np.ndarray, GeluCache | None]:
-    """As :func:`pvt_ref.layers.gelu.gelu_forward`."""
+    """As :func:`pvt_ref.layers.gelu.gelu_forward`; in float32 by the fit ``TANH_FIT``.
+
+    Args:
+        x: (...).
+        keep: whether a cache for the backward is returned; without it, it is None.
+        blocking: the settings.
+
+    Returns:
+        y (...) and the cache.
+    """
     y = np.empty(x.shape, x.dtype)
     slope = np.empty_like(y) if keep else None
     shape = (-1, *x.shape[-1:]) if x.ndim else (1, 1)
@@ -99,7 +112,16 @@ def gelu_forward(
 
 
 def gelu_backward(cache: GeluCache, dy: np.ndarray, *, blocking: Blocking) -> np.ndarray:
-    """As :func:`pvt_ref.layers.gelu.gelu_backward`."""
+    """As :func:`pvt_ref.layers.gelu.gelu_backward`.
+
+    Args:
+        cache: from the forward.
+        dy: dL/dy (...).
+        blocking: the settings.
+
+    Returns:
+        dx (...).
+    """
     dx = np.empty(dy.shape, dy.dtype)
     shape = (-1, *dy.shape[-1:]) if dy.ndim else (1, 1)
     dx_rows, dy_rows, slope_rows = dx.reshape(shape), dy.reshape(shape), cache.slope.reshape(shape)

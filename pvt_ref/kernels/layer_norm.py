@@ -12,14 +12,28 @@ from pvt_ref.layers.layer_norm import LayerNormParams
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerNormCache:
-    """As the readable one, with the tokens in rows."""
+    """As the readable one, with the tokens in rows.
+
+    Attributes:
+        x_hat: (rows, C), the normalised tokens.
+        rstd: (rows, 1), 1 / sqrt(variance + eps).
+    """
 
     x_hat: np.ndarray  # (rows, C)
     rstd: np.ndarray  # (rows, 1)
 
 
 def empty_layer_norm_cache(rows: int, C: int, dtype: np.dtype) -> LayerNormCache:
-    """Room for so many rows."""
+    """Room for so many rows.
+
+    Args:
+        rows: how many.
+        C: channels.
+        dtype: float32 or float64.
+
+    Returns:
+        A cache of arrays (rows, C) and (rows, 1), with arbitrary values.
+    """
     return LayerNormCache(np.empty((rows, C), dtype), np.empty((rows, 1), dtype))
 
 
@@ -48,7 +62,7 @@ def layer_norm_rows(
     """y becomes LN(x), for a block of rows.
 
     Args:
-        p: weight and bias.
+        p: weight and bias, (C,) each.
         x: (block, C).
         eps: added to the variance.
         y: (block, C), written; may be x.
@@ -80,8 +94,9 @@ def layer_norm_backward_rows(
     """dx becomes the gradient of a block's rows, and sums grow by those of weight and bias.
 
     Args:
-        p: weight and bias.
-        cache, rows: as in :func:`layer_norm_rows`.
+        p: weight and bias, (C,) each.
+        cache: as in :func:`layer_norm_rows`.
+        rows: as in :func:`layer_norm_rows`.
         dy: dL/dy (block, C).
         dx: (block, C), written; may be dy.
         sums: float64 (C,) each, added to.
@@ -100,12 +115,27 @@ def layer_norm_backward_rows(
 
 
 def zero_sums(p: LayerNormParams) -> LayerNormParams:
-    """Where the gradients of weight and bias are added up: in double precision."""
+    """Where the gradients of weight and bias are added up: in double precision.
+
+    Args:
+        p: weight and bias, (C,) each.
+
+    Returns:
+        Zeros (C,) for each, float64.
+    """
     return LayerNormParams(np.zeros(p.weight.shape), np.zeros(p.bias.shape))
 
 
 def add_sums(sums: list[LayerNormParams], dtype: np.dtype) -> LayerNormParams:
-    """The gradients of weight and bias from those of the pieces."""
+    """The gradients of weight and bias from those of the pieces.
+
+    Args:
+        sums: of each piece, float64 (C,) for weight and bias.
+        dtype: float32 or float64.
+
+    Returns:
+        Their sums, (C,) each, of dtype.
+    """
     return LayerNormParams(
         add_up([s.weight for s in sums], dtype), add_up([s.bias for s in sums], dtype)
     )
@@ -114,7 +144,18 @@ def add_sums(sums: list[LayerNormParams], dtype: np.dtype) -> LayerNormParams:
 def layer_norm_forward(
     p: LayerNormParams, x: np.ndarray, eps: float, keep: bool = True, *, blocking: Blocking
 ) -> tuple[np.ndarray, LayerNormCache | None]:
-    """As :func:`pvt_ref.layers.layer_norm.layer_norm_forward`."""
+    """As :func:`pvt_ref.layers.layer_norm.layer_norm_forward`.
+
+    Args:
+        p: weight and bias, (C,) each.
+        x: (..., C).
+        eps: added to the variance.
+        keep: whether a cache for the backward is returned; without it, it is None.
+        blocking: the settings.
+
+    Returns:
+        y (..., C) and the cache.
+    """
     C = x.shape[-1]
     y = np.empty(x.shape, x.dtype)
     x_rows, y_rows = x.reshape(-1, C), y.reshape(-1, C)
@@ -132,7 +173,17 @@ def layer_norm_forward(
 def layer_norm_backward(
     p: LayerNormParams, cache: LayerNormCache, dy: np.ndarray, *, blocking: Blocking
 ) -> tuple[np.ndarray, LayerNormParams]:
-    """As :func:`pvt_ref.layers.layer_norm.layer_norm_backward`."""
+    """As :func:`pvt_ref.layers.layer_norm.layer_norm_backward`.
+
+    Args:
+        p: the forward's weight and bias, (C,) each.
+        cache: from the forward.
+        dy: dL/dy (..., C).
+        blocking: the settings.
+
+    Returns:
+        dx (..., C) and the gradients of weight and bias, (C,) each.
+    """
     dx = np.empty(dy.shape, dy.dtype)
     dx_rows, dy_rows = dx.reshape(cache.x_hat.shape), dy.reshape(cache.x_hat.shape)
 

@@ -12,7 +12,14 @@ from pvt_ref.layers.linear import LinearParams
 
 
 def linear_rows(p: LinearParams, x: np.ndarray, y: np.ndarray, scratch: Scratch) -> None:
-    """y becomes x W^T + b, for a block of rows."""
+    """y becomes x W^T + b, for a block of rows.
+
+    Args:
+        p: weight (C_out, C_in) and bias (C_out,) or None.
+        x: (block, C_in).
+        y: (block, C_out), written.
+        scratch: what belongs to this thread.
+    """
 
     def work(columns: slice, scratch: Scratch) -> None:
         del scratch
@@ -22,14 +29,28 @@ def linear_rows(p: LinearParams, x: np.ndarray, y: np.ndarray, scratch: Scratch)
 
 
 def linear_columns(p: LinearParams, x: np.ndarray, y: np.ndarray, columns: slice) -> None:
-    """y becomes some columns of x W^T + b."""
+    """y becomes some columns of x W^T + b.
+
+    Args:
+        p: weight (C_out, C_in) and bias (C_out,) or None.
+        x: (block, C_in).
+        y: (block, columns), written.
+        columns: which of the C_out.
+    """
     np.matmul(x, p.weight[columns].T, out=y)
     if p.bias is not None:
         y += p.bias[columns]
 
 
 def times_weight_rows(dy: np.ndarray, p: LinearParams, dx: np.ndarray, scratch: Scratch) -> None:
-    """dx becomes dy W, for a block of rows: the way back through a linear layer."""
+    """dx becomes dy W, for a block of rows: the way back through a linear layer.
+
+    Args:
+        dy: (block, C_out).
+        p: weight (C_out, C_in); the bias is not looked at.
+        dx: (block, C_in), written.
+        scratch: what belongs to this thread.
+    """
 
     def work(columns: slice, scratch: Scratch) -> None:
         del scratch
@@ -40,14 +61,29 @@ def times_weight_rows(dy: np.ndarray, p: LinearParams, dx: np.ndarray, scratch: 
 
 @functools.lru_cache(maxsize=64)
 def ones(n: int, dtype: np.dtype) -> np.ndarray:
-    """n ones, to add up by a matrix product; nobody may write into them."""
+    """n ones, to add up by a matrix product; nobody may write into them.
+
+    Args:
+        n: how many.
+        dtype: float32 or float64.
+
+    Returns:
+        (n,) of dtype, read-only: calls share it.
+    """
     result = np.ones(n, dtype)
     result.flags.writeable = False
     return result
 
 
 def column_sums(x: np.ndarray) -> np.ndarray:
-    """Sums over the rows, float64 (C,): by products of few rows each, since float32 rounds."""
+    """Sums over the rows: by products of few rows each, since float32 rounds.
+
+    Args:
+        x: (rows, C).
+
+    Returns:
+        (C,) float64.
+    """
     sums = np.zeros(x.shape[1])
     for rows in cut(slice(0, len(x)), 256):
         sums += ones(rows.stop - rows.start, x.dtype) @ x[rows]
@@ -55,7 +91,15 @@ def column_sums(x: np.ndarray) -> np.ndarray:
 
 
 def add_up(parts: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
-    """The sum of what the pieces found, in dtype."""
+    """The sum of what the pieces found, in dtype.
+
+    Args:
+        parts: arrays of one shape, float64.
+        dtype: float32 or float64.
+
+    Returns:
+        An array of that shape and of dtype.
+    """
     return np.sum(parts, axis=0).astype(dtype)
 
 
@@ -72,7 +116,7 @@ def weight_gradients(
         blocking: the settings.
 
     Returns:
-        dW (C_out, C_in) of each layer.
+        dW (C_out, C_in) of each layer, of its dy's dtype.
     """
     results = [np.empty((dy.shape[1], x.shape[1]), dy.dtype) for dy, x in pairs]
     # all rows of all dW, one below the other, are what the threads share
@@ -94,7 +138,11 @@ def weight_gradients(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearCache:
-    """As the readable one."""
+    """As the readable one.
+
+    Attributes:
+        x: (..., C_in).
+    """
 
     x: np.ndarray  # (..., C_in)
 
@@ -102,7 +150,17 @@ class LinearCache:
 def linear_forward(
     p: LinearParams, x: np.ndarray, keep: bool = True, *, blocking: Blocking
 ) -> tuple[np.ndarray, LinearCache | None]:
-    """As :func:`pvt_ref.layers.linear.linear_forward`."""
+    """As :func:`pvt_ref.layers.linear.linear_forward`.
+
+    Args:
+        p: weight (C_out, C_in) and bias (C_out,) or None.
+        x: (..., C_in).
+        keep: whether a cache for the backward is returned; without it, it is None.
+        blocking: the settings.
+
+    Returns:
+        y (..., C_out) and the cache.
+    """
     C_out, C_in = p.weight.shape
     y = np.empty((*x.shape[:-1], C_out), x.dtype)
     x_rows, y_rows = x.reshape(-1, C_in), y.reshape(-1, C_out)
@@ -118,7 +176,17 @@ def linear_forward(
 def linear_backward(
     p: LinearParams, cache: LinearCache, dy: np.ndarray, *, blocking: Blocking
 ) -> tuple[np.ndarray, LinearParams]:
-    """As :func:`pvt_ref.layers.linear.linear_backward`."""
+    """As :func:`pvt_ref.layers.linear.linear_backward`.
+
+    Args:
+        p: the forward's weight (C_out, C_in) and bias (C_out,) or None.
+        cache: from the forward.
+        dy: dL/dy (..., C_out).
+        blocking: the settings.
+
+    Returns:
+        dx (..., C_in), and the gradients of weight (C_out, C_in) and bias (C_out,).
+    """
     C_out, C_in = p.weight.shape
     dx = np.empty(cache.x.shape, dy.dtype)
     dx_rows, dy_rows = dx.reshape(-1, C_in), dy.reshape(-1, C_out)

@@ -24,14 +24,28 @@ from pvt_ref.ops import Ops
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HiddenCache:
-    """The hidden layer of all rows, for the backward."""
+    """The hidden layer of all rows, for the backward.
+
+    Attributes:
+        y: (rows, E*C), after GELU.
+        slope: (rows, E*C), the derivative of GELU.
+    """
 
     y: np.ndarray  # (rows, E*C), after GELU: fc2's weight needs it
     slope: np.ndarray  # (rows, E*C), the derivative of GELU
 
 
 def empty_hidden(p: MLPParams, rows: int, dtype: np.dtype) -> HiddenCache:
-    """Room for the hidden layer of so many rows."""
+    """Room for the hidden layer of so many rows.
+
+    Args:
+        p: the weights, which say how wide it is.
+        rows: how many.
+        dtype: float32 or float64.
+
+    Returns:
+        A cache of two arrays (rows, E*C), with arbitrary values.
+    """
     shape = (rows, p.fc1.weight.shape[0])
     return HiddenCache(np.empty(shape, dtype), np.empty(shape, dtype))
 
@@ -87,7 +101,8 @@ def mlp_backward_rows(
         dy: dL/dy (block, C).
         dhidden: (block, E*C), becomes the gradient before GELU; fc1's weight needs it.
         dx: (block, C), written.
-        dbias1, dbias2: float64 (E*C,) and (C,), added to.
+        dbias1: float64 (E*C,), added to.
+        dbias2: float64 (C,), added to.
         scratch: memory of this thread.
     """
     dbias2 += column_sums(dy)
@@ -105,7 +120,12 @@ def mlp_backward_rows(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MLPCache:
-    """Input and hidden layer."""
+    """Input and hidden layer.
+
+    Attributes:
+        x: (rows, C), the forward's input.
+        hidden: the hidden layer, (rows, E*C).
+    """
 
     x: np.ndarray  # (rows, C)
     hidden: HiddenCache
@@ -121,7 +141,20 @@ def mlp_forward(
     *,
     blocking: Blocking,
 ) -> tuple[np.ndarray, Any]:
-    """As :func:`pvt_ref.layers.mlp.mlp_forward`, which computes where there is dropout."""
+    """As :func:`pvt_ref.layers.mlp.mlp_forward`, which computes where there is dropout.
+
+    Args:
+        p: fc1, weight (E*C, C) and bias (E*C,), and fc2, weight (C, E*C) and bias (C,).
+        x: tokens (B, n, C).
+        ops: the record of operations, for the readable function.
+        drop_rate: dropout after the GELU and after fc2, in [0, 1).
+        rng: source of the dropout masks; None for inference.
+        keep: whether a cache for the backward is returned; without it, it is None.
+        blocking: the settings.
+
+    Returns:
+        y (B, n, C) and the cache.
+    """
     if rng is not None and drop_rate > 0.0:
         return readable.mlp_forward(p, x, ops, drop_rate, rng, keep)
     y = np.empty(x.shape, x.dtype)
@@ -139,7 +172,18 @@ def mlp_forward(
 def mlp_backward(
     p: MLPParams, cache: Any, dy: np.ndarray, ops: Ops, *, blocking: Blocking
 ) -> tuple[np.ndarray, MLPParams]:
-    """As :func:`pvt_ref.layers.mlp.mlp_backward`."""
+    """As :func:`pvt_ref.layers.mlp.mlp_backward`.
+
+    Args:
+        p: the forward's weights.
+        cache: from the forward.
+        dy: dL/dy (B, n, C).
+        ops: the record of operations, for the readable function.
+        blocking: the settings.
+
+    Returns:
+        dx (B, n, C) and the gradients of the weights, in their shapes.
+    """
     if not isinstance(cache, MLPCache):
         return readable.mlp_backward(p, cache, dy, ops)
     dx = np.empty(dy.shape, dy.dtype)

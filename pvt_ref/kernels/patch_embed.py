@@ -29,14 +29,29 @@ from pvt_ref.ops import Ops
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EmbeddedCache:
-    """What the backward needs of all blocks, n of them in the batch."""
+    """What the backward needs of all blocks, n of them in the batch.
+
+    Attributes:
+        blocks: (n, P*P*C_in), one flattened block a row.
+        norm: of the norm over (n, C_out).
+    """
 
     blocks: np.ndarray  # (n, P*P*C_in)
     norm: LayerNormCache
 
 
 def empty_embedded_cache(n: int, width: int, C_out: int, dtype: np.dtype) -> EmbeddedCache:
-    """Room for n blocks of so many numbers, and their embeddings."""
+    """Room for n blocks of so many numbers, and their embeddings.
+
+    Args:
+        n: blocks in the batch.
+        width: P*P*C_in.
+        C_out: channels of an embedding.
+        dtype: float32 or float64.
+
+    Returns:
+        A cache of arrays (n, width), (n, C_out) and (n, 1), with arbitrary values.
+    """
     return EmbeddedCache(np.empty((n, width), dtype), empty_layer_norm_cache(n, C_out, dtype))
 
 
@@ -54,7 +69,7 @@ def embed_rows(
 
     Args:
         proj: the projection as a matrix (C_out, P*P*C_in).
-        norm: the norm.
+        norm: the norm, (C_out,).
         sources: views of maps as :func:`as_blocks` makes them, (lines, blocks, P, P, C_in) each,
             that hold the blocks one after the other.
         eps: of the norm.
@@ -90,11 +105,15 @@ def embed_backward_rows(
     """The gradients of some blocks, and what they add to those of bias and norm.
 
     Args:
-        proj, norm, cache, rows, scratch: as in :func:`embed_rows`.
+        proj: as in :func:`embed_rows`.
+        norm: as in :func:`embed_rows`.
+        cache: as in :func:`embed_rows`, but not None.
+        rows: as in :func:`embed_rows`.
         dy: dL/dy (blocks, C_out).
         dprojected: (blocks, C_out), becomes the gradient before the norm; the weight needs it.
         dbias: float64 (C_out,), added to.
-        norm_sums: float64, added to.
+        norm_sums: float64 (C_out,) each, added to.
+        scratch: memory of this thread.
 
     Returns:
         (blocks, P*P*C_in), in the thread's memory.
@@ -107,14 +126,27 @@ def embed_backward_rows(
 
 
 def as_blocks(x: np.ndarray, P: int) -> np.ndarray:
-    """A map (B, H, W, C) seen as blocks (B, H/P, W/P, P, P, C), the same memory."""
+    """A map seen as blocks, the same memory.
+
+    Args:
+        x: (B, H, W, C), H and W multiples of P.
+        P: side of a block.
+
+    Returns:
+        (B, H/P, W/P, P, P, C), a view of x.
+    """
     B, H, W, C = x.shape
     return x.reshape(B, H // P, P, W // P, P, C).transpose(0, 1, 3, 2, 4, 5)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PatchEmbedCache:
-    """The blocks, and the map that they were cut from."""
+    """The blocks, and the map that they were cut from.
+
+    Attributes:
+        embedded: the blocks and the norm.
+        map_shape: (B, H, W, C_in).
+    """
 
     embedded: EmbeddedCache
     map_shape: tuple[int, ...]  # (B, H, W, C_in)
@@ -129,7 +161,19 @@ def patch_embed_forward(
     *,
     blocking: Blocking,
 ) -> tuple[np.ndarray, PatchEmbedCache | None]:
-    """As :func:`pvt_ref.layers.patch_embed.patch_embed_forward`."""
+    """As :func:`pvt_ref.layers.patch_embed.patch_embed_forward`.
+
+    Args:
+        p: projection weight (C_out, C_in, P, P), its bias (C_out,), and the norm.
+        x: (B, H, W, C_in), H and W multiples of P.
+        ops: not asked for anything.
+        eps: of the norm.
+        keep: whether a cache for the backward is returned; without it, it is None.
+        blocking: the settings.
+
+    Returns:
+        tokens (B, (H/P)(W/P), C_out) and the cache.
+    """
     del ops  # nothing smaller is asked for
     proj = LinearParams(kernel_to_matrix(p.proj.weight), p.proj.bias)
     C_out, width = proj.weight.shape
@@ -152,7 +196,19 @@ def patch_embed_forward(
 def patch_embed_backward(
     p: PatchEmbedParams, cache: PatchEmbedCache, dy: np.ndarray, ops: Ops, *, blocking: Blocking
 ) -> tuple[np.ndarray, PatchEmbedParams]:
-    """As :func:`pvt_ref.layers.patch_embed.patch_embed_backward`."""
+    """As :func:`pvt_ref.layers.patch_embed.patch_embed_backward`.
+
+    Args:
+        p: the forward's weights.
+        cache: from the forward.
+        dy: dL/dtokens (B, (H/P)(W/P), C_out).
+        ops: not asked for anything.
+        blocking: the settings.
+
+    Returns:
+        dx (B, H, W, C_in) and the gradients of projection, (C_out, C_in, P, P) and (C_out,), and
+        norm, (C_out,) twice.
+    """
     del ops
     proj = LinearParams(kernel_to_matrix(p.proj.weight), p.proj.bias)
     C_out, width = proj.weight.shape

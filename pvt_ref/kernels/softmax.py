@@ -10,7 +10,11 @@ from pvt_ref.kernels.threads import Scratch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SoftmaxCache:
-    """As the readable one."""
+    """As the readable one.
+
+    Attributes:
+        y: (..., m), the forward's result.
+    """
 
     y: np.ndarray  # (..., m)
 
@@ -18,7 +22,16 @@ class SoftmaxCache:
 def softmax_forward(
     x: np.ndarray, keep: bool = True, *, blocking: Blocking
 ) -> tuple[np.ndarray, SoftmaxCache | None]:
-    """As :func:`pvt_ref.layers.softmax.softmax_forward`."""
+    """As :func:`pvt_ref.layers.softmax.softmax_forward`.
+
+    Args:
+        x: (..., m), finite.
+        keep: whether a cache for the backward is returned; without it, it is None.
+        blocking: the settings.
+
+    Returns:
+        y (..., m), rows of non-negative numbers that sum to 1, and the cache.
+    """
     y = np.empty(x.shape, x.dtype)
     x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, x.shape[-1])
 
@@ -35,7 +48,16 @@ def softmax_forward(
 
 
 def softmax_backward(cache: SoftmaxCache, dy: np.ndarray, *, blocking: Blocking) -> np.ndarray:
-    """As :func:`pvt_ref.layers.softmax.softmax_backward`."""
+    """As :func:`pvt_ref.layers.softmax.softmax_backward`.
+
+    Args:
+        cache: from the forward.
+        dy: dL/dy (..., m).
+        blocking: the settings.
+
+    Returns:
+        dx (..., m).
+    """
     dx = np.empty(dy.shape, dy.dtype)
     shape = (-1, dy.shape[-1])
     y_rows, dx_rows, dy_rows = cache.y.reshape(shape), dx.reshape(shape), dy.reshape(shape)

@@ -35,7 +35,16 @@ class Scratch:
         self._buffers: dict[str, np.ndarray] = {}
 
     def __call__(self, name: str, *shape: int, dtype: Any) -> np.ndarray:
-        """An array with arbitrary values. It is lent until the same name is asked for again."""
+        """An array with arbitrary values. It is lent until the same name is asked for again.
+
+        Args:
+            name: what it is for.
+            shape: its sizes.
+            dtype: its dtype.
+
+        Returns:
+            (shape), C-contiguous, of dtype.
+        """
         size = 1
         for length in shape:
             size *= length
@@ -59,7 +68,7 @@ def run_pieces(
         The results in the order of the pieces.
 
     Raises:
-        What work raises, once no thread is at work any more.
+        BaseException: what work raises, once no thread is at work any more.
     """
     results: list[Any] = [None] * len(pieces)
     waiting = deque(enumerate(pieces))
@@ -204,6 +213,9 @@ def default_threads() -> int:
 
     Fewer if the user said so, by ``OPENBLAS_NUM_THREADS``, ``OMP_NUM_THREADS`` or
     ``threadpoolctl.threadpool_limits``.
+
+    Returns:
+        At least 1.
     """
     chosen = _calls.chosen_by_user()
     if chosen is not None:

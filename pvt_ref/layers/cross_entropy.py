@@ -1,4 +1,7 @@
-"""Softmax cross-entropy with label smoothing: what a classifier is trained on."""
+"""Softmax cross-entropy with label smoothing: what a classifier is trained on.
+
+Label smoothing is that of Szegedy et al. 2016 (arXiv 1512.00567, section 7).
+"""
 
 from numbers import Real
 
@@ -22,7 +25,8 @@ def cross_entropy(
 ) -> tuple[Array, Array]:
     """Loss and its gradient together, since they share the softmax.
 
-    With t the target distribution, smoothed to ``(1 - s) t + s / K``, and p = Softmax(logits)::
+    With t the target distribution, smoothed to ``(1 - s) t + s / K`` (Szegedy et al. 2016, arXiv
+    1512.00567, section 7), and p = Softmax(logits)::
 
         L            = -1/B sum_b sum_k t_k log p_k
         dL/dlogits_j = -1/B sum_k t_k (1[k = j] - p_j)
@@ -40,7 +44,10 @@ def cross_entropy(
         loss, a scalar array, and dlogits (B, K), both of the logits' dtype.
 
     Raises:
-        ArrayTypeError, ShapeError, RangeError: on unsuitable arguments, with the reason.
+        ArrayTypeError: if logits or targets are no arrays, have another dtype, or lie on different
+            devices.
+        ShapeError: if logits are not (B, K) or are empty, or targets do not have their shape.
+        RangeError: for a label outside [0, K), an s outside [0, 1], or another reduction.
     """
     xp = array_module(logits)
     t = _distribution(logits, targets, label_smoothing)  # (B, K)

@@ -1,4 +1,6 @@
-"""GELU (Hendrycks and Gimpel 2016), exact: x times the normal distribution function.
+"""GELU, exact: x times the normal distribution function.
+
+Hendrycks and Gimpel 2016, arXiv 1606.08415.
 
 The popular tanh form is off by up to 5e-4, and PVT was trained with the exact one.
 """
@@ -11,6 +13,13 @@ from pvt_ref.arrays import Array, array_module, erf
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GeluCache:
+    """What :func:`gelu_backward` needs.
+
+    Attributes:
+        x: (...), the forward's input, not a copy.
+        cdf: (...), Phi(x).
+    """
+
     x: Array  # (...), its density is made from it
     cdf: Array  # (...), Phi(x): not worth a second error function
 
@@ -19,11 +28,11 @@ def gelu_forward(x: Array, keep: bool = True) -> tuple[Array, GeluCache | None]:
     """y = x Phi(x) with Phi(x) = (1 + erf(x / sqrt(2))) / 2.
 
     Args:
-        x: (...).
+        x: (...), float32 or float64.
         keep: whether a cache for the backward is returned; without it, it is None.
 
     Returns:
-        y (...) and the cache.
+        y (...) of x's dtype, and the cache.
     """
     cdf = erf(x * math.sqrt(0.5))  # (...), not yet shifted and halved
     cdf += 1.0
@@ -40,10 +49,11 @@ def gelu_backward(cache: GeluCache, dy: Array) -> Array:
     phi(x) = exp(-x^2 / 2) / sqrt(2 pi) is Phi's derivative, the normal density.
 
     Args:
+        cache: from the forward.
         dy: dL/dy (...).
 
     Returns:
-        dx (...).
+        dx (...) of dy's dtype.
     """
     xp = array_module(dy)
     x = cache.x

@@ -1,4 +1,7 @@
-"""Layer norm over the channels of each token (Ba et al. 2016), variance with ddof 0."""
+"""Layer norm over the channels of each token (Ba et al. 2016, arXiv 1607.06450).
+
+The variance is the mean of the squares, with ddof 0.
+"""
 
 from dataclasses import dataclass
 
@@ -7,7 +10,12 @@ from pvt_ref.arrays import Array, array_module, sum_in_float64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerNormParams:
-    """Scale and shift, or their gradients."""
+    """Scale and shift, or their gradients.
+
+    Attributes:
+        weight: (C,), float32 or float64; 1 before any training.
+        bias: (C,), of the same dtype; 0 before any training.
+    """
 
     weight: Array  # (C,)
     bias: Array  # (C,)
@@ -15,6 +23,13 @@ class LayerNormParams:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerNormCache:
+    """What :func:`layer_norm_backward` needs.
+
+    Attributes:
+        x_hat: (..., C), the normalised tokens, before weight and bias.
+        rstd: (..., 1), 1 / sqrt(variance + eps).
+    """
+
     x_hat: Array  # (..., C), the normalised tokens: dweight needs them, and so does dx
     rstd: Array  # (..., 1), 1 / sqrt(variance + eps): dx is divided by the spread
 
@@ -26,12 +41,12 @@ def layer_norm_forward(
 
     Args:
         p: weight and bias, (C,) each.
-        x: (..., C).
+        x: (..., C), of the weights' dtype: float32 or float64.
         eps: added to the variance.
         keep: whether a cache for the backward is returned; without it, it is None.
 
     Returns:
-        y (..., C) and the cache.
+        y (..., C) of x's dtype, and the cache.
     """
     xp = array_module(x)
     x_hat = x - xp.mean(x, axis=-1, keepdims=True)  # (..., C), centred so far
@@ -64,10 +79,12 @@ def layer_norm_backward(
                 = rstd * (g_j - mean(g) - x_hat_j mean(g * x_hat))  since mean(x_hat) = 0
 
     Args:
+        p: the forward's weight and bias, (C,) each.
+        cache: from the forward.
         dy: dL/dy (..., C).
 
     Returns:
-        dx (..., C) and the gradients of weight and bias.
+        dx (..., C) and the gradients of weight and bias, (C,) each, all of dy's dtype.
     """
     xp = array_module(dy)
     tokens = tuple(range(dy.ndim - 1))  # every axis but the channels

@@ -10,6 +10,10 @@ class LinearParams:
     """Weight and bias of a linear layer, or their gradients.
 
     The patch and spatial-reduction projections use it too, with a weight of (C_out, C_in, P, P).
+
+    Attributes:
+        weight: (C_out, C_in), float32 or float64.
+        bias: (C_out,), or None where the layer has none.
     """
 
     weight: Array  # (C_out, C_in)
@@ -18,6 +22,12 @@ class LinearParams:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearCache:
+    """What :func:`linear_backward` needs.
+
+    Attributes:
+        x: (..., C_in), the forward's input, not a copy.
+    """
+
     x: Array  # (..., C_in), dW needs it
 
 
@@ -28,11 +38,11 @@ def linear_forward(
 
     Args:
         p: weight (C_out, C_in) and bias (C_out,) or None.
-        x: (..., C_in).
+        x: (..., C_in), of the weights' dtype: float32 or float64.
         keep: whether a cache for the backward is returned; without it, it is None.
 
     Returns:
-        y (..., C_out) and the cache.
+        y (..., C_out) of x's dtype, and the cache.
     """
     xp = array_module(x)
     C_out, C_in = p.weight.shape
@@ -52,10 +62,13 @@ def linear_backward(p: LinearParams, cache: LinearCache, dy: Array) -> tuple[Arr
         dL/dW = sum_r dy_r x_r^T      dL/db = sum_r dy_r      dL/dx_r = W^T dy_r
 
     Args:
+        p: the forward's weight (C_out, C_in) and bias (C_out,) or None.
+        cache: from the forward.
         dy: dL/dy (..., C_out).
 
     Returns:
-        dx (..., C_in) and the gradients of weight and bias.
+        dx (..., C_in), and the gradients of weight (C_out, C_in) and bias (C_out,), None where the
+        bias is; all of dy's dtype.
     """
     xp = array_module(dy)
     C_out, C_in = p.weight.shape

@@ -1,4 +1,7 @@
-"""The feed-forward half of a block: widen E-fold, bend, narrow again, each token for itself."""
+"""The feed-forward half of a block: widen E-fold, bend, narrow again, each token for itself.
+
+Paper section 3.3; from Vaswani et al. 2017 (arXiv 1706.03762, section 3.3), with GELU for ReLU.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +15,12 @@ from pvt_ref.ops import Ops
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MLPParams:
-    """The two linear layers, or their gradients."""
+    """The two linear layers, or their gradients.
+
+    Attributes:
+        fc1: weight (E*C, C), bias (E*C,).
+        fc2: weight (C, E*C), bias (C,).
+    """
 
     fc1: LinearParams  # (E*C, C)
     fc2: LinearParams  # (C, E*C)
@@ -20,7 +28,15 @@ class MLPParams:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MLPCache:
-    """The caches of the parts, each for its own backward."""
+    """The caches of the parts, each for its own backward. What each part returned:
+
+    Attributes:
+        fc1: of the first linear layer, (B, n, E*C).
+        gelu: of the GELU, (B, n, E*C).
+        drop1: of the dropout after it; None if nothing was dropped.
+        fc2: of the second linear layer, (B, n, C).
+        drop2: of the dropout after it; None if nothing was dropped.
+    """
 
     fc1: Any
     gelu: Any
@@ -37,18 +53,18 @@ def mlp_forward(
     rng: np.random.Generator | None = None,
     keep: bool = True,
 ) -> tuple[Array, MLPCache | None]:
-    """y = drop(fc2(drop(GELU(fc1(x))))).
+    """y = drop(fc2(drop(GELU(fc1(x))))), the feed-forward layer of paper section 3.3.
 
     Args:
-        p: the weights.
-        x: tokens (B, n, C).
+        p: fc1, weight (E*C, C) and bias (E*C,), and fc2, weight (C, E*C) and bias (C,).
+        x: tokens (B, n, C), of the weights' dtype.
         ops: the record of operations.
-        drop_rate: dropout after the GELU and after fc2.
+        drop_rate: dropout after the GELU and after fc2, in [0, 1).
         rng: source of the dropout masks; None for inference.
         keep: whether a cache for the backward is returned; without it, it is None.
 
     Returns:
-        (B, n, C) and the cache.
+        y (B, n, C) of x's dtype, and the cache.
     """
     hidden, fc1_cache = ops.linear.forward(p.fc1, x, keep=keep)  # (B, n, E*C)
     hidden, gelu_cache = ops.gelu.forward(hidden, keep=keep)  # (B, n, E*C)
@@ -63,11 +79,19 @@ def mlp_forward(
 def mlp_backward(p: MLPParams, cache: MLPCache, dy: Array, ops: Ops) -> tuple[Array, MLPParams]:
     """Gradients of :func:`mlp_forward`: each step's own, in reverse order.
 
+    With mask_1 and mask_2 the factors of the two dropouts::
+
+        dhidden = ((mask_2 * dy) W_2) * mask_1 * GELU'(fc1(x))      dx = dhidden W_1
+
     Args:
+        p: the forward's weights.
+        cache: from the forward.
         dy: dL/dy (B, n, C).
+        ops: the record that the forward was given.
 
     Returns:
-        dx (B, n, C) and the gradients of the weights.
+        dx (B, n, C) and the gradients of fc1, (E*C, C) and (E*C,), and fc2, (C, E*C) and (C,); all
+        of dy's dtype.
     """
     # y = dropout(fc2(hidden))
     dy = ops.dropout.backward(cache.drop2, dy)  # (B, n, C)

@@ -16,7 +16,12 @@ from pvt_ref.ops import Ops
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PatchEmbedParams:
-    """Projection and norm, or their gradients."""
+    """Projection and norm, or their gradients.
+
+    Attributes:
+        proj: weight (C_out, C_in, P, P) and bias (C_out,).
+        norm: weight and bias, (C_out,) each.
+    """
 
     proj: LinearParams  # weight (C_out, C_in, P, P), bias (C_out,)
     norm: LayerNormParams  # (C_out,)
@@ -24,21 +29,29 @@ class PatchEmbedParams:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PatchEmbedCache:
+    """What :func:`patch_embed_backward` needs. With n = (H/P)(W/P):
+
+    Attributes:
+        linear: of the projection, whose input are the blocks (B, n, P*P*C_in).
+        norm: of the layer norm over (B, n, C_out).
+        grid: (H/P, W/P).
+    """
+
     linear: Any
     norm: Any
     grid: tuple[int, int]  # (H / P, W / P): where the blocks go back to
 
 
 def patchify(x: Array, P: int) -> Array:
-    """Cuts a map into P x P blocks, one flattened block a row.
+    """Cuts a map into P x P blocks, one flattened block a row (paper section 3.2).
 
     Args:
-        x: (B, H, W, C), H and W multiples of P.
+        x: (B, H, W, C), H and W multiples of P, of any dtype.
         P: side of a block.
 
     Returns:
-        (B, (H/P)(W/P), P*P*C), new memory: blocks in raster order; within one, rows, then columns,
-        then channels.
+        (B, (H/P)(W/P), P*P*C) of x's dtype, new memory. The blocks stand in raster order; within
+        one, rows, then columns, then channels.
     """
     xp = array_module(x)
     B, H, W, C = x.shape
@@ -54,12 +67,12 @@ def unpatchify(blocks: Array, P: int, grid: tuple[int, int]) -> Array:
     """Puts the blocks back: the inverse of :func:`patchify` and, as a permutation, its transpose.
 
     Args:
-        blocks: (B, h*w, P*P*C).
+        blocks: (B, h*w, P*P*C), of any dtype.
         P: side of a block.
         grid: (h, w), blocks per column and row.
 
     Returns:
-        (B, h*P, w*P, C).
+        (B, h*P, w*P, C) of the blocks' dtype.
     """
     xp = array_module(blocks)
     h, w = grid
@@ -71,14 +84,29 @@ def unpatchify(blocks: Array, P: int, grid: tuple[int, int]) -> Array:
 
 
 def kernel_to_matrix(weight: Array) -> Array:
-    """A stride-P kernel (C_out, C_in, P, P) as the matrix (C_out, P*P*C_in) for block rows."""
+    """A stride-P kernel as the matrix that multiplies block rows.
+
+    Args:
+        weight: (C_out, C_in, P, P), as PyTorch's Conv2d stores it.
+
+    Returns:
+        (C_out, P*P*C_in), columns in the order of :func:`patchify`.
+    """
     xp = array_module(weight)
     weight = xp.permute_dims(weight, (0, 2, 3, 1))  # (C_out, P, P, C_in)
     return xp.reshape(weight, (weight.shape[0], -1))  # (C_out, P*P*C_in)
 
 
 def matrix_to_kernel(matrix: Array, shape: tuple[int, ...]) -> Array:
-    """The inverse of :func:`kernel_to_matrix`; shape is the kernel's (C_out, C_in, P, P)."""
+    """The inverse of :func:`kernel_to_matrix`.
+
+    Args:
+        matrix: (C_out, P*P*C_in).
+        shape: the kernel's, (C_out, C_in, P, P).
+
+    Returns:
+        (C_out, C_in, P, P).
+    """
     xp = array_module(matrix)
     C_out, C_in, P, _ = shape
     kernel = xp.reshape(matrix, (C_out, P, P, C_in))  # (C_out, P, P, C_in)
@@ -88,17 +116,18 @@ def matrix_to_kernel(matrix: Array, shape: tuple[int, ...]) -> Array:
 def patch_embed_forward(
     p: PatchEmbedParams, x: Array, ops: Ops, eps: float, keep: bool = True
 ) -> tuple[Array, PatchEmbedCache | None]:
-    """Tokens of the P x P blocks of a map: LN(blocks W^T + b).
+    """Tokens of the P x P blocks of a map: LN(blocks W^T + b) (paper section 3.2).
 
     Args:
-        p: projection weight (C_out, C_in, P, P), its bias, and the norm.
-        x: (B, H, W, C_in), H and W multiples of P. (Channels last: an image is permuted first.)
+        p: projection weight (C_out, C_in, P, P), its bias (C_out,), and the norm.
+        x: (B, H, W, C_in), H and W multiples of P, of the weights' dtype. (Channels last: an image
+            is permuted first.)
         ops: the record of operations.
         eps: of the norm.
         keep: whether a cache for the backward is returned; without it, it is None.
 
     Returns:
-        tokens (B, (H/P)(W/P), C_out) and the cache.
+        tokens (B, (H/P)(W/P), C_out) of x's dtype, and the cache.
     """
     P = p.proj.weight.shape[-1]
     grid = (x.shape[1] // P, x.shape[2] // P)
@@ -119,10 +148,14 @@ def patch_embed_backward(
     permutation's transpose is its inverse, so dL/dx = Pi^T dL/dblocks is unpatchify.
 
     Args:
-        dy: dL/dtokens (B, n, C_out).
+        p: the forward's weights.
+        cache: from the forward.
+        dy: dL/dtokens (B, (H/P)(W/P), C_out).
+        ops: the record that the forward was given.
 
     Returns:
-        dx (B, H, W, C_in) and the gradients of projection and norm.
+        dx (B, H, W, C_in), and the gradients of projection, (C_out, C_in, P, P) and (C_out,), and
+        norm, (C_out,) twice; all of dy's dtype.
     """
     kernel_shape = p.proj.weight.shape
     matrix = LinearParams(kernel_to_matrix(p.proj.weight), p.proj.bias)

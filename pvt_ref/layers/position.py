@@ -1,9 +1,10 @@
 """Position embedding: a learned vector per token, resized when the grid is not the table's own.
 
-Attention does not see order, so each stage adds a table with one row a token. The table belongs to
-the square grid of config.img_size; on any other grid it is resized bilinearly, half-pixel centres,
-no antialiasing (PyTorch: ``interpolate(mode="bilinear", align_corners=False)``). That is linear and
-separable, two small matrices around the table, A_h P A_w^T, so its transpose is A_h^T dP A_w.
+Attention does not see order, so each stage adds a table with one row a token (paper section 3.1).
+The table belongs to the square grid of config.img_size; on any other grid it is resized bilinearly
+(paper section 4.2), half-pixel centres, no antialiasing (PyTorch: ``interpolate(mode="bilinear",
+align_corners=False)``). That is linear and separable, two small matrices around the table,
+A_h P A_w^T, so its transpose is A_h^T dP A_w.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,14 @@ from pvt_ref.arrays import Array, array_module, from_host, sum_in_float64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PositionCache:
+    """What :func:`position_backward` needs: no array, since the forward is linear.
+
+    Attributes:
+        grid: (H_i, W_i) of the tokens.
+        table_grid: (h, w) of the table.
+        cls: whether the first token is the cls token.
+    """
+
     grid: tuple[int, int]  # of the tokens, (H_i, W_i): the resizing's matrices follow from both
     table_grid: tuple[int, int]  # of the table
     cls: bool  # whether the first token is the cls token, whose row is not resized
@@ -27,11 +36,11 @@ def resize_matrix(out_size: int, in_size: int) -> np.ndarray:
     takes its value from the two cells around it, by distance; beyond the border, from the last one.
 
     Args:
-        out_size: cells afterwards.
-        in_size: cells before.
+        out_size: cells afterwards, at least 1.
+        in_size: cells before, at least 1.
 
     Returns:
-        (out_size, in_size) float64, rows summing to 1; the identity if the sizes agree.
+        (out_size, in_size) float64 on the host, rows summing to 1; the identity if the sizes agree.
     """
     centre = (np.arange(out_size) + 0.5) * (in_size / out_size) - 0.5
     centre = np.maximum(centre, 0)  # before the first cell
@@ -49,12 +58,12 @@ def resize_positions(rows: Array, table_grid: tuple[int, int], grid: tuple[int, 
     """A_h P A_w^T for every channel.
 
     Args:
-        rows: (h*w, C), the table P without a cls row, in raster order over table_grid = (h, w).
+        rows: (h*w, C), the table P without a cls row, in raster order over table_grid.
         table_grid: (h, w).
         grid: (H, W), the grid wanted.
 
     Returns:
-        (H*W, C).
+        (H*W, C) of the rows' dtype, in raster order over grid; rows itself if the grids agree.
     """
     if grid == table_grid:
         return rows
@@ -67,10 +76,12 @@ def resize_positions_backward(
     """The transpose of :func:`resize_positions`: A_h^T dP A_w for every channel.
 
     Args:
-        drows: dL/drows (H*W, C), over grid.
+        drows: dL/drows (H*W, C), in raster order over grid.
+        table_grid: (h, w) of the table.
+        grid: (H, W) that the table was resized to.
 
     Returns:
-        (h*w, C), over table_grid.
+        (h*w, C) of drows' dtype, over table_grid; drows itself if the grids agree.
     """
     if grid == table_grid:
         return drows
@@ -113,14 +124,14 @@ def position_forward(
 
     Args:
         table: (1, h*w, C), or (1, 1 + h*w, C) with a cls row.
-        x: tokens (B, H*W, C), or (B, 1 + H*W, C) with the cls token first.
+        x: tokens (B, H*W, C), or (B, 1 + H*W, C) with the cls token first, of the table's dtype.
         grid: (H, W) of the tokens.
         table_grid: (h, w) of the table.
         cls: whether x starts with the cls token; the table then must have its row.
         keep: whether a cache for the backward is returned; without it, it is None.
 
     Returns:
-        y, x's shape, and the cache.
+        y, x's shape and dtype, and the cache.
     """
     xp = array_module(x)
     patch_rows = _cls_rows(table, table_grid)
@@ -137,10 +148,12 @@ def position_backward(table: Array, cache: PositionCache, dy: Array) -> tuple[Ar
     the resizing. A cls row that was not used gets zeros.
 
     Args:
+        table: the forward's, (1, h*w, C) or (1, 1 + h*w, C).
+        cache: from the forward.
         dy: dL/dy, x's shape.
 
     Returns:
-        dx, which is dy, and dtable, the table's shape.
+        dx, which is dy, and dtable, the table's shape, of dy's dtype.
     """
     xp = array_module(dy)
     drows = sum_in_float64(dy, axis=0)  # (H*W, C) or (1 + H*W, C)

@@ -1,4 +1,4 @@
-"""Softmax over the last axis: how much each query looks at each key."""
+"""Softmax over the last axis: how much each query looks at each key (paper eq. 4)."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,12 @@ from pvt_ref.arrays import Array, array_module
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SoftmaxCache:
+    """What :func:`softmax_backward` needs.
+
+    Attributes:
+        y: (..., m), the forward's result, not a copy.
+    """
+
     y: Array  # (..., m), the result: all that the derivative needs
 
 
@@ -16,11 +22,11 @@ def softmax_forward(x: Array, keep: bool = True) -> tuple[Array, SoftmaxCache | 
     The row's maximum is taken off first: it cancels in the quotient, and exp cannot overflow.
 
     Args:
-        x: (..., m), finite.
+        x: (..., m), finite, float32 or float64.
         keep: whether a cache for the backward is returned; without it, it is None.
 
     Returns:
-        y (..., m), rows of non-negative numbers that sum to 1, and the cache.
+        y (..., m) of x's dtype, rows of non-negative numbers that sum to 1, and the cache.
     """
     xp = array_module(x)
     y = x - xp.max(x, axis=-1, keepdims=True)  # (..., m)
@@ -41,10 +47,11 @@ def softmax_backward(cache: SoftmaxCache, dy: Array) -> Array:
     A row of dx sums to 0, because a shift of x changes nothing.
 
     Args:
+        cache: from the forward.
         dy: dL/dy (..., m).
 
     Returns:
-        dx (..., m).
+        dx (..., m) of dy's dtype.
     """
     xp = array_module(dy)
     y = cache.y

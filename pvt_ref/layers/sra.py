@@ -20,7 +20,16 @@ from pvt_ref.ops import Ops
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SRAParams:
-    """W^Q, W^K over W^V, W^O and the spatial reduction, or their gradients."""
+    """W^Q, W^K over W^V, W^O and the spatial reduction, or their gradients.
+
+    Attributes:
+        q: W^Q: weight (C, C), bias (C,) or None.
+        kv: W^K over W^V: weight (2C, C), bias (2C,) or None. Rows 0 to C-1 make K, rows C to 2C-1
+            make V.
+        proj: W^O: weight (C, C), bias (C,).
+        sr: W^S: weight (C, C, R, R), bias (C,); None if R = 1.
+        norm: the norm in SR, weight and bias (C,) each; None if R = 1.
+    """
 
     q: LinearParams  # (C, C)
     kv: LinearParams  # (2C, C): rows 0..C-1 make K, rows C..2C-1 make V
@@ -31,7 +40,16 @@ class SRAParams:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SRACache:
-    """The caches of the parts, each for its own backward."""
+    """The caches of the parts, each for its own backward. What each part returned:
+
+    Attributes:
+        q: of the queries' linear layer, (B, n, C).
+        sr: of the spatial reduction, (B, m, C); None if R = 1.
+        kv: of the keys' and values' linear layer, (B, m, 2C).
+        attention: of all heads, (B, N, n, d).
+        proj: of W^O, (B, n, C).
+        drop: of the dropout on y (B, n, C); None if nothing was dropped.
+    """
 
     q: Any
     sr: Any  # of the patch embedding; None if R = 1
@@ -42,14 +60,29 @@ class SRACache:
 
 
 def split_heads(x: Array, N: int) -> Array:
-    """(B, n, C) to (B, N, n, d): head j owns channels j*d to (j+1)*d - 1."""
+    """(B, n, C) to (B, N, n, d): head j owns channels j*d to (j+1)*d - 1.
+
+    Args:
+        x: (B, n, C), of any dtype.
+        N: heads; divides C.
+
+    Returns:
+        (B, N, n, d) with d = C / N, of x's dtype.
+    """
     xp = array_module(x)
     B, n, C = x.shape
     return xp.permute_dims(xp.reshape(x, (B, n, N, C // N)), (0, 2, 1, 3))  # (B, N, n, d)
 
 
 def merge_heads(x: Array) -> Array:
-    """(B, N, n, d) to (B, n, C), Concat(head_0..head_{N-1}): the inverse of :func:`split_heads`."""
+    """(B, N, n, d) to (B, n, C), Concat(head_0..head_{N-1}) of eq. 1: the inverse of split_heads.
+
+    Args:
+        x: (B, N, n, d), of any dtype.
+
+    Returns:
+        (B, n, C) with C = N d, of x's dtype.
+    """
     xp = array_module(x)
     B, N, n, d = x.shape
     return xp.reshape(xp.permute_dims(x, (0, 2, 1, 3)), (B, n, N * d))  # (B, n, C)
@@ -75,13 +108,20 @@ def _keys_and_values(kv: Array, N: int) -> tuple[Array, Array]:
 def sra_weights(
     p: SRAParams, x: Array, ops: Ops, grid: tuple[int, int], stage: StageConfig
 ) -> Array:
-    """Where each query looks, without dropout. Arguments as in :func:`sra_forward`.
+    """Where each query looks, without dropout: the weights of paper eq. 4 in the heads of eq. 2.
 
     A record has no operation for it: whatever stands for attention there, the weights are those of
     :func:`~pvt_ref.layers.attention.attention_weights`.
 
+    Args:
+        p: the weights, as for :func:`sra_forward`.
+        x: tokens (B, n, C).
+        ops: the record of operations.
+        grid: (H_i, W_i) of the tokens, multiples of R.
+        stage: ``num_heads``, ``scale`` and ``projection_norm_eps`` are read.
+
     Returns:
-        (B, N, n, m), rows summing to 1.
+        (B, N, n, m) of x's dtype, rows summing to 1.
     """
     q, _ = ops.linear.forward(p.q, x, keep=False)  # (B, n, C)
     reduced, _ = _spatial_reduction(p, x, ops, grid, stage.projection_norm_eps, keep=False)
@@ -99,13 +139,15 @@ def sra_forward(
     rng: np.random.Generator | None = None,
     keep: bool = True,
 ) -> tuple[Array, SRACache | None]:
-    """SRA(Q, K, V) = Concat(head_0..head_{N-1}) W^O, eq. 1, with eq. 2::
+    """SRA(Q, K, V) = Concat(head_0..head_{N-1}) W^O, paper eq. 1, with eq. 2::
 
         head_j = Attention(Q W_j^Q, SR(K) W_j^K, SR(V) W_j^V),    Q = K = V = x
 
+    and with eq. 3, SR(x) = LN(Reshape(x, R) W^S).
+
     Args:
         p: the weights. Where ``p.sr`` is None there is no reduction, whatever the stage says.
-        x: tokens (B, n, C). With R = 1 a cls token may be among them.
+        x: tokens (B, n, C), of the weights' dtype. With R = 1 a cls token may be among them.
         ops: the record of operations.
         grid: (H_i, W_i) of the tokens, multiples of R.
         stage: ``num_heads``; ``scale``; ``projection_norm_eps``, for SR's norm; ``attn_drop_rate``,
@@ -114,7 +156,7 @@ def sra_forward(
         keep: whether a cache for the backward is returned; without it, it is None.
 
     Returns:
-        (B, n, C) and the cache.
+        y (B, n, C) of x's dtype, and the cache.
     """
     q, q_cache = ops.linear.forward(p.q, x, keep=keep)  # (B, n, C)
     reduced, sr_cache = _spatial_reduction(p, x, ops, grid, stage.projection_norm_eps, keep)
@@ -133,7 +175,7 @@ def sra_forward(
 def sra_backward(
     p: SRAParams, cache: SRACache, dy: Array, ops: Ops, stage: StageConfig
 ) -> tuple[Array, SRAParams]:
-    """Gradients of :func:`sra_forward`.
+    """Gradients of :func:`sra_forward`, paper eq. 1 to 3.
 
     x is used twice, by the queries and by SR, so two gradients meet in dx.
 
@@ -145,7 +187,8 @@ def sra_backward(
         stage: the same stage.
 
     Returns:
-        dx (B, n, C) and the gradients of the weights; ``sr`` and ``norm`` are None where they are.
+        dx (B, n, C) and the gradients of the weights, in the shapes of the weights, all of dy's
+        dtype; ``sr`` and ``norm`` are None where they are.
     """
     xp = array_module(dy)
     # y = dropout(Concat(heads) W^O)

@@ -8,6 +8,8 @@ With g the gradient of step t (counted from 1), and everything by element::
     w_t = w_{t-1} - lr lambda w_{t-1} - lr m^ / (sqrt(v^) + eps)
 
 The decay lambda w is not part of g: it is not divided by sqrt(v^), so it shrinks all weights alike.
+This is the paper's Algorithm 2 but for one thing: there lambda is not multiplied by Adam's own
+learning rate, only by its schedule. PyTorch multiplies by both, and so does this file.
 """
 
 import math
@@ -24,7 +26,8 @@ class AdamW:
     """The constants of the method.
 
     Attributes:
-        beta1, beta2: how slowly the two means forget, in [0, 1).
+        beta1: how slowly the running mean forgets, in [0, 1).
+        beta2: how slowly the running mean square forgets, in [0, 1).
         eps: keeps the quotient finite where no gradient has been, above 0.
         weight_decay: lambda, at least 0. In effect it is lr times this.
         decay_positions: whether position embeddings are decayed, as the authors' code does.
@@ -52,7 +55,13 @@ class AdamW:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdamWState:
-    """What the method remembers from step to step."""
+    """What the method remembers from step to step.
+
+    Attributes:
+        t: steps done.
+        m: running mean of the gradients, in the shapes of the weights.
+        v: running mean of their squares, in the shapes of the weights.
+    """
 
     t: int  # steps done
     m: PVTParams  # running mean of the gradients
@@ -60,7 +69,14 @@ class AdamWState:
 
 
 def adamw_init(params: PVTParams) -> AdamWState:
-    """The state before the first step: zeros, of params' dtypes and on their device."""
+    """The state before the first step.
+
+    Args:
+        params: the weights, NumPy or CuPy.
+
+    Returns:
+        t = 0, and m and v full of zeros, of params' shapes and dtypes and on their device.
+    """
     return AdamWState(0, zeros_like_params(params), zeros_like_params(params))
 
 
@@ -69,6 +85,14 @@ def is_decayed(key: str, x: Array, decay_positions: bool = False) -> bool:
 
     It does to the matrices. It does not to biases and norms, whose size means something else, nor
     to the cls token; nor, unless asked for, to position embeddings.
+
+    Args:
+        key: name of a weight, as :func:`pvt_ref.to_state_dict` has it.
+        x: the weight, of any shape; only its rank is looked at.
+        decay_positions: whether position embeddings are decayed.
+
+    Returns:
+        True or False.
     """
     if key.startswith("pos_embed"):
         return decay_positions
@@ -78,17 +102,17 @@ def is_decayed(key: str, x: Array, decay_positions: bool = False) -> bool:
 def adamw_step(
     params: PVTParams, grads: PVTParams, state: AdamWState, lr: float, settings: AdamW
 ) -> tuple[PVTParams, AdamWState]:
-    """One step. What is passed in stays as it was.
+    """One step, by the equations in the head of this file. What is passed in stays as it was.
 
     Args:
         params: the weights, NumPy or CuPy.
-        grads: dL/dw in the place of each w.
+        grads: dL/dw in the place of each w, of its shape and dtype.
         state: from :func:`adamw_init` or the step before.
         lr: the learning rate of this step.
         settings: the constants.
 
     Returns:
-        The new weights and the new state.
+        The new weights and the new state, of the same shapes and dtypes, in new memory.
     """
     b1, b2 = settings.beta1, settings.beta2
     t = state.t + 1

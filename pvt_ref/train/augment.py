@@ -15,12 +15,15 @@ def random_crop(images: Array, padding: int, rng: np.random.Generator) -> Array:
     That is: a border of zeros around it, and an H x W piece cut out anywhere.
 
     Args:
-        images: (B, C, H, W), normalised, so that 0 is the mean colour.
-        padding: at least 0. 0 draws nothing.
+        images: (B, C, H, W) floats, normalised, so that 0 is the mean colour.
+        padding: at least 0, in pixels. 0 draws nothing.
         rng: source of the shifts.
 
     Returns:
-        (B, C, H, W).
+        (B, C, H, W) of images' dtype; images itself if padding is 0.
+
+    Raises:
+        ValueError: if padding is below 0.
     """
     if padding == 0:
         return images
@@ -39,7 +42,15 @@ def random_crop(images: Array, padding: int, rng: np.random.Generator) -> Array:
 
 
 def random_flip(images: Array, rng: np.random.Generator) -> Array:
-    """Each image mirrored, left to right, with probability one half."""
+    """Each image mirrored, left to right, with probability one half.
+
+    Args:
+        images: (B, C, H, W), of any dtype.
+        rng: source of the choice, one draw an image.
+
+    Returns:
+        (B, C, H, W) of images' dtype, new memory.
+    """
     xp = array_module(images)
     turned = from_host(rng.random(images.shape[0]) < 0.5, like=images)[:, None, None, None]
     return xp.where(turned, xp.flip(images, axis=-1), images)
@@ -51,12 +62,12 @@ def cutout(images: Array, side: int, rng: np.random.Generator) -> Array:
     At the border, part of the square lies outside.
 
     Args:
-        images: (B, C, H, W), normalised.
+        images: (B, C, H, W) floats, normalised.
         side: of the square, in pixels. 0 draws nothing.
         rng: source of the centres.
 
     Returns:
-        (B, C, H, W).
+        (B, C, H, W) of images' dtype; images itself if side is 0.
     """
     if side == 0:
         return images
@@ -82,13 +93,16 @@ def mixup(
         t = lambda t_b + (1 - lambda) t_partner(b)
 
     Args:
-        images: (B, C, H, W).
-        targets: (B, K), a distribution a row.
-        alpha: 0 draws nothing and blends nothing; 1 takes every lambda alike.
+        images: (B, C, H, W) floats.
+        targets: (B, K) floats, a distribution a row.
+        alpha: at least 0. 0 draws nothing and blends nothing; 1 takes every lambda alike.
         rng: source of lambda and of the partners.
 
     Returns:
-        images (B, C, H, W) and targets (B, K).
+        images (B, C, H, W) and targets (B, K), of the dtypes that they had.
+
+    Raises:
+        ValueError: if alpha is below 0.
     """
     if alpha == 0:
         return images, targets
@@ -103,6 +117,15 @@ def mixup(
 
 
 def one_hot(labels: np.ndarray, classes: int, like: Array) -> Array:
-    """Labels (B,) as distributions (B, K), of like's library, device and dtype."""
+    """Labels as distributions.
+
+    Args:
+        labels: (B,) integers in [0, K), on the host. What lies outside gets a row of zeros.
+        classes: K.
+        like: an array of any shape that says where to, and of which dtype.
+
+    Returns:
+        (B, K) of like's library, device and dtype: 1 at the label, else 0.
+    """
     host = labels[:, None] == np.arange(classes)
     return array_module(like).astype(from_host(host, like=like), like.dtype)

@@ -19,6 +19,18 @@ def check_number(
 ) -> Any:
     """value as a plain int or float: NumPy's scalars would widen float32 arrays.
 
+    Args:
+        name: of the number, for the message.
+        value: anything.
+        least: the least that is allowed, if there is one.
+        above: what it must be above, if there is such.
+        most: the most that is allowed, if there is one.
+        below: what it must be below, if there is such.
+        whole: whether it must be a whole number.
+
+    Returns:
+        An int if whole, else a float.
+
     Raises:
         RangeError: unless it is a finite (whole) number within the bounds.
     """

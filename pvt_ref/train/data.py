@@ -18,7 +18,7 @@ class LabelledImages:
     """Raw pixels and what they show, on the host.
 
     Attributes:
-        images: (N, C, H, W) uint8.
+        images: (N, C, H, W) uint8, at least one.
         labels: (N,) integers, from 0.
         preprocessing: how pixels become numbers.
 
@@ -59,7 +59,16 @@ class LabelledImages:
         return len(self.labels)
 
     def check_fits(self, config: PVTConfig, name: str) -> None:
-        """Raises TrainingError unless a model of config can be trained on these."""
+        """Refuses samples that a model cannot be trained on.
+
+        Args:
+            config: the model.
+            name: of the samples, for the message.
+
+        Raises:
+            TrainingError: if a label is no class of the model, or the channels are not its.
+            ShapeError: if the model cannot take images of that size.
+        """
         low, high = int(self.labels.min()), int(self.labels.max())
         if low < 0 or high >= config.num_classes:
             raise TrainingError(
@@ -75,14 +84,44 @@ class LabelledImages:
         config.grids(*self.images.shape[2:])  # refuses sizes that would lose pixels
 
     def batch(self, chosen: np.ndarray | slice, like: Array) -> Array:
-        """The images at some places, normalised: (B, C, H, W) of like's library and dtype."""
+        """The images at some places, normalised.
+
+        Args:
+            chosen: (B,) integers, or a slice.
+            like: an array of float32 or float64, of any shape.
+
+        Returns:
+            (B, C, H, W) of like's library, device and dtype.
+
+        Raises:
+            IndexError: if there is no sample at a place.
+            ArrayTypeError: if like is not an array.
+        """
         return self.preprocessing.normalize(self.images[chosen], like)
 
 
 def evaluate(
     params: PVTParams, config: PVTConfig, data: LabelledImages, batch_size: int = 256
 ) -> tuple[float, float]:
-    """Mean cross-entropy and share of right answers over all of data, without augmentation."""
+    """Mean cross-entropy and share of right answers over all of data, without augmentation.
+
+    Args:
+        params: the weights, NumPy or CuPy.
+        config: their configuration.
+        data: what to look at.
+        batch_size: samples that go through the network together, at least 1.
+
+    Returns:
+        loss, the mean over the samples without label smoothing, and accuracy, the share of samples
+        whose likeliest class is their label, in [0, 1].
+
+    Raises:
+        RangeError: if a label is no class of the model; also as :func:`pvt_ref.forward`.
+        ShapeError: as :func:`pvt_ref.forward`.
+        ArrayTypeError: as :func:`pvt_ref.forward`.
+        ConfigError: as :func:`pvt_ref.forward`.
+        ValueError: if batch_size is 0.
+    """
     loss, hits = 0.0, 0
     for start in range(0, len(data), batch_size):
         chosen = slice(start, start + batch_size)

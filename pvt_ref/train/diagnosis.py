@@ -33,6 +33,11 @@ def first_non_finite(
 
     Returns:
         What was found, in the order weights, images, outputs from the first layer to the last.
+
+    Raises:
+        ArrayTypeError: as :func:`pvt_ref.forward_with_cache`, if there are images and config.
+        ShapeError: as :func:`pvt_ref.forward_with_cache`, if there are images and config.
+        ConfigError: as :func:`pvt_ref.forward_with_cache`, if there are images and config.
     """
     for key, x in named_arrays(tree):
         if not _finite(x):

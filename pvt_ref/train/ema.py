@@ -1,7 +1,8 @@
-"""Exponential moving average of the weights (Polyak averaging): the model that is kept.
+"""Exponential moving average of the weights: the model that is kept.
 
 The weights of single steps dance around where they are heading. Their average over the last
-``1 / (1 - decay)`` steps or so stands nearer to it, and usually classifies better.
+``1 / (1 - decay)`` steps or so stands nearer to it, and usually classifies better. The idea is that
+of Polyak and Juditsky (1992, SIAM J. Control Optim. 30, 838-855), who average all steps alike.
 """
 
 from pvt_ref.arrays import map_arrays
@@ -9,15 +10,32 @@ from pvt_ref.params import PVTParams
 
 
 def ema_decay_of_step(step: int, decay: float) -> float:
-    """Decay at a step (counted from 0): ``min(decay, (1 + step) / (10 + step))``.
+    """Decay at a step: ``min(decay, (1 + step) / (10 + step))``.
 
-    A young average forgets faster, or it would remember the random first weights for long.
+    A young average forgets faster, or it would remember the random first weights for long. The rule
+    is that of TensorFlow's ExponentialMovingAverage.
+
+    Args:
+        step: counted from 0.
+        decay: in [0, 1), the most.
+
+    Returns:
+        The decay of this step, in [0, 1).
     """
     return min(decay, (1 + step) / (10 + step))
 
 
 def ema_step(average: PVTParams, params: PVTParams, decay: float) -> PVTParams:
-    """``decay * average + (1 - decay) * params``; with decay 0, params itself."""
+    """The average after a step: ``decay * average + (1 - decay) * params``.
+
+    Args:
+        average: the average so far.
+        params: the weights after the step, of the same shapes.
+        decay: in [0, 1).
+
+    Returns:
+        The new average, of the same shapes and dtypes; with decay 0, params itself.
+    """
     if decay == 0:
         return params
     return map_arrays(lambda a, w: a + (1 - decay) * (w - a), average, params)

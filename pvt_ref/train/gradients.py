@@ -14,6 +14,12 @@ def global_norm(grads: PVTParams) -> float:
     """``sqrt(sum of g^2)`` over all numbers of all arrays, added up in double precision.
 
     Reading it makes the host wait for the device. NaN or infinity in any array shows in it.
+
+    Args:
+        grads: gradients of a model, or any record of arrays.
+
+    Returns:
+        The norm; 0 if there is no array.
     """
     total: Array | None = None
     for _, g in named_arrays(grads):
@@ -27,7 +33,8 @@ def global_norm(grads: PVTParams) -> float:
 def clip_by_global_norm(grads: PVTParams, max_norm: float) -> tuple[PVTParams, float]:
     """All gradients by one factor, so that their common norm is at most max_norm.
 
-    One factor for all keeps the direction of the step (Pascanu et al. 2013)::
+    One factor for all keeps the direction of the step (Pascanu et al. 2013, arXiv 1211.5063,
+    Algorithm 1)::
 
         g <- g min(1, max_norm / (|g| + 1e-6))
 
@@ -36,7 +43,8 @@ def clip_by_global_norm(grads: PVTParams, max_norm: float) -> tuple[PVTParams, f
         max_norm: above 0. Infinity clips nothing.
 
     Returns:
-        The gradients, and their norm before clipping.
+        The gradients, of the same shapes and dtypes, and their norm before clipping. grads itself
+        if nothing was clipped, or the norm is not a number.
     """
     norm = global_norm(grads)
     factor = max_norm / (norm + _TINY)
@@ -54,7 +62,11 @@ def add_gradients(total: PVTParams | None, grads: PVTParams, share: float) -> PV
     Args:
         total: the sum so far; None for the first part.
         grads: gradients of the mean loss of this part.
-        share: of this part in the batch.
+        share: of this part in the batch, in (0, 1].
+
+    Returns:
+        The sum, of the same shapes and dtypes; grads itself if there is no total and the share is
+        1.
     """
     if total is None:
         return grads if share == 1 else map_arrays(lambda g: g * share, grads)

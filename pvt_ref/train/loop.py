@@ -102,13 +102,18 @@ def fit(
         How it ended.
 
     Raises:
-        TrainingError: if the data do not fit the model, the folder holds another run, or loss,
-            gradients or weights are no longer finite.
-        ConfigError, ShapeError, NonFiniteError: if model, first weights and info do not fit
-            together; RangeError for the other numbers.
+        TrainingError: if the data do not fit the model or are fewer than a batch, the folder cannot
+            be made or holds another run, or loss, gradients or weights are no longer finite.
+        ConfigError: if the model is a bare backbone, or info has another number of classes.
+        ShapeError: if the model cannot take images of that size, or first belongs to another
+            config.
+        NonFiniteError: if first holds NaN or infinity.
+        ArrayTypeError: if config or first is of another type.
+        RangeError: if save_seconds, log_steps or stop_at_step is outside its range.
         CheckpointError: if something cannot be saved, or what was saved is damaged.
         MissingFileError: if there is nothing to go on with.
         DeviceError: if there is no such device.
+        KeyboardInterrupt: at a second Ctrl-C.
     """
     _check_data(config, data, held_out)
     steps = recipe.steps_per_epoch(len(data))

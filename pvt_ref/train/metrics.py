@@ -18,6 +18,13 @@ class Metrics:
         path: the file.
         step: where the run stands. Lines of later steps are dropped: they belong to steps that
             were not saved, and will be done again.
+
+    Attributes:
+        path: the file.
+
+    Raises:
+        CheckpointError: if the file cannot be written.
+        OSError: if there is one that cannot be read.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -29,7 +36,16 @@ class Metrics:
             self._replace("")
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Adds a line."""
+        """Adds a line.
+
+        Args:
+            line: plain values by name, fit for JSON; ``step`` is among them.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+            ValueError: if a number is NaN or infinite.
+            TypeError: if a value is not fit for JSON.
+        """
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -53,7 +69,17 @@ class Metrics:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a metrics file. One that cannot be read, as if cut off, is left out."""
+    """The lines of a metrics file. One that cannot be read, as if cut off, is left out.
+
+    Args:
+        path: a file of :class:`Metrics`.
+
+    Returns:
+        Values by name, a dict for each line.
+
+    Raises:
+        OSError: if the file is not there, or cannot be read.
+    """
     lines = []
     for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -76,7 +102,8 @@ def draw_curves(metrics: str | os.PathLike[str], picture: str | os.PathLike[str]
 
     Raises:
         ImportError: if there is no matplotlib.
-        OSError: if the picture cannot be written.
+        OSError: if the metrics cannot be read, or the picture cannot be written.
+        ValueError: if the picture ends in something that matplotlib does not write.
     """
     # without pyplot: no window, no global state, and a program's own figures are left alone
     from matplotlib.figure import Figure

@@ -25,6 +25,9 @@ class Progress:
         console: where; None shows nothing. Where it is no terminal, only the epochs' lines appear.
         total: steps of the whole training.
         done: steps that were done before.
+
+    Attributes:
+        images_per_second: smoothed over the last ten steps or so; 0 before the first.
     """
 
     def __init__(self, console: Console | None, total: int, done: int) -> None:
@@ -59,7 +62,12 @@ class Progress:
         self._bar.stop()
 
     def step(self, report: StepReport, batch_size: int) -> None:
-        """After every step. What is shown is smoothed over the last ten or so."""
+        """After every step. What is shown is smoothed over the last ten or so.
+
+        Args:
+            report: how the step went.
+            batch_size: samples of the step.
+        """
         now = time.monotonic()
         rate, self._clock = batch_size / max(now - self._clock, 1e-9), now
         self.images_per_second = _smooth(self.images_per_second or None, rate)
@@ -73,7 +81,11 @@ class Progress:
         )
 
     def epoch(self, line: Mapping[str, Any]) -> None:
-        """After every epoch: one line that stays."""
+        """After every epoch: one line that stays.
+
+        Args:
+            line: that of the metrics, with losses, accuracies and images_per_second.
+        """
         if self._console is not None:
             self._console.print(
                 f"epoch {line['epoch']:>3}  loss {line['train_loss']:.4f}  "

@@ -22,13 +22,16 @@ class Recipe:
         lr: the learning rate at its peak.
         lr_floor: the learning rate at the end.
         warmup_epochs: epochs in which it rises; may be a fraction.
-        weight_decay, decay_positions, beta1, beta2: see :class:`AdamW`.
+        weight_decay: lambda of :class:`~pvt_ref.train.adamw.AdamW`, at least 0.
+        decay_positions: whether position embeddings are decayed too.
+        beta1: how slowly AdamW's running mean forgets, in [0, 1).
+        beta2: how slowly AdamW's running mean square forgets, in [0, 1).
         clip_norm: largest norm of the gradients, or None.
         label_smoothing: share of each target spread over all classes.
         mixup_alpha: see :func:`pvt_ref.train.mixup`; 0 leaves it out.
         crop_padding: pixels by which images are moved at most.
         flip: whether images are mirrored at random. (Digits must not be.)
-        cutout: side of the square that is blanked; 0 leaves it out.
+        cutout: side of the square that is blanked, in pixels; 0 leaves it out.
         ema_decay: how slowly the averaged weights forget; with 0 they are the last ones.
         drop_path_ramp_epochs: epochs until config.drop_path_rate is reached.
         seed: of the generator that all batches and masks come from, and of one for first weights.
@@ -97,6 +100,12 @@ class Recipe:
     def steps_per_epoch(self, samples: int) -> int:
         """Full batches in so many samples.
 
+        Args:
+            samples: how many there are to learn from.
+
+        Returns:
+            Steps, at least 1.
+
         Raises:
             TrainingError: if there is not even one.
         """
@@ -108,10 +117,22 @@ class Recipe:
         return samples // self.batch_size
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """Of a step, counted from 0 over all epochs."""
+        """The learning rate of a step, by :func:`~pvt_ref.train.schedule.warmup_cosine`.
+
+        Args:
+            step: counted from 0 over all epochs.
+            steps_per_epoch: from :meth:`steps_per_epoch`.
+
+        Returns:
+            A number from 0 to lr.
+        """
         total, warmup = self.epochs * steps_per_epoch, round(self.warmup_epochs * steps_per_epoch)
         return warmup_cosine(step, total, warmup, self.lr, self.lr_floor)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by field name, fit for JSON."""
+        """Plain values by field name, fit for JSON.
+
+        Returns:
+            Numbers, truth values and None; ``Recipe(**values)`` is this recipe again.
+        """
         return asdict(self)

@@ -33,10 +33,12 @@ def save_state(path: Path, state: TrainState, run: Mapping[str, Any]) -> None:
     Args:
         path: the file.
         state: what to save; arrays on a device are copied to the host.
-        run: plain values that tell one run from another; see :func:`load_state`.
+        run: plain values by part and name, fit for JSON, that tell one run from another; see
+            :func:`describe_run`.
 
     Raises:
         CheckpointError: if it cannot be written.
+        TypeError: if run holds what JSON does not.
     """
     optimizer = state.optimizer
     trees = zip(_TREES, (state.params, optimizer.m, optimizer.v, state.average), strict=True)
@@ -74,12 +76,16 @@ def load_state(path: Path, config: PVTConfig, run: Mapping[str, Any], like: Arra
         path: the file.
         config: the model.
         run: must be equal to what was saved.
-        like: says on which device the weights shall lie.
+        like: an array of any shape that says on which device the weights shall lie.
+
+    Returns:
+        The state, bit by bit as it was saved.
 
     Raises:
         MissingFileError: if there is no such file.
-        CheckpointError: if it is damaged.
+        CheckpointError: if it is damaged, of another format, or its weights are not of config.
         TrainingError: if it belongs to another run; the differences are listed.
+        ArrayTypeError: if config is not a PVTConfig, or like not an array.
     """
     if not path.is_file():
         raise MissingFileError(
@@ -149,7 +155,17 @@ def _check_same_run(path: Path, saved: Mapping[str, Any], given: Mapping[str, An
 def describe_run(
     config: PVTConfig, recipe: Recipe, data: LabelledImages, held_out: LabelledImages
 ) -> dict[str, Any]:
-    """What must stay the same for a training to go on: model, recipe, samples."""
+    """What must stay the same for a training to go on: model, recipe, samples.
+
+    Args:
+        config: the model.
+        recipe: how it is trained.
+        data: what it learns from.
+        held_out: what its epochs are compared on.
+
+    Returns:
+        Plain values, fit for JSON: config, recipe, and a SHA-256 of either set of samples.
+    """
     return {
         "config": dataclasses.asdict(config),
         "recipe": recipe.to_dict(),

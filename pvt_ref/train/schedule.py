@@ -9,14 +9,25 @@ from pvt_ref.config import PVTConfig
 def warmup_cosine(
     step: int, total_steps: int, warmup_steps: int, peak: float, floor: float = 0.0
 ) -> float:
-    """Learning rate of a step (counted from 0): up in a line, down in half a cosine.
+    """Learning rate of a step: up in a line, down in half a cosine.
 
-    With w warm-up steps out of T (Loshchilov and Hutter 2017, arXiv 1608.03983, without restarts)::
+    With w warm-up steps out of T (Loshchilov and Hutter 2017, arXiv 1608.03983, eq. 5, without
+    restarts)::
 
         lr(s) = peak (s + 1) / w                                              s < w
         lr(s) = floor + (peak - floor) (1 + cos(pi (s - w) / (T - w))) / 2    s >= w
 
     The first steps are small because Adam's running means know little yet.
+
+    Args:
+        step: s, counted from 0.
+        total_steps: T. From there on the rate is floor.
+        warmup_steps: w; 0 begins at the peak.
+        peak: the highest rate.
+        floor: the rate at the end.
+
+    Returns:
+        The learning rate.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -25,10 +36,18 @@ def warmup_cosine(
 
 
 def drop_path_of_epoch(epoch: int, peak: float, ramp_epochs: int) -> float:
-    """Drop-path rate of the last block in an epoch (counted from 0).
+    """Drop-path rate of the last block in an epoch.
 
     It rises in a line from 0 and reaches the peak after ramp_epochs: dropping blocks keeps a model
     from learning its data by heart, which in the first epochs it does not do.
+
+    Args:
+        epoch: counted from 0.
+        peak: the rate in the end, in [0, 1).
+        ramp_epochs: epochs in which it rises; 0 begins at the peak.
+
+    Returns:
+        The rate, from 0 to peak.
     """
     if epoch >= ramp_epochs:
         return peak
@@ -40,6 +59,14 @@ def config_of_epoch(config: PVTConfig, epoch: int, ramp_epochs: int) -> PVTConfi
 
     The authors' class does the same with ``reset_drop_path``; here it is another config, and the
     weights do not notice.
+
+    Args:
+        config: the model, with drop-path rates as they are at their peak.
+        epoch: counted from 0.
+        ramp_epochs: epochs in which they rise.
+
+    Returns:
+        config with another drop_path_rate.
     """
     rate = drop_path_of_epoch(epoch, config.drop_path_rate, ramp_epochs)
     return dataclasses.replace(config, drop_path_rate=rate)

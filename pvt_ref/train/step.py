@@ -30,28 +30,48 @@ from pvt_ref.train.schedule import config_of_epoch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainState:
-    """A training after ``step`` steps. No step changes one; it makes the next."""
+    """A training after ``step`` steps. No step changes one; it makes the next.
+
+    Attributes:
+        step: steps done.
+        params: the weights.
+        optimizer: what AdamW remembers.
+        average: exponential moving average of params, in the same shapes.
+        rng: state of the generator, as NumPy gives it.
+        order: (N,) int64, the order of the N samples in the epoch in progress.
+        epoch_loss: sum of the losses over the steps of the epoch in progress.
+        epoch_hits: right answers among the samples of the epoch in progress.
+        best_accuracy: of the averaged weights, on the samples held out; -1 before the first epoch.
+        best_epoch: after how many epochs that was.
+    """
 
     step: int
     params: PVTParams
     optimizer: AdamWState
-    average: PVTParams  # exponential moving average of params
-    rng: Mapping[str, Any]  # state of the generator, as NumPy gives it
-    order: np.ndarray  # (N,) int64, the order of the samples in the epoch in progress
-    epoch_loss: float = 0.0  # sum over the steps of the epoch in progress
-    epoch_hits: int = 0  # right answers among the samples of the epoch in progress
-    best_accuracy: float = -1.0  # of the averaged weights, on the samples held out
+    average: PVTParams
+    rng: Mapping[str, Any]
+    order: np.ndarray
+    epoch_loss: float = 0.0
+    epoch_hits: int = 0
+    best_accuracy: float = -1.0
     best_epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What a step was like."""
+    """What a step was like.
+
+    Attributes:
+        loss: mean over the batch, label smoothing and mixup included.
+        hits: samples of the batch whose likeliest class was (mostly) theirs.
+        lr: the learning rate.
+        grad_norm: norm of all gradients, before clipping.
+    """
 
     loss: float
-    hits: int  # samples of the batch whose likeliest class was (mostly) theirs
+    hits: int
     lr: float
-    grad_norm: float  # before clipping
+    grad_norm: float
 
 
 def start_training(params: PVTParams, samples: int, seed: int) -> TrainState:
@@ -60,7 +80,13 @@ def start_training(params: PVTParams, samples: int, seed: int) -> TrainState:
     Args:
         params: the first weights, NumPy or CuPy.
         samples: how many there are to learn from.
-        seed: of the generator.
+        seed: of the generator, at least 0.
+
+    Returns:
+        A state with step 0, whose average is params itself.
+
+    Raises:
+        ValueError: if seed is below 0.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
     order = np.arange(samples, dtype=np.int64)
@@ -84,6 +110,11 @@ def train_step(
     Raises:
         TrainingError: if the loss or a gradient is not finite; the message has the step, the
             learning rate, and the first layer whose output was not. The state passed in is whole.
+            Also if there are fewer samples than a batch has.
+        RangeError: if a label is no class of the model; also as :func:`pvt_ref.forward`.
+        ShapeError: as :func:`pvt_ref.forward_with_cache`.
+        ArrayTypeError: as :func:`pvt_ref.forward_with_cache`.
+        ConfigError: as :func:`pvt_ref.forward_with_cache`.
     """
     steps = recipe.steps_per_epoch(len(data))
     epoch, index = divmod(state.step, steps)
@@ -139,7 +170,17 @@ def train_step(
 
 
 def generator(rng_state: Mapping[str, Any]) -> np.random.Generator:
-    """A generator that goes on where the state was taken."""
+    """A generator that goes on where the state was taken.
+
+    Args:
+        rng_state: ``bit_generator.state`` of a PCG64.
+
+    Returns:
+        A new generator.
+
+    Raises:
+        ValueError: if it is the state of another kind.
+    """
     bits = np.random.PCG64()
     bits.state = dict(rng_state)  # type: ignore[assignment]
     return np.random.Generator(bits)
@@ -158,13 +199,14 @@ def draw_batch(
     Args:
         params: say on which device and of which dtype the batch is to be.
         data: all samples.
-        chosen: (B,), the places of those wanted.
+        chosen: (B,) integers, the places of those wanted.
         classes: K.
         recipe: which changes.
         rng: what they are drawn from: crop, flip, cutout, mixup, in this order.
 
     Returns:
-        images (B, C, H, W), and targets: labels (B,), or with mixup distributions (B, K).
+        images (B, C, H, W) of params' dtype, and targets: int64 labels (B,), or with mixup
+        distributions (B, K) of params' dtype.
     """
     like = params.pos_embed1
     images = random_crop(data.batch(chosen, like), recipe.crop_padding, rng)
@@ -185,7 +227,18 @@ def _count_hits(logits: Array, targets: Array) -> int:
 
 
 def diverged(what: str, step: int, epoch: int, lr: float, culprit: str) -> TrainingError:
-    """The error that ends a training, for the step after so many."""
+    """The error that ends a training.
+
+    Args:
+        what: what is not finite, for the message.
+        step: steps done before the one that failed.
+        epoch: epochs done before.
+        lr: the learning rate of the step.
+        culprit: a sentence of :func:`~pvt_ref.train.diagnosis.first_non_finite`.
+
+    Returns:
+        The error, to be raised.
+    """
     return TrainingError(
         f"{what} at step {step + 1} (epoch {epoch + 1}), with learning rate {lr:.3g}. {culprit}. "
         f"What was saved before is whole, but resuming would end here again. Likely causes: a "
