@@ -287,7 +287,7 @@ def named_arrays(tree: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
         prefix: of all keys, without a dot at its end.
 
     Yields:
-        (key, array), the array itself, not a copy.
+        (key, array of its own shape), the array itself, not a copy.
     """
     if is_array(tree):
         yield prefix, tree
@@ -301,7 +301,7 @@ def named_arrays(tree: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
 
 
 def map_named(f: Callable[[str, Array], Any], tree: Any, prefix: str = "") -> Any:
-    """A copy of a parameter record with ``f(key, array)`` in the place of every array.
+    """A copy of a parameter record with ``f(key, array)`` in the place of all arrays.
 
     Args:
         f: gets the key of :func:`named_arrays` and the array.

@@ -56,6 +56,40 @@ def test_only_arrays_knows_cupy_and_nothing_knows_torch():
         assert "cupy" not in used or path.name == "arrays.py", path
 
 
+def public_functions():
+    """Every function and method without an underscore: where it is, its tree, its docstring."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        homes = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]
+        for node in (node for home in homes for node in home.body):
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                where = f"{path.relative_to(PACKAGE)}: {node.name}"
+                yield where, node, ast.get_docstring(node) or ""
+
+
+def test_every_docstring_names_the_errors_that_its_function_raises():
+    named = 0
+    for where, node, docstring in public_functions():
+        for raised in (x.exc for x in ast.walk(node) if isinstance(x, ast.Raise)):
+            made = raised.func if isinstance(raised, ast.Call) else raised
+            if isinstance(made, ast.Name) and made.id.endswith("Error"):
+                assert re.search(rf"Raises:.*\b{made.id}\b", docstring, re.DOTALL), where
+                named += 1
+    assert named > 100
+
+
+def test_every_docstring_gives_the_shapes_of_arrays():
+    described = 0
+    for where, node, docstring in public_functions():
+        given = [a.annotation for a in node.args.args + node.args.kwonlyargs]
+        arrays = [a for a in (*given, node.returns) if a and re.search("Array", ast.unparse(a))]
+        if arrays:
+            shaped = r"\((\.\.\.|[A-Z]\w*|[hnmd]|\d)(,[^)]*)?\)|\bshape|\bany array|\barrays\b"
+            assert re.search(shaped, docstring), where
+            described += 1
+    assert described > 70
+
+
 def test_every_forward_has_its_backward_below_it():
     pairs = 0
     for path in [*(PACKAGE / "layers").glob("*.py"), PACKAGE / "block.py", PACKAGE / "model.py"]:

@@ -4,10 +4,13 @@ The package's docstrings are read in a terminal first, so they use the little re
 Python's own documentation does; the reference is Markdown.
 """
 
+import inspect
 import re
 from typing import Any
 
 import griffe
+
+import pvt_ref.errors
 
 
 def to_markdown(text: str) -> str:
@@ -28,8 +31,17 @@ def to_markdown(text: str) -> str:
     return "\n".join(lines)
 
 
+_ERRORS = [name for name, thing in vars(pvt_ref.errors).items() if inspect.isclass(thing)]
+
+
 class Markdown(griffe.Extension):
-    """Rewrites each docstring as it is found."""
+    """Rewrites each docstring as it is found, and links the errors that it names."""
+
+    def on_module_members(self, *, mod: griffe.Module, **_: Any) -> None:
+        """Called by griffe for every module: in each, all errors are known, imported or not."""
+        for name in _ERRORS:
+            if name not in mod.members and mod.path != "pvt_ref.errors":
+                mod.set_member(name, griffe.Alias(name, f"pvt_ref.errors.{name}"))
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         """Called by griffe for every module, class, function and attribute."""

@@ -5,6 +5,7 @@ Everything here returns text; pages print it, since only their own print is look
 
 import inspect
 import json
+import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ def source(*functions: Any) -> str:
         if '"""' in text:  # the page says it in more words
             start = text.index('"""')
             end = text.index('"""', start + 3) + 3
-            text = text[:start].rstrip() + text[end:]
+            text = text[:start].rstrip() + re.sub(r"^\n\n", "\n", text[end:])
         blocks.append(f"```python\n{text.rstrip()}\n```\n")
     return "\n".join(blocks)
 
