@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
-from pvt_ref.errors import ArrayTypeError, ConfigError, ShapeError
+from pvt_ref.errors import ArrayTypeError, ConfigError, RangeError, ShapeError
 
 NUM_STAGES = 4
 
@@ -203,8 +203,10 @@ class PVTConfig:
             block of the network to the last (Huang et al. 2016, arXiv 1603.09382, section 3).
 
         Raises:
-            IndexError: if i is 4 or more.
+            RangeError: if i is anything else.
         """
+        if not is_whole(i) or not 0 <= i < NUM_STAGES:
+            raise RangeError(f"stage {i!r} is asked for; stages count from 0 to {NUM_STAGES - 1}")
         C = self.embed_dims[i]
         total, before = sum(self.depths), sum(self.depths[:i])
         rates = [self.drop_path_rate * k / max(total - 1, 1) for k in range(total)]

@@ -41,7 +41,10 @@ from pvt_ref.errors import (
     RangeError,
     ShapeError,
 )
+from pvt_ref.info import Preprocessing
 from pvt_ref.params import named_arrays
+from pvt_ref.timing import time_stages
+from pvt_ref.train import LabelledImages, evaluate
 
 SMALL = replace(
     VARIANTS["pvt_tiny"],
@@ -1171,6 +1174,25 @@ def test_with_new_head_of_something_that_is_no_model():
 def test_cost_of_something_that_is_no_configuration(config):
     with refused(ArrayTypeError, f"config is a {type(config).__name__}", "PVTConfig", "ViTConfig"):
         count_cost(config)
+
+
+@pytest.mark.parametrize("i", [-1, 4, 1.0, True, "1"])
+def test_a_stage_that_there_is_not(i):
+    with refused(RangeError, f"stage {i!r}", "0 to 3"):
+        SMALL.stage(i)
+
+
+def test_timing_something_that_is_no_configuration():
+    with refused(ArrayTypeError, "config", "PVTConfig"):
+        time_stages(PARAMS, IMAGES, "pvt_tiny")
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5])
+def test_evaluating_in_batches_of_nothing(batch_size):
+    images, labels = np.zeros((2, 3, 32, 32), np.uint8), np.zeros(2, np.int64)
+    data = LabelledImages(images, labels, Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3))
+    with refused(RangeError, f"batch_size is {batch_size!r}", "at least 1"):
+        evaluate(PARAMS, SMALL, data, batch_size)
 
 
 def test_cost_takes_the_whole_numbers_of_numpy_and_no_truth_values():

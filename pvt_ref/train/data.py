@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pvt_ref.arrays import Array, from_host, to_numpy
-from pvt_ref.config import PVTConfig
-from pvt_ref.errors import TrainingError
+from pvt_ref.config import PVTConfig, is_whole
+from pvt_ref.errors import RangeError, TrainingError
 from pvt_ref.info import Preprocessing
 from pvt_ref.layers.cross_entropy import cross_entropy
 from pvt_ref.model import forward
@@ -120,8 +120,10 @@ def evaluate(
         ShapeError: as :func:`pvt_ref.forward`.
         ArrayTypeError: as :func:`pvt_ref.forward`.
         ConfigError: as :func:`pvt_ref.forward`.
-        ValueError: if batch_size is 0.
+        RangeError: if batch_size is no whole number, or below 1.
     """
+    if not is_whole(batch_size) or batch_size < 1:
+        raise RangeError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1")
     loss, hits = 0.0, 0
     for start in range(0, len(data), batch_size):
         chosen = slice(start, start + batch_size)
