@@ -265,9 +265,9 @@ def test_a_symbol_lights_up_equation_source_and_table(open_page):
     assert letters.get_attribute("aria-pressed") == "true"
     letters.evaluate("element => element.blur()")
     assert tab.locator(".equation .lit").count() > 0
-    tab.locator('.shapes code:text-is("kv")').first.hover()
+    tab.locator('.shapes code:text-is("W_S")').first.hover()
     lit = tab.locator(".highlight .lit").all_inner_texts()
-    assert "kv" in lit
+    assert "sr" in lit
 
 
 def test_the_steps_of_sra_are_the_shapes_of_the_package(open_page):

@@ -57,11 +57,11 @@
 
 // What scrolls sideways can be scrolled by keyboard too.
 (function () {
-  const wide = ".equation, .drawn, .md-typeset__scrollwrap, .highlight pre, .highlight code";
+  const wide = ".equation, .drawn, .md-typeset__scrollwrap, .highlight pre, .highlight code, p:has(> img)";
   function reach() {
     for (const element of document.querySelectorAll(wide))
       if (element.scrollWidth > element.clientWidth + 1) element.tabIndex = 0;
-      else if (element.matches("div")) element.removeAttribute("tabindex");
+      else if (element.matches("div, p")) element.removeAttribute("tabindex");
   }
   window.addEventListener("load", reach);
   window.addEventListener("resize", reach);
