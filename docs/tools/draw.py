@@ -83,6 +83,10 @@ def show(figure: Figure, name: str, alt: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     width = 72 * figure.get_figwidth()
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    # ids are made of coordinates with all their digits, of which the layout leaves the last open
+    found = dict.fromkeys(re.findall(r'id="([mp][0-9a-f]{10})"', svg))
+    numbers = {old: f"{old[0]}{number}" for number, old in enumerate(found)}
+    svg = re.sub(r"\b[mp][0-9a-f]{10}\b", lambda old: numbers.get(old[0], old[0]), svg)
     # of a picture's bytes, so that one shown twice would have it twice
     svg = re.sub(r' id="image[0-9a-f]+"', "", svg)
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
