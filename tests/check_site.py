@@ -176,6 +176,8 @@ def test_every_public_name_is_in_the_reference_with_its_source():
     names = dict(public_names())
     assert len(names) > 200
     assert sorted(set(names) - set(ids)) == []
+    errors = {found for found in ids if re.fullmatch(r"pvt_ref\.[\w.]+Error", found)}
+    assert all(found.startswith("pvt_ref.errors.") for found in errors)  # each is listed once
     for full, thing in names.items():
         source = (SITE / ids[full]).read_text("utf-8")
         assert f"{thing.__module__.replace('.', '/')}.py" in source, full

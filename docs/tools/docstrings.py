@@ -42,6 +42,7 @@ class Markdown(griffe.Extension):
         for name in _ERRORS:
             if name not in mod.members and mod.path != "pvt_ref.errors":
                 mod.set_member(name, griffe.Alias(name, f"pvt_ref.errors.{name}"))
+                mod.imports[name] = f"pvt_ref.errors.{name}"  # what is imported is not listed again
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         """Called by griffe for every module, class, function and attribute."""
