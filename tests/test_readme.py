@@ -1,8 +1,12 @@
 """The README's code runs as it stands, and what its comments promise is so."""
 
+import importlib
+import json
 import re
 import tempfile
 from pathlib import Path
+
+import pytest
 
 import pvt_ref
 
@@ -48,6 +52,18 @@ def test_the_times_in_the_readme_are_those_of_the_full_table():
         rows = [line for line in text.splitlines() if line.endswith("|") and " ms |" in line]
         assert len(rows) == count
         assert all(row in measured.splitlines() for row in rows)
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_the_tables_of_results_are_made_of_what_was_measured(device, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    reports = {"cpu": ("report", "write_report"), "gpu": ("gpu_report", "write_gpu_report")}
+    module, write = reports[device]
+    results = Path(__file__).parents[1] / "docs" / "results"
+    measured = json.loads((results / f"{device}.json").read_text("utf-8"))
+    getattr(importlib.import_module(module), write)(measured, tmp_path)
+    written = (tmp_path / f"{device}_tables.md").read_text("utf-8")
+    assert written == (results / f"{device}_tables.md").read_text("utf-8")
 
 
 def test_the_accuracies_in_the_readme_are_those_of_the_weights():
