@@ -8,7 +8,9 @@ phone and on a desk. The interactive figures are driven by mouse and keyboard, a
 are compared with the package's.
 """
 
+import dataclasses
 import filecmp
+import html
 import importlib
 import inspect
 import json
@@ -150,9 +152,34 @@ def read(page: str) -> Text:
 def test_no_page_holds_raw_tex_markdown_or_ids_twice(page):
     parser = read(page)
     text = "".join(parser.text)
-    assert not re.search(r"\\[\[(]|\\(frac|sum|mathrm)|\$[^$]{1,60}\$|\*\*\w|]\((?!\d+\))|``", text)
+    assert not re.search(r"\\[\[(]|\\[a-zA-Z]{2}|\$|\*\*\w|]\((?!\d+\))|``|\[\^\w|\?\?\?|!!!", text)
     assert "katex-error" not in (SITE / page).read_text("utf-8")
     assert len(parser.ids) == len(set(parser.ids))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_page_names_another_host_s_files_or_this_machine_s(page):
+    written = (SITE / page).read_text("utf-8")
+    asked = r'<(?:img|script|iframe|source|link)\b[^>]*(?:src|href)="(?:https?:)?//[^"]+'
+    assert re.findall(asked, written) == []
+    assert str(ROOT) not in written
+
+
+def test_no_style_sheet_fetches_from_another_host():
+    for sheet in SITE.rglob("*.css"):
+        assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", sheet.read_text("utf-8")), (
+            sheet
+        )
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pictures_say_what_they_show(page):
+    written = (SITE / page).read_text("utf-8")
+    article = written[written.index("<article") : written.index("</article>")]
+    for picture in re.findall(r"<img\b[^>]*>", article):
+        assert len(re.search(r'alt="([^"]*)"', picture)[1]) > 40, picture[:200]
+    for label in re.findall(r'<svg role="img" aria-label="([^"]*)"', article):
+        assert len(label) > 60
 
 
 def public_names():
@@ -198,6 +225,24 @@ def test_every_layer_is_reached_by_a_page_of_the_course():
         assert path.name == "__init__.py" or any(f"def {name}(" in shown for name in functions)
 
 
+def test_the_course_shows_each_pair_as_it_is_installed():
+    import lesson
+
+    course = "".join((SITE / page).read_text("utf-8") for page in PAGES if "course/" in page)
+    shown = html.unescape(re.sub(r"<[^>]+>", "", course))
+    pairs = [
+        thing
+        for name, thing in public_names()
+        if name.startswith(("pvt_ref.layers.", "pvt_ref.block."))
+        and re.search(r"_(forward|backward)$", name)
+        and not re.search(r"drop(out|_path)_forward$", name)  # told in words, and by _drop
+    ]
+    assert len(pairs) > 20
+    for thing in pairs:
+        code = lesson.source(thing).strip().removeprefix("```python\n").removesuffix("```")
+        assert code.strip() in shown, thing.__name__
+
+
 # In a browser -------------------------------------------------------------------------------------
 
 
@@ -208,6 +253,24 @@ _NUMBERS_IN_THE_WAY = """
       const ends = [...tag.parentElement.querySelectorAll(":scope > .base")].map(right);
       return tag.getBoundingClientRect().left < Math.max(...ends);
     }).map(tag => tag.textContent)
+"""
+
+
+#: What is wider than its place and can not be scrolled.
+_CUT_OFF = """
+    [...document.querySelectorAll(".equation, .drawn, .md-typeset__scrollwrap, .highlight code")]
+      .filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0)
+      .filter(e => !["auto", "scroll"].includes(getComputedStyle(e).overflowX))
+      .filter(e => !e.matches("span")).map(e => e.outerHTML.slice(0, 80))
+"""
+
+#: Text, figures and pictures that nobody could read.
+_SMALL = """
+    [...document.querySelectorAll("article p")]
+      .filter(e => e.offsetParent && parseFloat(getComputedStyle(e).fontSize) < 11)
+      .concat([...document.querySelectorAll("article > .drawn svg")]
+        .filter(e => e.getBoundingClientRect().width < 200))
+      .map(e => e.outerHTML.slice(0, 80))
 """
 
 
@@ -226,6 +289,8 @@ def test_a_page_is_quiet_accessible_and_fits(page, open_page):
                 tab.evaluate("document.fonts.ready.then(() => true)")
                 assert any("KaTeX" in family for family in tab.evaluate(fonts)), where
                 assert tab.evaluate(_NUMBERS_IN_THE_WAY) == [], where
+            assert tab.evaluate(_CUT_OFF) == [], where
+            assert tab.evaluate(_SMALL) == [], where
             tab.evaluate("document.querySelectorAll('details').forEach(e => (e.open = true))")
             tab.add_script_tag(path=AXE)
             found = tab.evaluate("axe.run({preload: false, resultTypes: ['violations']})")
@@ -249,6 +314,43 @@ def test_a_page_reads_without_javascript(page, open_page):
         assert len(figure.get_attribute("aria-label")) > 60
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if not page.startswith("api/")])
+def test_javascript_adds_no_text_and_takes_none_away(page, open_page):
+    paragraphs = "[...document.querySelectorAll('article p')].filter(e => !e.closest('.panel'))"
+    read = f"{paragraphs}.map(e => e.innerText)"
+    with_it = open_page(page).evaluate(read)
+    without = open_page(page, java_script_enabled=False).locator("article p")
+    assert [p.inner_text() for p in without.all()] == with_it
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of an rgb(...) colour, by WCAG."""
+    parts = [float(x) / 255 for x in re.findall(r"[\d.]+", colour)[:3]]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_figures_and_lit_symbols_have_contrast(scheme, open_page):
+    """axe does not look into figures: 4.5 to 1 for text, 3 to 1 for lines."""
+    tab = open_page("course/sra.html", scheme=scheme)
+    colour = """name => { const e = document.createElement("i"); e.style.color = `var(${name})`;
+        document.body.append(e); return getComputedStyle(e).color; }"""
+    page = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    wanted = [("--figure-ink", page, 4.5), ("--lit-text", tab.evaluate(colour, "--lit"), 4.5)]
+    wanted += [(f"--figure-{k}", page, 3) for k in ("faint", 1, 2, 3, 4, 5)]
+    for name, behind, least in wanted:
+        low, high = sorted((luminance(tab.evaluate(colour, name)), luminance(behind)))
+        assert (high + 0.05) / (low + 0.05) >= least, name
+
+
+def test_a_page_prints(open_page):
+    tab = open_page("course/linear.html")
+    tab.emulate_media(media="print")
+    assert tab.locator("article").bounding_box()["height"] > 1000
+    assert tab.locator("article .equation").first.is_visible()
+
+
 def test_the_search_works_from_files(open_page):
     tab = open_page("index.html")
     tab.locator(".md-search__input").first.click()
@@ -270,6 +372,40 @@ def test_a_symbol_lights_up_equation_source_and_table(open_page):
     tab.locator('.shapes code:text-is("W_S")').first.hover()
     lit = tab.locator(".highlight .lit").all_inner_texts()
     assert "sr" in lit
+    equations = tab.locator(".equation .katex-html .lit")
+    assert {text.strip() for text in equations.all_inner_texts()} >= {"W", "S"}
+    letters.focus()
+    tab.keyboard.press("Space")  # lets go
+    assert letters.get_attribute("aria-pressed") == "false"
+    letters.evaluate("element => element.blur()")
+    tab.mouse.move(0, 0)
+    assert tab.locator(".lit").count() == 0
+    tab.locator(".equation [data-symbol]:visible").first.click()  # by touch
+    assert tab.locator(".lit").count() > 0
+    letters.focus()
+    tab.keyboard.press("Tab")
+    assert letters.evaluate("element => element !== document.activeElement")
+    outline = "getComputedStyle(document.activeElement).outlineStyle"
+    assert tab.evaluate(outline) != "none"
+
+
+#: Names of symbols that no source and no table of the page holds.
+_UNUSED = """
+    (JSON.parse(document.getElementById("symbols")?.textContent ?? "[]")).filter(names => {
+      const places = document.querySelectorAll(".highlight code span, .shapes code, .shapes .axis");
+      const found = new Set([...places].map(e => e.textContent));
+      return !names.some(name => found.has(name));
+    })
+"""
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("course/")])
+def test_every_symbol_is_a_variable_of_the_page(page, open_page):
+    assert open_page(page).evaluate(_UNUSED) == []
+
+
+#: Whether every control of a figure can be reached by the Tab key.
+_ALL_BY_TAB = "e => [...e.querySelectorAll('select, button, input')].every(x => x.tabIndex >= 0)"
 
 
 def test_the_steps_of_sra_are_the_shapes_of_the_package(open_page):
@@ -278,21 +414,46 @@ def test_the_steps_of_sra_are_the_shapes_of_the_package(open_page):
     config = pvt_ref.VARIANTS["pvt_tiny"]
     tab = open_page("course/sra.html")
     panel = tab.locator("#sra-steps .panel")
+    assert panel.evaluate(_ALL_BY_TAB)
+    told = dict(
+        zip(
+            ("symbol", "formula", "letters", "words"),
+            zip(*explore._SRA_STEPS, strict=True),
+            strict=True,
+        )
+    )
+    options = panel.locator("option").all_inner_texts()
     for i in range(4):
+        N = config.num_heads[i]
+        heads = f"{N} head{'s' if N > 1 else ''}"
+        assert options[i] == f"{i + 1} (R = {config.sr_ratios[i]}, {heads})"
         panel.locator("select").select_option(str(i))
         shapes = explore.sra_shapes(config, i)
         while panel.locator(".back").is_enabled():
             panel.locator(".back").click()
-        seen = 0
+        seen = steps = 0
         while True:
             words = panel.locator(".words").inner_text()
-            symbol = words.split(" = ")[0]
+            at = steps
+            steps += 1
+            symbol, formula, letters, sentence = (told[key][at] for key in told)
+            assert words.startswith(f"{symbol} = {formula}: ")
+            assert panel.locator(".place").inner_text() == f"{at + 1} of {len(told['symbol'])}"
+            here = tab.locator("#sra-steps tr.here")
+            assert here.locator("code").all_inner_texts() == [symbol]
             if symbol in shapes:
-                assert f"= ({', '.join(map(str, shapes[symbol]))})" in words
+                shape = shapes[symbol]
+                numbers = f"{np.prod(shape):,} numbers"
+                inside = f"({letters}) = ({', '.join(map(str, shape))}), {numbers}. {sentence}"
+                assert words.endswith(inside)
+                drawn = panel.locator("svg text").all_text_contents()
+                assert drawn[:2] == [f"{shape[-1]} columns", f"{shape[-2]} rows"]
                 seen += 1
             else:
-                assert "R = 1" in words
-            assert tab.locator("#sra-steps tr.here").count() == 1
+                assert (
+                    "with R = 1 nothing is cut and no norm stands here; every token is a key"
+                    in words
+                )
             if not panel.locator(".on").is_enabled():
                 break
             panel.locator(".on").focus()
@@ -320,6 +481,7 @@ def test_the_sliders_show_what_count_cost_counts(open_page):
             bill = pvt_ref.count_cost(config, side)
             for i, row in enumerate(panel.locator("tbody tr").all()):
                 cells = [cell.replace(",", "") for cell in row.locator("td").all_inner_texts()]
+                assert cells[0] == str(config.sr_ratios[i])
                 shape, part = bill.stages[i], bill.of_stage(i + 1)
                 assert cells[1:3] == [str(shape.tokens), str(shape.keys)]
                 two, n, m, C, L = (int(x) for x in re.findall(r"\d+", cells[3].split("=")[0]))
@@ -329,6 +491,21 @@ def test_the_sliders_show_what_count_cost_counts(open_page):
                 )  # fmt: skip
                 assert int(cells[4]) == part.macs
                 assert cells[5] == f"{part.peak_bytes / 1e6:.1f} MB"
+            parts = [bill.of_stage(i) for i in range(1, 5)]
+            whole = sum(part.macs for part in parts) / 1e9
+            peak = max(part.peak_bytes for part in parts) / 1e6
+            words = panel.locator(".words").inner_text()
+            assert f"{side}×{side}" in words
+            assert f"{whole:.2f} GMACs, {peak:.1f} MB" in words
+            assert panel.locator(".side + output").inner_text() == f"{side} pixels"
+            assert panel.locator(".side").get_attribute("aria-valuetext") == f"{side} pixels"
+            bars = [float(e.get_attribute("width")) for e in panel.locator("svg rect").all()]
+            longest = max(part.macs for part in parts)
+            for i, part in enumerate(parts):
+                pairs = sum(t.macs for t in part.items if t.operation == "attn.weights")
+                assert bars[2 * i] == pytest.approx(290 * part.macs / longest)
+                assert bars[2 * i + 1] == pytest.approx(290 * pairs / longest)
+    assert panel.evaluate(_ALL_BY_TAB)
     panel.locator(".side").focus()
     before = panel.locator(".words").inner_text()
     tab.keyboard.press("ArrowLeft")
@@ -343,11 +520,13 @@ def test_the_photo_shows_the_attention_of_the_package(open_page):
     _, maps, config = explore.photo_and_attention()
     panel = tab.locator("#attention .panel")
     svg = panel.locator("svg")
-    for place, ((stage, _), weights) in enumerate(maps.items()):
+    for place, ((stage, block), weights) in enumerate(maps.items()):
         H, W = config.grids(explore.SIDE, explore.SIDE)[stage - 1]
         w = W // config.sr_ratios[stage - 1]
         cls = weights.shape[2] - H * W
         panel.locator(".layer").select_option(str(place))
+        label = panel.locator(".layer option").nth(place).inner_text()
+        assert label == f"stage {stage}, block {block}"
         heads = panel.locator(".head option").all()
         for option in heads:
             number = int(option.get_attribute("value"))
@@ -363,9 +542,24 @@ def test_the_photo_shows_the_attention_of_the_package(open_page):
                 key, weight = int(found[1]) * w + int(found[2]), float(found[3])
                 assert abs(weight - looked[cls:].max()) < 2e-4
                 assert abs(weight - looked[cls + key]) < 2e-4
+                alike = 1 / looked.size
+                assert f"All alike would be {alike:.4f}." in words
+                assert words in svg.get_attribute("aria-label")
+                assert panel.locator(".row + output").inner_text() == str(row)
+                assert panel.locator(".column + output").inner_text() == str(column)
+                boxes = [{k: float(e.get_attribute(k) or 0) for k in ("x", "y", "width", "opacity")}
+                         for e in svg.locator("rect").all()]  # fmt: skip
+                cell, token = explore.SIDE / w, explore.SIDE / W
+                assert len(boxes) == looked.size - cls + 1
+                assert (boxes[-1]["x"], boxes[-1]["y"]) == (column * token, row * token)
+                assert (boxes[key]["x"], boxes[key]["y"]) == (key % w * cell, key // w * cell)
+                dark = [box["opacity"] for box in boxes[:-1]]
+                expected = 0.85 * (1 - looked[cls:] / looked[cls:].max())
+                np.testing.assert_allclose(dark, expected, atol=0.02)
                 if cls:
                     given = float(re.search(r"cls token gets ([\d.]+)\.", words)[1])
                     assert abs(given - looked[0]) < 2e-4
+    assert panel.evaluate(_ALL_BY_TAB)
     # by mouse: the middle of the picture
     panel.locator(".layer").select_option("0")
     svg.scroll_into_view_if_needed()
@@ -380,8 +574,43 @@ def test_the_photo_shows_the_attention_of_the_package(open_page):
     assert f"row {int(0.26 * H) + 1}, column" in panel.locator(".words").inner_text()
 
 
+def test_interactive_figures_say_the_same_without_javascript(open_page):
+    import explore
+
+    tiny = pvt_ref.VARIANTS["pvt_tiny"]
+    steps = open_page("course/sra.html", java_script_enabled=False).locator("#sra-steps table")
+    for (symbol, _, letters, _), row in zip(
+        explore._SRA_STEPS, steps.locator("tbody tr").all(), strict=True
+    ):
+        cells = row.locator("td").all_inner_texts()
+        assert cells[0].startswith(symbol)
+        assert cells[1] == f"({letters})"
+        for i, cell in enumerate(cells[2:]):
+            shape = explore.sra_shapes(tiny, i).get(symbol)
+            assert cell == (" × ".join(map(str, shape)) if shape else "(R = 1: none)")
+            assert shape is None or len(shape) == len(letters.split(", "))
+    costs = open_page("course/pyramid.html", java_script_enabled=False).locator("#cost-table table")
+    for row in costs.locator("tbody tr").all():
+        cells = row.locator("td").all_inner_texts()
+        side = int(cells[0].split("×")[0])
+        for k, R in enumerate(explore.RATIOS):
+            config = dataclasses.replace(tiny, sr_ratios=explore.reductions(R))
+            parts = [
+                pvt_ref.count_cost(config, side, pyramid=True).of_stage(i) for i in range(1, 5)
+            ]
+            assert cells[1 + k] == f"{sum(part.macs for part in parts) / 1e9:,.1f}"
+            assert cells[5 + k] == f"{max(part.peak_bytes for part in parts) / 1e6:,.0f}"
+    photo = open_page("course/stages.html", java_script_enabled=False).locator(
+        "#attention .drawn svg"
+    )
+    assert photo.is_visible()
+    assert len(photo.get_attribute("aria-label")) > 60
+
+
 def test_the_cheat_sheet_is_one_printed_page(open_page):
-    tab = open_page("cheat_sheet.html")
+    tab = open_page("cheat_sheet.html", width=1069)  # A4 across, without its margins
+    tab.emulate_media(media="print")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 1069
     pdf = tab.pdf(prefer_css_page_size=True)
     assert len(re.findall(rb"/Type\s*/Page\b", pdf)) == 1
 
@@ -408,8 +637,8 @@ def test_built_twice_it_has_the_same_bytes(tmp_path):
 def test_the_weights_sum_to_one_in_the_data_of_the_page():
     import explore
 
-    html = explore.attention_explorer("")
-    data = json.loads(re.search(r'<script type="application/json">(.*)</script>', html)[1])
+    figure = explore.attention_explorer("")
+    data = json.loads(re.search(r'<script type="application/json">(.*)</script>', figure)[1])
     import base64
 
     for layer in data["layers"]:

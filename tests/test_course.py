@@ -102,6 +102,10 @@ def test_every_block_of_a_lesson_runs(page, tools, elsewhere):
     assert all("assert " in code for code in solutions)
     assert 'class="drawn"' in text
     assert not re.search(r"^(True |False )*False\b", text, re.MULTILINE)
+    for name, tolerance in re.findall(r"^(.+?) +differs by less than (\d\S*),", text, re.MULTILINE):
+        assert float(tolerance) <= (1e-6 if "difference" in name else 1e-11), name
+    numbers = re.findall(r"\\tag\{(\d+)\}", page.read_text("utf-8"))
+    assert numbers == [str(k) for k in range(1, len(numbers) + 1)]
     if page.stem in OPERATIONS:
         assert "| symbol | shape |" in text
         assert "finite differences" in text

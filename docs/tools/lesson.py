@@ -55,6 +55,7 @@ def compare(name: str, ours: Array, theirs: Array, tolerance: float) -> str:
     Raises:
         AssertionError: if that is more than tolerance, or the second is zero.
     """
+    assert ours is not theirs, f"{name}: compared with itself, which shows nothing"
     norm = float(np.linalg.norm(theirs))
     assert norm > 0, f"{name}: compared with zero, which shows nothing"
     error = float(np.linalg.norm(ours - theirs)) / norm

@@ -1,6 +1,7 @@
 """A hook of mkdocs: what the theme and a plugin put into every page, put right."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 from mkdocs.exceptions import PluginError
@@ -25,3 +26,9 @@ def on_post_page(output: str, page: Any, config: Any) -> str:
                 f"{__file__}"
             )
     return output
+
+
+def on_post_build(config: Any) -> None:
+    """Called by mkdocs when all is written: that editor's files name another host, and go."""
+    for file in (Path(config["site_dir"]) / "assets").glob("_markdown_exec_pyodide.*"):
+        file.unlink()
