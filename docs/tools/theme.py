@@ -16,16 +16,24 @@ _MENDED = (
 )
 
 
-def on_post_page(output: str, page: Any, config: Any) -> str:
-    """Called by mkdocs with every page."""
+def _mend(output: str, where: str) -> str:
     for pattern, replacement in _MENDED:
         output, count = re.subn(pattern, replacement, output)
         if not count:
             raise PluginError(
-                f"{page.file.src_path}: nothing matches {pattern}; has the theme changed? See "
-                f"{__file__}"
+                f"{where}: nothing matches {pattern}; has the theme changed? See {__file__}"
             )
     return output
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Called by mkdocs with every page."""
+    return _mend(output, page.file.src_path)
+
+
+def on_post_template(output_content: str, template_name: str, config: Any) -> str:
+    """Called by mkdocs with the page that is shown for a missing one, and with the site map."""
+    return _mend(output_content, template_name) if template_name == "404.html" else output_content
 
 
 def on_post_build(config: Any) -> None:
