@@ -14,11 +14,11 @@
   panel.className = "panel";
   panel.innerHTML = `
     <div class="controls">
-      <label>Stage and block <select class="layer">${layers.map((l, k) =>
+      <label>Stage and block <select autocomplete="off" class="layer">${layers.map((l, k) =>
         `<option value="${k}">stage ${l.stage}, block ${l.block}</option>`).join("")}</select></label>
-      <label>Head <select class="head"></select></label>
-      <label>Query's row <input type="range" class="row" min="0"><output></output></label>
-      <label>Query's column <input type="range" class="column" min="0"><output></output></label>
+      <label>Head <select autocomplete="off" class="head"></select></label>
+      <label>Query's row <input type="range" autocomplete="off" class="row" min="0"><output></output></label>
+      <label>Query's column <input type="range" autocomplete="off" class="column" min="0"><output></output></label>
     </div>
     <svg viewBox="0 0 ${side} ${side}" class="photo" role="img"></svg>
     <p class="words" aria-live="polite"></p>`;

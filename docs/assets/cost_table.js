@@ -10,9 +10,9 @@
   panel.className = "panel";
   panel.innerHTML = `
     <div class="controls">
-      <label>Side of the image <input type="range" class="side" min="0" max="${sides.length - 1}"
+      <label>Side of the image <input type="range" autocomplete="off" class="side" min="0" max="${sides.length - 1}"
         value="${Math.max(sides.indexOf(512), 0)}"> <output></output></label>
-      <label>R of stage 1 <input type="range" class="ratio" min="0" max="${ratios.length - 1}" value="0">
+      <label>R of stage 1 <input type="range" autocomplete="off" class="ratio" min="0" max="${ratios.length - 1}" value="0">
         <output></output></label>
     </div>
     <div class="md-typeset__scrollwrap"><table><thead><tr><th scope="col">stage</th><th scope="col">R</th>

@@ -8,7 +8,7 @@
   panel.className = "panel";
   panel.innerHTML = `
     <div class="controls">
-      <label>Stage <select>${R.map(
+      <label>Stage <select autocomplete="off">${R.map(
         (r, i) => `<option value="${i}">${i + 1} (R = ${r}, ${N[i]} head${N[i] > 1 ? "s" : ""})</option>`
       ).join("")}</select></label>
       <button type="button" class="back">← Back</button>
