@@ -1,12 +1,56 @@
 """What can go wrong, by kind: every error a caller can cause is one of these.
 
 All derive from :class:`PVTError` and from the built-in ``ValueError`` or ``TypeError``, so both
-``except PVTError`` and the usual ``except ValueError`` work.
+``except PVTError`` and the usual ``except ValueError`` work. A message can hold what a stranger
+wrote (keys, labels, file names): it is shown as text, by :func:`printable` and :func:`shown`.
 """
+
+import reprlib
+
+
+def printable(text: str) -> str:
+    r"""The text with every character that a terminal could obey written as an escape.
+
+    Newlines stay. Control characters, direction marks and lone surrogates become ``\x1b``,
+    ``\u202e``, ``\udc80`` and so on.
+
+    Args:
+        text: any text.
+
+    Returns:
+        The same text if all of it can be printed.
+    """
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A stranger's value for a message: on one line, quoted if it is a text, and cut.
+
+    Args:
+        value: anything; of a long text, a long list or a deep one only the beginning is looked at.
+        limit: characters of a text, or of another value's repr, that are shown.
+
+    Returns:
+        ``repr(value)``, or its beginning and ``...``.
+    """
+    if isinstance(value, str | bytes):
+        return repr(value[:limit]) + ("..." if len(value) > limit else "")
+    brief = reprlib.Repr()
+    brief.maxother = brief.maxstring = limit
+    try:
+        text = printable(brief.repr(value)).replace("\n", " ")
+    except Exception:  # a whole number of too many digits; an object whose repr fails
+        text = f"<{type(value).__name__}>"
+    return text[:limit] + ("..." if len(text) > limit else "")
 
 
 class PVTError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose. Its message is :func:`printable`."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(a) if isinstance(a, str) else a for a in args))
 
 
 class ConfigError(PVTError, ValueError):
