@@ -1,15 +1,16 @@
 # Everything a developer does, one word each. Needs make and Python 3.11 or newer; whatever else a
-# target uses is installed into .venv the first time, in the releases that constraints.txt names.
+# target uses is installed into .venv the first time, in the releases that tools/locked/ names.
 #
 #     make test ARGS="-k softmax"        ARGS goes to the program that the target runs
 #     make test PYTHON=python3.13        the Python that .venv is made with, once
+#     make test TORCH_INDEX=URL          where PyTorch comes from, if not from PyPI (README says which)
 
 PYTHON ?= python3
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips must not write into one .venv
-.PHONY: help venv demo bench test lint format types docs docs-serve check-site check-planted fuzz \
+.PHONY: help venv need-npm demo bench test lint format types docs docs-serve check-site check-planted fuzz \
   mutation clean distclean
 
 help: ## this list
@@ -23,21 +24,26 @@ help: ## this list
 	  exit 1; }
 	@$(PYTHON) -m venv .venv
 
-# One stamp an extra; a newer pyproject.toml or constraints.txt makes pip look again. The pins go
-# through the environment, since that is how pip hands them on to where it builds the package.
-.venv/.stamp-%: pyproject.toml constraints.txt | .venv/bin/pip
+# One stamp an extra; newer lists make pip look again. Files are verified by their hashes, then the
+# project is put beside them. PyTorch has no hash there: its builds differ. pip's words are kept, and
+# shown if it fails.
+PIP := $(PY) -m pip --disable-pip-version-check install --progress-bar off
+TORCH := $(PIP) -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+.venv/.stamp-%: tools/locked/%.txt pyproject.toml constraints.txt | .venv/bin/pip
 	@echo "Installing the extra '$*' into .venv (the first time, this takes a few minutes) ..."
-	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
-	  PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install -qq -e '.[$*]'
+	@{ $(PIP) --require-hashes -r $< $(if $(filter test site,$*),&& $(TORCH)) && \
+	  $(PIP) --no-deps --no-build-isolation -e .; } >.venv/install-$*.log 2>&1 || { \
+	  cat .venv/install-$*.log >&2; exit 1; }
 	@touch $@
 
 venv: .venv/bin/pip ## an empty .venv, to put a PyTorch of one's own choice into
 
 # What the documentation takes from npm, in the releases that package-lock.json names.
 NPM := docs/tools/node_modules/.package-lock.json
-$(NPM): docs/tools/package.json docs/tools/package-lock.json
+need-npm: # before minutes of pip
 	@command -v npm >/dev/null || { \
 	  echo "The documentation needs npm, which comes with Node.js: https://nodejs.org" >&2; exit 1; }
+$(NPM): docs/tools/package.json docs/tools/package-lock.json
 	@npm ci --prefix docs/tools --no-audit --no-fund --loglevel=error
 	@touch $@
 
@@ -45,6 +51,7 @@ $(NPM): docs/tools/package.json docs/tools/package-lock.json
 
 demo: .venv/.stamp-examples ## one photo through a PVT; writes pyramid.png
 	@$(PY) examples/forward.py $(ARGS)
+	@echo "Next: '. .venv/bin/activate', then 'python -m pvt_ref classify examples/chelsea.jpg'"
 
 bench: .venv/.stamp-test ## times everything against PyTorch on this CPU, half an hour
 	@$(PY) benchmarks/cpu.py $(ARGS)
@@ -70,13 +77,13 @@ types: .venv/.stamp-lint .venv/.stamp-test ## static types
 MKDOCS := SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 0) \
   NO_MKDOCS_2_WARNING=1 PYTHONPATH=docs/tools .venv/bin/mkdocs
 
-docs: .venv/.stamp-docs $(NPM) ## the documentation as web pages in site/
+docs: need-npm .venv/.stamp-docs $(NPM) ## the documentation as web pages in site/
 	@$(MKDOCS) build --strict
 
-docs-serve: .venv/.stamp-docs $(NPM) ## the documentation on a local port, rebuilt at every change
+docs-serve: need-npm .venv/.stamp-docs $(NPM) ## the documentation on a local port, rebuilt at every change
 	@$(MKDOCS) serve --strict $(ARGS)
 
-check-site: .venv/.stamp-site docs ## every page of site/, in Chromium or Chrome
+check-site: need-npm .venv/.stamp-site docs ## every page of site/, in Chromium or Chrome
 	@again=$$(mktemp -d) && trap 'rm -rf "$$again"' EXIT && \
 	  $(MKDOCS) build --quiet --site-dir "$$again" && \
 	  SITE_AGAIN="$$again" $(PY) -m pytest tests/check_site.py -n auto --maxprocesses 4 $(ARGS)
