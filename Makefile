@@ -10,8 +10,8 @@ PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips must not write into one .venv
-.PHONY: help venv need-npm demo bench test lint format types docs docs-serve check-site check-planted fuzz \
-  mutation clean distclean
+.PHONY: help venv need-npm demo bench test lint format types docs docs-serve check-site \
+  check-planted fuzz interrupts mutation clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -96,6 +96,10 @@ check-planted: .venv/.stamp-test ## plants known mistakes, one at a time: do the
 fuzz: ARGS ?= --count 100000 --seed 0
 fuzz: .venv/.stamp-test ## 100,000 damaged weights files of each kind
 	@$(PY) tests/fuzz_checkpoints.py $(ARGS)
+
+interrupts: ARGS ?= --count 5000 --seed 0
+interrupts: .venv/.stamp-test ## 5,000 times Ctrl-C at random moments: is all as before?
+	@$(PY) tests/interrupt_campaign.py $(ARGS)
 
 mutation: .venv/.stamp-test .venv/.stamp-mutation ## mutates the layers by machine: do the tests notice?
 	@PVT_REF_OPS=reference HYPOTHESIS_PROFILE=mutation .venv/bin/mutmut run $(ARGS)
