@@ -58,9 +58,11 @@ bench: .venv/.stamp-test ## times everything against PyTorch on this CPU, half a
 
 # Checking --------------------------------------------------------------------------------------
 
+# small chunks keep the order of tests/conftest.py: layers first
+PYTEST := $(PY) -m pytest -n auto --maxprocesses 8 --maxschedchunk 4
 test: .venv/.stamp-test ## all tests, with the kernels and with the readable layers
-	@PVT_REF_OPS=blocked $(PY) -m pytest -n auto --maxprocesses 8 $(ARGS)
-	@PVT_REF_OPS=reference $(PY) -m pytest -n auto --maxprocesses 8 $(ARGS)
+	@PVT_REF_OPS=blocked $(PYTEST) $(ARGS)
+	@PVT_REF_OPS=reference $(PYTEST) $(ARGS)
 
 lint: .venv/.stamp-lint ## formatting and style
 	@.venv/bin/ruff format --check .

@@ -35,6 +35,56 @@ settings.register_profile(  # shrinking a mutant's counterexample helps nobody
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+# Order --------------------------------------------------------------------------------------------
+
+#: Files in the order of their running: what a fault shows in first and most plainly, then what is
+#: built on it. After a failure in one group, no test of a later group begins.
+GROUPS = (
+    ("test_errors.py", "test_ops.py", "test_layers.py"),
+    ("test_properties.py", "test_kernels.py", "test_golden.py"),
+)
+
+#: Files that take long, or that fail in many places for one fault below.
+LAST = ("test_readme.py", "test_course.py", "test_examples.py", "test_training_examples.py")
+
+
+def group(nodeid: str) -> int:
+    """From 0; what is in no group comes in one after them, and the last files in one more."""
+    name = nodeid.partition("::")[0].rpartition("/")[2]
+    for number, names in enumerate(GROUPS):
+        if name in names:
+            return number
+    return len(GROUPS) + (name in LAST)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--go-on", action="store_true", help="run all tests, whatever fails first")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: group(item.nodeid))  # stable: within a group, order stays
+
+
+_failed_groups: set[int] = set()
+
+
+def pytest_runtest_logreport(report):
+    if report.failed:
+        _failed_groups.add(group(report.nodeid))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item):
+    """Ends the run before a test that could only repeat what has failed further down."""
+    number, failed = group(item.nodeid), min(_failed_groups, default=len(GROUPS))
+    if failed >= min(number, len(GROUPS)) or item.config.getoption("go_on"):
+        return None  # as usual
+    names = ", ".join(GROUPS[failed])
+    item.session.shouldfail = f"failures in {names} come first; --go-on runs the rest all the same"
+    return True  # this test is not run
+
+
 def why_no_gpu() -> str | None:
     """The reason why CuPy cannot compute here, or None if it can."""
     from pvt_ref.arrays import import_cupy
