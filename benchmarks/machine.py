@@ -5,6 +5,7 @@ import datetime
 import os
 import platform
 import re
+import subprocess
 from pathlib import Path
 
 import pvt_ref
@@ -17,10 +18,24 @@ def cores() -> int:
 
 def processor() -> str:
     with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        if found:
-            return found[1]
+        text = Path("/proc/cpuinfo").read_text()
+        names = ("model name", "cpu family", "model")  # a virtual machine often hides the name
+        found = [re.search(rf"^{name}\s*:\s*(.+)", text, flags=re.MULTILINE) for name in names]
+        if all(found):
+            name, family, model = (match[1] for match in found)
+            return f"{name}, family {family}, model {model}"
     return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The commit that the code is of, and whether it has been changed since."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        options = {"capture_output": True, "text": True, "check": True}
+        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], **options).stdout.strip()
+        changed = subprocess.run([*git, "diff", "HEAD", "--", "../pvt_ref"], **options).stdout
+        return name + (", changed" if changed else "")
+    return "not known"
 
 
 def describe_machine(threads: int) -> dict:
@@ -39,5 +54,6 @@ def describe_machine(threads: int) -> dict:
         "cores": cores(),
         "python": platform.python_version(),
         "pvt_ref": pvt_ref.__version__,
+        "commit": commit(),
         "blas": blas,
     }

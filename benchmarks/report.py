@@ -68,14 +68,15 @@ def summary_table(result: dict, digits: int = 0) -> str:
     rows = []
     for case in result["times"]:
         ours, theirs = (1e3 * statistics.median(case["seconds"][n]) for n in ("pvt_ref", RIVAL))
+        median, low, high = ratio(case, "pvt_ref")
         cells = [
             label(case),
             f"{ours:.{digits}f} ms",
             f"{theirs:.{digits}f} ms",
-            f"{ratio(case, 'pvt_ref')[0]:.2f}",
+            f"{median:.2f} ({low:.2f}-{high:.2f})",
         ]
         rows.append(cells)
-    return markdown(["224×224", "pvt_ref", RIVAL, "ratio"], rows)
+    return markdown(["224×224", "pvt_ref", RIVAL, "ratio (smallest-largest)"], rows)
 
 
 def large_table(result: dict) -> str:
@@ -112,7 +113,8 @@ def machine_line(result: dict) -> str:
     versions = sorted({v for versions in result["versions"].values() for v in versions.split(", ")})
     return (
         f"Measured {m['date']} on {m['threads']} threads of: {m['processor']} ({m['machine']}, "
-        f"{m['system']}, {m['memory_gib']} GiB). pvt_ref {m['pvt_ref']}, Python {m['python']}, "
+        f"{m['system']}, {m['memory_gib']} GiB). pvt_ref {m['pvt_ref']} (commit {m['commit']}), "
+        f"Python {m['python']}, "
         f"{', '.join(versions)}; {'; '.join(m['blas'])}.\n"
     )
 
