@@ -69,20 +69,39 @@ def pytest_collection_modifyitems(items):
 _failed_groups: set[int] = set()
 
 
-def pytest_runtest_logreport(report):
-    if report.failed:
-        _failed_groups.add(group(report.nodeid))
+def why_stop(nodeid: str, config) -> str | None:
+    """Why a test should not run, which could only repeat what has failed further down."""
+    failed = min(_failed_groups, default=len(GROUPS))
+    if failed == len(GROUPS) or failed >= group(nodeid) or config.getoption("go_on"):
+        return None
+    return f"failures in {', '.join(GROUPS[failed])} come first; --go-on runs the rest all the same"
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item):
-    """Ends the run before a test that could only repeat what has failed further down."""
-    number, failed = group(item.nodeid), min(_failed_groups, default=len(GROUPS))
-    if failed >= min(number, len(GROUPS)) or item.config.getoption("go_on"):
-        return None  # as usual
-    names = ", ".join(GROUPS[failed])
-    item.session.shouldfail = f"failures in {names} come first; --go-on runs the rest all the same"
-    return True  # this test is not run
+    reason = why_stop(item.nodeid, item.config)
+    if reason:
+        item.session.shouldfail = reason
+    return True if reason else None  # True: it counts as done
+
+
+class _SeesAllWorkers:
+    """In the process that hands out tests, a failure of one worker stops the others too."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def pytest_runtest_logreport(self, report):
+        reason = why_stop(report.nodeid, self.config)
+        if report.failed:
+            _failed_groups.add(group(report.nodeid))
+        session = self.config.pluginmanager.get_plugin("dsession")
+        if reason and session is not None:
+            session.shouldstop = reason
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(_SeesAllWorkers(config))
 
 
 def why_no_gpu() -> str | None:
