@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment, forks, and the end of the interpreter: nothing is left behind, nothing hangs.
+"""Ctrl-C at any moment, forks, the end of the interpreter: nothing is left behind, nothing hangs.
 
 An interrupt is an exception that Python raises in the middle of our own lines. It does so where it
 looks for signals: when a function is entered, after every call, and where a loop jumps back. The
@@ -16,7 +16,6 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 

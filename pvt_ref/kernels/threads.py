@@ -97,7 +97,7 @@ def run_pieces(
     return call.results
 
 
-#: More interrupts of one call than anybody sends; made here, since an interrupt can follow any call.
+#: More interrupts than anybody sends; made here, since one more can come after any call.
 _OFTEN_ENOUGH = range(10_000)
 
 
@@ -171,7 +171,7 @@ class _Call:
     def after_fork(self) -> None:
         """In the child, where there are no helpers: what they had begun is not done."""
         turns, self.turns = self.turns, []
-        if not all([turn.acquire(blocking=False) for turn in turns]):
+        if [turn for turn in turns if not turn.acquire(blocking=False)]:
             self.failures.append(
                 RuntimeError("forked amid this call; the threads that had a share are not here")
             )
@@ -238,7 +238,7 @@ class _Limit:
         change(weakref.ref(call))
         libraries = _libraries(of_one_thread=False)
         now, before = _get(libraries), self.before
-        if any([call() is not None for call in list(self.calls)]):
+        if {call() for call in list(self.calls)} - {None}:
             if self.before is None:
                 self.before = now  # first: from here on there is something to undo
             _set(libraries, [1] * len(libraries))
@@ -252,7 +252,7 @@ class _Limit:
             self.lock.acquire()
             return function(*args)
         finally:
-            try:
+            try:  # noqa: SIM105 (an interrupt can come before suppress() is entered)
                 self.lock.release()
             except RuntimeError:  # interrupted before it was acquired
                 pass
