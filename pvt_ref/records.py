@@ -106,7 +106,8 @@ def blocked_ops(threads: int | None = None, *, elements: int = 2**18) -> Ops:
         name = module.__name__.rsplit(".", 1)[-1]
         forward, backward = (getattr(module, f"{name}_{way}") for way in ("forward", "backward"))
         absorbed = tuple(
-            (other, twins.get(other, getattr(REFERENCE, other))) for other in ABSORBED.get(name, ())
+            (other, twins[other] if other in twins else getattr(REFERENCE, other))
+            for other in ABSORBED.get(name, ())
         )
         twins[name] = Operation(
             _WithSettings(forward, blocking), _WithSettings(backward, blocking), absorbed

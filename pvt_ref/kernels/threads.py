@@ -81,12 +81,15 @@ def run_pieces(
         call.begin()
         call.context.run(call.work_off)
     finally:
-        for _ in _OFTEN_ENOUGH:
-            try:
-                call.end()
-                break
-            except BaseException as error:  # an interrupt: what it broke off is done again
-                interrupt = error
+        try:
+            for _ in _OFTEN_ENOUGH:
+                try:
+                    call.end()
+                    break
+                except BaseException as error:  # an interrupt: what it broke off is done again
+                    interrupt = error
+        finally:
+            call.end()  # for one that came just where the loop jumps back
         if interrupt is not None:
             try:
                 raise interrupt
@@ -117,6 +120,7 @@ class _Call:
         # one for each helper, which holds it while at work; held by the caller in the end
         self.turns = [threading.RLock() for _ in range(min(threads, len(pieces)) - 1)]
         self.before: list[int] | None = None  # number of threads of the caller's own libraries
+        self.ended = False
 
     def begin(self) -> None:
         libraries = _libraries(of_one_thread=True)
@@ -132,12 +136,15 @@ class _Call:
 
     def end(self) -> None:
         """Nobody is at work afterwards, and nobody will be. May be broken off and called again."""
+        if self.ended:
+            return
         self.waiting.clear()
         for turn in self.turns:
             turn.acquire()  # once its helper has left; one that has not begun yet never will
         _limit.leave(self)
         if self.before is not None:
             _set(_libraries(of_one_thread=True), self.before)
+        self.ended = True
 
     def help_out(self, turn: threading.RLock, context: contextvars.Context) -> None:
         if not turn.acquire(blocking=False):
@@ -237,13 +244,13 @@ class _Limit:
         """
         change(weakref.ref(call))
         libraries = _libraries(of_one_thread=False)
-        now, before = _get(libraries), self.before
+        now, chosen = _get(libraries), self.before
         if {call() for call in list(self.calls)} - {None}:
             if self.before is None:
                 self.before = now  # first: from here on there is something to undo
             _set(libraries, [1] * len(libraries))
-        elif before is not None:
-            _set(libraries, before)
+        elif chosen is not None:
+            _set(libraries, chosen)
             self.before = None
 
     def _locked(self, function: Callable[..., Any], *args: Any) -> Any:
