@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -205,18 +206,35 @@ def test_two_hundred_interrupts_at_random_moments():
 
 
 def tasks() -> int:
-    """Threads of this process, whoever started them."""
+    """Threads of this process, whoever started them, without the helpers that wait for work."""
     folder = Path("/proc/self/task")
-    return len(list(folder.iterdir())) if folder.is_dir() else threading.active_count()
+    there = len(threads_module._helpers.there)
+    return (len(list(folder.iterdir())) if folder.is_dir() else threading.active_count()) - there
 
 
-def test_a_thousand_calls_leave_no_thread_and_no_memory():
+def settled(limit: int) -> bool:
+    """Whether no more are left than that, once those that were one too many have ended."""
+    for _ in range(1000):
+        if tasks() <= limit:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """No helpers yet, and the number of other threads."""
+    monkeypatch.setattr(threads_module, "_helpers", threads_module._Helpers())
+    monkeypatch.setattr(threads_module._limit, "most_helpers", 0)
+    return tasks()
+
+
+def test_a_thousand_calls_leave_three_helpers_and_no_memory(fresh):
     def call():
         assert run_pieces(lambda i, scratch: i, range(12), 4) == list(range(12))
 
     for _ in range(20):
         call()
-    before = tasks()
     gc.collect()
     tracemalloc.start()
     try:
@@ -228,26 +246,46 @@ def test_a_thousand_calls_leave_no_thread_and_no_memory():
         grown = tracemalloc.get_traced_memory()[0] - held
     finally:
         tracemalloc.stop()
-    for _ in range(500):  # threads that found nothing left to do may just be ending
-        if tasks() <= before:
-            break
-        time.sleep(0.01)
-    assert tasks() <= before
     assert grown < 50_000  # 50 bytes a call
+    assert settled(fresh)
+    assert len(threads_module._helpers.there) <= 3
 
 
-def test_no_more_threads_at_once_than_asked_for():
-    most, before, lock = 0, tasks(), threading.Lock()
+def test_helpers_are_as_many_as_calls_at_once_ask_for(fresh):
+    both = threading.Barrier(2, timeout=60)
 
     def work(i, scratch):
-        nonlocal most
-        with lock:
-            most = max(most, tasks())
+        if i == 0:
+            both.wait()  # two calls at once
         time.sleep(0.001)
 
-    for _ in range(5):
-        run_pieces(work, range(40), 3)
-    assert most <= before + 2 + 4  # some of the call before may just be ending
+    def calls():
+        for _ in range(20):
+            run_pieces(work, range(20), 3)
+
+    callers = [threading.Thread(target=calls) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert settled(fresh)
+    assert len(threads_module._helpers.there) <= 4
+    assert threads_module._limit.most_helpers <= 4
+
+
+def test_helpers_that_wait_hold_nothing_of_the_call():
+    class Result:
+        pass
+
+    made = run_pieces(lambda i, scratch: time.sleep(0.001) or Result(), range(20), 3)
+    left = [weakref.ref(result) for result in made]
+    made.clear()
+    for _ in range(1000):
+        gc.collect()
+        if not any(ref() for ref in left):
+            break
+        time.sleep(0.01)
+    assert not any(ref() for ref in left)
 
 
 # Forks and the end ----------------------------------------------------------------------------

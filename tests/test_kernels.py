@@ -349,7 +349,9 @@ def test_where_no_thread_can_be_started_the_caller_does_it_all(monkeypatch):
             raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threads_module, "_thread", Full)
+    monkeypatch.setattr(threads_module, "_helpers", threads_module._Helpers())
     assert run_pieces(lambda i, scratch: -i, range(9), 4) == [-i for i in range(9)]
+    assert threads_module._helpers.jobs.empty()
 
 
 def test_settings_of_the_caller_hold_in_the_threads():

@@ -14,6 +14,7 @@ import _thread
 import contextvars
 import functools
 import os
+import queue
 import threading
 import weakref
 from collections import deque
@@ -128,11 +129,7 @@ class _Call:
         _set(libraries, [1] * len(libraries))
         _limit.enter(self)
         for turn in self.turns:
-            try:
-                # threading's own start waits for the thread, and an interrupt can break that off
-                _thread.start_new_thread(self.help_out, (turn, self.context.copy()))
-            except RuntimeError:  # a limit, or the interpreter is closing: who is there does it all
-                return
+            _helpers.ask(functools.partial(self.help_out, turn, self.context.copy()))
 
     def end(self) -> None:
         """Nobody is at work afterwards, and nobody will be. May be broken off and called again."""
@@ -184,6 +181,39 @@ class _Call:
             )
 
 
+class _Helpers:
+    """Threads that wait for somebody to help, and stay. Only they themselves note who is there."""
+
+    def __init__(self) -> None:
+        self.jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.there: set[int] = set()
+        self.lock = threading.Lock()  # of the helpers, which nothing interrupts
+
+    def ask(self, job: Callable[[], None]) -> None:
+        if len(self.there) < _limit.most_helpers:
+            try:
+                # threading's own start waits for the thread, and an interrupt can break that off
+                _thread.start_new_thread(self.serve, ())
+            except RuntimeError:  # a limit, or the interpreter is closing: who is there does it all
+                if not self.there:
+                    return
+        self.jobs.put(job)
+
+    def serve(self) -> None:
+        with self.lock:
+            if len(self.there) >= _limit.most_helpers:  # one was started for each of two calls
+                return
+            self.there.add(threading.get_ident())
+        try:
+            while True:
+                self.jobs.get()()  # without a name: what a call has made ends with it
+        finally:
+            self.there.discard(threading.get_ident())
+
+
+_helpers = _Helpers()
+
+
 # One thread inside a matrix product ------------------------------------------------------------
 
 
@@ -223,6 +253,7 @@ class _Limit:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.calls: set[weakref.ref[_Call]] = set()
+        self.most_helpers = 0  # that calls under way at once have ever asked for
         self.before: list[int] | None = None  # what the user had set; None if nothing was changed
 
     def enter(self, call: _Call) -> None:
@@ -245,7 +276,10 @@ class _Limit:
         change(weakref.ref(call))
         libraries = _libraries(of_one_thread=False)
         now, chosen = _get(libraries), self.before
-        if {call() for call in list(self.calls)} - {None}:
+        under_way = [call for call in [call() for call in list(self.calls)] if call is not None]
+        if under_way:
+            asked_for = sum([len(call.turns) for call in under_way])
+            self.most_helpers = max(self.most_helpers, asked_for)
             if self.before is None:
                 self.before = now  # first: from here on there is something to undo
             _set(libraries, [1] * len(libraries))
@@ -287,10 +321,13 @@ def default_threads() -> int:
 
 def _after_fork() -> None:
     """A forked child has none of its parent's other threads, and none of their calls under way."""
+    global _helpers
+    _helpers = _Helpers()
     for call in [call() for call in _limit.calls]:
         if call is not None:
             call.after_fork()
     _limit.calls.clear()
+    _limit.most_helpers = 0
     if _limit.before is not None:
         _set(_libraries(of_one_thread=False), _limit.before)
         _limit.before = None
