@@ -4,6 +4,9 @@ They call ``ops.layer_norm.forward`` rather than a function by name, so that a f
 in any place, from a single GELU to a whole block: ``dataclasses.replace(REFERENCE, gelu=...)``. The
 records that there are stand in records.py.
 
+A twin of a large operation may compute smaller ones itself, and says which. A record in which one
+of those was replaced is refused, since nobody would ask for it.
+
 The rules of an operation, whoever writes it: it takes the arguments of the reference's function, by
 position or by those names; it computes what the reference computes; it writes only into arrays it
 made; its cache belongs to its own backward and is opaque to everyone else; a backward leaves its
@@ -15,10 +18,11 @@ something was dropped.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pvt_ref.arrays import Array
+from pvt_ref.errors import ArrayTypeError, ConfigError, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +33,24 @@ class Operation:
         forward: returns y and the cache, which is None if nothing was kept.
         backward: takes the cache and dL/dy, and returns dL/dx and the gradients of the weights, if
             there are any.
+        absorbed: names and operations that it computes itself, without asking the record.
+
+    Raises:
+        ArrayTypeError: if forward or backward cannot be called.
     """
 
     forward: Callable[..., tuple[Array, Any]]
     backward: Callable[..., Any]
+    absorbed: tuple[tuple[str, "Operation"], ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        for way in ("forward", "backward"):
+            if not callable(getattr(self, way)):
+                given = type(getattr(self, way)).__name__
+                raise ArrayTypeError(
+                    f"{way} is a {given}; an operation is made of two functions: "
+                    f"Operation(forward, backward)"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +72,10 @@ class Ops:
         sra: as in layers/sra.py.
         mlp: as in layers/mlp.py.
         block: as in block.py.
+
+    Raises:
+        ArrayTypeError: if the name is no text, or an operation no Operation.
+        ConfigError: if one was replaced that another of this record computes itself.
     """
 
     name: str
@@ -70,3 +92,29 @@ class Ops:
     sra: Operation
     mlp: Operation
     block: Operation
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ArrayTypeError(f"name is a {type(self.name).__name__}; it must be a text")
+        operations = {f.name: getattr(self, f.name) for f in fields(self)[2:]}
+        for name, operation in operations.items():
+            if not isinstance(operation, Operation):
+                raise ArrayTypeError(
+                    f"{name} is a {type(operation).__name__}; it must be an Operation, a forward "
+                    f"and its backward: Operation(f, {name}_backward)"
+                )
+        deaf = {
+            name: absorbed
+            for name, operation in operations.items()
+            for absorbed, own in operation.absorbed
+            if operations[absorbed] != own
+        }
+        if deaf:
+            replaced, names = next(iter(deaf.values())), ", ".join(deaf)
+            back = ", ".join(f"{name}=REFERENCE.{name}" for name in deaf)
+            raise ConfigError(
+                f"another {replaced} would have no effect: in the record {shown(self.name)} it is "
+                f"part of {names}, which would go on computing their own. Replace it in REFERENCE, "
+                f"where every operation is asked for: dataclasses.replace(REFERENCE, "
+                f"{replaced}=...); or replace these by the readable ones too: {back}"
+            )

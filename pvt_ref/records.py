@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 from pvt_ref.arrays import FLOAT_DTYPES, Array, dtype_name, is_numpy
@@ -63,11 +62,26 @@ class _WithSettings:
         return self.function(*args, **kwargs, blocking=self.blocking)
 
 
+#: What the kernels compute themselves. Dropout too: they ask for it only where its rate is not 0.
+ABSORBED: dict[str, tuple[str, ...]] = {
+    "attention": ("softmax", "dropout"),
+    "patch_embed": ("linear", "layer_norm"),
+    "mlp": ("linear", "gelu", "dropout"),
+    "block": (
+        *("linear", "layer_norm", "gelu", "softmax", "dropout", "drop_path"),
+        *("patch_embed", "attention", "sra", "mlp"),
+    ),
+}
+
+
 def blocked_ops(threads: int | None = None, *, elements: int = 2**18) -> Ops:
     """The kernels for NumPy arrays: cut into blocks that stay in the processor's cache, threaded.
 
     They compute what the layers compute; float32 rounds otherwise, no worse, and float64 agrees to
     the last digits. Where there is dropout, the layers themselves are used.
+
+    The kernel of a block asks for no smaller operation. To replace one, start from REFERENCE, or
+    replace ``block`` and whatever else the message names by REFERENCE's.
 
     Args:
         threads: at most so many; None for as many as NumPy's matrix products would use: the cores
@@ -86,25 +100,19 @@ def blocked_ops(threads: int | None = None, *, elements: int = 2**18) -> Ops:
             raise RangeError(f"{name} is {value!r}; it must be a whole number, at least 1")
     blocking = Blocking(threads, elements)
 
-    def twin(module: ModuleType) -> Operation:
+    twins: dict[str, Operation] = {}
+    # the larger after those that they are made of
+    for module in (linear, layer_norm, gelu, softmax, position, attention, patch_embed, mlp, block):
         name = module.__name__.rsplit(".", 1)[-1]
         forward, backward = (getattr(module, f"{name}_{way}") for way in ("forward", "backward"))
-        return Operation(_WithSettings(forward, blocking), _WithSettings(backward, blocking))
-
-    return dataclasses.replace(
-        REFERENCE,
-        name="blocked",
-        numpy_only=True,
-        linear=twin(linear),
-        layer_norm=twin(layer_norm),
-        gelu=twin(gelu),
-        softmax=twin(softmax),
-        patch_embed=twin(patch_embed),
-        position=twin(position),
-        attention=twin(attention),
-        mlp=twin(mlp),
-        block=twin(block),
-    )
+        absorbed = tuple(
+            (other, twins[other] if other in twins else getattr(REFERENCE, other))
+            for other in ABSORBED.get(name, ())
+        )
+        twins[name] = Operation(
+            _WithSettings(forward, blocking), _WithSettings(backward, blocking), absorbed
+        )
+    return dataclasses.replace(REFERENCE, name="blocked", numpy_only=True, **twins)
 
 
 def default_ops(x: Array) -> Ops:

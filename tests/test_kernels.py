@@ -7,9 +7,6 @@ and settings of others.
 """
 
 import gc
-import os
-import subprocess
-import sys
 import threading
 import time
 import tracemalloc
@@ -34,7 +31,7 @@ from pvt_ref.kernels import threads as threads_module
 from pvt_ref.kernels.blocking import Blocking, by_group, cut, share_columns
 from pvt_ref.kernels.gelu import TANH_FIT, gelu_rows
 from pvt_ref.kernels.linear import column_sums
-from pvt_ref.kernels.threads import Scratch, default_threads, one_blas_thread, run_pieces
+from pvt_ref.kernels.threads import Scratch, default_threads, run_pieces
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.layers.mlp import MLPParams
@@ -347,11 +344,14 @@ def test_an_error_in_a_helper_alone_reaches_the_caller():
 
 def test_where_no_thread_can_be_started_the_caller_does_it_all(monkeypatch):
     class Full:
-        def submit(self, *args):
+        @staticmethod
+        def start_new_thread(*args):
             raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threads_module, "_pool", Full)
+    monkeypatch.setattr(threads_module, "_thread", Full)
+    monkeypatch.setattr(threads_module, "_helpers", threads_module._Helpers())
     assert run_pieces(lambda i, scratch: -i, range(9), 4) == [-i for i in range(9)]
+    assert threads_module._helpers.jobs.empty()
 
 
 def test_settings_of_the_caller_hold_in_the_threads():
@@ -368,12 +368,14 @@ def test_blas_threads_are_as_before_afterwards():
             assert set(before) == {count}
             pvt_ref.forward(params, images, CONFIG, ops=blocked_ops(2, elements=64))
             assert blas_threads() == before
-            with one_blas_thread():
+
+            def look(i, scratch, count=count):
                 assert set(blas_threads()) == {1}
                 assert default_threads() == count
-                with one_blas_thread():
-                    pass
+                run_pieces(lambda i, scratch: None, range(2), 2)
                 assert set(blas_threads()) == {1}
+
+            run_pieces(look, range(3), 2)
             assert blas_threads() == before
             assert default_threads() == count
 
@@ -405,17 +407,21 @@ def test_two_callers_do_not_disturb_each_other():
 def test_whoever_leaves_last_restores_and_any_thread_can_limit():
     inside, leave = threading.Event(), threading.Event()
 
+    def stay(i, scratch):
+        inside.set()
+        leave.wait(20)
+
+    def start_other(i, scratch):
+        caller.start()
+        inside.wait(20)
+
     def other():
-        with one_blas_thread():
-            inside.set()
-            leave.wait(20)
+        run_pieces(stay, [0], 1)
 
     with threadpool_limits(3, user_api="blas"):
         before = blas_threads()
         caller = threading.Thread(target=other)
-        with one_blas_thread():
-            caller.start()
-            inside.wait(20)
+        run_pieces(start_other, [0], 1)
         assert set(blas_threads()) == {1}  # the other is still inside
         assert default_threads() == 3
         leave.set()
@@ -455,31 +461,6 @@ def test_libraries_with_a_setting_for_each_thread(monkeypatch):
     assert set(seen) == {1}
     assert set(library.counts.values()) == {8}  # of the caller and of every helper
     assert default_threads() == 8
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
-def test_a_forked_child_computes():
-    script = """
-import os, sys, numpy as np
-from pvt_ref.kernels.threads import run_pieces, one_blas_thread
-from threadpoolctl import threadpool_info
-count = lambda: {i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"}
-before = count()
-square = lambda i, scratch: i * i
-assert run_pieces(square, range(50), 3) == [i * i for i in range(50)]
-with one_blas_thread():
-    child = os.fork()
-    if child == 0:
-        assert count() == before, (count(), before)
-        assert run_pieces(square, range(50), 3) == [i * i for i in range(50)]
-        os._exit(0)
-_, status = os.waitpid(child, 0)
-assert status == 0, status
-assert count() == before
-"""
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "2"}
-    command = [sys.executable, "-W", "ignore", "-c", script]
-    subprocess.run(command, check=True, env=environment, timeout=60)
 
 
 # Cutting --------------------------------------------------------------------------------------

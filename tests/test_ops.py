@@ -1,5 +1,6 @@
 """The record of operations: whatever is put into it is what the model uses, everywhere."""
 
+import copy
 import dataclasses
 import pickle
 from collections import Counter
@@ -11,7 +12,7 @@ from strategies import ModelCase, normal, random_params, rng_of
 import pvt_ref
 from pvt_ref import REFERENCE, VARIANTS, Ops
 from pvt_ref.boundary import choose_ops
-from pvt_ref.errors import ArrayTypeError, RangeError
+from pvt_ref.errors import ArrayTypeError, ConfigError, RangeError
 from pvt_ref.ops import Operation
 from pvt_ref.records import blocked_ops, default_ops
 
@@ -237,3 +238,102 @@ def test_settings_of_the_kernels_are_checked(settings, words):
 
 def test_no_stages_give_no_attention_maps():
     assert pvt_ref.attention_maps(CASE.params(), CASE.images(), CONFIG, stages=[]) == {}
+
+
+# What a kernel computes itself ----------------------------------------------------------------
+
+
+def ours(x, keep=True):
+    return np.maximum(x, 0), x if keep else None
+
+
+RELU = Operation(ours, lambda x, dy: dy * (x > 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "absorbing"),
+    [
+        ("linear", ["patch_embed", "mlp", "block"]),
+        ("layer_norm", ["patch_embed", "block"]),
+        ("gelu", ["mlp", "block"]),
+        ("softmax", ["attention", "block"]),
+        ("dropout", ["attention", "mlp", "block"]),
+        ("drop_path", ["block"]),
+        ("patch_embed", ["block"]),
+        ("attention", ["block"]),
+        ("sra", ["block"]),
+        ("mlp", ["block"]),
+        ("position", []),
+        ("block", []),
+    ],
+)
+def test_replacing_what_a_kernel_computes_itself_is_refused(name, absorbing):
+    ops = blocked_ops(2)
+    other = dataclasses.replace(getattr(ops, name), forward=lambda *args, **kwargs: None)
+    readable = {each: getattr(REFERENCE, each) for each in absorbing}
+    if absorbing:
+        with pytest.raises(ConfigError, match=f"another {name} would have no effect") as error:
+            dataclasses.replace(ops, **{name: other})
+        for each in absorbing:
+            assert f"{each}=REFERENCE.{each}" in str(error.value)
+        assert f"dataclasses.replace(REFERENCE, {name}=...)" in str(error.value)
+        if len(absorbing) > 1:  # one of them replaced is not enough
+            with pytest.raises(ConfigError, match=f"another {name} would have no effect"):
+                dataclasses.replace(ops, **{name: other, "block": REFERENCE.block})
+    # with what the message names replaced too, it is asked for
+    replaced = dataclasses.replace(ops, **{name: other} | readable)
+    assert getattr(replaced, name) == other
+
+
+def test_what_the_message_advises_takes_effect():
+    params, images = CASE.params(), CASE.images()
+    expected = pvt_ref.forward(
+        params, images, CONFIG, ops=dataclasses.replace(REFERENCE, gelu=RELU)
+    )
+    ops = dataclasses.replace(blocked_ops(2), gelu=RELU, mlp=REFERENCE.mlp, block=REFERENCE.block)
+    np.testing.assert_allclose(pvt_ref.forward(params, images, CONFIG, ops=ops), expected)
+
+
+def test_every_operation_of_the_kernels_is_asked_for_or_absorbed():
+    # a counted twin of each, alone: if replacing it is allowed, the model calls it
+    params, images = CASE.params(), CASE.images()
+    ops, config = blocked_ops(2), dataclasses.replace(CONFIG, drop_rate=0.0, attn_drop_rate=0.0)
+    allowed = set()
+    for name in NAMES:
+        calls = Counter()
+        operation = getattr(ops, name)
+
+        def spy(*args, calls=calls, operation=operation, **kwargs):
+            calls["forward"] += 1
+            return operation.forward(*args, **kwargs)
+
+        try:
+            spied = dataclasses.replace(ops, **{name: dataclasses.replace(operation, forward=spy)})
+        except ConfigError:
+            continue
+        allowed.add(name)
+        pvt_ref.forward_with_cache(params, images, config, rng_of(1), ops=spied)
+        assert calls["forward"] > 0, name
+    assert allowed == {"position", "block"}
+
+
+def test_records_of_something_else_are_refused():
+    for wrong in (np.tanh, None, "gelu", (ours, ours)):
+        with pytest.raises(ArrayTypeError, match=r"gelu is a .*; it must be an Operation"):
+            dataclasses.replace(REFERENCE, gelu=wrong)
+    with pytest.raises(ArrayTypeError, match="name is a int; it must be a text"):
+        dataclasses.replace(REFERENCE, name=3)
+    with pytest.raises(ArrayTypeError, match="backward is a NoneType; an operation is made of two"):
+        Operation(ours, None)
+    with pytest.raises(ArrayTypeError, match="forward is a int"):
+        Operation(1, ours)
+
+
+def test_a_record_is_hashable_copied_and_pickled_with_what_it_absorbs():
+    ops = blocked_ops(2)
+    for same in (pickle.loads(pickle.dumps(ops)), copy.deepcopy(ops), blocked_ops(2)):
+        assert same == ops
+        assert hash(same) == hash(ops)
+        with pytest.raises(ConfigError):
+            dataclasses.replace(same, gelu=RELU)
+    assert "absorbed" not in repr(ops)

@@ -228,7 +228,9 @@ def test_12_each_key_and_value_depends_on_its_own_block_only(R, h, w, seed, data
         seen.append((k.copy(), v.copy()))
         return attention_forward(q, k, v, *rest, **options)
 
-    spied = dataclasses.replace(ops, attention=dataclasses.replace(ops.attention, forward=spy))
+    spied = dataclasses.replace(
+        REFERENCE, attention=dataclasses.replace(REFERENCE.attention, forward=spy)
+    )
     p, stage = random_sra(C, R, seed), stage_config(embed_dim=C, num_heads=2)
     x = normal(seed, 1, grid[0] * grid[1], C)
     token = data.draw(st.integers(0, grid[0] * grid[1] - 1))

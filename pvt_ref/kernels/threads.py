@@ -4,16 +4,21 @@ NumPy's own threads only help inside a product; norms, GELUs and softmaxes run o
 kernels cut the rows into pieces and let each thread take a piece through all operations. NumPy
 releases the interpreter lock while it computes. The products then must not start threads of their
 own: OpenBLAS's go on spinning for milliseconds after a product, on cores that ours need.
+
+Ctrl-C raises KeyboardInterrupt in the caller between any two steps of Python, here too. Helpers are
+never interrupted. So whatever has to be undone is either one operation of C's, which is done whole
+or not at all, or may be done again, and is, until it was done to its end.
 """
 
+import _thread
 import contextvars
 import functools
 import os
+import queue
 import threading
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,59 +73,145 @@ def run_pieces(
         The results in the order of the pieces.
 
     Raises:
-        BaseException: what work raises, once no thread is at work any more.
+        BaseException: what work raises, or an interrupt of the caller, once no thread is at work
+            any more.
     """
-    results: list[Any] = [None] * len(pieces)
-    waiting = deque(enumerate(pieces))
-
-    def help_out() -> None:
-        with one_blas_thread():
-            work_off()
-
-    def work_off() -> None:
-        scratch = Scratch(threads if len(pieces) == 1 else 1)
+    call = _Call(work, pieces, threads)
+    interrupt = None
+    try:
+        call.begin()
+        call.context.run(call.work_off)
+    finally:
         try:
-            while waiting:
+            for _ in _OFTEN_ENOUGH:
                 try:
-                    i, piece = waiting.popleft()
+                    call.end()
+                    break
+                except BaseException as error:  # an interrupt: what it broke off is done again
+                    interrupt = error
+        finally:
+            call.end()  # for one that came just where the loop jumps back
+        if interrupt is not None:
+            try:
+                raise interrupt
+            finally:
+                interrupt = None  # or frame and exception would keep each other, and the arrays
+    for failure in call.failures:
+        raise failure
+    return call.results
+
+
+#: More interrupts than anybody sends; made here, since one more can come after any call.
+_OFTEN_ENOUGH = range(10_000)
+
+
+class _Call:
+    """One call of run_pieces: what is left to do, and who is at work on it."""
+
+    def __init__(
+        self, work: Callable[[Any, Scratch], Any], pieces: Sequence[Any], threads: int
+    ) -> None:
+        self.work = work
+        self.threads_in_piece = threads if len(pieces) == 1 else 1
+        self.waiting = deque(enumerate(pieces))
+        self.results: list[Any] = [None] * len(pieces)
+        self.failures: list[BaseException] = []
+        # a copy of the caller's, which holds numpy.errstate; what work sets in it ends with it
+        self.context = contextvars.copy_context()
+        # one for each helper, which holds it while at work; held by the caller in the end
+        self.turns = [threading.RLock() for _ in range(min(threads, len(pieces)) - 1)]
+        self.before: list[int] | None = None  # number of threads of the caller's own libraries
+        self.ended = False
+
+    def begin(self) -> None:
+        libraries = _libraries(of_one_thread=True)
+        self.before = _get(libraries)
+        _set(libraries, [1] * len(libraries))
+        _limit.enter(self)
+        for turn in self.turns:
+            _helpers.ask(functools.partial(self.help_out, turn, self.context.copy()))
+
+    def end(self) -> None:
+        """Nobody is at work afterwards, and nobody will be. May be broken off and called again."""
+        if self.ended:
+            return
+        self.waiting.clear()
+        for turn in self.turns:
+            turn.acquire()  # once its helper has left; one that has not begun yet never will
+        _limit.leave(self)
+        if self.before is not None:
+            _set(_libraries(of_one_thread=True), self.before)
+        self.ended = True
+
+    def help_out(self, turn: threading.RLock, context: contextvars.Context) -> None:
+        if not turn.acquire(blocking=False):
+            return
+        try:
+            libraries = _libraries(of_one_thread=True)
+            before = _get(libraries)
+            _set(libraries, [1] * len(libraries))
+            try:
+                context.run(self.work_off)
+            finally:
+                _set(libraries, before)
+        except BaseException as error:
+            self.failures.append(error)
+        finally:
+            turn.release()
+
+    def work_off(self) -> None:
+        scratch = Scratch(self.threads_in_piece)
+        try:
+            while self.waiting:
+                try:
+                    i, piece = self.waiting.popleft()
                 except IndexError:  # another thread was faster
                     return
-                results[i] = work(piece, scratch)
+                self.results[i] = self.work(piece, scratch)
         except BaseException:
-            waiting.clear()
+            self.waiting.clear()
             raise
 
-    with one_blas_thread():
-        helpers = _start_helpers(help_out, min(threads, len(pieces)) - 1)
+    def after_fork(self) -> None:
+        """In the child, where there are no helpers: what they had begun is not done."""
+        turns, self.turns = self.turns, []
+        if [turn for turn in turns if not turn.acquire(blocking=False)]:
+            self.failures.append(
+                RuntimeError("forked amid this call; the threads that had a share are not here")
+            )
+
+
+class _Helpers:
+    """Threads that wait for somebody to help, and stay. Only they themselves note who is there."""
+
+    def __init__(self) -> None:
+        self.jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.there: set[int] = set()
+        self.lock = threading.Lock()  # of the helpers, which nothing interrupts
+
+    def ask(self, job: Callable[[], None]) -> None:
+        if len(self.there) < _limit.most_helpers:
+            try:
+                # threading's own start waits for the thread, and an interrupt can break that off
+                _thread.start_new_thread(self.serve, ())
+            except RuntimeError:  # a limit, or the interpreter is closing: who is there does it all
+                if not self.there:
+                    return
+        self.jobs.put(job)
+
+    def serve(self) -> None:
+        with self.lock:
+            if len(self.there) >= _limit.most_helpers:  # one was started for each of two calls
+                return
+            self.there.add(threading.get_ident())
         try:
-            work_off()
+            while True:
+                self.jobs.get()()  # without a name: what a call has made ends with it
         finally:
-            waiting.clear()
-            # a helper that no thread has begun has nothing left to do: do not wait for its turn
-            started = [helper for helper in helpers if not helper.cancel()]
-            failures = [helper.exception() for helper in started]
-    for failure in failures:
-        if failure is not None:
-            raise failure
-    return results
+            self.there.discard(threading.get_ident())
 
 
-def _start_helpers(help_out: Callable[[], None], count: int) -> list[Future[None]]:
-    helpers: list[Future[None]] = []
-    try:
-        for _ in range(count):
-            # each in a copy of the caller's context, which holds numpy.errstate
-            context = contextvars.copy_context()
-            helpers.append(_pool().submit(context.run, help_out))
-    except RuntimeError:  # no thread can be started (a limit, or the interpreter is closing):
-        pass  # those there are do the work
-    return helpers
-
-
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    # threads are started as needed and kept; the number only bounds how many calls at once get help
-    return ThreadPoolExecutor(max_workers=128, thread_name_prefix="pvt_ref")
+_helpers = _Helpers()
 
 
 # One thread inside a matrix product ------------------------------------------------------------
@@ -147,65 +238,68 @@ def _get(libraries: list[Any]) -> list[int]:
 
 def _set(libraries: list[Any], counts: list[int]) -> None:
     for library, count in zip(libraries, counts, strict=True):
-        # threadpoolctl lets the first thread that set OpenBLAS's number do so alone, and passes
-        # over the others in silence; who may set it when is counted in _Calls
-        release = getattr(library, "clear_controlling_thread", lambda force=False: None)
-        release(force=True)
-        library.set_num_threads(count)
-        release()
+        # OpenBLAS's public method obeys only the thread that called it first, and has a lock that
+        # an interrupt or a fork could leave locked; who may set it when is decided by _Limit
+        set_num_threads = getattr(library, "_real_set_num_threads", library.set_num_threads)
+        set_num_threads(count)
 
 
-class _Calls:
-    """How many calls are under way, and what the user had set for the process."""
+class _Limit:
+    """Whether the process is limited to one thread, and what the user had set.
+
+    Calls are under way as long as they exist: one that could not leave is forgotten with its frame.
+    """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.count = 0
-        self.before: list[int] = []
+        self.lock = threading.RLock()
+        self.calls: set[weakref.ref[_Call]] = set()
+        self.most_helpers = 0  # that calls under way at once have ever asked for
+        self.before: list[int] | None = None  # what the user had set; None if nothing was changed
 
-    def enter(self) -> list[int]:
-        """One thread from now on. Returns what was set for the calling thread."""
-        mine = _libraries(of_one_thread=True)
-        mine_before = _get(mine)
-        _set(mine, [1] * len(mine))
-        with self.lock:
-            everyones = _libraries(of_one_thread=False)
-            if self.count == 0:
-                self.before = _get(everyones)
-            self.count += 1  # first: a fork in between must know that there is something to undo
-            if self.count == 1:
-                _set(everyones, [1] * len(everyones))
-        return mine_before
+    def enter(self, call: _Call) -> None:
+        self._locked(self._update, self.calls.add, call)
 
-    def leave(self, mine_before: list[int]) -> None:
-        _set(_libraries(of_one_thread=True), mine_before)
-        with self.lock:
-            if self.count == 1:
-                _set(_libraries(of_one_thread=False), self.before)
-            self.count -= 1
+    def leave(self, call: _Call) -> None:
+        self._locked(self._update, self.calls.discard, call)
 
-    def chosen_by_user(self) -> int | None:
-        with self.lock:
-            counts = self.before if self.count else _get(_libraries(of_one_thread=False))
-        return max(counts + _get(_libraries(of_one_thread=True)), default=None)
+    def chosen_by_user(self) -> list[int]:
+        return self._locked(self._get_before)
+
+    def _get_before(self) -> list[int]:
+        return _get(_libraries(of_one_thread=False)) if self.before is None else self.before
+
+    def _update(self, change: Callable[[Any], None], call: _Call) -> None:
+        """Can be broken off anywhere: the next update, of whichever call, makes it right.
+
+        A signal's handler may compute too, amid this: what it changed is looked at afterwards.
+        """
+        change(weakref.ref(call))
+        libraries = _libraries(of_one_thread=False)
+        now, chosen = _get(libraries), self.before
+        under_way = [call for call in [call() for call in list(self.calls)] if call is not None]
+        if under_way:
+            asked_for = sum([len(call.turns) for call in under_way])
+            self.most_helpers = max(self.most_helpers, asked_for)
+            if self.before is None:
+                self.before = now  # first: from here on there is something to undo
+            _set(libraries, [1] * len(libraries))
+        elif chosen is not None:
+            _set(libraries, chosen)
+            self.before = None
+
+    def _locked(self, function: Callable[..., Any], *args: Any) -> Any:
+        # not "with": in Python 3.14 an interrupt can come between its taking the lock and its block
+        try:
+            self.lock.acquire()
+            return function(*args)
+        finally:
+            try:  # noqa: SIM105 (an interrupt can come before suppress() is entered)
+                self.lock.release()
+            except RuntimeError:  # interrupted before it was acquired
+                pass
 
 
-_calls = _Calls()
-
-
-@contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """Matrix products use one thread inside, and afterwards as many as before.
-
-    OpenBLAS has one setting for the whole process: of several calls at once, the first to enter
-    saves it and the last to leave restores it. MKL and OpenMP have one for each thread.
-    """
-    calls = _calls  # a fork inside would put another in its place
-    before = calls.enter()
-    try:
-        yield
-    finally:
-        calls.leave(before)
+_limit = _Limit()
 
 
 def default_threads() -> int:
@@ -217,22 +311,33 @@ def default_threads() -> int:
     Returns:
         At least 1.
     """
-    chosen = _calls.chosen_by_user()
-    if chosen is not None:
-        return chosen
+    chosen = _limit.chosen_by_user() + _get(_libraries(of_one_thread=True))
+    if chosen:
+        return max(chosen)
     if hasattr(os, "sched_getaffinity"):  # a BLAS that threadpoolctl does not know
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _after_fork() -> None:
-    """A forked child has none of its parent's threads: no pool, and no call under way."""
-    global _calls
-    _pool.cache_clear()
-    inherited, _calls = _calls, _Calls()
-    if inherited.count:
-        _set(_libraries(of_one_thread=False), inherited.before)
+    """A forked child has none of its parent's other threads, and none of their calls under way."""
+    global _helpers
+    _helpers = _Helpers()
+    for call in [call() for call in _limit.calls]:
+        if call is not None:
+            call.after_fork()
+    _limit.calls.clear()
+    _limit.most_helpers = 0
+    if _limit.before is not None:
+        _set(_libraries(of_one_thread=False), _limit.before)
+        _limit.before = None
+    _limit.lock.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    # OpenBLAS's setter has a lock, which no other thread may hold when the child is copied
+    os.register_at_fork(
+        before=_limit.lock.acquire,
+        after_in_parent=_limit.lock.release,
+        after_in_child=_after_fork,
+    )
