@@ -293,6 +293,34 @@ def resize_and_crop(image: Image.Image, size: int | tuple[int, int] = 224) -> Im
         raise ImageError(f"{what} must be in mode RGB; pvt_ref.image.read_rgb(image) converts it")
     if 0 in image.size:
         raise ImageError(f"{what} has no pixels")
+    with as_image_error(what):
+        load(image, what)  # a PIL image may read its file only now
+        return _resized_and_cropped(image, H, W, what)
+
+
+def resize_and_crop_bands(pixels: np.ndarray, size: int | tuple[int, int] = 224) -> np.ndarray:
+    """The same geometry for any number of channels, each on its own.
+
+    Args:
+        pixels: (H, W, C) uint8, not empty.
+        size: S, or (H, W), in pixels.
+
+    Returns:
+        (S, S, C) or (H, W, C) uint8. Of three channels, the bits of :func:`resize_and_crop`.
+
+    Raises:
+        ImageError: if the picture is so long and thin that it would be enormous before the crop.
+        ShapeError: if size is not one or two positive whole numbers.
+    """
+    H, W = _check_size(size)
+    what = f"the picture of shape {pixels.shape}"
+    bands = [Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(pixels, 2, 0)]
+    with as_image_error(what):
+        resized = [np.asarray(_resized_and_cropped(band, H, W, what)) for band in bands]
+    return np.stack(resized, axis=2)  # (H, W, C)
+
+
+def _resized_and_cropped(image: Image.Image, H: int, W: int, what: str) -> Image.Image:
     height, width = _covering_size(image.height, image.width, *_with_margin(H, W))
     if height * width > MAX_RESIZED_PIXELS:
         raise ImageError(
@@ -307,10 +335,8 @@ def resize_and_crop(image: Image.Image, size: int | tuple[int, int] = 224) -> Im
             f"smaller size"
         )
     left, top = round((width - W) / 2), round((height - H) / 2)
-    with as_image_error(what):
-        load(image, what)  # a PIL image may read its file only now
-        resized = image.resize((width, height), Image.Resampling.BICUBIC)
-        return resized.crop((left, top, left + W, top + H))
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return resized.crop((left, top, left + W, top + H))
 
 
 def _check_size(size: Any) -> tuple[int, int]:
