@@ -55,14 +55,18 @@ MAX_PIXELS = 2**30 // 12
 #: Scans of a JPEG: each visits every pixel, however few bytes it has. Usual are 1 to 10.
 MAX_SCANS = 100
 
-#: Parts of a file: chunks of a PNG, segments of a JPEG.
+#: Bytes of a file that Pillow reads byte by byte: a PNM in digits, a BMP of run lengths. A
+#: microsecond each.
+MAX_SLOW_BYTES = 2**24
+
+#: Parts of a file: chunks of a PNG, segments of a JPEG, blocks of a GIF before its first frame.
 MAX_PARTS = 2**17
 
 #: Parts that are unpacked or joined: profiles and packed texts of a PNG, Exif of a JPEG.
 MAX_METADATA_PARTS = 64
 
 #: Numbers that the tags of a TIFF, or of Exif, hold together: each becomes a Python object.
-MAX_TAG_NUMBERS = 2**20
+MAX_TAG_NUMBERS = 2**18
 
 
 @contextmanager
@@ -334,8 +338,13 @@ def _check_parts(data: bytes, what: str) -> None:
         _check_jpeg(data, what)
     elif data.startswith(b"\x89PNG"):
         _check_png(data, what)
+    elif data.startswith(b"GIF8"):
+        _check_gif(data, what)
     elif data[:2] in (b"II", b"MM") and _numbers(data) is None:
         raise _too_many(what, "numbers in its tags", "MAX_TAG_NUMBERS", MAX_TAG_NUMBERS)
+    elif len(data) > MAX_SLOW_BYTES and _is_slow(data):
+        things = "bytes, each of which is read on its own"
+        raise _too_many(what, things, "MAX_SLOW_BYTES", MAX_SLOW_BYTES)
 
 
 def _too_many(what: str, things: str, name: str, limit: int) -> ImageError:
@@ -383,6 +392,39 @@ def _check_png(data: bytes, what: str) -> None:
             raise _too_many(
                 what, "profiles and packed texts", "MAX_METADATA_PARTS", MAX_METADATA_PARTS
             )
+
+
+def _check_gif(data: bytes, what: str) -> None:
+    """Walks what lies before the first frame, as Pillow does: stray bytes are skipped."""
+    at, parts = 13, 0
+    if len(data) > 10 and data[10] & 128:  # a palette
+        at += 3 << ((data[10] & 7) + 1)
+    in_extension = False
+    while at < len(data) and (in_extension or data[at] not in b",;"):
+        parts += 1
+        if parts > MAX_PARTS:
+            raise _too_many(what, "blocks", "MAX_PARTS", MAX_PARTS)
+        if in_extension:
+            in_extension = data[at] > 0
+            at += 1 + data[at]
+        else:
+            in_extension = data[at] == 0x21
+            at += 1 + in_extension  # a label follows
+
+
+#: A PNM's mark, and its numbers with white space or comments before each.
+_PNM = re.compile(
+    rb"P[14](?:(?:\s|#[^\r\n]*[\r\n])+\d+){2}|P.(?:(?:\s|#[^\r\n]*[\r\n])+[-+.\d]+){3}"
+)
+
+
+def _is_slow(data: bytes) -> bool:
+    """Whether Pillow has no fast decoder for it."""
+    if data.startswith(b"BM"):
+        return data[30:34] in (b"\1\0\0\0", b"\2\0\0\0")
+    if data.startswith(b"P"):  # digits, or a comment of any length
+        return data[1:2] in (b"1", b"2", b"3") or not _PNM.match(data[: 2**16])
+    return False
 
 
 def _numbers(tiff: bytes) -> int | None:

@@ -252,7 +252,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 @pytest.mark.parametrize(("bit_depth", "color_type"), [(16, 0), (8, 4), (8, 6)])
 def test_memory_is_twelve_bytes_a_pixel(tmp_path, bit_depth, color_type):
     (tmp_path / "small.png").write_bytes(png(64, 64, bit_depth, color_type))
-    side = 4000
+    side = 3000
     (tmp_path / "large.png").write_bytes(png(side, side, bit_depth, color_type))
     peak = int(run(PEAK, tmp_path / "small.png", tmp_path / "large.png"))
     assert peak * 1024 < 12 * side**2 + 2**25  # and a band
@@ -363,6 +363,59 @@ def test_chunks_of_a_png(monkeypatch):
         read_rgb(io.BytesIO(texts))
 
 
+def test_blocks_of_a_gif(monkeypatch):
+    data = saved(Image.new("P", (8, 8)), "GIF")
+    for start in (data.index(b","), 13 + 3 * 2 ** ((data[10] & 7) + 1)):
+        for extra in (b"!\xfe\x01a\0", b"!\xfe" + b"\x01a" * 3 + b"\0", b"\0", b"!\x01\x01,\0"):
+            few = data[:start] + extra * 9 + data[start:]
+            many = data[:start] + extra * 60 + data[start:]
+            with monkeypatch.context() as patch:
+                patch.setattr(picture_file, "MAX_PARTS", 59)
+                assert read_rgb(io.BytesIO(few)).size == (8, 8)
+                with pytest.raises(ImageError, match="more than 59 blocks"):
+                    read_rgb(io.BytesIO(many))
+    frames = [Image.new("P", (8, 8), c) for c in range(90)]
+    film = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    monkeypatch.setattr(picture_file, "MAX_PARTS", 59)
+    assert read_rgb(io.BytesIO(film)).size == (8, 8)  # later frames are not counted: not read
+
+
+def run_lengths(side):
+    """A BMP of 8 bits in runs of one pixel."""
+    data = (b"\1\0" * side + b"\0\0") * side + b"\0\1"
+    sizes = 14 + 40 + 1024
+    header = struct.pack("<2sIHHI", b"BM", sizes + len(data), 0, 0, sizes)
+    header += struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, len(data), 0, 0, 256, 0)
+    return header + bytes(1024) + data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"P2 8 8 255 " + b"7 " * 64 + b" " * 2000,
+        b"P3 1 1 #" + b"c" * 2000 + b"\n255 1 2 3",
+        b"P6 1 #" + b"c" * 70_000 + b"\n1 255 abc",
+        run_lengths(32),
+    ],
+    ids=["digits", "comment in digits", "comment", "run lengths"],
+)
+def test_what_is_read_byte_by_byte(data, monkeypatch):
+    assert read_rgb(io.BytesIO(data)).mode == "RGB"
+    monkeypatch.setattr(picture_file, "MAX_SLOW_BYTES", len(data) - 1)
+    with pytest.raises(ImageError, match="bytes, each of which is read on its own"):
+        read_rgb(io.BytesIO(data))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "F"])
+def test_what_is_read_at_once_may_be_larger(mode, monkeypatch):
+    monkeypatch.setattr(picture_file, "MAX_SLOW_BYTES", 20)
+    for format in ("PPM", *["BMP"] * (mode != "F")):
+        data = saved(Image.new(mode, (64, 64), 200), format)
+        assert read_rgb(io.BytesIO(data)).size == (64, 64)
+    commented = b"P6\n# by hand\n2 1\n# levels\n255\nabcdef"
+    assert read_rgb(io.BytesIO(commented)).size == (2, 1)
+
+
 def tiff_of_numbers(count, order="<", big=False):
     """A TIFF with one tag of so many fractions, whose place in the file is its own start."""
     mark = b"II" if order == "<" else b"MM"
@@ -375,10 +428,10 @@ def tiff_of_numbers(count, order="<", big=False):
 @pytest.mark.parametrize("big", [False, True])
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_numbers_in_the_tags_of_a_tiff(order, big):
-    with pytest.raises(ImageError, match="more than 1048576 numbers in its tags"):
-        read_rgb(io.BytesIO(tiff_of_numbers(2**20 + 1, order, big)))
+    with pytest.raises(ImageError, match="more than 262144 numbers in its tags"):
+        read_rgb(io.BytesIO(tiff_of_numbers(2**18 + 1, order, big)))
     with pytest.raises(ImageError) as caught:  # it has no pixels, but that is another matter
-        read_rgb(io.BytesIO(tiff_of_numbers(2**20, order, big)))
+        read_rgb(io.BytesIO(tiff_of_numbers(2**18, order, big)))
     assert "numbers" not in str(caught.value)
 
 
@@ -389,7 +442,7 @@ def test_numbers_in_exif():
     turned = saved(image, "PNG", exif=exif)
     assert read_rgb(io.BytesIO(turned)).size == (2, 4)
     for prefix in (b"", b"Exif\0\0", b"Exif\0\0" * 2):
-        many = saved(image, "PNG", exif=b"Exif\0\0" + prefix + tiff_of_numbers(2**20 + 1))
+        many = saved(image, "PNG", exif=b"Exif\0\0" + prefix + tiff_of_numbers(2**18 + 1))
         assert read_rgb(io.BytesIO(many)).size == (4, 2)  # not looked at
         assert not picture_file.exif_is_harmless(Image.open(io.BytesIO(many)))
 
