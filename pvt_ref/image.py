@@ -310,9 +310,16 @@ def resize_and_crop_bands(pixels: np.ndarray, size: int | tuple[int, int] = 224)
 
     Raises:
         ImageError: if the picture is so long and thin that it would be enormous before the crop.
-        ShapeError: if size is not one or two positive whole numbers.
+        ArrayTypeError: if pixels are not a NumPy array of uint8.
+        ShapeError: if they are not (H, W, C) or empty, or size is not one or two positive whole
+            numbers.
     """
     H, W = _check_size(size)
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
+        kind = getattr(pixels, "dtype", type(pixels).__name__)
+        raise ArrayTypeError(f"pixels are {kind}; they must be a NumPy array (H, W, C) of uint8")
+    if pixels.ndim != 3 or 0 in pixels.shape:
+        raise ShapeError(f"pixels have shape {pixels.shape}; they must be (H, W, C), not empty")
     what = f"the picture of shape {pixels.shape}"
     bands = [Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(pixels, 2, 0)]
     with as_image_error(what):

@@ -91,6 +91,11 @@ class Preprocessing:
             ImageError: as :func:`pvt_ref.load_image`.
             MissingFileError: as :func:`pvt_ref.load_image`.
         """
+        if not isinstance(pictures, list | tuple | np.ndarray):
+            raise ArrayTypeError(
+                f"pictures are a {type(pictures).__name__}; they must be a list. One picture is "
+                f"prepared by calling the preprocessing: preprocessing(picture, size)"
+            )
         if len(pictures) == 0:
             raise ShapeError("the list of images is empty; a batch needs at least one")
         return np.stack([self._prepared(picture, size) for picture in pictures])

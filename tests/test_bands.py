@@ -100,6 +100,18 @@ def test_what_is_no_picture_of_bands(picture, error, words):
         FOUR([picture], 224)
 
 
+def test_pictures_and_pixels_of_other_types():
+    for pictures in (5, None, "cat.png", {1}):
+        with pytest.raises(ArrayTypeError, match="they must be a list"):
+            FOUR.pixels(pictures, 8)
+    for pixels in (None, [1], np.zeros((4, 4, 2))):
+        with pytest.raises(ArrayTypeError, match=r"must be a NumPy array \(H, W, C\) of uint8"):
+            resize_and_crop_bands(pixels, 8)
+    for shape in ((4, 4), (4, 0, 2), ()):
+        with pytest.raises(ShapeError, match=r"must be \(H, W, C\), not empty"):
+            resize_and_crop_bands(np.zeros(shape, np.uint8), 8)
+
+
 def test_colours_say_where_bands_go():
     with pytest.raises(ShapeError, match=r"Preprocessing\('bands', mean, std\)"):
         Preprocessing()([noise(8, 8, 4)], 8)
