@@ -325,7 +325,7 @@ def test_scans_are_counted_where_the_decoder_sees_them():
     data = saved(Image.new("RGB", (16, 16), "red"), "JPEG", restart_marker_blocks=1)
     segment = b"\xff\xe1" + struct.pack(">H", 2002) + b"\xff\xda" * 1000
     inside = data[:2] + segment + data[2:]  # a preview in the metadata, say
-    behind = data + b"\xff\xda" * 1000  # a film behind the photo
+    behind = data + b"\0\2" + b"\xff\xda\0\2" * 1000  # a film behind the photo
     for harmless in (data, inside, behind):
         assert read_rgb(io.BytesIO(harmless)).getpixel((0, 0))[0] > 240
     fill = jpeg_with_scans(101).replace(b"\xff\xda", b"\xff\xff\xff\xda")  # the same to a decoder
