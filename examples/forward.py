@@ -7,6 +7,10 @@
 
 Prints what each stage works on and how long it takes, and the five likeliest classes, and writes
 pyramid.png: the photo, the four feature maps, and where one query looks at every stage.
+
+The cat is shown at 192x192, though the weights were trained at 32x32: the position tables are
+resized. At 32x32 there is little to see, and a close-up of a face is unlike CIFAR-10's small photos
+of whole animals.
 """
 
 import argparse
@@ -27,12 +31,19 @@ from numpy.typing import NDArray
 
 import pvt_ref
 from pvt_ref import VARIANTS, Model, Preprocessing, PVTConfig, PVTError
-from pvt_ref.errors import CheckpointError, ImageError
+from pvt_ref.errors import CheckpointError, ImageError, printable
 from pvt_ref.tables import text_table
 from pvt_ref.timing import time_stages
 
 #: Chelsea, by Stefan van der Walt, who waived all rights (CC0); from scikit-image's data.
 PHOTO = Path(__file__).with_name("chelsea.jpg")
+
+#: The side at which it is shown: large enough that feature maps and attention show a cat.
+PHOTO_SIZE = 192
+
+#: Where the colours of attention end, in units of the weight that all keys would have if they were
+#: alike. The same for every stage and every model, so that what is nearly alike looks alike.
+ATTENTION_RANGE = 4
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,7 +60,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="random weights of this model; with --weights: what they are",
     )
     parser.add_argument(
-        "--size", nargs=2, type=int, metavar=("H", "W"), help="default: the weights' own"
+        "--size",
+        nargs=2,
+        type=int,
+        metavar=("H", "W"),
+        help=f"default: the weights' own; {PHOTO_SIZE} {PHOTO_SIZE} for the cat",
     )
     parser.add_argument("--output", default="pyramid.png", help="default pyramid.png")
     return parser.parse_args(argv)
@@ -69,8 +84,13 @@ def get_model(weights: str | None, variant: str | None) -> Model:
 
 def get_images(path: str | None, model: Model, size: tuple[int, int]) -> tuple[str, NDArray]:
     """What the photo is called, and (1, C, H, W) float32, as the model wants it."""
-    name = path or f"{PHOTO.name} (comes with the examples)"
+    name = one_line(path) if path else f"{PHOTO.name} (comes with the examples)"
     return name, model.preprocess([path or PHOTO], size)
+
+
+def one_line(text: str) -> str:
+    """A stranger's name or label as text: on one line, without what a terminal would obey."""
+    return printable(" ".join(text.split()))
 
 
 def check_output(path: str) -> None:
@@ -107,7 +127,7 @@ def top_five(model: Model, images: NDArray) -> str:
         return "These weights are a backbone without a classifier: feature maps only, no classes."
     (answers,) = model.predict(images)
     return text_table(
-        ["class", "probability"], [[a.label, f"{a.probability:.4f}"] for a in answers]
+        ["class", "probability"], [[one_line(a.label), f"{a.probability:.4f}"] for a in answers]
     )
 
 
@@ -164,16 +184,16 @@ def query_attention(model: Model, images: NDArray, point: tuple[float, float]) -
 
 def draw(model: Model, name: str, images: NDArray, path: Path, digits: bool) -> None:
     """Writes the figure: feature maps, below them the attention of one query, and maybe digits."""
-    plt.rcParams.update({"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 8})
     H, W = images.shape[2:]
     height = 2 * (2.7 * H / W) + 2.8  # two rows of pictures, and the text around them
-    figure = plt.figure(figsize=(14, height + 2.2 * digits), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=[height, 2.2]) if digits else [figure]
-    draw_pyramid(parts[0], model, name, images)
-    if digits:
-        draw_digits(parts[1])
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with plt.rc_context({"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 8}):
+        figure = plt.figure(figsize=(14, height + 2.2 * digits), layout="constrained")
+        parts: Any = figure.subfigures(2, 1, height_ratios=[height, 2.2]) if digits else [figure]
+        draw_pyramid(parts[0], model, name, images)
+        if digits:
+            draw_digits(parts[1])
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
 
 
 def draw_digits(figure: FigureBase) -> None:
@@ -216,7 +236,9 @@ def draw_pyramid(figure: FigureBase, model: Model, name: str, images: NDArray) -
     if model.info.classes:
         (answers,) = model.predict(images, top=3)
         axes[0, 0].set_xlabel(
-            "\n".join(f"{a.label}: {a.probability:.1%}" for a in answers), fontsize=10
+            "\n".join(f"{one_line(a.label)}: {a.probability:.1%}" for a in answers),
+            fontsize=10,
+            parse_math=False,  # a label may hold dollar signs
         )
     axes[1, 0].imshow(photo)
     axes[1, 0].set_title("red: the query's own token\nat stages 1 to 4")
@@ -236,7 +258,14 @@ def draw_pyramid(figure: FigureBase, model: Model, name: str, images: NDArray) -
         keys, R, N = attention[i], config.sr_ratios[i], config.num_heads[i]
         ax = axes[1, i + 1]
         ax.imshow(photo.mean(axis=-1), cmap="gray", vmin=-0.3, vmax=1.3)
-        ax.imshow(keys, extent=(-0.5, W - 0.5, H - 0.5, -0.5), cmap="viridis", alpha=0.65)
+        shown = ax.imshow(
+            keys * seen,  # 1 where a key has the weight that all would have if they were alike
+            extent=(-0.5, W - 0.5, H - 0.5, -0.5),
+            vmin=0,
+            vmax=ATTENTION_RANGE,
+            cmap="viridis",
+            alpha=0.65,
+        )
         ax.add_patch(
             Rectangle((col - 0.5, row - 0.5), stride, stride, fill=False, color="red", lw=1.2)
         )
@@ -244,11 +273,21 @@ def draw_pyramid(figure: FigureBase, model: Model, name: str, images: NDArray) -
         ax.set_title(f"stage {i + 1}: {h * w} queries × {keys.size} keys\n{heads}")
         merged = f"{R}×{R} tokens ($R_{i + 1}$ = {R})" if R > 1 else f"one token ($R_{i + 1}$ = 1)"
         ax.set_xlabel(
-            f"a key is {merged}\nweights {keys.min():.4f} (dark) to {keys.max():.4f} (light)\n"
+            f"a key is {merged}\nweights {keys.min():.4f} to {keys.max():.4f}\n"
             f"all alike would be {1 / seen:.4f}{with_cls}"
         )
+    bar = figure.colorbar(
+        shown, cax=axes[1, 0].inset_axes((0, -0.09, 1, 0.05)), orientation="horizontal"
+    )
+    bar.set_label("a key's weight × number of keys (1: all alike)")
+    bar.ax.set_xticks(
+        range(ATTENTION_RANGE + 1), [*map(str, range(ATTENTION_RANGE)), f"≥{ATTENTION_RANGE}"]
+    )
+    trained = config.img_size
+    resized = f" (weights for {trained}×{trained} pixels; their position tables are resized)"
     figure.suptitle(
-        f"{name} through: {model.info.title or model.source}\n"
+        f"{name} through: {one_line(model.info.title or model.source)}"
+        f"{'' if H == W == trained else resized}\n"
         "Above: each feature map, its three principal components as red, green and blue. Finer "
         "cells at first, more channels later.\n"
         "Below: how one query of the last block spreads its attention. Spatial reduction keeps the "
@@ -263,18 +302,22 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_output(args.output)
         model = get_model(args.weights, args.variant)
-        side = model.config.img_size
+        plain = not (args.image or args.weights or args.variant)
+        side = PHOTO_SIZE if plain else model.config.img_size
         size = tuple(args.size) if args.size else (side, side)
         model.config.grids(*size)  # before any work
         name, images = get_images(args.image, model, size)
         print(f"photo:   {name}, brought to {size[0]}x{size[1]} pixels")
         about = f"{model.info.title}; " if model.info.title else ""
-        print(f"weights: {about}{model.source}\n")
+        print(f"weights: {one_line(about + model.source)}")
+        trained = model.config.img_size
+        if size != (trained, trained):
+            print(f"         for {trained}x{trained} pixels; their position tables are resized")
+        print()
         print(stage_table(model, images), "\n")
         print(top_five(model, images))
         if "RANDOM" in model.source:
             print("The weights are random, so the classes mean nothing. The arithmetic is real.")
-        plain = not (args.image or args.weights or args.variant)
         plain = plain and find_spec("sklearn") is not None  # the digits come with it
         if plain:
             pixels, labels = read_ten_digits()
@@ -284,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
         draw(model, name, images, Path(args.output), digits=plain)
         print(f"\nwritten: {args.output}")
     except (PVTError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0
 

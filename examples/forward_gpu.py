@@ -16,12 +16,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from forward import get_images, get_model
+from forward import get_images, get_model, one_line
 from numpy.typing import NDArray
 
 import pvt_ref
 from pvt_ref import VARIANTS, Model, PVTError, to_device, to_numpy
 from pvt_ref.arrays import import_cupy, map_arrays, synchronize
+from pvt_ref.errors import printable
 from pvt_ref.params import named_arrays
 from pvt_ref.tables import text_table
 from pvt_ref.timing import time_stages
@@ -146,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
         print(f"device:  {properties['name'].decode()}, CuPy {cupy.__version__}")
         print(f"photo:   {name}, {images.shape[0]} images of {side}x{side} pixels")
-        print(f"weights: {model.source}\n")
+        print(f"weights: {one_line(model.source)}\n")
         table, good = check(model, images)
         print(table, "\n")
         if not good:
@@ -155,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         print("All results match.\n")
         print(time_table(model, images))
     except (PVTError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0
 

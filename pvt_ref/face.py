@@ -105,8 +105,8 @@ class Model:
         if preprocessing.channels != self.config.in_chans:
             raise ConfigError(
                 f"the model has in_chans={self.config.in_chans}, and its preprocessing makes "
-                f"{preprocessing.channels} channels ({preprocessing.mode}). Prepare the images "
-                f"yourself, or give Model an info with the right preprocessing"
+                f"{preprocessing.channels} channels ({preprocessing.mode}). Give Model an "
+                f"info that fits: ModelInfo(preprocessing=Preprocessing('bands', mean, std))"
             )
         like = self.params.pos_embed1
         x = from_host(preprocessing(images, self.config.img_size if size is None else size), like)

@@ -10,27 +10,24 @@ quietly differ: :func:`read_rgb`, :func:`resize_and_crop`, :func:`normalize`. De
 the whole picture instead, and :func:`pad_to_multiple` makes its size fit.
 """
 
-import io
 import os
-import stat
-import threading
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pvt_ref.arrays import Array, array_module, dtype_name, from_host, is_array
-from pvt_ref.errors import (
-    ArrayTypeError,
-    ImageError,
-    MissingFileError,
-    PVTError,
-    RangeError,
-    ShapeError,
+from pvt_ref.errors import ArrayTypeError, ImageError, RangeError, ShapeError, shown
+from pvt_ref.picture_file import (
+    as_image_error,
+    exif_is_harmless,
+    load,
+    open_picture,
+    pixel_limit,
+    read_file,
+    read_path,
 )
 
 #: Mean and standard deviation of the training pixels, red, green, blue, on a scale of 0 to 1.
@@ -40,8 +37,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 #: Pixels that a picture may have between resizing and cropping: very long ones grow enormous.
 MAX_RESIZED_PIXELS = 2**27
 
-#: Held while the warnings filters are changed.
-_FILTERS = threading.RLock()
+#: Pixels that are converted at once where a conversion needs more memory than its result.
+_BAND_PIXELS = 2**20
 
 Source = str | os.PathLike[str] | BinaryIO | Image.Image
 
@@ -113,29 +110,30 @@ def read_rgb(source: Source) -> Image.Image:
 
     Args:
         source: a path, a file opened in binary mode (read from its start, left open), or a PIL
-            image (left as it is). Any format that Pillow reads; of an animation, the first frame
-            (of a PIL image, the frame it stands on).
+            image (left as it is). A file, also one that a PIL image has yet to read, must be in one
+            of :data:`pvt_ref.picture_file.FORMATS`. Of an animation, the first frame is taken; of a
+            PIL image, the frame it stands on.
 
     Returns:
         A new PIL image in mode RGB, without metadata: reading it again changes nothing.
 
     Raises:
         MissingFileError: if there is no file at the path.
-        ImageError: not a picture, damaged, without pixels, suspiciously large, or grey levels
-            outside their range.
+        ImageError: not a picture, of another format, damaged, without pixels, beyond a limit of
+            :mod:`pvt_ref.picture_file`, or grey levels outside their range.
         ArrayTypeError: if source is none of the three.
     """
     what = _describe(source)
-    with _as_image_error(what):
+    with as_image_error(what):
         if isinstance(source, Image.Image):
             image = source
         elif isinstance(source, str | os.PathLike):
-            image = _open(_read_path(source, what), what)
+            image = open_picture(read_path(source, what), what)
         else:
-            image = _open(_read_open_file(source, what), what)
+            image = open_picture(read_file(source, what), what)
         if 0 in image.size:
             raise ImageError(f"{what} has no pixels: its size is {image.width}x{image.height}")
-        image.load()  # some formats tell transparency and orientation only now
+        load(image, what)  # some formats tell transparency and orientation only now
         rgb = _to_rgb(image, what)
         turn = _turn_upright(image)
         if turn is not None:
@@ -149,9 +147,9 @@ def _describe(source: object) -> str:
     if isinstance(source, Image.Image):
         return f"the PIL image (mode {source.mode}, {source.width}x{source.height})"
     if isinstance(source, str | os.PathLike):
-        return f"{os.fspath(source)!r:.200}"
+        return shown(os.fspath(source), 200)
     if hasattr(source, "read"):
-        return f"the file {getattr(source, 'name', type(source).__name__)!r}"
+        return f"the file {shown(getattr(source, 'name', type(source).__name__), 200)}"
     hint = ""
     if is_array(source):
         hint = ". pvt_ref.normalize(pixels) takes arrays of raw pixels"
@@ -165,115 +163,46 @@ def _describe(source: object) -> str:
     )
 
 
-@contextmanager
-def _as_image_error(what: str) -> Iterator[None]:
-    """Pillow's plugins raise errors of a dozen types, and warn: here all become ImageError."""
-    # Filters belong to the whole process: threads that change them in turn, not one within another,
-    # leave them as they were. Hidden are Pillow's notes only
-    with _FILTERS, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            yield
-        except PVTError:
-            raise
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise ImageError(
-                f"{what} is suspiciously large: {error} If you trust it, shrink it with another "
-                f"program, or raise PIL.Image.MAX_IMAGE_PIXELS (now {Image.MAX_IMAGE_PIXELS})"
-            ) from error
-        except Exception as error:
-            raise ImageError(
-                f"{what} cannot be decoded ({type(error).__name__}: {error}). It is probably cut "
-                f"short or damaged: copy or download it again, and see whether a viewer opens it"
-            ) from error
-
-
-def _read_path(path: str | os.PathLike[str], what: str) -> bytes:
-    try:
-        mode = os.stat(path).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe could keep us waiting for ever
-            raise ImageError(f"{what} is no regular file; copy the picture into one")
-        with open(path, "rb") as file:
-            return file.read()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        name = os.fspath(path)
-        cause = (
-            "load_image reads files, not addresses: download it first"
-            if "://" in name
-            else f"It was looked for at {os.path.abspath(name)!r}; check the spelling, and the "
-            f"folder that Python runs in"
-        )
-        raise MissingFileError(f"there is no file {what}. {cause}") from error
-    except IsADirectoryError as error:
-        raise ImageError(f"{what} is a folder; name a picture inside it") from error
-    except (OSError, ValueError) as error:  # permissions, or a name that cannot be one
-        cause = getattr(error, "strerror", None) or error  # without the path, which may be long
-        raise ImageError(
-            f"{what} cannot be read ({cause}). Check its name and its permissions"
-        ) from error
-
-
-def _read_open_file(file: BinaryIO, what: str) -> bytes:
-    if getattr(file, "closed", False):
-        raise ImageError(f"{what} is closed; read the picture inside the `with open(...)`")
-    if isinstance(file, io.TextIOBase):
-        raise ArrayTypeError(f"{what} was opened as text; pictures need open(path, 'rb')")
-    try:
-        if file.seekable():  # a pipe is not
-            file.seek(0)
-        return file.read()
-    except OSError as error:
-        raise ImageError(
-            f"{what} cannot be read ({error}); open it with open(path, 'rb')"
-        ) from error
-
-
-#: First bytes of what people mistake for pictures.
-_NOT_PICTURES = (
-    (b"<", "a web page or an SVG drawing; save the picture itself, as PNG or JPEG"),
-    (b"%PDF", "a PDF; export the page as PNG"),
-    (b"\x93NUMPY", "a NumPy array; numpy.load reads it, pvt_ref.normalize takes its pixels"),
-    (b"PK\x03\x04", "a zip archive or a weights file; unpack it, or pvt_ref.load reads weights"),
-    (b"version https://git-lfs", "a Git LFS pointer; `git lfs pull` fetches the picture"),
-)
-
-
-def _open(data: bytes, what: str) -> Image.Image:
-    if not data:
-        raise ImageError(f"{what} is empty (0 bytes): was the copy or download interrupted?")
-    try:
-        return Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:
-        likely = [name for start, name in _NOT_PICTURES if data.lstrip().startswith(start)]
-        if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"msf1"):
-            likely = ["a HEIC photo; `pip install pillow-heif` and register it, or save it as JPEG"]
-        cause = f"It looks like {likely[0]}" if likely else f"Its first bytes are {data[:12]!r}"
-        raise ImageError(
-            f"{what} is not a picture in a format that Pillow reads, such as JPEG or PNG. {cause}"
-        ) from error
-
-
 def _to_rgb(image: Image.Image, what: str) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         return _deep_grey_to_rgb(image, what)
     if image.has_transparency_data:
         if image.mode == "La":  # Pillow has no direct way
             image = image.convert("LA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        return _in_bands(image, "RGB", _on_white)
     return image.convert("RGB")
+
+
+def _on_white(band: Image.Image) -> Image.Image:
+    white = Image.new("RGBA", band.size, "white")
+    return Image.alpha_composite(white, band.convert("RGBA")).convert("RGB")
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Some rows after the other: the first row's number, and the rows."""
+    rows = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _in_bands(
+    image: Image.Image, mode: str, convert: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
+    """The picture converted band by band: beside picture and result, only a band needs memory."""
+    result = Image.new(mode, image.size)
+    for top, band in _bands(image):
+        result.paste(convert(band), (0, top))
+    return result
 
 
 def _deep_grey_to_rgb(image: Image.Image, what: str) -> Image.Image:
     """Grey of more than 8 bits: Pillow's own conversion clips I;16, I and F at 255."""
     if image.mode == "F":
         white, mistaken_white, kind = 255, 1, "float grey (mode F)"
-        levels = np.asarray(image, dtype=np.float64)
     else:
         white, mistaken_white, kind = 65535, 255, f"16-bit grey (mode {image.mode})"
-        levels = np.asarray(image.convert("I"), dtype=np.float64)  # from any byte order
-    lowest, highest = levels.min(), levels.max()
+    extremes = [(x.min(), x.max()) for x in (_levels(band) for _, band in _bands(image))]
+    lowest, highest = np.min(extremes), np.max(extremes)
     if not (lowest >= 0 and highest <= white):  # so written, NaN is refused too
         raise ImageError(
             f"{what} has levels from {lowest:g} to {highest:g}; {kind} must lie in 0 to {white}. "
@@ -285,11 +214,21 @@ def _deep_grey_to_rgb(image: Image.Image, what: str) -> Image.Image:
             f"black. Is it on a scale of 0 to {mistaken_white}? "
             f"Multiply the levels by {white // mistaken_white}"
         )
-    grey = np.rint(levels * (255 / white)).astype(np.uint8)
     transparent = image.info.get("transparency")
-    if isinstance(transparent, int):  # the one level that a PNG declares see-through
-        grey[levels == transparent] = 255
-    return Image.fromarray(grey).convert("RGB")
+
+    def convert(band: Image.Image) -> Image.Image:
+        levels = _levels(band)
+        grey = np.rint(levels * (255 / white)).astype(np.uint8)
+        if isinstance(transparent, int):  # the one level that a PNG declares see-through
+            grey[levels == transparent] = 255
+        return Image.fromarray(grey).convert("RGB")
+
+    return _in_bands(image, "RGB", convert)
+
+
+def _levels(band: Image.Image) -> np.ndarray:
+    """Grey of any depth and byte order as (H, W) float64."""
+    return np.asarray(band if band.mode == "F" else band.convert("I"), dtype=np.float64)
 
 
 #: What undoes each EXIF orientation (tag 0x0112; 1 is upright).
@@ -306,6 +245,8 @@ _UPRIGHT = {
 
 
 def _turn_upright(image: Image.Image) -> Image.Transpose | None:
+    if not exif_is_harmless(image):
+        return None
     try:
         return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # damaged metadata is no reason to refuse intact pixels; viewers agree
@@ -352,6 +293,41 @@ def resize_and_crop(image: Image.Image, size: int | tuple[int, int] = 224) -> Im
         raise ImageError(f"{what} must be in mode RGB; pvt_ref.image.read_rgb(image) converts it")
     if 0 in image.size:
         raise ImageError(f"{what} has no pixels")
+    with as_image_error(what):
+        load(image, what)  # a PIL image may read its file only now
+        return _resized_and_cropped(image, H, W, what)
+
+
+def resize_and_crop_bands(pixels: np.ndarray, size: int | tuple[int, int] = 224) -> np.ndarray:
+    """The same geometry for any number of channels, each on its own.
+
+    Args:
+        pixels: (H, W, C) uint8, not empty.
+        size: S, or (H, W), in pixels.
+
+    Returns:
+        (S, S, C) or (H, W, C) uint8. Of three channels, the bits of :func:`resize_and_crop`.
+
+    Raises:
+        ImageError: if the picture is so long and thin that it would be enormous before the crop.
+        ArrayTypeError: if pixels are not a NumPy array of uint8.
+        ShapeError: if they are not (H, W, C) or empty, or size is not one or two positive whole
+            numbers.
+    """
+    H, W = _check_size(size)
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
+        kind = getattr(pixels, "dtype", type(pixels).__name__)
+        raise ArrayTypeError(f"pixels are {kind}; they must be a NumPy array (H, W, C) of uint8")
+    if pixels.ndim != 3 or 0 in pixels.shape:
+        raise ShapeError(f"pixels have shape {pixels.shape}; they must be (H, W, C), not empty")
+    what = f"the picture of shape {pixels.shape}"
+    bands = [Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(pixels, 2, 0)]
+    with as_image_error(what):
+        resized = [np.asarray(_resized_and_cropped(band, H, W, what)) for band in bands]
+    return np.stack(resized, axis=2)  # (H, W, C)
+
+
+def _resized_and_cropped(image: Image.Image, H: int, W: int, what: str) -> Image.Image:
     height, width = _covering_size(image.height, image.width, *_with_margin(H, W))
     if height * width > MAX_RESIZED_PIXELS:
         raise ImageError(
@@ -359,10 +335,15 @@ def resize_and_crop(image: Image.Image, size: int | tuple[int, int] = 224) -> Im
             f"{MAX_RESIZED_PIXELS} pixels allowed here. Ask for a smaller size, or crop the "
             f"part of interest first: image.crop((left, top, right, bottom))"
         )
+    allowed = pixel_limit()
+    if allowed < H * W:
+        raise ImageError(
+            f"{W}x{H} pixels are suspiciously large; up to {allowed} are allowed. Ask for a "
+            f"smaller size"
+        )
     left, top = round((width - W) / 2), round((height - H) / 2)
-    with _as_image_error(what):  # a PIL image may read its file only now
-        resized = image.resize((width, height), Image.Resampling.BICUBIC)
-        return resized.crop((left, top, left + W, top + H))
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return resized.crop((left, top, left + W, top + H))
 
 
 def _check_size(size: Any) -> tuple[int, int]:

@@ -6,7 +6,7 @@ Weights alone answer with an index, and only if the pixels were prepared as in t
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
 from typing import Any
 
@@ -14,10 +14,18 @@ import numpy as np
 from PIL import Image
 
 from pvt_ref.arrays import Array, array_module, from_host
-from pvt_ref.errors import ArrayTypeError, ConfigError, ShapeError
-from pvt_ref.image import IMAGENET_MEAN, IMAGENET_STD, Source, read_rgb, resize_and_crop
+from pvt_ref.errors import ArrayTypeError, ConfigError, ShapeError, shown
+from pvt_ref.image import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Source,
+    read_rgb,
+    resize_and_crop,
+    resize_and_crop_bands,
+)
 
-_CHANNELS = {"RGB": 3, "L": 1}
+#: Channels that a mode makes; of bands there are as many as means.
+_CHANNELS = {"RGB": 3, "L": 1, "bands": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +33,8 @@ class Preprocessing:
     """From a picture to numbers: ``(x / 255 - mean) / std`` per channel, after resizing.
 
     Attributes:
-        mode: ``"RGB"``, or ``"L"`` for grey (one channel).
+        mode: ``"RGB"``; ``"L"`` for grey (one channel); or ``"bands"`` for any number of channels
+            that are no colours, which only arrays can hold.
         mean: of the training pixels on a scale of 0 to 1, one number a channel.
         std: their standard deviation, one number a channel, above 0.
 
@@ -38,39 +47,42 @@ class Preprocessing:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        channels = _CHANNELS.get(self.mode) if isinstance(self.mode, str) else None
-        if channels is None:
-            raise ConfigError(f"mode is {self.mode!r}; it must be 'RGB' or 'L' (grey)")
-        for name in ("mean", "std"):
-            values = getattr(self, name)
-            if (
-                not isinstance(values, Sequence)
-                or len(values) != channels
-                or not all(isinstance(v, Real) and math.isfinite(v) for v in values)
-                or (name == "std" and not all(v > 0 for v in values))
-            ):
-                raise ConfigError(
-                    f"{name} is {values!r}; mode {self.mode!r} needs {channels} finite numbers"
-                    + (" above 0" if name == "std" else "")
-                )
-            object.__setattr__(self, name, tuple(float(v) for v in values))
+        if not isinstance(self.mode, str) or self.mode not in _CHANNELS:
+            raise ConfigError(
+                f"mode is {shown(self.mode)}; it must be 'RGB', 'L' (grey), or 'bands' (any number "
+                f"of channels, given as arrays)"
+            )
+        mean, std = _numbers(self.mean), _numbers(self.std)
+        channels = _CHANNELS[self.mode] or (len(mean) if mean else 0)
+        if mean is None or len(mean) != channels or not channels:
+            few = f"{channels}" if channels else "at least one"
+            raise ConfigError(
+                f"mean is {shown(self.mean)}; mode {self.mode!r} needs {few} finite numbers"
+            )
+        if std is None or len(std) != channels or min(std) <= 0:
+            raise ConfigError(
+                f"std is {shown(self.std)}; mode {self.mode!r} needs {channels} finite numbers "
+                f"above 0" + ", as many as mean has" * (self.mode == "bands")
+            )
+        object.__setattr__(self, "mean", mean)
+        object.__setattr__(self, "std", std)
 
     @property
     def channels(self) -> int:
-        """3 for colours, 1 for grey."""
-        return _CHANNELS[self.mode]
+        """3 for colours, 1 for grey, of bands as many as there are."""
+        return len(self.mean)
 
     def pixels(self, pictures: Sequence[Any], size: int | tuple[int, int]) -> np.ndarray:
         """Pictures of any kind and size, resized and cut.
 
         Args:
             pictures: a list of paths, open files, PIL images, or arrays (H, W, 3) or (H, W) of
-                uint8.
+                uint8. In mode bands a list of arrays (H, W, C) of uint8; also (H, W) if C = 1.
             size: side of a square, or (H, W), in pixels; see
                 :func:`pvt_ref.image.resize_and_crop`.
 
         Returns:
-            (B, H, W, C) uint8, C = 3 for colours, 1 for grey.
+            (B, H, W, C) uint8, C = :attr:`channels`.
 
         Raises:
             ShapeError: if there is no picture, an array has another shape, or size is not one or
@@ -79,12 +91,41 @@ class Preprocessing:
             ImageError: as :func:`pvt_ref.load_image`.
             MissingFileError: as :func:`pvt_ref.load_image`.
         """
-        if not pictures:
+        if not isinstance(pictures, list | tuple | np.ndarray):
+            raise ArrayTypeError(
+                f"pictures are a {type(pictures).__name__}; they must be a list. One picture is "
+                f"prepared by calling the preprocessing: preprocessing(picture, size)"
+            )
+        if len(pictures) == 0:
             raise ShapeError("the list of images is empty; a batch needs at least one")
-        batch = [resize_and_crop(read_rgb(_as_source(p)), size) for p in pictures]
-        if self.mode == "L":
-            return np.stack([np.asarray(image.convert("L"))[:, :, None] for image in batch])
-        return np.stack([np.asarray(image) for image in batch])
+        return np.stack([self._prepared(picture, size) for picture in pictures])
+
+    def _prepared(self, picture: Any, size: int | tuple[int, int]) -> np.ndarray:
+        """One picture as (H, W, C) uint8."""
+        if self.mode == "bands":
+            return resize_and_crop_bands(self._checked_bands(picture), size)
+        image = resize_and_crop(read_rgb(_as_source(picture)), size)
+        return np.asarray(image.convert("L"))[:, :, None] if self.mode == "L" else np.asarray(image)
+
+    def _checked_bands(self, picture: Any) -> np.ndarray:
+        C = self.channels
+        if not isinstance(picture, np.ndarray):
+            raise ArrayTypeError(
+                f"a picture is a {type(picture).__name__}; this preprocessing has {C} bands, which "
+                f"no picture file names: give arrays (H, W, {C}) of uint8, 0 to 255. "
+                f"numpy.asarray(image) makes one of a PIL image with {C} channels"
+            )
+        _check_uint8(picture)
+        if picture.ndim == 2 and C == 1:
+            picture = picture[:, :, None]
+        if picture.ndim != 3 or picture.shape[2] != C or 0 in picture.shape:
+            hint = ""
+            if picture.ndim == 3 and picture.shape[0] == C:
+                hint = ". It looks channels-first: picture.transpose(1, 2, 0)"
+            raise ShapeError(
+                f"a picture has shape {picture.shape}; of {C} bands it must be (H, W, {C}){hint}"
+            )
+        return picture
 
     def normalize(self, pixels: Array, like: Array) -> Array:
         """Raw pixels as normalised floats.
@@ -98,8 +139,14 @@ class Preprocessing:
 
         Raises:
             ArrayTypeError: if like is not an array.
-            ValueError: if mode is RGB and pixels do not have 3 channels there.
+            ShapeError: if pixels are not (B, C, H, W) with C = :attr:`channels`.
         """
+        shape = tuple(getattr(pixels, "shape", ()))
+        if len(shape) != 4 or shape[1] != self.channels:
+            raise ShapeError(
+                f"pixels have shape {shape}; they must be (B, {self.channels}, H, W), as mode "
+                f"{self.mode!r} has {self.channels} channels"
+            )
         xp = array_module(like)
         x = xp.astype(from_host(pixels, like=like), like.dtype)
         mean = from_host(np.asarray(self.mean)[:, None, None], like=like)
@@ -114,7 +161,7 @@ class Preprocessing:
 
         Args:
             pictures: one picture or a list of them, of the kinds that :meth:`pixels` takes, or an
-                array (B, H, W, 3) of uint8.
+                array (B, H, W, C) of uint8.
             size: side of a square, or (H, W), in pixels.
 
         Returns:
@@ -132,20 +179,36 @@ class Preprocessing:
         return self.normalize(channels_first, like=np.empty(0, np.float32))
 
 
-def _as_source(picture: Any) -> Source:
-    """What read_rgb understands; raw pixels become a PIL image."""
-    if not isinstance(picture, np.ndarray):
-        return picture
-    shape = picture.shape
+def _numbers(values: Any) -> tuple[float, ...] | None:
+    """Finite floats of a list of them, else None."""
+    if not isinstance(values, Sequence) or not all(isinstance(v, Real) for v in values):
+        return None
+    try:
+        numbers = tuple(float(v) for v in values)
+    except OverflowError:  # a whole number beyond any float
+        return None
+    return numbers if all(map(math.isfinite, numbers)) else None
+
+
+def _check_uint8(picture: np.ndarray) -> None:
     if picture.dtype != np.uint8:
         raise ArrayTypeError(
             f"a picture has dtype {picture.dtype}; arrays of raw pixels are uint8, 0 to 255. "
             f"numpy.rint(255 * x).astype('uint8') makes it of floats in 0 to 1"
         )
+
+
+def _as_source(picture: Any) -> Source:
+    """What read_rgb understands; raw pixels become a PIL image."""
+    if not isinstance(picture, np.ndarray):
+        return picture
+    _check_uint8(picture)
+    shape = picture.shape
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] != 3) or 0 in shape:
         raise ShapeError(
             f"a picture has shape {shape}; an array of raw pixels is (H, W, 3), red, green, blue, "
-            f"or (H, W) for grey"
+            f"or (H, W) for grey. Of other channels: a model whose info has "
+            f"Preprocessing('bands', mean, std)"
         )
     return Image.fromarray(picture)
 
@@ -173,7 +236,7 @@ class ModelInfo:
         given = self.classes
         names = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else None
         if names is None or not all(isinstance(name, str) for name in names):
-            raise ConfigError(f"classes are {given!r}; they must be a list of names")
+            raise ConfigError(f"classes are {shown(given)}; they must be a list of names")
         if not isinstance(self.title, str):
             raise ConfigError(f"title is a {type(self.title).__name__}; it must be a text")
         if not isinstance(self.preprocessing, Preprocessing):
@@ -211,11 +274,27 @@ class ModelInfo:
             An equal record.
 
         Raises:
-            ConfigError: if a field is of another type.
-            TypeError: if there is a field that this version does not know.
-            KeyError: if there is no preprocessing.
+            ConfigError: if a field is of another type, missing, or not known to this version.
         """
-        return cls(**{**values, "preprocessing": Preprocessing(**values["preprocessing"])})
+        known = _checked_fields(values, cls, "an info")
+        if "preprocessing" not in known:
+            raise ConfigError("an info needs the field preprocessing, and it has none")
+        parts = _checked_fields(known["preprocessing"], Preprocessing, "a preprocessing")
+        return cls(**{**known, "preprocessing": Preprocessing(**parts)})
+
+
+def _checked_fields(values: Any, record: type, what: str) -> dict[str, Any]:
+    """The values by name, if all are names of the record's fields."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{what} is a {type(values).__name__}; it must be a mapping of fields")
+    names = [f.name for f in fields(record)]
+    strange = [name for name in values if name not in names]
+    if strange:
+        raise ConfigError(
+            f"{what} has the field {shown(strange[0])}, which this version does not know; known "
+            f"are {', '.join(names)}"
+        )
+    return dict(values)
 
 
 def _as_json(training: Any) -> dict[str, Any]:
@@ -224,10 +303,11 @@ def _as_json(training: Any) -> dict[str, Any]:
         raise ConfigError(f"training is a {type(training).__name__}; it must be a mapping")
     try:
         return json.loads(json.dumps(dict(training), allow_nan=False))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"training holds what JSON does not ({error}); it must hold texts, finite numbers, "
-            f"truth values, lists and mappings. float(x) makes a plain number of NumPy's"
+            f"training holds what JSON does not ({shown(str(error), 200)}); it must hold texts, "
+            f"finite numbers, truth values, lists and mappings. float(x) makes a plain number of "
+            f"NumPy's"
         ) from error
 
 

@@ -1,5 +1,6 @@
 """The example scripts do what the README says, from a photo to a picture."""
 
+import dataclasses
 import importlib
 import sys
 import types
@@ -42,7 +43,9 @@ def test_forward_classifies_shows_the_stages_and_draws_the_pyramid(examples, cap
     table = [line.split() for line in out.splitlines()]
     stages = {row[0]: row[1:6] for row in table if row and row[0] in ("1", "2", "3", "4")}
     model = pvt_ref.load("cifar10")
-    cost = pvt_ref.count_cost(model.config)
+    cost = pvt_ref.count_cost(model.config, 192)
+    assert "brought to 192x192 pixels" in out
+    assert "for 32x32 pixels; their position tables are resized" in out
     for s in cost.stages:
         macs = f"{cost.of_stage(s.stage).macs / 1e6:,.1f}"
         assert stages[f"{s.stage}"] == [
@@ -52,7 +55,8 @@ def test_forward_classifies_shows_the_stages_and_draws_the_pyramid(examples, cap
             f"{s.keys}",
             macs,
         ]
-    (answers,) = model.predict([forward.PHOTO])
+    (answers,) = model.predict(model.preprocess([forward.PHOTO], 192))
+    assert answers[0].label == "cat"
     heading = next(i for i, row in enumerate(table) if row == ["class", "probability"])
     shown = table[heading + 2 : heading + 7]
     assert shown == [[a.label, f"{a.probability:.4f}"] for a in answers]
@@ -108,8 +112,6 @@ def test_forward_takes_a_picture_weights_and_a_size(examples, capsys, tmp_path):
 
 
 def test_forward_draws_a_backbone_without_a_classifier(examples, capsys, tmp_path, monkeypatch):
-    import dataclasses
-
     config = dataclasses.replace(VARIANTS["pvt_tiny"], num_classes=0)
     backbone = Model(pvt_ref.init_params(config, rng_of(3)), config)
     forward = examples("forward")
@@ -253,3 +255,94 @@ def test_time_stages_gives_a_time_for_each_stage_and_the_rest():
     assert all(t > 0 for t in times)
     with pytest.raises(ValueError, match="at least 1"):
         time_stages(params, normal(0, 1, 3, 32, 32, dtype=np.float32), config, repeats=0)
+
+
+# What the picture says ----------------------------------------------------------------------------
+
+
+def pyramid_of(forward, model, images, name="a photo"):
+    """The figure as an object, as draw_pyramid makes it."""
+    figure = forward.plt.figure(layout="constrained")
+    forward.draw_pyramid(figure, model, name, images)
+    return figure
+
+
+def attention_colours(figure):
+    """The pixels of the four attention panels, without the photo below them."""
+    panels = [ax.images[-1] for ax in figure.axes if len(ax.images) == 2]
+    assert len(panels) == 4
+    return [panel.cmap(panel.norm(panel.get_array())) for panel in panels]
+
+
+def test_attention_that_is_nearly_alike_looks_alike(examples):
+    forward = examples("forward")
+    config = VARIANTS["pvt_tiny"]
+    model = Model(pvt_ref.init_params(config, rng_of(0)), config)
+    images = normal(0, 1, 3, 64, 64, dtype=np.float32)
+    for colours in attention_colours(pyramid_of(forward, model, images)):  # random weights
+        spread = np.ptp(colours[..., :3].reshape(-1, 3), axis=0)
+        assert spread.max() < 0.1
+    trained = pvt_ref.load("cifar10")
+    photo = trained.preprocess([forward.PHOTO], 192)
+    for colours in attention_colours(pyramid_of(forward, trained, photo))[1:]:
+        spread = np.ptp(colours[..., :3].reshape(-1, 3), axis=0)
+        assert spread.max() > 0.5
+    forward.plt.close("all")
+
+
+def test_the_same_colour_is_the_same_multiple_of_all_alike_at_every_stage(examples, monkeypatch):
+    forward = examples("forward")
+    config = VARIANTS["pvt_tiny"]
+    model = Model(pvt_ref.init_params(config, rng_of(0)), config)
+    images = normal(0, 1, 3, 64, 64, dtype=np.float32)
+    alike = [np.full((2, 2), 1 / 4)] * 3 + [np.full((2, 2), 1 / 5)]  # of 4 keys; of 4 and cls
+    monkeypatch.setattr(forward, "query_attention", lambda *_: alike)
+    figure = pyramid_of(forward, model, images)
+    first, *others = attention_colours(figure)
+    for colours in (first, *others):
+        np.testing.assert_allclose(colours, np.broadcast_to(first[0, 0], colours.shape), atol=0.01)
+    (bar,) = [child for ax in figure.axes for child in ax.child_axes]
+    assert bar.get_xlabel() == "a key's weight × number of keys (1: all alike)"
+    assert [t.get_text() for t in bar.get_xticklabels()] == ["0", "1", "2", "3", "≥4"]
+    forward.plt.close("all")
+
+
+def test_names_and_labels_are_drawn_and_printed_as_they_are(examples, capsys, tmp_path):
+    forward = examples("forward")
+    names = ("a $\\frac{1}{$ b", "two\nlines", "\x1b[31mred", *(f"c{k}$^$" for k in range(7)))
+    model = pvt_ref.load("cifar10")
+    info = dataclasses.replace(model.info, title="$x^$ \x07", classes=names)
+    pvt_ref.save(tmp_path / "m.safetensors", Model(model.params, model.config, info=info))
+    photo = tmp_path / "$a$ {b}\x1b.png"
+    Image.fromarray(rng_of(0).integers(0, 255, (50, 90, 3), np.uint8)).save(photo)
+    assert forward.main([str(photo), "--weights", "m.safetensors"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    assert "\\x1b" in out
+    assert "two\n" not in out
+    figure = pyramid_of(
+        forward, Model(model.params, model.config, info=info), model.preprocess(photo)
+    )
+    likeliest = model.predict(photo, top=3)[0]
+    label = next(ax.xaxis.label for ax in figure.axes if "%" in ax.get_xlabel())
+    assert label.get_text().splitlines()[0].startswith(forward.one_line(names[likeliest[0].index]))
+    assert not label.get_parse_math()
+    forward.plt.close("all")
+
+
+def test_drawing_leaves_matplotlibs_settings_as_they_were(examples, tmp_path):
+    forward = examples("forward")
+    before = dict(forward.plt.rcParams)
+    assert forward.main(["--variant", "pvt_tiny", "--size", "64", "64"]) == 0
+    assert dict(forward.plt.rcParams) == before
+
+
+def test_the_picture_in_the_readme_is_a_small_file_of_what_the_script_draws(examples, tmp_path):
+    shown = EXAMPLES.parent / "docs" / "images" / "pyramid.png"
+    assert shown.stat().st_size < 400_000
+    assert examples("forward").main([]) == 0
+    with Image.open(shown) as a, Image.open(tmp_path / "pyramid.png") as b:
+        small = [np.asarray(x.convert("RGB").resize((160, 119)), dtype=float) for x in (a, b)]
+    difference = np.abs(small[0] - small[1])
+    assert np.percentile(difference, 95) < 16  # it has 256 colours, and other fonts elsewhere

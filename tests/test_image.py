@@ -634,12 +634,12 @@ def test_empty_file(tmp_path):
         (b"\x93NUMPY\x01\x00", "numpy.load reads it"),
         (b"PK\x03\x04....", "a zip archive or a weights file"),
         (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
-        (b"\0\0\0\x18ftypheic", "HEIC photo.*pillow-heif"),
+        (b"\0\0\0\x18ftypheic", "HEIC photo; save it as JPEG"),
         (b"hello, world", "first bytes are b'hello, world'"),
     ],
 )
 def test_not_a_picture(data, hint):
-    with pytest.raises(ImageError, match=f"not a picture in a format that Pillow reads.*{hint}"):
+    with pytest.raises(ImageError, match=f"not a picture in a format that is read here.*{hint}"):
         load_image(io.BytesIO(data))
 
 
@@ -685,7 +685,7 @@ def test_decompression_bomb(monkeypatch):
     file = saved(Image.new("L", (100, 100)), "PNG")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9_999)  # Pillow warns from here, fails at twice
     with pytest.raises(
-        ImageError, match=r"suspiciously large: .*10000 pixels.*raise PIL.Image.MAX"
+        ImageError, match=r"suspiciously large: .*9999 pixels.*raise .*PIL\.Image\.MAX"
     ):
         load_image(file)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)

@@ -7,6 +7,9 @@ come from a NumPy generator on the host, so a seed means the same on every devic
 import numpy as np
 
 from pvt_ref.arrays import Array, array_module, from_host
+from pvt_ref.errors import ArrayTypeError, ShapeError
+from pvt_ref.params import check_rng
+from pvt_ref.train.checks import check_number
 
 
 def random_crop(images: Array, padding: int, rng: np.random.Generator) -> Array:
@@ -23,12 +26,15 @@ def random_crop(images: Array, padding: int, rng: np.random.Generator) -> Array:
         (B, C, H, W) of images' dtype; images itself if padding is 0.
 
     Raises:
-        ValueError: if padding is below 0.
+        RangeError: if padding is not a whole number, at least 0.
+        ShapeError: if images are not (B, C, H, W).
+        ArrayTypeError: if images are not an array, or rng is not a NumPy generator.
     """
+    padding = check_number("padding", padding, least=0, whole=True)
+    B, C, H, W = _shape(images, rng)
     if padding == 0:
         return images
     xp = array_module(images)
-    B, C, H, W = images.shape
     down = rng.integers(0, 2 * padding + 1, B)
     right = rng.integers(0, 2 * padding + 1, B)
     padded = xp.zeros((B, C, H + 2 * padding, W + 2 * padding), dtype=images.dtype)
@@ -50,9 +56,14 @@ def random_flip(images: Array, rng: np.random.Generator) -> Array:
 
     Returns:
         (B, C, H, W) of images' dtype, new memory.
+
+    Raises:
+        ShapeError: if images are not (B, C, H, W).
+        ArrayTypeError: if images are not an array, or rng is not a NumPy generator.
     """
+    B = _shape(images, rng)[0]
     xp = array_module(images)
-    turned = from_host(rng.random(images.shape[0]) < 0.5, like=images)[:, None, None, None]
+    turned = from_host(rng.random(B) < 0.5, like=images)[:, None, None, None]
     return xp.where(turned, xp.flip(images, axis=-1), images)
 
 
@@ -68,11 +79,17 @@ def cutout(images: Array, side: int, rng: np.random.Generator) -> Array:
 
     Returns:
         (B, C, H, W) of images' dtype; images itself if side is 0.
+
+    Raises:
+        RangeError: if side is not a whole number, at least 0.
+        ShapeError: if images are not (B, C, H, W).
+        ArrayTypeError: if images are not an array, or rng is not a NumPy generator.
     """
+    side = check_number("side", side, least=0, whole=True)
+    B, _, H, W = _shape(images, rng)
     if side == 0:
         return images
     xp = array_module(images)
-    B, _, H, W = images.shape
     top = rng.integers(0, H, B)[:, None] - side // 2
     left = rng.integers(0, W, B)[:, None] - side // 2
     rows, columns = np.arange(H), np.arange(W)
@@ -102,12 +119,22 @@ def mixup(
         images (B, C, H, W) and targets (B, K), of the dtypes that they had.
 
     Raises:
-        ValueError: if alpha is below 0.
+        RangeError: if alpha is not a number, at least 0.
+        ShapeError: if images are not (B, C, H, W), or targets are not for B of them.
+        ArrayTypeError: if images are not an array, or rng is not a NumPy generator.
     """
+    alpha = check_number("alpha", alpha, least=0)
+    B = _shape(images, rng)[0]
+    shape = tuple(getattr(targets, "shape", ()))
+    if not shape or shape[0] != B:
+        raise ShapeError(
+            f"targets have shape {shape}; they must be ({B}, K), a distribution for each image. "
+            f"pvt_ref.train.one_hot(labels, K, like=images) makes them of labels"
+        )
     if alpha == 0:
         return images, targets
     lam = float(rng.beta(alpha, alpha))
-    partner = from_host(rng.permutation(images.shape[0]), like=images)
+    partner = from_host(rng.permutation(B), like=images)
     xp = array_module(images)
 
     def blend(x: Array) -> Array:
@@ -126,6 +153,28 @@ def one_hot(labels: np.ndarray, classes: int, like: Array) -> Array:
 
     Returns:
         (B, K) of like's library, device and dtype: 1 at the label, else 0.
+
+    Raises:
+        RangeError: if classes is not a whole number, at least 1.
+        ArrayTypeError: if labels are not a NumPy array of integers, or like is not an array.
+        ShapeError: if labels are not (B,).
     """
+    classes = check_number("classes", classes, least=1, whole=True)
+    if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu":
+        kind = getattr(labels, "dtype", type(labels).__name__)
+        raise ArrayTypeError(f"labels are {kind}; they must be a NumPy array of integers")
+    if labels.ndim != 1:
+        raise ShapeError(f"labels have shape {labels.shape}; they must be (B,), one an image")
     host = labels[:, None] == np.arange(classes)
     return array_module(like).astype(from_host(host, like=like), like.dtype)
+
+
+def _shape(images: Array, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """B, C, H, W, if these are images and that is a source of random numbers."""
+    check_rng(rng)
+    array_module(images)  # refuses what is not an array
+    shape = tuple(images.shape)
+    if len(shape) != 4:
+        raise ShapeError(f"images have shape {shape}; they must be (B, C, H, W)")
+    B, C, H, W = shape
+    return B, C, H, W

@@ -12,6 +12,9 @@ from pvt_ref.layers.cross_entropy import cross_entropy
 from pvt_ref.model import forward
 from pvt_ref.params import PVTParams
 
+#: Pixels that go through the network together in :func:`evaluate`: 256 images of 64x64, say.
+_PIXELS_AT_ONCE = 2**20
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LabelledImages:
@@ -41,6 +44,11 @@ class LabelledImages:
             raise TrainingError(
                 f"images have dtype {images.dtype} and shape {images.shape}; they must be raw "
                 f"pixels, (N, C, H, W) uint8, and at least one"
+            )
+        if not isinstance(self.preprocessing, Preprocessing):
+            raise TrainingError(
+                f"preprocessing is a {type(self.preprocessing).__name__}; it must be a "
+                f"pvt_ref.Preprocessing"
             )
         C = self.preprocessing.channels
         if images.shape[1] != C:
@@ -101,15 +109,18 @@ class LabelledImages:
 
 
 def evaluate(
-    params: PVTParams, config: PVTConfig, data: LabelledImages, batch_size: int = 256
+    params: PVTParams, config: PVTConfig, data: LabelledImages, batch_size: int | None = None
 ) -> tuple[float, float]:
     """Mean cross-entropy and share of right answers over all of data, without augmentation.
+
+    Of the images, only those of one batch are made floats, so memory does not grow with data.
 
     Args:
         params: the weights, NumPy or CuPy.
         config: their configuration.
         data: what to look at.
-        batch_size: samples that go through the network together, at least 1.
+        batch_size: samples that go through the network together, at least 1. None takes as many
+            as have 2**20 pixels, at most 256.
 
     Returns:
         loss, the mean over the samples without label smoothing, and accuracy, the share of samples
@@ -122,6 +133,9 @@ def evaluate(
         ConfigError: as :func:`pvt_ref.forward`.
         RangeError: if batch_size is no whole number, or below 1.
     """
+    if batch_size is None:
+        H, W = data.images.shape[2:]
+        batch_size = max(1, min(256, _PIXELS_AT_ONCE // (H * W)))
     if not is_whole(batch_size) or batch_size < 1:
         raise RangeError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1")
     loss, hits = 0.0, 0
