@@ -14,8 +14,7 @@ TOOLS = Path(__file__).parent
 def on_pre_build(config: Any) -> None:
     """Called by mkdocs before each build."""
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == "pvt_ref":
-            del sys.modules[name]
-        elif TOOLS == Path(getattr(module, "__file__", None) or "/").parent and "." not in name:
+        folder = Path(getattr(module, "__file__", None) or "").parent
+        if name.partition(".")[0] == "pvt_ref" or folder == TOOLS:
             del sys.modules[name]
     linecache.clearcache()

@@ -41,79 +41,92 @@ def _table(heading: list[str], rows: list[list[str]]) -> str:
 
 # The shapes of SRA --------------------------------------------------------------------------------
 
-#: Symbol, formula, shape in letters, and what happens; in the order of sra_forward.
+#: Symbol, formula, shape in letters, what happens,
+#: and the arrays that it is drawn beside; in the order of sra_forward.
 _SRA_STEPS = (
     (
         "x",
         "LN(input of the block)",
         "B, n, C",
         "The normalised tokens, one row for each cell of the map.",
+        "",
     ),
     (
         "q",
         "x W^Q + b",
         "B, n, C",
         "A query for every token.",
+        "x",
     ),
     (
         "blocks",
         "Reshape(x, R)",
         "B, m, R·R·C",
         "The map cut into R×R blocks, each laid out in one row.",
+        "x",
     ),
     (
         "reduced",
         "LN(blocks W^S + b)",
         "B, m, C",
         "SR(x): each block brought back to C channels, and normalised.",
+        "blocks",
     ),
     (
         "kv",
         "reduced W^KV + b",
         "B, m, 2C",
         "Keys in the first C channels, values in the others; where R = 1, made from x itself.",
+        "reduced",
     ),
     (
         "q_heads",
         "split_heads(q)",
         "B, N, n, d",
         "Each head takes d of the C channels.",
+        "q",
     ),
     (
         "k",
         "split_heads(kv, first half)",
         "B, N, m, d",
         "m keys: one for each block.",
+        "q_heads",
     ),
     (
         "v",
         "split_heads(kv, second half)",
         "B, N, m, d",
         "As many values.",
+        "k",
     ),
     (
         "weights",
         "Softmax(q k^T / √d)",
         "B, N, n, m",
         "Where each query looks. Without reduction it would have n columns, R·R times as many.",
+        "q_heads k",
     ),
     (
         "heads",
         "weights v",
         "B, N, n, d",
         "What each query found.",
+        "weights v",
     ),
     (
         "merged",
         "merge_heads(heads)",
         "B, n, C",
         "The heads side by side.",
+        "heads",
     ),
     (
         "y",
         "merged W^O + b",
         "B, n, C",
         "As many tokens as before.",
+        "merged",
     ),
 )
 
@@ -155,8 +168,8 @@ def sra_steps(config: PVTConfig) -> str:
     stages = [sra_shapes(config, i) for i in range(4)]
     steps = [
         {"symbol": symbol, "formula": formula, "letters": letters, "words": words,
-         "shapes": [stage.get(symbol) for stage in stages]}
-        for symbol, formula, letters, words in _SRA_STEPS
+         "from": beside.split(), "shapes": [stage.get(symbol) for stage in stages]}
+        for symbol, formula, letters, words, beside in _SRA_STEPS
     ]  # fmt: skip
     rows = [
         [f"<code>{s['symbol']}</code> = {s['formula']}", f"({s['letters']})"]

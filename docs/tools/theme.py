@@ -29,6 +29,11 @@ def _mend(output: str, where: str) -> str:
     return output
 
 
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Called by mkdocs with every page: what only readers of its source need is left out."""
+    return re.sub(r"^> \*\*This is the source of a page\.(.*\n>)*.*\n\n", "", markdown, flags=re.M)
+
+
 def on_post_page(output: str, page: Any, config: Any) -> str:
     """Called by mkdocs with every page."""
     return _mend(output, page.file.src_path)
@@ -53,9 +58,12 @@ def on_post_build(config: Any) -> None:
     assets = Path(config["site_dir"]) / "assets"
     for file in assets.glob("_markdown_exec_pyodide.*"):  # they name another host
         file.unlink()
-    shutil.rmtree(assets / "javascripts" / "lunr")  # searching in other languages
+    shutil.rmtree(assets / "javascripts" / "lunr", ignore_errors=True)  # for other languages
     (palette,) = (assets / "stylesheets").glob("palette.*.css")
-    dark, count = _DARK.subn(r"@media not print{\g<0>}", palette.read_text("utf-8"))
+    style = palette.read_text("utf-8")
+    if "@media not print{" in style:
+        return  # mended by the build before, and not written since
+    dark, count = _DARK.subn(r"@media not print{\g<0>}", style)
     if not count:
         raise PluginError(f"{palette} has no dark scheme; has the theme changed? See {__file__}")
     palette.write_text(dark, "utf-8")
