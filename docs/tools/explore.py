@@ -59,18 +59,18 @@ _SRA_STEPS = (
         "x",
     ),
     (
-        "blocks",
+        "patches",
         "Reshape(x, R)",
         "B, m, R·R·C",
-        "The map cut into R×R blocks, each laid out in one row.",
+        "The map cut into patches of R×R tokens, each laid out in one row.",
         "x",
     ),
     (
         "reduced",
-        "LN(blocks W^S + b)",
+        "LN(patches W^S + b)",
         "B, m, C",
-        "SR(x): each block brought back to C channels, and normalised.",
-        "blocks",
+        "SR(x): each patch brought back to C channels, and normalised.",
+        "patches",
     ),
     (
         "kv",
@@ -90,7 +90,7 @@ _SRA_STEPS = (
         "k",
         "split_heads(kv, first half)",
         "B, N, m, d",
-        "m keys: one for each block.",
+        "m keys: one for each patch.",
         "q_heads",
     ),
     (
@@ -159,7 +159,7 @@ def sra_shapes(config: PVTConfig, i: int, size: int = 224) -> dict[str, tuple[in
     y, _ = sra_forward(weights, x, ops, grid, stage)
     shapes.update(x=seen[0], q=seen[1], kv=seen[-3], merged=seen[-2], y=y.shape)
     if stage.sr_ratio > 1:
-        shapes.update(blocks=seen[2], reduced=seen[3])
+        shapes.update(patches=seen[2], reduced=seen[3])
     return shapes
 
 
