@@ -351,6 +351,21 @@ def test_a_page_is_quiet_accessible_and_fits(page, open_page):
             tab.context.close()
 
 
+#: Listings that are cut though no line is longer than the package's own, which have 100 characters.
+_CUT_LISTINGS = """
+    [...document.querySelectorAll("article .highlight code")]
+      .filter(e => e.getClientRects().length && e.scrollWidth > e.clientWidth + 1)
+      .filter(e => Math.max(...e.textContent.split("\\n").map(line => line.length)) <= 100)
+      .map(e => e.textContent.slice(0, 80))
+"""
+
+
+@pytest.mark.parametrize("width", [1280, 1366, 1440, 1920])
+def test_a_line_of_source_fits_a_desk(width, open_page):
+    for page in ("course/sra.html", "course/whole_backward.html", "course/block.html"):
+        assert open_page(page, width).evaluate(_CUT_LISTINGS) == [], page
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("course/")])
 def test_a_page_reads_without_javascript(page, open_page):
     tab = open_page(page, java_script_enabled=False)
