@@ -120,14 +120,12 @@ def machine_line(result: dict) -> str:
 
 
 def plot_ratios(result: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     cases = result["times"]
     names = [name for name in cases[0]["seconds"] if name != RIVAL]
-    figure, axes = plt.subplots(figsize=(9, 0.95 * len(cases) + 1.2))
+    figure = Figure(figsize=(9, 0.95 * len(cases) + 1.2))
+    axes = figure.subplots()
     height = 0.8 / len(names)
     for k, name in enumerate(names):
         ys = [i + (k - (len(names) - 1) / 2) * height for i in range(len(cases))]
@@ -146,16 +144,13 @@ def plot_ratios(result: dict, path: Path) -> None:
     axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.4, 1.02), ncols=3)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
 
 
 def plot_large(result: dict, path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4))
+    figure = Figure(figsize=(9.5, 4))
+    left, right = figure.subplots(1, 2)
     for name in result["large"][0]["peak_mib"]:
         cases = [case for case in result["large"] if case["peak_mib"][name]]
         sizes = [case["size"] for case in cases]
@@ -176,7 +171,6 @@ def plot_large(result: dict, path: Path) -> None:
     left.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
 
 
 def write_report(result: dict, folder: Path) -> None:

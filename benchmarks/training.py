@@ -43,8 +43,8 @@ def keep(folder: Path) -> str:
     ]
     log = RESULTS / f"training_{name}.jsonl"
     log.write_text("".join(json.dumps(line) + "\n" for line in epochs))
-    matplotlib.rcParams.update({"svg.hashsalt": "pvt_ref", "font.size": 9})
-    draw_curves(log, RESULTS / f"training_{name}.svg")
+    with matplotlib.rc_context({"svg.hashsalt": "pvt_ref", "font.size": 9}):
+        draw_curves(log, RESULTS / f"training_{name}.svg")
     cost = pvt_ref.count_cost(model.config)
     seconds = sum(
         model.info.training["samples"] / line["images_per_second"] for line in epochs

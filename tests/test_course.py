@@ -10,8 +10,10 @@ import io
 import re
 import sys
 import textwrap
+import traceback
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 
@@ -34,10 +36,16 @@ PHOTO = DOCS.parent / "examples" / "chelsea.jpg"
 OTHERS = [DOCS / f"{name}.md" for name in ("index", "use", "cheat_sheet", "glossary", "api/index")]
 
 
+#: What only the extra ``docs`` brings. Pages run without it, also where it happens to be there.
+ONLY_TO_BUILD = ("griffe", "markdown_exec", "material", "mkdocs", "mkdocstrings", "quickjs")
+
+
 @pytest.fixture
 def tools(monkeypatch):
     """The folder of the pages' own tools, from which pages import, as when the site is built."""
     monkeypatch.syspath_prepend(str(DOCS / "tools"))
+    for name in ONLY_TO_BUILD:
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
     yield DOCS / "tools"
     for name in [path.stem for path in (DOCS / "tools").glob("*.py")]:
         sys.modules.pop(name, None)
@@ -48,18 +56,35 @@ def lesson(tools):
     return importlib.import_module("lesson")
 
 
+def execute(code: str, names: dict, page: Path, line: int) -> None:
+    """Runs code that stands on a page from a line on.
+
+    Raises:
+        AssertionError: if the code raises anything: where on the page, the line itself, and what.
+    """
+    try:
+        exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)
+    except Exception as error:
+        here = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(page)]
+        where = here[-1].lineno if here else getattr(error, "lineno", line)
+        shown = page.read_text("utf-8").splitlines()[where - 1].strip()
+        what = "".join(traceback.format_exception_only(error)).strip()
+        raise AssertionError(f"{page}:{where}: {shown}\n{what}") from error
+
+
 def run(page: Path) -> tuple[str, list[str]]:
     """What the blocks of a page print, run in order; and its solutions, run by themselves."""
     names: dict = {"__name__": page.stem}
-    solutions = []
+    solutions, style = [], mpl.rcParams.copy()
+    text = page.read_text("utf-8")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        for indent, _, code in BLOCK.findall(page.read_text("utf-8")):
-            code = textwrap.dedent(code)
+        for block in BLOCK.finditer(text):
+            indent, code = block[1], textwrap.dedent(block[3])
             if indent:
                 solutions.append(code)
-                exec(code, {})
-            else:
-                exec(code, names)
+            line = text.count("\n", 0, block.start(3)) + 1
+            execute(code, {} if indent else names, page, line)
+    assert mpl.rcParams.copy() == style, f"{page} changes matplotlib's settings"
     return printed.getvalue(), solutions
 
 
@@ -151,3 +176,32 @@ def test_a_lesson_shows_only_what_holds(lesson):
     shown = lesson.source(lesson.finite_difference)
     assert "central differences" not in shown
     assert "gradient = np.empty_like(x)" in shown
+
+
+def test_a_failing_page_is_told_by_its_line(tmp_path):
+    page = tmp_path / "lesson.md"
+    page.write_text("# Ours\n\n```python\nx = 3\n```\n\n- as here:\n\n    ```python\n    x = 2\n\n"
+                    "    assert x > 4, f\"{x} is small\"\n    ```\n", "utf-8")  # fmt: skip
+    with pytest.raises(AssertionError) as found:
+        run(page)
+    told = str(found.value).splitlines()
+    assert told == [f'{page}:12: assert x > 4, f"{{x}} is small"', "AssertionError: 2 is small"]
+    page.write_text("```python\ndef f():\n    return 1 / 0\n\nf()\n```\n", "utf-8")
+    with pytest.raises(AssertionError, match=r"lesson.md:3: return 1 / 0\nZeroDivisionError"):
+        run(page)
+    page.write_text("text\n\n```python\n1 +\n```\n", "utf-8")
+    with pytest.raises(AssertionError, match=r"lesson.md:4: 1 \+\n"):
+        run(page)
+
+
+def test_a_figure_leaves_matplotlib_s_settings_alone_even_half_drawn(tools):
+    draw = importlib.import_module("draw")
+    style = mpl.rcParams.copy()
+    with draw.panels(1, 2) as (figure, (left, right)):
+        assert mpl.rcParams["text.color"] == draw.INK
+        left.plot([1, 2])
+        right.set_title("as the page")
+    assert "fill: var(--figure-ink)" in draw.show(figure, "name", "what is seen")
+    with pytest.raises(ZeroDivisionError), draw.panels():
+        raise ZeroDivisionError
+    assert mpl.rcParams.copy() == style

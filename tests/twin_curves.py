@@ -41,19 +41,19 @@ def main() -> None:
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     apart = np.abs(ours - theirs) / theirs
 
-    matplotlib.rcParams.update({"svg.hashsalt": "pvt_ref", "font.size": 9})
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
-    upper.plot(theirs, color="tab:orange", lw=3, alpha=0.6, label="PyTorch: autograd and AdamW")
-    upper.plot(ours, color="tab:blue", lw=0.9, label="pvt_ref: derivatives by hand")
-    upper.set(ylabel="loss of the batch", title="Handwritten digits, float32, the same batches")
-    upper.legend()
-    lower.semilogy(np.maximum(apart, 1e-9), color="tab:green", lw=0.8)
-    lower.set(xlabel="step", ylabel="relative difference")
-    for ax in (upper, lower):
-        ax.grid(alpha=0.3)
     folder = ROOT / "docs" / "results"
-    figure.savefig(folder / "training_twin.svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "pvt_ref", "font.size": 9}):
+        figure = Figure(figsize=(8, 4.6), layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+        upper.plot(theirs, color="tab:orange", lw=3, alpha=0.6, label="PyTorch: autograd and AdamW")
+        upper.plot(ours, color="tab:blue", lw=0.9, label="pvt_ref: derivatives by hand")
+        upper.set(ylabel="loss of the batch", title="Handwritten digits, float32, the same batches")
+        upper.legend()
+        lower.semilogy(np.maximum(apart, 1e-9), color="tab:green", lw=0.8)
+        lower.set(xlabel="step", ylabel="relative difference")
+        for ax in (upper, lower):
+            ax.grid(alpha=0.3)
+        figure.savefig(folder / "training_twin.svg", metadata={"Date": None})
     record = {
         "command": "python tests/twin_curves.py",
         "steps": steps,

@@ -1,5 +1,6 @@
 // Steps through the shapes of SRA, stage by stage. The table below stays and shows where one is.
 (function () {
+  const ROOM = { top: 30, rows: 190, columns: 262, height: 240 };
   const root = document.getElementById("sra-steps");
   if (!root) return;
   const { steps, R, N } = JSON.parse(root.querySelector("script").textContent);
@@ -16,14 +17,37 @@
       <span class="place"></span>
     </div>
     <p class="words" aria-live="polite"></p>
-    <svg viewBox="0 0 320 190" role="img"></svg>`;
+    <svg viewBox="0 0 360 ${ROOM.height}" role="img"></svg>`;
   root.prepend(panel);
   const [select] = panel.getElementsByTagName("select");
   const svg = panel.querySelector("svg");
   let at = 0;
 
-  // sides grow with the logarithm, so that 49 and 3136 fit on one screen
-  const length = (count, most) => 12 + (most * Math.log2(1 + count)) / 13;
+  const shapeOf = (symbol, stage) => steps.find((step) => step.symbol === symbol).shapes[stage];
+
+  // Pixels of a row and of a column, one number: as large as the largest array of the stage allows.
+  function scaleOf(stage) {
+    const shapes = steps.map((step) => step.shapes[stage]).filter(Boolean);
+    const largest = (axis) => Math.max(...shapes.map((shape) => shape.at(axis)));
+    return Math.min(ROOM.rows / largest(-2), ROOM.columns / largest(-1));
+  }
+
+  // An array at (x, 0): a sheet a head, its name and its rows and columns above; returns its width.
+  function drawArray(symbol, shape, x, scale, made) {
+    const heads = shape.length === 4 ? shape[1] : 1;
+    const [rows, columns] = shape.slice(-2);
+    const wide = scale * columns, high = scale * rows, full = symbol === "weights" ? scale * rows : 0;
+    let drawn = `<text x="${x}" y="10" class="${made ? "made" : ""}">${symbol}</text>
+      <text x="${x}" y="22">${rows}×${columns}</text>`;
+    for (let h = heads - 1; h >= 0; h--)
+      drawn += `<rect x="${x + 3 * h}" y="${ROOM.top + 2 * (heads - 1 - h)}" width="${wide}" height="${high}"
+        class="${made ? "part" : "sheet"}"/>`;
+    if (full > wide + 1)
+      drawn += `<path d="M${x + wide} ${ROOM.top}h${full - wide}v${full}h${wide - full}" class="without"/>
+        <text x="${x + wide + 6}" y="${ROOM.top + full / 2}">without reduction</text>`;
+    svg.insertAdjacentHTML("beforeend", drawn);
+    return Math.max(wide + 3 * heads, full, 58);
+  }
 
   function draw() {
     const stage = Number(select.value);
@@ -42,17 +66,16 @@
     );
     svg.innerHTML = "";
     if (!shape) return;
-    const heads = shape.length === 4 ? shape[1] : 1;
-    const [rows, columns] = shape.slice(-2);
-    const high = length(rows, 115), wide = length(columns, 230);
-    for (let h = heads - 1; h >= 0; h--)
-      svg.insertAdjacentHTML("beforeend",
-        `<rect x="${40 + 4 * h}" y="${30 + 3 * (heads - 1 - h)}" width="${wide}" height="${high}" class="sheet"/>`);
-    svg.insertAdjacentHTML("beforeend",
-      `<text x="${40 + wide / 2}" y="20" text-anchor="middle">${columns} columns</text>
-       <text x="30" y="${30 + high / 2}" text-anchor="middle" transform="rotate(-90 30 ${30 + high / 2})">${rows} rows</text>
-       <text x="40" y="${30 + high + 3 * heads + 18}">${heads > 1 ? `${heads} heads, ` : ""}${numbers} numbers</text>`);
-    svg.setAttribute("aria-label", `${symbol}: ${heads > 1 ? heads + " sheets of " : ""}${rows} rows and ${columns} columns`);
+    const from = steps[at].from.filter((name) => shapeOf(name, stage));
+    const scale = scaleOf(stage);
+    let x = 2;
+    for (const name of from) x += drawArray(name, shapeOf(name, stage), x, scale, false) + 18;
+    drawArray(symbol, shape, x, scale, true);
+    const told = (name) => {
+      const [, ...more] = shapeOf(name, stage);
+      return `${name}, ${more.length === 3 ? `${more[0]} heads of ` : ""}${more.at(-2)} rows and ${more.at(-1)} columns`;
+    };
+    svg.setAttribute("aria-label", [...from, symbol].map(told).join("; beside it "));
   }
 
   select.addEventListener("change", draw);

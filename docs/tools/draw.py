@@ -7,13 +7,11 @@ that it suits light and dark; its text is text. Drawn twice, it has the same byt
 import html
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 #: Stand-ins that matplotlib draws with; :func:`show` writes the page's own colours in their place.
@@ -49,13 +47,18 @@ _STYLE = {
 }
 
 
-# For the whole build: a legend or a text that a page adds later takes its colours from here too.
-mpl.rcParams.update(_STYLE)
+@contextmanager
+def panels(
+    rows: int = 1, columns: int = 1, width: float = 7.0, height: float = 2.8, **more: Any
+) -> Iterator[tuple[Figure, Any]]:
+    """A figure of width x height inches and its axes, to be drawn in inside a ``with``.
 
-
-def panels(rows: int = 1, columns: int = 1, width: float = 7.0, height: float = 2.8, **more: Any):
-    """A figure of width x height inches and its axes, in the style of the site."""
-    return plt.subplots(rows, columns, figsize=(width, height), **more)
+    Inside it, whatever is added takes the style of the site; after it, matplotlib's settings are
+    what they were.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height))  # pyplot would keep it, and choose a window
+        yield figure, figure.subplots(rows, columns, **more)
 
 
 def bare(*axes: Any) -> None:
@@ -70,14 +73,13 @@ def show(figure: Figure, name: str, alt: str) -> str:
     """The figure as HTML for a page, to be printed by a block with ``html="1"``.
 
     Args:
-        figure: closed by this.
+        figure: from :func:`panels`.
         name: unique on the page; ids in the SVG begin with it.
         alt: what can be seen, for who cannot see it.
     """
     buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": name}):
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    plt.close(figure)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)

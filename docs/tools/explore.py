@@ -41,79 +41,92 @@ def _table(heading: list[str], rows: list[list[str]]) -> str:
 
 # The shapes of SRA --------------------------------------------------------------------------------
 
-#: Symbol, formula, shape in letters, and what happens; in the order of sra_forward.
+#: Symbol, formula, shape in letters, what happens,
+#: and the arrays that it is drawn beside; in the order of sra_forward.
 _SRA_STEPS = (
     (
         "x",
         "LN(input of the block)",
         "B, n, C",
         "The normalised tokens, one row for each cell of the map.",
+        "",
     ),
     (
         "q",
         "x W^Q + b",
         "B, n, C",
         "A query for every token.",
+        "x",
     ),
     (
-        "blocks",
+        "patches",
         "Reshape(x, R)",
         "B, m, R·R·C",
-        "The map cut into R×R blocks, each laid out in one row.",
+        "The map cut into patches of R×R tokens, each laid out in one row.",
+        "x",
     ),
     (
         "reduced",
-        "LN(blocks W^S + b)",
+        "LN(patches W^S + b)",
         "B, m, C",
-        "SR(x): each block brought back to C channels, and normalised.",
+        "SR(x): each patch brought back to C channels, and normalised.",
+        "patches",
     ),
     (
         "kv",
         "reduced W^KV + b",
         "B, m, 2C",
         "Keys in the first C channels, values in the others; where R = 1, made from x itself.",
+        "reduced",
     ),
     (
         "q_heads",
         "split_heads(q)",
         "B, N, n, d",
         "Each head takes d of the C channels.",
+        "q",
     ),
     (
         "k",
         "split_heads(kv, first half)",
         "B, N, m, d",
-        "m keys: one for each block.",
+        "m keys: one for each patch.",
+        "q_heads",
     ),
     (
         "v",
         "split_heads(kv, second half)",
         "B, N, m, d",
         "As many values.",
+        "k",
     ),
     (
         "weights",
         "Softmax(q k^T / √d)",
         "B, N, n, m",
         "Where each query looks. Without reduction it would have n columns, R·R times as many.",
+        "q_heads k",
     ),
     (
         "heads",
         "weights v",
         "B, N, n, d",
         "What each query found.",
+        "weights v",
     ),
     (
         "merged",
         "merge_heads(heads)",
         "B, n, C",
         "The heads side by side.",
+        "heads",
     ),
     (
         "y",
         "merged W^O + b",
         "B, n, C",
         "As many tokens as before.",
+        "merged",
     ),
 )
 
@@ -146,7 +159,7 @@ def sra_shapes(config: PVTConfig, i: int, size: int = 224) -> dict[str, tuple[in
     y, _ = sra_forward(weights, x, ops, grid, stage)
     shapes.update(x=seen[0], q=seen[1], kv=seen[-3], merged=seen[-2], y=y.shape)
     if stage.sr_ratio > 1:
-        shapes.update(blocks=seen[2], reduced=seen[3])
+        shapes.update(patches=seen[2], reduced=seen[3])
     return shapes
 
 
@@ -155,8 +168,8 @@ def sra_steps(config: PVTConfig) -> str:
     stages = [sra_shapes(config, i) for i in range(4)]
     steps = [
         {"symbol": symbol, "formula": formula, "letters": letters, "words": words,
-         "shapes": [stage.get(symbol) for stage in stages]}
-        for symbol, formula, letters, words in _SRA_STEPS
+         "from": beside.split(), "shapes": [stage.get(symbol) for stage in stages]}
+        for symbol, formula, letters, words, beside in _SRA_STEPS
     ]  # fmt: skip
     rows = [
         [f"<code>{s['symbol']}</code> = {s['formula']}", f"({s['letters']})"]
