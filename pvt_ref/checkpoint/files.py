@@ -222,10 +222,10 @@ def _file_in(folder: Path) -> Path:
     for name in (x for file in _IN_FOLDER for x in (file, file + _INDEX)):
         if (folder / name).exists():
             return folder / name
-    near = [p.name for p in _siblings(folder)]
+    near = ", ".join(shown(p.name) for p in _siblings(folder)[:5])
     raise CheckpointError(
         f"a directory without {' or '.join(_IN_FOLDER)}, as save_pretrained writes them; needed is "
-        f"the weights file in it ({'there are: ' + ', '.join(near[:5]) if near else 'there is none'})"
+        f"the weights file in it ({f'there are: {near}' if near else 'there is none'})"
     )
 
 
@@ -247,8 +247,8 @@ def _open_shards(path: Path, stack: contextlib.ExitStack) -> _Opened:
             )
         if not (path.parent / name).is_file():
             raise CheckpointError(
-                f"{path.name} names the file {shown(name)}, which is not beside it. Copy all of its "
-                f"{len(names)} files into one folder"
+                f"{path.name} names the file {shown(name)}, which is not beside it. Copy all of "
+                f"its {len(names)} files into one folder"
             )
         shard = _open(path.parent / name, stack)
         said = {key for key, place in places.items() if place == name}
@@ -567,8 +567,9 @@ def save(path: str | os.PathLike[str], model: Model, dtype: str | None = None) -
     """Writes a model to a .safetensors file, with its configuration and a SHA-256 of both.
 
     The file appears complete or not at all: it is written beside its place under another name,
-    flushed to the disk, and renamed. An older file of that name stays whole until then. The same
-    model gives the same bytes. Arrays on a device are copied to the host.
+    flushed to the disk, and renamed. An older file of that name stays whole until then, and leaves
+    its permissions to the new one; a read-only one stays. The same model gives the same bytes.
+    Arrays on a device are copied to the host.
 
     Args:
         path: ends in ``.safetensors``; its directory exists.
@@ -577,8 +578,8 @@ def save(path: str | os.PathLike[str], model: Model, dtype: str | None = None) -
             of 6e-8 below 6e-5); loading makes them float32 again. None stores them as they are.
 
     Raises:
-        CheckpointError: if the suffix is another, a weight is beyond float16, or the file cannot
-            be written.
+        CheckpointError: if the suffix is another, a weight is beyond float16, info is too long to
+            be read again (a million characters), or the file cannot be written.
         NonFiniteError: if a weight is NaN or infinite.
         ArrayTypeError: if model is not a Model, or dtype is another.
     """
@@ -598,14 +599,17 @@ def save(path: str | os.PathLike[str], model: Model, dtype: str | None = None) -
         check_finite(key, x, "The training that made them diverged; such a file would be refused")
     if dtype is not None:
         state = _narrow(path, state, dtype)
-    data = to_bytes(state, model.config, None if model.info == UNKNOWN else model.info)
+    try:
+        data = to_bytes(state, model.config, None if model.info == UNKNOWN else model.info)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     try:
         write_whole(path, data)
     except OSError as error:
         raise CheckpointError(
             f"{path}: could not be saved ({type(error).__name__}: {error.strerror or error}). A "
-            f"file of this name, if there was one, is whole. Check that the directory exists, that "
-            f"it may be written to, and that the disk has {len(data)} bytes free"
+            f"file of this name, if there was one, is as it was. Check that the directory exists, "
+            f"that it may be written to, and that the disk has {len(data)} bytes free"
         ) from error
 
 

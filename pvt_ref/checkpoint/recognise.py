@@ -419,8 +419,8 @@ def complete(stated: Stated, state: Mapping[str, Any], layout: Layout) -> PVTCon
 def recognise_config(state: Mapping[str, Any], layout: Layout, prefix: str = "") -> PVTConfig:
     """The published variant whose keys and shapes are exactly those of state.
 
-    Class count, channels and image size are read off. Head counts leave no trace in any shape, so every other
-    model needs its configuration from the caller.
+    Class count, channels and image size are read off. Head counts leave no trace in any shape, so
+    every other model needs its configuration from the caller.
 
     Args:
         state: key, without the prefix, to tensor.

@@ -221,8 +221,8 @@ def own_header(
         ) from error
     if written != FORMAT:
         raise CheckpointError(
-            f"a pvt_ref file of format {shown(written)}; this version reads {FORMAT!r}. It was written "
-            f"by a newer version, or is damaged. Update pvt_ref, or save the model again"
+            f"a pvt_ref file of format {shown(written)}; this version reads {FORMAT!r}. It was "
+            f"written by a newer version, or is damaged. Update pvt_ref, or save the model again"
         )
     if found != expected or len(metadata) != 1:
         raise CheckpointError(
