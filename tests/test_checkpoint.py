@@ -212,7 +212,7 @@ def test_a_safetensors_of_the_authors_layout(tmp_path):
     safetensors.torch.save_file(as_torch(state), tmp_path / "b.safetensors", {"epoch": "3"})
     model = load(tmp_path / "b.safetensors", TINY)
     assert_same_state(model, state)
-    assert "; metadata of another program are ignored" in model.source
+    assert "; metadata of another program is ignored" in model.source
 
 
 def test_content_decides_and_not_the_suffix(tmp_path):

@@ -299,7 +299,7 @@ def test_names_come_before_paths(tmp_path, monkeypatch):
         pvt_ref.load("./digits", mirror="http://localhost")
     with pytest.raises(ArrayTypeError, match="mirror is 'localhost'"):
         pvt_ref.load("pvt_tiny", mirror="localhost")
-    with pytest.raises(MissingFileError):
+    with pytest.raises(MissingFileError, match="Did you mean 'digits'"):
         pvt_ref.load("digit")
 
 
@@ -327,7 +327,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_HEAD(self):
         self.seen.append((self.command, self.path))
-        found = self.path == f"/{RELEASED['pvt_tiny']}/resolve/main/model.safetensors"
+        place = f"/{RELEASED['pvt_tiny']}/resolve/"
+        found = self.path in (f"{place}{r}/model.safetensors" for r in ("main", "0" * 40))
         self.send_response(200 if found else 404)
         self.send_header("Content-Length", str(len(self.content) if found else 0))
         self.send_header("ETag", f'"{hashlib.sha256(self.content).hexdigest()}"')
@@ -412,7 +413,7 @@ except pvt_ref.errors.DownloadError as error:
     print(error)
 """
     done = in_a_process(code, tmp_path, HF_HUB_OFFLINE="1")
-    assert done.stderr == ""
+    assert done.stderr == ("pvt_small: fetching Zetatech/pvt-small-224 from the Hugging Face Hub\n")
     place = re.escape(str(tmp_path / "weights" / "pvt_small.pth"))
     assert re.search(rf"download https://github.com/\S+/pvt_small\.pth to {place}", done.stdout)
     assert "Zetatech/pvt-small-224/resolve/main/model.safetensors" in done.stdout
@@ -427,7 +428,7 @@ except pvt_ref.errors.DownloadError as error:
     print(error)
 """
     done = in_a_process(code, tmp_path)
-    assert done.stderr == ""
+    assert done.stderr.count("\n") == 1
     assert "http://127.0.0.1:9 did not give it" in done.stdout
 
 
@@ -457,7 +458,7 @@ def test_what_was_put_there_by_hand_is_found(released, tmp_path, monkeypatch):
 def test_without_the_hubs_client_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("PVT_REF_WEIGHTS", str(tmp_path))
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(DownloadError, match=r"pip install 'pvt_ref\[hub\]'.*By hand"):
+    with pytest.raises(DownloadError, match=r"pip install huggingface_hub\..*By hand"):
         pvt_ref.load("pvt_tiny")
     with pytest.raises(DownloadError, match="were not released"):
         pvt_ref.load("pvt_huge_v2")

@@ -61,6 +61,7 @@ from pvt_ref.errors import (
     ConfigError,
     MissingFileError,
     PVTError,
+    printable,
     shown,
 )
 from pvt_ref.face import Model
@@ -250,6 +251,7 @@ def _open_shards(path: Path, stack: contextlib.ExitStack) -> _Opened:
                 f"{path.name} names the file {shown(name)}, which is not beside it. Copy all of "
                 f"its {len(names)} files into one folder"
             )
+    for name in names:
         shard = _open(path.parent / name, stack)
         said = {key for key, place in places.items() if place == name}
         if not isinstance(shard.tree, dict) or shard.tree.keys() != said:
@@ -291,6 +293,8 @@ def _load(
         used = _as_stored(stated, stored, notes)
     else:
         model = _choose(opened, stated, entry, notes)
+        if stated and stated.origin != "config" and not released:
+            notes.append(f"configuration from {printable(stated.origin)}")
         if model.layout in (HUGGING_FACE, HUGGING_FACE_BARE) and not released:
             folder = opened.path.parent
             stated = _ask_beside(folder / CONFIG_FILE, stated, eps, notes)
@@ -326,7 +330,7 @@ def _choose(opened: _Opened, stated: Stated | None, entry: str | None, notes: li
     if chosen.layout is AUTHORS:
         check_foreign_metadata(opened.metadata)
     if opened.metadata.keys() - {"format"}:
-        notes.append("metadata of another program are ignored")
+        notes.append("metadata of another program is ignored")
     if others:
         some = ", ".join(f"entry={shown(model.name, 60)}" for model in others[:3])
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""

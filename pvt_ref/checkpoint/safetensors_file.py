@@ -258,7 +258,7 @@ def check_foreign_metadata(metadata: Mapping[str, str]) -> None:
         CheckpointError: if an entry's name or text is like that of a file of :func:`to_bytes`.
     """
     for name, text in metadata.items():
-        sealed = '"sha256"' in text and '"sr_ratios"' in text
+        sealed = text.startswith('{"config": {"') or ('"sha256"' in text and '"config"' in text)
         if sealed or any(mark in name or mark in text for mark in _OWN_MARKS):
             raise CheckpointError(
                 f"a pvt_ref file whose metadata entry {METADATA_KEY!r} is damaged (it is called "
