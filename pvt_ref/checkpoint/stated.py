@@ -254,7 +254,7 @@ def _preprocessing(fields: Mapping[str, Any], channels: int) -> Preprocessing:
         )
     if len(mean) != channels:
         raise CheckpointError(f"it has {len(mean)} means, and the model {channels} channels")
-    mode = {1: "L", 3: "RGB"}.get(channels, f"{channels} channels")
+    mode = {1: "L", 3: "RGB"}.get(channels, "bands")
     scale = 255 * factor
     if math.isclose(scale, 1, rel_tol=1e-6):
         scale = 1
