@@ -28,6 +28,7 @@ from test_checkpoint import (
 import pvt_ref
 from pvt_ref import VARIANTS, Model, ModelInfo, Preprocessing, from_state_dict, to_state_dict
 from pvt_ref.checkpoint import load, save
+from pvt_ref.checkpoint.pth import PthFile
 from pvt_ref.checkpoint.safetensors_file import MAX_HEADER, MAX_RECORD
 from pvt_ref.checkpoint.stated import MAX_JSON
 from pvt_ref.config import config_to_dict
@@ -155,6 +156,8 @@ def test_shards_as_transformers_writes_them(their_model, tmp_path):
     their_model.save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     assert_their_logits(load(tmp_path), their_model)
+    part = next(tmp_path.glob("model-00002-of-*.safetensors"))
+    assert f"one of several files; load their folder, {tmp_path}" in refusal(part, None)
     (tmp_path / "config.json").unlink()
     assert "num_heads=unknown" in refusal(tmp_path, None)
 
@@ -672,6 +675,21 @@ def test_mmdetection_labels_are_the_detectors(tmp_path):
     assert model.info.classes == ()
     tree = as_torch(mmdetection_state(random_state(BARE), BARE))
     assert "assumed: eps of this layout" in load(write_pth(tmp_path / "n.pth", tree), BARE).source
+
+
+@pytest.mark.parametrize(
+    ("attributes", "says"),
+    [
+        ({"foreign": ("mmengine.logging.MessageHub",)}, "were not made: 'mmengine.logging.Mess"),
+        ({"foreign": tuple("abcde")}, "were not made: 'a', 'b', 'c' and 2 more"),
+        ({"checksummed": False}, "the file has no checksums"),
+    ],
+)
+def test_what_the_reader_met_is_said(tmp_path, monkeypatch, attributes, says):
+    path = write_pth(tmp_path / "a.pth", as_torch(random_state(TINY)))
+    for name, value in attributes.items():
+        monkeypatch.setattr(PthFile, name, property(lambda _, v=value: v, lambda *_: None), False)
+    assert says in load(path, TINY).source
 
 
 def test_imagenets_preprocessing_is_what_is_assumed():

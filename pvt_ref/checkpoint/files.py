@@ -170,6 +170,8 @@ def read_model(
     try:
         if not path.exists():
             raise MissingFileError(_missing(path))
+        if re.search(r"-\d{5}-of-(?!00001)\d{5}\.", path.name):
+            raise CheckpointError(f"one of several files; load their folder, {path.parent}")
         with contextlib.ExitStack() as stack:
             return _load(_open(path, stack), stated, entry, norm_eps, released)
     except MissingFileError:
