@@ -5,16 +5,29 @@ released models are large and lie on the Hugging Face Hub; they are fetched when
 or taken from a folder where somebody has put them.
 """
 
+import difflib
+import hashlib
+import json
 import logging
 import os
+import re
+import sys
 import urllib.parse
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pvt_ref.checkpoint import load as load_file
-from pvt_ref.checkpoint.files import Eps
+from pvt_ref.checkpoint.files import Eps, read_model
+from pvt_ref.checkpoint.stated import read_json
+from pvt_ref.checkpoint.whole_file import write_whole
 from pvt_ref.config import VARIANTS, PVTConfig
-from pvt_ref.errors import ArrayTypeError, DownloadError
+from pvt_ref.errors import (
+    ArrayTypeError,
+    CheckpointError,
+    DownloadError,
+    MissingFileError,
+    shown,
+)
 from pvt_ref.face import Model
 
 #: Names whose weights are in the package.
@@ -33,11 +46,18 @@ _SUFFIXES = (".safetensors", ".pth", ".bin")
 _AUTHORS_EPS = (1e-6, 1e-5)
 
 
+#: In the weights folder: commit and SHA-256 of what was fetched first, by name.
+_RECORD = "fetched.json"
+
+_SECONDS = 5  # that a server may take for its first answer
+
+
 def load(
     name: str | os.PathLike[str],
-    config: PVTConfig | None = None,
-    eps: Eps | None = None,
+    config: PVTConfig | str | os.PathLike[str] | None = None,
     *,
+    entry: str | None = None,
+    eps: Eps | None = None,
     mirror: str | None = None,
 ) -> Model:
     """A model by name, or from a weights file.
@@ -48,14 +68,16 @@ def load(
     - ``"pvt_tiny"``, ``"pvt_small"``, ``"pvt_medium"``, ``"pvt_large"``: released for ImageNet. A
       file of that name (.safetensors, .pth or .bin) in the weights folder is taken if there is one;
       else they are fetched from the Hugging Face Hub, with its cache and its progress bar, which
-      needs the extra ``hub``. The weights folder is what the environment variable PVT_REF_WEIGHTS
-      names, or ``~/.cache/pvt_ref``.
+      needs the package ``huggingface_hub``. Commit and SHA-256 of what was fetched first are kept
+      in the weights folder, and the name means that file from then on. The weights folder is what
+      the environment variable PVT_REF_WEIGHTS names, or ``~/.cache/pvt_ref``.
 
     Everything else is a path, and :func:`pvt_ref.checkpoint.load` says what it may be.
 
     Args:
         name: a known name, or a path.
         config: of a file; names bring theirs.
+        entry: of a file; see :func:`pvt_ref.checkpoint.load`.
         eps: of the norms; see :func:`pvt_ref.checkpoint.load`. Released models have the authors'.
         mirror: address of a server that answers like huggingface.co, to fetch from instead.
 
@@ -64,32 +86,55 @@ def load(
         its ``info`` if they are known.
 
     Raises:
-        DownloadError: if it has to be fetched and cannot be (which takes half a minute of trying);
-            the message says what to download by hand, and where to put it.
-        MissingFileError: if there is no file at the path.
+        DownloadError: if it has to be fetched and cannot be, which is known after some seconds; the
+            message says what to download by hand, and where to put it. Also if what was fetched is
+            not what it was the first time.
+        MissingFileError: if there is no file at the path; the message has the known names.
         CheckpointError: if the file is damaged, unsafe, of an unknown kind, or does not fit.
-        ArrayTypeError: if name, config or mirror is of another type, config comes with a known
-            name, or mirror with what is not fetched.
-        ConfigError: if eps is not one or two numbers that can be one.
+        ArrayTypeError: if name, config, entry or mirror is of another type, config or entry comes
+            with a known name, or mirror with what is not fetched.
+        ConfigError: if eps is not one or two numbers that can be one, or config a PVT that cannot
+            be built.
     """
     known = name if isinstance(name, str) else ""
     if known in (*SHIPPED, *VARIANTS):
-        if config is not None:
+        if config is not None or entry is not None:
             raise ArrayTypeError(
-                f"config was given with {known!r}, which brings its own. Leave it out, or name a "
-                f"file: './{known}'"
+                f"{'entry' if config is None else 'config'} was given with {known!r}, which brings "
+                f"its own. Leave it out, or name a file: './{known}'"
             )
         if known in SHIPPED:
             return load_file(Path(__file__).with_name("weights") / f"{known}.safetensors", eps=eps)
-        return load_file(
-            _find(known, mirror), VARIANTS[known], _AUTHORS_EPS if eps is None else eps
+        path, origin = _find(known, mirror)
+        return read_model(
+            path, VARIANTS[known], eps=_AUTHORS_EPS if eps is None else eps, released=origin
         )
     if mirror is not None:
         raise ArrayTypeError(
-            f"mirror was given with {name!r}, which is not fetched. Known names are "
+            f"mirror was given with {shown(name)}, which is not fetched. Known names are "
             f"{', '.join((*SHIPPED, *RELEASED))}"
         )
-    return load_file(name, config, eps)
+    if re.match(r"[A-Za-z][\w+.-]*://", known):
+        raise MissingFileError(
+            f"{known} is an address, and load reads files. Download it, and load the file that "
+            f"came: pvt_ref.load('path/to/file'). {_known_names(known)}"
+        )
+    try:
+        return load_file(name, config, entry=entry, eps=eps)
+    except MissingFileError as error:
+        if os.path.exists(name):  # what is missing is another file, such as that of config
+            raise
+        raise MissingFileError(f"{error}. {_known_names(os.fspath(name))}") from None
+
+
+def _known_names(given: str) -> str:
+    """The names, and which of them somebody may have meant."""
+    names = (*SHIPPED, *RELEASED)
+    last = given.rstrip("/").rpartition("/")[2].lower().replace("-", "_")
+    last = re.sub(r"(_224)?(\.\w+)?$", "", last)
+    near = difflib.get_close_matches(last, names, 1)
+    meant = f". Did you mean {near[0]!r}?" if near else ""
+    return f"Names that are known without a file: {', '.join(names)}{meant}"
 
 
 def weights_folder() -> Path:
@@ -99,15 +144,15 @@ def weights_folder() -> Path:
         What the environment variable PVT_REF_WEIGHTS names, or ``~/.cache/pvt_ref``.
     """
     named = os.environ.get("PVT_REF_WEIGHTS")
-    return Path(named) if named else Path.home() / ".cache" / "pvt_ref"
+    return Path(os.path.expanduser(named or "~/.cache/pvt_ref"))
 
 
-def _find(name: str, mirror: str | None) -> Path:
-    """The file of a released model, fetched if it has to be."""
+def _find(name: str, mirror: str | None) -> tuple[Path, str]:
+    """The file of a released model, fetched if it has to be, and where it is from."""
     for suffix in _SUFFIXES:
         path = weights_folder() / f"{name}{suffix}"
         if path.exists():
-            return path
+            return path, f"{path.name} of the weights folder"
     if name not in RELEASED:
         raise DownloadError(
             f"{name}: its weights were not released. If you have some, name the file: "
@@ -117,25 +162,102 @@ def _find(name: str, mirror: str | None) -> Path:
         scheme = urllib.parse.urlsplit(mirror).scheme if isinstance(mirror, str) else ""
         if scheme not in ("http", "https"):
             raise ArrayTypeError(
-                f"mirror is {mirror!r}; it must be an address such as 'https://my.server'. For a "
-                f"file on this machine: pvt_ref.load('path/to/file')"
+                f"mirror is {shown(mirror)}; it must be an address such as 'https://my.server'. "
+                f"For a file on this machine: pvt_ref.load('path/to/file')"
             )
+    first = _read_record().get(name)
+    path, commit, announced = _fetch(name, mirror, first.commit if first else None)
     try:
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        with path.open("rb") as file:
+            found = _Fetched(commit, hashlib.file_digest(file, "sha256").hexdigest())
+    except OSError as error:
+        raise DownloadError(
+            f"{name}: what was fetched cannot be read from {path} ({type(error).__name__}: "
+            f"{error.strerror or error}). {_by_hand(name)}"
+        ) from error
+    if re.fullmatch("[0-9a-f]{64}", announced) and announced != found.sha256:
+        raise DownloadError(
+            f"{name}: {path} has the SHA-256 {found.sha256[:12]}..., and the server announced "
+            f"{announced[:12]}...: it is damaged. Delete that file, and try again"
+        )
+    if first and first.sha256 != found.sha256:
+        raise DownloadError(
+            f"{name}: {path} has the SHA-256 {found.sha256[:12]}..., and what was fetched first "
+            f"had {first.sha256[:12]}...: it was damaged or exchanged. Delete it, and try again; "
+            f"if you want what is there now, delete the entry {name!r} in "
+            f"{weights_folder() / _RECORD}"
+        )
+    if first is None:
+        _write_record(name, found)
+    at = f" at commit {commit[:12]}" if commit else ""
+    return path, f"from {RELEASED[name]}{at}, SHA-256 {found.sha256[:12]}..."
+
+
+class _Fetched(NamedTuple):
+    """What a name meant when it was fetched first."""
+
+    commit: str | None
+    sha256: str
+
+
+def _read_record() -> dict[str, _Fetched]:
+    path = weights_folder() / _RECORD
+    if not path.exists():
+        return {}
+    try:
+        return {name: _Fetched(x["commit"], x["sha256"]) for name, x in _entries(path).items()}
+    except (CheckpointError, TypeError, KeyError) as error:
+        raise DownloadError(
+            f"{path}, which says what was fetched, cannot be read ({type(error).__name__}: "
+            f"{error}). Delete it: what is fetched next is then taken as it comes"
+        ) from error
+
+
+def _entries(path: Path) -> dict[str, Any]:
+    return read_json(path, path.name)
+
+
+def _write_record(name: str, fetched: _Fetched) -> None:
+    path = weights_folder() / _RECORD
+    entries = _entries(path) if path.exists() else {}
+    entries[name] = {"repository": RELEASED[name], **fetched._asdict()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, f"{json.dumps(entries, indent=1)}\n".encode())
+    except OSError as error:
+        print(f"{path} could not be written ({error.strerror or error})", file=sys.stderr)
+
+
+def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str | None, str]:
+    """From the Hub's cache or the Hub: the file, its commit, and the SHA-256 announced for it."""
+    try:
+        from huggingface_hub import (
+            get_hf_file_metadata,
+            hf_hub_download,
+            hf_hub_url,
+            try_to_load_from_cache,
+        )
     except ImportError as error:
         raise DownloadError(
-            f"{name}: fetching it needs the package huggingface_hub: pip install 'pvt_ref[hub]' "
-            f"(from a checkout: pip install -e '.[hub]'). {_by_hand(name)}"
+            f"{name}: fetching it needs the package huggingface_hub: pip install huggingface_hub. "
+            f"{_by_hand(name)}"
         ) from error
     options: dict[str, Any] = {"endpoint": mirror} if mirror else {}
     log = logging.getLogger("huggingface_hub")
     level = log.level
     log.setLevel(logging.ERROR)  # it reports every retry; the end is told below, once
+    repository, announced = RELEASED[name], ""
     try:
-        kept = try_to_load_from_cache(RELEASED[name], _FILE)  # without asking the network
-        if isinstance(kept, str):
-            return Path(kept)
-        return Path(hf_hub_download(RELEASED[name], _FILE, **options))
+        kept = try_to_load_from_cache(repository, _FILE, revision=commit)  # asks no network
+        if not isinstance(kept, str):
+            where = mirror or "the Hugging Face Hub"
+            print(f"{name}: fetching {repository} from {where}", file=sys.stderr, flush=True)
+            url = hf_hub_url(repository, _FILE, revision=commit, **options)
+            answer = get_hf_file_metadata(url, timeout=_SECONDS)  # once: a download tries for long
+            commit, announced = answer.commit_hash or commit, answer.etag or ""
+            kept = hf_hub_download(
+                repository, _FILE, revision=commit, etag_timeout=_SECONDS, **options
+            )
     except Exception as error:  # many kinds, of several libraries: all mean that it is not here
         reason = " ".join(str(error).split())[:300]
         raise DownloadError(
@@ -144,6 +266,10 @@ def _find(name: str, mirror: str | None) -> Path:
         ) from error
     finally:
         log.setLevel(level)
+    folder = Path(kept).parent.name  # the cache has one for each commit
+    blob = Path(os.path.realpath(kept)).name  # and names large files by their SHA-256
+    announced = blob if re.fullmatch("[0-9a-f]{64}", blob) else announced
+    return Path(kept), folder if re.fullmatch("[0-9a-f]{40}", folder) else commit, announced
 
 
 def _by_hand(name: str) -> str:

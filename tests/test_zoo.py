@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -37,7 +38,7 @@ from pvt_ref.errors import (
 from pvt_ref.imagenet import imagenet_classes
 from pvt_ref.params import named_arrays
 from pvt_ref.train import evaluate
-from pvt_ref.zoo import RELEASED, SHIPPED
+from pvt_ref.zoo import RELEASED, SHIPPED, weights_folder
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PHOTO = EXAMPLES / "chelsea.jpg"
@@ -299,7 +300,7 @@ def test_names_come_before_paths(tmp_path, monkeypatch):
         pvt_ref.load("./digits", mirror="http://localhost")
     with pytest.raises(ArrayTypeError, match="mirror is 'localhost'"):
         pvt_ref.load("pvt_tiny", mirror="localhost")
-    with pytest.raises(MissingFileError):
+    with pytest.raises(MissingFileError, match="Did you mean 'digits'"):
         pvt_ref.load("digit")
 
 
@@ -324,13 +325,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     content, seen = b"", []
+    etag, status = None, None  # in the place of the right ones
 
     def do_HEAD(self):
         self.seen.append((self.command, self.path))
-        found = self.path == f"/{RELEASED['pvt_tiny']}/resolve/main/model.safetensors"
-        self.send_response(200 if found else 404)
+        place = f"/{RELEASED['pvt_tiny']}/resolve/"
+        found = self.path in (f"{place}{r}/model.safetensors" for r in ("main", "0" * 40))
+        self.send_response(self.status or (200 if found else 404))
         self.send_header("Content-Length", str(len(self.content) if found else 0))
-        self.send_header("ETag", f'"{hashlib.sha256(self.content).hexdigest()}"')
+        self.send_header("ETag", f'"{self.etag or hashlib.sha256(self.content).hexdigest()}"')
         self.send_header("X-Repo-Commit", "0" * 40)
         self.end_headers()
         return found
@@ -412,7 +415,7 @@ except pvt_ref.errors.DownloadError as error:
     print(error)
 """
     done = in_a_process(code, tmp_path, HF_HUB_OFFLINE="1")
-    assert done.stderr == ""
+    assert done.stderr == ("pvt_small: fetching Zetatech/pvt-small-224 from the Hugging Face Hub\n")
     place = re.escape(str(tmp_path / "weights" / "pvt_small.pth"))
     assert re.search(rf"download https://github.com/\S+/pvt_small\.pth to {place}", done.stdout)
     assert "Zetatech/pvt-small-224/resolve/main/model.safetensors" in done.stdout
@@ -427,7 +430,7 @@ except pvt_ref.errors.DownloadError as error:
     print(error)
 """
     done = in_a_process(code, tmp_path)
-    assert done.stderr == ""
+    assert done.stderr.count("\n") == 1
     assert "http://127.0.0.1:9 did not give it" in done.stdout
 
 
@@ -457,7 +460,7 @@ def test_what_was_put_there_by_hand_is_found(released, tmp_path, monkeypatch):
 def test_without_the_hubs_client_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("PVT_REF_WEIGHTS", str(tmp_path))
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(DownloadError, match=r"pip install 'pvt_ref\[hub\]'.*By hand"):
+    with pytest.raises(DownloadError, match=r"pip install huggingface_hub\..*By hand"):
         pvt_ref.load("pvt_tiny")
     with pytest.raises(DownloadError, match="were not released"):
         pvt_ref.load("pvt_huge_v2")
@@ -478,3 +481,122 @@ def test_info_of_other_files():
             ModelInfo(classes=wrong)
     assert ModelInfo(classes=(c for c in "ab")).classes == ("a", "b")
     assert json.loads(json.dumps(ModelInfo().to_dict())) == ModelInfo().to_dict()
+
+
+# Names that are nearly right, and what a name means -----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("pvt-small", "pvt_small"),
+        ("PVT_Tiny", "pvt_tiny"),
+        ("cifar100", "cifar10"),
+        ("whai362/pvt_medium", "pvt_medium"),
+        ("Zetatech/pvt-tiny-224", "pvt_tiny"),
+        ("https://huggingface.co/Zetatech/pvt-large-224", "pvt_large"),
+        ("https://github.com/whai362/PVT/releases/download/v2/pvt_small.pth", "pvt_small"),
+        ("digit", "digits"),
+        ("resnet50", None),
+    ],
+)
+def test_names_that_are_nearly_right_are_suggested(name, meant, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MissingFileError) as caught:
+        pvt_ref.load(name)
+    message = str(caught.value)
+    assert message.startswith(name)  # an address keeps both of its slashes
+    assert ("is an address, and load reads files" in message) == ("://" in name)
+    assert "Names that are known without a file: digits, cifar10, pvt_tiny" in message
+    assert ("Did you mean" in message) == (meant is not None)
+    assert meant is None or message.endswith(f"Did you mean {meant!r}?")
+
+
+def test_a_missing_configuration_is_not_taken_for_a_missing_model(released):
+    with pytest.raises(MissingFileError) as caught:
+        pvt_ref.load(released, "c.json")
+    assert "config is 'c.json'" in str(caught.value)
+    assert "known without a file" not in str(caught.value)
+    for arguments in ({"config": VARIANTS["pvt_tiny"]}, {"entry": "model"}):
+        with pytest.raises(ArrayTypeError, match="was given with 'digits', which brings its own"):
+            pvt_ref.load("digits", **arguments)
+
+
+def test_a_home_directory_in_the_weights_folder_is_expanded(released, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.setenv("PVT_REF_WEIGHTS", "~/w")
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "pvt_tiny.safetensors").write_bytes(released.read_bytes())
+    assert "pvt_tiny.safetensors of the weights folder" in pvt_ref.load("pvt_tiny").source
+    monkeypatch.delenv("PVT_REF_WEIGHTS")
+    assert weights_folder() == tmp_path / ".cache" / "pvt_ref"
+
+
+def test_a_name_means_what_was_fetched_first(hub, released, tmp_path):
+    code = f"""
+import pvt_ref
+try:
+    print(pvt_ref.load("pvt_tiny", mirror={hub!r}).source)
+except pvt_ref.errors.DownloadError as error:
+    print("refused:", error)
+"""
+    digest = hashlib.sha256(released.read_bytes()).hexdigest()
+    fetched = tmp_path / "weights" / "fetched.json"
+    source = in_a_process(code, tmp_path).stdout
+    assert f"from Zetatech/pvt-tiny-224 at commit {'0' * 12}, SHA-256 {digest[:12]}" in source
+    assert "assumed" not in source
+    entry = {"repository": RELEASED["pvt_tiny"], "commit": "0" * 40, "sha256": digest}
+    assert json.loads(fetched.read_text()) == {"pvt_tiny": entry}
+    assert in_a_process(code, tmp_path).stdout == source
+    # asked again, once the cache is empty: by that commit, and other bytes are refused
+    shutil.rmtree(tmp_path / "hf")
+    Hub.seen.clear()
+    assert in_a_process(code, tmp_path).stdout == source
+    assert {path.split("/resolve/")[1][:40] for _, path in Hub.seen} == {"0" * 40}
+    shutil.rmtree(tmp_path / "hf")
+    Hub.content = Hub.content[:-1] + bytes([Hub.content[-1] ^ 1])
+    message = in_a_process(code, tmp_path).stdout
+    assert message.startswith("refused: pvt_tiny: ")
+    assert "was damaged or exchanged" in message
+    assert f"delete the entry 'pvt_tiny' in {fetched}" in message
+    fetched.write_text("{")
+    assert "fetched.json, which says what was fetched, cannot be read" in (
+        in_a_process(code, tmp_path).stdout
+    )
+
+
+def test_a_damaged_download_is_refused_whenever_it_is_read(hub, tmp_path):
+    code = f"""
+import pvt_ref
+try:
+    print(pvt_ref.load("pvt_tiny", mirror={hub!r}).source)
+except pvt_ref.errors.DownloadError as error:
+    print("refused:", error)
+"""
+    Hub.etag = "0" * 64
+    try:
+        for _ in range(2):
+            done = in_a_process(code, tmp_path)
+            assert "and the server announced 000000000000" in done.stdout, done.stderr
+    finally:
+        Hub.etag = None
+    assert not (tmp_path / "weights" / "fetched.json").exists()
+
+
+def test_a_server_that_fails_is_asked_once(hub, tmp_path):
+    code = f"""
+import pvt_ref
+try:
+    pvt_ref.load("pvt_tiny", mirror={hub!r})
+except pvt_ref.errors.DownloadError as error:
+    print(error)
+"""
+    Hub.status = 503
+    try:
+        done = in_a_process(code, tmp_path)
+    finally:
+        Hub.status = None
+    assert f"{hub} did not give it" in done.stdout, done.stderr
+    assert done.stderr == f"pvt_tiny: fetching Zetatech/pvt-tiny-224 from {hub}\n"
+    assert len(Hub.seen) == 1

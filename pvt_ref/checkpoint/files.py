@@ -3,96 +3,177 @@
 import contextlib
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from pvt_ref.arrays import dtype_name, to_numpy
 from pvt_ref.boundary import check_finite
-from pvt_ref.checkpoint.key_maps import AUTHORS, AUTHORS_DENSE, OWN, to_native
+from pvt_ref.checkpoint.key_maps import (
+    AUTHORS,
+    AUTHORS_EPS,
+    HUGGING_FACE,
+    HUGGING_FACE_BARE,
+    OWN,
+    Layout,
+    foreign_shapes,
+    to_native,
+)
 from pvt_ref.checkpoint.pth import PthFile
 from pvt_ref.checkpoint.recognise import (
     LAYOUTS_READ,
+    Found,
+    as_backbone,
     check_state,
+    choose_model,
+    complete,
     describe,
-    find_layout,
-    find_state,
+    find_models,
     recognise_config,
+    without_counters,
 )
 from pvt_ref.checkpoint.safetensors_file import (
+    METADATA_KEY,
+    TRAINING_KEY,
     check_foreign_metadata,
     own_header,
-    read_safetensors,
+    read_tensors,
     to_bytes,
     widen,
 )
+from pvt_ref.checkpoint.stated import (
+    CONFIG_FILE,
+    PREPROCESSOR_FILE,
+    Stated,
+    from_argument,
+    read_config,
+    read_json,
+    read_preprocessing,
+)
 from pvt_ref.checkpoint.whole_file import write_whole
-from pvt_ref.config import PVTConfig, check_config, config_to_dict
+from pvt_ref.config import PVTConfig, config_to_dict
 from pvt_ref.errors import (
     ArrayTypeError,
     CheckpointError,
     ConfigError,
     MissingFileError,
     PVTError,
+    printable,
+    shown,
 )
 from pvt_ref.face import Model
 from pvt_ref.imagenet import released_info
-from pvt_ref.info import UNKNOWN
+from pvt_ref.info import UNKNOWN, ModelInfo
 from pvt_ref.params import from_state_dict, to_state_dict
 
 _SUFFIX = ".safetensors"
+_INDEX = ".index.json"
 _HALVES = {"float16", "bfloat16"}
 _LFS = b"version https://git-lfs"
+
+#: What a folder of save_pretrained can have, the first that is there.
+_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
+_MAX_SHARDS = 1000
 
 Eps = float | tuple[float, float]
 
 
 def load(
-    path: str | os.PathLike[str], config: PVTConfig | None = None, eps: Eps | None = None
+    path: str | os.PathLike[str],
+    config: PVTConfig | str | os.PathLike[str] | None = None,
+    *,
+    entry: str | None = None,
+    eps: Eps | None = None,
 ) -> Model:
     """A model from a weights file, whose kind and configuration are recognised by content.
 
     Reads the authors' .pth files (without PyTorch, and without running anything in them), training
-    checkpoints with the weights under ``model`` or ``state_dict``, Hugging Face
-    PvtForImageClassification (.safetensors, or .bin in the same zip format as .pth), PVT backbones
-    of MMDetection and of the authors' own detectors, and files of :func:`save`.
+    checkpoints with the weights in any entry, Hugging Face PvtForImageClassification and PvtModel
+    (.safetensors or .bin, one file or several, or the folder of ``save_pretrained``), PVT backbones
+    of MMDetection and of the authors' own detectors, and files of :func:`save`. Files without a
+    head become bare backbones.
+
+    What the weights do not tell is read from what lies beside them (Hugging Face's config.json and
+    preprocessor_config.json), chosen by an argument, or assumed; ``source`` says which.
 
     Args:
-        path: the file.
-        config: the model in it. Needed unless the file is one of :func:`save` or the shapes are
-            those of a published variant up to class count and image size: the number of heads
-            leaves no trace in any shape. If given, it is taken as it is, eps fields included; for
-            a file of :func:`save`, only eps and drop rates may differ from what it says.
+        path: the file, a folder of ``save_pretrained``, or the index.json of several files.
+        config: the model in it: a PVTConfig; a variant's name, such as ``"pvt_small"``, which
+            leaves class count, channels and image size to the file; or the path of a JSON file with
+            Hugging Face's or this project's configuration. Needed where there is no config.json
+            and the shapes are not those of a variant: the number of heads leaves no trace in any
+            shape. For a file of :func:`save`, only eps and drop rates may differ from what it says.
+        entry: which model of several, by the name of its dict, of its prefix or of both:
+            ``"model_ema"``, ``"teacher.backbone"``. None takes the only one, or that at the top,
+            under ``model`` or under ``state_dict``.
         eps: epsilon of the layer norms, which weights do not tell: one number, or
-            ``(norm_eps, projection_norm_eps)``. None takes what the code that made the file uses:
-            ``(1e-6, 1e-5)`` for the authors' files, 1e-6 everywhere for Hugging Face and
-            MMDetection, and what was saved for files of :func:`save`. (Hugging Face's published
-            weights were trained by the authors, with their two numbers.)
+            ``(norm_eps, projection_norm_eps)``. None takes what a JSON file says; else what config
+            says, if it is not PVTConfig's default; else what was saved, for files of :func:`save`,
+            or what the code that made the file uses: ``(1e-6, 1e-5)`` for the authors' files, 1e-6
+            everywhere for Hugging Face and MMDetection. (Hugging Face's published weights were
+            trained by the authors, with their two numbers.)
 
     Returns:
         The model, on the host, float32 or float64 as stored (float16 and bfloat16 become float32);
-        bare backbones have num_classes 0. Its ``source`` says what was recognised.
+        bare backbones have num_classes 0. Its ``source`` says what was recognised, read, assumed
+        and left out.
 
     Raises:
         MissingFileError: if there is no such file.
-        CheckpointError: if it is damaged, unsafe, of an unknown kind, or does not fit; all keys
-            that are missing, unexpected or mis-shaped are listed together.
-        ArrayTypeError: if path or config is of another type.
-        ConfigError: if eps is not one or two numbers that can be one.
+        CheckpointError: if it is damaged, unsafe, of an unknown kind, contradicts what is said of
+            it, holds several models, or does not fit; keys that are missing, unexpected or
+            mis-shaped are listed together.
+        ArrayTypeError: if path, config or entry is of another type.
+        ConfigError: if eps is not one or two numbers that can be one, or config a PVT that cannot
+            be built.
+    """
+    return read_model(path, config, entry, eps)
+
+
+def read_model(
+    path: str | os.PathLike[str],
+    config: PVTConfig | str | os.PathLike[str] | None = None,
+    entry: str | None = None,
+    eps: Eps | None = None,
+    released: str = "",
+) -> Model:
+    """:func:`load`, also for weights whose origin is known.
+
+    Args:
+        path: as for load.
+        config: as for load.
+        entry: as for load.
+        eps: as for load.
+        released: if given, the file holds weights that the authors released, as this text says for
+            ``source``; what lies beside it is not asked.
+
+    Returns:
+        As load.
+
+    Raises:
+        MissingFileError: as load.
+        CheckpointError: as load.
+        ArrayTypeError: as load.
+        ConfigError: as load.
     """
     path = _as_path(path)
-    if config is not None:
-        check_config(config)
+    stated = from_argument(config)
+    if not isinstance(entry, str | None):
+        raise ArrayTypeError(
+            f"entry is a {type(entry).__name__}; it must be the name of an entry, such as "
+            f"'model_ema'"
+        )
     norm_eps = None if eps is None else _parse_eps(eps)
     try:
         if not path.exists():
             raise MissingFileError(_missing(path))
-        if not (path.is_file() or path.is_dir()):  # reading a pipe could wait for ever
-            raise CheckpointError("not a regular file; copy the weights into one")
-        with path.open("rb") as file:
-            return _load(file, path, config, norm_eps)
+        if re.search(r"-\d{5}-of-(?!00001)\d{5}\.", path.name):
+            raise CheckpointError(f"one of several files; load their folder, {path.parent}")
+        with contextlib.ExitStack() as stack:
+            return _load(_open(path, stack), stated, entry, norm_eps, released)
     except MissingFileError:
         raise
     except CheckpointError as error:
@@ -101,42 +182,278 @@ def load(
         raise CheckpointError(f"{path}: {_with_kind(error)}") from error
 
 
-def _load(
-    file: BinaryIO, path: Path, config: PVTConfig | None, eps: tuple[float, float] | None
-) -> Model:
+class _Opened(NamedTuple):
+    """A file, or several that belong together, before the weights are read."""
+
+    path: Path
+    tree: Any  # arrays, or tensors that are not read yet, in dicts
+    metadata: dict[str, str]
     read: Callable[[dict[str, Any]], dict[str, np.ndarray]]
-    state: dict[str, Any]
-    metadata, stored, info, entry = {}, None, None, ""
-    if _recognise_format(file) == "pth":
-        pth = PthFile(file)
-        state, entry = find_state(pth.tree)
-        read = pth.read  # only what will be used
+    notes: tuple[str, ...] = ()
+
+
+def _open(path: Path, stack: contextlib.ExitStack) -> _Opened:
+    if path.is_dir():
+        opened = _open(_file_in(path), stack)
+        return opened._replace(notes=(f"read from {opened.path.name}", *opened.notes))
+    if not path.is_file():  # reading a pipe could wait for ever
+        raise CheckpointError("not a regular file; copy the weights into one")
+    if path.name.endswith(_INDEX):
+        return _open_shards(path, stack)
+    if path.suffix == ".json":
+        raise CheckpointError(
+            f"a JSON file, which holds no weights. Name the weights, or the folder of both; "
+            f"load(weights, config={path.name!r}) reads a configuration from it"
+        )
+    file = stack.enter_context(path.open("rb"))
+    if _recognise_format(file) == "safetensors":
+        tensors, metadata = read_tensors(file)
+        return _Opened(path, tensors, metadata, widen)
+    pth = PthFile(file)
+    notes = []
+    foreign: tuple[str, ...] = getattr(pth, "foreign", ())
+    if foreign:
+        some = ", ".join(shown(name, 60) for name in foreign[:3])
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        notes.append(f"objects beside the weights were not made: {some}{more}")
+    if not getattr(pth, "checksummed", True):
+        notes.append("the file has no checksums")
+    return _Opened(path, pth.tree, {}, pth.read, tuple(notes))  # read only what will be used
+
+
+def _file_in(folder: Path) -> Path:
+    for name in (x for file in _IN_FOLDER for x in (file, file + _INDEX)):
+        if (folder / name).exists():
+            return folder / name
+    near = ", ".join(shown(p.name) for p in _siblings(folder)[:5])
+    raise CheckpointError(
+        f"a directory without {' or '.join(_IN_FOLDER)}, as save_pretrained writes them; needed is "
+        f"the weights file in it ({f'there are: {near}' if near else 'there is none'})"
+    )
+
+
+def _open_shards(path: Path, stack: contextlib.ExitStack) -> _Opened:
+    """All files that an index names, as if they were one."""
+    places = read_json(path, path.name).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{path.name} has no weight_map from keys to file names")
+    names = sorted(set(places.values()))
+    if not 0 < len(names) <= _MAX_SHARDS:
+        raise CheckpointError(f"{path.name} names {len(names)} files; 1 to {_MAX_SHARDS} are read")
+    tree: dict[str, Any] = {}
+    readers = {}
+    notes: list[str] = []
+    for name in names:
+        if re.search(r"[/\\:\0]", name) or name.endswith(_INDEX) or name in ("", ".", ".."):
+            raise CheckpointError(
+                f"{path.name} names the file {shown(name)}; only names in its own folder are read"
+            )
+        if not (path.parent / name).is_file():
+            raise CheckpointError(
+                f"{path.name} names the file {shown(name)}, which is not beside it. Copy all of "
+                f"its {len(names)} files into one folder"
+            )
+    for name in names:
+        shard = _open(path.parent / name, stack)
+        said = {key for key, place in places.items() if place == name}
+        if not isinstance(shard.tree, dict) or shard.tree.keys() != said:
+            raise CheckpointError(
+                f"{path.name} and {shown(name)} name different weights: they do not belong together"
+            )
+        check_foreign_metadata(shard.metadata)
+        tree |= shard.tree
+        readers |= {id(x): (name, shard.read) for x in shard.tree.values()}
+        notes += [note for note in shard.notes if note not in notes]
+
+    def read(state: dict[str, Any]) -> dict[str, np.ndarray]:
+        arrays: dict[str, np.ndarray] = {}
+        for name in names:
+            part = {key: x for key, x in state.items() if readers[id(x)][0] == name}
+            if part:
+                arrays |= readers[id(next(iter(part.values())))][1](part)
+        return {key: arrays[key] for key in state}
+
+    return _Opened(path, {key: tree[key] for key in places}, {}, read, tuple(notes))
+
+
+def _load(
+    opened: _Opened,
+    stated: Stated | None,
+    entry: str | None,
+    eps: tuple[float, float] | None,
+    released: str,
+) -> Model:
+    notes = [released] if released else list(opened.notes)  # for `source`
+    assumed: list[str] = []
+    stored, info, folder = None, None, None
+    if METADATA_KEY in opened.metadata or TRAINING_KEY in opened.metadata:
+        stored, info = own_header(opened.tree, opened.metadata)
+    if stored:
+        if entry is not None:
+            raise CheckpointError("a pvt_ref file, which holds one model: leave entry out")
+        model = Found("", "", OWN, dict(opened.tree))
+        used = _as_stored(stated, stored, notes)
     else:
-        state, metadata = read_safetensors(path)
-        stored, info = own_header(state, metadata)
-        read = widen
-    layout, prefix = (OWN, "") if stored else find_layout(state)
-    if layout in (AUTHORS, AUTHORS_DENSE):
-        check_foreign_metadata(metadata)
-    state = {k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)}
-    if config and stored:
-        _check_same_model(config, stored)
-    used = config or stored or recognise_config(state, layout, prefix)
-    check_state(state, layout, used, prefix)
-    by_default = not (eps or config or stored)
-    if by_default:
-        eps = layout.eps
-    if eps:
-        used = dataclasses.replace(used, norm_eps=eps[0], projection_norm_eps=eps[1])
-    params = from_state_dict(to_native(read(state), layout, used), used)
-    where = ".".join(name for name in (entry, prefix.removesuffix(".")) if name)
-    under = f" (under {where!r})" if where else ""
+        model = _choose(opened, stated, entry, notes)
+        if stated and stated.origin != "config" and not released:
+            notes.append(f"configuration from {printable(stated.origin)}")
+        if model.layout in (HUGGING_FACE, HUGGING_FACE_BARE) and not released:
+            folder = opened.path.parent
+            stated = _ask_beside(folder / CONFIG_FILE, stated, eps, notes)
+        if stated is None:
+            used = recognise_config(model.state, model.layout, model.prefix)
+            assumed.append(f"heads as in {describe(used).partition(',')[0]}")
+        else:
+            used = complete(stated, model.state, model.layout)
+    check_state(model.state, model.layout, used, model.prefix, stated.origin if stated else "")
+    if eps is None:
+        eps = _choose_eps(used, stated, stored, model.layout, assumed)
+    used = dataclasses.replace(used, norm_eps=eps[0], projection_norm_eps=eps[1])
+    wanted = foreign_shapes(model.layout, used)
+    state = {key: x for key, x in model.state.items() if key in wanted}
+    rest = sorted(model.prefix + key for key in model.state.keys() - state.keys())
+    if rest:
+        notes.append(f"left out, since there is no head: {', '.join(rest)}")
+    params = from_state_dict(to_native(opened.read(state), model.layout, used), used)
+    if not (stored and info):
+        info = _info(used, stored, stated, folder, released, notes, assumed)
+    under = f" (under {shown(model.name)})" if model.name else ""
     halves = " and ".join(sorted({dtype_name(x) for x in state.values()} & _HALVES))
     made = f", {halves} made float32" if halves and params.pos_embed1.itemsize == 4 else ""
-    source = f"{layout.name}{under}, {describe(used)}{made}; {_describe_eps(used, by_default)}"
-    if info is None:
-        info = UNKNOWN if stored else released_info(used)
-    return Model(params, used, source, info)
+    if assumed:
+        notes.append(f"assumed: {', '.join(assumed)}")
+    what = f"{model.layout.name}{under}, {describe(used)}{made}; {_describe_eps(used)}"
+    return Model(params, used, "; ".join((what, *notes)), info)
+
+
+def _choose(opened: _Opened, stated: Stated | None, entry: str | None, notes: list[str]) -> Found:
+    """The model that is meant, in the layout that it will be read in."""
+    chosen, others = choose_model(find_models(opened.tree), entry)
+    if chosen.layout is AUTHORS:
+        check_foreign_metadata(opened.metadata)
+    if opened.metadata.keys() - {"format"}:
+        notes.append("metadata of another program is ignored")
+    if others:
+        some = ", ".join(f"entry={shown(model.name, 60)}" for model in others[:3])
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        notes.append(f"other weights in the file: {some}{more}")
+    bare = bool(
+        stated and not stated.config.has_classifier and "num_classes" not in stated.left_open
+    )
+    model, counters = without_counters(as_backbone(chosen, bare))
+    if model.layout is HUGGING_FACE_BARE and chosen.layout is HUGGING_FACE:
+        notes.append("the classifier is left out, as config asks")
+    if counters:
+        notes.append(f"counters beside the weights are ignored: {', '.join(counters)}")
+    return model
+
+
+def _ask_beside(
+    path: Path, stated: Stated | None, eps: tuple[float, float] | None, notes: list[str]
+) -> Stated | None:
+    """What config.json says, and what was said before: both, or an error where they differ."""
+    if not path.exists():
+        return stated
+    origin = f"{path.name} beside it"
+    if stated is None:
+        try:
+            said = read_config(path, origin)
+        except PVTError as error:
+            raise CheckpointError(
+                f"{error}. If it belongs to other weights, pass config=PVTConfig(...) for these, "
+                f"or a variant's name"
+            ) from error
+        notes.append(f"configuration from {origin}")
+        return said
+    try:
+        said = read_config(path, origin)
+    except PVTError as error:
+        notes.append(f"not used: {' '.join(str(error).split())[:200]}")
+        return stated
+    differ = [("num_heads", "")]
+    if stated.says_eps and eps is None:
+        differ += [(name, "; eps= decides") for name in ("norm_eps", "projection_norm_eps")]
+    for name, advice in differ:
+        given, written = getattr(stated.config, name), getattr(said.config, name)
+        if given != written:
+            raise CheckpointError(
+                f"{name} is {given} in {stated.origin} and {written} in {origin}{advice}. Leave "
+                f"config out, correct {path.name}, or move the weights away from it if it belongs "
+                f"to others"
+            )
+    notes.append(f"eps and labels from {origin}")
+    config = dataclasses.replace(
+        stated.config,
+        norm_eps=said.config.norm_eps,
+        projection_norm_eps=said.config.projection_norm_eps,
+    )
+    return dataclasses.replace(
+        stated, config=config, says_eps=True, classes=said.classes, num_labels=said.num_labels
+    )
+
+
+def _choose_eps(
+    config: PVTConfig,
+    stated: Stated | None,
+    stored: PVTConfig | None,
+    layout: Layout,
+    assumed: list[str],
+) -> tuple[float, float]:
+    """Epsilons when the caller gives none: what somebody chose, or else what fits the file."""
+    if stated and stated.says_eps:
+        return _eps(config)
+    if stored:
+        return _eps(stored)
+    if (
+        stated is None or _eps(config) != layout.eps
+    ):  # a port's number, though its weights may be authors'
+        hint = " (pass eps=(1e-6, 1e-5) for the authors' training setting)"
+        assumed.append(f"eps of this layout's code{'' if layout.eps == AUTHORS_EPS else hint}")
+    return layout.eps
+
+
+def _info(
+    config: PVTConfig,
+    stored: PVTConfig | None,
+    stated: Stated | None,
+    folder: Path | None,
+    released: str,
+    notes: list[str],
+    assumed: list[str],
+) -> ModelInfo:
+    """Class names and preprocessing, as somebody says them or as they are assumed."""
+    info = UNKNOWN if stored else released_info(config)
+    if stated and stated.classes and config.has_classifier:
+        info = ModelInfo(classes=stated.classes)
+    elif info.classes and not released:
+        assumed.append("ImageNet's class names")
+    if folder and (folder / PREPROCESSOR_FILE).exists():
+        preprocessing, said = read_preprocessing(folder / PREPROCESSOR_FILE, config)
+        notes.append(said)
+        if preprocessing:
+            return dataclasses.replace(info, preprocessing=preprocessing)
+    if config.in_chans != info.preprocessing.channels:
+        notes.append(f"no preprocessing is known for in_chans={config.in_chans}")
+    elif not released:
+        assumed.append("ImageNet's preprocessing")
+    return info
+
+
+def _as_stored(stated: Stated | None, stored: PVTConfig, notes: list[str]) -> PVTConfig:
+    """What a file of save says, with the eps and drop rates of a given configuration."""
+    if stated is None:
+        return stored
+    changes = {name: getattr(stored, name) for name in stated.left_open}
+    config = dataclasses.replace(stated.config, **changes)
+    if stated.num_labels not in (None, stored.num_classes):
+        raise CheckpointError(
+            f"{stated.origin} says {stated.num_labels} labels, and the file num_classes="
+            f"{stored.num_classes}. Leave config out: the file brings its own"
+        )
+    _check_same_model(config, stored)
+    if not stated.says_eps and _eps(config) != _eps(stored):
+        notes.append("eps as it was saved, since config has the defaults")
+    return config
 
 
 def _check_same_model(config: PVTConfig, stored: PVTConfig) -> None:
@@ -155,13 +472,13 @@ def _check_same_model(config: PVTConfig, stored: PVTConfig) -> None:
         )
 
 
-def _describe_eps(config: PVTConfig, by_default: bool) -> str:
-    a, b = config.norm_eps, config.projection_norm_eps
-    if a != b:
-        return f"eps {a:g}, and {b:g} in the projection norms"
-    # a port's number, though its weights may be the authors'
-    hint = " (pass eps=(1e-6, 1e-5) for the authors' training setting)" if by_default else ""
-    return f"eps {a:g} in every norm{hint}"
+def _describe_eps(config: PVTConfig) -> str:
+    a, b = _eps(config)
+    return f"eps {a:g} in every norm" if a == b else f"eps {a:g}, and {b:g} in the projection norms"
+
+
+def _eps(config: PVTConfig) -> tuple[float, float]:
+    return config.norm_eps, config.projection_norm_eps
 
 
 def _recognise_format(file: BinaryIO) -> str:
@@ -223,14 +540,21 @@ def _as_path(path: Any) -> Path:
 
 
 def _missing(path: Path) -> str:
-    near = [p.name for p in _siblings(path.parent)]
+    near = [shown(p.name) for p in _siblings(path.parent)]
     there = f"weights files there: {', '.join(near[:5])}" if near else "no weights files there"
     if not path.parent.is_dir():
         there = f"nor is there a directory {path.parent}"
     return (
         f"{path}: there is no such file ({there}). Check the spelling, and the directory it is "
-        f"relative to, which is {Path.cwd()}"
+        f"relative to, which is {_working_folder()}"
     )
+
+
+def _working_folder() -> str:
+    try:
+        return os.getcwd()
+    except OSError:
+        return "deleted"
 
 
 def _siblings(directory: Path) -> list[Path]:
@@ -240,11 +564,6 @@ def _siblings(directory: Path) -> list[Path]:
 
 
 def _with_kind(error: Exception) -> str:
-    if isinstance(error, IsADirectoryError):
-        return (
-            "a directory; needed is the weights file in it, such as model.safetensors or "
-            "pytorch_model.bin"
-        )
     if isinstance(error, OSError):
         return f"cannot be read: {type(error).__name__}: {error.strerror or error}"
     return str(error)
@@ -254,8 +573,9 @@ def save(path: str | os.PathLike[str], model: Model, dtype: str | None = None) -
     """Writes a model to a .safetensors file, with its configuration and a SHA-256 of both.
 
     The file appears complete or not at all: it is written beside its place under another name,
-    flushed to the disk, and renamed. An older file of that name stays whole until then. The same
-    model gives the same bytes. Arrays on a device are copied to the host.
+    flushed to the disk, and renamed. An older file of that name stays whole until then, and leaves
+    its permissions to the new one; a read-only one stays. The same model gives the same bytes.
+    Arrays on a device are copied to the host.
 
     Args:
         path: ends in ``.safetensors``; its directory exists.
@@ -264,8 +584,8 @@ def save(path: str | os.PathLike[str], model: Model, dtype: str | None = None) -
             of 6e-8 below 6e-5); loading makes them float32 again. None stores them as they are.
 
     Raises:
-        CheckpointError: if the suffix is another, a weight is beyond float16, or the file cannot
-            be written.
+        CheckpointError: if the suffix is another, a weight is beyond float16, info is too long to
+            be read again (a million characters), or the file cannot be written.
         NonFiniteError: if a weight is NaN or infinite.
         ArrayTypeError: if model is not a Model, or dtype is another.
     """
@@ -285,14 +605,17 @@ def save(path: str | os.PathLike[str], model: Model, dtype: str | None = None) -
         check_finite(key, x, "The training that made them diverged; such a file would be refused")
     if dtype is not None:
         state = _narrow(path, state, dtype)
-    data = to_bytes(state, model.config, None if model.info == UNKNOWN else model.info)
     try:
-        write_whole(Path(os.path.realpath(path)), data)  # through a link, which stays a link
+        data = to_bytes(state, model.config, None if model.info == UNKNOWN else model.info)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    try:
+        write_whole(path, data)
     except OSError as error:
         raise CheckpointError(
             f"{path}: could not be saved ({type(error).__name__}: {error.strerror or error}). A "
-            f"file of this name, if there was one, is whole. Check that the directory exists, that "
-            f"it may be written to, and that the disk has {len(data)} bytes free"
+            f"file of this name, if there was one, is as it was. Check that the directory exists, "
+            f"that it may be written to, and that the disk has {len(data)} bytes free"
         ) from error
 
 

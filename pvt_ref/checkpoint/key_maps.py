@@ -90,6 +90,7 @@ class Layout:
         pieces_of: the pieces of one of our arrays, by its key and shape and the model.
         eps: norm_eps and projection_norm_eps of the code that reads such files.
         has_classifier: whether their models have one; None if files with and without are found.
+        unused: keys that a bare backbone does not need, and that files without a head often keep.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Layout:
     pieces_of: Callable[[str, Shape, PVTConfig], list[Piece]]  # of one of our arrays
     eps: tuple[float, float]  # norm_eps and projection_norm_eps of the code that reads such files
     has_classifier: bool | None  # None: files with and without are found
+    unused: tuple[str, ...] = ()  # keys that are left out where they are
 
 
 def pieces(layout: Layout, config: PVTConfig) -> list[Piece]:
@@ -238,6 +240,20 @@ def _hugging_face(key: str, shape: Shape, config: PVTConfig) -> list[Piece]:
     return [Piece(key, WHOLE, name, WHOLE, shape)]
 
 
+_BASE = "pvt."  # of every key but the classifier's: what transformers calls a base model
+_bare_name = _table_rename({k: v.removeprefix(_BASE) for k, v in HUGGING_FACE_KEYS.items()})
+
+
+def _hugging_face_bare(key: str, shape: Shape, config: PVTConfig) -> list[Piece]:
+    if key == f"pos_embed{NUM_STAGES}":  # a PvtModel keeps the cls token
+        ((_, _, _, region, theirs),) = _authors_dense(key, shape, config)
+        return [Piece(key, WHOLE, _bare_name(key) or "", region, theirs)]
+    return [
+        piece._replace(foreign=piece.foreign.removeprefix(_BASE))
+        for piece in _hugging_face(key, shape, config)
+    ]
+
+
 _mmdetection_name = _table_rename(MMDETECTION_KEYS)
 
 
@@ -257,10 +273,25 @@ def _mmdetection(key: str, shape: Shape, config: PVTConfig) -> list[Piece]:
 AUTHORS_EPS = (1e-6, 1e-5)
 PORTS_EPS = (1e-6, 1e-6)
 
+_CLASSIFIER = ("cls_token", "norm.weight", "norm.bias", "head.weight", "head.bias")
+
 AUTHORS = Layout("authors' layout", lambda key: key, _same, AUTHORS_EPS, None)
 AUTHORS_DENSE = Layout(
-    "authors' dense-prediction layout", lambda key: key, _authors_dense, AUTHORS_EPS, False
+    "authors' dense-prediction layout",
+    lambda key: key,
+    _authors_dense,
+    AUTHORS_EPS,
+    False,
+    _CLASSIFIER,
 )
 HUGGING_FACE = Layout("Hugging Face layout", _hugging_face_name, _hugging_face, PORTS_EPS, True)
+HUGGING_FACE_BARE = Layout(
+    "Hugging Face layout without classifier",
+    _bare_name,
+    _hugging_face_bare,
+    PORTS_EPS,
+    False,
+    tuple(_bare_name(key) or "" for key in _CLASSIFIER[:3]),
+)
 OWN = Layout("pvt_ref file", lambda key: key, _same, AUTHORS_EPS, None)
 MMDETECTION = Layout("MMDetection layout", _mmdetection_name, _mmdetection, PORTS_EPS, False)

@@ -3,33 +3,52 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
-from typing import Any, Protocol
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from pvt_ref.arrays import FLOAT_DTYPES, dtype_name
 from pvt_ref.checkpoint.key_maps import (
     AUTHORS,
     AUTHORS_DENSE,
     HUGGING_FACE,
+    HUGGING_FACE_BARE,
     MMDETECTION,
     Layout,
     Shape,
     foreign_shapes,
 )
+from pvt_ref.checkpoint.stated import Stated
 from pvt_ref.config import NUM_STAGES, VARIANTS, PVTConfig
-from pvt_ref.errors import CheckpointError, ConfigError
+from pvt_ref.errors import CheckpointError, ConfigError, shown
 
 READABLE_DTYPES = ("float16", "bfloat16", *FLOAT_DTYPES)
 
-#: Keys of a training checkpoint under which the weights can lie.
-STATE_ENTRIES = ("model", "state_dict")
+#: Entries that are taken before others; "" is the top.
+STATE_ENTRIES = ("", "model", "state_dict")
+
+#: Dicts inside one another that are looked into, and characters of a name on the way there.
+_MAX_DEPTH, _MAX_NAME = 4, 200
 
 #: Keys that every PVT has; one of them is enough to know a layout.
 _PROBES = ("patch_embed1.proj.weight", "pos_embed1", "block1.0.norm1.weight")
+_LAYOUT_OF = {
+    str(layout.rename(probe)): layout
+    for layout in (HUGGING_FACE_BARE, MMDETECTION, AUTHORS)
+    for probe in _PROBES
+}
+
+_ENDINGS = tuple(_LAYOUT_OF)
+
+#: One number each, not of the model: the counters of the profiler thop, and of batch norms.
+_COUNTERS = ("total_ops", "total_params", "num_batches_tracked")
+
+_MAX_LINES = 20  # of a list of problems
 
 #: Fields without which two models compute the same thing, or which the file determines.
 _NOT_STRUCTURE = (
     "img_size",
+    "in_chans",
     "num_classes",
     "norm_eps",
     "projection_norm_eps",
@@ -39,8 +58,8 @@ _NOT_STRUCTURE = (
 )
 
 LAYOUTS_READ = (
-    "the authors' .pth files, training checkpoints, Hugging Face PvtForImageClassification, "
-    "MMDetection PVT backbones, and this project's own .safetensors"
+    "the authors' .pth files, training checkpoints, Hugging Face PvtForImageClassification and "
+    "PvtModel, MMDetection PVT backbones, and this project's own .safetensors"
 )
 
 
@@ -70,89 +89,210 @@ def is_entry(value: object) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
-def find_state(tree: Any) -> tuple[dict[str, Any], str]:
-    """The state dict in what a file holds, and the entry where it was.
+class Found(NamedTuple):
+    """One PVT among all that a file holds.
+
+    Attributes:
+        entry: names of the dicts that it lies in, joined by dots; "" for the top.
+        prefix: of its keys there, with the dot at its end; "" if there is none.
+        layout: how its keys are named.
+        state: what stands under each of its keys, these without the prefix.
+    """
+
+    entry: str
+    prefix: str
+    layout: Layout
+    state: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Entry and prefix as load's argument ``entry`` takes them."""
+        return ".".join(name for name in (self.entry, self.prefix.removesuffix(".")) if name)
+
+
+def find_models(tree: Any) -> list[Found]:
+    """Every PVT in what a file holds, told from key names alone.
+
+    A detector's checkpoint holds it under ``backbone.``, beside its neck and heads; a training can
+    hold it twice, as ``model`` and ``model_ema``.
 
     Args:
         tree: what the file holds.
 
     Returns:
-        Key to tensor, and ``"model"``, ``"state_dict"``, or ``""`` for the top.
+        At least one.
 
     Raises:
         CheckpointError: if there is none.
     """
+    found = [
+        model
+        for entry, mapping in _mappings(tree)
+        for model in _models_in(".".join(entry), mapping)
+    ]
+    if found:
+        return found
     if isinstance(tree, Mapping):
-        for name in STATE_ENTRIES:
-            if _is_state(tree.get(name)):
-                return {str(key): x for key, x in tree[name].items()}, name
-        if _is_state(tree):
-            return {str(key): x for key, x in tree.items()}, ""
-        found = f"a dict with the entries {_some(tree)}"
+        states = [state for _, state in _mappings(tree) if any(map(is_entry, state.values()))]
+        if states:
+            keys = [str(key) for key in max(states, key=len)]
+            raise CheckpointError(
+                f"its {len(keys)} keys are of no known layout: {_some(keys)}. {_other_model(keys)}"
+                f"Needed is one of: {LAYOUTS_READ}"
+            )
+        holds = f"a dict with the entries {_some(tree)}"
     else:
-        found = f"a {type(tree).__name__}"
+        holds = f"a {type(tree).__name__}"
     raise CheckpointError(
-        f"no weights in it: it holds {found}; needed is a state dict (key names to tensors), at "
-        f"the top or under 'model' or 'state_dict'. Save one with "
-        f"torch.save(model.state_dict(), new_path)"
+        f"no weights in it: it holds {holds}; needed is a state dict (key names to tensors), at "
+        f"the top or in a dict there. Save one with torch.save(model.state_dict(), new_path)"
     )
 
 
-def _is_state(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(is_entry(x) for x in value.values())
+def _mappings(tree: Any) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+    """All dicts down to a depth, each once, with the names that lead to it."""
+    seen = set()  # a pickle can hold one dict in many places
+    level: list[tuple[tuple[str, ...], Any]] = [((), tree)]
+    for _ in range(_MAX_DEPTH):
+        inner = []
+        for names, value in level:
+            if isinstance(value, Mapping) and id(value) not in seen:
+                seen.add(id(value))
+                yield names, value
+                inner += [
+                    ((*names, str(key)), x)
+                    for key, x in value.items()
+                    if isinstance(x, Mapping) and len(str(key)) <= _MAX_NAME
+                ]
+        level = inner
 
 
-def find_layout(state: Mapping[str, Any]) -> tuple[Layout, str]:
-    """The layout of a state dict, and the prefix of the model's keys in it.
+def _models_in(entry: str, mapping: Mapping[Any, Any]) -> list[Found]:
+    """The PVTs among the keys of one dict, apart by their prefixes."""
+    layouts: dict[str, Layout] = {}
+    for key, value in mapping.items():
+        if isinstance(key, str) and key.endswith(_ENDINGS) and is_entry(value):
+            for probe, layout in _LAYOUT_OF.items():
+                prefix = key.removesuffix(probe)
+                if key.endswith(probe) and prefix[-1:] in ("", ".") and len(prefix) <= _MAX_NAME:
+                    layouts.setdefault(prefix, layout)
+    for prefix in [p for p, layout in layouts.items() if layout is HUGGING_FACE_BARE]:
+        whole = prefix.removesuffix("pvt.")
+        if whole != prefix and any(f"{whole}classifier.{x}" in mapping for x in ("weight", "bias")):
+            del layouts[prefix]
+            layouts[whole] = HUGGING_FACE
+    states: dict[str, dict[str, Any]] = {prefix: {} for prefix in layouts}
+    for key, value in mapping.items() if layouts else ():
+        name = str(key)
+        dots = [i + 1 for i, c in enumerate(name[:_MAX_NAME]) if c == "."]
+        own = next((name[:i] for i in reversed([0, *dots]) if name[:i] in states), None)
+        if own is not None:  # else: of a neck, a head, another model
+            states[own][name.removeprefix(own)] = value
+    return [Found(entry, prefix, layouts[prefix], state) for prefix, state in states.items()]
 
-    A detector's checkpoint holds the model under ``backbone.``, beside its neck and heads.
+
+def choose_model(models: Sequence[Found], entry: str | None) -> tuple[Found, list[Found]]:
+    """One of the models in a file.
 
     Args:
-        state: key to tensor; only keys and shapes are looked at.
+        models: all of them.
+        entry: the name of one, or the beginning of its name, or its prefix; None takes the only
+            one, or the only one at the top, under ``model`` or under ``state_dict``.
 
     Returns:
-        The layout, and the prefix, with the dot at its end; ``""`` if there is none.
+        It, and those that hold other weights.
 
     Raises:
-        CheckpointError: if the keys are of no known layout, or of several models.
+        CheckpointError: if there is none or more than one.
     """
-    keys = list(state)
-    for layout in (HUGGING_FACE, MMDETECTION, AUTHORS):
-        names = [layout.rename(probe) for probe in _PROBES]
-        prefixes = {
-            key.removesuffix(name)
-            for name in names
-            for key in keys
-            if name and (key == name or key.endswith(f".{name}"))
-        }
-        if len(prefixes) > 1:
+    names = "; ".join(f"entry={shown(model.name)}" for model in models[:8])
+    names += f"; and {len(models) - 8} more" if len(models) > 8 else ""
+    if entry is not None:
+        fitting = [model for model in models if model.name == entry] or [
+            model
+            for model in models
+            if f"{model.name}.".startswith(f"{entry}.") or model.prefix.startswith(f"{entry}.")
+        ]
+        if len(fitting) != 1:
             raise CheckpointError(
-                f"it holds several models, under the prefixes {_some(sorted(prefixes))}. Save the "
-                f"one that you need by itself"
+                f"entry is {shown(entry)}, and {'several' if fitting else 'none'} of the models in "
+                f"it are called so. There are: {names}"
             )
-        if prefixes:
-            (prefix,) = prefixes
-            if layout is AUTHORS and _is_dense(state, prefix):
-                layout = AUTHORS_DENSE
-            return layout, prefix
-    if any(key.startswith("encoder.patch_embeddings.") for key in keys):
-        raise CheckpointError(
-            "it is a Hugging Face PvtModel, which has no classifier: missing are classifier.weight "
-            "and classifier.bias. Save the whole PvtForImageClassification instead"
-        )
-    raise CheckpointError(
-        f"its {len(keys)} keys are of no known layout: {_some(keys)}. {_other_model(keys)}"
-        f"Needed is one of: {LAYOUTS_READ}"
+    else:
+        fitting = models = _different(models)
+        if len(models) > 1:
+            fitting = [model for model in models if model.entry in STATE_ENTRIES]
+        if len(fitting) != 1:
+            raise CheckpointError(
+                f"it holds several models, and which one is meant cannot be known. Choose one of: "
+                f"{names}"
+            )
+    (chosen,) = fitting
+    return chosen, [model for model in _different(models) if not _same(model, chosen)]
+
+
+def _different(models: Sequence[Found]) -> list[Found]:
+    """Without those that are another name for the weights of an earlier one."""
+    kept: list[Found] = []
+    for model in models:
+        if len(kept) > 8 or not any(_same(model, other) for other in kept):
+            kept.append(model)
+    return kept
+
+
+def _same(a: Found, b: Found) -> bool:
+    """Whether two models are the same tensors of the file, or the same objects."""
+    if a.state.keys() != b.state.keys():
+        return False
+    return all(
+        x is y or (hasattr(x, "storage") and hasattr(y, "storage") and _place(x) == _place(y))
+        for x, y in zip(a.state.values(), (b.state[key] for key in a.state), strict=True)
     )
 
 
-def _is_dense(state: Mapping[str, Any], prefix: str) -> bool:
-    """Whether a bare backbone still has the cls token's row in its last table."""
-    if any(f"{prefix}{key}" in state for key in ("cls_token", "norm.weight", "head.weight")):
-        return False
-    table = state.get(f"{prefix}pos_embed{NUM_STAGES}")
-    rows = table.shape[1] if table is not None and len(getattr(table, "shape", ())) == 3 else 1
-    return math.isqrt(rows) ** 2 != rows
+def _place(x: Any) -> tuple[Any, ...]:
+    return x.storage, x.offset, x.shape, x.strides
+
+
+def without_counters(model: Found) -> tuple[Found, list[str]]:
+    """The model without single numbers that profilers and batch norms leave beside weights.
+
+    Args:
+        model: any.
+
+    Returns:
+        It, and the names of what was left out.
+    """
+    state, names = {}, []
+    for key, x in model.state.items():
+        leaf = key.rpartition(".")[2]
+        if leaf in _COUNTERS and is_entry(x) and math.prod(x.shape) == 1:
+            names.append(leaf)
+        else:
+            state[key] = x
+    return model._replace(state=state), sorted(set(names))
+
+
+def as_backbone(model: Found, wanted: bool) -> Found:
+    """The model in the layout of a bare backbone, if it has no head or none is wanted.
+
+    Args:
+        model: any.
+        wanted: whether the classifier shall be left out where there is one.
+
+    Returns:
+        It, or the same keys in another layout.
+    """
+    layout, state = model.layout, model.state
+    if layout is AUTHORS:
+        rows = getattr(state.get(f"pos_embed{NUM_STAGES}"), "shape", ())
+        has_cls_row = len(rows) == 3 and math.isqrt(rows[1]) ** 2 != rows[1]
+        if has_cls_row and (wanted or not any(f"head.{x}" in state for x in ("weight", "bias"))):
+            return model._replace(layout=AUTHORS_DENSE)
+    if layout is HUGGING_FACE and wanted:
+        base = {k.removeprefix("pvt."): x for k, x in state.items() if k.startswith("pvt.")}
+        return model._replace(layout=HUGGING_FACE_BARE, prefix=f"{model.prefix}pvt.", state=base)
+    return model
 
 
 def _other_model(keys: list[str]) -> str:
@@ -165,8 +305,13 @@ def _other_model(keys: list[str]) -> str:
 
 
 def _some(names: Any, count: int = 4) -> str:
-    names = [repr(name)[:60] for name in names]
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "") or "none"
+    some = [shown(name, 60) for name in itertools.islice(names, count + 1)]
+    return ", ".join(some[:count]) + (", ..." if len(some) > count else "") or "none"
+
+
+def _named(key: str) -> str:
+    """A key for a message: as it is if it is a plain name, else quoted and cut."""
+    return key if re.fullmatch(r"[\w.-]{1,120}", key, re.ASCII) else shown(key, 120)
 
 
 def list_problems(
@@ -186,9 +331,13 @@ def list_problems(
         A line for each problem; empty if there is none.
     """
     shapes = foreign_shapes(layout, config)
-    problems = [f"missing: {prefix}{k} {shape}" for k, shape in shapes.items() if k not in state]
+    problems = [
+        f"missing: {_named(prefix + k)} {shape}" for k, shape in shapes.items() if k not in state
+    ]
     for key, x in state.items():
-        name = f"{prefix}{key}"
+        name = _named(prefix + key)
+        if key in layout.unused:
+            continue
         if not is_entry(x):
             problems.append(f"unexpected: {name} ({type(x).__name__}, not a tensor)")
         elif key not in shapes:
@@ -203,7 +352,7 @@ def list_problems(
 
 
 def check_state(
-    state: Mapping[str, Any], layout: Layout, config: PVTConfig, prefix: str = ""
+    state: Mapping[str, Any], layout: Layout, config: PVTConfig, prefix: str = "", origin: str = ""
 ) -> None:
     """Refuses a state that is not the model's.
 
@@ -212,20 +361,22 @@ def check_state(
         layout: how the file names and cuts the weights.
         config: the model that the file should hold.
         prefix: of the keys in the file.
+        origin: where config comes from, for the message.
 
     Raises:
-        CheckpointError: with all problems of state together.
+        CheckpointError: with the problems of state, the first twenty in full.
     """
     if layout.has_classifier is False and config.has_classifier:
         raise CheckpointError(
-            f"it is a bare backbone ({layout.name}: no cls token, final norm or head), and the "
-            f"configuration has num_classes={config.num_classes}. Pass "
-            f"dataclasses.replace(config, num_classes=0); with_new_head(model, ...) adds a head"
+            f"it is a bare backbone ({layout.name}: it has no head), and the configuration has "
+            f"num_classes={config.num_classes}. Pass dataclasses.replace(config, num_classes=0); "
+            f"with_new_head(model, ...) adds a head"
         )
     problems = list_problems(state, layout, config, prefix)
     if problems:
+        source = f" from {origin}" if origin not in ("", "config") else ""
         raise CheckpointError(
-            f"{layout.name}, but it does not fit the configuration "
+            f"{layout.name}, but it does not fit the configuration{source} "
             f"({describe(config)}):{_lines(problems)}\n{_other_model(list(state))}The likely cause "
             f"is a configuration of another variant, class count or image size; "
             f"dataclasses.replace(config, ...) changes one"
@@ -233,14 +384,43 @@ def check_state(
 
 
 def _lines(problems: list[str]) -> str:
-    return "".join(f"\n  - {problem}" for problem in problems)
+    more = len(problems) - _MAX_LINES
+    shown_lines = problems[:_MAX_LINES] + ([f"... and {more} more"] if more > 0 else [])
+    return "".join(f"\n  - {problem}" for problem in shown_lines)
+
+
+def complete(stated: Stated, state: Mapping[str, Any], layout: Layout) -> PVTConfig:
+    """A stated configuration with the fields that it leaves to the file.
+
+    Args:
+        stated: what is said of the model.
+        state: key, without the prefix, to tensor.
+        layout: how the file names and cuts the weights.
+
+    Returns:
+        The configuration that the file should fit.
+
+    Raises:
+        CheckpointError: if the file has another number of classes than is said.
+        ConfigError: if such a PVT cannot be built.
+    """
+    shapes = {key: tuple(x.shape) for key, x in state.items() if is_entry(x)}
+    seen = _like_variant(stated.config, shapes, layout)
+    if seen.has_classifier and stated.num_labels not in (None, seen.num_classes):
+        raise CheckpointError(
+            f"{stated.origin} says {stated.num_labels} labels, and the head in the file has "
+            f"{seen.num_classes} outputs. They belong to different models, or labels were changed "
+            f"afterwards: correct {stated.origin}, or pass config=PVTConfig(...)"
+        )
+    changes = {field: getattr(seen, field) for field in stated.left_open}
+    return dataclasses.replace(stated.config, **changes)
 
 
 def recognise_config(state: Mapping[str, Any], layout: Layout, prefix: str = "") -> PVTConfig:
     """The published variant whose keys and shapes are exactly those of state.
 
-    Class count and image size are read off. Head counts leave no trace in any shape, so every other
-    model needs its configuration from the caller.
+    Class count, channels and image size are read off. Head counts leave no trace in any shape, so
+    every other model needs its configuration from the caller.
 
     Args:
         state: key, without the prefix, to tensor.
@@ -248,24 +428,24 @@ def recognise_config(state: Mapping[str, Any], layout: Layout, prefix: str = "")
         prefix: of the keys in the file.
 
     Returns:
-        The variant, with class count and image size of the file.
+        The variant, with class count, channels and image size of the file.
 
     Raises:
         CheckpointError: if it is no variant; with the differences from the nearest.
     """
     shapes = {key: tuple(x.shape) for key, x in state.items() if is_entry(x)}
-    nearest = []
-    for name, variant in VARIANTS.items():
-        config = _like_variant(variant, shapes, layout)
-        problems = list_problems(state, layout, config, prefix)
-        if not problems:
-            return config
-        nearest.append((len(problems), name, config, problems))
-    count, name, config, problems = min(nearest, key=lambda found: found[0])
+    count = math.inf
+    for candidate, variant in VARIANTS.items():
+        fitted = _like_variant(variant, shapes, layout)
+        found = list_problems(state, layout, fitted, prefix)
+        if not found:
+            return fitted
+        if len(found) < count:
+            count, name, config, problems = len(found), candidate, fitted, found
     advice = (
-        "If it is another model, pass its configuration, load(path, config=PVTConfig(...)): "
-        "head counts (num_heads) cannot be read off shapes, so only the published variants are "
-        "recognised without"
+        "If it is another model, pass its configuration, load(path, config=PVTConfig(...)) or "
+        "config='path/to/config.json': head counts (num_heads) cannot be read off shapes, so only "
+        "the published variants are recognised without"
     )
     if count <= len(shapes) // 4:  # a variant with faults, or a variant changed a little
         raise CheckpointError(
@@ -279,20 +459,28 @@ def recognise_config(state: Mapping[str, Any], layout: Layout, prefix: str = "")
 
 
 def _like_variant(variant: PVTConfig, shapes: Mapping[str, Shape], layout: Layout) -> PVTConfig:
-    """variant with the class count and the image size of a file, where these can be read."""
-    num_classes = variant.num_classes
-    head = shapes.get(layout.rename("head.weight") or "")
+    """variant with class count, channels and image size of a file, where these can be read."""
+
+    def first(*keys: str) -> Shape:
+        return next((s for k in keys if (s := shapes.get(layout.rename(k) or ""))), ())
+
+    num_classes, in_chans = variant.num_classes, variant.in_chans
+    head = first("head.weight", "head.bias")
     if layout.has_classifier is False:
         num_classes = 0
     elif head:
         num_classes = head[0]
-    elif not any(layout.rename(key) in shapes for key in ("cls_token", "norm.weight", "head.bias")):
+    elif not first("cls_token", "norm.weight"):
         num_classes = 0
-    table = shapes.get(layout.rename("pos_embed1") or "", ())
+    kernel, table = first("patch_embed1.proj.weight"), first("pos_embed1")
+    if len(kernel) == 4:
+        in_chans = kernel[1]
     side = math.isqrt(table[1]) * variant.patch_sizes[0] if len(table) == 3 else variant.img_size
     for img_size in (side, variant.img_size):
         try:
-            return dataclasses.replace(variant, num_classes=num_classes, img_size=img_size)
+            return dataclasses.replace(
+                variant, num_classes=num_classes, in_chans=in_chans, img_size=img_size
+            )
         except ConfigError:
             continue  # no such image size: the table is what is wrong
     return variant
@@ -346,7 +534,8 @@ def describe(config: PVTConfig) -> str:
         config: the configuration.
 
     Returns:
-        Name of the variant (or that it is none), classes, and image size in pixels.
+        Name of the variant (or that it is none), classes, image size in pixels, and channels if
+        they are not 3.
     """
     name = "custom configuration"
     for candidate, variant in VARIANTS.items():
@@ -357,4 +546,5 @@ def describe(config: PVTConfig) -> str:
         except ConfigError:
             continue  # the variant cannot have that image size
     head = f"{config.num_classes} classes" if config.has_classifier else "no classifier"
-    return f"{name}, {head}, {config.img_size} px"
+    channels = "" if config.in_chans == 3 else f", in_chans={config.in_chans}"
+    return f"{name}, {head}, {config.img_size} px{channels}"

@@ -8,28 +8,66 @@ safetensors writes several in random order, and the same model should give the s
 
 import hashlib
 import json
-import re
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes  # also teaches NumPy, and so safetensors, the name bfloat16
 import numpy as np
-import safetensors
 import safetensors.numpy
 
+from pvt_ref.checkpoint.bounded_json import parse_json
 from pvt_ref.config import PVTConfig, config_to_dict
-from pvt_ref.errors import CheckpointError
+from pvt_ref.errors import CheckpointError, shown
 from pvt_ref.info import ModelInfo
 
 METADATA_KEY = "pvt_ref"
 FORMAT = "pvt_ref weights 1"
 TRAINING_KEY = "pvt_ref_training"  # of the files of train/
 
+#: Bytes of a header that are read. That of the largest variant with its training has a million.
+MAX_HEADER = 4 * 2**20
+
+#: Characters of the JSON text in this project's metadata entry.
+MAX_RECORD = 2**20
+
+_MAX_RANK = 8  # more than any weight has, fewer than NumPy's limit
+
+_DTYPES: dict[str, Any] = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": ml_dtypes.bfloat16,
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U64": "<u8",
+    "U32": "<u4",
+    "U16": "<u2",
+    "U8": "u1",
+    "BOOL": "?",
+    "C64": "<c8",
+}
+
+#: What a text of this project's metadata entry holds, and a text of another program hardly.
+_OWN_MARKS = (METADATA_KEY, "projection_norm_eps")
+
 _DAMAGED = (
     "The likely cause is an interrupted or faulty download or copy: fetch the file again, or save "
     "the model again"
 )
+
+
+class _Span(NamedTuple):
+    """Where a tensor lies, as the header says."""
+
+    start: int  # in bytes, after the header
+    stop: int
+    key: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -39,24 +77,100 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
         path: the file.
 
     Returns:
+        As :func:`read_tensors`.
+
+    Raises:
+        CheckpointError: as :func:`read_tensors`; also if the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return read_tensors(file)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot be read ({type(error).__name__}: {error.strerror or error})"
+        ) from error
+
+
+def read_tensors(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Every tensor of an open file, and the metadata.
+
+    The tensors are read into their own memory, one after the other: a file that is mapped instead
+    kills the process if somebody shortens it meanwhile.
+
+    Args:
+        file: opened in binary mode, seekable.
+
+    Returns:
         Key to array, of any shape and dtype, and the metadata as texts by name; {} if there is
         none.
 
     Raises:
         CheckpointError: if it is damaged, or holds a dtype that NumPy does not have.
+        OSError: if reading fails.
     """
+    size = file.seek(0, 2)
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if length > size - 8:
+        raise CheckpointError(f"not a whole .safetensors file: the header is cut off. {_DAMAGED}")
+    if length > MAX_HEADER:
+        raise CheckpointError(
+            f"a .safetensors file whose header has {length} bytes; at most {MAX_HEADER} are read, "
+            f"several times what a PVT needs. It is damaged, of another kind of model, or made to "
+            f"exhaust memory"
+        )
     try:
-        with safetensors.safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except MemoryError:
-        raise
-    except Exception as error:  # damage: SafetensorError; shapes and dtypes beyond NumPy: others
+        header = parse_json(file.read(length), "the header", MAX_HEADER)
+        metadata, spans = _parse_header(header, size - 8 - length)
+    except (CheckpointError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"not a whole .safetensors file, or one with number types that NumPy lacks "
             f"({type(error).__name__}: {error}). {_DAMAGED}"
         ) from error
-    return tensors, metadata
+    tensors = {}
+    for start, stop, key, dtype, shape in spans:
+        raw = np.empty(stop - start, np.uint8)
+        if file.readinto(raw.data) != len(raw):  # type: ignore[attr-defined]
+            raise CheckpointError(
+                f"not a whole .safetensors file: it ends before {shown(key)}. It became shorter "
+                f"while it was being read. {_DAMAGED}"
+            )
+        x = raw.view(dtype).reshape(shape)
+        tensors[key] = x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+    return {key: tensors[key] for key in header if key in tensors}, metadata
+
+
+def _parse_header(header: Any, size: int) -> tuple[dict[str, str], list[_Span]]:
+    """Metadata, and the tensors in the order in which they lie in size bytes without a gap."""
+    if not isinstance(header, dict):
+        raise TypeError(f"the header is a {type(header).__name__}")
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise TypeError("its metadata are not texts by name")
+    spans = []
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        if entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"{shown(key)} has the fields {shown(list(entry))}")
+        name, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if name not in _DTYPES:
+            raise ValueError(f"{shown(key)} has the number type {shown(name)}")
+        if len(shape) > _MAX_RANK or not all(_is_count(n) for n in (*shape, start, stop)):
+            raise ValueError(f"{shown(key)} has the shape {shown(shape)} at {start} to {stop}")
+        dtype = np.dtype(_DTYPES[name])
+        if stop - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{shown(key)}, {shown(shape)}, does not have {stop - start} bytes")
+        spans.append(_Span(start, stop, key, dtype, tuple(shape)))
+    spans.sort(key=lambda span: span[:2])
+    ends = [0, *(span.stop for span in spans)]
+    if [span.start for span in spans] != ends[:-1] or ends[-1] != size:
+        raise ValueError("its tensors leave gaps, overlap, or do not end where the file ends")
+    return metadata, spans
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def widen(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -97,23 +211,23 @@ def own_header(
     if METADATA_KEY not in metadata:
         return None, None
     try:
-        record = json.loads(metadata[METADATA_KEY])
+        record = parse_json(metadata[METADATA_KEY], "the metadata entry", MAX_RECORD)
         written, expected = record["format"], record["sha256"]
         found = digest(state, _stated(record["config"], record.get("info")))
     except Exception as error:
         raise CheckpointError(
-            f"a pvt_ref file whose metadata cannot be read ({type(error).__name__}: {error}). "
-            f"{_DAMAGED}"
+            f"a pvt_ref file whose metadata cannot be read ({type(error).__name__}: "
+            f"{str(error)[:200]}). {_DAMAGED}"
         ) from error
     if written != FORMAT:
         raise CheckpointError(
-            f"a pvt_ref file of format {written!r}; this version reads {FORMAT!r}. It was written "
-            f"by a newer version, or is damaged. Update pvt_ref, or save the model again"
+            f"a pvt_ref file of format {shown(written)}; this version reads {FORMAT!r}. It was "
+            f"written by a newer version, or is damaged. Update pvt_ref, or save the model again"
         )
     if found != expected or len(metadata) != 1:
         raise CheckpointError(
             f"a pvt_ref file whose content does not match its SHA-256 ({found[:12]}..., written as "
-            f"{str(expected)[:12]}...): at least one bit has changed. {_DAMAGED}"
+            f"{shown(expected, 12)}): at least one bit has changed. {_DAMAGED}"
         )
     try:
         config = PVTConfig(**record["config"])
@@ -121,7 +235,7 @@ def own_header(
     except Exception as error:  # also TypeError, for fields that this version does not know
         raise CheckpointError(
             f"a pvt_ref file with a configuration or info that this version does not accept: "
-            f"{error}. It was probably written by another version: update pvt_ref"
+            f"{str(error)[:500]}. It was probably written by another version: update pvt_ref"
         ) from error
     if sum(config.depths) > len(state):
         raise CheckpointError(
@@ -132,23 +246,24 @@ def own_header(
 
 
 def check_foreign_metadata(metadata: Mapping[str, str]) -> None:
-    """Refuses a file with this project's key names unless it is plainly not its own.
+    """Refuses a file with this project's key names if its metadata are this project's, damaged.
 
-    Otherwise damage to the name of the metadata entry would hide the digest.
+    Otherwise damage to the name of the metadata entry would hide the digest. One damage cannot
+    reach the entry's name and its text, which are two texts of the header's JSON.
 
     Args:
-        metadata: that of the file.
+        metadata: that of the file, without an entry METADATA_KEY.
 
     Raises:
-        CheckpointError: if there are entries that other libraries do not write.
+        CheckpointError: if an entry's name or text is like that of a file of :func:`to_bytes`.
     """
-    if not all(k == "format" and re.fullmatch("[a-z]{1,8}", v) for k, v in metadata.items()):
-        raise CheckpointError(
-            f"tensors in this project's layout, but the metadata has entries that it does not "
-            f"write ({', '.join(repr(k[:20]) for k in sorted(metadata)[:4])}; known are "
-            f"{METADATA_KEY!r}, and 'format' as other libraries write it), so the file cannot be "
-            f"verified. {_DAMAGED}. If another program wrote it, save the tensors without metadata"
-        )
+    for name, text in metadata.items():
+        sealed = text.startswith('{"config": {"') or ('"sha256"' in text and '"config"' in text)
+        if sealed or any(mark in name or mark in text for mark in _OWN_MARKS):
+            raise CheckpointError(
+                f"a pvt_ref file whose metadata entry {METADATA_KEY!r} is damaged (it is called "
+                f"{shown(name)}), so that the weights cannot be verified. {_DAMAGED}"
+            )
 
 
 def to_bytes(
@@ -163,6 +278,9 @@ def to_bytes(
 
     Returns:
         The whole file.
+
+    Raises:
+        CheckpointError: as :func:`pack`.
     """
     record = {"format": FORMAT, "config": config_to_dict(config)}
     if info is not None:
@@ -185,10 +303,13 @@ def pack(state: Mapping[str, np.ndarray], entry: str, record: Mapping[str, Any])
 
     Raises:
         TypeError: if record holds what JSON does not.
+        CheckpointError: if record holds NaN or infinity, or is too long or deep to be read again.
     """
+    text = json.dumps(record, sort_keys=True)
+    parse_json(text, "what is saved beside the weights", MAX_RECORD)
     # safetensors takes the memory as it lies, and would scramble any other order silently
     contiguous = {key: np.ascontiguousarray(x) for key, x in state.items()}
-    return safetensors.numpy.save(contiguous, {entry: json.dumps(record, sort_keys=True)})
+    return safetensors.numpy.save(contiguous, {entry: text})
 
 
 def _stated(config: Any, info: Any) -> list[Any]:

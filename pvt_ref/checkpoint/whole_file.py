@@ -1,28 +1,36 @@
 """Writing a file so that it appears complete or not at all."""
 
 import contextlib
+import errno
 import os
 import secrets
+import stat
 from pathlib import Path
 
 
 def write_whole(path: Path, data: bytes) -> None:
     """Writes beside the place under another name, flushes to the disk, and renames.
 
-    An older file of that name stays whole until then. Killed in between, a hidden ``.tmp`` file is
-    all that is left.
+    An older file of that name stays whole until then, and the new one gets its permissions. A link
+    stays a link: what it points to is written. Killed in between, a hidden ``.tmp`` file is all
+    that is left.
 
     Args:
         path: the file; its directory exists.
         data: all that it shall hold.
 
     Raises:
-        OSError: if it cannot be written; nothing is left behind.
+        OSError: if it cannot be written; nothing is left behind. Also if what is there is read-only
+            or no file: a directory, a pipe, a device, a link that leads back to itself.
     """
+    mode = _mode_of_old(path)
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # short: names have a limit
     try:
         # "x" and not tempfile: the file gets the usual permissions, and overwrites nothing
         with temporary.open("xb") as file:
+            if mode is not None:
+                os.chmod(temporary, mode)  # before there is anything to read
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # the content before the name
@@ -38,3 +46,19 @@ def write_whole(path: Path, data: bytes) -> None:
                 os.fsync(directory)
             finally:
                 os.close(directory)
+
+
+def _mode_of_old(path: Path) -> int | None:
+    """Permissions of the file that is there, if there is one that may be replaced."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a directory")
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "there is a pipe, a device or a socket, and no file")
+    # root may write everything: the permissions still say what somebody wants
+    if not mode & 0o222 or not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, "the file that is there is read-only")
+    return stat.S_IMODE(mode) & 0o777
