@@ -12,7 +12,9 @@ import numpy as np
 from pvt_ref.arrays import dtype_name, to_numpy
 from pvt_ref.boundary import check_finite
 from pvt_ref.checkpoint.key_maps import AUTHORS, AUTHORS_DENSE, OWN, to_native
-from pvt_ref.checkpoint.pth import PthFile
+from pvt_ref.checkpoint.legacy import is_legacy
+from pvt_ref.checkpoint.other_kinds import refuse_other_kind
+from pvt_ref.checkpoint.pth import open_pth
 from pvt_ref.checkpoint.recognise import (
     LAYOUTS_READ,
     check_state,
@@ -44,7 +46,6 @@ from pvt_ref.params import from_state_dict, to_state_dict
 
 _SUFFIX = ".safetensors"
 _HALVES = {"float16", "bfloat16"}
-_LFS = b"version https://git-lfs"
 
 Eps = float | tuple[float, float]
 
@@ -108,7 +109,7 @@ def _load(
     state: dict[str, Any]
     metadata, stored, info, entry = {}, None, None, ""
     if _recognise_format(file) == "pth":
-        pth = PthFile(file)
+        pth = open_pth(file)
         state, entry = find_state(pth.tree)
         read = pth.read  # only what will be used
     else:
@@ -168,35 +169,11 @@ def _recognise_format(file: BinaryIO) -> str:
     """``"pth"`` or ``"safetensors"``, by the first bytes."""
     size = os.fstat(file.fileno()).st_size
     head = file.read(64)
-    if head.startswith(b"PK\x03\x04"):
+    if head.startswith(b"PK\x03\x04") or is_legacy(head):
         return "pth"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return "safetensors"
-    download = "Download it again, and look at its size and at the first bytes"
-    if not size:
-        raise CheckpointError(f"the file is empty. The download or copy was cut off. {download}")
-    if head.startswith(_LFS):
-        raise CheckpointError(
-            "not the weights, but a Git LFS pointer to them: the repository was cloned without "
-            "LFS. Run 'git lfs install' and 'git lfs pull' there"
-        )
-    if head[:1] == b"\x80" and head[1:2] in b"\x00\x01\x02\x03\x04\x05":
-        raise CheckpointError(
-            "a bare pickle, as torch.save wrote it before PyTorch 1.6 (or with "
-            "_use_new_zipfile_serialization=False); needed is the zip format. If you trust the "
-            "file, save it again with a current PyTorch: torch.save(torch.load(path, "
-            "weights_only=True, map_location='cpu'), new_path)"
-        )
-    if head.lstrip()[:1] == b"<":
-        raise CheckpointError(
-            f"an HTML or XML page, not weights: the link led to a web page, such as a login or an "
-            f"error. {download}"
-        )
-    raise CheckpointError(
-        f"neither a zip archive (.pth, .bin) nor .safetensors: it has {size} bytes and begins with "
-        f"{head[:8]!r}. It is damaged or of another kind. {download}. This project reads "
-        f"{LAYOUTS_READ}"
-    )
+    raise refuse_other_kind(file, LAYOUTS_READ)
 
 
 def _parse_eps(eps: Any) -> tuple[float, float]:
