@@ -149,18 +149,19 @@ def whole_object(name: str, where: str = "what was saved") -> CheckpointError:
 
 # --- the stack machine -------------------------------------------------------------------------
 
-_CONTAINER = 80  # an empty list or dict, a record, and its place on the stack
-_ITEM = 128  # of a dict, while it grows
-_PRICES = {  # the others take their own bytes, and a place
-    **dict.fromkeys(("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "MARK", "LIST", "DICT"), _CONTAINER),
-    **dict.fromkeys(("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"), _CONTAINER),
-    **dict.fromkeys(("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"), 2 * _CONTAINER),
-    **dict.fromkeys(("REDUCE", "BINPERSID"), 2 * _CONTAINER),
+_CONTAINER = 80  # an empty list or dict and its place on the stack
+_ITEM = 96  # of a dict, while it grows
+_TENSOR = 144
+_VALUE = 64  # a number or a short text, beside its bytes
+_PRICES = {  # every other instruction is a _VALUE
+    **dict.fromkeys(("EMPTY_LIST", "EMPTY_DICT", "MARK", "LIST", "DICT", "TUPLE"), _CONTAINER),
+    **dict.fromkeys(("TUPLE1", "TUPLE2", "TUPLE3"), _CONTAINER - 16),
+    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINPERSID"), 96),
     **dict.fromkeys(("NONE", "NEWTRUE", "NEWFALSE", "BININT1", "EMPTY_TUPLE", "DUP"), 16),
     **dict.fromkeys(("BINGET", "LONG_BINGET", "GET", "BINPUT", "LONG_BINPUT", "MEMOIZE"), 16),
-    **dict.fromkeys(("SETITEM", "BUILD", "POP", "STOP", "PROTO", "FRAME"), 0),
+    **dict.fromkeys(("APPEND", "APPENDS", "REDUCE", "NEWOBJ", "EMPTY_SET"), 16),
+    **dict.fromkeys(("SETITEM", "SETITEMS", "BUILD", "POP", "STOP", "PROTO", "FRAME"), 0),
 }
-_VALUE = 64  # a number or a text, beside its bytes
 
 
 class _Machine:
@@ -187,12 +188,11 @@ class _Machine:
             )
 
     def run(self) -> Pickle:
-        prices = _PRICES
         arg: Any
         for opcode, arg, position in pickletools.genops(self.file):
             name = opcode.name
             self.read = (position or 0) - self.start + 1
-            self.spend(prices.get(name, _VALUE))
+            self.spend(_PRICES.get(name, _VALUE))
             stack = self.stack
             match name:
                 case "BINPUT" | "LONG_BINPUT" | "PUT":
@@ -200,7 +200,7 @@ class _Machine:
                 case "MEMOIZE":
                     self.remember(len(self.memo))
                 case "BINGET" | "LONG_BINGET" | "GET":
-                    stack.append(self.memo[arg])
+                    stack.append(self.recall(arg))
                 case "BININT1" | "BININT2" | "BININT" | "BINUNICODE" | "SHORT_BINUNICODE":
                     stack.append(arg)
                 case "MARK":
@@ -308,14 +308,18 @@ class _Machine:
 
     def remember(self, slot: int) -> None:
         memo = self.memo
-        if slot > self.read:  # picklers count up, and each slot has an object of its own
-            raise ValueError(f"memo slot {slot} after {self.read} bytes")
         if slot >= len(memo):
+            if slot > self.read:  # picklers count up, and each slot has an object of its own
+                raise ValueError(f"memo slot {slot} after {self.read} bytes")
             self.spend(12 * (slot - len(memo)))
-            memo.extend([_NOTHING] * (slot - len(memo)))
-            memo.append(self.stack[-1])
-        else:
-            memo[slot] = self.stack[-1]
+            memo.extend([_UNSET] * (slot - len(memo) + 1))
+        memo[slot] = self.stack[-1]
+
+    def recall(self, slot: int) -> Any:
+        value = self.memo[slot]
+        if value is _UNSET:
+            raise ValueError(f"nothing was put into memo slot {slot}")
+        return value
 
     def pop_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.below.pop()
@@ -350,7 +354,7 @@ class _Machine:
                     f"its pickle asks for {shown(name)}, which is refused; nothing was run. "
                     f"{_ATTACK}"
                 )
-            self.spend(len(name) * 4 + _ITEM)
+            self.spend(2 * len(name) + 2 * _ITEM)
             self.labels[name] = Global(name)
         return self.labels[name]
 
@@ -367,6 +371,7 @@ class _Machine:
                 args = args[1:]  # without its factory
             return self.make_dict(*args)
         if name.startswith(_REBUILD):
+            self.spend(_TENSOR)
             return _make_tensor(name.removeprefix(_REBUILD), args) or self.record(name)
         if name == "torch._tensor._rebuild_from_type_v2" and len(args) == 4:
             inner, kind, inner_args, _ = args
@@ -381,6 +386,7 @@ class _Machine:
 
     def make_dict(self, pairs: Any = ()) -> dict[str, Any]:
         """An OrderedDict as Python 2 wrote it, from a list of pairs, or an empty one."""
+        self.spend(_CONTAINER)
         result: dict[str, Any] = {}
         for pair in _expect(pairs, list | tuple):
             key, value = _expect(pair, list | tuple)
@@ -409,7 +415,7 @@ class _Machine:
         return storage
 
 
-_NOTHING = object()
+_UNSET = object()
 _REBUILD = "torch._utils._rebuild_"
 
 
