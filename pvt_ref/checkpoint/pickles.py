@@ -57,14 +57,20 @@ _TENSOR_CLASSES = {
 }
 _PROGRAM_MODULES = {"nt", "os", "posix", "pty", "runpy", "shutil", "socket", "subprocess", "sys"}
 _PROGRAMS = {
+    "_io.open",
     "importlib.import_module",
+    "io.open",
     "webbrowser.open",
     *(
         f"builtins.{name}"
         for name in ("__import__", "breakpoint", "compile", "eval", "exec", "execfile", "open")
     ),
 }
-_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # so written up to protocol 2
+_PYTHON_2 = {  # so written up to protocol 2
+    "__builtin__": "builtins",
+    "commands": "subprocess",
+    "copy_reg": "copyreg",
+}
 
 _ATTACK = (
     "Weights need nothing of the kind: the likely cause is an attack. Do not open this file with "
