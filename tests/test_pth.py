@@ -20,7 +20,7 @@ import torch
 from test_checkpoint import TINY, as_torch, random_state, refusal
 
 from pvt_ref import to_state_dict
-from pvt_ref.checkpoint import load
+from pvt_ref.checkpoint import load, pickles
 from pvt_ref.checkpoint.pickles import Record
 from pvt_ref.checkpoint.pth import open_pth
 from pvt_ref.errors import CheckpointError
@@ -202,6 +202,23 @@ def test_names_are_few_and_short(tmp_path):
     foreign = stored(path).foreign
     assert len(foreign) == 100
     assert max(map(len, foreign)) <= 200
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_real_files_stay_far_below_the_bound_of_memory(tmp_path, monkeypatch, protocol):
+    state = as_torch(random_state(TINY))
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(x) for x in state.values()])
+    for group in optimizer.param_groups:
+        for x in group["params"]:
+            x.grad = torch.ones_like(x)
+    optimizer.step()
+    tree = {"model": state, "optimizer": optimizer.state_dict(), "args": argparse.Namespace(a=1)}
+    path = write(tmp_path / "x.pth", tree, pickle_protocol=protocol)
+    monkeypatch.setattr(pickles, "FREE_BYTES", 2**12)
+    monkeypatch.setattr(pickles, "BYTES_PER_BYTE", 36)  # really 48
+    load(path, TINY)
+    monkeypatch.setattr(pickles, "BYTES_PER_BYTE", 5)
+    assert "5 times its own size" in refusal(path)
 
 
 # --- kinds of tensors ----------------------------------------------------------------------------
