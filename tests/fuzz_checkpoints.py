@@ -15,8 +15,9 @@ Case n depends on the kind, the seed and n alone, so that a run can be taken up 
                  their sizes changed: well-formed, which random damage hardly ever is
 
 In the last three kinds the content is really different where no checksum can tell: it must be
-refused or be some model, no more. An outcome other than CheckpointError or the model is a failure: other numbers, another
-configuration, a foreign exception (warnings too), ten seconds, or 256 MiB of memory.
+refused or be some model, no more. An outcome other than CheckpointError or the model is a failure:
+other numbers, another configuration, a foreign exception (warnings too), ten seconds of work, or
+256 MiB of memory.
 """
 
 import argparse
@@ -272,10 +273,13 @@ NAMES = (
 )  # fmt: skip
 SNIPPETS = (
     b"]", b"}", b")", b"(", b"N", b"0", b"1", b"2", b"t", b"e", b"u", b"a", b"s", b"b", b"R", b"Q",
-    b"\x81", b"\x85", b"\x86", b"\x87", b"\x88", b"\x8f", b"\x90", b"\x91", b"\x92", b"\x93", b"\x94",
+    b"\x81", b"\x85", b"\x86", b"\x87", b"\x88", b"\x8f", b"\x90", b"\x91", b"\x92", b"\x93",
+    b"\x94",
     b"o", b"l", b"d", b"(l", b"(d", b"(t", b"]\x94", b"}q\x05", b"I1\n", b"X\x01\0\0\0a", b"U\x01a",
-    b"G\x7f\xf8\0\0\0\0\0\0", b"\x8b\xff\xff\xff\x7f", b"X\xff\xff\xff\xff", b"(ia\nB\n", b"(ca\nB\no",
-    b"P1\n", b"\x82\x01", b"\x97", b"\x96\x01\0\0\0\0\0\0\0a", b"X\x03\0\0\0neg", b"X\x04\0\0\0conj",
+    b"G\x7f\xf8\0\0\0\0\0\0", b"\x8b\xff\xff\xff\x7f", b"X\xff\xff\xff\xff", b"(ia\nB\n",
+    b"(ca\nB\no",
+    b"P1\n", b"\x82\x01", b"\x97", b"\x96\x01\0\0\0\0\0\0\0a", b"X\x03\0\0\0neg",
+    b"X\x04\0\0\0conj",
 )  # fmt: skip
 
 
@@ -317,7 +321,9 @@ def lie(parts: list[bytes], rng: random.Random) -> str:
                 place = rng.choice(places)
                 other = parts[rng.choice(places)] if rng.random() < 0.5 else None
                 opcode = b"j" if parts[place][:1] in b"hj" else b"r"
-                wild = opcode + rng.choice((0, 1, 50, 10**3, 10**6, 2**32 - 1)).to_bytes(4, "little")
+                wild = opcode + rng.choice((0, 1, 50, 10**3, 10**6, 2**32 - 1)).to_bytes(
+                    4, "little"
+                )
                 parts[place] = other or wild
         case "name":
             places = [i for i, x in enumerate(parts) if x[:1] == b"c"]
@@ -437,15 +443,15 @@ def time_limit() -> Iterator[None]:
         return
 
     def give_up(*args: object) -> None:
-        raise Hang(f"not done after {SECONDS} s")
+        raise Hang(f"not done after {SECONDS} s of work")
 
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    before = signal.signal(signal.SIGPROF, give_up)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of work, however busy the machine is
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""PyTorch's format from before 1.6: what it holds, what damage is noticed, and lies in its structure."""
+"""PyTorch's format from before 1.6: what it holds, what damage is noticed, lies in its structure."""
 
 import collections
 import io
@@ -212,7 +212,11 @@ def test_a_storage_of_unknown_kind():
 def test_truncation_anywhere_is_refused(tmp_path):
     path = save(tmp_path / "x.pth", as_torch(random_state(TINY)))
     data = path.read_bytes()
-    offsets = {*range(0, 200), *range(0, len(data), len(data) // 97), *range(len(data) - 9, len(data))}
+    offsets = {
+        *range(0, 200),
+        *range(0, len(data), len(data) // 97),
+        *range(len(data) - 9, len(data)),
+    }
     for offset in sorted(offsets - {len(data)}):
         path.write_bytes(data[:offset])
         refusal(path)

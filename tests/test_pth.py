@@ -94,7 +94,7 @@ def test_objects_beside_the_weights_are_inert_and_named(tmp_path, protocol, new)
             "list": [colour, {1, 2}, frozenset("ab"), b"bytes", bytearray(b"ab"), 1j, 2**70, -1.5],
             "scalar": np.float64(0.5),
             "dtypes": [np.dtype("f4"), torch.float32, torch.Size((2, 3)), torch.device("cpu")],
-            "when": datetime.datetime(2020, 1, 1, tzinfo=datetime.timezone.utc),
+            "when": datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC),
             "where": pathlib.PurePosixPath("/tmp"),
             "partial": functools.partial(print, 1),
             "best": collections.defaultdict(list, a=[1]),
@@ -258,7 +258,9 @@ def tensors():
 
 def same_bits(found, wanted):
     wanted = wanted.detach().resolve_conj().resolve_neg().contiguous()
-    if wanted.dtype.itemsize == 1 and wanted.is_floating_point() or wanted.dtype == torch.bfloat16:
+    if (
+        wanted.dtype.itemsize == 1 and wanted.is_floating_point()
+    ) or wanted.dtype == torch.bfloat16:
         wanted = wanted.float()
     wanted = wanted.numpy()
     assert found.dtype == wanted.dtype
@@ -272,7 +274,7 @@ def test_kinds_of_tensors_have_pytorch_s_values(tmp_path, name, new):
     tensor = dict(tensors())[name]
     path = write(tmp_path / "x.pth", {"x": tensor}, new)
     same_bits(reread(path), tensor)
-    if new or not tensor.dtype in torch.storage._new_dtypes():  # which PyTorch cannot read back
+    if new or tensor.dtype not in torch.storage._new_dtypes():  # which PyTorch cannot read back
         same_bits(reread(path), torch.load(path, weights_only=True)["x"])
 
 
@@ -386,12 +388,12 @@ def test_torchscript_and_advice_that_works(tmp_path):
             return x
 
     path = tmp_path / "script.pt"
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
         torch.jit.script(Model()).save(path)
     message = refusal(path)
     assert "TorchScript" in message
     assert message.index("Safe:") < message.index("torch.jit.load")
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
         model = torch.jit.load(path, map_location="cpu")
     write(path, model.state_dict())
     assert len(stored(path).tree) == len(random_state(TINY))

@@ -17,8 +17,8 @@ _GRAPH = f"It is a compiled program whose names are not those of the layers; {_N
 
 #: Place and value of the first bytes, and what they mean.
 _MAGIC = (
-    (0, b"version https://git-lfs", "not the weights, but a Git LFS pointer to them: the repository "
-     "was cloned without LFS. Run 'git lfs install' and 'git lfs pull' there"),
+    (0, b"version https://git-lfs", "not the weights, but a Git LFS pointer to them: the "
+     "repository was cloned without LFS. Run 'git lfs install' and 'git lfs pull' there"),
     (0, b"GGUF", f"a GGUF file (llama.cpp). {_NEEDED}"),
     (0, b"\x89HDF\r\n\x1a\n", f"an HDF5 file (Keras .h5, say). {_NEEDED}"),
     (0, b"\x93NUMPY", f"a single NumPy array (.npy). {_NEEDED}"),

@@ -21,7 +21,6 @@ from typing import Any, BinaryIO, NamedTuple
 from pvt_ref.checkpoint.stored import (
     DAMAGED,
     MAX_RANK,
-    SAFE_LOAD,
     STORAGE_DTYPES,
     Storage,
     StoredTensor,
@@ -49,7 +48,10 @@ _PLAIN = {
     "torch.nn.parameter.UninitializedParameter",
     "torch.serialization._get_layout",
     "_codecs.encode",
-    *(f"builtins.{name}" for name in ("bytearray", "bytes", "complex", "frozenset", "object", "set")),
+    *(
+        f"builtins.{name}"
+        for name in ("bytearray", "bytes", "complex", "frozenset", "object", "set")
+    ),
 }
 _TENSOR_CLASSES = {
     "torch.Tensor",
@@ -130,11 +132,13 @@ def read_pickle(file: BinaryIO) -> Pickle:
         CheckpointError: if it names a program, is damaged, or is made to take much memory.
     """
     try:
-        return _Machine(file).run()
+        return _Machine(file)._run()
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:  # a wrong program can fail at any instruction, in any way
-        raise CheckpointError(f"its pickle cannot be read ({describe(error)}). {DAMAGED}") from error
+        raise CheckpointError(
+            f"its pickle cannot be read ({describe(error)}). {DAMAGED}"
+        ) from error
 
 
 def whole_object(name: str, where: str = "what was saved") -> CheckpointError:
@@ -188,7 +192,7 @@ class _Machine:
     """One run over one pickle."""
 
     def __init__(self, file: BinaryIO):
-        self.file = file if isinstance(file, io.BytesIO) else _NoMoreThanThereIs(file)
+        self.file: Any = file if isinstance(file, io.BytesIO) else _NoMoreThanThereIs(file)
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # the stacks under each open MARK
         self.memo: list[Any] = []
@@ -199,7 +203,7 @@ class _Machine:
         self.records: dict[str, Record] = {}
         self.storages: dict[str, Storage] = {}
 
-    def spend(self, price: int) -> None:
+    def _spend(self, price: int) -> None:
         self.spent += price
         if self.spent > FREE_BYTES + BYTES_PER_BYTE * self.read:
             raise CheckpointError(
@@ -207,27 +211,27 @@ class _Machine:
                 f"size; it was made to exhaust memory, or it is damaged. {DAMAGED}"
             )
 
-    def run(self) -> Pickle:
+    def _run(self) -> Pickle:
         arg: Any
         for opcode, arg, position in pickletools.genops(self.file):
             name = opcode.name
             self.read = (position or 0) - self.start + 1
-            self.spend(_PRICES.get(name, _VALUE))
+            self._spend(_PRICES.get(name, _VALUE))
             stack = self.stack
             match name:
                 case "BINPUT" | "LONG_BINPUT" | "PUT":
-                    self.remember(arg)
+                    self._remember(arg)
                 case "MEMOIZE":
-                    self.remember(len(self.memo))
+                    self._remember(len(self.memo))
                 case "BINGET" | "LONG_BINGET" | "GET":
-                    stack.append(self.recall(arg))
+                    stack.append(self._recall(arg))
                 case "BININT1" | "BININT2" | "BININT" | "BINUNICODE" | "SHORT_BINUNICODE":
                     stack.append(arg)
                 case "MARK":
                     self.below.append(stack)
                     self.stack = []
                 case "TUPLE":
-                    items = self.pop_mark()
+                    items = self._pop_mark()
                     self.stack.append(tuple(items))
                 case "TUPLE1":
                     stack[-1:] = [(stack[-1],)]
@@ -237,9 +241,9 @@ class _Machine:
                     stack[-3:] = [(stack[-3], stack[-2], stack[-1])]
                 case "REDUCE" | "NEWOBJ":
                     args, function = stack.pop(), stack.pop()
-                    stack.append(self.make(function, _expect(args, tuple)))
+                    stack.append(self._make(function, _expect(args, tuple)))
                 case "BINPERSID":
-                    stack.append(self.refer(stack.pop()))
+                    stack.append(self._refer(stack.pop()))
                 case "NEWFALSE":
                     stack.append(False)
                 case "NEWTRUE":
@@ -254,31 +258,31 @@ class _Machine:
                     stack.append({})
                 case "SETITEM":
                     value, key = stack.pop(), stack.pop()
-                    self.set_items(stack[-1], [key, value])
+                    self._set_items(stack[-1], [key, value])
                 case "SETITEMS":
-                    items = self.pop_mark()
-                    self.set_items(self.stack[-1], items)
+                    items = self._pop_mark()
+                    self._set_items(self.stack[-1], items)
                 case "APPEND":
                     value = stack.pop()
-                    self.extend(stack[-1], [value])
+                    self._extend(stack[-1], [value])
                 case "APPENDS" | "ADDITEMS":
-                    items = self.pop_mark()
-                    self.extend(self.stack[-1], items)
+                    items = self._pop_mark()
+                    self._extend(self.stack[-1], items)
                 case "GLOBAL":
-                    stack.append(self.label(*arg.split(" ", 1)))
+                    stack.append(self._label(*arg.split(" ", 1)))
                 case "STACK_GLOBAL":
                     attribute, module = stack.pop(), stack.pop()
-                    stack.append(self.label(module, attribute))
+                    stack.append(self._label(module, attribute))
                 case "BUILD":
                     stack.pop()  # attributes are not needed
                     _expect(stack[-1], Record | dict)
                 case _:
                     if name == "STOP":
-                        return Pickle(stack.pop(), self.foreign(), self.storages)
-                    self.run_rare(name, arg)
+                        return Pickle(stack.pop(), self._foreign(), self.storages)
+                    self._run_rare(name, arg)
         raise CheckpointError(f"its pickle has no end. {DAMAGED}")
 
-    def run_rare(self, name: str, arg: Any) -> None:
+    def _run_rare(self, name: str, arg: Any) -> None:
         """What other protocols than 2 write, and the objects of Python 2."""
         stack = self.stack
         match name:
@@ -291,33 +295,33 @@ class _Machine:
             case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
                 stack.append(arg)
             case "LIST":
-                items = self.pop_mark()
+                items = self._pop_mark()
                 self.stack.append(items)
             case "DICT":
-                items = self.pop_mark()
+                items = self._pop_mark()
                 self.stack.append({})
-                self.set_items(self.stack[-1], items)
+                self._set_items(self.stack[-1], items)
             case "EMPTY_SET":
-                stack.append(self.record("builtins.set"))
+                stack.append(self._record("builtins.set"))
             case "FROZENSET":
-                self.pop_mark()
-                self.stack.append(self.record("builtins.frozenset"))
+                self._pop_mark()
+                self.stack.append(self._record("builtins.frozenset"))
             case "OBJ":
-                function, *args = self.pop_mark()
-                self.stack.append(self.make(function, tuple(args)))
+                function, *args = self._pop_mark()
+                self.stack.append(self._make(function, tuple(args)))
             case "INST":
-                args = self.pop_mark()
-                self.stack.append(self.make(self.label(*arg.split(" ", 1)), tuple(args)))
+                args = self._pop_mark()
+                self.stack.append(self._make(self._label(*arg.split(" ", 1)), tuple(args)))
             case "NEWOBJ_EX":
                 _, args, function = stack.pop(), stack.pop(), stack.pop()
-                stack.append(self.record(_expect(function, Global).name))
+                stack.append(self._record(_expect(function, Global).name))
             case "POP":
                 if stack:
                     stack.pop()
                 else:
-                    self.pop_mark()
+                    self._pop_mark()
             case "POP_MARK":
-                self.pop_mark()
+                self._pop_mark()
             case "DUP":
                 stack.append(stack[-1])
             case _:  # EXT1 and so on, PERSID, NEXT_BUFFER: what they mean is not in the file
@@ -326,43 +330,43 @@ class _Machine:
                     f"{DAMAGED}"
                 )
 
-    def remember(self, slot: int) -> None:
+    def _remember(self, slot: int) -> None:
         memo = self.memo
         if slot >= len(memo):
             if slot > self.read:  # picklers count up, and each slot has an object of its own
                 raise ValueError(f"memo slot {slot} after {self.read} bytes")
-            self.spend(12 * (slot - len(memo)))
+            self._spend(12 * (slot - len(memo)))
             memo.extend([_UNSET] * (slot - len(memo) + 1))
         memo[slot] = self.stack[-1]
 
-    def recall(self, slot: int) -> Any:
+    def _recall(self, slot: int) -> Any:
         value = self.memo[slot]
         if value is _UNSET:
             raise ValueError(f"nothing was put into memo slot {slot}")
         return value
 
-    def pop_mark(self) -> list[Any]:
+    def _pop_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.below.pop()
         return items
 
-    def extend(self, target: Any, items: list[Any]) -> None:
+    def _extend(self, target: Any, items: list[Any]) -> None:
         if not isinstance(target, Record):
             _expect(target, list).extend(items)
 
-    def set_items(self, target: Any, items: list[Any]) -> None:
+    def _set_items(self, target: Any, items: list[Any]) -> None:
         if len(items) % 2:
             raise TypeError("a key without a value")
         if isinstance(target, Record):
             return
         _expect(target, dict)
-        self.spend(_ITEM * (len(items) // 2))
+        self._spend(_ITEM * (len(items) // 2))
         for key, value in zip(items[::2], items[1::2], strict=True):
             name = _as_text(key, len(target))
             if name in target:
                 raise CheckpointError(f"its pickle has the key {shown(name)} twice. {DAMAGED}")
             target[name] = value
 
-    def label(self, module: Any, attribute: Any) -> Global:
+    def _label(self, module: Any, attribute: Any) -> Global:
         module, attribute = _expect(module, str), _expect(attribute, str)
         if len(module) + len(attribute) > 2 * _MAX_NAME:
             raise ValueError("a name that is longer than any class has")
@@ -374,46 +378,46 @@ class _Machine:
                     f"its pickle asks for {shown(name)}, which is refused; nothing was run. "
                     f"{_ATTACK}"
                 )
-            self.spend(2 * len(name) + 2 * _ITEM)
+            self._spend(2 * len(name) + 2 * _ITEM)
             self.labels[name] = Global(name)
         return self.labels[name]
 
-    def foreign(self) -> tuple[str, ...]:
+    def _foreign(self) -> tuple[str, ...]:
         names = {name[:_MAX_NAME] for name in self.labels if not _is_known(name)}
         return tuple(sorted(names)[:_MAX_FOREIGN])
 
-    def make(self, function: Any, args: tuple[Any, ...]) -> Any:
+    def _make(self, function: Any, args: tuple[Any, ...]) -> Any:
         if isinstance(function, Record):  # a function that would have been found or made
             return function
         name = _expect(function, Global).name
         if name in _DICTS:
             if name.endswith("defaultdict"):
                 args = args[1:]  # without its factory
-            return self.make_dict(*args)
+            return self._make_dict(*args)
         if name.startswith(_REBUILD):
-            self.spend(_TENSOR)
-            return _make_tensor(name.removeprefix(_REBUILD), args) or self.record(name)
+            self._spend(_TENSOR)
+            return _make_tensor(name.removeprefix(_REBUILD), args) or self._record(name)
         if name == "torch._tensor._rebuild_from_type_v2" and len(args) == 4:
             inner, kind, inner_args, _ = args
-            x = self.make(inner, _expect(inner_args, tuple))
-            return x if _expect(kind, Global).name in _TENSOR_CLASSES else self.record(kind.name)
+            x = self._make(inner, _expect(inner_args, tuple))
+            return x if _expect(kind, Global).name in _TENSOR_CLASSES else self._record(kind.name)
         if name == "copyreg._reconstructor" and args and isinstance(args[0], Global):
             name = args[0].name
-        return self.record(name)
+        return self._record(name)
 
-    def record(self, name: str) -> Record:
+    def _record(self, name: str) -> Record:
         return self.records.setdefault(name, Record(name))
 
-    def make_dict(self, pairs: Any = ()) -> dict[str, Any]:
+    def _make_dict(self, pairs: Any = ()) -> dict[str, Any]:
         """An OrderedDict as Python 2 wrote it, from a list of pairs, or an empty one."""
-        self.spend(_CONTAINER)
+        self._spend(_CONTAINER)
         result: dict[str, Any] = {}
         for pair in _expect(pairs, list | tuple):
             key, value = _expect(pair, list | tuple)
-            self.set_items(result, [key, value])
+            self._set_items(result, [key, value])
         return result
 
-    def refer(self, reference: Any) -> Any:
+    def _refer(self, reference: Any) -> Any:
         """A storage for its persistent id, or the class that a whole pickled model refers to."""
         kind, *fields = _expect(reference, tuple)
         if kind == "module":
@@ -427,10 +431,10 @@ class _Machine:
         if kind != "storage" or len(rest) > 1 or not name.endswith("Storage"):
             raise ValueError("a reference that is not to a storage")
         storage = Storage(
-            _expect(key, str), STORAGE_DTYPES.get(name, name[:_MAX_NAME]), _count(numel), view
+            _expect(key, str), STORAGE_DTYPES.get(name) or name[:_MAX_NAME], _count(numel), view
         )
         if storage.key not in self.storages:
-            self.spend(_ITEM)
+            self._spend(_ITEM)
             self.storages[storage.key] = storage
         return storage
 
@@ -507,7 +511,7 @@ def _make_tensor(how: str, args: tuple[Any, ...]) -> StoredTensor | None:
         case "qtensor", (storage, offset, shape, strides, _, _, _):
             dtype = _expect(storage, Storage).dtype
             unread = "it is quantized"
-        case ("tensor" | "tensor_v2" | "tensor_v3" | "parameter"), _:
+        case (("tensor" | "tensor_v2" | "tensor_v3" | "parameter"), _):
             raise TypeError(f"_rebuild_{how} with {len(args)} arguments")
         case _:
             return None
