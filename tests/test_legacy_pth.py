@@ -1,4 +1,4 @@
-"""PyTorch's format from before 1.6: what it holds, what damage is noticed, lies in its structure."""
+"""PyTorch's format from before 1.6: contents, damage that is noticed, lies in its structure."""
 
 import collections
 import io

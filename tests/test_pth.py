@@ -1,4 +1,4 @@
-"""PyTorch's files with what lies beside plain tensors: objects, other kinds of tensors, no checksums."""
+"""PyTorch's files: objects beside the weights, other kinds of tensors, archives of other kinds."""
 
 import argparse
 import collections
