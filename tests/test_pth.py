@@ -8,8 +8,11 @@ import functools
 import io
 import os
 import pathlib
+import pickle
+import struct
 import subprocess
 import sys
+import tarfile
 import types
 import zipfile
 import zlib
@@ -192,6 +195,53 @@ def test_a_whole_object_in_the_place_of_weights(tmp_path, new):
     model = torch.load(path, weights_only=False, map_location="cpu")  # as advised
     write(path, model.state_dict())
     assert stored(path).tree["weight"].shape == (2, 2)
+
+
+@FORMATS
+def test_a_whole_object_in_an_entry(tmp_path, new):
+    tree = {"epoch": 3, "args": argparse.Namespace(a=1), "model": torch.nn.Linear(2, 2)}
+    message = refusal(write(tmp_path / "x.pth", tree, new))
+    assert "the entry 'model' is a 'torch.nn.modules.linear.Linear'" in message
+    loop = {"a": {}}
+    loop["a"]["b"] = loop
+    assert "no weights in it" in refusal(write(tmp_path / "x.pth", loop, new))
+
+
+def test_the_advice_for_the_oldest_format_works(tmp_path):
+    """A tar, as PyTorch before 0.1.10 wrote it, by hand."""
+
+    class Reference(str):
+        pass
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            return str(value) if isinstance(value, Reference) else None
+
+    def pickles_of(*values):
+        return b"".join(pickle.dumps(value, 2) for value in values)
+
+    stream = io.BytesIO()
+    Pickler(stream, 2).dump({"x": Reference("1")})
+    numbers = struct.pack("<q", 2) + np.array([1, 2], "<f4").tobytes()
+    sizes = struct.pack("<iiqqq", 1, 0, 2, 1, 0)
+    entries = {
+        "storages": pickles_of(1, (0, "cpu", torch.FloatStorage)) + numbers + pickles_of([]),
+        "tensors": pickles_of(1, (1, 0, torch.FloatTensor)) + sizes,
+        "pickle": stream.getvalue(),
+    }
+    path = tmp_path / "x.pth"
+    with tarfile.open(path, "w") as archive:
+        for name, data in entries.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    message = refusal(path)
+    assert "before 0.1.10" in message
+    assert "weights_only=True cannot" in message
+    with pytest.raises(RuntimeError, match="weights_only"):
+        torch.load(path, weights_only=True, map_location="cpu")
+    torch.save(torch.load(path, weights_only=False, map_location="cpu"), path)
+    assert reread(path).tolist() == [1, 2]
 
 
 def test_names_are_few_and_short(tmp_path):

@@ -13,11 +13,19 @@ it was saved without any.
 
 import io
 import zipfile
-from typing import BinaryIO, Literal
+from collections import deque
+from typing import Any, BinaryIO, Literal
 
 from pvt_ref.checkpoint.legacy import LegacyFile, is_legacy
 from pvt_ref.checkpoint.pickles import Record, read_pickle, whole_object
-from pvt_ref.checkpoint.stored import DAMAGED, SAFE_LOAD, Storage, StoredFile, describe
+from pvt_ref.checkpoint.stored import (
+    DAMAGED,
+    SAFE_LOAD,
+    Storage,
+    StoredFile,
+    StoredTensor,
+    describe,
+)
 from pvt_ref.errors import CheckpointError, shown
 
 
@@ -35,9 +43,26 @@ def open_pth(file: BinaryIO) -> StoredFile:
     """
     file.seek(0)
     opened = LegacyFile(file) if is_legacy(file.read(64)) else PthFile(file)
-    if isinstance(opened.tree, Record):
-        raise whole_object(opened.tree.name)
+    _check_not_an_object(opened)
     return opened
+
+
+def _check_not_an_object(opened: StoredFile) -> None:
+    """Raises CheckpointError if there is no tensor, and an object where there could be some."""
+    queue: deque[tuple[str, Any]] = deque([("", opened.tree)])
+    objects, seen = [], set()
+    while queue:
+        name, value = queue.popleft()
+        if isinstance(value, StoredTensor):
+            return
+        if isinstance(value, Record) and value.name in opened.foreign:
+            objects.append((name, value.name))
+        elif isinstance(value, dict) and id(value) not in seen:
+            seen.add(id(value))
+            queue.extend(value.items())
+    if objects:
+        name, kind = objects[0]
+        raise whole_object(kind, f"the entry {shown(name)}" if name else "what was saved")
 
 
 class PthFile(StoredFile):
