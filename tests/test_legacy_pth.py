@@ -24,7 +24,7 @@ def save(path, tree, **options):
     return path
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_state_dict(tmp_path, protocol, dtype):
     state = random_state(TINY, dtype)
