@@ -204,6 +204,7 @@ class _Machine:
         self.storages: dict[str, Storage] = {}
 
     def _spend(self, price: int) -> None:
+        """Raises CheckpointError where more was spent than the bytes so far allow."""
         self.spent += price
         if self.spent > FREE_BYTES + BYTES_PER_BYTE * self.read:
             raise CheckpointError(
@@ -219,14 +220,14 @@ class _Machine:
             self._spend(_PRICES.get(name, _VALUE))
             stack = self.stack
             match name:
-                case "BINPUT" | "LONG_BINPUT" | "PUT":
+                case "LONG_BINPUT" | "BINPUT" | "PUT":
                     self._remember(arg)
-                case "MEMOIZE":
-                    self._remember(len(self.memo))
                 case "BINGET" | "LONG_BINGET" | "GET":
                     stack.append(self._recall(arg))
-                case "BININT1" | "BININT2" | "BININT" | "BINUNICODE" | "SHORT_BINUNICODE":
+                case "BINUNICODE" | "BININT1" | "BININT2" | "BININT" | "SHORT_BINUNICODE":
                     stack.append(arg)
+                case "MEMOIZE":
+                    self._remember(len(self.memo))
                 case "MARK":
                     self.below.append(stack)
                     self.stack = []

@@ -171,17 +171,9 @@ class StoredFile(ABC):
             by_block[x.storage.key].append(name)
         arrays = {}
         for names in by_block.values():
-            raw: bytes | None = None
+            raw = self._read_named(names[0], tensors[names[0]].storage)
             for name in names:
                 storage = tensors[name].storage
-                try:
-                    raw = self._read_block(storage) if raw is None else raw
-                except (CheckpointError, MemoryError):
-                    raise
-                except Exception as error:
-                    raise CheckpointError(
-                        f"the storage of {shown(name)} is damaged ({describe(error)}). {DAMAGED}"
-                    ) from error
                 if len(raw) != storage.nbytes:
                     raise CheckpointError(
                         f"the storage of {shown(name)} has {len(raw)} bytes; {storage.numel} "
@@ -189,6 +181,16 @@ class StoredFile(ABC):
                     )
                 arrays[name] = _cut(raw, tensors[name], self._order)
         return {name: arrays[name] for name in tensors}
+
+    def _read_named(self, name: str, storage: Storage) -> bytes:
+        try:
+            return self._read_block(storage)
+        except (CheckpointError, MemoryError):
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"the storage of {shown(name)} is damaged ({describe(error)}). {DAMAGED}"
+            ) from error
 
 
 _COPIES = (
