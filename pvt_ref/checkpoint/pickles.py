@@ -334,9 +334,7 @@ class _Machine:
     def _remember(self, slot: int) -> None:
         memo = self.memo
         if slot >= len(memo):
-            if slot > self.read:  # picklers count up, and each slot has an object of its own
-                raise ValueError(f"memo slot {slot} after {self.read} bytes")
-            self._spend(12 * (slot - len(memo)))
+            self._spend(12 * (slot - len(memo)))  # picklers count up, some from 1 on
             memo.extend([_UNSET] * (slot - len(memo) + 1))
         memo[slot] = self.stack[-1]
 
