@@ -19,7 +19,7 @@ from pvt_ref.checkpoint.pickles import (
 )
 from pvt_ref.errors import CheckpointError
 
-MOST = 64  # bytes of memory for each byte of a pickle, as SECURITY.md says
+MOST = 48  # bytes of memory for each byte of a pickle, as SECURITY.md says
 N = 50_000
 
 
