@@ -8,17 +8,24 @@ Case n depends on the kind, the seed and n alone, so that a run can be taken up 
 
     pth          a training checkpoint written by PyTorch
     safetensors  a file of save()
-    resealed     the pth, whose pickle is damaged and whose checksums are then made right again: the
-                 content is really different, and must be refused or be some model, no more
+    legacy       the same checkpoint in the format from before PyTorch 1.6, which has no checksum
+    resealed     the pth, whose pickle is damaged and whose checksums are then made right again
+    lies         either format, its pickle rewritten by whole instructions (other names, numbers,
+                 memo slots and order, repeated thousands of times), its list of storages and
+                 their sizes changed: well-formed, which random damage hardly ever is
 
-An outcome other than CheckpointError or the model is a failure: other numbers, another
-configuration, a foreign exception (warnings too), ten seconds, or 256 MiB of memory.
+In the last three kinds the content is really different where no checksum can tell: it must be
+refused or be some model, no more. An outcome other than CheckpointError or the model is a failure:
+other numbers, another configuration, a foreign exception (warnings too), ten seconds of work, or
+256 MiB of memory.
 """
 
 import argparse
 import contextlib
 import functools
 import io
+import pickle
+import pickletools
 import random
 import signal
 import sys
@@ -48,7 +55,8 @@ CONFIG = PVTConfig(  # as few bytes as a PVT can have
     norm_eps=1e-6,
     projection_norm_eps=1e-6,
 )
-KINDS = ("pth", "safetensors", "resealed")
+KINDS = ("pth", "safetensors", "legacy", "resealed", "lies")
+CHECKSUMMED = ("pth", "safetensors")
 MEMORY = 256 * 2**20
 SECONDS = 10
 
@@ -84,8 +92,12 @@ def sample(kind: str) -> Sample:
             metadata = data.index(b"__metadata__")
             end = data.index(b"}", data.index(b"sha256", metadata)) + 4
             return Sample(data, model, ((0, 8), (0, header), (metadata, end)), None)
-        write_training_checkpoint(path, model)
+        write_training_checkpoint(path, model, new=kind != "legacy")
         data = path.read_bytes()
+        if kind == "legacy":
+            *heads, saved, keys = legacy_pickles(data)
+            spots = (heads[0], heads[-1], saved, saved, keys, (keys[1], keys[1] + 60))
+            return Sample(data, model, spots, CONFIG)
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
             directory = archive.start_dir
@@ -101,13 +113,26 @@ def sample(kind: str) -> Sample:
         return Sample(data, model, spots, CONFIG)
 
 
-def write_training_checkpoint(path: Path, model: Model) -> None:
+def legacy_pickles(data: bytes) -> list[tuple[int, int]]:
+    """Where the five pickles of the older format lie."""
+    stream = io.BytesIO(data)
+    places = []
+    for _ in range(5):
+        start = stream.tell()
+        for _ in pickletools.genops(stream):
+            pass
+        places.append((start, stream.tell()))
+    return places
+
+
+def write_training_checkpoint(path: Path, model: Model, new: bool = True) -> None:
     import torch
 
     state = {key: torch.from_numpy(x.copy()) for key, x in to_state_dict(model.params).items()}
     optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1}]}
     args = argparse.Namespace(model="pvt_tiny", betas=(0.9, None))
-    torch.save({"model": state, "optimizer": optimizer, "epoch": 3, "args": args}, path)
+    tree = {"model": state, "optimizer": optimizer, "epoch": 3, "args": args}
+    torch.save(tree, path, _use_new_zipfile_serialization=new)
 
 
 def archive_read(data: bytes, name: str) -> bytes:
@@ -222,11 +247,137 @@ def damage_resealed(good: Sample, rng: random.Random) -> tuple[bytes, str]:
     name = pickled if rng.random() < 0.9 else rng.choice(list(entries))
     inner = Sample(entries[name], good.model, ((0, len(entries[name])),), good.config)
     entries[name], done = damage(inner, rng)
+    return pack(entries), done
+
+
+def pack(entries: dict[str, bytes]) -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         for name, data in entries.items():
             archive.writestr(zipfile.ZipInfo(name), data)
-    return stream.getvalue(), done
+    return stream.getvalue()
+
+
+# --- lies ----------------------------------------------------------------------------------------
+
+NAMES = (
+    b"argparse\nNamespace", b"collections\nOrderedDict", b"collections\ndefaultdict",
+    b"torch._utils\n_rebuild_tensor", b"torch._utils\n_rebuild_tensor_v2",
+    b"torch._utils\n_rebuild_tensor_v3", b"torch._utils\n_rebuild_parameter",
+    b"torch._utils\n_rebuild_parameter_with_state", b"torch._utils\n_rebuild_qtensor",
+    b"torch._utils\n_rebuild_sparse_tensor", b"torch._tensor\n_rebuild_from_type_v2",
+    b"torch\nDoubleStorage", b"torch\nHalfStorage", b"torch\nQInt8Storage", b"torch\nFloatTensor",
+    b"torch.storage\nUntypedStorage", b"torch\nbfloat16", b"torch\nfloat8_e4m3fn",
+    b"numpy.core.multiarray\n_reconstruct", b"mmengine.config\nConfig", b"posix\nsystem",
+    b"copy_reg\n_reconstructor", b"a" * 300 + b"\nb", b"x\ny z",
+)  # fmt: skip
+SNIPPETS = (
+    b"]", b"}", b")", b"(", b"N", b"0", b"1", b"2", b"t", b"e", b"u", b"a", b"s", b"b", b"R", b"Q",
+    b"\x81", b"\x85", b"\x86", b"\x87", b"\x88", b"\x8f", b"\x90", b"\x91", b"\x92", b"\x93",
+    b"\x94",
+    b"o", b"l", b"d", b"(l", b"(d", b"(t", b"]\x94", b"}q\x05", b"I1\n", b"X\x01\0\0\0a", b"U\x01a",
+    b"G\x7f\xf8\0\0\0\0\0\0", b"\x8b\xff\xff\xff\x7f", b"X\xff\xff\xff\xff", b"(ia\nB\n",
+    b"(ca\nB\no",
+    b"P1\n", b"\x82\x01", b"\x97", b"\x96\x01\0\0\0\0\0\0\0a", b"X\x03\0\0\0neg",
+    b"X\x04\0\0\0conj",
+)  # fmt: skip
+
+
+def instructions(pickled: bytes) -> list[bytes]:
+    starts = [at or 0 for _, _, at in pickletools.genops(pickled)]
+    return [pickled[a:b] for a, b in zip(starts, [*starts[1:], len(pickled)], strict=True)]
+
+
+def number(rng: random.Random) -> bytes:
+    """An instruction for a whole number that matters."""
+    exact = rng.choice((0, 1, 2, 3, 7, 8, 255, 2**31, 2**32, 2**61 - 1, 2**62, 2**63, 2**64, -1))
+    value = rng.choice((1, 1, -1)) * exact + rng.choice((0, 0, 1, -1))
+    return b"\x8a\x0a" + value.to_bytes(10, "little", signed=True)
+
+
+def lie(parts: list[bytes], rng: random.Random) -> str:
+    """Changes a program by whole instructions, and says how."""
+    at = rng.randrange(1, len(parts))
+    size = rng.choice((1, 1, 2, 3, 5, 20))
+    here, there = parts[at : at + size], rng.randrange(1, len(parts))
+    how = rng.choice(
+        ("delete", "copy", "move", "number", "number", "slot", "name", "name", "insert", "repeat")
+    )
+    match how:
+        case "delete":
+            del parts[at : at + size]
+        case "copy":
+            parts[there:there] = here
+        case "move":
+            del parts[at : at + size]
+            parts[there:there] = here
+        case "number":
+            places = [i for i, x in enumerate(parts) if x[:1] in (b"K", b"M", b"J")]
+            if places:
+                parts[rng.choice(places)] = number(rng)
+        case "slot":
+            places = [i for i, x in enumerate(parts) if x[:1] in b"hjqr"]
+            if places:
+                place = rng.choice(places)
+                other = parts[rng.choice(places)] if rng.random() < 0.5 else None
+                opcode = b"j" if parts[place][:1] in b"hj" else b"r"
+                wild = opcode + rng.choice((0, 1, 50, 10**3, 10**6, 2**32 - 1)).to_bytes(
+                    4, "little"
+                )
+                parts[place] = other or wild
+        case "name":
+            places = [i for i, x in enumerate(parts) if x[:1] == b"c"]
+            place = rng.choice(places) if places else at
+            parts[place : place + bool(places)] = [b"c" + rng.choice(NAMES) + b"\n"]
+        case "insert":
+            parts[at:at] = [rng.choice(SNIPPETS) for _ in range(size)]
+        case _:
+            parts[at:at] = [b"".join(here or [rng.choice(SNIPPETS)]) * rng.choice((2, 100, 10**4))]
+    return how
+
+
+def make_lies(rng: random.Random) -> tuple[Sample, bytes, str]:
+    """A file of either format that is well-formed and says something else."""
+    legacy = rng.random() < 0.5
+    good = sample("legacy" if legacy else "pth")
+    if not legacy:
+        with zipfile.ZipFile(io.BytesIO(good.data)) as archive:
+            entries = {name: archive.read(name) for name in archive.namelist()}
+        name = next(name for name in entries if name.endswith("data.pkl"))
+        parts = instructions(entries[name])
+        done = [lie(parts, rng) for _ in range(rng.choice((1, 1, 1, 2, 4)))]
+        entries[name] = b"".join(parts)
+        return good, pack(entries), "+".join(done)
+    places = legacy_pickles(good.data)
+    parts = instructions(good.data[slice(*places[3])])
+    keys = pickle.loads(good.data[slice(*places[4])])
+    blocks, at = [], places[4][1]
+    while at < len(good.data):
+        size = 8 + 4 * int.from_bytes(good.data[at : at + 8], "little")
+        blocks.append(good.data[at : at + size])
+        at += size
+    done = []
+    for _ in range(rng.choice((1, 1, 2))):
+        at, other = rng.randrange(len(keys)), rng.randrange(len(keys))
+        how = rng.choice(("pickle", "pickle", "pickle", "keys", "order", "blocks", "length", "end"))
+        done.append(how)
+        match how:
+            case "pickle":
+                done[-1] = lie(parts, rng)
+            case "keys":
+                keys[at] = rng.choice((keys[other], "0", 0, None, [], "x" * 10**5, keys))
+            case "order":
+                keys[at], keys[other] = keys[other], keys[at]
+            case "blocks":
+                blocks[at], blocks[other] = blocks[other], blocks[at]
+            case "length":
+                wrong = rng.choice((0, 1, 2**31, 2**61, 2**62, 2**63 - 1, 2**64 - 1))
+                blocks[at] = wrong.to_bytes(8, "little") + blocks[at][8:]
+            case _:
+                blocks.append(rng.choice((b"\0", bytes(8), good.data, blocks[at])))
+    heads = good.data[: places[2][1]]
+    written = [heads, b"".join(parts), pickle.dumps(keys, 2), *blocks]
+    return good, b"".join(written), "legacy " + "+".join(done)
 
 
 # --- judgement -----------------------------------------------------------------------------------
@@ -234,13 +385,15 @@ def damage_resealed(good: Sample, rng: random.Random) -> tuple[bytes, str]:
 
 def make_case(kind: str, seed: int, index: int) -> tuple[Sample, bytes, str]:
     rng = random.Random(f"{kind} {seed} {index}")
-    good = sample("safetensors" if kind == "safetensors" else "pth")
+    if kind == "lies":
+        return make_lies(rng)
+    good = sample("pth" if kind == "resealed" else kind)
     data, done = (damage_resealed if kind == "resealed" else damage)(good, rng)
     return good, data, done
 
 
 def check_case(kind: str, seed: int, index: int, path: Path) -> str:
-    """``"refused"``, ``"the same"`` or, for a resealed file only, ``"another model"``.
+    """``"refused"``, ``"the same"`` or, where no checksum can tell, ``"another model"``.
 
     Raises:
         WrongOutcomeError: for anything else, with the line that repeats the case.
@@ -259,7 +412,7 @@ def check_case(kind: str, seed: int, index: int, path: Path) -> str:
     else:
         if is_same(model, good.model):
             return "the same"
-        if kind == "resealed":
+        if kind not in CHECKSUMMED:
             return "another model"
         problem = "loaded silently different"
     raise WrongOutcomeError(
@@ -290,15 +443,15 @@ def time_limit() -> Iterator[None]:
         return
 
     def give_up(*args: object) -> None:
-        raise Hang(f"not done after {SECONDS} s")
+        raise Hang(f"not done after {SECONDS} s of work")
 
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    before = signal.signal(signal.SIGPROF, give_up)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of work, however busy the machine is
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 @contextlib.contextmanager

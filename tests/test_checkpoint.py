@@ -616,12 +616,6 @@ def test_weights_that_are_not_numbers(tmp_path, suffix):
 # --- what is not a weights file ----------------------------------------------------------------
 
 
-def legacy_bytes():
-    stream = io.BytesIO()
-    torch.save(as_torch(random_state(TINY)), stream, _use_new_zipfile_serialization=False)
-    return stream.getvalue()
-
-
 @pytest.mark.parametrize(
     ("name", "data", "says"),
     [
@@ -634,8 +628,7 @@ def legacy_bytes():
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
             "git lfs pull",
         ),
-        ("legacy.pth", legacy_bytes(), "before PyTorch 1.6"),
-        ("pickle.bin", pickle.dumps({"a": 1}), "before PyTorch 1.6"),
+        ("pickle.bin", pickle.dumps({"a": 1}), "a bare pickle"),
         ("cut.safetensors", struct.pack("<Q", 10**15) + b'{"a":', "neither a zip archive"),
         ("json.safetensors", struct.pack("<Q", 4) + b"{no}", "not a whole .safetensors"),
     ],
@@ -686,7 +679,7 @@ def test_a_storage_that_is_missing_or_short(tmp_path):
     def drop(entries):
         del entries[next(n for n in entries if n.endswith("/data/7"))]
 
-    assert "no entry data/7" in refusal(rewrite_zip(path, drop))
+    assert "no entry 'data/7'" in refusal(rewrite_zip(path, drop))
     path = write_pth(tmp_path / "x.pth", as_torch(random_state(TINY)))
 
     def cut(entries):
@@ -755,25 +748,6 @@ def test_a_malicious_pickle_is_refused_by_name_and_not_run(tmp_path, protocol, n
     assert not witness.exists()
     torch.load(path, weights_only=False)  # it would have worked
     assert witness.exists()
-
-
-@pytest.mark.parametrize(
-    ("call", "name"),
-    [
-        ((eval, ("1",)), "builtins.eval"),
-        ((getattr, (argparse, "sys")), "builtins.getattr"),
-        ((np.dtype, ("f4",)), "numpy.dtype"),
-        ((torch.Size, ((1,),)), "torch.Size"),
-    ],
-)
-def test_everything_else_is_refused_by_name(tmp_path, call, name):
-    tree = {"model": as_torch(random_state(TINY)), "x": RunsOnLoad(*call)}
-    if call[0] is getattr:
-        tree["x"] = RunsOnLoad(call[0], ("argparse", "sys"))
-    path = write_pth(tmp_path / "x.pth", tree)
-    assert repr(name).replace("builtins", "__builtin__") in refusal(path) or (
-        repr(name) in refusal(path)
-    )
 
 
 def test_a_whole_pickled_module_is_refused_by_name(tmp_path):

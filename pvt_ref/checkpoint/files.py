@@ -22,7 +22,9 @@ from pvt_ref.checkpoint.key_maps import (
     foreign_shapes,
     to_native,
 )
-from pvt_ref.checkpoint.pth import PthFile
+from pvt_ref.checkpoint.legacy import is_legacy
+from pvt_ref.checkpoint.other_kinds import refuse_other_kind
+from pvt_ref.checkpoint.pth import open_pth
 from pvt_ref.checkpoint.recognise import (
     LAYOUTS_READ,
     Found,
@@ -72,7 +74,6 @@ from pvt_ref.params import from_state_dict, to_state_dict
 _SUFFIX = ".safetensors"
 _INDEX = ".index.json"
 _HALVES = {"float16", "bfloat16"}
-_LFS = b"version https://git-lfs"
 
 #: What a folder of save_pretrained can have, the first that is there.
 _IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
@@ -209,14 +210,13 @@ def _open(path: Path, stack: contextlib.ExitStack) -> _Opened:
     if _recognise_format(file) == "safetensors":
         tensors, metadata = read_tensors(file)
         return _Opened(path, tensors, metadata, widen)
-    pth = PthFile(file)
+    pth = open_pth(file)
     notes = []
-    foreign: tuple[str, ...] = getattr(pth, "foreign", ())
-    if foreign:
-        some = ", ".join(shown(name, 60) for name in foreign[:3])
-        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+    if pth.foreign:
+        some = ", ".join(shown(name, 60) for name in pth.foreign[:3])
+        more = f" and {len(pth.foreign) - 3} more" if len(pth.foreign) > 3 else ""
         notes.append(f"objects beside the weights were not made: {some}{more}")
-    if not getattr(pth, "checksummed", True):
+    if not pth.checksummed:
         notes.append("the file has no checksums")
     return _Opened(path, pth.tree, {}, pth.read, tuple(notes))  # read only what will be used
 
@@ -485,35 +485,11 @@ def _recognise_format(file: BinaryIO) -> str:
     """``"pth"`` or ``"safetensors"``, by the first bytes."""
     size = os.fstat(file.fileno()).st_size
     head = file.read(64)
-    if head.startswith(b"PK\x03\x04"):
+    if head.startswith(b"PK\x03\x04") or is_legacy(head):
         return "pth"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return "safetensors"
-    download = "Download it again, and look at its size and at the first bytes"
-    if not size:
-        raise CheckpointError(f"the file is empty. The download or copy was cut off. {download}")
-    if head.startswith(_LFS):
-        raise CheckpointError(
-            "not the weights, but a Git LFS pointer to them: the repository was cloned without "
-            "LFS. Run 'git lfs install' and 'git lfs pull' there"
-        )
-    if head[:1] == b"\x80" and head[1:2] in b"\x00\x01\x02\x03\x04\x05":
-        raise CheckpointError(
-            "a bare pickle, as torch.save wrote it before PyTorch 1.6 (or with "
-            "_use_new_zipfile_serialization=False); needed is the zip format. If you trust the "
-            "file, save it again with a current PyTorch: torch.save(torch.load(path, "
-            "weights_only=True, map_location='cpu'), new_path)"
-        )
-    if head.lstrip()[:1] == b"<":
-        raise CheckpointError(
-            f"an HTML or XML page, not weights: the link led to a web page, such as a login or an "
-            f"error. {download}"
-        )
-    raise CheckpointError(
-        f"neither a zip archive (.pth, .bin) nor .safetensors: it has {size} bytes and begins with "
-        f"{head[:8]!r}. It is damaged or of another kind. {download}. This project reads "
-        f"{LAYOUTS_READ}"
-    )
+    raise refuse_other_kind(file, LAYOUTS_READ)
 
 
 def _parse_eps(eps: Any) -> tuple[float, float]:

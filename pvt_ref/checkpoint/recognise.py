@@ -18,6 +18,7 @@ from pvt_ref.checkpoint.key_maps import (
     Shape,
     foreign_shapes,
 )
+from pvt_ref.checkpoint.pickles import Record, whole_object
 from pvt_ref.checkpoint.stated import Stated
 from pvt_ref.config import NUM_STAGES, VARIANTS, PVTConfig
 from pvt_ref.errors import CheckpointError, ConfigError, shown
@@ -26,6 +27,9 @@ READABLE_DTYPES = ("float16", "bfloat16", *FLOAT_DTYPES)
 
 #: Entries that are taken before others; "" is the top.
 STATE_ENTRIES = ("", "model", "state_dict")
+
+#: Entries whose object, if it is none of data, was a whole model.
+_WHOLE_MODELS = {"model", "state_dict", "net", "network", "module", "ema", "model_ema"}
 
 #: Dicts inside one another that are looked into, and characters of a name on the way there.
 _MAX_DEPTH, _MAX_NAME = 4, 200
@@ -133,6 +137,9 @@ def find_models(tree: Any) -> list[Found]:
     if found:
         return found
     if isinstance(tree, Mapping):
+        for name in sorted(_WHOLE_MODELS & tree.keys()):
+            if isinstance(tree[name], Record):
+                raise whole_object(tree[name].name, f"the entry {shown(name)}")
         states = [state for _, state in _mappings(tree) if any(map(is_entry, state.values()))]
         if states:
             keys = [str(key) for key in max(states, key=len)]
@@ -339,7 +346,8 @@ def list_problems(
         if key in layout.unused:
             continue
         if not is_entry(x):
-            problems.append(f"unexpected: {name} ({type(x).__name__}, not a tensor)")
+            kind = shown(x.name) if isinstance(x, Record) else type(x).__name__
+            problems.append(f"unexpected: {name} ({kind}, not a tensor)")
         elif key not in shapes:
             problems.append(f"unexpected: {name} {tuple(x.shape)}")
         elif tuple(x.shape) != shapes[key]:

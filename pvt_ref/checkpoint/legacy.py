@@ -1,0 +1,109 @@
+"""Reading PyTorch's format from before version 1.6, which is no zip.
+
+``torch.save(..., _use_new_zipfile_serialization=False)`` still writes it, and OpenMMLab's
+publishing tool does so. Five pickles follow each other: a magic number; the version of the format;
+a dict that describes the machine; the saved object; and the list of storage keys. Then comes, for
+each key, the number of elements in 8 bytes and the raw numbers, both little-endian on every
+machine.
+
+The format has no checksum. What is verified is that it is all there and nothing else: each storage
+has the size that the pickle gives it, none comes twice, and the last one ends where the file ends.
+A changed bit in the numbers goes unnoticed.
+"""
+
+from typing import Any, BinaryIO
+
+from pvt_ref.checkpoint.pickles import read_pickle
+from pvt_ref.checkpoint.stored import DAMAGED, STORAGE_DTYPES, Storage, StoredFile, itemsize
+from pvt_ref.errors import CheckpointError, shown
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+_MAGIC_BYTES = (
+    b"\x8a\x0a" + _MAGIC.to_bytes(10, "little"),  # from pickle protocol 2 on
+    b"L%dL\n" % _MAGIC,
+)
+_VERSION = 1001
+
+
+def is_legacy(head: bytes) -> bool:
+    """Whether a file begins as this format does.
+
+    Args:
+        head: its first 64 bytes.
+    """
+    return any(magic in head[:32] for magic in _MAGIC_BYTES)
+
+
+class LegacyFile(StoredFile):
+    """An open file of the older format.
+
+    Args:
+        file: opened in binary mode, seekable; it must stay open while tensors are read.
+
+    Raises:
+        CheckpointError: if it is damaged, cut off, or holds a program.
+    """
+
+    checksummed = False
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._size = file.seek(0, 2)
+        self._order = "<"
+        file.seek(0)
+        magic, version, machine = (read_pickle(file).tree for _ in range(3))
+        if magic != _MAGIC or version != _VERSION or not isinstance(machine, dict):
+            raise CheckpointError(
+                f"its head is not that of PyTorch's format from before 1.6: version "
+                f"{shown(version)}, where {_VERSION} is needed. {DAMAGED}"
+            )
+        self.tree, self.foreign, storages = read_pickle(file)
+        self._blocks = _find_blocks(file, self._size, read_pickle(file).tree, storages)
+
+    def _read_block(self, storage: Storage) -> bytes:
+        first, at = self._blocks[storage.key]
+        self._file.seek(at)
+        return self._file.read(first.nbytes)
+
+
+def _find_blocks(
+    file: BinaryIO, size: int, keys: Any, storages: dict[str, Storage]
+) -> dict[str, tuple[Storage, int]]:
+    """Where each block of numbers lies, from the file's place after the last pickle on."""
+    at = file.tell()
+    blocks: dict[str, tuple[Storage, int]] = {}
+    if not isinstance(keys, list):
+        raise CheckpointError(f"it has no list of storages after the pickle. {DAMAGED}")
+    for key in keys:
+        storage = storages.get(key) if isinstance(key, str) else None
+        if storage is None or key in blocks:
+            raise CheckpointError(
+                f"its list of storages has {shown(key)}, which no tensor refers to or which comes "
+                f"twice. {DAMAGED}"
+            )
+        if storage.dtype not in STORAGE_DTYPES.values():
+            raise CheckpointError(
+                f"a storage is of the kind {shown(storage.dtype)}, of unknown size; what follows "
+                f"it cannot be found. Save the weights again with a newer PyTorch"
+            )
+        file.seek(at)
+        numel = int.from_bytes(file.read(8), "little")
+        end = at + 8 + numel * itemsize(storage.dtype)
+        if end > size:
+            raise CheckpointError(
+                f"not a whole file: storage {shown(key)} would end at byte {end}, and the file has "
+                f"{size}. {DAMAGED}"
+            )
+        if numel != storage.numel:
+            raise CheckpointError(
+                f"storage {shown(key)} has {numel} numbers; its tensors need {storage.numel}. "
+                f"{DAMAGED}"
+            )
+        blocks[key] = storage, at + 8
+        at = end
+    if at != size or len(blocks) != len(storages):
+        raise CheckpointError(
+            f"not a whole file, or more than one: its {len(blocks)} storages end at byte {at} of "
+            f"{size}, and its tensors refer to {len(storages)}. {DAMAGED}"
+        )
+    return blocks

@@ -1,0 +1,543 @@
+"""Reading the pickles of PyTorch's files without running them.
+
+A pickle is a program for a small stack machine, and Python's own machine will call whatever the
+program names. In the machine here a name is a label: nothing is imported, nothing is called. Labels
+of tensors and storages give records of where numbers lie, those of OrderedDict and defaultdict
+give dicts, and every other one gives an inert :class:`Record` that remembers the name and nothing
+else. So there is nothing to run.
+
+A few names have no place beside weights at all (``os.system``, ``builtins.eval``): a file that has
+one is refused. That is courtesy, not protection; the protection is that no name is ever looked up.
+
+Every instruction has a price, about the bytes of memory that it can take, and a pickle can spend
+:data:`BYTES_PER_BYTE` for each of its bytes; so memory and time grow with what was really read.
+"""
+
+import io
+import pickletools
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple
+
+from pvt_ref.checkpoint.stored import (
+    DAMAGED,
+    MAX_RANK,
+    STORAGE_DTYPES,
+    Storage,
+    StoredTensor,
+    describe,
+)
+from pvt_ref.errors import CheckpointError, shown
+
+#: What instructions can spend for each byte of the pickle, beside FREE_BYTES.
+BYTES_PER_BYTE = 48  # PyTorch's own files spend 18 to 33
+FREE_BYTES = 2**20
+
+_MAX_FOREIGN, _MAX_NAME = 100, 200
+
+_DICTS = {"collections.OrderedDict", "collections.defaultdict"}
+#: Names of plain data, which nobody needs to hear of.
+_PLAIN = {
+    "argparse.Namespace",
+    "collections.Counter",
+    "copyreg._reconstructor",
+    "torch.Size",
+    "torch.Tensor",
+    "torch.device",
+    "torch.nn.parameter.Parameter",
+    "torch.nn.parameter.Buffer",
+    "torch.nn.parameter.UninitializedParameter",
+    "torch.serialization._get_layout",
+    "_codecs.encode",
+    *(
+        f"builtins.{name}"
+        for name in ("bytearray", "bytes", "complex", "frozenset", "object", "set")
+    ),
+}
+_TENSOR_CLASSES = {
+    "torch.Tensor",
+    "torch.nn.parameter.Parameter",
+    "torch.nn.parameter.Buffer",
+}
+_PROGRAM_MODULES = {"nt", "os", "posix", "pty", "runpy", "shutil", "socket", "subprocess", "sys"}
+_PROGRAMS = {
+    "_io.open",
+    "importlib.import_module",
+    "io.open",
+    "webbrowser.open",
+    *(
+        f"builtins.{name}"
+        for name in ("__import__", "breakpoint", "compile", "eval", "exec", "execfile", "open")
+    ),
+}
+_PYTHON_2 = {  # so written up to protocol 2
+    "__builtin__": "builtins",
+    "commands": "subprocess",
+    "copy_reg": "copyreg",
+}
+
+_ATTACK = (
+    "Weights need nothing of the kind: the likely cause is an attack. Do not open this file with "
+    "torch.load(weights_only=False) or pickle; get the weights from their publisher, as "
+    ".safetensors if there is one"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A name that the pickle uses. Only a label: nothing is imported.
+
+    Attributes:
+        name: module and name, joined by a dot.
+    """
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """An object that was not made; what it would have been made of is not kept.
+
+    Attributes:
+        name: of its class, or of the function that would have made it.
+    """
+
+    name: str
+
+
+class Pickle(NamedTuple):
+    """What a pickle says.
+
+    Attributes:
+        tree: dicts, lists, tuples, numbers, texts, :class:`Record`, and
+            :class:`~pvt_ref.checkpoint.stored.StoredTensor` for every tensor.
+        foreign: names of what is neither data nor a tensor, sorted; the first 100.
+        storages: by key, the first reference to each block of numbers.
+    """
+
+    tree: Any
+    foreign: tuple[str, ...]
+    storages: dict[str, Storage]
+
+
+def read_pickle(file: BinaryIO) -> Pickle:
+    """What a pickle written by torch.save says, by the rules in the head of this file.
+
+    Args:
+        file: at the pickle's first byte; it is left after the last.
+
+    Returns:
+        The tree, and what is worth knowing of it.
+
+    Raises:
+        CheckpointError: if it names a program, is damaged, or is made to take much memory.
+    """
+    try:
+        return _Machine(file)._run()
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:  # a wrong program can fail at any instruction, in any way
+        raise CheckpointError(
+            f"its pickle cannot be read ({describe(error)}). {DAMAGED}"
+        ) from error
+
+
+def whole_object(name: str, where: str = "what was saved") -> CheckpointError:
+    """The refusal of an object that lies in the place of weights.
+
+    Args:
+        name: of a Record.
+        where: what it is in the file.
+    """
+    return CheckpointError(
+        f"no weights in it: {where} is a {shown(name)}, an object with code of its own, such as a "
+        f"whole pickled model, which is not made here; nothing was run. Safe: look for the state "
+        f"dict or a .safetensors file from the same publisher. If there is none, and you trust the "
+        f"source, PyTorch can run the file where that class can be imported: model = "
+        f"torch.load(path, weights_only=False, map_location='cpu'); "
+        f"torch.save(model.state_dict(), new_path)"
+    )
+
+
+# --- the stack machine -------------------------------------------------------------------------
+
+_CONTAINER = 80  # an empty list or dict and its place on the stack
+_ITEM = 96  # of a dict, while it grows
+_TENSOR = 144
+_VALUE = 64  # a number or a short text, beside its bytes
+_PRICES = {  # every other instruction is a _VALUE
+    **dict.fromkeys(("EMPTY_LIST", "EMPTY_DICT", "MARK", "LIST", "DICT", "TUPLE"), _CONTAINER),
+    **dict.fromkeys(("TUPLE1", "TUPLE2", "TUPLE3"), _CONTAINER - 16),
+    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINPERSID"), 96),
+    **dict.fromkeys(("NONE", "NEWTRUE", "NEWFALSE", "BININT1", "EMPTY_TUPLE", "DUP"), 16),
+    **dict.fromkeys(("BINGET", "LONG_BINGET", "GET", "BINPUT", "LONG_BINPUT", "MEMOIZE"), 16),
+    **dict.fromkeys(("APPEND", "APPENDS", "REDUCE", "NEWOBJ", "EMPTY_SET"), 16),
+    **dict.fromkeys(("SETITEM", "SETITEMS", "BUILD", "POP", "STOP", "PROTO", "FRAME"), 0),
+}
+
+
+class _NoMoreThanThereIs:
+    """A file whose read takes memory for what is there, and not for what a length claims."""
+
+    def __init__(self, file: BinaryIO):
+        self._read, self.tell, self.readline = file.read, file.tell, file.readline
+        place = file.tell()
+        self._end = file.seek(0, 2)
+        file.seek(place)
+
+    def read(self, count: int) -> bytes:
+        return self._read(count if count < 512 else min(count, self._end - self.tell()))
+
+
+class _Machine:
+    """One run over one pickle."""
+
+    def __init__(self, file: BinaryIO):
+        self.file: Any = file if isinstance(file, io.BytesIO) else _NoMoreThanThereIs(file)
+        self.stack: list[Any] = []
+        self.below: list[list[Any]] = []  # the stacks under each open MARK
+        self.memo: list[Any] = []
+        self.spent = 0
+        self.start = file.tell()
+        self.read = 0  # bytes of the pickle
+        self.labels: dict[str, Global] = {}
+        self.records: dict[str, Record] = {}
+        self.storages: dict[str, Storage] = {}
+
+    def _spend(self, price: int) -> None:
+        """Raises CheckpointError where more was spent than the bytes so far allow."""
+        self.spent += price
+        if self.spent > FREE_BYTES + BYTES_PER_BYTE * self.read:
+            raise CheckpointError(
+                f"its pickle would unpack to more than {BYTES_PER_BYTE} times its own "
+                f"size; it was made to exhaust memory, or it is damaged. {DAMAGED}"
+            )
+
+    def _run(self) -> Pickle:
+        arg: Any
+        for opcode, arg, position in pickletools.genops(self.file):
+            name = opcode.name
+            self.read = (position or 0) - self.start + 1
+            self._spend(_PRICES.get(name, _VALUE))
+            stack = self.stack
+            match name:
+                case "LONG_BINPUT" | "BINPUT" | "PUT":
+                    self._remember(arg)
+                case "BINGET" | "LONG_BINGET" | "GET":
+                    stack.append(self._recall(arg))
+                case "BINUNICODE" | "BININT1" | "BININT2" | "BININT" | "SHORT_BINUNICODE":
+                    stack.append(arg)
+                case "MEMOIZE":
+                    self._remember(len(self.memo))
+                case "MARK":
+                    self.below.append(stack)
+                    self.stack = []
+                case "TUPLE":
+                    items = self._pop_mark()
+                    self.stack.append(tuple(items))
+                case "TUPLE1":
+                    stack[-1:] = [(stack[-1],)]
+                case "TUPLE2":
+                    stack[-2:] = [(stack[-2], stack[-1])]
+                case "TUPLE3":
+                    stack[-3:] = [(stack[-3], stack[-2], stack[-1])]
+                case "REDUCE" | "NEWOBJ":
+                    args, function = stack.pop(), stack.pop()
+                    stack.append(self._make(function, _expect(args, tuple)))
+                case "BINPERSID":
+                    stack.append(self._refer(stack.pop()))
+                case "NEWFALSE":
+                    stack.append(False)
+                case "NEWTRUE":
+                    stack.append(True)
+                case "NONE":
+                    stack.append(None)
+                case "EMPTY_TUPLE":
+                    stack.append(())
+                case "EMPTY_LIST":
+                    stack.append([])
+                case "EMPTY_DICT":
+                    stack.append({})
+                case "SETITEM":
+                    value, key = stack.pop(), stack.pop()
+                    self._set_items(stack[-1], [key, value])
+                case "SETITEMS":
+                    items = self._pop_mark()
+                    self._set_items(self.stack[-1], items)
+                case "APPEND":
+                    value = stack.pop()
+                    self._extend(stack[-1], [value])
+                case "APPENDS" | "ADDITEMS":
+                    items = self._pop_mark()
+                    self._extend(self.stack[-1], items)
+                case "GLOBAL":
+                    stack.append(self._label(*arg.split(" ", 1)))
+                case "STACK_GLOBAL":
+                    attribute, module = stack.pop(), stack.pop()
+                    stack.append(self._label(module, attribute))
+                case "BUILD":
+                    stack.pop()  # attributes are not needed
+                    _expect(stack[-1], Record | dict)
+                case _:
+                    if name == "STOP":
+                        return Pickle(stack.pop(), self._foreign(), self.storages)
+                    self._run_rare(name, arg)
+        raise CheckpointError(f"its pickle has no end. {DAMAGED}")
+
+    def _run_rare(self, name: str, arg: Any) -> None:
+        """What other protocols than 2 write, and the objects of Python 2."""
+        stack = self.stack
+        match name:
+            case "PROTO" | "FRAME":
+                pass
+            case "BINFLOAT" | "FLOAT" | "INT" | "LONG" | "LONG1" | "LONG4":
+                stack.append(arg)
+            case "UNICODE" | "BINUNICODE8" | "STRING" | "BINSTRING" | "SHORT_BINSTRING":
+                stack.append(arg)  # pickletools decodes Python 2's strings as latin-1
+            case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
+                stack.append(arg)
+            case "LIST":
+                items = self._pop_mark()
+                self.stack.append(items)
+            case "DICT":
+                items = self._pop_mark()
+                self.stack.append({})
+                self._set_items(self.stack[-1], items)
+            case "EMPTY_SET":
+                stack.append(self._record("builtins.set"))
+            case "FROZENSET":
+                self._pop_mark()
+                self.stack.append(self._record("builtins.frozenset"))
+            case "OBJ":
+                function, *args = self._pop_mark()
+                self.stack.append(self._make(function, tuple(args)))
+            case "INST":
+                args = self._pop_mark()
+                self.stack.append(self._make(self._label(*arg.split(" ", 1)), tuple(args)))
+            case "NEWOBJ_EX":
+                _, args, function = stack.pop(), stack.pop(), stack.pop()
+                stack.append(self._record(_expect(function, Global).name))
+            case "POP":
+                if stack:
+                    stack.pop()
+                else:
+                    self._pop_mark()
+            case "POP_MARK":
+                self._pop_mark()
+            case "DUP":
+                stack.append(stack[-1])
+            case _:  # EXT1 and so on, PERSID, NEXT_BUFFER: what they mean is not in the file
+                raise CheckpointError(
+                    f"its pickle holds the instruction {name}, which torch.save does not write. "
+                    f"{DAMAGED}"
+                )
+
+    def _remember(self, slot: int) -> None:
+        memo = self.memo
+        if slot >= len(memo):
+            self._spend(12 * (slot - len(memo)))  # picklers count up, some from 1 on
+            memo.extend([_UNSET] * (slot - len(memo) + 1))
+        memo[slot] = self.stack[-1]
+
+    def _recall(self, slot: int) -> Any:
+        value = self.memo[slot]
+        if value is _UNSET:
+            raise ValueError(f"nothing was put into memo slot {slot}")
+        return value
+
+    def _pop_mark(self) -> list[Any]:
+        items, self.stack = self.stack, self.below.pop()
+        return items
+
+    def _extend(self, target: Any, items: list[Any]) -> None:
+        if not isinstance(target, Record):
+            _expect(target, list).extend(items)
+
+    def _set_items(self, target: Any, items: list[Any]) -> None:
+        if len(items) % 2:
+            raise TypeError("a key without a value")
+        if isinstance(target, Record):
+            return
+        _expect(target, dict)
+        self._spend(_ITEM * (len(items) // 2))
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            name = _as_text(key, len(target))
+            if name in target:
+                raise CheckpointError(f"its pickle has the key {shown(name)} twice. {DAMAGED}")
+            target[name] = value
+
+    def _label(self, module: Any, attribute: Any) -> Global:
+        module, attribute = _expect(module, str), _expect(attribute, str)
+        if len(module) + len(attribute) > 2 * _MAX_NAME:
+            raise ValueError("a name that is longer than any class has")
+        module = _PYTHON_2.get(module, module)
+        name = f"{module}.{attribute}"
+        if name not in self.labels:
+            if module.partition(".")[0] in _PROGRAM_MODULES or name in _PROGRAMS:
+                raise CheckpointError(
+                    f"its pickle asks for {shown(name)}, which is refused; nothing was run. "
+                    f"{_ATTACK}"
+                )
+            self._spend(2 * len(name) + 2 * _ITEM)
+            self.labels[name] = Global(name)
+        return self.labels[name]
+
+    def _foreign(self) -> tuple[str, ...]:
+        names = {name[:_MAX_NAME] for name in self.labels if not _is_known(name)}
+        return tuple(sorted(names)[:_MAX_FOREIGN])
+
+    def _make(self, function: Any, args: tuple[Any, ...]) -> Any:
+        if isinstance(function, Record):  # a function that would have been found or made
+            return function
+        name = _expect(function, Global).name
+        if name in _DICTS:
+            if name.endswith("defaultdict"):
+                args = args[1:]  # without its factory
+            return self._make_dict(*args)
+        if name.startswith(_REBUILD):
+            self._spend(_TENSOR)
+            return _make_tensor(name.removeprefix(_REBUILD), args) or self._record(name)
+        if name == "torch._tensor._rebuild_from_type_v2" and len(args) == 4:
+            inner, kind, inner_args, _ = args
+            x = self._make(inner, _expect(inner_args, tuple))
+            return x if _expect(kind, Global).name in _TENSOR_CLASSES else self._record(kind.name)
+        if name == "copyreg._reconstructor" and args and isinstance(args[0], Global):
+            name = args[0].name
+        return self._record(name)
+
+    def _record(self, name: str) -> Record:
+        return self.records.setdefault(name, Record(name))
+
+    def _make_dict(self, pairs: Any = ()) -> dict[str, Any]:
+        """An OrderedDict as Python 2 wrote it, from a list of pairs, or an empty one."""
+        self._spend(_CONTAINER)
+        result: dict[str, Any] = {}
+        for pair in _expect(pairs, list | tuple):
+            key, value = _expect(pair, list | tuple)
+            self._set_items(result, [key, value])
+        return result
+
+    def _refer(self, reference: Any) -> Any:
+        """A storage for its persistent id, or the class that a whole pickled model refers to."""
+        kind, *fields = _expect(reference, tuple)
+        if kind == "module":
+            return _expect(fields[0], Global)
+        storage_type, key, _, numel, *rest = fields
+        name = _expect(storage_type, Global).name.rpartition(".")[2]
+        view = rest[0] if rest else None
+        if view is not None:
+            _, first, count = _expect(view, tuple)
+            view = (_count(first), _count(count))
+        if kind != "storage" or len(rest) > 1 or not name.endswith("Storage"):
+            raise ValueError("a reference that is not to a storage")
+        storage = Storage(
+            _expect(key, str), STORAGE_DTYPES.get(name) or name[:_MAX_NAME], _count(numel), view
+        )
+        if storage.key not in self.storages:
+            self._spend(_ITEM)
+            self.storages[storage.key] = storage
+        return storage
+
+
+_UNSET = object()
+_REBUILD = "torch._utils._rebuild_"
+
+
+def _is_known(name: str) -> bool:
+    return (
+        name in _PLAIN
+        or name in _DICTS
+        or name.startswith(("torch._utils._rebuild_", "torch._tensor._rebuild_from_type"))
+        or (name.startswith("torch.") and (name.count(".") == 1 or name.endswith("Storage")))
+    )
+
+
+def _expect(value: Any, kind: Any) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{type(value).__name__} in the place of {getattr(kind, '__name__', kind)}")
+    return value
+
+
+def _as_text(key: Any, place: int) -> str:
+    """A dict's key as a text.
+
+    Texts only, because their hashes cannot be chosen: whole numbers can be made to collide, and
+    nested tuples take exponential time to hash.
+    """
+    if isinstance(key, str):
+        return key
+    if key is None or isinstance(key, float | bool):
+        return repr(key)
+    if isinstance(key, int) and abs(key) < 2**64:
+        return repr(key)
+    return f"<{type(key).__name__} {place}>"
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ValueError("a size, stride or offset that is not a whole number")
+    return value
+
+
+def _counts(values: Any) -> tuple[int, ...]:
+    if len(_expect(values, tuple)) > MAX_RANK:
+        raise ValueError(f"{len(values)} axes")
+    return tuple(_count(value) for value in values)
+
+
+def _make_tensor(how: str, args: tuple[Any, ...]) -> StoredTensor | None:
+    """The tensor that torch._utils._rebuild_<how> would make of args; None for kinds unknown here.
+
+    Sparse, nested and meta tensors are such kinds.
+    """
+    metadata: Any = None
+    unread = ""
+    match how, args:
+        case "parameter", (data, _, _):
+            return _expect(data, StoredTensor)
+        case "parameter_with_state", (data, _, _, _):
+            return _expect(data, StoredTensor)
+        case "device_tensor_from_cpu_tensor", (data, dtype, _, _):  # XLA's
+            _expect(data, StoredTensor)
+            return data if _dtype(dtype) == data.dtype else None
+        case "tensor", (storage, offset, shape, strides):
+            dtype = _expect(storage, Storage).dtype
+        case "tensor_v2", (storage, offset, shape, strides, _, _, *rest) if len(rest) < 2:
+            dtype = _expect(storage, Storage).dtype
+            metadata = rest[0] if rest else None
+        case "tensor_v3", (storage, offset, shape, strides, _, _, dtype, *rest) if len(rest) < 2:
+            dtype = _dtype(dtype)
+            metadata = rest[0] if rest else None
+        case "qtensor", (storage, offset, shape, strides, _, _, _):
+            dtype = _expect(storage, Storage).dtype
+            unread = "it is quantized"
+        case (("tensor" | "tensor_v2" | "tensor_v3" | "parameter"), _):
+            raise TypeError(f"_rebuild_{how} with {len(args)} arguments")
+        case _:
+            return None
+    _expect(storage, Storage)
+    shape, strides = _counts(shape), _counts(strides)
+    if len(shape) != len(strides):
+        raise ValueError(f"shape {len(shape)} and strides {len(strides)} long")
+    negated, conjugated, problem = _read_metadata(metadata, dtype)
+    return StoredTensor(
+        storage, _count(offset), shape, strides, dtype, negated, conjugated, unread or problem
+    )
+
+
+def _dtype(value: Any) -> str:
+    return _expect(value, Global).name.removeprefix("torch.")[:_MAX_NAME]
+
+
+def _read_metadata(metadata: Any, dtype: str) -> tuple[bool, bool, str]:
+    """PyTorch's negative and conjugate bits, and what else makes the values others than stored."""
+    if metadata is None:
+        return False, False, ""
+    bits = _expect(metadata, dict)
+    unknown = next((k for k, v in bits.items() if k not in ("neg", "conj") or v is not True), None)
+    if unknown is not None:
+        return False, False, f"it has {shown(unknown)} in its metadata, which is not known here"
+    if "conj" in bits and not dtype.startswith("complex"):
+        return False, False, f"it has the conjugate bit, and is of dtype {dtype}"
+    if "neg" in bits and dtype == "bool":
+        return False, False, "it has the negative bit, and is of dtype bool"
+    return "neg" in bits, "conj" in bits, ""

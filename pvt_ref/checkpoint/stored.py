@@ -1,0 +1,279 @@
+"""Tensors that lie in a file of PyTorch's: where, in which dtype, and how they become arrays."""
+
+import math
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from pvt_ref.errors import CheckpointError, shown
+
+#: Classes of typed storages, and the dtype of their numbers.
+STORAGE_DTYPES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexDoubleStorage": "complex128",
+    "ComplexFloatStorage": "complex64",
+    "UntypedStorage": "uint8",  # bytes; the tensor brings the dtype
+    "QInt8Storage": "qint8",
+    "QUInt8Storage": "quint8",
+    "QInt32Storage": "qint32",
+    "QUInt4x2Storage": "quint4x2",
+    "QUInt2x4Storage": "quint2x4",
+}
+
+_QUANTIZED = {"qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1}  # bytes
+_NARROW_FLOATS = {  # those that NumPy does not have; read as float32, which holds each exactly
+    "bfloat16": ml_dtypes.bfloat16,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
+    "float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
+    "float8_e8m0fnu": ml_dtypes.float8_e8m0fnu,
+}
+_NUMPY_DTYPES = {"uint16", "uint32", "uint64", *STORAGE_DTYPES.values()} - {
+    *_QUANTIZED,
+    *_NARROW_FLOATS,
+}
+
+MAX_RANK = 8  # more than any weight has, fewer than NumPy's limit
+
+DAMAGED = (
+    "The likely cause is an interrupted or faulty download or copy: fetch the file again, and "
+    "compare its size and checksum with those of the publisher"
+)
+#: Loading that runs nothing, for advice.
+SAFE_LOAD = "state = torch.load(path, weights_only=True, map_location='cpu')"
+
+
+class Storage(NamedTuple):
+    """A reference to one block of raw numbers.
+
+    Attributes:
+        key: name of the block: in a zip, of the entry under ``data/``.
+        dtype: its name in NumPy, ml_dtypes or, where neither has it, PyTorch.
+        numel: how many numbers the block has.
+        view: the part that is meant, (first, count); None is the whole.
+    """
+
+    key: str
+    dtype: str
+    numel: int
+    view: tuple[int, int] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole block."""
+        return self.numel * itemsize(self.dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredTensor:
+    """A tensor that has not been read yet.
+
+    Attributes:
+        storage: where its numbers are.
+        offset: of the first, in elements.
+        shape: its sizes.
+        strides: from one to the next along each axis, in elements.
+        dtype: its name, as in :class:`Storage`.
+        negated: whether PyTorch's negative bit is set: the values are those stored, times -1.
+        conjugated: the same for complex conjugates.
+        unread: why its values cannot be had from the stored numbers; empty if they can.
+    """
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    negated: bool = False
+    conjugated: bool = False
+    unread: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in the file's dtype."""
+        return math.prod(self.shape) * itemsize(self.dtype)
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one number; 1 where it is not known.
+
+    Args:
+        dtype: a name, as in :class:`Storage`.
+    """
+    if dtype in _NARROW_FLOATS:
+        return np.dtype(_NARROW_FLOATS[dtype]).itemsize
+    return np.dtype(dtype).itemsize if dtype in _NUMPY_DTYPES else _QUANTIZED.get(dtype, 1)
+
+
+class StoredFile(ABC):
+    """An open file of PyTorch's, in either format.
+
+    Attributes:
+        tree: what was saved: dicts, lists, tuples, numbers, texts, with :class:`StoredTensor` for
+            every tensor and :class:`~pvt_ref.checkpoint.pickles.Record` for every other object.
+            Keys of dicts are texts (a number's is its repr).
+        foreign: sorted names of the classes and functions that are not part of PyTorch's tensors,
+            for which records stand in the tree; at most 100, each of at most 200 characters.
+        checksummed: whether checksums covered what was read; without them, a changed bit in the
+            numbers goes unnoticed.
+    """
+
+    tree: Any
+    foreign: tuple[str, ...]
+    checksummed: bool
+    _size: int
+    _order: Literal["<", ">"]
+
+    @abstractmethod
+    def _read_block(self, storage: Storage) -> bytes:
+        """The whole block, of ``storage.nbytes`` bytes, or CheckpointError."""
+
+    def read(self, tensors: Mapping[str, StoredTensor]) -> dict[str, np.ndarray]:
+        """The named tensors as contiguous arrays of their own.
+
+        Args:
+            tensors: some of those in ``tree``, by name.
+
+        Returns:
+            Arrays of the tensors' shapes, by the same names, of their dtypes; bfloat16 and the
+            8-bit floats as float32.
+
+        Raises:
+            CheckpointError: if a storage is missing or damaged, a tensor reaches outside its
+                storage, or is of a kind that NumPy does not have.
+        """
+        total = sum(x.nbytes for x in tensors.values())
+        if total > self._size:
+            raise CheckpointError(
+                f"its tensors unpack to {total} bytes, more than the whole file has "
+                f"({self._size}): several overlap in one storage, or one is an expanded view. "
+                f"{_COPIES}"
+            )
+        by_block: dict[str, list[str]] = defaultdict(list)  # each is read only once
+        for name, x in tensors.items():
+            _check_kind(name, x)
+            _check_bounds(name, x)
+            by_block[x.storage.key].append(name)
+        arrays = {}
+        for names in by_block.values():
+            raw = self._read_named(names[0], tensors[names[0]].storage)
+            for name in names:
+                storage = tensors[name].storage
+                if len(raw) != storage.nbytes:
+                    raise CheckpointError(
+                        f"the storage of {shown(name)} has {len(raw)} bytes; {storage.numel} "
+                        f"numbers of {storage.dtype} need {storage.nbytes}. {DAMAGED}"
+                    )
+                arrays[name] = _cut(raw, tensors[name], self._order)
+        return {name: arrays[name] for name in tensors}
+
+    def _read_named(self, name: str, storage: Storage) -> bytes:
+        try:
+            return self._read_block(storage)
+        except (CheckpointError, MemoryError):
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"the storage of {shown(name)} is damaged ({describe(error)}). {DAMAGED}"
+            ) from error
+
+
+_COPIES = (
+    f"Save copies, with PyTorch: {SAFE_LOAD}; "
+    f"torch.save({{k: v.clone() for k, v in state.items()}}, new_path)"
+)
+
+
+def _check_kind(name: str, x: StoredTensor) -> None:
+    """Raises CheckpointError if NumPy has no array for x."""
+    unread = x.unread
+    if not unread and x.dtype not in _NUMPY_DTYPES and x.dtype not in _NARROW_FLOATS:
+        unread = f"it is of dtype {shown(x.dtype)}, which NumPy does not have"
+    if unread:
+        raise CheckpointError(
+            f"the values of tensor {shown(name)} cannot be read: {unread}. Save plain floats, with "
+            f"PyTorch: {SAFE_LOAD}; then torch.save what v.dequantize(), v.to_dense() or "
+            f"v.float() makes of each v in state.values()"
+        )
+
+
+def _check_bounds(name: str, x: StoredTensor) -> None:
+    """Raises CheckpointError unless every element of x lies in its storage."""
+    numel = math.prod(x.shape)
+    size = itemsize(x.dtype)
+    stored = x.storage.nbytes // size
+    first = 0
+    if x.storage.view:
+        unit = itemsize(x.storage.dtype)
+        first, stored = x.storage.view[0] * unit, x.storage.view[1] * unit // size
+        if sum(x.storage.view) > x.storage.numel or first % size:
+            raise CheckpointError(
+                f"the storage of {shown(name)} is a view, {x.storage.view}, that reaches outside "
+                f"its {x.storage.numel} numbers. {DAMAGED}"
+            )
+    last = x.offset + sum((n - 1) * s for n, s in zip(x.shape, x.strides, strict=True))
+    if not numel:
+        raise CheckpointError(
+            f"tensor {shown(name)} of shape {x.shape} is empty; no weight is. {DAMAGED}"
+        )
+    if last >= stored:
+        raise CheckpointError(
+            f"tensor {shown(name)} (shape {x.shape}, strides {x.strides}, offset {x.offset}) "
+            f"reaches outside its storage of {stored} numbers. {DAMAGED}"
+        )
+    if numel > stored:
+        raise CheckpointError(
+            f"tensor {shown(name)} of shape {x.shape} is an expanded view of {stored} numbers. "
+            f"{_COPIES}"
+        )
+
+
+def _cut(raw: bytes, x: StoredTensor, order: Literal["<", ">"]) -> np.ndarray:
+    """One tensor out of the bytes of its storage."""
+    narrow = _NARROW_FLOATS.get(x.dtype)
+    size = itemsize(x.dtype)
+    stored = np.dtype(f"u{size}" if narrow else x.dtype).newbyteorder(order)
+    first = x.storage.view[0] * itemsize(x.storage.dtype) if x.storage.view else 0
+    first += x.offset * size
+    view = np.lib.stride_tricks.as_strided(
+        np.frombuffer(raw, stored, count=(len(raw) - first) // size, offset=first),
+        x.shape,
+        [s * size for s in x.strides],
+        writeable=False,
+    )
+    array = np.array(view, dtype=stored.newbyteorder("="), order="C")
+    if narrow:
+        array = array.view(narrow).astype(np.float32)
+    if x.conjugated:
+        np.conjugate(array, out=array)
+    if x.negated:
+        np.negative(array, out=array)
+    return array
+
+
+def describe(error: Exception) -> str:
+    """An error that something else raised, for a message.
+
+    Args:
+        error: the exception.
+
+    Returns:
+        Its type and what it says, on one line, cut.
+    """
+    text = " ".join(str(error)[:200].split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
