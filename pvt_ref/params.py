@@ -8,14 +8,23 @@ qkv_bias, and cls_token, norm and head in a bare backbone.
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from pvt_ref.arrays import FLOAT_DTYPES, Array, array_module, dtype_name, is_array, map_arrays
+from pvt_ref.arrays import (
+    FLOAT_DTYPES,
+    Array,
+    array_module,
+    dtype_name,
+    is_array,
+    map_arrays,
+    named_arrays,
+    short_repr,
+)
 from pvt_ref.block import BlockParams
 from pvt_ref.config import NUM_STAGES, PVTConfig, check_config
 from pvt_ref.errors import ArrayTypeError, CheckpointError
@@ -38,6 +47,8 @@ class StageParams(NamedTuple):
     patch_embed: PatchEmbedParams
     pos_embed: Array
     blocks: tuple[BlockParams, ...]
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +90,8 @@ class PVTParams:
     block4: tuple[BlockParams, ...]
     norm: LayerNormParams | None
     head: LinearParams | None
+
+    __repr__ = short_repr
 
     def stage(self, i: int) -> StageParams:
         """The weights of one stage.
@@ -277,27 +290,6 @@ def check_params_type(params: object) -> None:
             f"params is a {type(params).__name__}; it must be a PVTParams, from init_params, "
             f"from_state_dict or load(path).params"
         )
-
-
-def named_arrays(tree: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
-    """Key and array of every leaf of a parameter record, in field order.
-
-    Args:
-        tree: a record of parameters or gradients, a tuple of such, or an array; None has no leaves.
-        prefix: of all keys, without a dot at its end.
-
-    Yields:
-        (key, array of its own shape), the array itself, not a copy.
-    """
-    if is_array(tree):
-        yield prefix, tree
-    elif is_dataclass(tree):
-        for field in fields(tree):
-            key = f"{prefix}.{field.name}" if prefix else field.name
-            yield from named_arrays(getattr(tree, field.name), key)
-    elif isinstance(tree, tuple):
-        for index, branch in enumerate(tree):
-            yield from named_arrays(branch, f"{prefix}.{index}")
 
 
 def map_named(f: Callable[[str, Array], Any], tree: Any, prefix: str = "") -> Any:

@@ -16,7 +16,7 @@ from pvt_ref.checkpoint.key_maps import (
     Shape,
     foreign_shapes,
 )
-from pvt_ref.config import NUM_STAGES, VARIANTS, PVTConfig
+from pvt_ref.config import NUM_STAGES, VARIANTS, PVTConfig, describe
 from pvt_ref.errors import CheckpointError, ConfigError
 
 READABLE_DTYPES = ("float16", "bfloat16", *FLOAT_DTYPES)
@@ -26,17 +26,6 @@ STATE_ENTRIES = ("model", "state_dict")
 
 #: Keys that every PVT has; one of them is enough to know a layout.
 _PROBES = ("patch_embed1.proj.weight", "pos_embed1", "block1.0.norm1.weight")
-
-#: Fields without which two models compute the same thing, or which the file determines.
-_NOT_STRUCTURE = (
-    "img_size",
-    "num_classes",
-    "norm_eps",
-    "projection_norm_eps",
-    "drop_rate",
-    "attn_drop_rate",
-    "drop_path_rate",
-)
 
 LAYOUTS_READ = (
     "the authors' .pth files, training checkpoints, Hugging Face PvtForImageClassification, "
@@ -337,24 +326,3 @@ def _read_off(shapes: Mapping[str, Shape], layout: Layout) -> str:
         return ""
     text = ", ".join(f"{name}={value}" for name, value in fields.items())
     return f"Its shapes show PVTConfig({text}, num_heads=unknown). "
-
-
-def describe(config: PVTConfig) -> str:
-    """A configuration in a few words: ``pvt_tiny, 1000 classes, 224 px``.
-
-    Args:
-        config: the configuration.
-
-    Returns:
-        Name of the variant (or that it is none), classes, and image size in pixels.
-    """
-    name = "custom configuration"
-    for candidate, variant in VARIANTS.items():
-        same = {field: getattr(config, field) for field in _NOT_STRUCTURE}
-        try:
-            if dataclasses.replace(variant, **same) == config:
-                name = candidate
-        except ConfigError:
-            continue  # the variant cannot have that image size
-    head = f"{config.num_classes} classes" if config.has_classifier else "no classifier"
-    return f"{name}, {head}, {config.img_size} px"

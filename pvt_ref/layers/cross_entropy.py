@@ -109,7 +109,9 @@ def _check(logits: Array, smoothing: Any, reduction: Any, ignore_index: Any) -> 
     if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
         raise RangeError(f"reduction is {shown(reduction)}; it must be 'mean' or 'sum'")
     if ignore_index is not None and not is_whole(ignore_index):
-        raise RangeError(f"ignore_index is {shown(ignore_index)}; it must be a whole number or None")
+        raise RangeError(
+            f"ignore_index is {shown(ignore_index)}; it must be a whole number or None"
+        )
 
 
 def _distribution(
