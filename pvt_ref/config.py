@@ -402,5 +402,6 @@ def describe(config: PVTConfig) -> str:
         except ConfigError:
             continue  # the variant cannot have that image size
     head = f"{config.num_classes} classes" if config.has_classifier else "no classifier"
-    channels = "" if config.in_chans == 3 else f", {config.in_chans} channels"
+    plural = "" if config.in_chans == 1 else "s"
+    channels = "" if config.in_chans == 3 else f", {config.in_chans} channel{plural}"
     return f"{name}, {head}, {config.img_size} px{channels}"
