@@ -265,8 +265,25 @@ def test_predict_each_gives_errors_in_their_places(pictures):
     )
 
 
-def test_predict_each_reads_an_iterator_a_few_at_a_time(pictures):
+class Watched(pvt_ref.Model):
+    """Notes how many images come together, and computes nothing."""
+
+    def __call__(self, images, *, ops=None):
+        seen.append(images.shape[0])
+        return np.zeros((images.shape[0], self.config.num_classes))
+
+
+seen: list[int] = []
+
+
+@pytest.fixture
+def watched():
     model = pvt_ref.load("cifar10")
+    seen.clear()
+    return Watched(model.params, model.config, info=model.info)
+
+
+def test_predict_each_reads_an_iterator_a_few_at_a_time(watched, pictures):
     taken = 0
 
     def endless():
@@ -275,33 +292,22 @@ def test_predict_each_reads_an_iterator_a_few_at_a_time(pictures):
             taken += 1
             yield pictures / "a.JPG"
 
-    answers = model.predict_each(endless())
-    for _ in range(3):
+    answers = watched.predict_each(endless())
+    for _ in range(65):
         next(answers)
-    assert taken <= 64
-    assert len(list(model.predict_each(iter([])))) == 0
-    large = model.predict_each(endless(), size=448)
+    assert taken == 128
     taken = 0
-    next(large)
-    assert taken <= 2
+    next(watched.predict_each(endless(), size=448))
+    assert taken == 2
+    assert list(watched.predict_each(iter([]))) == []
 
 
-def test_predict_of_many_is_bounded_in_memory(pictures):
-    model = pvt_ref.load("cifar10")
-    shapes = []
-
-    class Watched(pvt_ref.Model):
-        def __call__(self, images, *, ops=None):
-            shapes.append(images.shape)
-            return super().__call__(images, ops=ops)
-
-    watched = Watched(model.params, model.config, info=model.info)
-    answers = watched.predict([pictures / "a.JPG"] * 150)
-    assert len(answers) == 150
-    assert [shape[0] for shape in shapes] == [64, 64, 22]
-    shapes.clear()
+def test_predict_of_many_is_bounded_in_memory(watched, pictures):
+    assert len(watched.predict([pictures / "a.JPG"] * 150)) == 150
+    assert seen == [64, 64, 22]
+    seen.clear()
     watched.predict(np.zeros((5, 3, 640, 640), np.float32) - 1)
-    assert [shape[0] for shape in shapes] == [1] * 5
+    assert seen == [1] * 5
 
 
 def test_predict_each_refuses_at_once_what_no_picture_can_mend():
