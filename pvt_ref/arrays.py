@@ -60,6 +60,8 @@ def describe_type(x: object) -> str:
         return "a torch.Tensor. x.detach().cpu().numpy() makes an array of it"
     if isinstance(x, np.ma.MaskedArray):
         return "a masked array. x.filled(value) makes a plain one, with value where it is masked"
+    if is_array(x) and not is_numpy(x):
+        return f"an array of {library}. pvt_ref.to_numpy(x) brings it to the host"
     name = type(x).__name__ if library == "builtins" else f"{library}.{type(x).__name__}"
     return f"a {name}. numpy.asarray(x, dtype=numpy.float32) makes an array of numbers"
 

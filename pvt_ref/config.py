@@ -248,9 +248,10 @@ class PVTConfig:
                 the last whole patch or block.
         """
         g = self.size_multiple
-        if not (is_whole(height) and is_whole(width)):
+        if not all(is_whole(side) and abs(side) < TOO_LARGE for side in (height, width)):
             raise ShapeError(
-                f"image size {shown(height)} x {shown(width)} must be whole numbers of pixels"
+                f"image size {shown(height)} x {shown(width)} must be whole numbers of pixels, "
+                f"below 2**31"
             )
         height, width = int(height), int(width)  # a NumPy uint8 would wrap round
         if height < 1 or width < 1 or height % g or width % g:
@@ -285,6 +286,8 @@ def as_size(size: Any) -> tuple[int, int]:
     pair = (size, size) if is_whole(size) else size
     if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(map(is_whole, pair)):
         raise ShapeError(f"size is {shown(size)}; it must be a side or (H, W), in whole pixels")
+    if not all(abs(side) < TOO_LARGE for side in pair):
+        raise ShapeError(f"size is {shown(size)}; each side must be below 2**31")
     return int(pair[0]), int(pair[1])
 
 
@@ -402,6 +405,5 @@ def describe(config: PVTConfig) -> str:
         except ConfigError:
             continue  # the variant cannot have that image size
     head = f"{config.num_classes} classes" if config.has_classifier else "no classifier"
-    plural = "" if config.in_chans == 1 else "s"
-    channels = "" if config.in_chans == 3 else f", {config.in_chans} channel{plural}"
+    channels = "" if config.in_chans == 3 else f", in_chans={config.in_chans}"
     return f"{name}, {head}, {config.img_size} px{channels}"

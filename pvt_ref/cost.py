@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from pvt_ref.arrays import FLOAT_DTYPES
-from pvt_ref.config import NUM_STAGES, PVTConfig, as_size, is_whole
+from pvt_ref.config import NUM_STAGES, TOO_LARGE, PVTConfig, as_size, is_whole
 from pvt_ref.errors import ArrayTypeError, ConfigError, RangeError, ShapeError, shown
 
 
@@ -162,9 +162,10 @@ class ViTConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not is_whole(value) or value < 1:
+            if not is_whole(value) or not 1 <= value < TOO_LARGE:
                 raise ConfigError(
-                    f"{field.name} is {shown(value)}; it must be a positive whole number"
+                    f"{field.name} is {shown(value)}; it must be a positive whole number below "
+                    f"2**31"
                 )
         if self.img_size % self.patch_size:
             raise ConfigError(
@@ -216,7 +217,8 @@ def count_cost(
     Raises:
         ShapeError: if size is not one or two whole numbers, or the model cannot take it.
         ArrayTypeError: if config is neither a PVTConfig nor a ViTConfig.
-        RangeError: if batch is not a positive whole number, or dtype another.
+        RangeError: if batch is not a positive whole number, dtype another, or pyramid neither
+            True nor False.
         ConfigError: if the pyramid of a ViT is asked for.
     """
     if not isinstance(config, PVTConfig | ViTConfig):
@@ -228,6 +230,8 @@ def count_cost(
         raise RangeError(f"batch is {shown(batch)}; it must be a whole number, 1 or more")
     if not isinstance(dtype, str) or dtype not in FLOAT_DTYPES:
         raise RangeError(f"dtype is {shown(dtype)}; it must be 'float32' or 'float64'")
+    if not isinstance(pyramid, bool | np.bool_):
+        raise RangeError(f"pyramid is {shown(pyramid)}; it must be True or False")
     height, width = as_size(config.img_size if size is None else size)
     scalar = np.dtype(dtype).itemsize
     batch = int(batch)

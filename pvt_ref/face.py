@@ -19,6 +19,7 @@ from pvt_ref.arrays import (
     from_host,
     is_array,
     is_foreign,
+    is_numpy,
     sum_in_float64,
     to_numpy,
 )
@@ -139,7 +140,8 @@ class Model:
         self._check_channels()
         several = images if isinstance(images, list | tuple) else [images]
         for picture in several:
-            if is_foreign(picture) and not isinstance(picture, Image.Image):
+            usable = is_numpy(picture) or isinstance(picture, Image.Image)
+            if not usable and (is_array(picture) or is_foreign(picture)):
                 raise ArrayTypeError(
                     f"a picture is {describe_type(picture)}. Pictures are paths, PIL images, or "
                     f"arrays (H, W, 3) of uint8; images that are normalised already, one array "
@@ -191,8 +193,11 @@ class Model:
             self._check_top(top)
             self._check_normalised(images)
             count = self._at_once(tuple(images.shape[2:])) if images.ndim == 4 else 1
-            for start in range(0, len(images) if images.ndim else 1, count) or [0]:
-                part = images[start : start + count] if images.ndim == 4 else images
+            starts = range(0, images.shape[0], count) if images.ndim == 4 else ()
+            for start in starts or (0,):  # what is no batch goes through too, and is refused
+                part = images
+                if images.ndim == 4:
+                    part = images[start : min(start + count, images.shape[0]), ...]
                 answers += self._answers(self(part), top)
             return answers
         for answer in self.predict_each(images, top, size):
@@ -232,7 +237,7 @@ class Model:
         self.config.grids(H, W)
         readable = hasattr(images, "read")  # an open file is an iterator too: of lines
         several = isinstance(images, list | tuple | Iterator) and not readable
-        several = several or getattr(images, "ndim", 0) == 4
+        several = several or (isinstance(images, np.ndarray) and images.ndim == 4)
         return self._predict_each(images if several else [images], top, (H, W))
 
     def _predict_each(

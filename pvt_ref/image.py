@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pvt_ref.arrays import Array, array_module, dtype_name, from_host, is_array
+from pvt_ref.config import TOO_LARGE
 from pvt_ref.errors import (
     ArrayTypeError,
     ImageError,
@@ -31,6 +32,7 @@ from pvt_ref.errors import (
     PVTError,
     RangeError,
     ShapeError,
+    shown,
 )
 
 #: Mean and standard deviation of the training pixels, red, green, blue, on a scale of 0 to 1.
@@ -369,14 +371,14 @@ def _check_size(size: Any) -> tuple[int, int]:
     pair = tuple(size) if isinstance(size, tuple | list) else (size, size)
     if len(pair) != 2 or not all(_is_positive(side) for side in pair):
         raise ShapeError(
-            f"size is {size!r}; it must be the side of a square or (H, W), in whole pixels, each "
-            f"at least 1"
+            f"size is {shown(size)}; it must be the side of a square or (H, W), in whole pixels, "
+            f"each at least 1 and below 2**31"
         )
     return int(pair[0]), int(pair[1])
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
+    return isinstance(value, Integral) and not isinstance(value, bool) and 0 < value < TOO_LARGE
 
 
 def _with_margin(H: int, W: int) -> tuple[int, int]:
@@ -481,8 +483,8 @@ def pad_to_multiple(images: Array, multiple: int) -> Array:
     """
     if not _is_positive(multiple):
         raise RangeError(
-            f"multiple is {multiple!r}; it must be a whole number of pixels, at least 1, such as "
-            f"config.size_multiple"
+            f"multiple is {shown(multiple)}; it must be a whole number of pixels, at least 1 and "
+            f"below 2**31, such as config.size_multiple"
         )
     xp = array_module(images)
     name = dtype_name(images)

@@ -6,6 +6,7 @@ authors' order. What a model lacks is None: sr and norm where R = 1, q and kv bi
 qkv_bias, and cls_token, norm and head in a bare backbone.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -27,7 +28,7 @@ from pvt_ref.arrays import (
 )
 from pvt_ref.block import BlockParams
 from pvt_ref.config import NUM_STAGES, PVTConfig, check_config
-from pvt_ref.errors import ArrayTypeError, CheckpointError
+from pvt_ref.errors import ArrayTypeError, CheckpointError, shown
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.layers.mlp import MLPParams
@@ -238,10 +239,10 @@ def init_params(config: PVTConfig, rng: np.random.Generator, dtype: Any = np.flo
     """
     check_config(config)
     check_rng(rng)
-    try:
-        name = repr(None) if dtype is None else np.dtype(dtype).name
-    except TypeError:  # another library's, or none
-        name = repr(dtype)
+    name = shown(dtype)
+    if dtype is not None:
+        with contextlib.suppress(Exception):  # of several kinds, for what is no dtype of NumPy's
+            name = np.dtype(dtype).name
     if name not in FLOAT_DTYPES:
         raise ArrayTypeError(f"dtype is {name}; parameters are float32 or float64")
     dtype = np.dtype(name)
@@ -373,8 +374,8 @@ def check_keys(state: Mapping[str, Array], config: PVTConfig) -> None:
     for key, x in state.items():
         if not is_array(x):
             raise ArrayTypeError(
-                f"state[{key!r}] is a {type(x).__module__}.{type(x).__name__}; it must be a NumPy "
-                f"or CuPy array. (From a PyTorch tensor: tensor.detach().cpu().numpy())"
+                f"state[{shown(key)}] is a {type(x).__module__}.{type(x).__name__}; it must be a "
+                f"NumPy or CuPy array. (From a PyTorch tensor: tensor.detach().cpu().numpy())"
             )
     problems = [f"missing: {key} {shape}" for key, shape in shapes.items() if key not in state]
     problems += [

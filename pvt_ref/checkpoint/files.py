@@ -36,6 +36,7 @@ from pvt_ref.errors import (
     ConfigError,
     MissingFileError,
     PVTError,
+    shown,
 )
 from pvt_ref.face import Model
 from pvt_ref.imagenet import released_info
@@ -298,9 +299,9 @@ def save(path: str | os.PathLike[str], model: Model, dtype: str | None = None) -
 
 def _narrow(path: Path, state: dict[str, np.ndarray], dtype: Any) -> dict[str, np.ndarray]:
     """Every array as float16, once it is sure that none overflows."""
-    if dtype != "float16":
+    if not isinstance(dtype, str) or dtype != "float16":
         raise ArrayTypeError(
-            f"dtype is {dtype!r}; files hold the weights as they are (None) or as 'float16'"
+            f"dtype is {shown(dtype)}; files hold the weights as they are (None) or as 'float16'"
         )
     largest = float(np.finfo(np.float16).max)
     for key, x in state.items():
