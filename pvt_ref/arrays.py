@@ -102,7 +102,7 @@ def is_array(x: object) -> bool:
     """
     if isinstance(x, _ODD_ARRAYS):
         return False
-    return is_numpy(x) or is_cupy(x) or hasattr(x, "__array_namespace__")
+    return is_numpy(x) or is_cupy(x) or hasattr(type(x), "__array_namespace__")
 
 
 def is_foreign(x: object) -> bool:
@@ -300,7 +300,7 @@ def named_arrays(tree: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
             yield from named_arrays(branch, f"{prefix}.{index}")
 
 
-def short_repr(record: Any) -> str:
+def short_repr(self: Any) -> str:
     """What a record of arrays shows of itself: shapes and sums, not numbers.
 
     Every such record has it as its ``__repr__``: ``LinearParams(weight (64, 3) float32, bias
@@ -308,16 +308,16 @@ def short_repr(record: Any) -> str:
     arrays, float32, numpy)``.
 
     Args:
-        record: a dataclass or a named tuple.
+        self: a dataclass or a named tuple.
 
     Returns:
         One line, shorter than a screen is wide or little longer.
     """
-    names = getattr(record, "_fields", None) or [field.name for field in fields(record)]
-    values = [getattr(record, name) for name in names]
-    name = type(record).__name__
+    names = getattr(self, "_fields", None) or [field.name for field in fields(self)]
+    values = [getattr(self, name) for name in names]
+    name = type(self).__name__
     if any(is_dataclass(value) or isinstance(value, tuple | list | dict) for value in values):
-        return f"{name}({describe_arrays(record)})"
+        return f"{name}({describe_arrays(self)})"
     parts = (
         f"{tuple(x.shape)} {dtype_name(x)}" if is_array(x) and hasattr(x, "shape") else shown(x)
         for x in values
