@@ -146,7 +146,7 @@ def _pictures(arguments: Iterable[str]) -> Iterator[tuple[str, PVTError | None]]
             )
 
 
-def _asked_of_file(args: argparse.Namespace) -> dict[str, str]:
+def _asked_of_file(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says of a weights file, as arguments of load."""
     given = {"config": args.config, "entry": args.entry}
     return {name: value for name, value in given.items() if value is not None}
@@ -277,6 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except BrokenPipeError:
+        assert sys.stdout is not None
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return _PIPE_CLOSED
     except KeyboardInterrupt:

@@ -328,6 +328,7 @@ def check_stages(stages: Iterable[int]) -> set[int]:
     Raises:
         RangeError: if stages is not iterable, or holds anything but whole numbers from 1 to 4.
     """
+    wanted: list[Any]
     try:
         wanted = list(stages)
     except TypeError:  # not iterable, which arrays without an axis find out only now

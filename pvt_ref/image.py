@@ -17,14 +17,13 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Integral
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pvt_ref.arrays import Array, array_module, dtype_name, from_host, is_array
-from pvt_ref.config import TOO_LARGE
+from pvt_ref.config import TOO_LARGE, is_whole
 from pvt_ref.errors import (
     ArrayTypeError,
     ImageError,
@@ -378,7 +377,7 @@ def _check_size(size: Any) -> tuple[int, int]:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and 0 < value < TOO_LARGE
+    return is_whole(value) and 0 < int(value) < TOO_LARGE
 
 
 def _with_margin(H: int, W: int) -> tuple[int, int]:

@@ -104,7 +104,7 @@ def _check(logits: Array, smoothing: Any, reduction: Any, ignore_index: Any) -> 
             f"logits have shape {tuple(logits.shape)}; they must be (B, K), not empty, or maps "
             f"(B, K, H, W)"
         )
-    if not isinstance(smoothing, Real) or not 0 <= smoothing <= 1:
+    if not isinstance(smoothing, Real) or not 0 <= smoothing <= 1:  # type: ignore[operator]
         raise RangeError(f"label_smoothing is {shown(smoothing)}; it must be in [0, 1]")
     if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
         raise RangeError(f"reduction is {shown(reduction)}; it must be 'mean' or 'sum'")
