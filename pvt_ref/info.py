@@ -5,7 +5,7 @@ Weights alone answer with an index, and only if the pixels were prepared as in t
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from pvt_ref.arrays import Array, array_module, from_host
-from pvt_ref.errors import ArrayTypeError, ConfigError, ShapeError, shown
+from pvt_ref.errors import ArrayTypeError, ConfigError, ShapeError
 from pvt_ref.image import IMAGENET_MEAN, IMAGENET_STD, Source, read_rgb, resize_and_crop
 
 _CHANNELS = {"RGB": 3, "L": 1}
@@ -171,9 +171,10 @@ class ModelInfo:
 
     def __post_init__(self) -> None:
         given = self.classes
-        names = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else None
+        several = isinstance(given, Iterable) and not isinstance(given, str)
+        names = tuple(given) if several and not hasattr(given, "shape") else None  # no arrays
         if names is None or not all(isinstance(name, str) for name in names):
-            raise ConfigError(f"classes are {shown(given)}; they must be a list of names")
+            raise ConfigError(f"classes are {given!r}; they must be a list of names")
         if not isinstance(self.title, str):
             raise ConfigError(f"title is a {type(self.title).__name__}; it must be a text")
         if not isinstance(self.preprocessing, Preprocessing):
