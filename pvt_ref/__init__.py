@@ -9,7 +9,7 @@ from pvt_ref.checkpoint import save
 from pvt_ref.config import VARIANTS, PVTConfig
 from pvt_ref.cost import VITS, Cost, ViTConfig, count_cost
 from pvt_ref.errors import PVTError
-from pvt_ref.face import Model, Prediction, with_new_head
+from pvt_ref.face import Model, Prediction, with_channels, with_new_head
 from pvt_ref.image import load_image, normalize, pad_to_multiple, preprocess
 from pvt_ref.info import ModelInfo, Preprocessing
 from pvt_ref.layers.cross_entropy import cross_entropy
@@ -65,5 +65,6 @@ __all__ = [
     "to_device",
     "to_numpy",
     "to_state_dict",
+    "with_channels",
     "with_new_head",
 ]

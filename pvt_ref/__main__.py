@@ -3,28 +3,68 @@
 import argparse
 import io
 import json
+import os
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 from pvt_ref import __version__
 from pvt_ref.checkpoint import save
-from pvt_ref.config import VARIANTS
-from pvt_ref.cost import VITS, count_cost
-from pvt_ref.errors import PVTError
+from pvt_ref.config import VARIANTS, PVTConfig
+from pvt_ref.cost import VITS, ViTConfig, count_cost
+from pvt_ref.errors import CheckpointError, ImageError, PVTError, printable, shown
 from pvt_ref.face import Prediction
-from pvt_ref.tables import format_cost, text_table
+from pvt_ref.tables import format_cost, one_line, text_table
 from pvt_ref.zoo import RELEASED, SHIPPED, load
+
+#: What ends the names of the pictures in a folder.
+_PICTURES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".avif",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+)
+
+#: Exit statuses: some inputs failed; nothing was done; stopped by Ctrl-C, by a closed pipe.
+_SOME, _NONE, _INTERRUPTED, _PIPE_CLOSED = 1, 2, 130, 141
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m pvt_ref", description="The Pyramid Vision Transformer in NumPy."
+        prog="python -m pvt_ref",
+        description="The Pyramid Vision Transformer in NumPy.",
+        epilog="Exit status: 0, or 1 if some of several inputs failed, or 2 if nothing was done.",
     )
     parser.add_argument("--version", action="version", version=f"pvt_ref {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command")
 
-    classify = commands.add_parser("classify", help="what pictures show, with probabilities")
-    classify.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
+    of_file = argparse.ArgumentParser(add_help=False)
+    of_file.add_argument(
+        "--config",
+        metavar="NAME|FILE",
+        help="the model in a weights file that does not tell: a variant's name, or a JSON file",
+    )
+    of_file.add_argument(
+        "--entry",
+        metavar="NAME",
+        help="which of several sets of weights in a file, such as model_ema",
+    )
+
+    classify = commands.add_parser(
+        "classify", parents=[of_file], help="what pictures show, with probabilities"
+    )
+    classify.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="picture files, or folders: all pictures in one"
+    )
     classify.add_argument(
         "--weights",
         default="cifar10",
@@ -36,9 +76,15 @@ def _parser() -> argparse.ArgumentParser:
     classify.add_argument("--json", action="store_true", help="a list, for programs")
 
     summary = commands.add_parser(
-        "summary", help="parameters, MACs and memory by stage and operation, as a table"
+        "summary",
+        parents=[of_file],
+        help="parameters, MACs and memory by stage and operation, as a table",
     )
-    summary.add_argument("model", choices=[*VARIANTS, *VITS], help="a PVT, or a ViT to compare")
+    summary.add_argument(
+        "model",
+        help=f"{', '.join(VARIANTS)}; {', '.join(VITS)} to compare; {', '.join(SHIPPED)}; or a "
+        f"weights file",
+    )
     summary.add_argument(
         "--size", nargs="+", type=int, metavar="PIXELS", help="H W, or one side of a square"
     )
@@ -51,10 +97,13 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     convert = commands.add_parser(
-        "convert", help="weights of any readable layout to this project's .safetensors"
+        "convert",
+        parents=[of_file],
+        help="weights of any readable layout to this project's .safetensors",
     )
-    convert.add_argument("src", help="a .pth, .bin or .safetensors file")
-    convert.add_argument("dst", help="the .safetensors file to write")
+    convert.add_argument("src", nargs="+", help="weights files, or folders with one")
+    convert.add_argument("dst", help="the .safetensors file to write, or a folder for them")
+    convert.add_argument("--force", action="store_true", help="replace a file that is there")
     convert.add_argument(
         "--eps",
         nargs="+",
@@ -66,27 +115,145 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _as_tables(args: argparse.Namespace, answers: list[list[Prediction]]) -> str:
-    return "\n\n".join(
-        f"{path}\n{text_table(['class', 'probability'], map(_row, answer))}"
-        for path, answer in zip(args.images, answers, strict=True)
-    )
+def _say_error(message: object) -> None:
+    print(f"error: {printable(str(message))}", file=sys.stderr, flush=True)
 
 
-def _row(answer: Prediction) -> list[str]:
-    return [answer.label, f"{answer.probability:.4f}"]
+def _status(inputs: int, failed: int) -> int:
+    return 0 if not failed else _NONE if failed == inputs else _SOME
 
 
-def _as_json(args: argparse.Namespace, answers: list[list[Prediction]]) -> str:
-    records = [
-        {
-            "image": path,
-            "weights": args.weights,
-            "predictions": [answer._asdict() for answer in predictions],
-        }
-        for path, predictions in zip(args.images, answers, strict=True)
-    ]
-    return json.dumps(records, indent=2)
+def _pictures(arguments: Iterable[str]) -> Iterator[tuple[str, PVTError | None]]:
+    """The pictures named and those in the folders named, by name; or why there is none."""
+    for path in arguments:
+        if not os.path.isdir(path):
+            yield path, None
+            continue
+        try:
+            names = sorted(n for n in os.listdir(path) if n.lower().endswith(_PICTURES))
+        except OSError as error:
+            yield path, ImageError(f"{shown(path)} cannot be read ({error.strerror})")
+            continue
+        for name in names:
+            yield os.path.join(path, name), None
+        if not names:
+            yield (
+                path,
+                ImageError(
+                    f"{shown(path)} is a folder without pictures: no name in it ends in one of "
+                    f"{', '.join(_PICTURES)} (and folders in it are not looked into)"
+                ),
+            )
+
+
+def _asked_of_file(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says of a weights file, as arguments of load."""
+    given = {"config": args.config, "entry": args.entry}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _classify(args: argparse.Namespace) -> int:
+    model = load(args.weights, **_asked_of_file(args))
+    inputs = list(_pictures(args.images))
+    answers = model.predict_each((path for path, error in inputs if error is None), args.top)
+    failed = 0
+    for index, (path, error) in enumerate(inputs):
+        answer = next(answers) if error is None else error
+        if isinstance(answer, PVTError):
+            failed += 1
+            _say_error(answer)
+        if args.json:
+            text = textwrap.indent(_as_json(path, args.weights, answer), "  ")
+            print(",\n" if index else "[\n", text, sep="", end="", flush=True)
+        elif not isinstance(answer, PVTError):
+            rows = ([a.label, f"{a.probability:.4f}"] for a in answer)
+            table = text_table(["class", "probability"], rows)
+            gap = "\n" if index > failed else ""  # between two tables
+            print(f"{gap}{one_line(path)}\n{table}", flush=True)
+    if args.json:
+        print("\n]")
+    return _status(len(inputs), failed)
+
+
+def _as_json(path: str, weights: str, answer: list[Prediction] | PVTError) -> str:
+    record: dict[str, Any] = {"image": path, "weights": weights}
+    if isinstance(answer, PVTError):
+        record["error"] = str(answer)
+    else:
+        record["predictions"] = [a._asdict() for a in answer]
+    return json.dumps(record, indent=2)
+
+
+def _summary(args: argparse.Namespace) -> int:
+    known: dict[str, PVTConfig | ViTConfig] = {**VARIANTS, **VITS}
+    heading = ""
+    if args.model in known:
+        if _asked_of_file(args):
+            raise CheckpointError(
+                f"--config and --entry say what is in a weights file; {args.model} is a known "
+                f"name. A file called so is ./{args.model}"
+            )
+        config = known[args.model]
+    else:
+        model = load(args.model, **_asked_of_file(args))
+        config = model.config
+        heading = "".join(f"{one_line(t)}\n" for t in (model.info.title, model.source) if t)
+    size = args.size[0] if args.size and len(args.size) == 1 else args.size
+    cost = count_cost(config, size, args.batch, args.dtype, args.pyramid)
+    print(f"{heading}{one_line(args.model)}, {format_cost(cost)}")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    into_folder = os.path.isdir(args.dst)
+    if len(args.src) > 1 and not into_folder:
+        raise CheckpointError(
+            f"there are {len(args.src)} files to convert, and {shown(args.dst)} is no folder. Make "
+            f"it first, or convert one at a time"
+        )
+    eps = args.eps[0] if args.eps and len(args.eps) == 1 else args.eps
+    failed, written = 0, set()
+    for src in args.src:
+        path = Path(os.path.abspath(src))
+        name = path.name if path.is_dir() else path.stem
+        target = os.path.join(args.dst, f"{name}.safetensors") if into_folder else args.dst
+        try:
+            if target in written:
+                raise CheckpointError(
+                    f"{shown(src)}: {shown(target)} was just made of a file of the same name"
+                )
+            if os.path.lexists(target) and not args.force:
+                raise CheckpointError(
+                    f"{shown(src)}: {shown(target)} is there already. --force replaces it"
+                )
+            model = load(src, eps=eps, **_asked_of_file(args))
+            save(target, model)
+        except (PVTError, OSError) as error:
+            failed += 1
+            _say_error(error)
+            continue
+        written.add(target)
+        print(f"{one_line(src)}: {one_line(model.source)}")
+        print(f"written to {one_line(target)}", flush=True)
+    return _status(len(args.src), failed)
+
+
+_COMMANDS = {"classify": _classify, "summary": _summary, "convert": _convert}
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return _COMMANDS[args.command](args)
+    except BrokenPipeError:
+        raise
+    except (PVTError, OSError) as error:
+        _say_error(error)
+        return _NONE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,31 +263,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments; None takes the command line's.
 
     Returns:
-        The exit status: 0, or 2 after a message on standard error.
+        The exit status: 0; 1 if some of several inputs failed, 2 if nothing was done, each with
+        messages on standard error; 130 after Ctrl-C; 141 if the reader of standard output left,
+        as ``head`` does (what a shell reports of other programs, too).
     """
-    args = _parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names may hold what a terminal cannot show
             stream.reconfigure(errors="replace")
     try:
-        if args.command == "classify":
-            model = load(args.weights)
-            answers = model.predict(args.images, top=args.top)
-            print(_as_json(args, answers) if args.json else _as_tables(args, answers))
-        elif args.command == "summary":
-            known = {**VARIANTS, **VITS}
-            size = args.size[0] if args.size and len(args.size) == 1 else args.size
-            cost = count_cost(known[args.model], size, args.batch, args.dtype, args.pyramid)
-            print(f"{args.model}, {format_cost(cost)}")
-        else:
-            eps = args.eps[0] if args.eps and len(args.eps) == 1 else args.eps
-            model = load(args.src, eps=eps)
-            save(args.dst, model)
-            print(f"{args.src}: {model.source}\nwritten to {args.dst}")
-    except (PVTError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        try:
+            return _run(argv)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        assert sys.stdout is not None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return _PIPE_CLOSED
+    except KeyboardInterrupt:
+        return _INTERRUPTED
 
 
 if __name__ == "__main__":

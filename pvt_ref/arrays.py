@@ -5,17 +5,17 @@ and use the functions of the array API standard (https://data-apis.org/array-api
 CuPy share; so the same lines also run on any other library that implements the standard.
 """
 
+import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-import scipy.special
 
-from pvt_ref.errors import ArrayTypeError, DeviceError
+from pvt_ref.errors import ArrayTypeError, DeviceError, shown
 
 #: An array of NumPy, CuPy or another library of the array API standard.
 Array = Any
@@ -60,6 +60,8 @@ def describe_type(x: object) -> str:
         return "a torch.Tensor. x.detach().cpu().numpy() makes an array of it"
     if isinstance(x, np.ma.MaskedArray):
         return "a masked array. x.filled(value) makes a plain one, with value where it is masked"
+    if is_array(x) and not is_numpy(x):
+        return f"an array of {library}. pvt_ref.to_numpy(x) brings it to the host"
     name = type(x).__name__ if library == "builtins" else f"{library}.{type(x).__name__}"
     return f"a {name}. numpy.asarray(x, dtype=numpy.float32) makes an array of numbers"
 
@@ -100,7 +102,20 @@ def is_array(x: object) -> bool:
     """
     if isinstance(x, _ODD_ARRAYS):
         return False
-    return is_numpy(x) or is_cupy(x) or hasattr(x, "__array_namespace__")
+    return is_numpy(x) or is_cupy(x) or hasattr(type(x), "__array_namespace__")
+
+
+def is_foreign(x: object) -> bool:
+    """Whether x holds an array's numbers, and :func:`array_module` refuses it all the same.
+
+    Args:
+        x: anything.
+
+    Returns:
+        True for PyTorch's tensors, masked arrays, data frames, pictures and the like.
+    """
+    exports = ("__array__", "__array_interface__", "__dlpack__")
+    return not is_array(x) and any(hasattr(type(x), name) for name in exports)
 
 
 def same_library(x: Array, y: Array) -> bool:
@@ -213,6 +228,8 @@ def erf(x: Array) -> Array:
     Returns:
         (...) of x's library, device and dtype, new memory.
     """
+    import scipy.special  # slow to import: where nothing is computed, nothing waits for it
+
     if isinstance(x, np.ndarray | np.generic) or is_cupy(x):
         return scipy.special.erf(x)
     return from_host(scipy.special.erf(np.asarray(x)), like=x)
@@ -221,8 +238,8 @@ def erf(x: Array) -> Array:
 def map_arrays(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """A copy of a record, tuple, list or dict with f applied to every array in it.
 
-    With several trees of one shape, f gets the arrays that stand in the same place. None and
-    anything that is not an array stay as they are in the first tree.
+    With several trees of one shape, f gets the arrays that stand in the same place. None, numbers,
+    texts and the like stay as they are in the first tree.
 
     Args:
         f: gets as many arrays as there are trees.
@@ -236,9 +253,15 @@ def map_arrays(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
         ValueError: if tuples or lists in the same place differ in length.
         KeyError: if another tree lacks a key of the first.
         AttributeError: if another tree lacks a field of the first.
+        ArrayTypeError: if tree holds arrays of a library that :func:`array_module` does not take,
+            such as PyTorch's tensors.
     """
     if is_array(tree):
         return f(tree, *others)
+    if is_foreign(tree):
+        raise ArrayTypeError(
+            f"expected arrays that NumPy code computes with, got {describe_type(tree)}"
+        )
     if is_dataclass(tree) and not isinstance(tree, type):
         values = {
             field.name: map_arrays(
@@ -256,6 +279,68 @@ def map_arrays(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
     return tree
 
 
+def named_arrays(tree: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
+    """Key and array of every leaf of a parameter record, in field order.
+
+    Args:
+        tree: a record of parameters or gradients, a tuple of such, or an array; None has no leaves.
+        prefix: of all keys, without a dot at its end.
+
+    Yields:
+        (key, array of its own shape), the array itself, not a copy.
+    """
+    if is_array(tree):
+        yield prefix, tree
+    elif is_dataclass(tree) and not isinstance(tree, type):
+        for field in fields(tree):
+            key = f"{prefix}.{field.name}" if prefix else field.name
+            yield from named_arrays(getattr(tree, field.name), key)
+    elif isinstance(tree, tuple):
+        for index, branch in enumerate(tree):
+            yield from named_arrays(branch, f"{prefix}.{index}")
+
+
+def short_repr(self: Any) -> str:
+    """What a record of arrays shows of itself: shapes and sums, not numbers.
+
+    Every such record has it as its ``__repr__``: ``LinearParams(weight (64, 3) float32, bias
+    None)`` where all fields are arrays or plain values, else ``BlockParams(49,984 numbers in 16
+    arrays, float32, numpy)``.
+
+    Args:
+        self: a dataclass or a named tuple.
+
+    Returns:
+        One line, shorter than a screen is wide or little longer.
+    """
+    names = getattr(self, "_fields", None) or [field.name for field in fields(self)]
+    values = [getattr(self, name) for name in names]
+    name = type(self).__name__
+    if any(is_dataclass(value) or isinstance(value, tuple | list | dict) for value in values):
+        return f"{name}({describe_arrays(self)})"
+    parts = (
+        f"{tuple(x.shape)} {dtype_name(x)}" if is_array(x) and hasattr(x, "shape") else shown(x)
+        for x in values
+    )
+    return f"{name}({', '.join(map(' '.join, zip(names, parts, strict=True)))})"
+
+
+def describe_arrays(tree: Any) -> str:
+    """How much a tree of arrays holds, of what, and where.
+
+    Args:
+        tree: arrays of any shapes in records and tuples.
+
+    Returns:
+        ``"3,254,378 numbers in 139 arrays, float32, numpy"``, with all dtypes and libraries in it.
+    """
+    arrays = [x for _, x in named_arrays(tree)]
+    count = f"{sum(math.prod(x.shape) for x in arrays):,} numbers in {len(arrays)} arrays"
+    dtypes = sorted({dtype_name(x) for x in arrays})
+    homes = sorted({library_and_dtype(x).replace(f" {dtype_name(x)}", "") for x in arrays})
+    return ", ".join([count, *dtypes, *homes])
+
+
 def to_numpy(tree: Any) -> Any:
     """Copies every CuPy array in tree to the host; NumPy arrays are passed on.
 
@@ -263,7 +348,11 @@ def to_numpy(tree: Any) -> Any:
         tree: an array, or arrays in a record (parameters, gradients), tuple, list or dict.
 
     Returns:
-        The same structure with NumPy arrays of the same shapes and dtypes.
+        The same structure with NumPy arrays of the same shapes and dtypes. What is no array stays
+        as it is.
+
+    Raises:
+        ArrayTypeError: if tree holds arrays of another kind, such as PyTorch's tensors.
     """
     return map_arrays(lambda a: a.get() if is_cupy(a) else np.asarray(a), tree)
 
@@ -284,12 +373,15 @@ def to_device(tree: Any, device: str = "cuda") -> Any:
     Raises:
         DeviceError: if there is no such device here; the message says what was found and what to
             install.
+        ArrayTypeError: as :func:`to_numpy`.
     """
-    if device == "cpu":
+    if isinstance(device, str) and device == "cpu":
         return to_numpy(tree)
     match = re.fullmatch(r"cuda(?::(\d+))?", device) if isinstance(device, str) else None
     if not match:
-        raise DeviceError(f"device is {device!r}; known are 'cpu', 'cuda', 'cuda:0', 'cuda:1', ...")
+        raise DeviceError(
+            f"device is {shown(device)}; known are 'cpu', 'cuda', 'cuda:0', 'cuda:1', ..."
+        )
     cupy = import_cupy()
     count = cupy.cuda.runtime.getDeviceCount()
     number = int(match[1]) if match[1] else cupy.cuda.runtime.getDevice()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pvt_ref.arrays import Array
+from pvt_ref.arrays import Array, short_repr
 from pvt_ref.config import StageConfig
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.mlp import MLPParams
@@ -33,6 +33,8 @@ class BlockParams:
     norm2: LayerNormParams
     mlp: MLPParams
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockCache:
@@ -53,6 +55,8 @@ class BlockCache:
     norm2: Any
     mlp: Any
     path2: Any
+
+    __repr__ = short_repr
 
 
 def block_forward(

@@ -28,6 +28,7 @@ from pvt_ref.errors import (
     NonFiniteError,
     RangeError,
     ShapeError,
+    shown,
 )
 from pvt_ref.ops import Ops
 from pvt_ref.params import PVTParams, check_params_type, named_arrays, param_shapes
@@ -327,11 +328,15 @@ def check_stages(stages: Iterable[int]) -> set[int]:
     Raises:
         RangeError: if stages is not iterable, or holds anything but whole numbers from 1 to 4.
     """
-    wanted = list(stages) if isinstance(stages, Iterable) else [stages]
-    whole = all(map(is_whole, wanted))
-    if not isinstance(stages, Iterable) or not whole or not all(1 <= s <= 4 for s in wanted):
+    wanted: list[Any]
+    try:
+        wanted = list(stages)
+    except TypeError:  # not iterable, which arrays without an axis find out only now
+        wanted = [None]
+    if not all(is_whole(s) and 1 <= s <= 4 for s in wanted):
         raise RangeError(
-            f"stages are {stages!r}; they must be a list of numbers from 1 to 4, such as [1, 4]"
+            f"stages are {shown(stages)}; they must be a list of numbers from 1 to 4, such as "
+            f"[1, 4]"
         )
     return {int(s) for s in wanted}
 

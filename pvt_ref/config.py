@@ -8,11 +8,12 @@ Symbols are those of the paper (Wang et al., ICCV 2021, arXiv 2102.12122, sectio
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
-from pvt_ref.errors import ArrayTypeError, ConfigError, RangeError, ShapeError
+from pvt_ref.errors import ArrayTypeError, ConfigError, RangeError, ShapeError, shown
 
 NUM_STAGES = 4
 
@@ -102,7 +103,7 @@ class PVTConfig:
     projection_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        problems: list[str] = []
+        problems: dict[str, str] = {}  # by field
         for name in ("patch_sizes", "embed_dims", "num_heads", "depths", "sr_ratios"):
             self._set(name, _positive_per_stage(name, getattr(self, name), problems, whole=True))
         ratios = _positive_per_stage("mlp_ratios", self.mlp_ratios, problems, whole=False)
@@ -110,66 +111,71 @@ class PVTConfig:
         for name, least in (("img_size", 1), ("in_chans", 1), ("num_classes", 0)):
             value = getattr(self, name)
             if not is_whole(value) or value < least:
-                problems.append(f"{name} is {value!r}; it must be a whole number, {least} or more")
+                problems[name] = f"{shown(value)}; it must be a whole number, {least} or more"
             elif value >= TOO_LARGE:
-                problems.append(f"{name} is too large; it must be below 2**31")
+                problems[name] = "too large; it must be below 2**31"
             else:
                 self._set(name, int(value))
         for name in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
             value = getattr(self, name)
             if not _is_real(value) or not 0 <= value < 1:
-                problems.append(f"{name} is {value!r}; it must be in [0, 1)")
+                problems[name] = f"{shown(value)}; it must be in [0, 1)"
             else:
                 self._set(name, float(value))
         for name in ("norm_eps", "projection_norm_eps"):
             value = getattr(self, name)
             if not _is_moderate(value) or value < 0:
-                problems.append(f"{name} is {value!r}; it must be a finite number, 0 or more")
+                problems[name] = f"{shown(value)}; it must be a finite number, 0 or more"
             else:
                 self._set(name, float(value))
         if not isinstance(self.qkv_bias, bool):
-            problems.append(f"qkv_bias is {self.qkv_bias!r}; it must be True or False")
+            problems["qkv_bias"] = f"{shown(self.qkv_bias)}; it must be True or False"
         if self.qk_scale is not None:
             if not _is_moderate(self.qk_scale):
-                problems.append(
-                    f"qk_scale is {self.qk_scale!r}; it must be None (for 1/sqrt(d)) or finite"
+                problems["qk_scale"] = (
+                    f"{shown(self.qk_scale)}; it must be None (for 1/sqrt(d)) or finite"
                 )
             else:
                 self._set("qk_scale", float(self.qk_scale))
-        if not problems:  # the rules between fields only make sense once each field does
-            problems += self._conflicts()
-        if problems:
+        lines = [f"{name} is {problem}" for name, problem in problems.items()]
+        lines += self._conflicts(problems.keys())
+        if lines:
             raise ConfigError(
                 "this PVT cannot be built:\n  - "
-                + "\n  - ".join(problems)
+                + "\n  - ".join(lines)
                 + "\nStart from VARIANTS['pvt_tiny'] and change it with dataclasses.replace."
             )
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # frozen: only __post_init__ may normalise
 
-    def _conflicts(self) -> list[str]:
+    def _conflicts(self, wrong: AbstractSet[str]) -> list[str]:
+        """What is wrong between fields, where none of these is wrong in itself."""
         problems = []
-        for i, (C, N, E) in enumerate(
-            zip(self.embed_dims, self.num_heads, self.mlp_ratios, strict=True), start=1
-        ):
-            if C % N:
-                problems.append(
-                    f"stage {i}: num_heads {N} does not divide embed_dims {C}; every head needs "
-                    f"the same width"
-                )
-            if not float(C * E).is_integer():
-                problems.append(
-                    f"stage {i}: embed_dims {C} times mlp_ratios {E} is {C * E}, not a whole "
-                    f"number of hidden units"
-                )
-        if self.num_classes and self.sr_ratios[-1] > 1:
+        for i in range(NUM_STAGES):
+            if wrong.isdisjoint({"embed_dims", "num_heads"}):
+                C, N = self.embed_dims[i], self.num_heads[i]
+                if C % N:
+                    problems.append(
+                        f"stage {i + 1}: num_heads {N} does not divide embed_dims {C}; every head "
+                        f"needs the same width"
+                    )
+            if wrong.isdisjoint({"embed_dims", "mlp_ratios"}):
+                C, E = self.embed_dims[i], self.mlp_ratios[i]
+                if not float(C * E).is_integer():
+                    problems.append(
+                        f"stage {i + 1}: embed_dims {C} times mlp_ratios {E} is {C * E}, not a "
+                        f"whole number of hidden units"
+                    )
+        fine = wrong.isdisjoint({"num_classes", "sr_ratios"})
+        if fine and self.num_classes and self.sr_ratios[-1] > 1:
             problems.append(
                 f"sr_ratios[3] is {self.sr_ratios[-1]} in a classifier: stage 4 also holds the "
                 f"cls token, which has no place in the map that spatial reduction cuts into "
                 f"blocks. Use 1, or num_classes=0 for a backbone without cls token"
             )
-        if self.img_size % self.size_multiple:
+        fine = wrong.isdisjoint({"img_size", "patch_sizes", "sr_ratios"})
+        if fine and self.img_size % self.size_multiple:
             problems.append(
                 f"img_size {self.img_size} is not a multiple of {self.size_multiple}, the smallest "
                 f"size at which patch_sizes {self.patch_sizes} and sr_ratios {self.sr_ratios} lose "
@@ -206,7 +212,9 @@ class PVTConfig:
             RangeError: if i is anything else.
         """
         if not is_whole(i) or not 0 <= i < NUM_STAGES:
-            raise RangeError(f"stage {i!r} is asked for; stages count from 0 to {NUM_STAGES - 1}")
+            raise RangeError(
+                f"stage {shown(i)} is asked for; stages count from 0 to {NUM_STAGES - 1}"
+            )
         C = self.embed_dims[i]
         total, before = sum(self.depths), sum(self.depths[:i])
         rates = [self.drop_path_rate * k / max(total - 1, 1) for k in range(total)]
@@ -240,8 +248,11 @@ class PVTConfig:
                 the last whole patch or block.
         """
         g = self.size_multiple
-        if not (is_whole(height) and is_whole(width)):
-            raise ShapeError(f"image size {height!r} x {width!r} must be whole numbers of pixels")
+        if not all(is_whole(side) and abs(side) < TOO_LARGE for side in (height, width)):
+            raise ShapeError(
+                f"image size {shown(height)} x {shown(width)} must be whole numbers of pixels, "
+                f"below 2**31"
+            )
         height, width = int(height), int(width)  # a NumPy uint8 would wrap round
         if height < 1 or width < 1 or height % g or width % g:
             near = [max(g, round(side / g) * g) for side in (height, width)]
@@ -258,6 +269,26 @@ class PVTConfig:
     def table_sides(self) -> tuple[int, ...]:
         """Side of the square grid that each stage's position table belongs to."""
         return tuple(self.img_size // s for s in self.strides)
+
+
+def as_size(size: Any) -> tuple[int, int]:
+    """(H, W) of an image size that may be given as one side.
+
+    Args:
+        size: whole numbers of pixels: a side, or (H, W).
+
+    Returns:
+        Plain integers, of any sign.
+
+    Raises:
+        ShapeError: if size is anything else.
+    """
+    pair = (size, size) if is_whole(size) else size
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(map(is_whole, pair)):
+        raise ShapeError(f"size is {shown(size)}; it must be a side or (H, W), in whole pixels")
+    if not all(abs(side) < TOO_LARGE for side in pair):
+        raise ShapeError(f"size is {shown(size)}; each side must be below 2**31")
+    return int(pair[0]), int(pair[1])
 
 
 def is_whole(value: object) -> bool:
@@ -281,18 +312,22 @@ def _is_moderate(value: object) -> bool:
     return _is_real(value) and -TOO_LARGE < value < TOO_LARGE  # type: ignore[operator]
 
 
-def _positive_per_stage(name: str, value: Any, problems: list[str], *, whole: bool) -> Any:
-    """value as a tuple of four positive numbers, or unchanged with a line in problems."""
+def _positive_per_stage(name: str, value: Any, problems: dict[str, str], *, whole: bool) -> Any:
+    """value as a tuple of four positive numbers, or unchanged with an entry in problems."""
     kind = "whole numbers" if whole else "numbers"
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != NUM_STAGES:
-        problems.append(f"{name} is {value!r}; it must be four {kind}, one per stage")
+    if (
+        not isinstance(value, Sequence)
+        or isinstance(value, str | bytes)
+        or len(value) != NUM_STAGES
+    ):
+        problems[name] = f"{shown(value)}; it must be four {kind}, one per stage"
         return value
     is_number = is_whole if whole else _is_real
     if not all(is_number(v) and 0 < v < math.inf for v in value):
-        problems.append(f"{name} is {value!r}; each must be a positive {kind[:-1]}")
+        problems[name] = f"{shown(value)}; each must be a positive {kind[:-1]}"
         return value
     if any(v >= TOO_LARGE for v in value):
-        problems.append(f"{name} holds a number that is too large; each must be below 2**31")
+        problems[name] = "not right: a number is too large; each must be below 2**31"
         return value
     return tuple(int(v) if float(v).is_integer() else float(v) for v in value)
 
@@ -307,9 +342,11 @@ def check_config(config: object) -> None:
         ArrayTypeError: unless config is a PVTConfig.
     """
     if not isinstance(config, PVTConfig):
+        known = isinstance(config, str) and config in VARIANTS
         raise ArrayTypeError(
             f"config is a {type(config).__name__}; it must be a PVTConfig, such as "
-            f"VARIANTS['pvt_tiny']. It is the last argument of forward(params, images, config)"
+            f"pvt_ref.VARIANTS[{config if known else 'pvt_tiny'!r}]. The arguments come in the "
+            f"order (params, images, config), or (config, rng) for init_params"
         )
 
 
@@ -335,3 +372,38 @@ VARIANTS: dict[str, PVTConfig] = {
         depths=(3, 10, 60, 3), embed_dims=(128, 256, 512, 768), num_heads=(2, 4, 8, 12)
     ),
 }
+
+#: Fields in which a model may differ from a variant and still be called by its name.
+_NOT_STRUCTURE = (
+    "img_size",
+    "in_chans",
+    "num_classes",
+    "norm_eps",
+    "projection_norm_eps",
+    "drop_rate",
+    "attn_drop_rate",
+    "drop_path_rate",
+)
+
+
+def describe(config: PVTConfig) -> str:
+    """A configuration in a few words: ``pvt_tiny, 1000 classes, 224 px``.
+
+    Args:
+        config: the configuration.
+
+    Returns:
+        Name of the variant (or that it is none), classes, image size in pixels, and channels if
+        they are not three.
+    """
+    name = "custom configuration"
+    for candidate, variant in VARIANTS.items():
+        same = {field: getattr(config, field) for field in _NOT_STRUCTURE}
+        try:
+            if replace(variant, **same) == config:
+                name = candidate
+        except ConfigError:
+            continue  # the variant cannot have that image size
+    head = f"{config.num_classes} classes" if config.has_classifier else "no classifier"
+    channels = "" if config.in_chans == 3 else f", in_chans={config.in_chans}"
+    return f"{name}, {head}, {config.img_size} px{channels}"

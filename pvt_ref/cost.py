@@ -14,13 +14,12 @@ R = 1: that is the comparison the paper makes.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 
 from pvt_ref.arrays import FLOAT_DTYPES
-from pvt_ref.config import NUM_STAGES, PVTConfig, is_whole
-from pvt_ref.errors import ArrayTypeError, ConfigError, RangeError, ShapeError
+from pvt_ref.config import NUM_STAGES, TOO_LARGE, PVTConfig, as_size, is_whole
+from pvt_ref.errors import ArrayTypeError, ConfigError, RangeError, ShapeError, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +80,14 @@ class Cost:
     stages: tuple[StageShape, ...]
     items: tuple[CostItem, ...]
 
+    def __repr__(self) -> str:
+        height, width = self.size
+        return (
+            f"Cost(image {height}x{width}, batch {self.batch}, {self.dtype}: "
+            f"{self.parameters:,} parameters, {self.macs / 1e6:,.2f} MMACs, "
+            f"{self.peak_bytes / 2**20:,.2f} MiB at most)"
+        )
+
     @property
     def parameters(self) -> int:
         """Number of weights."""
@@ -109,8 +116,10 @@ class Cost:
             RangeError: if the model has no such stage.
         """
         known = sorted({item.stage for item in self.items})
-        if stage not in known:
-            raise RangeError(f"stage is {stage!r}; this bill has {known} (0 is the classifier)")
+        if not is_whole(stage) or stage not in known:
+            raise RangeError(
+                f"stage is {shown(stage)}; this bill has {known} (0 is the classifier)"
+            )
         return Cost(
             self.size,
             self.batch,
@@ -153,8 +162,11 @@ class ViTConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not is_whole(value) or value < 1:
-                raise ConfigError(f"{field.name} is {value!r}; it must be a positive whole number")
+            if not is_whole(value) or not 1 <= value < TOO_LARGE:
+                raise ConfigError(
+                    f"{field.name} is {shown(value)}; it must be a positive whole number below "
+                    f"2**31"
+                )
         if self.img_size % self.patch_size:
             raise ConfigError(
                 f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}"
@@ -205,7 +217,8 @@ def count_cost(
     Raises:
         ShapeError: if size is not one or two whole numbers, or the model cannot take it.
         ArrayTypeError: if config is neither a PVTConfig nor a ViTConfig.
-        RangeError: if batch is not a positive whole number, or dtype another.
+        RangeError: if batch is not a positive whole number, dtype another, or pyramid neither
+            True nor False.
         ConfigError: if the pyramid of a ViT is asked for.
     """
     if not isinstance(config, PVTConfig | ViTConfig):
@@ -214,10 +227,12 @@ def count_cost(
             f"VARIANTS['pvt_tiny'] or VITS['deit_s_16']"
         )
     if not is_whole(batch) or batch < 1:
-        raise RangeError(f"batch is {batch!r}; it must be a whole number, 1 or more")
-    if dtype not in FLOAT_DTYPES:
-        raise RangeError(f"dtype is {dtype!r}; it must be 'float32' or 'float64'")
-    height, width = _as_size(config.img_size if size is None else size)
+        raise RangeError(f"batch is {shown(batch)}; it must be a whole number, 1 or more")
+    if not isinstance(dtype, str) or dtype not in FLOAT_DTYPES:
+        raise RangeError(f"dtype is {shown(dtype)}; it must be 'float32' or 'float64'")
+    if not isinstance(pyramid, bool | np.bool_):
+        raise RangeError(f"pyramid is {shown(pyramid)}; it must be True or False")
+    height, width = as_size(config.img_size if size is None else size)
     scalar = np.dtype(dtype).itemsize
     batch = int(batch)
     if isinstance(config, ViTConfig):
@@ -228,13 +243,6 @@ def count_cost(
         with_classifier = config.has_classifier and not pyramid
         stages, items = _count_pvt(config, height, width, batch, scalar, with_classifier)
     return Cost((height, width), batch, dtype, tuple(stages), tuple(items))
-
-
-def _as_size(size: Any) -> tuple[int, int]:
-    pair = (size, size) if is_whole(size) else size
-    if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(map(is_whole, pair)):
-        raise ShapeError(f"size is {size!r}; it must be a side or (H, W), in whole pixels")
-    return int(pair[0]), int(pair[1])
 
 
 def _count_pvt(

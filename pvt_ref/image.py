@@ -12,13 +12,13 @@ the whole picture instead, and :func:`pad_to_multiple` makes its size fit.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Integral
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from pvt_ref.arrays import Array, array_module, dtype_name, from_host, is_array
+from pvt_ref.config import TOO_LARGE, is_whole
 from pvt_ref.errors import ArrayTypeError, ImageError, RangeError, ShapeError, shown
 from pvt_ref.picture_file import (
     as_image_error,
@@ -350,14 +350,14 @@ def _check_size(size: Any) -> tuple[int, int]:
     pair = tuple(size) if isinstance(size, tuple | list) else (size, size)
     if len(pair) != 2 or not all(_is_positive(side) for side in pair):
         raise ShapeError(
-            f"size is {size!r}; it must be the side of a square or (H, W), in whole pixels, each "
-            f"at least 1"
+            f"size is {shown(size)}; it must be the side of a square or (H, W), in whole pixels, "
+            f"each at least 1 and below 2**31"
         )
     return int(pair[0]), int(pair[1])
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
+    return is_whole(value) and 0 < int(value) < TOO_LARGE
 
 
 def _with_margin(H: int, W: int) -> tuple[int, int]:
@@ -462,8 +462,8 @@ def pad_to_multiple(images: Array, multiple: int) -> Array:
     """
     if not _is_positive(multiple):
         raise RangeError(
-            f"multiple is {multiple!r}; it must be a whole number of pixels, at least 1, such as "
-            f"config.size_multiple"
+            f"multiple is {shown(multiple)}; it must be a whole number of pixels, at least 1 and "
+            f"below 2**31, such as config.size_multiple"
         )
     xp = array_module(images)
     name = dtype_name(images)

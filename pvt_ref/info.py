@@ -234,7 +234,8 @@ class ModelInfo:
 
     def __post_init__(self) -> None:
         given = self.classes
-        names = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else None
+        several = isinstance(given, Iterable) and not isinstance(given, str)
+        names = tuple(given) if several and not hasattr(given, "shape") else None  # no arrays
         if names is None or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"classes are {shown(given)}; they must be a list of names")
         if not isinstance(self.title, str):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pvt_ref.arrays import Array, array_module, sum_in_float64
+from pvt_ref.arrays import Array, array_module, short_repr, sum_in_float64
 from pvt_ref.boundary import (
     check_cache,
     check_cotangent,
@@ -50,6 +50,8 @@ class StageCache:
     grid: tuple[int, int]  # (H_i, W_i): the shape that dL/dF_i must have
     cls: bool  # whether the first token's gradient is the cls token's
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ClassifierCache:
@@ -60,7 +62,6 @@ class ClassifierCache:
         norm: of the final norm over (B, 1 + n_4, C_4).
         head: of the head, whose input is the cls row (B, C_4).
         tokens_shape: (B, 1 + n_4, C_4), of stage 4.
-        image_dtype: of the images as they were given, and so of dL/dimages.
         dtype: of the weights.
         config: the configuration of the forward.
         ops: the record of operations that made the caches, and reads them.
@@ -70,10 +71,11 @@ class ClassifierCache:
     norm: Any
     head: Any
     tokens_shape: tuple[int, ...]  # of stage 4, (B, 1 + n_4, C_4)
-    image_dtype: Any
     dtype: Any  # of the weights
     config: PVTConfig
     ops: Ops
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,7 +85,6 @@ class PyramidCache:
     Attributes:
         stages: the caches of the four stages.
         batch: B.
-        image_dtype: of the images as they were given, and so of dL/dimages.
         dtype: of the weights.
         config: the configuration of the forward.
         ops: the record of operations that made the caches, and reads them.
@@ -91,10 +92,11 @@ class PyramidCache:
 
     stages: tuple[StageCache, ...]
     batch: int
-    image_dtype: Any
     dtype: Any  # of the weights
     config: PVTConfig
     ops: Ops
+
+    __repr__ = short_repr
 
 
 # One stage ------------------------------------------------------------------------------------
@@ -259,14 +261,15 @@ def forward_with_cache(
     """Class logits, and the cache for :func:`backward`.
 
     What is computed is what :func:`forward` computes, with dropout and drop path if there is an
-    rng. Memory grows with depth.
+    rng: without one nothing is dropped, whatever rates config has. Memory grows with depth.
 
     Args:
         params: the weights, NumPy or CuPy, float32 or float64.
         images: (B, in_chans, H, W) normalised floats, as for :func:`forward`.
         config: the configuration of the weights.
-        rng: a NumPy generator turns dropout and drop path on, at the rates of config. The same
-            seed draws the same masks on every device and for every dtype.
+        rng: a NumPy generator turns dropout and drop path on, at the rates of config; None leaves
+            them off, as for validation. The same seed draws the same masks on every device and for
+            every dtype.
         ops: a record of operations; None takes the default.
 
     Returns:
@@ -294,7 +297,6 @@ def _classify(
     keep: bool,
 ) -> tuple[Array, ClassifierCache | None]:
     check_has_classifier(config)
-    image_dtype = getattr(images, "dtype", None)
     images = prepare_images(params, images, config)  # (B, in_chans, H, W)
     ops = choose_ops(ops, images)
     x = _channels_last(images)  # (B, H, W, in_chans)
@@ -314,7 +316,7 @@ def _classify(
     if not keep:
         return logits, None
     return logits, ClassifierCache(
-        tuple(caches), norm_cache, head_cache, tokens_shape, image_dtype, x.dtype, config, ops
+        tuple(caches), norm_cache, head_cache, tokens_shape, x.dtype, config, ops
     )
 
 
@@ -341,7 +343,7 @@ def backward(
 
     Returns:
         grads, of params' type with dL/dw in the place of w, of its shape and dtype; and dL/dimages
-        (B, in_chans, H, W), of the dtype that images had.
+        (B, in_chans, H, W), of the weights' dtype: float16, say, could not hold every gradient.
 
     Raises:
         ArrayTypeError: if an argument is of another type, dlogits are not floats or lie on another
@@ -378,7 +380,7 @@ def backward(
         if i > 0:
             dx = _to_tokens(dmap)  # (B, n_{i-1}, C_{i-1})
     grads = _assemble(params, dstages, dcls_token, dnorm, dhead)
-    return grads, xp.astype(_channels_first(dmap), cache.image_dtype)
+    return grads, _channels_first(dmap)
 
 
 # The pyramid ----------------------------------------------------------------------------------
@@ -422,7 +424,7 @@ def forward_pyramid_with_cache(
     """The feature maps, and the cache for :func:`backward_pyramid`.
 
     What is computed is what :func:`forward_pyramid` computes, with dropout and drop path if there
-    is an rng. Memory grows with depth.
+    is an rng: without one nothing is dropped, whatever rates config has. Memory grows with depth.
 
     Args:
         params: the weights, NumPy or CuPy, float32 or float64; they may lack a classifier.
@@ -454,7 +456,6 @@ def _pyramid(
     ops: Ops | None,
     keep: bool,
 ) -> tuple[list[Array], PyramidCache | None]:
-    image_dtype = getattr(images, "dtype", None)
     images = prepare_images(params, images, config)  # (B, in_chans, H, W)
     ops = choose_ops(ops, images)
     x = _channels_last(images)  # (B, H, W, in_chans)
@@ -468,7 +469,7 @@ def _pyramid(
         caches.append(cache)
     if not keep:
         return maps, None
-    return maps, PyramidCache(tuple(caches), images.shape[0], image_dtype, x.dtype, config, ops)
+    return maps, PyramidCache(tuple(caches), images.shape[0], x.dtype, config, ops)
 
 
 def backward_pyramid(
@@ -495,7 +496,7 @@ def backward_pyramid(
     Returns:
         grads, of params' type with dL/dw in the place of w, of its shape and dtype (zeros for cls
         token, final norm, head and the table's cls row); and dL/dimages (B, in_chans, H, W), of the
-        dtype that images had.
+        weights' dtype.
 
     Raises:
         ArrayTypeError: if an argument is of another type, a map is not of floats or lies on another
@@ -522,7 +523,7 @@ def backward_pyramid(
         )  # (B, H_{i-1}, W_{i-1}, C_{i-1})
         dstages.insert(0, dstage)
     dimages = _channels_first(dbelow)  # (B, in_chans, H, W)
-    return _assemble(params, dstages), array_module(dimages).astype(dimages, cache.image_dtype)
+    return _assemble(params, dstages), dimages
 
 
 # Attention, to look at ------------------------------------------------------------------------

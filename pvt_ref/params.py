@@ -6,19 +6,29 @@ authors' order. What a model lacks is None: sr and norm where R = 1, q and kv bi
 qkv_bias, and cls_token, norm and head in a bare backbone.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from pvt_ref.arrays import FLOAT_DTYPES, Array, array_module, dtype_name, is_array, map_arrays
+from pvt_ref.arrays import (
+    FLOAT_DTYPES,
+    Array,
+    array_module,
+    dtype_name,
+    is_array,
+    map_arrays,
+    named_arrays,
+    short_repr,
+)
 from pvt_ref.block import BlockParams
 from pvt_ref.config import NUM_STAGES, PVTConfig, check_config
-from pvt_ref.errors import ArrayTypeError, CheckpointError
+from pvt_ref.errors import ArrayTypeError, CheckpointError, shown
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.layers.mlp import MLPParams
@@ -38,6 +48,8 @@ class StageParams(NamedTuple):
     patch_embed: PatchEmbedParams
     pos_embed: Array
     blocks: tuple[BlockParams, ...]
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +91,8 @@ class PVTParams:
     block4: tuple[BlockParams, ...]
     norm: LayerNormParams | None
     head: LinearParams | None
+
+    __repr__ = short_repr
 
     def stage(self, i: int) -> StageParams:
         """The weights of one stage.
@@ -225,10 +239,10 @@ def init_params(config: PVTConfig, rng: np.random.Generator, dtype: Any = np.flo
     """
     check_config(config)
     check_rng(rng)
-    try:
-        name = repr(None) if dtype is None else np.dtype(dtype).name
-    except TypeError:  # another library's, or none
-        name = repr(dtype)
+    name = shown(dtype)
+    if dtype is not None:
+        with contextlib.suppress(Exception):  # of several kinds, for what is no dtype of NumPy's
+            name = np.dtype(dtype).name
     if name not in FLOAT_DTYPES:
         raise ArrayTypeError(f"dtype is {name}; parameters are float32 or float64")
     dtype = np.dtype(name)
@@ -277,27 +291,6 @@ def check_params_type(params: object) -> None:
             f"params is a {type(params).__name__}; it must be a PVTParams, from init_params, "
             f"from_state_dict or load(path).params"
         )
-
-
-def named_arrays(tree: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
-    """Key and array of every leaf of a parameter record, in field order.
-
-    Args:
-        tree: a record of parameters or gradients, a tuple of such, or an array; None has no leaves.
-        prefix: of all keys, without a dot at its end.
-
-    Yields:
-        (key, array of its own shape), the array itself, not a copy.
-    """
-    if is_array(tree):
-        yield prefix, tree
-    elif is_dataclass(tree):
-        for field in fields(tree):
-            key = f"{prefix}.{field.name}" if prefix else field.name
-            yield from named_arrays(getattr(tree, field.name), key)
-    elif isinstance(tree, tuple):
-        for index, branch in enumerate(tree):
-            yield from named_arrays(branch, f"{prefix}.{index}")
 
 
 def map_named(f: Callable[[str, Array], Any], tree: Any, prefix: str = "") -> Any:
@@ -381,8 +374,8 @@ def check_keys(state: Mapping[str, Array], config: PVTConfig) -> None:
     for key, x in state.items():
         if not is_array(x):
             raise ArrayTypeError(
-                f"state[{key!r}] is a {type(x).__module__}.{type(x).__name__}; it must be a NumPy "
-                f"or CuPy array. (From a PyTorch tensor: tensor.detach().cpu().numpy())"
+                f"state[{shown(key)}] is a {type(x).__module__}.{type(x).__name__}; it must be a "
+                f"NumPy or CuPy array. (From a PyTorch tensor: tensor.detach().cpu().numpy())"
             )
     problems = [f"missing: {key} {shape}" for key, shape in shapes.items() if key not in state]
     problems += [

@@ -8,7 +8,7 @@ from typing import Any
 from pvt_ref.arrays import FLOAT_DTYPES, Array, dtype_name, is_numpy
 from pvt_ref.block import block_backward, block_forward
 from pvt_ref.config import is_whole
-from pvt_ref.errors import RangeError
+from pvt_ref.errors import RangeError, shown
 from pvt_ref.kernels import (
     attention,
     block,
@@ -97,7 +97,7 @@ def blocked_ops(threads: int | None = None, *, elements: int = 2**18) -> Ops:
     """
     for name, value in (("threads", 1 if threads is None else threads), ("elements", elements)):
         if not is_whole(value) or value < 1:
-            raise RangeError(f"{name} is {value!r}; it must be a whole number, at least 1")
+            raise RangeError(f"{name} is {shown(value)}; it must be a whole number, at least 1")
     blocking = Blocking(threads, elements)
 
     twins: dict[str, Operation] = {}

@@ -3,14 +3,20 @@
 import io
 from collections.abc import Iterable
 
-from rich.box import Box
-from rich.console import Console
-from rich.table import Table
-
 from pvt_ref.cost import Cost, CostItem
+from pvt_ref.errors import printable
 
-#: A rule under the heading and nothing else, in characters that every terminal and file can hold.
-_PLAIN = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+
+def one_line(text: str) -> str:
+    r"""A stranger's name or label as text on one line; see :func:`~pvt_ref.errors.printable`.
+
+    Args:
+        text: a label, a file name, a title.
+
+    Returns:
+        The text, with ``\n`` for a newline and escapes for what a terminal could obey.
+    """
+    return printable(text).replace("\n", r"\n")
 
 
 def text_table(
@@ -18,22 +24,34 @@ def text_table(
 ) -> str:
     """An aligned table; the first column to the left, numbers to the right.
 
+    Cells are shown as text: neither brackets nor control characters in them do anything.
+
     Args:
         columns: headings.
-        rows: cells as text, as many a row as there are columns.
+        rows: cells, as many a row as there are columns.
         total: a last row under a rule.
 
     Returns:
         Lines of ASCII rules and cells, without a newline at the end.
     """
-    table = Table(box=_PLAIN, pad_edge=False, show_edge=False)
-    for index, column in enumerate(columns):
+    from rich.box import Box  # slow to import, and needed only when something is printed
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    def cells(row: Iterable[str]) -> Iterable[Text]:
+        return (Text(one_line(cell)) for cell in row)  # a plain str would be read as markup
+
+    # a rule under the heading and nothing else, in characters that every terminal and file can hold
+    plain = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+    table = Table(box=plain, pad_edge=False, show_edge=False)
+    for index, column in enumerate(cells(columns)):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*cells(row))
     if total is not None:
         table.add_section()
-        table.add_row(*total)
+        table.add_row(*cells(total))
     text = io.StringIO()
     Console(file=text, width=200, color_system=None).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())

@@ -9,7 +9,7 @@ from typing import Any
 from pvt_ref.arrays import Array, synchronize
 from pvt_ref.boundary import choose_ops
 from pvt_ref.config import NUM_STAGES, PVTConfig, check_config, is_whole
-from pvt_ref.errors import RangeError
+from pvt_ref.errors import RangeError, shown
 from pvt_ref.model import forward, forward_pyramid
 from pvt_ref.ops import Ops
 from pvt_ref.params import PVTParams
@@ -41,7 +41,7 @@ def time_stages(
         ShapeError: as :func:`pvt_ref.forward`.
     """
     if not is_whole(repeats) or repeats < 1:
-        raise RangeError(f"repeats is {repeats!r}; it must be a whole number, at least 1")
+        raise RangeError(f"repeats is {shown(repeats)}; it must be a whole number, at least 1")
     check_config(config)
     ops = choose_ops(ops, images)
     ends: list[float] = []  # when each block was done

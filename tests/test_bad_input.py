@@ -176,13 +176,20 @@ def test_text_and_dates(dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.longdouble])
-def test_images_of_other_float_dtypes_are_cast_and_get_gradients_of_their_own(dtype):
+def test_images_of_other_float_dtypes_are_cast_and_get_gradients_of_the_weights(dtype):
     images = IMAGES.astype(dtype)
     logits, cache = pvt_ref.forward_with_cache(PARAMS, images, SMALL)
     expected = pvt_ref.forward(PARAMS, images.astype(np.float64), SMALL)
     np.testing.assert_array_equal(logits, expected)
-    _, dimages = pvt_ref.backward(PARAMS, cache, logits, SMALL)
-    assert dimages.dtype == dtype
+    # larger than float16 can hold: in the images' own dtype they would be infinite
+    _, dimages = pvt_ref.backward(PARAMS, cache, 1e6 * logits, SMALL)
+    assert dimages.dtype == np.float64
+    assert np.abs(dimages).max() > 65504
+    assert np.isfinite(dimages).all()
+    maps, cache = pvt_ref.forward_pyramid_with_cache(PARAMS, images, SMALL)
+    _, dimages = pvt_ref.backward_pyramid(PARAMS, cache, [1e6 * x for x in maps], SMALL)
+    assert dimages.dtype == np.float64
+    assert np.abs(dimages).max() > 65504
 
 
 def test_foreign_byte_order():

@@ -86,7 +86,7 @@ def test_convert_takes_the_eps_that_no_file_tells(capsys, tmp_path):
         (["--eps", "1e-6", "1e-5"], (1e-6, 1e-5)),
     ):
         target = tmp_path / "b.safetensors"
-        assert run(capsys, "convert", str(source), str(target), *given)[0] == 0
+        assert run(capsys, "convert", "--force", str(source), str(target), *given)[0] == 0
         found = pvt_ref.load(target).config
         assert (found.norm_eps, found.projection_norm_eps) == expected
 

@@ -597,9 +597,9 @@ def save(path: str | os.PathLike[str], model: Model, dtype: str | None = None) -
 
 def _narrow(path: Path, state: dict[str, np.ndarray], dtype: Any) -> dict[str, np.ndarray]:
     """Every array as float16, once it is sure that none overflows."""
-    if dtype != "float16":
+    if not isinstance(dtype, str) or dtype != "float16":
         raise ArrayTypeError(
-            f"dtype is {dtype!r}; files hold the weights as they are (None) or as 'float16'"
+            f"dtype is {shown(dtype)}; files hold the weights as they are (None) or as 'float16'"
         )
     largest = float(np.finfo(np.float16).max)
     for key, x in state.items():

@@ -20,7 +20,7 @@ from pvt_ref.checkpoint.key_maps import (
 )
 from pvt_ref.checkpoint.pickles import Record, whole_object
 from pvt_ref.checkpoint.stated import Stated
-from pvt_ref.config import NUM_STAGES, VARIANTS, PVTConfig
+from pvt_ref.config import NUM_STAGES, VARIANTS, PVTConfig, describe
 from pvt_ref.errors import CheckpointError, ConfigError, shown
 
 READABLE_DTYPES = ("float16", "bfloat16", *FLOAT_DTYPES)
@@ -48,18 +48,6 @@ _ENDINGS = tuple(_LAYOUT_OF)
 _COUNTERS = ("total_ops", "total_params", "num_batches_tracked")
 
 _MAX_LINES = 20  # of a list of problems
-
-#: Fields without which two models compute the same thing, or which the file determines.
-_NOT_STRUCTURE = (
-    "img_size",
-    "in_chans",
-    "num_classes",
-    "norm_eps",
-    "projection_norm_eps",
-    "drop_rate",
-    "attn_drop_rate",
-    "drop_path_rate",
-)
 
 LAYOUTS_READ = (
     "the authors' .pth files, training checkpoints, Hugging Face PvtForImageClassification and "
@@ -533,26 +521,3 @@ def _read_off(shapes: Mapping[str, Shape], layout: Layout) -> str:
         return ""
     text = ", ".join(f"{name}={value}" for name, value in fields.items())
     return f"Its shapes show PVTConfig({text}, num_heads=unknown). "
-
-
-def describe(config: PVTConfig) -> str:
-    """A configuration in a few words: ``pvt_tiny, 1000 classes, 224 px``.
-
-    Args:
-        config: the configuration.
-
-    Returns:
-        Name of the variant (or that it is none), classes, image size in pixels, and channels if
-        they are not 3.
-    """
-    name = "custom configuration"
-    for candidate, variant in VARIANTS.items():
-        same = {field: getattr(config, field) for field in _NOT_STRUCTURE}
-        try:
-            if dataclasses.replace(variant, **same) == config:
-                name = candidate
-        except ConfigError:
-            continue  # the variant cannot have that image size
-    head = f"{config.num_classes} classes" if config.has_classifier else "no classifier"
-    channels = "" if config.in_chans == 3 else f", in_chans={config.in_chans}"
-    return f"{name}, {head}, {config.img_size} px{channels}"

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pvt_ref.arrays import short_repr
 from pvt_ref.kernels.blocking import Blocking, by_group, cut
 from pvt_ref.kernels.linear import ones
 from pvt_ref.kernels.threads import Scratch
@@ -122,6 +123,8 @@ class AttentionCache:
     k: np.ndarray  # (B, N, m, d)
     v: np.ndarray  # (B, N, m, d)
     scale: float
+
+    __repr__ = short_repr
 
 
 def attention_forward(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import pvt_ref.block as readable
+from pvt_ref.arrays import short_repr
 from pvt_ref.block import BlockParams
 from pvt_ref.config import StageConfig
 from pvt_ref.kernels.attention import attend_backward_rows, attend_rows
@@ -69,6 +70,8 @@ class RowsCache:
     norm2: LayerNormCache
     hidden: HiddenCache
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeysCache:
@@ -81,6 +84,8 @@ class KeysCache:
 
     embedded: EmbeddedCache | None  # of the spatial reduction; None if R = 1
     reduced: np.ndarray  # (B*m, C), SR(norm1(x)): keys and values are made of it
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,6 +109,8 @@ class BlockCache:
     kv: np.ndarray  # (B*m, 2C)
     gain1: np.ndarray | None  # (B, 1, 1), what drop path multiplied by; None if nothing
     gain2: np.ndarray | None
+
+    __repr__ = short_repr
 
 
 def _empty_caches(
@@ -341,6 +348,8 @@ class _RowGradients:
     dfc2: np.ndarray  # (B*n, C), of fc2's result; dy itself where nothing was dropped
     dhidden: np.ndarray  # (B*n, E*C), of fc1's result
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _RowSums:
@@ -352,6 +361,8 @@ class _RowSums:
     q: np.ndarray  # (C,)
     norm2: LayerNormParams
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _KeySums:
@@ -361,6 +372,8 @@ class _KeySums:
     sr: np.ndarray  # (C,)
     sr_norm: LayerNormParams
     norm1: LayerNormParams
+
+    __repr__ = short_repr
 
 
 def block_backward(

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.special
 
+from pvt_ref.arrays import short_repr
 from pvt_ref.kernels.blocking import Blocking
 from pvt_ref.kernels.threads import Scratch
 
@@ -58,6 +58,8 @@ def gelu_rows(x: np.ndarray, scratch: Scratch, slope: np.ndarray | None = None) 
             np.multiply(cdf, x, cdf)
             np.tanh(cdf, cdf)
         else:
+            import scipy.special  # slow to import, and float32 does without
+
             np.multiply(x, root_half, cdf)
             scipy.special.erf(cdf, cdf)
         # Phi(x)
@@ -81,6 +83,8 @@ class GeluCache:
     """
 
     slope: np.ndarray  # (...)
+
+    __repr__ = short_repr
 
 
 def gelu_forward(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pvt_ref.arrays import short_repr
 from pvt_ref.kernels.blocking import Blocking
 from pvt_ref.kernels.linear import add_up, column_sums, ones
 from pvt_ref.kernels.threads import Scratch
@@ -21,6 +22,8 @@ class LayerNormCache:
 
     x_hat: np.ndarray  # (rows, C)
     rstd: np.ndarray  # (rows, 1)
+
+    __repr__ = short_repr
 
 
 def empty_layer_norm_cache(rows: int, C: int, dtype: np.dtype) -> LayerNormCache:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pvt_ref.arrays import short_repr
 from pvt_ref.kernels.blocking import Blocking, cut, share_columns
 from pvt_ref.kernels.threads import Scratch
 from pvt_ref.layers.linear import LinearParams
@@ -145,6 +146,8 @@ class LinearCache:
     """
 
     x: np.ndarray  # (..., C_in)
+
+    __repr__ = short_repr
 
 
 def linear_forward(

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from pvt_ref.arrays import short_repr
 from pvt_ref.kernels.blocking import Blocking, share_columns
 from pvt_ref.kernels.gelu import gelu_rows
 from pvt_ref.kernels.linear import (
@@ -33,6 +34,8 @@ class HiddenCache:
 
     y: np.ndarray  # (rows, E*C), after GELU: fc2's weight needs it
     slope: np.ndarray  # (rows, E*C), the derivative of GELU
+
+    __repr__ = short_repr
 
 
 def empty_hidden(p: MLPParams, rows: int, dtype: np.dtype) -> HiddenCache:
@@ -129,6 +132,8 @@ class MLPCache:
 
     x: np.ndarray  # (rows, C)
     hidden: HiddenCache
+
+    __repr__ = short_repr
 
 
 def mlp_forward(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pvt_ref.arrays import short_repr
 from pvt_ref.kernels.blocking import Blocking, by_group
 from pvt_ref.kernels.layer_norm import (
     LayerNormCache,
@@ -38,6 +39,8 @@ class EmbeddedCache:
 
     blocks: np.ndarray  # (n, P*P*C_in)
     norm: LayerNormCache
+
+    __repr__ = short_repr
 
 
 def empty_embedded_cache(n: int, width: int, C_out: int, dtype: np.dtype) -> EmbeddedCache:
@@ -150,6 +153,8 @@ class PatchEmbedCache:
 
     embedded: EmbeddedCache
     map_shape: tuple[int, ...]  # (B, H, W, C_in)
+
+    __repr__ = short_repr
 
 
 def patch_embed_forward(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pvt_ref.arrays import short_repr
 from pvt_ref.kernels.blocking import Blocking
 from pvt_ref.kernels.threads import Scratch
 
@@ -17,6 +18,8 @@ class SoftmaxCache:
     """
 
     y: np.ndarray  # (..., m)
+
+    __repr__ = short_repr
 
 
 def softmax_forward(

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from pvt_ref.arrays import Array, array_module
+from pvt_ref.arrays import Array, array_module, short_repr
 from pvt_ref.ops import Ops
 
 
@@ -30,6 +30,8 @@ class AttentionCache:
     weights: Array  # (B, N, n, m), after dropout: dv needs them
     softmax: Any
     drop: Any  # None if nothing was dropped
+
+    __repr__ = short_repr
 
 
 def attention_weights(q: Array, k: Array, scale: float, ops: Ops) -> Array:

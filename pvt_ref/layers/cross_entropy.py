@@ -4,6 +4,7 @@ Label smoothing is that of Szegedy et al. 2016 (arXiv 1512.00567, section 7).
 """
 
 from numbers import Real
+from typing import Any
 
 import numpy as np
 
@@ -17,11 +18,17 @@ from pvt_ref.arrays import (
     library_and_dtype,
     same_library,
 )
-from pvt_ref.errors import ArrayTypeError, RangeError, ShapeError
+from pvt_ref.config import is_whole
+from pvt_ref.errors import ArrayTypeError, RangeError, ShapeError, shown
 
 
 def cross_entropy(
-    logits: Array, targets: Array, label_smoothing: float = 0.0, reduction: str = "mean"
+    logits: Array,
+    targets: Array,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    *,
+    ignore_index: int | None = None,
 ) -> tuple[Array, Array]:
     """Loss and its gradient together, since they share the softmax.
 
@@ -32,28 +39,34 @@ def cross_entropy(
         dL/dlogits_j = -1/B sum_k t_k (1[k = j] - p_j)
                      =  1/B (p_j sum_k t_k - t_j)         (p - t) / B if t sums to 1
 
-    where 1/B is left out if reduction is "sum".
+    where 1/B is left out if reduction is "sum". In a map of logits every cell is a sample of its
+    own, so B H W stands for B. Samples with the label ignore_index are not counted in B and add
+    nothing to L; if there are no others, L and its gradient are 0 (PyTorch's mean is NaN there).
 
     Args:
-        logits: (B, K) float32 or float64.
-        targets: (B,) integers in [0, K), or (B, K) floats, a distribution a row (mixup).
+        logits: (B, K) float32 or float64; or maps (B, K, H, W).
+        targets: (B,) integers in [0, K), or (B, K) floats, a distribution a row (mixup); for maps
+            (B, H, W) or (B, K, H, W).
         label_smoothing: s in [0, 1].
-        reduction: ``"mean"`` over the batch, or ``"sum"``.
+        reduction: ``"mean"`` over the samples, or ``"sum"``.
+        ignore_index: a label to leave out, such as 255 or -100; None leaves out none.
 
     Returns:
-        loss, a scalar array, and dlogits (B, K), both of the logits' dtype.
+        loss, a scalar array, and dlogits, (B, K) or (B, K, H, W), both of the logits' dtype.
 
     Raises:
         ArrayTypeError: if logits or targets are no arrays, have another dtype, or lie on different
             devices.
-        ShapeError: if logits are not (B, K) or are empty, or targets do not have their shape.
-        RangeError: for a label outside [0, K), an s outside [0, 1], or another reduction.
+        ShapeError: if logits are neither (B, K) nor (B, K, H, W), or are empty, or targets do not
+            have their shape.
+        RangeError: for a label outside [0, K), an s outside [0, 1], another reduction, or an
+            ignore_index that is no whole number or comes with targets that are no labels.
     """
     xp = array_module(logits)
-    t = _distribution(logits, targets, label_smoothing)  # (B, K)
-    if reduction not in ("mean", "sum"):
-        raise RangeError(f"reduction is {reduction!r}; it must be 'mean' or 'sum'")
-    share = 1 / logits.shape[0] if reduction == "mean" else 1.0
+    _check(logits, label_smoothing, reduction, ignore_index)
+    shape, logits = logits.shape, _to_rows(logits)  # (B, K), a row a sample
+    t, counted = _distribution(shape, logits, targets, float(label_smoothing), ignore_index)
+    share = 1 / max(counted, 1) if reduction == "mean" else 1.0
     shifted = logits - xp.max(logits, axis=-1, keepdims=True)  # (B, K)
     p = xp.exp(shifted)  # (B, K), not yet divided by its sum
     total = xp.sum(p, axis=-1, keepdims=True)  # (B, 1)
@@ -63,22 +76,60 @@ def cross_entropy(
     loss = -xp.sum(t * log_p) * share  # ()
     # d log_p_k / d logits_j = 1[j = k] - p_j
     dlogits = (p * xp.sum(t, axis=-1, keepdims=True) - t) * share  # (B, K)
-    return loss, dlogits
+    return loss, _from_rows(dlogits, shape)
 
 
-def _distribution(logits: Array, targets: Array, smoothing: float) -> Array:
-    """Checked and smoothed targets (B, K)."""
+def _to_rows(x: Array) -> Array:
+    """(B, K) as it is; a map (B, K, H, W) as (B H W, K)."""
+    if x.ndim == 2:
+        return x
+    xp = array_module(x)
+    return xp.reshape(xp.permute_dims(x, (0, 2, 3, 1)), (-1, x.shape[1]))  # (B H W, K)
+
+
+def _from_rows(rows: Array, shape: tuple[int, ...]) -> Array:
+    """The inverse of :func:`_to_rows`, to an array of that shape."""
+    if len(shape) == 2:
+        return rows
+    xp = array_module(rows)
+    B, K, H, W = shape
+    return xp.permute_dims(xp.reshape(rows, (B, H, W, K)), (0, 3, 1, 2))  # (B, K, H, W)
+
+
+def _check(logits: Array, smoothing: Any, reduction: Any, ignore_index: Any) -> None:
     if dtype_name(logits) not in FLOAT_DTYPES:
         raise ArrayTypeError(f"logits have dtype {logits.dtype}; they must be float32 or float64")
-    if logits.ndim != 2 or 0 in logits.shape:
-        raise ShapeError(f"logits have shape {tuple(logits.shape)}; they must be (B, K), not empty")
-    if not isinstance(smoothing, Real) or not 0 <= smoothing <= 1:
-        raise RangeError(f"label_smoothing is {smoothing!r}; it must be in [0, 1]")
-    B, K = logits.shape
+    if logits.ndim not in (2, 4) or 0 in logits.shape:
+        raise ShapeError(
+            f"logits have shape {tuple(logits.shape)}; they must be (B, K), not empty, or maps "
+            f"(B, K, H, W)"
+        )
+    if not isinstance(smoothing, Real) or not 0 <= smoothing <= 1:  # type: ignore[operator]
+        raise RangeError(f"label_smoothing is {shown(smoothing)}; it must be in [0, 1]")
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
+        raise RangeError(f"reduction is {shown(reduction)}; it must be 'mean' or 'sum'")
+    if ignore_index is not None and not is_whole(ignore_index):
+        raise RangeError(
+            f"ignore_index is {shown(ignore_index)}; it must be a whole number or None"
+        )
+
+
+def _distribution(
+    shape: tuple[int, ...],
+    logits: Array,
+    targets: Array,
+    smoothing: float,
+    ignore_index: int | None,
+) -> tuple[Array, int]:
+    """Checked and smoothed targets (B, K), and how many rows of logits (B, K) count."""
+    shape = tuple(shape)
+    cells = (shape[0], *shape[2:])  # (B,) or (B, H, W)
+    count, K = logits.shape
     if not is_array(targets):
         raise ArrayTypeError(
             f"targets are a {type(targets).__name__}; they must be an array: (B,) integer labels "
-            f"or (B, K) floats. numpy.asarray(targets) makes one of numbers"
+            f"or (B, K) floats, for maps (B, H, W) or (B, K, H, W). numpy.asarray(targets) makes "
+            f"one of numbers"
         )
     if not same_library(logits, targets):
         raise ArrayTypeError(
@@ -86,32 +137,51 @@ def _distribution(logits: Array, targets: Array, smoothing: float) -> Array:
             f"both must lie on one device. Move one with to_device or to_numpy"
         )
     xp = array_module(logits)
-    if xp.isdtype(targets.dtype, "integral"):
-        if tuple(targets.shape) != (B,):
+    if xp.isdtype(targets.dtype, "real floating"):
+        if tuple(targets.shape) != shape:
             raise ShapeError(
-                f"integer targets have shape {tuple(targets.shape)}; for logits {(B, K)} they "
-                f"must be ({B},), one label a sample"
-            )
-        low, high = int(xp.min(targets)), int(xp.max(targets))
-        if low < 0 or high >= K:
-            raise RangeError(
-                f"labels run from {low} to {high}, but logits {(B, K)} know classes 0 to {K - 1}. "
-                f"Is the label one-based, or num_classes of another data set?"
-            )
-        labels = xp.expand_dims(xp.astype(targets, xp.int64), axis=-1)  # (B, 1)
-        t = xp.astype(labels == from_host(np.arange(K), like=logits), logits.dtype)  # one-hot
-    elif xp.isdtype(targets.dtype, "real floating"):
-        if tuple(targets.shape) != (B, K):
-            raise ShapeError(
-                f"soft targets have shape {tuple(targets.shape)}; for logits {(B, K)} they must "
+                f"soft targets have shape {tuple(targets.shape)}; for logits {shape} they must "
                 f"be the same, a distribution a row"
             )
+        if ignore_index is not None:
+            raise RangeError(
+                f"ignore_index is {ignore_index}, and the targets are no labels but distributions. "
+                f"A row of zeros ignores a sample; divide by the count yourself (reduction='sum')"
+            )
         t = xp.astype(targets, logits.dtype)
-    else:
+        return _smooth(_to_rows(t), smoothing), count
+    if not xp.isdtype(targets.dtype, "integral"):
         raise ArrayTypeError(
-            f"targets have dtype {targets.dtype}; they must be integer labels (B,) or floats (B, K)"
+            f"targets have dtype {targets.dtype}; they must be integer labels (B,) or floats "
+            f"(B, K), for maps (B, H, W) or (B, K, H, W)"
         )
-    if smoothing == 0.0:
-        return t
-    smoothing = float(smoothing)  # a NumPy double would widen float32
-    return t * (1 - smoothing) + smoothing / K
+    if tuple(targets.shape) != cells:
+        raise ShapeError(
+            f"integer targets have shape {tuple(targets.shape)}; for logits {shape} they must be "
+            f"{cells}, one label a sample"
+        )
+    labels = xp.reshape(targets, (-1, 1))  # (B, 1)
+    ignored = None
+    limits = xp.iinfo(labels.dtype)
+    if ignore_index is not None and limits.min <= ignore_index <= limits.max:
+        ignored = labels == int(ignore_index)  # (B, 1)
+        labels = xp.where(ignored, xp.zeros_like(labels), labels)  # any class: its row is cleared
+        count -= int(xp.sum(xp.astype(ignored, xp.int64)))
+    low, high = int(xp.min(labels)), int(xp.max(labels))
+    if low < 0 or high >= K:
+        raise RangeError(
+            f"labels run from {low} to {high}, but logits {shape} know classes 0 to {K - 1}. Is "
+            f"the label one-based, num_classes of another data set, or a label to be left out "
+            f"(ignore_index)?"
+        )
+    labels = xp.astype(labels, xp.int64)
+    t = xp.astype(labels == from_host(np.arange(K), like=logits), logits.dtype)  # one-hot
+    t = _smooth(t, smoothing)
+    if ignored is not None:
+        t = xp.where(ignored, xp.zeros_like(t), t)
+    return t, count
+
+
+def _smooth(t: Array, smoothing: float) -> Array:
+    """(1 - s) t + s / K."""
+    return t if smoothing == 0.0 else t * (1 - smoothing) + smoothing / t.shape[-1]

@@ -4,14 +4,15 @@ Dropout: Journal of Machine Learning Research 15, 1929-1958. Drop path: arXiv 16
 
 Both multiply by a random mask of 0 and 1/(1 - rate), so that the expectation is the input. Masks
 are drawn on the host from a NumPy generator: one seed gives the same masks on every device and for
-every dtype.
+every dtype. Without a generator nothing is dropped, whatever the rate: there is no other switch
+between training and inference.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from pvt_ref.arrays import Array, array_module, from_host
+from pvt_ref.arrays import Array, array_module, from_host, short_repr
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,6 +26,8 @@ class DropCache:
 
     mask: Array  # bool, x's shape (dropout) or (B, 1, ..., 1) (drop path): dy goes where x went
     gain: float  # 1 / (1 - rate)
+
+    __repr__ = short_repr
 
 
 def dropout_forward(

@@ -8,7 +8,7 @@ The popular tanh form is off by up to 5e-4, and PVT was trained with the exact o
 import math
 from dataclasses import dataclass
 
-from pvt_ref.arrays import Array, array_module, erf
+from pvt_ref.arrays import Array, array_module, erf, short_repr
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,6 +22,8 @@ class GeluCache:
 
     x: Array  # (...), its density is made from it
     cdf: Array  # (...), Phi(x): not worth a second error function
+
+    __repr__ = short_repr
 
 
 def gelu_forward(x: Array, keep: bool = True) -> tuple[Array, GeluCache | None]:

@@ -5,7 +5,7 @@ The variance is the mean of the squares, with ddof 0.
 
 from dataclasses import dataclass
 
-from pvt_ref.arrays import Array, array_module, sum_in_float64
+from pvt_ref.arrays import Array, array_module, short_repr, sum_in_float64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,6 +20,8 @@ class LayerNormParams:
     weight: Array  # (C,)
     bias: Array  # (C,)
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerNormCache:
@@ -32,6 +34,8 @@ class LayerNormCache:
 
     x_hat: Array  # (..., C), the normalised tokens: dweight needs them, and so does dx
     rstd: Array  # (..., 1), 1 / sqrt(variance + eps): dx is divided by the spread
+
+    __repr__ = short_repr
 
 
 def layer_norm_forward(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pvt_ref.arrays import Array, array_module, sum_in_float64
+from pvt_ref.arrays import Array, array_module, short_repr, sum_in_float64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -19,6 +19,8 @@ class LinearParams:
     weight: Array  # (C_out, C_in)
     bias: Array | None  # (C_out,)
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearCache:
@@ -29,6 +31,8 @@ class LinearCache:
     """
 
     x: Array  # (..., C_in), dW needs it
+
+    __repr__ = short_repr
 
 
 def linear_forward(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pvt_ref.arrays import Array
+from pvt_ref.arrays import Array, short_repr
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.ops import Ops
 
@@ -24,6 +24,8 @@ class MLPParams:
 
     fc1: LinearParams  # (E*C, C)
     fc2: LinearParams  # (C, E*C)
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +45,8 @@ class MLPCache:
     drop1: Any
     fc2: Any
     drop2: Any
+
+    __repr__ = short_repr
 
 
 def mlp_forward(

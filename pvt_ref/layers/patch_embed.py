@@ -8,7 +8,7 @@ reduction (eq. 3) is the same operation with R for P, and uses this file.
 from dataclasses import dataclass
 from typing import Any
 
-from pvt_ref.arrays import Array, array_module
+from pvt_ref.arrays import Array, array_module, short_repr
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.ops import Ops
@@ -26,6 +26,8 @@ class PatchEmbedParams:
     proj: LinearParams  # weight (C_out, C_in, P, P), bias (C_out,)
     norm: LayerNormParams  # (C_out,)
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PatchEmbedCache:
@@ -40,6 +42,8 @@ class PatchEmbedCache:
     linear: Any
     norm: Any
     grid: tuple[int, int]  # (H / P, W / P): where the blocks go back to
+
+    __repr__ = short_repr
 
 
 def patchify(x: Array, P: int) -> Array:

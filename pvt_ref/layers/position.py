@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pvt_ref.arrays import Array, array_module, from_host, sum_in_float64
+from pvt_ref.arrays import Array, array_module, from_host, short_repr, sum_in_float64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,6 +27,8 @@ class PositionCache:
     grid: tuple[int, int]  # of the tokens, (H_i, W_i): the resizing's matrices follow from both
     table_grid: tuple[int, int]  # of the table
     cls: bool  # whether the first token is the cls token, whose row is not resized
+
+    __repr__ = short_repr
 
 
 def resize_matrix(out_size: int, in_size: int) -> np.ndarray:

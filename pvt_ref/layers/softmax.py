@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pvt_ref.arrays import Array, array_module
+from pvt_ref.arrays import Array, array_module, short_repr
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -14,6 +14,8 @@ class SoftmaxCache:
     """
 
     y: Array  # (..., m), the result: all that the derivative needs
+
+    __repr__ = short_repr
 
 
 def softmax_forward(x: Array, keep: bool = True) -> tuple[Array, SoftmaxCache | None]:

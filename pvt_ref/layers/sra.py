@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pvt_ref.arrays import Array, array_module
+from pvt_ref.arrays import Array, array_module, short_repr
 from pvt_ref.config import StageConfig
 from pvt_ref.layers.attention import attention_weights
 from pvt_ref.layers.layer_norm import LayerNormParams
@@ -37,6 +37,8 @@ class SRAParams:
     sr: LinearParams | None  # (C, C, R, R), W^S; None if R = 1
     norm: LayerNormParams | None  # (C,); None if R = 1
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SRACache:
@@ -57,6 +59,8 @@ class SRACache:
     attention: Any
     proj: Any
     drop: Any  # of y; None if nothing was dropped
+
+    __repr__ = short_repr
 
 
 def split_heads(x: Array, N: int) -> Array:

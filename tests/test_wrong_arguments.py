@@ -1,0 +1,274 @@
+"""Whatever stands in the place of an argument, what comes out is an answer or this project's error.
+
+Every function and method that `import pvt_ref` gives is called with good arguments, of which one at
+a time is replaced by each of a catalogue of things that people type or pass on by mistake.
+"""
+
+import inspect
+import math
+from dataclasses import replace
+from typing import Any
+
+import array_api_strict
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from strategies import normal, random_params, rng_of
+
+import pvt_ref
+from pvt_ref import VARIANTS, VITS, Model, ModelInfo, Preprocessing, PVTError
+from pvt_ref.timing import time_stages
+
+SMALL = replace(
+    VARIANTS["pvt_tiny"],
+    img_size=32,
+    num_classes=5,
+    embed_dims=(4, 8, 4, 8),
+    num_heads=(1, 2, 1, 2),
+    mlp_ratios=(1, 1, 1, 1),
+    depths=(1, 1, 1, 1),
+)
+PARAMS = random_params(SMALL, 1)
+MODEL = Model(PARAMS, SMALL)
+IMAGES = normal(1, 1, 3, 32, 32)
+LOGITS, CACHE = pvt_ref.forward_with_cache(PARAMS, IMAGES, SMALL)
+MAPS, PYRAMID_CACHE = pvt_ref.forward_pyramid_with_cache(PARAMS, IMAGES, SMALL)
+PICTURE = Image.new("RGB", (40, 40), "red")
+
+WRONG: dict[str, Any] = {
+    "none": None,
+    "zero": 0,
+    "five": 5,
+    "minus one": -1,
+    "half": 0.5,
+    "true": True,
+    "huge": 10**30,
+    "enormous": 10**5000,
+    "minus huge": -(10**30),
+    "nan": math.nan,
+    "infinity": math.inf,
+    "complex": 1j,
+    "numpy scalar": np.float64(0.5),
+    "numpy bool": np.True_,
+    "text": "x",
+    "no text": "",
+    "long text": "x" * 100_000,
+    "nul text": "a\0b",
+    "surrogate": "a\udc80b",
+    "variant": "pvt_tiny",
+    "bytes": b"x",
+    "list": [],
+    "list of none": [None],
+    "nested list": [[1, 2], [3]],
+    "list of texts": ["a", "b"],
+    "four numbers": (1, 2, 3, 4),
+    "tuple": (),
+    "pair": (32, "x"),
+    "dict": {},
+    "dict of numbers": {"a": 1, 2: 3},
+    "set": {1, 2},
+    "range": range(3),
+    "generator": (x for x in ()),
+    "object": object(),
+    "class": int,
+    "function": len,
+    "module": np,
+    "0-d array": np.array(1.0),
+    "empty array": np.array([]),
+    "array": np.ones((2, 3)),
+    "pixels": np.zeros((4, 4, 3), np.uint8),
+    "unnormalised": np.linspace(0, 1, 3072).reshape(1, 3, 32, 32),
+    "array of text": np.array(["a", "b"]),
+    "object array": np.array([None, 1], dtype=object),
+    "bool array": np.ones((1, 3, 32, 32), bool),
+    "dates": np.zeros(3, "M8[s]"),
+    "structured": np.zeros(3, [("a", "f4")]),
+    "half array": np.full((1, 3, 32, 32), 1e-4, np.float16),
+    "infinite array": np.full((1, 3, 32, 32), np.inf),
+    "masked": np.ma.masked_array(np.ones((1, 3, 32, 32))),
+    "masked pixels": np.ma.masked_array(np.ones((4, 4, 3), np.uint8)),
+    "tensor": torch.zeros(1, 3, 32, 32),
+    "0-d tensor": torch.tensor(1),
+    "tensor with gradient": torch.zeros(5, requires_grad=True),
+    "list of tensors": [torch.zeros(3, 32, 32)],
+    "another library": array_api_strict.ones((1, 3, 32, 32)),
+    "picture": PICTURE,
+    "dtype": np.dtype("float32"),
+    "config": SMALL,
+    "vit": VITS["deit_s_16"],
+    "params": PARAMS,
+    "model": MODEL,
+    "cache": CACHE,
+    "pyramid cache": PYRAMID_CACHE,
+    "ops": pvt_ref.REFERENCE,
+    "rng": np.random.default_rng(0),
+    "old rng": np.random.RandomState(0),
+}
+
+
+def consumed(function):
+    """The function, whose iterator is read to its end."""
+
+    def call(*args, **kwargs):
+        return list(function(*args, **kwargs))
+
+    call.__signature__ = inspect.signature(function)
+    return call
+
+
+def cases(tmp_path) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """By name: what is called, and good arguments."""
+    net = {"params": PARAMS, "images": IMAGES, "config": SMALL, "ops": None}
+    file = str(tmp_path / "model.safetensors")
+    pvt_ref.save(file, MODEL)
+    photo = str(tmp_path / "photo.png")
+    PICTURE.save(photo)
+    vit = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6, "mlp_ratio": 4}
+    vit |= {"img_size": 224, "in_chans": 3, "num_classes": 1000}
+    config = {
+        name: getattr(SMALL, name) for name in inspect.signature(pvt_ref.PVTConfig).parameters
+    }
+    info = {"title": "", "classes": (), "preprocessing": Preprocessing(), "training": {}}
+    return {
+        "Model": (Model, {"params": PARAMS, "config": SMALL, "source": "", "info": ModelInfo()}),
+        "Model.__call__": (MODEL, {"images": IMAGES, "ops": None}),
+        "Model.preprocess": (MODEL.preprocess, {"images": PICTURE, "size": 32}),
+        "Model.predict": (MODEL.predict, {"images": [PICTURE], "top": 2, "size": 32}),
+        "Model.predict of floats": (MODEL.predict, {"images": IMAGES, "top": 2}),
+        "Model.predict_each": (
+            consumed(MODEL.predict_each),
+            {"images": [PICTURE], "top": 2, "size": 32},
+        ),
+        "Model.pyramid": (MODEL.pyramid, {"images": IMAGES, "ops": None}),
+        "Model.summary": (MODEL.summary, {"size": 32}),
+        "ModelInfo": (ModelInfo, info),
+        "PVTConfig": (pvt_ref.PVTConfig, config),
+        "PVTConfig.stage": (SMALL.stage, {"i": 1}),
+        "PVTConfig.grids": (SMALL.grids, {"height": 32, "width": 32}),
+        "Preprocessing": (
+            Preprocessing,
+            {"mode": "RGB", "mean": (0.5, 0.5, 0.5), "std": (1.0, 1.0, 1.0)},
+        ),
+        "ViTConfig": (pvt_ref.ViTConfig, vit),
+        "attention_maps": (pvt_ref.attention_maps, {**net, "stages": (1, 4)}),
+        "backward": (
+            pvt_ref.backward,
+            {"params": PARAMS, "cache": CACHE, "dlogits": LOGITS, "config": SMALL, "ops": None},
+        ),
+        "backward_pyramid": (
+            pvt_ref.backward_pyramid,
+            {
+                "params": PARAMS,
+                "cache": PYRAMID_CACHE,
+                "dmaps": MAPS,
+                "config": SMALL,
+                "ops": None,
+            },
+        ),
+        "blocked_ops": (pvt_ref.blocked_ops, {"threads": 1, "elements": 1000}),
+        "count_cost": (
+            pvt_ref.count_cost,
+            {"config": SMALL, "size": 32, "batch": 1, "dtype": "float32", "pyramid": False},
+        ),
+        "Cost.of_stage": (pvt_ref.count_cost(SMALL).of_stage, {"stage": 1}),
+        "cross_entropy": (
+            pvt_ref.cross_entropy,
+            {
+                "logits": LOGITS,
+                "targets": np.array([1]),
+                "label_smoothing": 0.1,
+                "reduction": "mean",
+                "ignore_index": None,
+            },
+        ),
+        "forward": (pvt_ref.forward, net),
+        "forward_pyramid": (pvt_ref.forward_pyramid, net),
+        "forward_pyramid_with_cache": (
+            pvt_ref.forward_pyramid_with_cache,
+            {**net, "rng": None},
+        ),
+        "forward_with_cache": (pvt_ref.forward_with_cache, {**net, "rng": None}),
+        "from_state_dict": (
+            pvt_ref.from_state_dict,
+            {"state": pvt_ref.to_state_dict(PARAMS), "config": SMALL},
+        ),
+        "init_params": (
+            pvt_ref.init_params,
+            {"config": SMALL, "rng": rng_of(0), "dtype": "float32"},
+        ),
+        "load": (pvt_ref.load, {"name": file, "config": None, "eps": None, "mirror": None}),
+        "load_image": (pvt_ref.load_image, {"source": photo, "size": 32}),
+        "normalize": (pvt_ref.normalize, {"pixels": np.zeros((4, 4, 3), np.uint8)}),
+        "pad_to_multiple": (pvt_ref.pad_to_multiple, {"images": IMAGES, "multiple": 32}),
+        "preprocess": (pvt_ref.preprocess, {"images": [PICTURE], "size": 32}),
+        "save": (
+            pvt_ref.save,
+            {"path": str(tmp_path / "saved.safetensors"), "model": MODEL, "dtype": None},
+        ),
+        "time_stages": (time_stages, {**net, "repeats": 1}),
+        "to_device": (pvt_ref.to_device, {"tree": PARAMS, "device": "cpu"}),
+        "to_numpy": (pvt_ref.to_numpy, {"tree": PARAMS}),
+        "to_state_dict": (pvt_ref.to_state_dict, {"params": PARAMS}),
+        "with_channels": (pvt_ref.with_channels, {"model": MODEL, "in_chans": 1}),
+        "with_new_head": (
+            pvt_ref.with_new_head,
+            {"model": MODEL, "num_classes": 3, "rng": rng_of(0)},
+        ),
+    }
+
+
+#: What is not wrong, and would be done: for ever.
+TRUE_TO_THE_WORD = {("time_stages", "repeats", name) for name in ("huge", "enormous")}
+
+#: Names that are no functions of arguments a caller types, or that others above stand for.
+NOT_CALLED = {
+    "Operation",  # a pair of functions
+    "Ops",  # changed by dataclasses.replace
+    "PVTError",
+    "PVTParams",  # checked where it is used
+    "Prediction",
+    "REFERENCE",
+    "VARIANTS",
+    "VITS",
+}
+
+
+def test_every_public_name_is_in_the_catalogue(tmp_path):
+    called = {name.split(".")[0].split()[0] for name in cases(tmp_path)}
+    assert set(pvt_ref.__all__) - called == NOT_CALLED
+    methods = {
+        f"Model.{name}"
+        for name, value in vars(Model).items()
+        if inspect.isfunction(value) and not name.startswith("_")
+    }
+    assert methods <= set(cases(tmp_path))
+
+
+def test_good_arguments_are_accepted_and_all_of_them_are_tried(tmp_path):
+    for name, (function, good) in cases(tmp_path).items():
+        function(**good)
+        known = set(inspect.signature(function).parameters)
+        missing = known - set(good) - {"size", "entry"}
+        assert not missing, f"{name}: {missing}"
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_argument_gives_an_answer_or_this_projects_error(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # "x" is a path, too
+    failures = []
+    for where, (function, good) in cases(tmp_path).items():
+        for argument in good:
+            if (where, argument, name) in TRUE_TO_THE_WORD:
+                continue  # it would take as long as was asked for
+            try:
+                with np.errstate(all="ignore"):
+                    function(**{**good, argument: WRONG[name]})
+            except PVTError as error:
+                # a path is shown whole, and a state lists all keys
+                known = where == "from_state_dict" or argument in ("name", "path", "source")
+                if len(str(error)) > 5000 and not known:
+                    failures.append(f"{where}({argument}=...): {len(str(error))} characters")
+            except Exception as error:
+                failures.append(f"{where}({argument}=...): {type(error).__name__}: {error}"[:300])
+    assert not failures, "\n".join(failures)
