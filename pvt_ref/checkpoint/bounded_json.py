@@ -1,0 +1,87 @@
+"""JSON that somebody else wrote, read in bounded memory and time, or refused."""
+
+import json
+import math
+from typing import Any
+
+from pvt_ref.errors import CheckpointError, shown
+
+#: Levels of lists and objects inside one another. Comparing or printing more could fail later.
+MAX_DEPTH = 64
+
+#: Characters of one number. Reading a whole number takes time that grows with their square.
+MAX_DIGITS = 4300
+
+
+def parse_json(text: str | bytes, what: str, limit: int = 2**20) -> Any:
+    """The values in a JSON text.
+
+    Memory is at most some 30 times the limit, whatever the text says: empty lists take the most.
+
+    Args:
+        text: the JSON; bytes are UTF-8.
+        what: names the text in messages, such as ``"its metadata"``.
+        limit: characters, or bytes, that are read.
+
+    Returns:
+        Dicts, lists, texts, finite numbers, truth values and None.
+
+    Raises:
+        CheckpointError: if it is longer than limit, nested deeper than MAX_DEPTH, no JSON, or holds
+            a key twice, NaN, infinity, or a number of more than MAX_DIGITS digits.
+    """
+    if len(text) > limit:
+        raise CheckpointError(
+            f"{what} is too long: {len(text)} characters, and at most {limit} are read. It is "
+            f"damaged, or made to exhaust memory"
+        )
+    try:
+        value = json.loads(
+            text.decode("utf-8-sig") if isinstance(text, bytes) else text,
+            parse_int=_whole,
+            parse_float=_real,
+            parse_constant=_constant,
+            object_pairs_hook=_object,
+        )
+        _check_depth(value)
+    except RecursionError:
+        raise CheckpointError(f"{what} is nested too deeply: over {MAX_DEPTH} levels") from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are of this kind, too
+        raise CheckpointError(f"{what} is not JSON that can be used ({error})") from error
+    return value
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits; at most {MAX_DIGITS} are read")
+    return int(digits)
+
+
+def _real(digits: str) -> float:
+    value = float(digits) if len(digits) <= MAX_DIGITS else math.inf
+    if not math.isfinite(value):
+        raise ValueError(f"the number {shown(digits, 20)} is too large or too long")
+    return value
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"the key {shown(name)} comes twice")
+        values[name] = value
+    return values
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        nested = [x for x in level if isinstance(x, list | dict)]
+        level = [y for x in nested for y in (x.values() if isinstance(x, dict) else x)]
+        if not nested:
+            return
+    raise RecursionError
