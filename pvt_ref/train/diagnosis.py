@@ -9,7 +9,7 @@ from pvt_ref.arrays import Array, array_module, is_array
 from pvt_ref.config import PVTConfig
 from pvt_ref.model import forward_with_cache
 from pvt_ref.ops import Operation, Ops
-from pvt_ref.params import PVTParams, named_arrays
+from pvt_ref.params import PVTParams, check_params_type, named_arrays
 from pvt_ref.records import REFERENCE
 
 
@@ -35,10 +35,12 @@ def first_non_finite(
         What was found, in the order weights, images, outputs from the first layer to the last.
 
     Raises:
-        ArrayTypeError: as :func:`pvt_ref.forward_with_cache`, if there are images and config.
+        ArrayTypeError: if tree is not a PVTParams; also as :func:`pvt_ref.forward_with_cache`, if
+            there are images and config.
         ShapeError: as :func:`pvt_ref.forward_with_cache`, if there are images and config.
         ConfigError: as :func:`pvt_ref.forward_with_cache`, if there are images and config.
     """
+    check_params_type(tree)
     for key, x in named_arrays(tree):
         if not _finite(x):
             return f"The first array that is not finite is {key}"
