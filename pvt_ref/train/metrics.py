@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from pvt_ref.checkpoint.bounded_json import parse_json
 from pvt_ref.checkpoint.whole_file import write_whole
 from pvt_ref.errors import (
@@ -209,7 +211,8 @@ def draw_curves(metrics: str | os.PathLike[str], picture: str | os.PathLike[str]
             ("train", "in training, samples changed at random", "tab:blue"),
             ("held_out", "held out, averaged weights", "tab:orange"),
         ):
-            values = [line[f"{kind}_{name}"] for line in lines]
+            # beyond that, the room between two ticks overflows
+            values = np.clip([line[f"{kind}_{name}"] for line in lines], -1e100, 1e100)
             marker = "." if len(lines) < 40 else ""
             ax.plot(epochs, values, marker=marker, color=colour, label=label)
         ax.set(xlabel="epoch", title=name)

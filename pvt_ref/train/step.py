@@ -266,6 +266,17 @@ def check_state(state: TrainState, samples: int) -> None:
     check_type("state", state, TrainState, "from start_training or the step before")
     check_type("state.optimizer", state.optimizer, AdamWState)
     check_params_type(state.params)
+    order = state.order
+    if not isinstance(order, np.ndarray) or order.dtype != np.int64:
+        kind = f"dtype {order.dtype}" if isinstance(order, np.ndarray) else describe_type(order)
+        raise ArrayTypeError(f"state.order is {kind}; it must be a NumPy array of int64")
+    if order.shape != (samples,) or not samples:
+        raise ShapeError(
+            f"state.order has shape {order.shape}; with {samples} samples it must be ({samples},)"
+        )
+    inside = order.min() >= 0 and order.max() < samples
+    if not inside or np.bincount(order, minlength=samples).max() > 1:
+        raise RangeError("state.order is not the samples' numbers, each once, in some order")
     for name, most in {"step": 2**53, "epoch_hits": samples, "best_epoch": 2**53}.items():
         check_number(f"state.{name}", getattr(state, name), least=0, most=most, whole=True)
     check_number("state.optimizer.t", state.optimizer.t, least=0, most=2**53, whole=True)
@@ -284,17 +295,6 @@ def check_state(state: TrainState, samples: int) -> None:
         generator(state.rng)
     except RangeError as error:
         raise RangeError(f"state.{error}") from None
-    order = state.order
-    if not isinstance(order, np.ndarray) or order.dtype != np.int64:
-        kind = f"dtype {order.dtype}" if isinstance(order, np.ndarray) else describe_type(order)
-        raise ArrayTypeError(f"state.order is {kind}; it must be a NumPy array of int64")
-    if order.shape != (samples,):
-        raise ShapeError(
-            f"state.order has shape {order.shape}; with {samples} samples it must be ({samples},)"
-        )
-    inside = order.min() >= 0 and order.max() < samples
-    if not inside or np.bincount(order, minlength=samples).max() > 1:
-        raise RangeError("state.order is not the samples' numbers, each once, in some order")
 
 
 def draw_batch(
