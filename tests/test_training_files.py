@@ -300,7 +300,7 @@ def test_metrics_that_are_lost_are_said_to_be(halfway, tmp_path):
 
 @pytest.mark.parametrize("line", ['{"step": "x"}', "null", DEEP, "pipe"])
 def test_metrics_that_are_damaged_while_it_runs(line, halfway, monkeypatch, tmp_path):
-    """Without a picture it goes on; only what it can write nothing to ends it, and is not waited for."""
+    """It goes on without a picture; a pipe ends it, and is not waited for."""
     path, inner = halfway / METRICS, loop.train_step
 
     def step(state, *rest):

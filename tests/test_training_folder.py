@@ -242,7 +242,7 @@ def test_a_lock_on_a_file_that_was_just_removed_is_none(tmp_path, monkeypatch):
 
 
 def test_nothing_is_made_for_a_name_that_was_mistyped(tmp_path):
-    with pytest.raises(MissingFileError, match="no such folder.*without --resume"):
+    with pytest.raises(MissingFileError, match=r"no such folder.*without --resume"):
         train(tmp_path / "rum", resume=True)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(MissingFileError, match="no saved training"):
@@ -414,7 +414,7 @@ def test_best_weights_that_were_lost_damaged_or_swapped_are_missed(halfway, whol
         assert contents(halfway) == before
     best.unlink()
     best.mkdir()
-    with pytest.raises(TrainingError, match="cannot be read .*a directory"):
+    with pytest.raises(TrainingError, match=r"cannot be read .*a directory"):
         train(halfway, resume=True)
     best.rmdir()
     best.write_bytes(right)

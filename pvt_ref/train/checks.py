@@ -6,6 +6,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pvt_ref.arrays import Array, library_and_dtype, same_library
 from pvt_ref.config import is_whole
 from pvt_ref.errors import ArrayTypeError, RangeError, ShapeError, TrainingError, shown
@@ -13,6 +15,9 @@ from pvt_ref.params import check_params_type, named_arrays
 
 #: Of whole numbers. A seed may have as many bits as NumPy's own.
 _LARGEST_WHOLE = 2**128
+
+#: In characters; that of Linux, in bytes.
+_LONGEST_PATH = 4096
 
 
 def check_number(
@@ -42,6 +47,8 @@ def check_number(
     Raises:
         RangeError: unless it is a finite (whole) number within the bounds.
     """
+    if isinstance(value, np.generic):  # which would compare bounds in float32
+        value = value.item()
     right_kind = is_whole(value) if whole else isinstance(value, Real)
     limit = _LARGEST_WHOLE if whole else sys.float_info.max
     good = (
@@ -110,7 +117,7 @@ def check_path(name: str, value: object) -> Path:
 
     Raises:
         ArrayTypeError: unless it is a text or a path of texts.
-        TrainingError: if it holds a character that no file name has.
+        TrainingError: if no file can be called so.
     """
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(text, str):
@@ -121,10 +128,10 @@ def check_path(name: str, value: object) -> Path:
         usable = "\0" not in os.fsencode(text).decode("latin-1")
     except UnicodeEncodeError:
         usable = False
-    if not text or not usable:
+    if not 0 < len(text) <= _LONGEST_PATH or not usable:
         raise TrainingError(
-            f"{name} is {shown(text)}, which no file can be called: it is empty, or holds a NUL or "
-            f"half a character. Name another"
+            f"{name} is {shown(text)}, which no file can be called: it is empty, too long, or "
+            f"holds a NUL or half a character. Name another"
         )
     return Path(text)
 

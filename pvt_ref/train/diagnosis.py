@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from pvt_ref.arrays import Array, array_module, is_array
+from pvt_ref.boundary import prepare_images
 from pvt_ref.config import PVTConfig
 from pvt_ref.model import forward_with_cache
 from pvt_ref.ops import Operation, Ops
@@ -46,6 +47,8 @@ def first_non_finite(
             return f"The first array that is not finite is {key}"
     if images is None or config is None:
         return "Every array is finite; their squares are too large to be added up"
+    with np.errstate(all="ignore"):
+        images = prepare_images(tree, images, config)
     if not _finite(images):
         return "The images themselves are not finite"
     try:

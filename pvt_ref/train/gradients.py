@@ -4,7 +4,14 @@ import dataclasses
 import math
 from typing import Any
 
-from pvt_ref.arrays import Array, array_module, describe_type, is_array, map_arrays
+from pvt_ref.arrays import (
+    Array,
+    array_module,
+    describe_type,
+    dtype_name,
+    is_array,
+    map_arrays,
+)
 from pvt_ref.errors import ArrayTypeError
 from pvt_ref.params import PVTParams, check_params_type, named_arrays
 from pvt_ref.train.checks import check_alike, check_number
@@ -25,7 +32,7 @@ def global_norm(grads: PVTParams) -> float:
         The norm; 0 if there is no array.
 
     Raises:
-        ArrayTypeError: if grads is no record, tuple or array.
+        ArrayTypeError: if grads is no record, tuple or array, or not of numbers.
     """
     if not (dataclasses.is_dataclass(grads) or isinstance(grads, tuple) or is_array(grads)):
         raise ArrayTypeError(
@@ -33,7 +40,11 @@ def global_norm(grads: PVTParams) -> float:
             f"returns it"
         )
     total: Array | None = None
-    for _, g in named_arrays(grads):
+    for key, g in named_arrays(grads):
+        if not dtype_name(g).startswith(("float", "bfloat", "int", "uint")):
+            raise ArrayTypeError(
+                f"{key or 'grads'} has dtype {dtype_name(g)}; it must be of floats"
+            )
         xp = array_module(g)
         wide = xp.astype(g, xp.float64)  # float32 squares could overflow, and sums would drift
         square = xp.sum(wide * wide)
