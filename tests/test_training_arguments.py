@@ -91,7 +91,7 @@ def right(tmp_path: Path) -> dict[str, dict[str, Any]]:
         | {"device": "cpu", "save_seconds": 1.0, "log_steps": 1, "stop_at_step": 0}
         | {"console": None},
         "global_norm": {"grads": PARAMS},
-        "is_decayed": {"key": "head.weight", "x": PARAMS.head.weight, "decay_positions": False},
+        "is_decayed": {"key": "pos_embed1", "x": PARAMS.pos_embed1, "decay_positions": False},
         "load_state": {"path": path, "config": CONFIG, "run": RUN, "like": np.empty(0)},
         "read_metrics": {"path": path},
         "save_state": {"path": path, "state": STATE, "run": RUN},
