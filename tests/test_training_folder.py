@@ -273,13 +273,21 @@ print([signal.getsignal(n) == signal.SIG_IGN for n in (signal.SIGHUP, signal.SIG
 def test_handlers_are_replaced_only_if_they_can_be_put_back(monkeypatch):
     own = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: None, signal.SIGHUP: print}
     monkeypatch.setattr(signal, "getsignal", own.get)
-    monkeypatch.setattr(signal, "signal", own.__setitem__)
+    order = []
+
+    def put(number, handler):
+        order.append(number)
+        own[number] = handler
+
+    monkeypatch.setattr(signal, "signal", put)
     interrupts = Interrupts()
     interrupts.install()
     assert own[signal.SIGTERM] is None  # of a library in C, say
     assert own[signal.SIGINT] == own[signal.SIGHUP] == interrupts._note
     interrupts.restore()
     assert list(own.values()) == [signal.default_int_handler, None, print]
+    # Ctrl-C raises nothing while another handler is still or already replaced
+    assert order == [signal.SIGINT, signal.SIGHUP, signal.SIGHUP, signal.SIGINT]
 
 
 def test_a_second_interrupt_waits_for_what_must_not_be_broken_off():
