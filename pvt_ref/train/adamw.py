@@ -18,8 +18,8 @@ from typing import Any
 
 from pvt_ref.arrays import Array, array_module, describe_type, is_array, map_arrays
 from pvt_ref.errors import ArrayTypeError
-from pvt_ref.params import PVTParams, check_params_type, map_named, zeros_like_params
-from pvt_ref.train.checks import check_alike, check_flag, check_number, check_type
+from pvt_ref.params import PVTParams, map_named, zeros_like_params
+from pvt_ref.train.checks import check_alike, check_flag, check_number, check_record, check_type
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,9 +80,9 @@ def adamw_init(params: PVTParams) -> AdamWState:
         t = 0, and m and v full of zeros, of params' shapes and dtypes and on their device.
 
     Raises:
-        ArrayTypeError: if params is not a PVTParams.
+        ArrayTypeError: if params is no record of arrays.
     """
-    check_params_type(params)
+    check_record("params", params)
     return AdamWState(0, zeros_like_params(params), zeros_like_params(params))
 
 

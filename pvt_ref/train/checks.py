@@ -11,7 +11,7 @@ import numpy as np
 from pvt_ref.arrays import Array, library_and_dtype, same_library
 from pvt_ref.config import is_whole
 from pvt_ref.errors import ArrayTypeError, RangeError, ShapeError, TrainingError, shown
-from pvt_ref.params import check_params_type, named_arrays
+from pvt_ref.params import named_arrays
 
 #: Of whole numbers. A seed may have as many bits as NumPy's own.
 _LARGEST_WHOLE = 2**128
@@ -136,6 +136,23 @@ def check_path(name: str, value: object) -> Path:
     return Path(text)
 
 
+def check_record(name: str, tree: object) -> None:
+    """Refuses what holds no arrays.
+
+    Args:
+        name: of the tree, for the message.
+        tree: anything.
+
+    Raises:
+        ArrayTypeError: unless it is a PVTParams, or another record of arrays.
+    """
+    if next(named_arrays(tree), None) is None:
+        raise ArrayTypeError(
+            f"{name} is a {type(tree).__name__}; it must be a PVTParams, or a record of arrays as "
+            f"its parts are"
+        )
+
+
 def check_alike(name: str, tree: object, params: Any) -> None:
     """Refuses gradients, moments or averages that do not belong to some weights.
 
@@ -145,11 +162,11 @@ def check_alike(name: str, tree: object, params: Any) -> None:
         params: the weights.
 
     Raises:
-        ArrayTypeError: if one of the two is no PVTParams, or an array of the tree is of another
-            library, device or dtype than the weight in its place.
+        ArrayTypeError: if one of the two is no record of arrays, or they are of two types, or an
+            array of the tree is of another library, device or dtype than the weight in its place.
         ShapeError: if a key is absent from one of them, or an array has another shape.
     """
-    check_params_type(params)
+    check_record("params", params)
     check_type(name, tree, type(params), "with an array for each weight of params")
     arrays, weights = dict(named_arrays(tree)), dict(named_arrays(params))
     for key in sorted(arrays.keys() ^ weights.keys()):

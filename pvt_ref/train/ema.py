@@ -44,7 +44,7 @@ def ema_step(average: PVTParams, params: PVTParams, decay: float) -> PVTParams:
 
     Raises:
         RangeError: if decay is outside its range.
-        ArrayTypeError: if a tree is not a PVTParams, or the two differ in dtype or device.
+        ArrayTypeError: if a tree is no record of arrays, or the two differ in dtype or device.
         ShapeError: if they are of different models.
     """
     decay = check_number("decay", decay, least=0, below=1)

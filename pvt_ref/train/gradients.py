@@ -13,8 +13,8 @@ from pvt_ref.arrays import (
     map_arrays,
 )
 from pvt_ref.errors import ArrayTypeError
-from pvt_ref.params import PVTParams, check_params_type, named_arrays
-from pvt_ref.train.checks import check_alike, check_number
+from pvt_ref.params import PVTParams, named_arrays
+from pvt_ref.train.checks import check_alike, check_number, check_record
 
 #: Added to the norm before it divides, as PyTorch's clip_grad_norm_ does.
 _TINY = 1e-6
@@ -98,11 +98,11 @@ def add_gradients(total: PVTParams | None, grads: PVTParams, share: float) -> PV
 
     Raises:
         RangeError: if share is outside its range.
-        ArrayTypeError: if a tree is not a PVTParams, or the two differ in dtype or device.
+        ArrayTypeError: if a tree is no record of arrays, or the two differ in dtype or device.
         ShapeError: if they are of different models.
     """
     share = check_number("share", share, above=0, most=1)
-    check_params_type(grads)
+    check_record("grads", grads)
     if total is not None:
         check_alike("total", total, grads)
     if total is None:
