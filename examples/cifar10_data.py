@@ -9,6 +9,7 @@ record is one byte, the label, and 3,072 bytes: red, green and blue planes of 32
 import argparse
 import contextlib
 import hashlib
+import os
 import sys
 import tarfile
 import urllib.request
@@ -21,7 +22,7 @@ import numpy as np
 from rich.progress import Progress
 
 from pvt_ref import Preprocessing, PVTError
-from pvt_ref.errors import TrainingError
+from pvt_ref.errors import TrainingError, printable
 from pvt_ref.train import LabelledImages
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -51,9 +52,9 @@ def read_cifar10(folder: str | Path, names: tuple[str, ...]) -> LabelledImages:
         TrainingError: if a file is missing, cut off, or not of this layout.
     """
     place = Path(folder)
-    if (place / "cifar-10-batches-bin").is_dir():
+    if os.path.isdir(place / "cifar-10-batches-bin"):
         place = place / "cifar-10-batches-bin"
-    missing = [name for name in names if not (place / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(place / name)]
     if missing:
         raise TrainingError(f"{place}: there is no {', '.join(missing)}. {HOW_TO_GET_IT}")
     records = np.concatenate([_read_file(place / name) for name in names])  # (N, 3073)
@@ -63,14 +64,17 @@ def read_cifar10(folder: str | Path, names: tuple[str, ...]) -> LabelledImages:
 
 def _read_file(path: Path) -> np.ndarray:
     """(10000, 3073) uint8."""
-    size, expected = path.stat().st_size, _RECORD * _RECORDS
+    size, expected = os.path.getsize(path), _RECORD * _RECORDS
     if size != expected:
         raise TrainingError(
             f"{path} has {size:,} bytes; it must have {expected:,} ({_RECORDS:,} records of "
             f"{_RECORD:,} bytes). It was cut off, or is the Python or Matlab version. "
             f"{HOW_TO_GET_IT}"
         )
-    records = np.fromfile(path, dtype=np.uint8).reshape(-1, _RECORD)
+    try:
+        records = np.frombuffer(path.read_bytes(), dtype=np.uint8).reshape(_RECORDS, _RECORD)
+    except (OSError, ValueError) as error:  # ValueError: it became shorter
+        raise TrainingError(f"{path} cannot be read: {error}. {HOW_TO_GET_IT}") from error
     highest = int(records[:, 0].max())
     if highest >= len(CLASSES):
         raise TrainingError(
@@ -150,7 +154,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Fetches CIFAR-10, binary version (162 MB).")
     parser.add_argument("folder", metavar="DIR", help="where to put it")
     try:
-        print(fetch_cifar10(parser.parse_args().folder))
+        print(printable(str(fetch_cifar10(parser.parse_args().folder))))
     except PVTError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -17,6 +17,7 @@ from training import add_run_arguments, finish, run
 
 import pvt_ref
 from pvt_ref import ModelInfo, PVTConfig, PVTError
+from pvt_ref.errors import printable
 from pvt_ref.train import LabelledImages, Recipe, evaluate
 from pvt_ref.train.loop import BEST
 
@@ -68,9 +69,8 @@ def main(argv: list[str] | None = None) -> int:
             test = read_cifar10(args.data, TEST_FILES)
             prepared = dataclasses.replace(test, preprocessing=model.info.preprocessing)
             loss, accuracy = evaluate(model.params, model.config, prepared)
-            print(
-                f"{args.test}: test accuracy {accuracy:.4f}, loss {loss:.4f} ({len(test):,} images)"
-            )
+            measured = f"test accuracy {accuracy:.4f}, loss {loss:.4f} ({len(test):,} images)"
+            print(printable(f"{args.test}: {measured}"))
             return 0
         data, held_out = split(read_cifar10(args.data, TRAIN_FILES))
         info = ModelInfo(title="CIFAR-10, ten classes of 32x32 photos", classes=tuple(CLASSES))

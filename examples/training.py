@@ -13,7 +13,9 @@ from rich.console import Console
 import pvt_ref
 from pvt_ref import Model, ModelInfo, PVTConfig
 from pvt_ref.arrays import map_arrays
+from pvt_ref.errors import TrainingError, printable
 from pvt_ref.train import LabelledImages, Recipe, Run, evaluate, fit
+from pvt_ref.train.saved import weights_sha256
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, recipe: Recipe, folder: str) -> None:
@@ -98,12 +100,20 @@ def finish(
 
     Returns:
         The file, model.safetensors in the folder of the run.
+
+    Raises:
+        TrainingError: if there is such a file of another run.
     """
     path = done.folder / "model.safetensors"
+    rounded = map_arrays(lambda w: w.astype(np.float16).astype(np.float32), model.params)
     if path.exists():  # resumed after the end: what was measured once stays
         model = pvt_ref.load(path)
+        if weights_sha256(model.params) != weights_sha256(rounded):
+            raise TrainingError(
+                f"{path} does not hold the weights that this run ended with: it is of another run. "
+                f"Move it away; the same command then writes this run's"
+            )
     else:
-        rounded = map_arrays(lambda w: w.astype(np.float16).astype(np.float32), model.params)
         training = {
             **about,
             "command": _command(args),
@@ -127,8 +137,8 @@ def finish(
         model = Model(rounded, model.config, info=info)
         pvt_ref.save(path, model, dtype="float16")
     for name, value in model.info.training.items():
-        print(f"{name:>18}: {value}")
-    print(f"written: {path} ({path.stat().st_size:,} bytes)")
+        print(printable(f"{name:>18}: {value}".replace("\n", " ")))
+    print(printable(f"written: {path} ({path.stat().st_size:,} bytes)"))
     return path
 
 
@@ -138,7 +148,7 @@ def _arguments() -> list[str]:
 
 
 def _how_to_resume() -> str:
-    return shlex.join(["python", sys.argv[0], *_arguments(), "--resume"])
+    return printable(shlex.join(["python", sys.argv[0], *_arguments(), "--resume"]))
 
 
 def _command(args: argparse.Namespace) -> str:

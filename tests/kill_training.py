@@ -1,6 +1,7 @@
 """Kills a training at random moments, many times, and sees whether it ends as if never disturbed.
 
     python tests/kill_training.py --rounds 50 --seed 0
+    python tests/kill_training.py --rounds 5 --wait 8      waits 8 times as long before each kill
 
 A child process trains; the parent ends it with SIGKILL after a random time and starts the next one
 with resume. After every kill what was saved must load. In the end weights, moments, averages,
@@ -53,7 +54,7 @@ def fingerprint(state: TrainState) -> dict[str, bytes | str]:
     }
     bits["order"] = state.order.tobytes()
     numbers = (state.step, state.optimizer.t, state.epoch_loss, state.epoch_hits)
-    rest = (numbers, state.best_accuracy, state.best_epoch, state.rng)
+    rest = (numbers, state.best_accuracy, state.best_epoch, state.best_sha256, state.rng)
     bits["rest"] = json.dumps(rest, sort_keys=True)
     return bits
 
@@ -80,8 +81,16 @@ def child(folder: Path, resume: bool) -> int:
     return pid
 
 
-def kill_many_times(rounds: int, seed: int) -> int:
-    """Rounds in which the child was killed before it had finished."""
+def kill_many_times(rounds: int, seed: int, wait: float = 1.0) -> tuple[int, int]:
+    """Kills so many children, and returns how many there were and how many were too quick for it.
+
+    Args:
+        rounds: children to kill before they have finished.
+        seed: of the moments.
+        wait: how many times as long as usual they are given. From 2 on, as on a machine that has
+            become faster since the first run, most of them finish, and each makes the next wait
+            shorter.
+    """
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as name:
         undisturbed, folder = Path(name, "undisturbed"), Path(name, "killed")
@@ -89,22 +98,27 @@ def kill_many_times(rounds: int, seed: int) -> int:
         train(undisturbed, resume=False)
         typical = time.monotonic() - began
         expected = fingerprint(saved(undisturbed))
-        killed = 0
+        killed = finished = runs = 0
+        longest = 0.5 * typical * wait
         while killed < rounds:
             # a few runs from start to end, each killed over and over on the way
             resume = (folder / STATE).exists()
             if resume and saved(folder).step == RECIPE.epochs * 4:
                 assert fingerprint(saved(folder)) == expected
-                folder = Path(name, f"killed{killed}")
+                runs += 1
+                folder = Path(name, f"killed{runs}")
                 resume = False
             pid = child(folder, resume)
-            time.sleep(rng.uniform(0, 0.5 * typical))
+            time.sleep(rng.uniform(0, longest))
             os.kill(pid, signal.SIGKILL)
             _, status = os.waitpid(pid, 0)
             if os.WIFSIGNALED(status):
                 killed += 1
             elif os.WEXITSTATUS(status):
                 raise SystemExit("a child failed, see above")
+            else:
+                finished += 1
+                longest *= 0.8
             if (folder / STATE).exists():
                 saved(folder)  # raises if it is damaged
             if (folder / BEST).exists():
@@ -117,7 +131,7 @@ def kill_many_times(rounds: int, seed: int) -> int:
         assert not list(folder.glob(".*")), "something half-written was left behind"
         best = [(Path(f) / BEST).read_bytes() for f in (folder, undisturbed)]
         assert best[0] == best[1], "the best weights differ"
-    return killed
+    return killed, finished
 
 
 def fill_the_disk(share: float) -> str:
@@ -146,11 +160,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Kills a training at random moments.")
     parser.add_argument("--rounds", type=int, default=50, help="kills (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
+    parser.add_argument("--wait", type=float, default=1.0, help="times as long (default 1)")
     parser.add_argument("--full-disk", action="store_true", help="a full disk instead of kills")
     options = parser.parse_args()
     if options.full_disk:
         print(fill_the_disk(0.5))
     else:
-        print(
-            f"killed {kill_many_times(options.rounds, options.seed)} times; the bits are the same"
-        )
+        killed, finished = kill_many_times(options.rounds, options.seed, options.wait)
+        print(f"killed {killed} times; the bits are the same ({finished} had finished before)")

@@ -245,3 +245,48 @@ def test_stopped_it_says_how_to_go_on(examples, monkeypatch, capsys):
     )
     assert program.main(["--seed", "3", "--resume"]) == 130
     assert "after step 3" in capsys.readouterr().out
+
+
+def test_a_model_of_another_run_is_not_passed_off_as_this_ones(examples, monkeypatch, tmp_path):
+    training = examples("training")
+    monkeypatch.setattr(training, "evaluate", lambda *_: (0.0, 0.5))
+    monkeypatch.setattr(sys, "argv", ["x/train_digits.py"])
+    ours = pvt_ref.load("digits")
+    other = Model(map_arrays(lambda x: x * np.float32(1.01), ours.params), ours.config)
+    args = argparse.Namespace(seed=1, epochs=2, device="cpu")
+    run = Run(start_training(ours.params, 4, seed=0), True, tmp_path)
+    path = training.finish(run, other, [], None, {}, args)
+    with pytest.raises(TrainingError, match=r"model\.safetensors does not hold the weights"):
+        training.finish(run, ours, [], None, {}, args)
+    path.unlink()
+    assert training.finish(run, ours, [], None, {"data": "\x1b[31m\nx"}, args) == path
+    assert training.finish(run, ours, [], None, {}, args) == path  # what was measured stays
+
+
+def test_what_a_model_file_says_is_printed_as_text(examples, monkeypatch, capsys, tmp_path):
+    training = examples("training")
+    monkeypatch.setattr(training, "evaluate", lambda *_: (0.0, 0.5))
+    monkeypatch.setattr(sys, "argv", ["x/train_digits.py", "--folder", "\x1b[31m\udcff"])
+    model = pvt_ref.load("digits")
+    args = argparse.Namespace(seed=1, epochs=2, device="cpu")
+    run = Run(start_training(model.params, 4, seed=0), True, tmp_path)
+    training.finish(run, model, [], None, {"data": "[red]\x1b[31m\nsteps: 9"}, args)
+    out = capsys.readouterr().out
+    assert r"data: [red]\x1b[31m steps: 9" in out
+    assert r"\x1b[31m\udcff" in training._how_to_resume()
+
+
+def test_a_file_of_the_data_set_that_cannot_be_read_is_named(cifar, monkeypatch, tmp_path):
+    """As on a disk that fails, or one that became shorter since its size was asked for."""
+    for broken in (b"", OSError("Input/output error")):
+
+        def read(_, broken=broken):
+            if isinstance(broken, OSError):
+                raise broken
+            return broken
+
+        monkeypatch.setattr(Path, "read_bytes", read)
+        with pytest.raises(TrainingError, match=r"test_batch\.bin cannot be read"):
+            cifar.read_cifar10(tmp_path / "data", cifar.TEST_FILES)
+    with pytest.raises(TrainingError, match="there is no"):
+        cifar.read_cifar10("nul\0", cifar.TEST_FILES)

@@ -16,9 +16,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from pvt_ref.arrays import Array, array_module, map_arrays
+from pvt_ref.arrays import Array, array_module, describe_type, is_array, map_arrays
+from pvt_ref.errors import ArrayTypeError
 from pvt_ref.params import PVTParams, map_named, zeros_like_params
-from pvt_ref.train.checks import check_number
+from pvt_ref.train.checks import check_alike, check_flag, check_number, check_record, check_type
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,7 @@ class AdamW:
         }
         for name, limits in bounds.items():
             object.__setattr__(self, name, check_number(name, getattr(self, name), **limits))
+        check_flag("decay_positions", self.decay_positions)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,7 +78,11 @@ def adamw_init(params: PVTParams) -> AdamWState:
 
     Returns:
         t = 0, and m and v full of zeros, of params' shapes and dtypes and on their device.
+
+    Raises:
+        ArrayTypeError: if params is no record of arrays.
     """
+    check_record("params", params)
     return AdamWState(0, zeros_like_params(params), zeros_like_params(params))
 
 
@@ -93,7 +99,15 @@ def is_decayed(key: str, x: Array, decay_positions: bool = False) -> bool:
 
     Returns:
         True or False.
+
+    Raises:
+        ArrayTypeError: if key is not a text, or x not an array.
+        RangeError: if decay_positions is neither True nor False.
     """
+    check_type("key", key, str)
+    check_flag("decay_positions", decay_positions)
+    if not is_array(x):
+        raise ArrayTypeError(f"x is {describe_type(x)}. It must be the weight called {key!r}")
     if key.startswith("pos_embed"):
         return decay_positions
     return x.ndim > 1 and key != "cls_token"
@@ -113,7 +127,18 @@ def adamw_step(
 
     Returns:
         The new weights and the new state, of the same shapes and dtypes, in new memory.
+
+    Raises:
+        RangeError: if lr or state.t is no number of at least 0.
+        ArrayTypeError: if an argument is of another type, or two trees differ in dtype or device.
+        ShapeError: if grads or state are of another model than params.
     """
+    check_type("state", state, AdamWState, "from adamw_init or the step before")
+    check_type("settings", settings, AdamW)
+    lr = check_number("lr", lr, least=0)
+    check_number("state.t", state.t, least=0, most=2**53, whole=True)
+    for name, tree in (("grads", grads), ("state.m", state.m), ("state.v", state.v)):
+        check_alike(name, tree, params)
     b1, b2 = settings.beta1, settings.beta2
     t = state.t + 1
     bias_1, bias_2 = 1 - b1**t, 1 - b2**t

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 from pvt_ref.arrays import Array, array_module, is_array
+from pvt_ref.boundary import prepare_images
 from pvt_ref.config import PVTConfig
 from pvt_ref.model import forward_with_cache
 from pvt_ref.ops import Operation, Ops
-from pvt_ref.params import PVTParams, named_arrays
+from pvt_ref.params import PVTParams, check_params_type, named_arrays
 from pvt_ref.records import REFERENCE
 
 
@@ -35,15 +36,19 @@ def first_non_finite(
         What was found, in the order weights, images, outputs from the first layer to the last.
 
     Raises:
-        ArrayTypeError: as :func:`pvt_ref.forward_with_cache`, if there are images and config.
+        ArrayTypeError: if tree is not a PVTParams; also as :func:`pvt_ref.forward_with_cache`, if
+            there are images and config.
         ShapeError: as :func:`pvt_ref.forward_with_cache`, if there are images and config.
         ConfigError: as :func:`pvt_ref.forward_with_cache`, if there are images and config.
     """
+    check_params_type(tree)
     for key, x in named_arrays(tree):
         if not _finite(x):
             return f"The first array that is not finite is {key}"
     if images is None or config is None:
         return "Every array is finite; their squares are too large to be added up"
+    with np.errstate(all="ignore"):
+        images = prepare_images(tree, images, config)
     if not _finite(images):
         return "The images themselves are not finite"
     try:

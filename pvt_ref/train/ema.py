@@ -7,6 +7,7 @@ of Polyak and Juditsky (1992, SIAM J. Control Optim. 30, 838-855), who average a
 
 from pvt_ref.arrays import map_arrays
 from pvt_ref.params import PVTParams
+from pvt_ref.train.checks import check_alike, check_number
 
 
 def ema_decay_of_step(step: int, decay: float) -> float:
@@ -21,7 +22,12 @@ def ema_decay_of_step(step: int, decay: float) -> float:
 
     Returns:
         The decay of this step, in [0, 1).
+
+    Raises:
+        RangeError: if a number is outside its range.
     """
+    step = check_number("step", step, least=0, whole=True)
+    decay = check_number("decay", decay, least=0, below=1)
     return min(decay, (1 + step) / (10 + step))
 
 
@@ -35,7 +41,14 @@ def ema_step(average: PVTParams, params: PVTParams, decay: float) -> PVTParams:
 
     Returns:
         The new average, of the same shapes and dtypes; with decay 0, params itself.
+
+    Raises:
+        RangeError: if decay is outside its range.
+        ArrayTypeError: if a tree is no record of arrays, or the two differ in dtype or device.
+        ShapeError: if they are of different models.
     """
+    decay = check_number("decay", decay, least=0, below=1)
+    check_alike("average", average, params)
     if decay == 0:
         return params
     return map_arrays(lambda a, w: a + (1 - decay) * (w - a), average, params)

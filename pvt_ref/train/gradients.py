@@ -1,10 +1,20 @@
 """What happens to gradients between the backward and the optimiser: adding up and clipping."""
 
+import dataclasses
 import math
 from typing import Any
 
-from pvt_ref.arrays import Array, array_module, map_arrays
+from pvt_ref.arrays import (
+    Array,
+    array_module,
+    describe_type,
+    dtype_name,
+    is_array,
+    map_arrays,
+)
+from pvt_ref.errors import ArrayTypeError
 from pvt_ref.params import PVTParams, named_arrays
+from pvt_ref.train.checks import check_alike, check_number, check_record
 
 #: Added to the norm before it divides, as PyTorch's clip_grad_norm_ does.
 _TINY = 1e-6
@@ -20,9 +30,21 @@ def global_norm(grads: PVTParams) -> float:
 
     Returns:
         The norm; 0 if there is no array.
+
+    Raises:
+        ArrayTypeError: if grads is no record, tuple or array, or not of numbers.
     """
+    if not (dataclasses.is_dataclass(grads) or isinstance(grads, tuple) or is_array(grads)):
+        raise ArrayTypeError(
+            f"grads is {describe_type(grads)}. It must be a record of gradients, as backward "
+            f"returns it"
+        )
     total: Array | None = None
-    for _, g in named_arrays(grads):
+    for key, g in named_arrays(grads):
+        if not dtype_name(g).startswith(("float", "bfloat", "int", "uint")):
+            raise ArrayTypeError(
+                f"{key or 'grads'} has dtype {dtype_name(g)}; it must be of floats"
+            )
         xp = array_module(g)
         wide = xp.astype(g, xp.float64)  # float32 squares could overflow, and sums would drift
         square = xp.sum(wide * wide)
@@ -45,7 +67,13 @@ def clip_by_global_norm(grads: PVTParams, max_norm: float) -> tuple[PVTParams, f
     Returns:
         The gradients, of the same shapes and dtypes, and their norm before clipping. grads itself
         if nothing was clipped, or the norm is not a number.
+
+    Raises:
+        RangeError: if max_norm is no number above 0.
+        ArrayTypeError: as :func:`global_norm`.
     """
+    if not (isinstance(max_norm, float) and max_norm == math.inf):
+        max_norm = check_number("max_norm", max_norm, above=0)
     norm = global_norm(grads)
     factor = max_norm / (norm + _TINY)
     if not factor < 1:  # small enough, or not a number: left for the caller to see
@@ -67,7 +95,16 @@ def add_gradients(total: PVTParams | None, grads: PVTParams, share: float) -> PV
     Returns:
         The sum, of the same shapes and dtypes; grads itself if there is no total and the share is
         1.
+
+    Raises:
+        RangeError: if share is outside its range.
+        ArrayTypeError: if a tree is no record of arrays, or the two differ in dtype or device.
+        ShapeError: if they are of different models.
     """
+    share = check_number("share", share, above=0, most=1)
+    check_record("grads", grads)
+    if total is not None:
+        check_alike("total", total, grads)
     if total is None:
         return grads if share == 1 else map_arrays(lambda g: g * share, grads)
     added: Any = map_arrays(lambda a, g: a + share * g, total, grads)

@@ -6,39 +6,56 @@ A run lives in a folder of its own::
     best.safetensors       the averaged weights of the epoch that did best on what is held out
     metrics.jsonl          a line of JSON for every epoch, and for some steps in between
     curves.png             the same as a picture, drawn after every epoch
+    run.lock               while a process trains here: no second one may
 """
 
+import contextlib
 import dataclasses
 import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 from rich.console import Console
 
 from pvt_ref.arrays import array_module, to_device, to_numpy
-from pvt_ref.boundary import check_has_classifier
-from pvt_ref.checkpoint import save
+from pvt_ref.checkpoint import load, save
 from pvt_ref.config import PVTConfig
-from pvt_ref.errors import DeviceError, TrainingError
+from pvt_ref.errors import (
+    CheckpointError,
+    DeviceError,
+    MissingFileError,
+    PVTError,
+    TrainingError,
+    printable,
+    shown,
+)
 from pvt_ref.face import Model
 from pvt_ref.info import ModelInfo
 from pvt_ref.params import PVTParams, init_params, named_arrays
-from pvt_ref.train.checks import check_number
+from pvt_ref.train.checks import check_flag, check_number, check_path, check_type
 from pvt_ref.train.data import LabelledImages, evaluate
 from pvt_ref.train.diagnosis import first_non_finite
+from pvt_ref.train.interrupts import Interrupts
+from pvt_ref.train.lock import locked
 from pvt_ref.train.metrics import Metrics, draw_curves
 from pvt_ref.train.progress import Progress
 from pvt_ref.train.recipe import Recipe
-from pvt_ref.train.saved import describe_run, load_state, save_state
-from pvt_ref.train.step import TrainState, diverged, start_training, train_step
+from pvt_ref.train.saved import (
+    describe_run,
+    load_state_and_run,
+    save_state,
+    weights_sha256,
+)
+from pvt_ref.train.step import (
+    TrainState,
+    check_samples,
+    diverged,
+    start_training,
+    train_step,
+)
 
 STATE, BEST = "training.safetensors", "best.safetensors"
 METRICS, CURVES = "metrics.jsonl", "curves.png"
@@ -78,8 +95,11 @@ def fit(
     """Trains a model, or goes on training it.
 
     Ctrl-C (or SIGTERM, or the terminal closed) ends it after the step in progress, saved; a second
-    Ctrl-C ends it at once, and what was saved last stays. Resumed on the same machine, with the
+    Ctrl-C ends it at once, unless a file is just being written, and what was saved last stays.
+    Signals that are ignored stay ignored, as nohup has it. Resumed on the same machine, with the
     same device and number of threads, it ends with the same bits as if it had never stopped.
+
+    Until it ends, however it ends, the folder is locked: a second training there is refused.
 
     Args:
         config: the model, with drop-path rates as they are at their peak.
@@ -88,8 +108,8 @@ def fit(
         held_out: what its epochs are compared on. Not the test set: choosing is learning too.
         folder: of the run; made if it is not there.
         info: goes into best.safetensors; its preprocessing is that of data.
-        first: weights to begin with; None draws them from the recipe's seed. Resuming, those
-            that were saved count.
+        first: weights to begin with; None draws them from the recipe's seed. Resuming, they need
+            not be given; if they are, they must be those that the run began with.
         resume: go on with what the folder holds.
         device: ``"cpu"`` or ``"cuda"``.
         save_seconds: the state is saved after every epoch, and in between when so many seconds
@@ -103,99 +123,166 @@ def fit(
 
     Raises:
         TrainingError: if the data do not fit the model or are fewer than a batch, the folder cannot
-            be made or holds another run, or loss, gradients or weights are no longer finite.
+            be made or locked, holds another run, or lacks the best weights of this one, or loss,
+            gradients or weights are no longer finite.
         ConfigError: if the model is a bare backbone, or info has another number of classes.
         ShapeError: if the model cannot take images of that size, or first belongs to another
             config.
         NonFiniteError: if first holds NaN or infinity.
-        ArrayTypeError: if config or first is of another type.
-        RangeError: if save_seconds, log_steps or stop_at_step is outside its range.
+        ArrayTypeError: if an argument is of another type.
+        RangeError: if save_seconds, log_steps, stop_at_step or resume is outside its range, or
+            images would be moved by more than their size.
         CheckpointError: if something cannot be saved, or what was saved is damaged.
         MissingFileError: if there is nothing to go on with.
         DeviceError: if there is no such device.
         KeyboardInterrupt: at a second Ctrl-C.
     """
-    _check_data(config, data, held_out)
-    steps = recipe.steps_per_epoch(len(data))
+    job = _job(config, recipe, data, held_out, folder, info, console)
+    check_flag("resume", resume)
     check_number("save_seconds", save_seconds, least=0)
     log_steps = check_number("log_steps", log_steps, least=1, whole=True)
-    last = recipe.epochs * steps
-    end = last
+    last = end = recipe.epochs * job.steps
     if stop_at_step is not None:
         end = min(last, check_number("stop_at_step", stop_at_step, least=0, whole=True))
-    if device not in ("cpu", "cuda"):
+    if not isinstance(device, str) or device not in ("cpu", "cuda"):
         raise DeviceError(
-            f"device is {device!r}; a training runs on 'cpu' or 'cuda', the current CUDA device. "
-            f"For another GPU: CUDA_VISIBLE_DEVICES=1, or inside `with cupy.cuda.Device(1):`"
+            f"device is {shown(device)}; a training runs on 'cpu' or 'cuda', the current CUDA "
+            f"device. For another GPU: CUDA_VISIBLE_DEVICES=1, or inside `with "
+            f"cupy.cuda.Device(1):`"
         )
-    info = dataclasses.replace(info or ModelInfo(), preprocessing=data.preprocessing)
+    said = first is not None or not resume  # whether the first weights must be those of the run
     if first is None:  # of its own stream: what the steps draw does not depend on the model's size
         first = init_params(config, np.random.default_rng([recipe.seed, 1]))
-    Model(to_numpy(first), config, info=info)  # refuses what is not finite or does not fit
+    Model(to_numpy(first), config, info=job.info)  # refuses what is not finite or does not fit
     params: PVTParams = to_device(first, device)
-    run = describe_run(config, recipe, data, held_out)
+    run = describe_run(config, recipe, data, held_out, first if said else None)
 
-    place = _make_folder(folder)
-    if resume:
-        state = load_state(place / STATE, config, run, like=params.pos_embed1)
-    else:
-        _check_unused(place)
-        state = start_training(params, len(data), recipe.seed)
-        save_state(place / STATE, state, run)
-    for orphan in place.glob(f".{'?' * 16}.tmp"):  # of a process that was killed while it wrote
-        orphan.unlink(missing_ok=True)
-    metrics = Metrics(place / METRICS, state.step)
+    interrupts, report = Interrupts(), None
+    try:
+        interrupts.install()
+        _make_folder(job.place, resume)
+        with locked(job.place):
+            if resume:
+                state, run = load_state_and_run(job.place / STATE, config, run, params.pos_embed1)
+                _check_resumed(job, state)
+            else:
+                _check_unused(job.place)
+                state = start_training(params, len(data), recipe.seed)
+                save_state(job.place / STATE, state, run)
+            for orphan in job.place.glob(f".{'?' * 16}.tmp"):  # of a process killed while it wrote
+                with contextlib.suppress(OSError):
+                    orphan.unlink()
+            metrics = Metrics(job.place / METRICS, state.step)
+            if metrics.epochs != list(range(1, state.step // job.steps + 1)):
+                job.say(f"{metrics.path} lacks epochs that were done, and so will the curves")
+            saved_at = time.monotonic()
+            with Progress(console, last, state.step) as progress:
+                while state.step < end and not interrupts:
+                    state, report = interrupts.allow(train_step, state, data, config, recipe)
+                    epoch, index = divmod(state.step, job.steps)
+                    progress.step(report, recipe.batch_size)
+                    line = {"step": state.step, "epoch": state.step / job.steps, "lr": report.lr}
+                    line |= {"images_per_second": round(progress.images_per_second, 1)}
+                    if index == 0:
+                        _check_weights(job, state, report.lr)
+                        loss, accuracy = interrupts.allow(_measure, job, state, report.lr)
+                        state = _with_best(state, epoch, accuracy)
+                        line |= _line_of_epoch(job, state, epoch, loss, accuracy)
+                        # the metrics come first: lines beyond what is saved are dropped on
+                        # resuming, but a line that was never written would be missed for ever
+                        metrics.write(line)
+                        save_state(job.place / STATE, state, run)
+                        if state.best_epoch == epoch:
+                            _save_best(job, state)
+                        saved_at = time.monotonic()
+                        _draw(job)
+                        progress.epoch(line)
+                    elif state.step % log_steps == 0:
+                        metrics.write({**line, "loss": report.loss, "grad_norm": report.grad_norm})
+                    if index and time.monotonic() - saved_at > save_seconds:
+                        _check_weights(job, state, report.lr)
+                        save_state(job.place / STATE, state, run)
+                        saved_at = time.monotonic()
+                if state.step % job.steps and report:
+                    _check_weights(job, state, report.lr)
+                    save_state(job.place / STATE, state, run)
+                elif state.step and report is None:  # nothing was left to do, but maybe to draw
+                    _draw(job)
+            if state.step == last:
+                _check_best(job, state)
+    finally:
+        interrupts.restore()
+    return Run(state, state.step == last, job.place)
 
-    saved_at, report = time.monotonic(), None
-    with _deferred_interrupts() as interrupted, Progress(console, last, state.step) as progress:
-        while state.step < end and not interrupted:
-            state, report = train_step(state, data, config, recipe)
-            epoch, index = divmod(state.step, steps)
-            progress.step(report, recipe.batch_size)
-            line = {"step": state.step, "epoch": state.step / steps, "lr": report.lr}
-            line |= {"images_per_second": round(progress.images_per_second, 1)}
-            if index == 0:
-                _check_weights(state, steps, report.lr)
-                state, results = _finish_epoch(
-                    state, epoch, report.lr, config, held_out, place / BEST, info
-                )
-                seen = steps * recipe.batch_size
-                line |= {"epoch": epoch, "train_loss": state.epoch_loss / steps}
-                line |= {"train_accuracy": state.epoch_hits / seen, **results}
-                # the metrics come first: lines beyond what is saved are dropped on resuming, but
-                # a line that was never written would be missed for ever
-                metrics.write(line)
-                save_state(place / STATE, state, run)
-                saved_at = time.monotonic()
-                _draw(place, console)
-                progress.epoch(line)
-            elif state.step % log_steps == 0:
-                metrics.write({**line, "loss": report.loss, "grad_norm": report.grad_norm})
-            if index and time.monotonic() - saved_at > save_seconds:
-                _check_weights(state, steps, report.lr)
-                save_state(place / STATE, state, run)
-                saved_at = time.monotonic()
-        if state.step % steps and report:
-            _check_weights(state, steps, report.lr)
-            save_state(place / STATE, state, run)
-        elif state.step and report is None:  # nothing was left to do, but maybe to draw
-            _draw(place, console)
-    return Run(state, state.step == last, place)
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """What stays the same from the first step to the last."""
+
+    config: PVTConfig
+    recipe: Recipe
+    samples: int
+    held_out: LabelledImages
+    info: ModelInfo
+    place: Path
+    steps: int  # an epoch
+    console: Console | None
+
+    def say(self, text: str) -> None:
+        if self.console is not None:
+            with contextlib.suppress(OSError):  # a terminal that was closed
+                self.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
-def _check_data(config: PVTConfig, data: LabelledImages, held_out: LabelledImages) -> None:
-    check_has_classifier(config)
+def _job(
+    config: PVTConfig,
+    recipe: Recipe,
+    data: LabelledImages,
+    held_out: LabelledImages,
+    folder: str | os.PathLike[str],
+    info: ModelInfo | None,
+    console: Console | None,
+) -> _Job:
     for name, samples in (("the samples to learn from", data), ("held out", held_out)):
-        samples.check_fits(config, name)
+        check_samples(samples, name, config, recipe)
     if data.preprocessing != held_out.preprocessing:
         raise TrainingError(
             f"the samples to learn from have {data.preprocessing}, those held out have "
             f"{held_out.preprocessing}; both must be prepared alike"
         )
+    if info is not None:
+        check_type("info", info, ModelInfo, "or None")
+    if console is not None:
+        check_type("console", console, Console, "of rich, or None")
+    return _Job(
+        config=config,
+        recipe=recipe,
+        samples=len(data),
+        held_out=held_out,
+        info=dataclasses.replace(info or ModelInfo(), preprocessing=data.preprocessing),
+        place=check_path("folder", folder),
+        steps=recipe.steps_per_epoch(len(data)),
+        console=console,
+    )
+
+
+def _make_folder(place: Path, resume: bool) -> None:
+    if resume and not os.path.isdir(place):  # a name that was mistyped leaves nothing behind
+        raise MissingFileError(
+            f"{place}: there is no such folder, so no training to go on with. Start one: the same "
+            f"without resume=True, on the command line without --resume"
+        )
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(
+            f"{place}: the folder of the run cannot be made ({type(error).__name__}: "
+            f"{error.strerror or error}). Name another"
+        ) from error
 
 
 def _check_unused(place: Path) -> None:
-    there = [name for name in (STATE, BEST, METRICS) if (place / name).exists()]
+    there = [name for name in (STATE, BEST, METRICS) if os.path.lexists(place / name)]
     if there:
         raise TrainingError(
             f"{place} holds a training already ({', '.join(there)}). Go on with it "
@@ -203,90 +290,123 @@ def _check_unused(place: Path) -> None:
         )
 
 
-def _finish_epoch(
-    state: TrainState,
-    epoch: int,
-    lr: float,
-    config: PVTConfig,
-    held_out: LabelledImages,
-    path: Path,
-    info: ModelInfo,
-) -> tuple[TrainState, dict[str, float]]:
-    """Measures the averaged weights, and keeps them if they are the best so far.
+def _check_resumed(job: _Job, state: TrainState) -> None:
+    """Refuses a state that this run cannot have left, and best weights that are not its own."""
+    done = (state.step - 1) % job.steps + 1 if state.step else 0  # steps of the epoch
+    for name, most in (
+        ("step", job.recipe.epochs * job.steps),
+        ("best_epoch", state.step // job.steps),
+        ("epoch_hits", done * job.recipe.batch_size),
+    ):
+        if getattr(state, name) > most:
+            raise CheckpointError(
+                f"{job.place / STATE}: {name} is {getattr(state, name)}, and can be {most} at "
+                f"most: the file was edited. Put back a copy, or start anew in another folder"
+            )
+    if len(state.order) != job.samples:
+        raise CheckpointError(
+            f"{job.place / STATE}: order has {len(state.order)} samples, and the run "
+            f"{job.samples}: the file was edited. Put back a copy, or start anew in another folder"
+        )
+    # right after the best epoch, the process may have ended before it wrote the weights
+    if state.best_epoch and state.step == state.best_epoch * job.steps and _best_fault(job, state):
+        _save_best(job, state)
+    _check_best(job, state)
 
-    They are written before the state that knows of it. Should the process end in between, the
-    steps since are done again, and write the same file.
-    """
+
+def _measure(job: _Job, state: TrainState, lr: float) -> tuple[float, float]:
+    """Loss and accuracy of the averaged weights on what is held out."""
+    config, held_out = job.config, job.held_out
     with np.errstate(all="ignore"):  # what is not finite is named below
         loss, accuracy = evaluate(state.average, config, held_out)
     if not math.isfinite(loss):
         what = f"the loss on what is held out is {loss}"
         images = held_out.batch(slice(0, 64), like=state.average.pos_embed1)
         culprit = first_non_finite(state.average, images, config)
-        raise diverged(what, state.step - 1, epoch - 1, lr, culprit)
+        done = state.step - 1  # the steps before the one that did it
+        raise diverged(what, done, done // job.steps, lr, culprit)
+    return loss, accuracy
+
+
+def _with_best(state: TrainState, epoch: int, accuracy: float) -> TrainState:
     if accuracy > state.best_accuracy:
-        state = dataclasses.replace(state, best_accuracy=accuracy, best_epoch=epoch)
-        save(path, Model(to_numpy(state.average), config, info=info))
-    results = {
+        digest = weights_sha256(state.average)
+        return dataclasses.replace(
+            state, best_accuracy=accuracy, best_epoch=epoch, best_sha256=digest
+        )
+    return state
+
+
+def _line_of_epoch(
+    job: _Job, state: TrainState, epoch: int, loss: float, accuracy: float
+) -> dict[str, float]:
+    steps, seen = job.steps, job.steps * job.recipe.batch_size
+    return {
+        "epoch": epoch,
+        "train_loss": state.epoch_loss / steps,
+        "train_accuracy": state.epoch_hits / seen,
         "held_out_loss": loss,
         "held_out_accuracy": accuracy,
         "best_accuracy": state.best_accuracy,
         "best_epoch": state.best_epoch,
     }
-    return state, results
 
 
-def _check_weights(state: TrainState, steps: int, lr: float) -> None:
+def _save_best(job: _Job, state: TrainState) -> None:
+    """Writes the averaged weights, which have just done best.
+
+    The state that knows of them is there before: should the process end in between, they are
+    written again from its average. The other way round, a file that is not the state's could be
+    one that is ahead of it, or another run's.
+    """
+    config, info = job.config, job.info
+    save(job.place / BEST, Model(to_numpy(state.average), config, info=info))
+
+
+def _check_best(job: _Job, state: TrainState) -> None:
+    if fault := _best_fault(job, state):
+        raise TrainingError(
+            f"{job.place / BEST} {fault}. Put back the file that belongs to {STATE} from a copy of "
+            f"the folder, or start anew in another: this run cannot make it again"
+        )
+
+
+def _best_fault(job: _Job, state: TrainState) -> str:
+    """What is wrong with the file of the best weights; nothing, if they are those of the state."""
+    path = job.place / BEST
+    if not os.path.lexists(path):
+        done = f"the weights of epoch {state.best_epoch}, which did best, are lost"
+        return f"is not there: {done}" if state.best_epoch else ""
+    if not state.best_epoch:
+        return f"is there, though {STATE} is from before the end of the first epoch"
+    try:
+        found = weights_sha256(load(path).params)
+    except PVTError as error:
+        return f"cannot be read ({error})"
+    if found != state.best_sha256:
+        return (
+            f"does not hold the weights of epoch {state.best_epoch}, which did best: it is of "
+            f"another run, or of another moment of this one"
+        )
+    return ""
+
+
+def _check_weights(job: _Job, state: TrainState, lr: float) -> None:
     """Raises TrainingError rather than let weights that are not finite be saved or measured."""
-    for key, w in named_arrays(state.params):
-        xp = array_module(w)
-        if not bool(xp.all(xp.isfinite(w))):
-            done = state.step - 1  # the steps before the one that did it
-            culprit = f"The first array that is not finite is {key}"
-            raise diverged("the weights are not finite", done, done // steps, lr, culprit)
+    for prefix, tree in (("", state.params), ("average", state.average)):
+        for key, w in named_arrays(tree, prefix):
+            xp = array_module(w)
+            if not bool(xp.all(xp.isfinite(w))):
+                done = state.step - 1  # the steps before the one that did it
+                culprit = f"The first array that is not finite is {key}"
+                raise diverged("the weights are not finite", done, done // job.steps, lr, culprit)
 
 
-def _draw(place: Path, console: Console | None) -> None:
+def _draw(job: _Job) -> None:
     """The curves, if they can be drawn: no training ends for want of a picture."""
     try:
-        draw_curves(place / METRICS, place / CURVES)
+        draw_curves(job.place / METRICS, job.place / CURVES)
     except ImportError:
         return  # without matplotlib there is none
-    except OSError as error:
-        if console is not None:
-            console.print(f"{place / CURVES} could not be written: {error}", highlight=False)
-
-
-def _make_folder(folder: str | os.PathLike[str]) -> Path:
-    path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(
-            f"{path}: the folder of the run cannot be made ({type(error).__name__}: "
-            f"{error.strerror or error}). Name another"
-        ) from error
-    return path
-
-
-@contextmanager
-def _deferred_interrupts() -> Iterator[list[int]]:
-    """Ctrl-C, SIGTERM and SIGHUP fill the list that is given; a second Ctrl-C interrupts."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread may say what a signal does
-        return
-
-    def note(number: int, _: FrameType | None) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    names = ("SIGINT", "SIGTERM", "SIGHUP")  # the last one, of a closed terminal, is POSIX's
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    except PVTError as error:
+        job.say(f"{CURVES} is not up to date: {error}")

@@ -3,12 +3,45 @@
 import io
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
+
+from pvt_ref.checkpoint.bounded_json import parse_json
 from pvt_ref.checkpoint.whole_file import write_whole
-from pvt_ref.errors import CheckpointError
+from pvt_ref.errors import (
+    CheckpointError,
+    MissingFileError,
+    PVTError,
+    TrainingError,
+    shown,
+)
+from pvt_ref.train.checks import check_number, check_path
+
+_LONGEST = 2**16  # bytes of a line that are read; ours have some 400
+_PICTURES = (".png", ".svg", ".pdf")
+
+#: What a line says, and within which bounds. Lines of epochs have all of _EPOCH.
+_BOUNDS: dict[str, dict[str, Any]] = {
+    "step": {"least": 1, "most": 2**53, "whole": True},
+    "epoch": {"least": 0},
+    "lr": {"least": 0},
+    "images_per_second": {"least": 0},
+    "loss": {},
+    "grad_norm": {"least": 0},
+}
+_EPOCH: dict[str, dict[str, Any]] = {
+    "epoch": {"least": 1, "most": 2**53, "whole": True},
+    "train_loss": {},
+    "train_accuracy": {"least": 0, "most": 1},
+    "held_out_loss": {},
+    "held_out_accuracy": {"least": 0, "most": 1},
+    "best_accuracy": {"least": 0, "most": 1},
+    "best_epoch": {"least": 1, "most": 2**53, "whole": True},
+}
 
 
 class Metrics:
@@ -21,19 +54,22 @@ class Metrics:
 
     Attributes:
         path: the file.
+        epochs: those that it had lines of at the beginning.
 
     Raises:
-        CheckpointError: if the file cannot be written.
-        OSError: if there is one that cannot be read.
+        CheckpointError: if there is one that is no metrics file, or it cannot be written.
     """
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        if path.exists():
+        kept = []
+        if os.path.lexists(path):
             kept = [line for line in read_metrics(path) if line["step"] <= step]
-            self._replace("".join(json.dumps(line) + "\n" for line in kept))
-        else:
-            self._replace("")
+        self.epochs = [line["epoch"] for line in kept if "held_out_accuracy" in line]
+        try:
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        except OSError as error:
+            raise self._failed(error) from error
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Adds a line.
@@ -47,16 +83,10 @@ class Metrics:
             TypeError: if a value is not fit for JSON.
         """
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
+            with _open_file(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, "ab") as file:
+                file.write((json.dumps(line, allow_nan=False) + "\n").encode())
                 file.flush()
                 os.fsync(file.fileno())  # before the state that knows of it is written
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def _replace(self, text: str) -> None:
-        try:
-            write_whole(self.path, text.encode())
         except OSError as error:
             raise self._failed(error) from error
 
@@ -69,26 +99,85 @@ class Metrics:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a metrics file. One that cannot be read, as if cut off, is left out.
+    """The lines of a metrics file, each verified.
+
+    A last line that was cut off, because the process was ended while writing it, is left out.
 
     Args:
-        path: a file of :class:`Metrics`.
+        path: ``metrics.jsonl`` of a run.
 
     Returns:
-        Values by name, a dict for each line.
+        Values by name, a dict for each line: ``step``, which grows from line to line, and what was
+        measured there. Lines of epochs have a ``held_out_accuracy``.
 
     Raises:
-        OSError: if the file is not there, or cannot be read.
+        MissingFileError: if there is no such file.
+        CheckpointError: if it cannot be read, or a line is none that a run writes; the message
+            names the line.
+        ArrayTypeError: if path is of another type.
+        TrainingError: if path is none that a file can have.
     """
-    lines = []
-    for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue  # the process was ended while writing it
-        if isinstance(line, dict) and "step" in line:
-            lines.append(line)
+    path = check_path("path", path)
+    lines: list[dict[str, Any]] = []
+    number = last = 0
+    try:
+        with _open_file(path, os.O_RDONLY, "rb") as file:
+            while text := file.readline(_LONGEST + 1):
+                number += 1
+                try:
+                    line = _verified(text, last)
+                except CheckpointError:
+                    if not text.endswith(b"\n") and len(text) <= _LONGEST:
+                        break
+                    raise
+                lines.append(line)
+                last = line["step"]
+    except FileNotFoundError as error:
+        raise MissingFileError(
+            f"{path}: there is no such file. A run's is metrics.jsonl"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read: {type(error).__name__}: {error.strerror or error}"
+        ) from error
+    except PVTError as error:
+        raise CheckpointError(
+            f"{path}, line {number}: {error}. It was edited or damaged. Mend the line, or delete "
+            f"it; to resume without what was written so far, move the file away"
+        ) from error
     return lines
+
+
+def _verified(text: bytes, last: int) -> dict[str, Any]:
+    """A line as a dict, if it is one that a run writes after a line of step last."""
+    line = parse_json(text, "the line", _LONGEST)
+    if not isinstance(line, dict) or "step" not in line:
+        raise CheckpointError("needed is a JSON object with a step")
+    is_epoch = any(name in line for name in _EPOCH if name != "epoch")
+    for name, bounds in (_BOUNDS | _EPOCH if is_epoch else _BOUNDS).items():
+        if name in line:
+            try:
+                check_number(name, line[name], **bounds)
+            except PVTError as error:
+                raise CheckpointError(str(error)) from error
+        elif is_epoch and name in _EPOCH:
+            raise CheckpointError(f"the line of an epoch has no {name}")
+    if line["step"] <= last:
+        raise CheckpointError(f"step is {line['step']}, and was {last} in the line before")
+    return line
+
+
+def _open_file(path: Path, flags: int, mode: str) -> BinaryIO:
+    """The file, open, unless it is a pipe or the like, which could be waited for without end."""
+
+    def opener(name: str, _: int) -> int:
+        fd = os.open(name, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0), 0o666)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(None, "not a regular file")
+        return fd
+
+    return open(path, mode, opener=opener)  # type: ignore[return-value]
 
 
 def draw_curves(metrics: str | os.PathLike[str], picture: str | os.PathLike[str]) -> None:
@@ -102,9 +191,14 @@ def draw_curves(metrics: str | os.PathLike[str], picture: str | os.PathLike[str]
 
     Raises:
         ImportError: if there is no matplotlib.
-        OSError: if the metrics cannot be read, or the picture cannot be written.
-        ValueError: if the picture ends in something that matplotlib does not write.
+        MissingFileError: as :func:`read_metrics`.
+        CheckpointError: as :func:`read_metrics`; also if the picture cannot be written.
+        TrainingError: if the picture ends in something else.
+        ArrayTypeError: if an argument is of another type.
     """
+    target = check_path("picture", picture)
+    if target.suffix not in _PICTURES:
+        raise TrainingError(f"picture is {shown(str(target))}; it must end in .png, .svg or .pdf")
     # without pyplot: no window, no global state, and a program's own figures are left alone
     from matplotlib.figure import Figure
 
@@ -117,7 +211,8 @@ def draw_curves(metrics: str | os.PathLike[str], picture: str | os.PathLike[str]
             ("train", "in training, samples changed at random", "tab:blue"),
             ("held_out", "held out, averaged weights", "tab:orange"),
         ):
-            values = [line[f"{kind}_{name}"] for line in lines]
+            # beyond that, the room between two ticks overflows
+            values = np.clip([line[f"{kind}_{name}"] for line in lines], -1e100, 1e100)
             marker = "." if len(lines) < 40 else ""
             ax.plot(epochs, values, marker=marker, color=colour, label=label)
         ax.set(xlabel="epoch", title=name)
@@ -128,8 +223,13 @@ def draw_curves(metrics: str | os.PathLike[str], picture: str | os.PathLike[str]
             f"accuracy (held out, best: {best['held_out_accuracy']:.4f} in epoch {best['epoch']})"
         )
     loss.legend()
-    kind = Path(picture).suffix.removeprefix(".")
+    kind = target.suffix.removeprefix(".")
     undated = {"Date": None} if kind == "svg" else None  # the same run gives the same file
     drawn = io.BytesIO()
     figure.savefig(drawn, format=kind, dpi=120, metadata=undated)
-    write_whole(Path(picture).resolve(), drawn.getvalue())
+    try:
+        write_whole(Path(os.path.realpath(target)), drawn.getvalue())
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} could not be written: {type(error).__name__}: {error.strerror or error}"
+        ) from error

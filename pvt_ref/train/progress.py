@@ -1,5 +1,6 @@
 """What a person sees of a training: a bar in a terminal, a line an epoch anywhere."""
 
+import contextlib
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -16,6 +17,9 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 
 from pvt_ref.train.step import StepReport
+
+#: A terminal that was closed ends no training.
+_CLOSED = contextlib.suppress(OSError)
 
 
 class Progress:
@@ -50,7 +54,8 @@ class Progress:
         self._clock = time.monotonic()
 
     def __enter__(self) -> "Progress":
-        self._bar.start()
+        with _CLOSED:
+            self._bar.start()
         return self
 
     def __exit__(
@@ -59,7 +64,8 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        with _CLOSED:
+            self._bar.stop()
 
     def step(self, report: StepReport, batch_size: int) -> None:
         """After every step. What is shown is smoothed over the last ten or so.
@@ -87,14 +93,14 @@ class Progress:
             line: that of the metrics, with losses, accuracies and images_per_second.
         """
         if self._console is not None:
-            self._console.print(
+            text = (
                 f"epoch {line['epoch']:>3}  loss {line['train_loss']:.4f}  "
                 f"acc {line['train_accuracy']:.4f}  held out: loss {line['held_out_loss']:.4f}  "
                 f"acc {line['held_out_accuracy']:.4f}  (best {line['best_accuracy']:.4f})  "
-                f"{line['images_per_second']:,.0f} images/s",
-                highlight=False,
-                soft_wrap=True,
+                f"{line['images_per_second']:,.0f} images/s"
             )
+            with _CLOSED:
+                self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         self._clock = time.monotonic()  # the evaluation is not the next step's time
 
 

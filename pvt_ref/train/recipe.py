@@ -5,7 +5,7 @@ from typing import Any
 
 from pvt_ref.errors import RangeError, TrainingError
 from pvt_ref.train.adamw import AdamW
-from pvt_ref.train.checks import check_number
+from pvt_ref.train.checks import check_flag, check_number
 from pvt_ref.train.schedule import warmup_cosine
 
 
@@ -63,11 +63,12 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
             self._settle(name, least=1, whole=True)
-        for name in ("crop_padding", "cutout", "drop_path_ramp_epochs", "seed"):
+        for name in ("drop_path_ramp_epochs", "seed"):
             self._settle(name, least=0, whole=True)
+        for name in ("crop_padding", "cutout"):  # more than any image has
+            self._settle(name, least=0, most=2**15, whole=True)
         for name in ("decay_positions", "flip"):
-            if not isinstance(getattr(self, name), bool):
-                raise RangeError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+            check_flag(name, getattr(self, name))
         self._settle("lr", above=0)
         self._settle("lr_floor", least=0, most=self.lr)
         self._settle("warmup_epochs", least=0, most=self.epochs)
@@ -108,7 +109,9 @@ class Recipe:
 
         Raises:
             TrainingError: if there is not even one.
+            RangeError: if samples is no whole number of at least 0.
         """
+        samples = check_number("samples", samples, least=0, whole=True)
         if samples < self.batch_size:
             raise TrainingError(
                 f"there are {samples} samples, fewer than one batch of {self.batch_size}. Choose "
@@ -125,7 +128,11 @@ class Recipe:
 
         Returns:
             A number from 0 to lr.
+
+        Raises:
+            RangeError: if step is no whole number of at least 0, or steps_per_epoch of at least 1.
         """
+        steps_per_epoch = check_number("steps_per_epoch", steps_per_epoch, least=1, whole=True)
         total, warmup = self.epochs * steps_per_epoch, round(self.warmup_epochs * steps_per_epoch)
         return warmup_cosine(step, total, warmup, self.lr, self.lr_floor)
 

@@ -2,30 +2,40 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pvt_ref.arrays import Array, from_host, to_numpy
+from pvt_ref.arrays import Array, dtype_name, from_host, is_array, to_numpy
+from pvt_ref.checkpoint.bounded_json import parse_json
 from pvt_ref.checkpoint.safetensors_file import TRAINING_KEY, digest, pack, read_safetensors
 from pvt_ref.checkpoint.whole_file import write_whole
-from pvt_ref.config import PVTConfig
-from pvt_ref.errors import CheckpointError, MissingFileError, TrainingError
-from pvt_ref.params import from_state_dict, to_state_dict
+from pvt_ref.config import PVTConfig, check_config
+from pvt_ref.errors import (
+    ArrayTypeError,
+    CheckpointError,
+    MissingFileError,
+    PVTError,
+    TrainingError,
+    shown,
+)
+from pvt_ref.params import PVTParams, check_params_type, from_state_dict, to_state_dict
 from pvt_ref.train.adamw import AdamWState
+from pvt_ref.train.checks import check_path, check_type
 from pvt_ref.train.data import LabelledImages
 from pvt_ref.train.recipe import Recipe
-from pvt_ref.train.step import TrainState
+from pvt_ref.train.step import TrainState, check_state
 
-FORMAT = "pvt_ref training 1"
+FORMAT = "pvt_ref training 2"
 
 _TREES = ("params", "m", "v", "average")
-_NUMBERS = ("step", "epoch_loss", "epoch_hits", "best_accuracy", "best_epoch")
+_NUMBERS = ("step", "epoch_loss", "epoch_hits", "best_accuracy", "best_epoch", "best_sha256")
 
 
-def save_state(path: Path, state: TrainState, run: Mapping[str, Any]) -> None:
+def save_state(path: str | os.PathLike[str], state: TrainState, run: Mapping[str, Any]) -> None:
     """Writes a state, and what run it belongs to.
 
     Killed at any moment, or on a full disk, the file that was there before stays whole.
@@ -38,8 +48,13 @@ def save_state(path: Path, state: TrainState, run: Mapping[str, Any]) -> None:
 
     Raises:
         CheckpointError: if it cannot be written.
-        TypeError: if run holds what JSON does not.
+        TrainingError: if run holds what JSON does not, or path what no file name does.
+        ArrayTypeError: if an argument is of another type.
+        RangeError: if a field of state is outside its range.
     """
+    path = check_path("path", path)
+    check_type("state", state, TrainState)
+    check_state(state, len(state.order) if isinstance(state.order, np.ndarray) else 0)
     optimizer = state.optimizer
     trees = zip(_TREES, (state.params, optimizer.m, optimizer.v, state.average), strict=True)
     tensors = {
@@ -50,32 +65,52 @@ def save_state(path: Path, state: TrainState, run: Mapping[str, Any]) -> None:
     tensors["order"] = state.order
     record = {
         "format": FORMAT,
-        "run": run,
+        "run": _as_run(run),
         "rng": state.rng,
         "t": optimizer.t,
         **{name: getattr(state, name) for name in _NUMBERS},
     }
-    record = json.loads(json.dumps(record))  # tuples as lists, as it will be read
+    # tuples as lists, and NumPy's numbers as plain ones, as it will be read
+    record = json.loads(json.dumps(record, default=lambda number: number.item()))
     record["sha256"] = digest(tensors, record)
     data = pack(tensors, TRAINING_KEY, record)
     try:
         write_whole(path.resolve(), data)  # through a link, which stays a link
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
         raise CheckpointError(
             f"{path}: the training could not be saved ({type(error).__name__}: "
-            f"{error.strerror or error}). What was saved before is whole, and resuming goes on "
-            f"from it. Check that the folder may be written to, and that the disk has {len(data)} "
-            f"bytes free"
+            f"{getattr(error, 'strerror', None) or error}). What was saved before is whole, and "
+            f"resuming goes on from it. Check that the folder may be written to, and that the disk "
+            f"has {len(data)} bytes free"
         ) from error
 
 
-def load_state(path: Path, config: PVTConfig, run: Mapping[str, Any], like: Array) -> TrainState:
+def _as_run(run: Any) -> dict[str, dict[str, Any]]:
+    """A copy as a file would give it back."""
+    good = isinstance(run, Mapping) and all(isinstance(part, Mapping) for part in run.values())
+    if not good:
+        raise TrainingError(
+            f"run is {shown(run)}; it must map the name of each part to its values by name"
+        )
+    try:
+        plain = {name: dict(part) for name, part in run.items()}
+        return json.loads(json.dumps(plain, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TrainingError(
+            f"run holds what JSON does not ({error}); it must hold texts, finite numbers, truth "
+            f"values and lists"
+        ) from error
+
+
+def load_state(
+    path: str | os.PathLike[str], config: PVTConfig, run: Mapping[str, Any], like: Array
+) -> TrainState:
     """The state in a file of :func:`save_state`.
 
     Args:
         path: the file.
         config: the model.
-        run: must be equal to what was saved.
+        run: must be equal to what was saved, except that it need not say the first weights.
         like: an array of any shape that says on which device the weights shall lie.
 
     Returns:
@@ -83,50 +118,115 @@ def load_state(path: Path, config: PVTConfig, run: Mapping[str, Any], like: Arra
 
     Raises:
         MissingFileError: if there is no such file.
-        CheckpointError: if it is damaged, of another format, or its weights are not of config.
+        CheckpointError: if it is damaged, of another format, its weights are not of config, or a
+            field of it is none that a training leaves.
         TrainingError: if it belongs to another run; the differences are listed.
-        ArrayTypeError: if config is not a PVTConfig, or like not an array.
+        ArrayTypeError: if an argument is of another type.
     """
-    if not path.is_file():
+    return load_state_and_run(path, config, run, like)[0]
+
+
+def load_state_and_run(
+    path: str | os.PathLike[str], config: PVTConfig, run: Mapping[str, Any], like: Array
+) -> tuple[TrainState, dict[str, Any]]:
+    """:func:`load_state`, with all that the file says of its run.
+
+    Args:
+        path: the file.
+        config: the model.
+        run: must be equal to what was saved, except that it need not say the first weights.
+        like: an array of any shape that says on which device the weights shall lie.
+
+    Returns:
+        The state, and the run as it was saved.
+
+    Raises:
+        MissingFileError: as :func:`load_state`.
+        CheckpointError: as :func:`load_state`.
+        TrainingError: as :func:`load_state`.
+        ArrayTypeError: as :func:`load_state`.
+    """
+    path = check_path("path", path)
+    check_config(config)
+    given = _as_run(run)
+    if not is_array(like):
+        raise ArrayTypeError(f"like is a {type(like).__name__}; it must be an array")
+    if not os.path.lexists(path):
         raise MissingFileError(
             f"{path}: there is no saved training to go on with. Start one: the same without "
             f"resume=True, on the command line without --resume"
         )
-    tensors, metadata = read_safetensors(path)
+    if not os.path.isfile(path):  # reading a pipe could wait for ever
+        raise CheckpointError(f"{path}: not a regular file, so no saved training. Move it away")
     try:
-        record = json.loads(metadata[TRAINING_KEY])
-        written, expected = record["format"], record.pop("sha256")
-        found = digest(tensors, record)
-    except Exception as error:
+        tensors, metadata = read_safetensors(path)
+        record = _record(tensors, metadata)
+        saved = _as_run(record["run"])
+    except (PVTError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    _check_same_run(path, saved, given)
+    try:
+        return _state(tensors, record, config, like), saved
+    except PVTError as error:
         raise CheckpointError(
-            f"{path}: not the saved state of a training ({type(error).__name__}: {error}). It is "
-            f"damaged, or another kind of file"
+            f"{path}: no state that a training leaves, though it matches its SHA-256: {error}. It "
+            f"was edited, or written by another program. Put back a copy, or start anew in another "
+            f"folder"
         ) from error
-    if written != FORMAT:
+
+
+def _record(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What the file says beside its tensors, once the digest has been verified."""
+    text = metadata.get(TRAINING_KEY, "{}")
+    record = parse_json(text, f"its metadata entry {TRAINING_KEY!r}")
+    fields = {"format", "sha256", "run", "rng", "t", *_NUMBERS}
+    if not isinstance(record, dict) or "format" not in record:
         raise CheckpointError(
-            f"{path}: a training of format {written!r}; this version reads {FORMAT!r}. Go on with "
-            f"the version that began it"
+            "not the saved state of a training. It is damaged, or another kind of file"
         )
-    if found != expected:
+    if record["format"] != FORMAT:
         raise CheckpointError(
-            f"{path}: the content does not match its SHA-256: at least one bit has changed since "
-            f"it was written. Copy it again, or start anew in another folder"
+            f"a training of format {shown(record['format'])}; this version reads {FORMAT!r}. Go on "
+            f"with the version that began it"
         )
-    _check_same_run(path, record["run"], json.loads(json.dumps(run)))
-    trees = [
-        from_state_dict(
-            {
-                key.removeprefix(f"{name}."): from_host(x, like=like)
-                for key, x in tensors.items()
-                if key.startswith(f"{name}.")
-            },
-            config,
+    if record.keys() != fields or "order" not in tensors:
+        different = sorted(record.keys() ^ fields) or ["order"]
+        raise CheckpointError(
+            f"not the whole state of a training: {shown(different[0])} is missing or unknown. It "
+            f"is damaged, or was edited"
         )
-        for name in _TREES
-    ]
-    params, m, v, average = trees
+    expected = record.pop("sha256")
+    if digest(tensors, record) != expected:
+        raise CheckpointError(
+            "the content does not match its SHA-256: at least one bit has changed since it was "
+            "written. Copy it again, or start anew in another folder"
+        )
+    return record
+
+
+def _state(
+    tensors: Mapping[str, np.ndarray], record: Mapping[str, Any], config: PVTConfig, like: Array
+) -> TrainState:
+    trees: dict[str, dict[str, Array]] = {name: {} for name in _TREES}
+    dtype = dtype_name(tensors.get("params.pos_embed1", np.empty(0)))
+    for key, x in tensors.items():
+        name, _, rest = key.partition(".")
+        if key == "order":
+            continue
+        if name not in trees:
+            raise CheckpointError(f"there is an unknown tensor, {shown(key)}")
+        if dtype_name(x) != dtype or dtype not in ("float32", "float64"):
+            raise CheckpointError(
+                f"{shown(key)} has dtype {dtype_name(x)}; all must be float32, or all float64"
+            )
+        if not np.isfinite(x).all():
+            raise CheckpointError(f"{shown(key)} holds NaN or infinity")
+        if name == "v" and (x < 0).any():
+            raise CheckpointError(f"{shown(key)} is a mean of squares, and is below 0 somewhere")
+        trees[name][rest] = from_host(x, like=like)
+    params, m, v, average = [_tree(name, tree, config) for name, tree in trees.items()]
     numbers = {name: record[name] for name in _NUMBERS}
-    return TrainState(
+    state = TrainState(
         params=params,
         optimizer=AdamWState(record["t"], m, v),
         average=average,
@@ -134,12 +234,24 @@ def load_state(path: Path, config: PVTConfig, run: Mapping[str, Any], like: Arra
         order=tensors["order"],
         **numbers,
     )
+    check_state(state, len(np.atleast_1d(state.order)))
+    return state
+
+
+def _tree(name: str, tree: Mapping[str, Array], config: PVTConfig) -> PVTParams:
+    try:
+        return from_state_dict(tree, config)
+    except PVTError as error:
+        raise CheckpointError(f"its {name}: {error}") from error
 
 
 def _check_same_run(path: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    parts = saved.keys() | given.keys()
+    if "first" not in given:  # nothing is said of the first weights, so nothing contradicts
+        parts -= {"first"}
     differences = [
-        f"{part}.{name} is {old.get(name)!r} there and {new.get(name)!r} here"
-        for part in sorted({*saved, *given})
+        f"{part}.{name} is {shown(old.get(name))} there and {shown(new.get(name))} here"
+        for part in sorted(parts)
         for old, new in [(saved.get(part, {}), given.get(part, {}))]
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name)
@@ -153,25 +265,48 @@ def _check_same_run(path: Path, saved: Mapping[str, Any], given: Mapping[str, An
 
 
 def describe_run(
-    config: PVTConfig, recipe: Recipe, data: LabelledImages, held_out: LabelledImages
+    config: PVTConfig,
+    recipe: Recipe,
+    data: LabelledImages,
+    held_out: LabelledImages,
+    first: PVTParams | None = None,
 ) -> dict[str, Any]:
-    """What must stay the same for a training to go on: model, recipe, samples.
+    """What must stay the same for a training to go on: model, recipe, samples, first weights.
 
     Args:
         config: the model.
         recipe: how it is trained.
         data: what it learns from.
         held_out: what its epochs are compared on.
+        first: the first weights; None says nothing of them.
 
     Returns:
-        Plain values, fit for JSON: config, recipe, and a SHA-256 of either set of samples.
+        Plain values, fit for JSON: config, recipe, and a SHA-256 of either set of samples and of
+        the first weights.
     """
-    return {
+    run = {
         "config": dataclasses.asdict(config),
         "recipe": recipe.to_dict(),
         "data": _describe(data),
         "held_out": _describe(held_out),
     }
+    return run if first is None else run | {"first": {"sha256": weights_sha256(first)}}
+
+
+def weights_sha256(params: PVTParams) -> str:
+    """By which weights are known again, wherever they are.
+
+    Args:
+        params: the weights, NumPy or CuPy.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        ArrayTypeError: if params is not a PVTParams.
+    """
+    check_params_type(params)
+    return digest(to_state_dict(to_numpy(params)), "weights")
 
 
 def _describe(data: LabelledImages) -> dict[str, Any]:

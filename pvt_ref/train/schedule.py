@@ -3,7 +3,8 @@
 import dataclasses
 import math
 
-from pvt_ref.config import PVTConfig
+from pvt_ref.config import PVTConfig, check_config
+from pvt_ref.train.checks import check_number
 
 
 def warmup_cosine(
@@ -28,7 +29,14 @@ def warmup_cosine(
 
     Returns:
         The learning rate.
+
+    Raises:
+        RangeError: if a number is below 0, or a number of steps not whole.
     """
+    step = check_number("step", step, least=0, whole=True)
+    total_steps = check_number("total_steps", total_steps, least=0, whole=True)
+    warmup_steps = check_number("warmup_steps", warmup_steps, least=0, whole=True)
+    peak, floor = check_number("peak", peak, least=0), check_number("floor", floor, least=0)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
@@ -48,7 +56,13 @@ def drop_path_of_epoch(epoch: int, peak: float, ramp_epochs: int) -> float:
 
     Returns:
         The rate, from 0 to peak.
+
+    Raises:
+        RangeError: if a number is outside its range, or a number of epochs not whole.
     """
+    epoch = check_number("epoch", epoch, least=0, whole=True)
+    peak = check_number("peak", peak, least=0, below=1)
+    ramp_epochs = check_number("ramp_epochs", ramp_epochs, least=0, whole=True)
     if epoch >= ramp_epochs:
         return peak
     return peak * epoch / ramp_epochs
@@ -67,6 +81,11 @@ def config_of_epoch(config: PVTConfig, epoch: int, ramp_epochs: int) -> PVTConfi
 
     Returns:
         config with another drop_path_rate.
+
+    Raises:
+        ArrayTypeError: if config is not a PVTConfig.
+        RangeError: as :func:`drop_path_of_epoch`.
     """
+    check_config(config)
     rate = drop_path_of_epoch(epoch, config.drop_path_rate, ramp_epochs)
     return dataclasses.replace(config, drop_path_rate=rate)

@@ -6,20 +6,23 @@ be stopped after any of them, and going on from a saved one gives the same bits.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pvt_ref.arrays import Array, array_module, dtype_name, from_host, to_numpy
-from pvt_ref.config import PVTConfig
-from pvt_ref.errors import TrainingError
+from pvt_ref.arrays import Array, array_module, describe_type, dtype_name, from_host, to_numpy
+from pvt_ref.boundary import check_has_classifier
+from pvt_ref.config import PVTConfig, is_whole
+from pvt_ref.errors import ArrayTypeError, RangeError, ShapeError, TrainingError, shown
 from pvt_ref.layers.cross_entropy import cross_entropy
 from pvt_ref.model import backward, forward_with_cache
-from pvt_ref.params import PVTParams
+from pvt_ref.params import PVTParams, check_params_type
 from pvt_ref.train.adamw import AdamWState, adamw_init, adamw_step
 from pvt_ref.train.augment import cutout, mixup, one_hot, random_crop, random_flip
+from pvt_ref.train.checks import check_number, check_type
 from pvt_ref.train.data import LabelledImages
 from pvt_ref.train.diagnosis import first_non_finite
 from pvt_ref.train.ema import ema_decay_of_step, ema_step
@@ -42,7 +45,8 @@ class TrainState:
         epoch_loss: sum of the losses over the steps of the epoch in progress.
         epoch_hits: right answers among the samples of the epoch in progress.
         best_accuracy: of the averaged weights, on the samples held out; -1 before the first epoch.
-        best_epoch: after how many epochs that was.
+        best_epoch: after how many epochs that was; 0 before the first.
+        best_sha256: of the averaged weights then, by which their file is known; "" before.
     """
 
     step: int
@@ -55,6 +59,7 @@ class TrainState:
     epoch_hits: int = 0
     best_accuracy: float = -1.0
     best_epoch: int = 0
+    best_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +91,12 @@ def start_training(params: PVTParams, samples: int, seed: int) -> TrainState:
         A state with step 0, whose average is params itself.
 
     Raises:
-        ValueError: if seed is below 0.
+        ArrayTypeError: if params is not a PVTParams.
+        RangeError: if samples is no whole number of at least 1, or seed of at least 0.
     """
+    check_params_type(params)
+    samples = check_number("samples", samples, least=1, most=2**31, whole=True)
+    seed = check_number("seed", seed, least=0, whole=True)
     rng = np.random.Generator(np.random.PCG64(seed))
     order = np.arange(samples, dtype=np.int64)
     return TrainState(0, params, adamw_init(params), params, rng.bit_generator.state, order)
@@ -110,12 +119,16 @@ def train_step(
     Raises:
         TrainingError: if the loss or a gradient is not finite; the message has the step, the
             learning rate, and the first layer whose output was not. The state passed in is whole.
-            Also if there are fewer samples than a batch has.
-        RangeError: if a label is no class of the model; also as :func:`pvt_ref.forward`.
-        ShapeError: as :func:`pvt_ref.forward_with_cache`.
-        ArrayTypeError: as :func:`pvt_ref.forward_with_cache`.
-        ConfigError: as :func:`pvt_ref.forward_with_cache`.
+            Also if there are fewer samples than a batch has, or they do not fit the model.
+        RangeError: if a number in state is outside its range, or images would be moved by more
+            than their size.
+        ShapeError: as :func:`pvt_ref.forward_with_cache`; also if state is of another model, or of
+            another number of samples.
+        ArrayTypeError: as :func:`pvt_ref.forward_with_cache`; also for an argument of another type.
+        ConfigError: as :func:`pvt_ref.forward_with_cache`; also for a bare backbone.
     """
+    check_samples(data, "data", config, recipe)
+    check_state(state, len(data))
     steps = recipe.steps_per_epoch(len(data))
     epoch, index = divmod(state.step, steps)
     config = config_of_epoch(config, epoch, recipe.drop_path_ramp_epochs)
@@ -179,11 +192,109 @@ def generator(rng_state: Mapping[str, Any]) -> np.random.Generator:
         A new generator.
 
     Raises:
-        ValueError: if it is the state of another kind.
+        RangeError: if it is none.
     """
+    if not _is_rng_state(rng_state):
+        raise RangeError(
+            f"rng is {shown(rng_state)}; it must be bit_generator.state of a numpy.random.PCG64"
+        )
     bits = np.random.PCG64()
     bits.state = dict(rng_state)  # type: ignore[assignment]
     return np.random.Generator(bits)
+
+
+def _is_rng_state(value: Any) -> bool:
+    """Whether NumPy could have given it: what it takes over unseen may be none all the same."""
+    bounds = {"state": 2**128, "inc": 2**128}
+    further = {"has_uint32": 2, "uinteger": 2**32}
+    return (
+        isinstance(value, Mapping)
+        and value.keys() == {"bit_generator", "state", *further}
+        and value["bit_generator"] == "PCG64"
+        and isinstance(value["state"], Mapping)
+        and value["state"].keys() == bounds.keys()
+        and all(_is_below(value["state"][name], bound) for name, bound in bounds.items())
+        and value["state"]["inc"] % 2 == 1
+        and all(_is_below(value[name], bound) for name, bound in further.items())
+    )
+
+
+def _is_below(value: Any, bound: int) -> bool:
+    return is_whole(value) and 0 <= value < bound
+
+
+def check_samples(data: LabelledImages, name: str, config: PVTConfig, recipe: Recipe) -> None:
+    """Refuses samples that a model cannot be trained on as a recipe says.
+
+    Args:
+        data: the samples.
+        name: of them, for the message.
+        config: the model.
+        recipe: how it is to be trained.
+
+    Raises:
+        ArrayTypeError: if one of them is of another type.
+        ConfigError: if the model is a bare backbone.
+        TrainingError: if a label is no class of the model, or the channels are not its.
+        ShapeError: if the model cannot take images of that size.
+        RangeError: if images would be moved by more than their size.
+    """
+    check_has_classifier(config)
+    check_type("recipe", recipe, Recipe)
+    check_type(name, data, LabelledImages, "LabelledImages(images, labels, preprocessing)")
+    data.check_fits(config, name)
+    side = max(data.images.shape[2:])
+    if recipe.crop_padding > side:
+        raise RangeError(
+            f"crop_padding is {recipe.crop_padding}, and images have only {side} pixels a side: "
+            f"some would be moved out of sight"
+        )
+
+
+def check_state(state: TrainState, samples: int) -> None:
+    """Refuses a state that no training can be in. (Its weights are checked where they are used.)
+
+    Args:
+        state: of a training.
+        samples: how many there are to learn from.
+
+    Raises:
+        ArrayTypeError: if it is of another type, or its order not an array of int64.
+        ShapeError: if its order is one of another number of samples.
+        RangeError: if a field of it is outside its range; the message names it.
+    """
+    check_type("state", state, TrainState, "from start_training or the step before")
+    check_type("state.optimizer", state.optimizer, AdamWState)
+    check_params_type(state.params)
+    order = state.order
+    if not isinstance(order, np.ndarray) or order.dtype != np.int64:
+        kind = f"dtype {order.dtype}" if isinstance(order, np.ndarray) else describe_type(order)
+        raise ArrayTypeError(f"state.order is {kind}; it must be a NumPy array of int64")
+    if order.shape != (samples,) or not samples:
+        raise ShapeError(
+            f"state.order has shape {order.shape}; with {samples} samples it must be ({samples},)"
+        )
+    inside = order.min() >= 0 and order.max() < samples
+    if not inside or np.bincount(order, minlength=samples).max() > 1:
+        raise RangeError("state.order is not the samples' numbers, each once, in some order")
+    for name, most in {"step": 2**53, "epoch_hits": samples, "best_epoch": 2**53}.items():
+        check_number(f"state.{name}", getattr(state, name), least=0, most=most, whole=True)
+    check_number("state.optimizer.t", state.optimizer.t, least=0, most=2**53, whole=True)
+    check_number("state.epoch_loss", state.epoch_loss)
+    none = state.best_epoch == 0  # no epoch has been measured
+    accuracy = check_number("state.best_accuracy", state.best_accuracy, least=-1, most=1)
+    digest = state.best_sha256
+    if accuracy < 0 and not (none and accuracy == -1):
+        raise RangeError(f"state.best_accuracy is {accuracy}; it must be from 0 to 1, or -1 before")
+    if not isinstance(digest, str) or not re.fullmatch("" if none else "[0-9a-f]{64}", digest):
+        raise RangeError(
+            f"state.best_sha256 is {shown(digest)}; with best_epoch {state.best_epoch} it must be "
+            f"{'empty' if none else '64 hexadecimal digits'}"
+        )
+    try:
+        generator(state.rng)
+    except RangeError as error:
+        raise RangeError(f"state.{error}") from None
 
 
 def draw_batch(

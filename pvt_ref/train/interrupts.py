@@ -1,0 +1,78 @@
+"""Ctrl-C in a training: noted at once, obeyed where nothing is half done."""
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Interrupts:
+    """Ctrl-C, SIGTERM and SIGHUP (of a closed terminal) are noted instead of ending the process.
+
+    A second Ctrl-C raises KeyboardInterrupt, but only inside :meth:`allow`: never while a file is
+    written, a lock is taken or a handler put back. A signal that is ignored stays so, as nohup and
+    a shell's background jobs want it. Only the main thread can say what a signal does; beside it,
+    nothing is changed.
+
+    :meth:`install` and :meth:`restore` belong into ``try`` and ``finally`` of one function. (The
+    ``__exit__`` of a context manager could itself be interrupted before it does anything.)
+
+    Attributes:
+        received: numbers of the signals so far.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._before: dict[int, Any] = {}
+        self._allowed = False
+        self._urgent = False
+
+    def __bool__(self) -> bool:
+        return bool(self.received)
+
+    def install(self) -> None:
+        """Begins to note signals."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Ctrl-C first: then none falls in between
+            number = getattr(signal, name, None)  # SIGHUP is POSIX's
+            handler = None if number is None else signal.getsignal(number)
+            # None is a handler from outside Python, which could not be put back
+            if number is not None and handler not in (None, signal.SIG_IGN):
+                self._before[number] = handler  # first: what is replaced can be put back
+                signal.signal(number, self._note)
+
+    def restore(self) -> None:
+        """Puts back every handler that :meth:`install` replaced."""
+        for number, handler in reversed(self._before.items()):  # Ctrl-C last
+            signal.signal(number, handler)
+
+    def allow(self, work: Callable[..., T], *args: Any) -> T:
+        """Does some work that a second Ctrl-C may break off.
+
+        Args:
+            work: what to call; it keeps nothing that could be left half done.
+            args: for it.
+
+        Returns:
+            What work returned.
+
+        Raises:
+            KeyboardInterrupt: at a second Ctrl-C, also one that came just before.
+        """
+        self._allowed = True
+        try:
+            if self._urgent:
+                raise KeyboardInterrupt
+            return work(*args)
+        finally:
+            self._allowed = False
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self._urgent |= bool(self.received) and number == signal.SIGINT
+        self.received.append(number)
+        if self._urgent and self._allowed:
+            raise KeyboardInterrupt
