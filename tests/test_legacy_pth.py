@@ -196,7 +196,7 @@ def test_one_block_that_is_referred_to_as_bytes_and_as_floats():
             "needs? 20",
         ),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_lies_about_the_structure_are_refused(change, says):
     with pytest.raises(CheckpointError, match=says):
