@@ -20,12 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")  # a file is written, no window opened
-
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import FigureBase
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
@@ -186,14 +182,14 @@ def draw(model: Model, name: str, images: NDArray, path: Path, digits: bool) -> 
     """Writes the figure: feature maps, below them the attention of one query, and maybe digits."""
     H, W = images.shape[2:]
     height = 2 * (2.7 * H / W) + 2.8  # two rows of pictures, and the text around them
-    with plt.rc_context({"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 8}):
-        figure = plt.figure(figsize=(14, height + 2.2 * digits), layout="constrained")
+    # without pyplot: a file is written, no window opened, and no setting outlives this
+    with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 8}):
+        figure = Figure(figsize=(14, height + 2.2 * digits), layout="constrained")
         parts: Any = figure.subfigures(2, 1, height_ratios=[height, 2.2]) if digits else [figure]
         draw_pyramid(parts[0], model, name, images)
         if digits:
             draw_digits(parts[1])
         figure.savefig(path, dpi=110)
-        plt.close(figure)
 
 
 def draw_digits(figure: FigureBase) -> None:

@@ -731,9 +731,12 @@ def test_32_dtype_in_is_dtype_out(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_32_model_keeps_the_dtype_of_weights_and_gives_images_theirs(dtype):
+def test_32_model_keeps_the_dtype_of_weights(dtype):
     @settings(max_examples=15)
-    @given(model_cases(classifier=True, dropout=True), st.sampled_from([np.float32, np.float64]))
+    @given(
+        model_cases(classifier=True, dropout=True),
+        st.sampled_from([np.float16, np.float32, np.float64]),
+    )
     def check(case, image_dtype):
         config, params = case.config, case.params(dtype)
         images = case.images().astype(image_dtype)
@@ -747,7 +750,7 @@ def test_32_model_keeps_the_dtype_of_weights_and_gives_images_theirs(dtype):
         for y in (logits, *maps, *weights.values()):
             assert y.dtype == dtype
         for grads, dimages in results:
-            assert dimages.dtype == image_dtype
+            assert dimages.dtype == dtype  # a narrower one could not hold every gradient
             assert dimages.shape == images.shape
             for (key, g), (_, w) in zip(named_arrays(grads), named_arrays(params), strict=True):
                 assert (g.dtype, g.shape) == (w.dtype, w.shape), key
