@@ -51,7 +51,7 @@ $(NPM): docs/tools/package.json docs/tools/package-lock.json
 
 demo: .venv/.stamp-examples ## one photo through a PVT; writes pyramid.png
 	@$(PY) examples/forward.py $(ARGS)
-	@echo "Next: '. .venv/bin/activate', then 'python -m pvt_ref classify examples/chelsea.jpg'"
+	@echo "Next: '. .venv/bin/activate', then 'python -m pvt_ref classify examples/chelsea.jpg --size 192'"
 
 bench: .venv/.stamp-test ## times everything against PyTorch on this CPU, half an hour
 	@$(PY) benchmarks/cpu.py $(ARGS)

@@ -59,8 +59,17 @@ def _parser() -> argparse.ArgumentParser:
         help="which of several sets of weights in a file, such as model_ema",
     )
 
+    of_size = argparse.ArgumentParser(add_help=False)
+    of_size.add_argument(
+        "--size",
+        nargs="+",
+        type=int,
+        metavar="PIXELS",
+        help="H W, or one side of a square (default: that of the training)",
+    )
+
     classify = commands.add_parser(
-        "classify", parents=[of_file], help="what pictures show, with probabilities"
+        "classify", parents=[of_file, of_size], help="what pictures show, with probabilities"
     )
     classify.add_argument(
         "images", nargs="+", metavar="IMAGE", help="picture files, or folders: all pictures in one"
@@ -77,16 +86,13 @@ def _parser() -> argparse.ArgumentParser:
 
     summary = commands.add_parser(
         "summary",
-        parents=[of_file],
+        parents=[of_file, of_size],
         help="parameters, MACs and memory by stage and operation, as a table",
     )
     summary.add_argument(
         "model",
         help=f"{', '.join(VARIANTS)}; {', '.join(VITS)} to compare; {', '.join(SHIPPED)}; or a "
         f"weights file",
-    )
-    summary.add_argument(
-        "--size", nargs="+", type=int, metavar="PIXELS", help="H W, or one side of a square"
     )
     summary.add_argument("--batch", type=int, default=1, help="images at once (default 1)")
     summary.add_argument(
@@ -152,10 +158,18 @@ def _asked_of_file(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def _size(args: argparse.Namespace) -> Any:
+    return args.size[0] if args.size and len(args.size) == 1 else args.size
+
+
 def _classify(args: argparse.Namespace) -> int:
     model = load(args.weights, **_asked_of_file(args))
+    size = _size(args)
+    if size is not None:
+        count_cost(model.config, size)  # refuses what the model cannot take, once for all
     inputs = list(_pictures(args.images))
-    answers = model.predict_each((path for path, error in inputs if error is None), args.top)
+    paths = (path for path, error in inputs if error is None)
+    answers = model.predict_each(paths, args.top, size)
     failed = 0
     for index, (path, error) in enumerate(inputs):
         answer = next(answers) if error is None else error
@@ -198,8 +212,7 @@ def _summary(args: argparse.Namespace) -> int:
         model = load(args.model, **_asked_of_file(args))
         config = model.config
         heading = "".join(f"{one_line(t)}\n" for t in (model.info.title, model.source) if t)
-    size = args.size[0] if args.size and len(args.size) == 1 else args.size
-    cost = count_cost(config, size, args.batch, args.dtype, args.pyramid)
+    cost = count_cost(config, _size(args), args.batch, args.dtype, args.pyramid)
     print(f"{heading}{one_line(args.model)}, {format_cost(cost)}")
     return 0
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -315,3 +316,16 @@ def test_predict_each_refuses_at_once_what_no_picture_can_mend():
     for wrong in ({"top": 0}, {"size": 33}, {"size": "x"}):
         with pytest.raises(pvt_ref.PVTError):
             model.predict_each(["a.png"], **wrong)  # before the first is asked for
+
+
+def test_classify_at_another_size(capsys):
+    photo = str(Path(__file__).parents[1] / "examples" / "chelsea.jpg")
+    status, out, _ = run(capsys, "classify", photo, "--top", "1", "--size", "192")
+    assert status == 0
+    assert out.splitlines()[-1].split() == ["cat", "0.6226"]
+    status, out, _ = run(capsys, "classify", photo, "--top", "1", "--size", "96", "128", "--json")
+    (answer,) = pvt_ref.load("cifar10").predict([photo], top=1, size=(96, 128))[0]
+    assert json.loads(out)[0]["predictions"] == [answer._asdict()]
+    for wrong in (["100"], ["0"], ["-16"], ["1", "2", "3"]):
+        status, out, err = run(capsys, "classify", photo, "missing.jpg", "--size", *wrong)
+        assert (status, out, err.count("error:")) == (2, "", 1)  # once, not for every picture
