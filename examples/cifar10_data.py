@@ -10,12 +10,13 @@ import argparse
 import contextlib
 import hashlib
 import os
+import shutil
 import sys
 import tarfile
 import urllib.request
 import zlib
 from http.client import HTTPException
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 PREPROCESSING = Preprocessing("RGB", (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+FOLDER = "cifar-10-batches-bin"  # in the archive
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # as the data set's page gives it
 TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 TEST_FILES = ("test_batch.bin",)
@@ -52,8 +54,8 @@ def read_cifar10(folder: str | Path, names: tuple[str, ...]) -> LabelledImages:
         TrainingError: if a file is missing, cut off, or not of this layout.
     """
     place = Path(folder)
-    if os.path.isdir(place / "cifar-10-batches-bin"):
-        place = place / "cifar-10-batches-bin"
+    if os.path.isdir(place / FOLDER):
+        place = place / FOLDER
     missing = [name for name in names if not os.path.isfile(place / name)]
     if missing:
         raise TrainingError(f"{place}: there is no {', '.join(missing)}. {HOW_TO_GET_IT}")
@@ -119,8 +121,7 @@ def fetch_cifar10(folder: str | Path, url: str = URL, md5: str = MD5) -> Path:
                 f"{archive} has the MD5 {found}, and should have {md5}: it was cut off or "
                 f"altered. Delete it and try again. {HOW_TO_GET_IT}"
             )
-        with tarfile.open(archive) as tar:
-            tar.extractall(place, filter="data")
+        _unpack(archive, place / FOLDER)
     except (OSError, EOFError, ValueError, zlib.error, HTTPException, tarfile.TarError) as error:
         if isinstance(error, PVTError):
             raise
@@ -128,7 +129,19 @@ def fetch_cifar10(folder: str | Path, url: str = URL, md5: str = MD5) -> Path:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
-    return place / "cifar-10-batches-bin"
+    return place / FOLDER
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """The files of one folder of the archive; extractall has filters only from Python 3.11.4 on."""
+    folder.mkdir(exist_ok=True)
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            path = PurePosixPath(member.name)
+            source = tar.extractfile(member) if path.parent.name == FOLDER else None
+            if source is not None:  # a file, not a folder in it
+                with source, (folder / path.name).open("wb") as target:
+                    shutil.copyfileobj(source, target)
 
 
 def _md5() -> Any:
