@@ -17,8 +17,8 @@ class Interrupts:
     a shell's background jobs want it. Only the main thread can say what a signal does; beside it,
     nothing is changed.
 
-    :meth:`install` and :meth:`restore` go into the ``try`` and the ``finally`` of one function. (The
-    ``__exit__`` of a context manager could itself be interrupted before it does anything.)
+    :meth:`install` and :meth:`restore` go into the ``try`` and the ``finally`` of one function.
+    (The ``__exit__`` of a context manager could itself be interrupted before it does anything.)
 
     Attributes:
         received: numbers of the signals so far.
