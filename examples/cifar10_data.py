@@ -18,6 +18,7 @@ import zlib
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.error import HTTPError
 
 import numpy as np
 from rich.progress import Progress
@@ -125,6 +126,8 @@ def fetch_cifar10(folder: str | Path, url: str = URL, md5: str = MD5) -> Path:
     except (OSError, EOFError, ValueError, zlib.error, HTTPException, tarfile.TarError) as error:
         if isinstance(error, PVTError):
             raise
+        if isinstance(error, HTTPError):
+            error.close()  # it holds the connection
         raise TrainingError(f"{url} could not be fetched: {error}. {HOW_TO_GET_IT}") from error
     finally:
         with contextlib.suppress(OSError):

@@ -401,9 +401,9 @@ def import_cupy() -> ModuleType:
         DeviceError: if CuPy is not installed, cannot be loaded, or finds no driver or device.
     """
     advice = (
-        "Install CuPy for your driver's CUDA version: pip install 'pvt_ref[cuda12]' or "
-        "pip install 'pvt_ref[cuda13]' (from a checkout: pip install -e '.[cuda12]'); nvidia-smi "
-        "prints the version. Without an NVIDIA GPU, everything runs on NumPy: leave the arrays as "
+        "Install CuPy for your driver's CUDA version, which nvidia-smi prints: pip install "
+        "cupy-cuda12x or pip install cupy-cuda13x (the extras cuda12 and cuda13 of a checkout: "
+        "pip install -e '.[cuda12]'). Without an NVIDIA GPU, everything runs on NumPy: leave the arrays as "
         "they are"
     )
     try:

@@ -37,11 +37,13 @@ def shown(value: object, limit: int = 80) -> str:
     """
     if isinstance(value, str | bytes):
         return repr(value[:limit]) + ("..." if len(value) > limit else "")
+    if isinstance(value, int) and value.bit_length() > 14_000:  # beyond what Python prints
+        return f"<{type(value).__name__}>"
     brief = reprlib.Repr()
     brief.maxother = brief.maxstring = limit
     try:
         text = printable(brief.repr(value)).replace("\n", " ")
-    except Exception:  # a whole number of too many digits; an object whose repr fails
+    except Exception:  # an object whose repr fails
         text = f"<{type(value).__name__}>"
     return text[:limit] + ("..." if len(text) > limit else "")
 

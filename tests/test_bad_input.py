@@ -858,7 +858,7 @@ def test_with_new_head_on_a_backbone_that_reduces_in_stage_4():
 
 # Devices --------------------------------------------------------------------------------------
 
-PIP_LINES = ("pip install 'pvt_ref[cuda12]'", "pip install 'pvt_ref[cuda13]'", "nvidia-smi")
+PIP_LINES = ("pip install cupy-cuda12x", "pip install cupy-cuda13x", "nvidia-smi")
 
 
 class FakeRuntime:

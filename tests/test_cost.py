@@ -2,6 +2,7 @@
 
 import gc
 import math
+import sys
 import tracemalloc
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -486,8 +487,11 @@ def test_peak_memory_of_one_narrow_image_under_a_wide_table():
     billed = {(i.stage, i.operation): i.peak_bytes for i in cost.items}
     table_across = 128 * 128 * 48 * 8  # H_1 w C_1: rows are resized, columns not yet
     assert billed[1, "pos_embed"] > 2 * table_across
+    # Python 3.14 lets go of one array earlier: 0.9 % below the bill, measured with 3.14.8
+    early = 0.01 if sys.version_info >= (3, 14) else 0.0
     for item, peak in found.items():
-        assert 0 <= peak - billed[item] <= 0.002 * billed[item] + PYTHON, item
+        difference = peak - billed[item]
+        assert -early * billed[item] <= difference <= 0.002 * billed[item] + PYTHON, item
 
 
 @pytest.mark.parametrize("pyramid", [False, True])

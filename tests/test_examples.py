@@ -181,7 +181,7 @@ def test_forward_gpu_without_cuda_says_what_to_install_and_exits_with_2(
     captured = capsys.readouterr()
     assert not captured.out
     assert captured.err.count("error:") == 1
-    assert "pip install 'pvt_ref[cuda12]'" in captured.err
+    assert "pip install cupy-cuda12x" in captured.err
 
 
 class FakeCuda:

@@ -613,7 +613,7 @@ def test_folder(tmp_path):
 
 
 def test_impossible_names():
-    with pytest.raises(ImageError, match=r"cannot be read \(embedded null byte\)"):
+    with pytest.raises(ImageError, match=r"cannot be read \(.*embedded null"):
         load_image("cat\0.png")
     with pytest.raises(ImageError, match=r"cannot be read .*File name too long") as caught:
         load_image("x" * 100_000)

@@ -242,8 +242,12 @@ def test_a_thousand_calls_leave_three_helpers_and_no_memory(fresh):
         held = tracemalloc.get_traced_memory()[0]
         for _ in range(1000):
             call()
-        gc.collect()
-        grown = tracemalloc.get_traced_memory()[0] - held
+        for _ in range(200):  # on a busy machine, helpers come late to calls that are over
+            gc.collect()
+            grown = tracemalloc.get_traced_memory()[0] - held
+            if grown < 50_000:
+                break
+            time.sleep(0.05)
     finally:
         tracemalloc.stop()
     assert grown < 50_000  # 50 bytes a call

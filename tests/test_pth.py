@@ -522,3 +522,13 @@ def test_other_kinds_of_files_are_named(tmp_path, data, says):
     assert says in message
     if "weights_only=False" in message:
         assert "trust" in message.partition("weights_only=False")[0] or "Do not" in message
+
+
+@pytest.mark.parametrize("name", ["last.pdparams", "table_last.bin"])
+def test_paddles_files_are_known_by_name_and_by_a_table_anywhere(tmp_path, name):
+    state = {f"linear_{i}.w_0": (f"linear_{i}.w_0", [1.0]) for i in range(9)}
+    if name == "table_last.bin":
+        state["StructuredToParameterName@@"] = {}
+    (tmp_path / name).write_bytes(pickle.dumps(state, 2))
+    with pytest.raises(CheckpointError, match="PaddlePaddle"):
+        pvt_ref.load(tmp_path / name)

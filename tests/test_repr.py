@@ -10,7 +10,7 @@ import pytest
 from strategies import normal, random_params
 
 import pvt_ref
-from pvt_ref import REFERENCE, VARIANTS, Model, ModelInfo, count_cost
+from pvt_ref import REFERENCE, VARIANTS, Model, ModelInfo, blocked_ops, count_cost
 from pvt_ref.arrays import map_arrays, named_arrays, short_repr
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.ops import Ops
@@ -42,7 +42,7 @@ def records(tree):
 def trees():
     model = Model(PARAMS, SMALL)
     yield from (PARAMS, PARAMS.stage(1), model, count_cost(SMALL), count_cost(SMALL).of_stage(2))
-    for ops in (None, REFERENCE):
+    for ops in (blocked_ops(), REFERENCE):
         for rng in (None, np.random.default_rng(0)):
             logits, cache = pvt_ref.forward_with_cache(PARAMS, IMAGES, SMALL, rng, ops=ops)
             yield cache

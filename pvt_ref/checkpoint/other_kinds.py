@@ -90,8 +90,11 @@ def _refuse_pickle(file: BinaryIO) -> CheckpointError:
             "data/. Load the original file, or pack the folder again, from the one above it: "
             "zip -0 -r model.pth folder"
         )
-    keys = list(tree)[:5] if isinstance(tree, dict) else []
-    if "StructuredToParameterName@@" in keys or any("paddle" in name for name in foreign):
+    keys = tree if isinstance(tree, dict) else {}
+    # newer files have nothing of Paddle's in them but the name; a parameter is (its name, array)
+    by_name = os.path.splitext(str(getattr(file, "name", "")))[1] in (".pdparams", ".pdopt")
+    by_content = "StructuredToParameterName@@" in keys or any("paddle" in x for x in foreign)
+    if by_name or by_content:
         return CheckpointError(
             "a file of PaddlePaddle (paddle.save), whose linear layers are transposed. Convert it "
             "with PaddlePaddle's own tools, or get the PyTorch weights"
