@@ -530,5 +530,4 @@ def test_paddles_files_are_known_by_name_and_by_a_table_anywhere(tmp_path, name)
     if name == "table_last.bin":
         state["StructuredToParameterName@@"] = {}
     (tmp_path / name).write_bytes(pickle.dumps(state, 2))
-    with pytest.raises(CheckpointError, match="PaddlePaddle"):
-        pvt_ref.load(tmp_path / name)
+    assert "PaddlePaddle" in refusal(tmp_path / name)
