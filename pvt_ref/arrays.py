@@ -403,8 +403,8 @@ def import_cupy() -> ModuleType:
     advice = (
         "Install CuPy for your driver's CUDA version, which nvidia-smi prints: pip install "
         "cupy-cuda12x or pip install cupy-cuda13x (the extras cuda12 and cuda13 of a checkout: "
-        "pip install -e '.[cuda12]'). Without an NVIDIA GPU, everything runs on NumPy: leave the arrays as "
-        "they are"
+        "pip install -e '.[cuda12]'). Without an NVIDIA GPU, everything runs on NumPy: leave the "
+        "arrays as they are"
     )
     try:
         import cupy  # type: ignore[import-not-found]

@@ -5,6 +5,7 @@ All derive from :class:`PVTError` and from the built-in ``ValueError`` or ``Type
 wrote (keys, labels, file names): it is shown as text, by :func:`printable` and :func:`shown`.
 """
 
+import re
 import reprlib
 
 
@@ -46,6 +47,19 @@ def shown(value: object, limit: int = 80) -> str:
     except Exception:  # an object whose repr fails
         text = f"<{type(value).__name__}>"
     return text[:limit] + ("..." if len(text) > limit else "")
+
+
+def key_name(key: object) -> str:
+    """A stranger's key for a list of keys.
+
+    Args:
+        key: anything.
+
+    Returns:
+        The key as it is if it is a plain name of up to 120 characters, else as :func:`shown`.
+    """
+    plain = isinstance(key, str) and re.fullmatch(r"[\w.-]{1,120}", key, re.ASCII)
+    return str(key) if plain else shown(key, 120)
 
 
 class PVTError(Exception):

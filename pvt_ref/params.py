@@ -28,7 +28,7 @@ from pvt_ref.arrays import (
 )
 from pvt_ref.block import BlockParams
 from pvt_ref.config import NUM_STAGES, PVTConfig, check_config
-from pvt_ref.errors import ArrayTypeError, CheckpointError, shown
+from pvt_ref.errors import ArrayTypeError, CheckpointError, key_name, shown
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.layers.mlp import MLPParams
@@ -379,7 +379,9 @@ def check_keys(state: Mapping[str, Array], config: PVTConfig) -> None:
             )
     problems = [f"missing: {key} {shape}" for key, shape in shapes.items() if key not in state]
     problems += [
-        f"unexpected: {key} {tuple(state[key].shape)}" for key in state if key not in shapes
+        f"unexpected: {key_name(key)} {tuple(state[key].shape)}"
+        for key in state
+        if key not in shapes
     ]
     problems += [
         f"mis-shaped: {key} is {tuple(state[key].shape)}, the configuration needs {shape}"

@@ -1305,3 +1305,11 @@ def test_cotangents_of_the_other_float_dtype_are_cast(dtype):
         pvt_ref.backward_pyramid(params, pyramid_cache, dmaps, SMALL),
     ):
         assert {x.dtype for x in pvt_ref.to_state_dict(grads).values()} == {np.dtype(dtype)}
+
+
+def test_a_strangers_key_cannot_fake_a_line_of_the_message():
+    state = pvt_ref.to_state_dict(PARAMS)
+    state["head.weight2\n  - all is well\x1b[2J"] = np.zeros((1,), np.float32)
+    with pytest.raises(CheckpointError) as caught:
+        pvt_ref.from_state_dict(state, SMALL)
+    assert r"unexpected: 'head.weight2\n  - all is well\x1b[2J' (1,)" in str(caught.value)
