@@ -221,8 +221,8 @@ def sum_in_float64(x: Array, axis: int | tuple[int, ...]) -> Array:
 def quietly(function: Callable[..., Any], *args: Any) -> Any:
     """function(*args) without NumPy's floating-point warnings: what it gives is looked at after.
 
-    The setting lies in a copy of the caller's context and ends with it. ``with numpy.errstate(...)``
-    would leave it to the caller if Ctrl-C comes just where the block ends.
+    The setting lies in a copy of the caller's context and ends with it. Of ``numpy.errstate``, the
+    caller would keep it if Ctrl-C came just where the ``with`` ends.
 
     Args:
         function: what to call.

@@ -30,6 +30,7 @@ from pvt_ref.cost import count_cost
 from pvt_ref.errors import (
     ArrayTypeError,
     ConfigError,
+    ImageError,
     PVTError,
     RangeError,
     ShapeError,
@@ -224,7 +225,8 @@ class Model:
 
         Returns:
             An iterator: for each picture what :meth:`predict` would return for it, or the
-            :class:`~pvt_ref.PVTError` that it would raise.
+            :class:`~pvt_ref.PVTError` that it would raise. Any other exception that a picture
+            causes is the ``__cause__`` of an ImageError.
 
         Raises:
             RangeError: if top is not a positive whole number.
@@ -259,6 +261,14 @@ class Model:
             return self.preprocess([picture], size)
         except PVTError as error:
             return error
+        except MemoryError:  # the next one would fail too
+            raise
+        except Exception as error:  # of the caller's own preprocessing, or own kind of picture
+            refusal = ImageError(
+                f"the picture {shown(picture)} cannot be prepared ({type(error).__name__}: {error})"
+            )
+            refusal.__cause__ = error
+            return refusal
 
     def _at_once(self, size: tuple[int, ...]) -> int:
         """How many images of that size go through the network together."""
