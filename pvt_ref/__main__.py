@@ -7,6 +7,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,12 @@ from pvt_ref.config import VARIANTS, PVTConfig
 from pvt_ref.cost import VITS, ViTConfig, count_cost
 from pvt_ref.errors import CheckpointError, ImageError, PVTError, printable, shown
 from pvt_ref.face import Prediction
+from pvt_ref.picture_file import SUFFIXES
 from pvt_ref.tables import format_cost, one_line, text_table
 from pvt_ref.zoo import RELEASED, SHIPPED, load
 
-#: What ends the names of the pictures in a folder.
-_PICTURES = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".avif",
-    ".gif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-)
-
-#: Exit statuses: some inputs failed; nothing was done; stopped by Ctrl-C, by a closed pipe.
+#: Exit statuses: some inputs failed; all did, or the output cannot be written; stopped by Ctrl-C,
+#: by a closed pipe.
 _SOME, _NONE, _INTERRUPTED, _PIPE_CLOSED = 1, 2, 130, 141
 
 
@@ -42,7 +30,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pvt_ref",
         description="The Pyramid Vision Transformer in NumPy.",
-        epilog="Exit status: 0, or 1 if some of several inputs failed, or 2 if nothing was done.",
+        epilog="Exit status: 0; 1 if some of several inputs failed; 2 if all did, if the command "
+        "is wrong, or if the output could not be written to its end.",
     )
     parser.add_argument("--version", action="version", version=f"pvt_ref {__version__}")
     commands = parser.add_subparsers(dest="command")
@@ -72,7 +61,11 @@ def _parser() -> argparse.ArgumentParser:
         "classify", parents=[of_file, of_size], help="what pictures show, with probabilities"
     )
     classify.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="picture files, or folders: all pictures in one"
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="picture files; of a folder, the files directly in it that are named as pictures are "
+        "(.jpg, .png and so on) and not hidden",
     )
     classify.add_argument(
         "--weights",
@@ -121,8 +114,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _say(message: object) -> None:
+    if sys.stderr is not None:  # for None, print would take standard output
+        with suppress(OSError):  # a full disk, a closed pipe: the answers go on
+            print(printable(str(message)), file=sys.stderr, flush=True)
+
+
 def _say_error(message: object) -> None:
-    print(f"error: {printable(str(message))}", file=sys.stderr, flush=True)
+    _say(f"error: {message}")
 
 
 def _status(inputs: int, failed: int) -> int:
@@ -136,20 +135,30 @@ def _pictures(arguments: Iterable[str]) -> Iterator[tuple[str, PVTError | None]]
             yield path, None
             continue
         try:
-            names = sorted(n for n in os.listdir(path) if n.lower().endswith(_PICTURES))
+            with os.scandir(path) as entries:
+                # hidden ones are not meant: macOS lays ._a.jpg, which is no picture, beside a.jpg
+                files = [e for e in entries if e.name[0] != "." and not os.path.isdir(e.path)]
         except OSError as error:
             yield path, ImageError(f"{shown(path)} cannot be read ({error.strerror})")
             continue
-        for name in names:
+        names = sorted(e.name for e in files)
+        pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
+        for name in pictures:
             yield os.path.join(path, name), None
-        if not names:
+        others = len(names) - len(pictures)
+        if not pictures:
             yield (
                 path,
                 ImageError(
-                    f"{shown(path)} is a folder without pictures: no name in it ends in one of "
-                    f"{', '.join(_PICTURES)} (and folders in it are not looked into)"
+                    f"{shown(path)} is a folder without pictures: of {others} files no name ends "
+                    f"in one of {', '.join(SUFFIXES)} (and folders in it are not looked into)"
                 ),
             )
+        elif others:
+            what = "1 file with another name was"
+            if others > 1:
+                what = f"{others} files with other names were"
+            _say(f"{shown(path)}: {what} not looked at")
 
 
 def _asked_of_file(args: argparse.Namespace) -> dict[str, Any]:
@@ -241,9 +250,12 @@ def _convert(args: argparse.Namespace) -> int:
                 )
             model = load(src, eps=eps, **_asked_of_file(args))
             save(target, model)
-        except (PVTError, OSError) as error:
+        except (BrokenPipeError, MemoryError):
+            raise
+        except Exception as error:  # also one that should not be: the others go on
             failed += 1
-            _say_error(error)
+            known = isinstance(error, PVTError | OSError)
+            _say_error(error if known else f"{shown(src)}: {type(error).__name__}: {error}")
             continue
         written.add(target)
         print(f"{one_line(src)}: {one_line(model.source)}")
@@ -260,13 +272,25 @@ def _run(argv: Sequence[str] | None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
+    if sys.stdout is None:
+        _say_error("standard output is closed: there is nowhere to print to")
+        return _NONE
     try:
         return _COMMANDS[args.command](args)
     except BrokenPipeError:
         raise
+    except MemoryError:
+        _say_error("there is not enough memory for this")
+        return _NONE
     except (PVTError, OSError) as error:
         _say_error(error)
         return _NONE
+
+
+def _forget_output() -> None:
+    """What could not be written is not tried again at exit."""
+    assert sys.stdout is not None
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -276,9 +300,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments; None takes the command line's.
 
     Returns:
-        The exit status: 0; 1 if some of several inputs failed, 2 if nothing was done, each with
-        messages on standard error; 130 after Ctrl-C; 141 if the reader of standard output left,
-        as ``head`` does (what a shell reports of other programs, too).
+        The exit status: 0; 1 if some of several inputs failed; 2 if all did, or the output could
+        not be written to its end; each with messages on standard error; 130 after Ctrl-C; 141 if
+        the reader of standard output left, as ``head`` does (what a shell reports of other
+        programs, too).
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names may hold what a terminal cannot show
@@ -290,9 +315,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except BrokenPipeError:
-        assert sys.stdout is not None
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        _forget_output()
         return _PIPE_CLOSED
+    except OSError as error:  # a full disk, noticed by the last flush
+        _say_error(error)
+        _forget_output()
+        return _NONE
     except KeyboardInterrupt:
         return _INTERRUPTED
 

@@ -20,6 +20,7 @@ from pvt_ref.arrays import (
     is_array,
     is_foreign,
     is_numpy,
+    quietly,
     sum_in_float64,
     to_numpy,
 )
@@ -29,6 +30,7 @@ from pvt_ref.cost import count_cost
 from pvt_ref.errors import (
     ArrayTypeError,
     ConfigError,
+    ImageError,
     PVTError,
     RangeError,
     ShapeError,
@@ -223,7 +225,8 @@ class Model:
 
         Returns:
             An iterator: for each picture what :meth:`predict` would return for it, or the
-            :class:`~pvt_ref.PVTError` that it would raise.
+            :class:`~pvt_ref.PVTError` that it would raise. Any other exception that a picture
+            causes is the ``__cause__`` of an ImageError.
 
         Raises:
             RangeError: if top is not a positive whole number.
@@ -258,6 +261,14 @@ class Model:
             return self.preprocess([picture], size)
         except PVTError as error:
             return error
+        except MemoryError:  # the next one would fail too
+            raise
+        except Exception as error:  # of the caller's own preprocessing, or own kind of picture
+            refusal = ImageError(
+                f"the picture {shown(picture)} cannot be prepared ({type(error).__name__}: {error})"
+            )
+            refusal.__cause__ = error
+            return refusal
 
     def _at_once(self, size: tuple[int, ...]) -> int:
         """How many images of that size go through the network together."""
@@ -340,8 +351,8 @@ class Model:
     def _check_images(self, images: Array) -> None:
         weight = self.params.pos_embed1
         if isinstance(images, np.ndarray) and images.dtype.kind == "f":
-            with np.errstate(over="ignore"):  # what float32 cannot hold turns infinite: refused
-                images = images.astype(dtype_name(weight), copy=False)
+            # what float32 cannot hold turns infinite, and is refused
+            images = quietly(lambda: images.astype(dtype_name(weight), copy=False))
         check_finite("images", images, "Check the preprocessing: a division by a zero deviation?")
 
     def summary(self, size: int | tuple[int, int] | None = None) -> str:

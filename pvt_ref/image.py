@@ -134,8 +134,9 @@ def read_rgb(source: Source) -> Image.Image:
         if 0 in image.size:
             raise ImageError(f"{what} has no pixels: its size is {image.width}x{image.height}")
         load(image, what)  # some formats tell transparency and orientation only now
-        rgb = _to_rgb(image, what)
         turn = _turn_upright(image)
+        rgb = _to_rgb(image, what)
+        del image  # with its decoder's memory: turning needs as much again
         if turn is not None:
             rgb = rgb.transpose(turn)
         rgb.info = {}  # or the next reader would turn it once more

@@ -52,11 +52,15 @@ MAX_FILE_BYTES = 2**28
 #: ``PIL.Image.MAX_IMAGE_PIXELS`` is obeyed too; by default it is the same number.
 MAX_PIXELS = 2**30 // 12
 
+#: Pixels of a WebP or an AVIF: their decoders keep copies. Reading takes up to 20 bytes for each.
+MAX_COPIED_PIXELS = 2**30 // 20
+_COPYING = ("WEBP", "AVIF")
+
 #: Scans of a JPEG: each visits every pixel, however few bytes it has. Usual are 1 to 10.
 MAX_SCANS = 100
 
-#: Bytes of a file that Pillow reads byte by byte: a PNM in digits, a BMP of run lengths. A
-#: microsecond each.
+#: Bytes of a file, and levels of its pixels, that go through Python one by one: a PNM in digits or
+#: with an odd maximum, a BMP of run lengths. A microsecond each.
 MAX_SLOW_BYTES = 2**24
 
 #: Parts of a file: chunks of a PNG, segments of a JPEG, blocks of a GIF before its first frame.
@@ -87,7 +91,7 @@ def as_image_error(what: str) -> Iterator[None]:
     except PVTError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise _too_many_pixels(what) from error
+        raise _too_many_pixels(what, pixel_limit()) from error
     except Warning as error:  # only where the caller's filters turn warnings into errors
         raise ImageError(
             f"{what} is unusual, and warnings are errors in this process. Pillow says: "
@@ -105,22 +109,29 @@ def _brief(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _too_many_pixels(what: str) -> ImageError:
+def _too_many_pixels(what: str, limit: int) -> ImageError:
+    name, own = "MAX_PIXELS", MAX_PIXELS
+    if limit == MAX_COPIED_PIXELS < MAX_PIXELS:
+        name, own = "MAX_COPIED_PIXELS", MAX_COPIED_PIXELS
     return ImageError(
-        f"{what} is suspiciously large: more than the {pixel_limit()} pixels allowed. If you trust "
-        f"it, shrink it with another program, or raise pvt_ref.picture_file.MAX_PIXELS (now "
-        f"{MAX_PIXELS}) and PIL.Image.MAX_IMAGE_PIXELS (now {Image.MAX_IMAGE_PIXELS})"
+        f"{what} is suspiciously large: more than the {limit} pixels allowed. If you trust it, "
+        f"shrink it with another program, or raise pvt_ref.picture_file.{name} (now {own}) and "
+        f"PIL.Image.MAX_IMAGE_PIXELS (now {Image.MAX_IMAGE_PIXELS})"
     )
 
 
-def pixel_limit() -> int:
-    """The smaller of :data:`MAX_PIXELS` and Pillow's own limit.
+def pixel_limit(format: str | None = None) -> int:
+    """The smaller of :data:`MAX_PIXELS` and Pillow's own limit; for some formats, a lower one.
+
+    Args:
+        format: of the file, by Pillow's name.
 
     Returns:
         Pixels.
     """
     pillows = Image.MAX_IMAGE_PIXELS
-    return MAX_PIXELS if pillows is None else min(MAX_PIXELS, pillows)
+    own = min(MAX_PIXELS, MAX_COPIED_PIXELS) if format in _COPYING else MAX_PIXELS
+    return own if pillows is None else min(own, pillows)
 
 
 # Bytes --------------------------------------------------------------------------------------------
@@ -191,25 +202,37 @@ def read_file(file: BinaryIO, what: str) -> bytes:
 
     Raises:
         ImageError: if it is closed, too large, or cannot be read.
-        ArrayTypeError: if it was opened as text.
+        ArrayTypeError: if it was opened as text, or gives no bytes.
     """
     if getattr(file, "closed", False):
         raise ImageError(f"{what} is closed; read the picture inside the `with open(...)`")
     try:
-        if file.seekable():  # a pipe is not
+        seekable = getattr(file, "seekable", None)  # some have read and nothing else
+        if seekable is not None and seekable():  # a pipe is not
             file.seek(0)
         return _read(file, what)
-    except OSError as error:
+    except PVTError:
+        raise
+    except UnicodeDecodeError as error:
+        raise _text(what) from error
+    except Exception as error:  # an object with read may raise anything
+        name = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
         raise ImageError(
-            f"{what} cannot be read ({_brief(error)}); open it with open(path, 'rb')"
+            f"{what} cannot be read ({name}{_brief(error)}); open it with open(path, 'rb')"
         ) from error
+
+
+def _text(what: str) -> ArrayTypeError:
+    return ArrayTypeError(f"{what} was opened as text; pictures need open(path, 'rb')")
 
 
 def _read(file: BinaryIO, what: str) -> bytes:
     parts, size = [], 0
     while part := file.read(2**20):
-        if not isinstance(part, bytes):
-            raise ArrayTypeError(f"{what} was opened as text; pictures need open(path, 'rb')")
+        if isinstance(part, str):
+            raise _text(what)
+        if not isinstance(part, bytes | bytearray | memoryview):
+            raise ArrayTypeError(f"{what} gives a {type(part).__name__}; its read must give bytes")
         parts.append(part)
         size += len(part)
         if size > MAX_FILE_BYTES:
@@ -217,6 +240,11 @@ def _read(file: BinaryIO, what: str) -> bytes:
                 f"{what} is larger than the {MAX_FILE_BYTES} bytes allowed for a picture. Shrink "
                 f"it with another program, or raise pvt_ref.picture_file.MAX_FILE_BYTES"
             )
+    if part is None:
+        raise ImageError(
+            f"{what} is not at its end, but has nothing to read now (it does not block). Wait for "
+            f"all of it, and pass io.BytesIO(data)"
+        )
     return b"".join(parts)
 
 
@@ -239,6 +267,13 @@ _OTHERS = (
 _NAMES = ", ".join(_OPENED)
 _HEIC = (b"heic", b"heix", b"mif1", b"msf1")
 
+#: What ends the names of files in these formats, in lower case.
+SUFFIXES = tuple(sorted(s for s, format in Image.EXTENSION.items() if format in FORMATS))
+
+
+class _Counted(io.BytesIO):
+    """A file whose parts were counted already."""
+
 
 def open_picture(data: bytes, what: str) -> Image.Image:
     """A picture, identified and measured, but not decoded yet.
@@ -257,16 +292,34 @@ def open_picture(data: bytes, what: str) -> Image.Image:
         raise ImageError(f"{what} is empty (0 bytes): was the copy or download interrupted?")
     _check_parts(data, what)
     try:
-        return Image.open(io.BytesIO(data), formats=_OPENED)
+        return Image.open(_Counted(data), formats=_OPENED)
     except UnidentifiedImageError as error:
         head = data[:64].lstrip()
         likely = [name for start, name in _OTHERS if head.startswith(start)]
         if data[4:8] == b"ftyp" and data[8:12] in _HEIC:
             likely = ["a HEIC photo; save it as JPEG"]
+        begun = [] if likely else [name for name in _OPENED if _begins_as(name, data)]
+        if begun:
+            floats = begun[0] == "TIFF" and 3 in _values(data, _SAMPLE_FORMAT)
+            kind = "of float samples" if floats else "cut short, damaged, or of a rare kind"
+            raise ImageError(
+                f"{what} cannot be decoded: it begins as a {begun[0]}, but is {kind}, and Pillow "
+                f"does not read it. Save it anew with another program, as 8-bit PNG"
+            ) from error
         cause = f"It looks like {likely[0]}" if likely else f"Its first bytes are {data[:12]!r}"
         raise ImageError(
             f"{what} is not a picture in a format that is read here ({_NAMES}). {cause}"
         ) from error
+
+
+def _begins_as(format: str, data: bytes) -> bool:
+    accept = Image.OPEN[format][1]
+    text = format == "PPM" and not data[2:3].isspace()  # that a text begins with P says nothing
+    return accept is not None and not text and bool(accept(data[:16]))
+
+
+#: Grey levels of 2 and 4 bits are multiplied by Pillow, but for the one that is transparent.
+_FACTORS = {"L;2": 85, "L;4": 17}
 
 
 def load(image: Image.Image, what: str) -> None:
@@ -277,8 +330,11 @@ def load(image: Image.Image, what: str) -> None:
         what: it is, for messages.
 
     Raises:
-        ImageError: if its file is in none of :data:`FORMATS`, or beyond a limit.
+        ImageError: if its file is in none of :data:`FORMATS`, beyond a limit, closed, or a PNG of
+            which Pillow confuses the transparent colour with others.
     """
+    if _is_closed(image):
+        raise _closed(what)
     if not isinstance(image, ImageFile.ImageFile):
         return
     waiting = bool(image.tile) or not _has_pixels(image)
@@ -290,12 +346,48 @@ def load(image: Image.Image, what: str) -> None:
                 f"the file, call image.load() before"
             )
         return
+    file: Any = getattr(image, "fp", None)
+    gone = file is None or getattr(file, "closed", False)  # WebP and AVIF do without
     if waiting:
-        if image.width * image.height > pixel_limit():
-            raise _too_many_pixels(what)
-        if image.format in ("JPEG", "MPO") and image.fp:
-            _check_jpeg(_whole(image.fp, what), what)
-    image.load()
+        limit = pixel_limit(image.format)
+        if image.width * image.height > limit:
+            raise _too_many_pixels(what, limit)
+        if not gone:
+            if not isinstance(file, _Counted):
+                _check_parts(_whole(file, what), what)
+            _check_slow(image, _length(file), what)
+    packing = image.tile[0][3] if image.format == "PNG" and image.tile else None
+    if packing == "RGB;16B" and "transparency" in image.info:
+        raise ImageError(
+            f"{what} is a PNG of 16 bits a colour with one that is transparent. Pillow keeps 8 of "
+            f"them, in which others look the same. Save it with an alpha channel, or in 8 bits"
+        )
+    try:
+        image.load()
+    except Exception as error:
+        if not gone:
+            raise
+        raise _closed(what) from error
+    transparent = image.info.get("transparency")
+    if packing in _FACTORS and isinstance(transparent, int):
+        factor = _FACTORS[packing]
+        image.info["transparency"] = transparent % (1 + 255 // factor) * factor
+
+
+def _is_closed(image: Image.Image) -> bool:
+    try:
+        _ = image.im.mode
+    except ValueError:  # what image.close() leaves behind
+        return True
+    except Exception:  # no pixels yet
+        return False
+    return False
+
+
+def _closed(what: str) -> ImageError:
+    return ImageError(
+        f"{what} is closed; read it inside the `with Image.open(...)`, and before image.close()"
+    )
 
 
 def _has_pixels(image: Image.Image) -> bool:
@@ -311,6 +403,14 @@ def _whole(file: Any, what: str) -> bytes:
     data = _read(file, what)
     file.seek(here)
     return data
+
+
+def _length(file: Any) -> int:
+    here = file.tell()
+    file.seek(0, os.SEEK_END)
+    length = file.tell()
+    file.seek(here)
+    return length
 
 
 def exif_is_harmless(image: Image.Image) -> bool:
@@ -340,11 +440,10 @@ def _check_parts(data: bytes, what: str) -> None:
         _check_png(data, what)
     elif data.startswith(b"GIF8"):
         _check_gif(data, what)
-    elif data[:2] in (b"II", b"MM") and _numbers(data) is None:
-        raise _too_many(what, "numbers in its tags", "MAX_TAG_NUMBERS", MAX_TAG_NUMBERS)
-    elif len(data) > MAX_SLOW_BYTES and _is_slow(data):
-        things = "bytes, each of which is read on its own"
-        raise _too_many(what, things, "MAX_SLOW_BYTES", MAX_SLOW_BYTES)
+    elif data[:2] in (b"II", b"MM"):
+        _check_tiff(data, what)
+    elif data.startswith(b"P") and len(data) > MAX_SLOW_BYTES and not _PNM.match(data[: 2**16]):
+        raise _too_many(what, _SLOW, "MAX_SLOW_BYTES", MAX_SLOW_BYTES)  # a comment of any length
 
 
 def _too_many(what: str, things: str, name: str, limit: int) -> ImageError:
@@ -418,31 +517,70 @@ _PNM = re.compile(
 )
 
 
-def _is_slow(data: bytes) -> bool:
-    """Whether Pillow has no fast decoder for it."""
-    if data.startswith(b"BM"):
-        return data[30:34] in (b"\1\0\0\0", b"\2\0\0\0")
-    if data.startswith(b"P"):  # digits, or a comment of any length
-        return data[1:2] in (b"1", b"2", b"3") or not _PNM.match(data[: 2**16])
-    return False
+_SLOW = "bytes, each of which is read on its own"
+
+
+def _check_slow(image: ImageFile.ImageFile, length: int, what: str) -> None:
+    """Refuses large pictures whose decoder Pillow has written in Python."""
+    if not any(tile[0] in Image.DECODERS for tile in image.tile):
+        return
+    levels = image.width * image.height * len(image.getbands())
+    for count, things in ((length, _SLOW), (levels, "levels, each of which is made on its own")):
+        if count > MAX_SLOW_BYTES:
+            raise _too_many(what, things, "MAX_SLOW_BYTES", MAX_SLOW_BYTES)
+
+
+_TILE_WIDTH, _TILE_HEIGHT, _SAMPLE_FORMAT = 322, 323, 339
+
+
+def _check_tiff(data: bytes, what: str) -> None:
+    if _numbers(data) is None:
+        raise _too_many(what, "numbers in its tags", "MAX_TAG_NUMBERS", MAX_TAG_NUMBERS)
+    # a tile is unpacked whole, however little of it shows; a strip ends where the picture does
+    width, height = (max(_values(data, t), default=0) for t in (_TILE_WIDTH, _TILE_HEIGHT))
+    if width * height > pixel_limit():
+        raise _too_many_pixels(f"a tile of {what}", pixel_limit())
 
 
 def _numbers(tiff: bytes) -> int | None:
     """How many numbers the tags of a TIFF's first directory hold; None if they are too many."""
-    order = "<" if tiff[:2] == b"II" else ">"
     total = 0
+    for i, (_, kind, count, _) in enumerate(_entries(tiff)):
+        total += count if kind not in (1, 2, 6, 7) else 0  # bytes and texts stay as they are
+        if total > MAX_TAG_NUMBERS or i > MAX_TAG_NUMBERS:
+            return None
+    return total
+
+
+#: Bytes of the kinds of whole numbers.
+_WHOLE = {1: 1, 3: 2, 4: 4, 6: 1, 8: 2, 9: 4, 16: 8, 17: 8}
+
+
+def _values(tiff: bytes, wanted: int) -> list[int]:
+    """The first whole numbers of a tag, from wherever it is there more than once."""
+    order: Any = "little" if tiff[:2] == b"II" else "big"
+    values = []
+    for tag, kind, count, field in _entries(tiff):
+        if tag == wanted and kind in _WHOLE:
+            size, count = _WHOLE[kind], min(count, 16)
+            if size * count > len(field):  # then it holds the place where they are
+                at = int.from_bytes(field, order)
+                field = tiff[at : at + size * count]
+            values += [int.from_bytes(field[i * size :][:size], order) for i in range(count)]
+    return values
+
+
+def _entries(tiff: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """Of a TIFF's first directory: tag, kind, number of values, and the field for them."""
+    order = "<" if tiff[:2] == b"II" else ">"
     try:
         if tiff[2:4] in (b"\x2b\0", b"\0\x2b"):  # BigTIFF
-            entry, (at,) = f"{order}HHQ8x", struct.unpack_from(f"{order}Q", tiff, 8)
+            entry, (at,) = f"{order}HHQ8s", struct.unpack_from(f"{order}Q", tiff, 8)
             (count,), first = struct.unpack_from(f"{order}Q", tiff, at), at + 8
         else:
-            entry, (at,) = f"{order}HHI4x", struct.unpack_from(f"{order}I", tiff, 4)
+            entry, (at,) = f"{order}HHI4s", struct.unpack_from(f"{order}I", tiff, 4)
             (count,), first = struct.unpack_from(f"{order}H", tiff, at), at + 2
         for i in range(count):
-            _, kind, several = struct.unpack_from(entry, tiff, first + i * struct.calcsize(entry))
-            total += several if kind not in (1, 2, 6, 7) else 0  # bytes and texts stay as they are
-            if total > MAX_TAG_NUMBERS or i > MAX_TAG_NUMBERS:
-                return None
+            yield struct.unpack_from(entry, tiff, first + i * struct.calcsize(entry))
     except struct.error:  # cut short: Pillow says so, or leaves the tag out
-        pass
-    return total
+        return
