@@ -116,8 +116,8 @@ def load(
         )
     if re.match(r"[A-Za-z][\w+.-]*://", known):
         raise MissingFileError(
-            f"{known} is an address, and load reads files. Download it, and load the file that "
-            f"came: pvt_ref.load('path/to/file'). {_known_names(known)}"
+            f"{shown(known, 200)} is an address, and load reads files. Download it, and load the "
+            f"file that came: pvt_ref.load('path/to/file'). {_known_names(known)}"
         )
     try:
         return load_file(name, config, entry=entry, eps=eps)
