@@ -108,9 +108,9 @@ def load(
         path: the file, a folder of ``save_pretrained``, or the index.json of several files.
         config: the model in it: a PVTConfig; a variant's name, such as ``"pvt_small"``, which
             leaves class count, channels and image size to the file; or the path of a JSON file with
-            Hugging Face's or this project's configuration. Needed where there is no config.json
-            and the shapes are not those of a variant: the number of heads leaves no trace in any
-            shape. For a file of :func:`save`, only eps and drop rates may differ from what it says.
+            Hugging Face's or this project's configuration, of which what it lacks is read off the
+            shapes. Needed where there is no config.json and the shapes are not those of a variant:
+            the number of heads leaves no trace in any shape. For a file of :func:`save`, only eps and drop rates may differ from what it says.
         entry: which model of several, by the name of its dict, of its prefix or of both:
             ``"model_ema"``, ``"teacher.backbone"``. None takes the only one, or that at the top,
             under ``model`` or under ``state_dict``.
