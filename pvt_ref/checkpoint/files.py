@@ -110,7 +110,8 @@ def load(
             leaves class count, channels and image size to the file; or the path of a JSON file with
             Hugging Face's or this project's configuration, of which what it lacks is read off the
             shapes. Needed where there is no config.json and the shapes are not those of a variant:
-            the number of heads leaves no trace in any shape. For a file of :func:`save`, only eps and drop rates may differ from what it says.
+            the number of heads leaves no trace in any shape. For a file of :func:`save`, only eps
+            and drop rates may differ from what it says.
         entry: which model of several, by the name of its dict, of its prefix or of both:
             ``"model_ema"``, ``"teacher.backbone"``. None takes the only one, or that at the top,
             under ``model`` or under ``state_dict``.
