@@ -137,8 +137,8 @@ def test_outputs_that_are_not_one_class_per_picture(tmp_path, task):
     hugging_face_folder(tmp_path, problem_type=task)
     for config in (None, TINY):
         source = load(tmp_path, config).source
-        assert "assumed: one class per picture, by softmax, though config.json beside it" in source
-        assert f"problem_type {task!r}" in source
+        says = f"though problem_type is {task!r} in config.json beside it: take probabilities"
+        assert f"assumed: one class per picture, by softmax, {says}" in source
     for usual in ("single_label_classification", None):
         hugging_face_folder(tmp_path, problem_type=usual)
         assert "softmax" not in load(tmp_path).source

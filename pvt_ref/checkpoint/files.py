@@ -342,8 +342,8 @@ def _unsaid(config: PVTConfig, stated: Stated, eps: tuple[float, float] | None) 
     lines = [" and ".join(unsaid) + said] if unsaid else []
     if stated.task:
         lines.append(
-            f"one class per picture, by softmax, though {printable(stated.origin)} says "
-            f"problem_type {stated.task}: take probabilities from the logits yourself"
+            f"one class per picture, by softmax, though problem_type is {printable(stated.task)}: "
+            f"take probabilities from the logits yourself"
         )
     return lines
 

@@ -67,7 +67,8 @@ class Stated:
         says_eps: whether its eps were chosen by somebody.
         classes: names of the outputs; empty if they are not said.
         num_labels: how many outputs there are; None if that is not said.
-        task: what the outputs mean, if they are not one class per picture; else empty.
+        task: what the outputs mean, and who says so, if they are not one class per picture; else
+            empty.
     """
 
     config: PVTConfig
@@ -221,7 +222,7 @@ def _hugging_face(fields: Mapping[str, Any], origin: str) -> Stated:
     named = labels is not None and not all(re.fullmatch(r"LABEL_\d+", name) for name in labels)
     classes = tuple(labels) if labels and named else ()  # others are placeholders
     task = fields.get("problem_type") or "single_label_classification"
-    other = "" if task == "single_label_classification" else shown(task)
+    other = "" if task == "single_label_classification" else f"{shown(task)} in {origin}"
     return Stated(config, origin, left_open, says_eps, classes, count, other)
 
 
