@@ -81,7 +81,8 @@ _HALVES = {"float16", "bfloat16"}
 _IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
 _MAX_SHARDS = 1000
 
-_WHOLE = 200  # characters of a path or an entry's name that messages show
+_WHOLE = 200  # characters of an entry's name that messages show
+_WHOLE_PATH = 400
 
 Eps = float | tuple[float, float]
 
@@ -556,7 +557,7 @@ def _as_path(path: Any) -> Path:
 def _cut(path: Path) -> str:
     """A path for a message: whole, unless it is one that nobody typed."""
     text = str(path)
-    return text if len(text) <= _WHOLE else f"{text[:_WHOLE]}..."
+    return text if len(text) <= _WHOLE_PATH else f"{text[:_WHOLE_PATH]}..."
 
 
 def _missing(path: Path) -> str:

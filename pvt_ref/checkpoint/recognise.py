@@ -191,7 +191,7 @@ def _models_in(entry: str, mapping: Mapping[Any, Any]) -> list[Found]:
         own = next((name[:i] for i in reversed([0, *dots]) if name[:i] in states), None)
         if own is not None:
             states[own][name.removeprefix(own)] = value
-        elif is_entry(value):  # of a neck, a head, another model
+        elif is_entry(value) and not _is_counter(name, value):  # of a neck, a head, another model
             beside.append(name)
     return [
         Found(entry, prefix, layouts[prefix], state, tuple(beside))
@@ -281,12 +281,15 @@ def without_counters(model: Found) -> tuple[Found, list[str]]:
     """
     state, names = {}, []
     for key, x in model.state.items():
-        leaf = key.rpartition(".")[2]
-        if leaf in _COUNTERS and is_entry(x) and math.prod(x.shape) == 1:
-            names.append(leaf)
+        if _is_counter(key, x):
+            names.append(key.rpartition(".")[2])
         else:
             state[key] = x
     return model._replace(state=state), sorted(set(names))
+
+
+def _is_counter(key: str, x: Any) -> bool:
+    return key.rpartition(".")[2] in _COUNTERS and is_entry(x) and math.prod(x.shape) == 1
 
 
 def as_backbone(model: Found, wanted: bool) -> Found:
