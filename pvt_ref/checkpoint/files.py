@@ -184,9 +184,9 @@ def read_model(
     except MissingFileError:
         raise
     except CheckpointError as error:
-        raise CheckpointError(f"{_cut(path)}: {error}") from error.__cause__
+        raise CheckpointError(f"{cut_path(path)}: {error}") from error.__cause__
     except (PVTError, OSError) as error:
-        raise CheckpointError(f"{_cut(path)}: {_with_kind(error)}") from error
+        raise CheckpointError(f"{cut_path(path)}: {_with_kind(error)}") from error
 
 
 class _Opened(NamedTuple):
@@ -554,8 +554,15 @@ def _as_path(path: Any) -> Path:
     return Path(path)
 
 
-def _cut(path: Path) -> str:
-    """A path for a message: whole, unless it is one that nobody typed."""
+def cut_path(path: str | Path) -> str:
+    """A path or address for a message: whole, unless it is one that nobody typed.
+
+    Args:
+        path: any.
+
+    Returns:
+        Its first characters, and ``...`` if it has more.
+    """
     text = str(path)
     return text if len(text) <= _WHOLE_PATH else f"{text[:_WHOLE_PATH]}..."
 
@@ -564,9 +571,9 @@ def _missing(path: Path) -> str:
     near = [shown(p.name) for p in _siblings(path.parent)]
     there = f"weights files there: {', '.join(near[:5])}" if near else "no weights files there"
     if not path.parent.is_dir():
-        there = f"nor is there a directory {_cut(path.parent)}"
+        there = f"nor is there a directory {cut_path(path.parent)}"
     return (
-        f"{_cut(path)}: there is no such file ({there}). Check the spelling, and the directory it "
+        f"{cut_path(path)}: there is no such file ({there}). Check the spelling, and the directory it "
         f"is relative to, which is {_working_folder()}"
     )
 
@@ -618,9 +625,9 @@ def save(path: str | os.PathLike[str], model: Model, dtype: str | None = None) -
         )
     if path.suffix != _SUFFIX:
         raise CheckpointError(
-            f"{_cut(path)}: models are saved as {_SUFFIX} files only, because a .pth file is a "
+            f"{cut_path(path)}: models are saved as {_SUFFIX} files only, because a .pth file is a "
             f"program and has no place for a digest. Use "
-            f"{_cut(path.with_suffix(_SUFFIX)) if path.name else 'a name that ends so'}"
+            f"{cut_path(path.with_suffix(_SUFFIX)) if path.name else 'a name that ends so'}"
         )
     state = to_state_dict(to_numpy(model.params))
     for key, x in state.items():  # a Model does not look at arrays on a device
@@ -630,12 +637,12 @@ def save(path: str | os.PathLike[str], model: Model, dtype: str | None = None) -
     try:
         data = to_bytes(state, model.config, None if model.info == UNKNOWN else model.info)
     except CheckpointError as error:
-        raise CheckpointError(f"{_cut(path)}: {error}") from error
+        raise CheckpointError(f"{cut_path(path)}: {error}") from error
     try:
         write_whole(path, data)
     except OSError as error:
         raise CheckpointError(
-            f"{_cut(path)}: could not be saved ({type(error).__name__}: "
+            f"{cut_path(path)}: could not be saved ({type(error).__name__}: "
             f"{error.strerror or error}). A file of this name, if there was one, is as it was. "
             f"Check that the directory exists, that it may be written to, and that the disk has "
             f"{len(data)} bytes free"
@@ -652,7 +659,7 @@ def _narrow(path: Path, state: dict[str, np.ndarray], dtype: Any) -> dict[str, n
     for key, x in state.items():
         if not np.abs(x).max(initial=0.0) <= largest:
             raise CheckpointError(
-                f"{_cut(path)}: {key} holds numbers beyond {largest:g}, the largest of float16. "
+                f"{cut_path(path)}: {key} holds numbers beyond {largest:g}, the largest of float16. "
                 f"Leave dtype out"
             )
     return {key: x.astype(np.float16) for key, x in state.items()}
