@@ -573,8 +573,8 @@ def _missing(path: Path) -> str:
     if not path.parent.is_dir():
         there = f"nor is there a directory {cut_path(path.parent)}"
     return (
-        f"{cut_path(path)}: there is no such file ({there}). Check the spelling, and the directory it "
-        f"is relative to, which is {_working_folder()}"
+        f"{cut_path(path)}: there is no such file ({there}). Check the spelling, and the directory "
+        f"it is relative to, which is {_working_folder()}"
     )
 
 
@@ -659,7 +659,7 @@ def _narrow(path: Path, state: dict[str, np.ndarray], dtype: Any) -> dict[str, n
     for key, x in state.items():
         if not np.abs(x).max(initial=0.0) <= largest:
             raise CheckpointError(
-                f"{cut_path(path)}: {key} holds numbers beyond {largest:g}, the largest of float16. "
-                f"Leave dtype out"
+                f"{cut_path(path)}: {key} holds numbers beyond {largest:g}, the largest of "
+                f"float16. Leave dtype out"
             )
     return {key: x.astype(np.float16) for key, x in state.items()}

@@ -68,6 +68,7 @@ UNREADABLE = (
     RuntimeError,  # of zipfile; NotImplementedError and RecursionError are such
     TypeError,
     ValueError,
+    Warning,  # of pickletools, where warnings are errors
     struct.error,
     zipfile.BadZipFile,
     zipfile.LargeZipFile,
