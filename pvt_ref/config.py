@@ -20,6 +20,9 @@ NUM_STAGES = 4
 #: Numbers from here on are refused: no array is so large, and floats lose their last digits.
 TOO_LARGE = 2**31
 
+#: Blocks of one stage. The largest published stage has 60; each costs memory before any weight.
+MAX_DEPTH = 1000
+
 
 @dataclass(frozen=True, slots=True)
 class StageConfig:
@@ -75,7 +78,7 @@ class PVTConfig:
         attn_drop_rate: dropout on the attention weights.
         drop_path_rate: stochastic depth of the last block; block k of K has
             ``linspace(0, drop_path_rate, K)[k]``.
-        depths: L_i.
+        depths: L_i, at most 1000.
         sr_ratios: R_i. 1 is plain multi-head attention.
         norm_eps: epsilon in norm1, norm2 and the final norm.
         projection_norm_eps: epsilon in the norms after the patch and the spatial-reduction
@@ -106,6 +109,8 @@ class PVTConfig:
         problems: dict[str, str] = {}  # by field
         for name in ("patch_sizes", "embed_dims", "num_heads", "depths", "sr_ratios"):
             self._set(name, _positive_per_stage(name, getattr(self, name), problems, whole=True))
+        if "depths" not in problems and max(self.depths) > MAX_DEPTH:
+            problems["depths"] = f"{shown(self.depths)}; each must be at most {MAX_DEPTH}"
         ratios = _positive_per_stage("mlp_ratios", self.mlp_ratios, problems, whole=False)
         self._set("mlp_ratios", ratios)
         for name, least in (("img_size", 1), ("in_chans", 1), ("num_classes", 0)):
@@ -217,7 +222,7 @@ class PVTConfig:
             )
         C = self.embed_dims[i]
         total, before = sum(self.depths), sum(self.depths[:i])
-        rates = [self.drop_path_rate * k / max(total - 1, 1) for k in range(total)]
+        blocks = range(before, before + self.depths[i])
         return StageConfig(
             patch_size=self.patch_sizes[i],
             embed_dim=C,
@@ -228,7 +233,7 @@ class PVTConfig:
             scale=1 / math.sqrt(C // self.num_heads[i]) if self.qk_scale is None else self.qk_scale,
             drop_rate=self.drop_rate,
             attn_drop_rate=self.attn_drop_rate,
-            drop_path_rates=tuple(rates[before : before + self.depths[i]]),
+            drop_path_rates=tuple(self.drop_path_rate * k / max(total - 1, 1) for k in blocks),
             norm_eps=self.norm_eps,
             projection_norm_eps=self.projection_norm_eps,
         )

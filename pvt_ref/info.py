@@ -67,6 +67,9 @@ class Preprocessing:
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "std", std)
 
+    def __repr__(self) -> str:
+        return f"Preprocessing(mode={self.mode!r}, mean={_few(self.mean)}, std={_few(self.std)})"
+
     @property
     def channels(self) -> int:
         """3 for colours, 1 for grey, of bands as many as there are."""
@@ -179,6 +182,13 @@ class Preprocessing:
         return self.normalize(channels_first, like=np.empty(0, np.float32))
 
 
+def _few(values: tuple[Any, ...]) -> str:
+    """A tuple for a repr: the first of a long one, and how many there are."""
+    if len(values) <= 4:
+        return f"({', '.join(shown(v, 30) for v in values)}{',' * (len(values) == 1)})"
+    return f"({', '.join(shown(v, 30) for v in values[:3])}, ... {len(values)} in all)"
+
+
 def _numbers(values: Any) -> tuple[float, ...] | None:
     """Finite floats of a list of them, else None."""
     if not isinstance(values, Sequence) or not all(isinstance(v, Real) for v in values):
@@ -247,6 +257,12 @@ class ModelInfo:
             )
         object.__setattr__(self, "classes", names)
         object.__setattr__(self, "training", _as_json(self.training))
+
+    def __repr__(self) -> str:
+        return (
+            f"ModelInfo(title={shown(self.title)}, classes={_few(self.classes)}, "
+            f"preprocessing={self.preprocessing!r}, training={shown(self.training, 160)})"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by field name, fit for JSON; :meth:`from_dict` reads them.

@@ -27,7 +27,7 @@ from pvt_ref.arrays import (
     short_repr,
 )
 from pvt_ref.block import BlockParams
-from pvt_ref.config import NUM_STAGES, PVTConfig, check_config
+from pvt_ref.config import NUM_STAGES, PVTConfig, StageConfig, check_config
 from pvt_ref.errors import ArrayTypeError, CheckpointError, key_name, shown
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
@@ -161,8 +161,7 @@ def build_params(config: PVTConfig, make: Callable[[Leaf], Array]) -> PVTParams:
             make(Leaf(f"{key}.weight", (C,), "ones")), make(Leaf(f"{key}.bias", (C,), "zeros"))
         )
 
-    def block(key: str, i: int) -> BlockParams:
-        s = config.stage(i)
+    def block(key: str, s: StageConfig) -> BlockParams:
         C, R = s.embed_dim, s.sr_ratio
         return BlockParams(
             norm1=norm(f"{key}.norm1", C),
@@ -191,8 +190,8 @@ def build_params(config: PVTConfig, make: Callable[[Leaf], Array]) -> PVTParams:
     for i, C_in in enumerate((config.in_chans, *config.embed_dims[:-1])):
         key, C, P = f"patch_embed{i + 1}", config.embed_dims[i], config.patch_sizes[i]
         tree[key] = PatchEmbedParams(projection(f"{key}.proj", C, C_in, P), norm(f"{key}.norm", C))
-        key = f"block{i + 1}"
-        tree[key] = tuple(block(f"{key}.{b}", i) for b in range(config.depths[i]))
+        key, stage = f"block{i + 1}", config.stage(i)  # once: it is as long as the stage
+        tree[key] = tuple(block(f"{key}.{b}", stage) for b in range(stage.depth))
     tree["norm"] = norm("norm", C_4) if has_cls else None
     tree["head"] = linear("head", config.num_classes, C_4) if has_cls else None
     return PVTParams(**tree)

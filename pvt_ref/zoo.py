@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pvt_ref.checkpoint import load as load_file
-from pvt_ref.checkpoint.files import Eps, read_model
+from pvt_ref.checkpoint.files import Eps, cut_path, read_model
 from pvt_ref.checkpoint.stated import read_json
 from pvt_ref.checkpoint.whole_file import write_whole
 from pvt_ref.config import VARIANTS, PVTConfig
@@ -116,8 +116,8 @@ def load(
         )
     if re.match(r"[A-Za-z][\w+.-]*://", known):
         raise MissingFileError(
-            f"{known} is an address, and load reads files. Download it, and load the file that "
-            f"came: pvt_ref.load('path/to/file'). {_known_names(known)}"
+            f"{cut_path(known)} is an address, and load reads files. Download it, and load the "
+            f"file that came: pvt_ref.load('path/to/file'). {_known_names(known)}"
         )
     try:
         return load_file(name, config, entry=entry, eps=eps)

@@ -531,3 +531,12 @@ def test_paddles_files_are_known_by_name_and_by_a_table_anywhere(tmp_path, name)
         state["StructuredToParameterName@@"] = {}
     (tmp_path / name).write_bytes(pickle.dumps(state, 2))
     assert "PaddlePaddle" in refusal(tmp_path / name)
+
+
+def test_the_folder_of_an_unpacked_file_is_known(tmp_path):
+    torch.save(as_torch(random_state(TINY)), tmp_path / "z.pth")
+    with zipfile.ZipFile(tmp_path / "z.pth") as archive:
+        archive.extractall(tmp_path / "unpacked")
+    message = refusal(tmp_path / "unpacked" / "z")
+    assert "a PyTorch file that was unpacked" in message
+    assert "zip -0 -r model.pth 'z'" in message

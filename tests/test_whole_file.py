@@ -4,6 +4,7 @@ import os
 import socket
 import stat
 import sys
+from pathlib import Path
 
 import pytest
 from test_checkpoint import TINY, make_model
@@ -141,3 +142,27 @@ def test_an_interrupted_save_can_be_done_again(tmp_path):
         assert interrupt_at(line, save, path, make_model())
     save(path, make_model())
     assert load(path).config == TINY
+
+
+@pytest.mark.parametrize("first", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("times", [1, 2, 5])
+def test_interrupts_while_it_clears_up_leave_nothing_behind(tmp_path, monkeypatch, first, times):
+    unlink, left = Path.unlink, times
+
+    def interrupted(path, *args):
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise KeyboardInterrupt
+        unlink(path, *args)
+
+    def strike(number):
+        raise first
+
+    (tmp_path / "m").write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", strike)
+    monkeypatch.setattr(Path, "unlink", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "m", b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    assert (tmp_path / "m").read_bytes() == b"old"

@@ -50,6 +50,7 @@ from pvt_ref.checkpoint.stated import (
     CONFIG_FILE,
     PREPROCESSOR_FILE,
     Stated,
+    describes_pvt,
     from_argument,
     read_config,
     read_json,
@@ -72,12 +73,16 @@ from pvt_ref.info import UNKNOWN, ModelInfo
 from pvt_ref.params import from_state_dict, to_state_dict
 
 _SUFFIX = ".safetensors"
+_SUFFIXES = {_SUFFIX, ".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar", ".th"}  # .pth.tar is common
 _INDEX = ".index.json"
 _HALVES = {"float16", "bfloat16"}
 
 #: What a folder of save_pretrained can have, the first that is there.
 _IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
 _MAX_SHARDS = 1000
+
+_WHOLE = 200  # characters of an entry's name that messages show
+_WHOLE_PATH = 400
 
 Eps = float | tuple[float, float]
 
@@ -104,9 +109,10 @@ def load(
         path: the file, a folder of ``save_pretrained``, or the index.json of several files.
         config: the model in it: a PVTConfig; a variant's name, such as ``"pvt_small"``, which
             leaves class count, channels and image size to the file; or the path of a JSON file with
-            Hugging Face's or this project's configuration. Needed where there is no config.json
-            and the shapes are not those of a variant: the number of heads leaves no trace in any
-            shape. For a file of :func:`save`, only eps and drop rates may differ from what it says.
+            Hugging Face's or this project's configuration, of which what it lacks is read off the
+            shapes. Needed where there is no config.json and the shapes are not those of a variant:
+            the number of heads leaves no trace in any shape. For a file of :func:`save`, only eps
+            and drop rates may differ from what it says.
         entry: which model of several, by the name of its dict, of its prefix or of both:
             ``"model_ema"``, ``"teacher.backbone"``. None takes the only one, or that at the top,
             under ``model`` or under ``state_dict``.
@@ -169,7 +175,7 @@ def read_model(
         )
     norm_eps = None if eps is None else _parse_eps(eps)
     try:
-        if not path.exists():
+        if not _is_there(path):
             raise MissingFileError(_missing(path))
         if re.search(r"-\d{5}-of-(?!00001)\d{5}\.", path.name):
             raise CheckpointError(f"one of several files; load their folder, {path.parent}")
@@ -178,9 +184,9 @@ def read_model(
     except MissingFileError:
         raise
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error.__cause__
+        raise CheckpointError(f"{cut_path(path)}: {error}") from error.__cause__
     except (PVTError, OSError) as error:
-        raise CheckpointError(f"{path}: {_with_kind(error)}") from error
+        raise CheckpointError(f"{cut_path(path)}: {_with_kind(error)}") from error
 
 
 class _Opened(NamedTuple):
@@ -221,10 +227,24 @@ def _open(path: Path, stack: contextlib.ExitStack) -> _Opened:
     return _Opened(path, pth.tree, {}, pth.read, tuple(notes))  # read only what will be used
 
 
+def _is_there(path: Path) -> bool:
+    """As path.exists(), which from Python 3.14 on says no where it cannot be known."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def _file_in(folder: Path) -> Path:
     for name in (x for file in _IN_FOLDER for x in (file, file + _INDEX)):
         if (folder / name).exists():
             return folder / name
+    if (folder / "data.pkl").exists():
+        raise CheckpointError(
+            f"the folder of a PyTorch file that was unpacked. Load the original file, or pack the "
+            f"folder again, from the one above it: zip -0 -r model.pth {shown(folder.name)}"
+        )
     near = ", ".join(shown(p.name) for p in _siblings(folder)[:5])
     raise CheckpointError(
         f"a directory without {' or '.join(_IN_FOLDER)}, as save_pretrained writes them; needed is "
@@ -305,6 +325,7 @@ def _load(
             assumed.append(f"heads as in {describe(used).partition(',')[0]}")
         else:
             used = complete(stated, model.state, model.layout)
+            assumed += _unsaid(used, stated, eps)
     check_state(model.state, model.layout, used, model.prefix, stated.origin if stated else "")
     if eps is None:
         eps = _choose_eps(used, stated, stored, model.layout, assumed)
@@ -317,13 +338,29 @@ def _load(
     params = from_state_dict(to_native(opened.read(state), model.layout, used), used)
     if not (stored and info):
         info = _info(used, stored, stated, folder, released, notes, assumed)
-    under = f" (under {shown(model.name)})" if model.name else ""
+    under = f" (under {shown(model.name, _WHOLE)})" if model.name else ""
     halves = " and ".join(sorted({dtype_name(x) for x in state.values()} & _HALVES))
     made = f", {halves} made float32" if halves and params.pos_embed1.itemsize == 4 else ""
     if assumed:
         notes.append(f"assumed: {', '.join(assumed)}")
     what = f"{model.layout.name}{under}, {describe(used)}{made}; {_describe_eps(used)}"
     return Model(params, used, "; ".join((what, *notes)), info)
+
+
+def _unsaid(config: PVTConfig, stated: Stated, eps: tuple[float, float] | None) -> list[str]:
+    """What a JSON file should say, does not say, and no shape shows, for ``source``."""
+    names = ["num_heads", "qk_scale"]
+    if stated.says_eps and eps is None:  # it says one of the two
+        names += ["norm_eps", "projection_norm_eps"]
+    unsaid = [f"{name} {getattr(config, name)}" for name in names if name in stated.left_open]
+    said = f", since {printable(stated.origin)} does not say"
+    lines = [" and ".join(unsaid) + said] if unsaid else []
+    if stated.task:
+        lines.append(
+            f"one class per picture, by softmax, though problem_type is {printable(stated.task)}: "
+            f"take probabilities from the logits yourself"
+        )
+    return lines
 
 
 def _choose(opened: _Opened, stated: Stated | None, entry: str | None, notes: list[str]) -> Found:
@@ -334,7 +371,7 @@ def _choose(opened: _Opened, stated: Stated | None, entry: str | None, notes: li
     if opened.metadata.keys() - {"format"}:
         notes.append("metadata of another program is ignored")
     if others:
-        some = ", ".join(f"entry={shown(model.name, 60)}" for model in others[:3])
+        some = ", ".join(f"entry={shown(model.name, _WHOLE)}" for model in others[:3])
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         notes.append(f"other weights in the file: {some}{more}")
     bare = bool(
@@ -343,6 +380,10 @@ def _choose(opened: _Opened, stated: Stated | None, entry: str | None, notes: li
     model, counters = without_counters(as_backbone(chosen, bare))
     if model.layout is HUGGING_FACE_BARE and chosen.layout is HUGGING_FACE:
         notes.append("the classifier is left out, as config asks")
+    if chosen.beside:
+        some = ", ".join(shown(key, 60) for key in chosen.beside[:3])
+        more = f" and {len(chosen.beside) - 3} more" if len(chosen.beside) > 3 else ""
+        notes.append(f"left out: {some}{more}")
     if counters:
         notes.append(f"counters beside the weights are ignored: {', '.join(counters)}")
     return model
@@ -357,11 +398,14 @@ def _ask_beside(
     origin = f"{path.name} beside it"
     if stated is None:
         try:
+            if not describes_pvt(read_json(path, origin)):
+                notes.append(f"not used: {origin}, which does not describe a PVT")
+                return None
             said = read_config(path, origin)
         except PVTError as error:
             raise CheckpointError(
-                f"{error}. If it belongs to other weights, pass config=PVTConfig(...) for these, "
-                f"or a variant's name"
+                f"{str(error).rstrip('.')}. If it belongs to other weights, pass "
+                f"config=PVTConfig(...) for these, or a variant's name"
             ) from error
         notes.append(f"configuration from {origin}")
         return said
@@ -370,25 +414,32 @@ def _ask_beside(
     except PVTError as error:
         notes.append(f"not used: {' '.join(str(error).split())[:200]}")
         return stated
+    both = ("norm_eps", "projection_norm_eps")
     differ = [("num_heads", "")]
     if stated.says_eps and eps is None:
-        differ += [(name, "; eps= decides") for name in ("norm_eps", "projection_norm_eps")]
+        differ += [(name, "; eps= decides") for name in both]
     for name, advice in differ:
-        given, written = getattr(stated.config, name), getattr(said.config, name)
-        if given != written:
+        given, written = (
+            "not said" if name in x.left_open else getattr(x.config, name) for x in (stated, said)
+        )
+        if written not in (given, "not said"):
             raise CheckpointError(
                 f"{name} is {given} in {stated.origin} and {written} in {origin}{advice}. Leave "
                 f"config out, correct {path.name}, or move the weights away from it if it belongs "
                 f"to others"
             )
-    notes.append(f"eps and labels from {origin}")
-    config = dataclasses.replace(
-        stated.config,
-        norm_eps=said.config.norm_eps,
-        projection_norm_eps=said.config.projection_norm_eps,
-    )
+    found: dict[str, Any] = {}
+    if said.says_eps:
+        found = {name: getattr(said.config, name) for name in both if name not in said.left_open}
+    notes.append(f"{'eps and ' if found else ''}labels from {origin}")
     return dataclasses.replace(
-        stated, config=config, says_eps=True, classes=said.classes, num_labels=said.num_labels
+        stated,
+        config=dataclasses.replace(stated.config, **found),
+        left_open=tuple(name for name in stated.left_open if name not in found),
+        says_eps=stated.says_eps or said.says_eps,
+        classes=said.classes,
+        num_labels=said.num_labels,
+        task=said.task,
     )
 
 
@@ -405,7 +456,7 @@ def _choose_eps(
     if stored:
         return _eps(stored)
     if (
-        stated is None or _eps(config) != layout.eps
+        stated is None or "norm_eps" in stated.left_open or _eps(config) != layout.eps
     ):  # a port's number, though its weights may be authors'
         hint = " (pass eps=(1e-6, 1e-5) for the authors' training setting)"
         assumed.append(f"eps of this layout's code{'' if layout.eps == AUTHORS_EPS else hint}")
@@ -510,19 +561,34 @@ def _as_path(path: Any) -> Path:
             f"path is a {type(path).__name__}; it must be a str or pathlib.Path, the first "
             f"argument of load(path) and of save(path, model)"
         )
+    if not os.fspath(path):
+        raise CheckpointError("the path is empty; it must name a weights file")
     if "\0" in os.fspath(path):
-        raise CheckpointError(f"path {os.fspath(path)!r} holds a NUL character; remove it")
+        raise CheckpointError(f"path {shown(os.fspath(path), _WHOLE)} holds a NUL character")
     return Path(path)
+
+
+def cut_path(path: str | Path) -> str:
+    """A path or address for a message: whole, unless it is one that nobody typed.
+
+    Args:
+        path: any.
+
+    Returns:
+        Its first characters, and ``...`` if it has more.
+    """
+    text = str(path)
+    return text if len(text) <= _WHOLE_PATH else f"{text[:_WHOLE_PATH]}..."
 
 
 def _missing(path: Path) -> str:
     near = [shown(p.name) for p in _siblings(path.parent)]
     there = f"weights files there: {', '.join(near[:5])}" if near else "no weights files there"
     if not path.parent.is_dir():
-        there = f"nor is there a directory {path.parent}"
+        there = f"nor is there a directory {cut_path(path.parent)}"
     return (
-        f"{path}: there is no such file ({there}). Check the spelling, and the directory it is "
-        f"relative to, which is {_working_folder()}"
+        f"{cut_path(path)}: there is no such file ({there}). Check the spelling, and the directory "
+        f"it is relative to, which is {_working_folder()}"
     )
 
 
@@ -535,7 +601,7 @@ def _working_folder() -> str:
 
 def _siblings(directory: Path) -> list[Path]:
     with contextlib.suppress(OSError):
-        return sorted(p for p in directory.iterdir() if p.suffix in (_SUFFIX, ".pth", ".bin"))
+        return sorted(p for p in directory.iterdir() if p.suffix in _SUFFIXES)
     return []
 
 
@@ -573,8 +639,9 @@ def save(path: str | os.PathLike[str], model: Model, dtype: str | None = None) -
         )
     if path.suffix != _SUFFIX:
         raise CheckpointError(
-            f"{path}: models are saved as {_SUFFIX} files only, because a .pth file is a program "
-            f"and has no place for a digest. Use {path.with_suffix(_SUFFIX) if path.name else ''}"
+            f"{cut_path(path)}: models are saved as {_SUFFIX} files only, because a .pth file is a "
+            f"program and has no place for a digest. Use "
+            f"{cut_path(path.with_suffix(_SUFFIX)) if path.name else 'a name that ends so'}"
         )
     state = to_state_dict(to_numpy(model.params))
     for key, x in state.items():  # a Model does not look at arrays on a device
@@ -584,14 +651,15 @@ def save(path: str | os.PathLike[str], model: Model, dtype: str | None = None) -
     try:
         data = to_bytes(state, model.config, None if model.info == UNKNOWN else model.info)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{cut_path(path)}: {error}") from error
     try:
         write_whole(path, data)
     except OSError as error:
         raise CheckpointError(
-            f"{path}: could not be saved ({type(error).__name__}: {error.strerror or error}). A "
-            f"file of this name, if there was one, is as it was. Check that the directory exists, "
-            f"that it may be written to, and that the disk has {len(data)} bytes free"
+            f"{cut_path(path)}: could not be saved ({type(error).__name__}: "
+            f"{error.strerror or error}). A file of this name, if there was one, is as it was. "
+            f"Check that the directory exists, that it may be written to, and that the disk has "
+            f"{len(data)} bytes free"
         ) from error
 
 
@@ -605,7 +673,7 @@ def _narrow(path: Path, state: dict[str, np.ndarray], dtype: Any) -> dict[str, n
     for key, x in state.items():
         if not np.abs(x).max(initial=0.0) <= largest:
             raise CheckpointError(
-                f"{path}: {key} holds numbers beyond {largest:g}, the largest of float16. Leave "
-                f"dtype out"
+                f"{cut_path(path)}: {key} holds numbers beyond {largest:g}, the largest of "
+                f"float16. Leave dtype out"
             )
     return {key: x.astype(np.float16) for key, x in state.items()}

@@ -22,6 +22,7 @@ from pvt_ref.checkpoint.stored import (
     DAMAGED,
     MAX_RANK,
     STORAGE_DTYPES,
+    UNREADABLE,
     Storage,
     StoredTensor,
     describe,
@@ -133,9 +134,9 @@ def read_pickle(file: BinaryIO) -> Pickle:
     """
     try:
         return _Machine(file)._run()
-    except (CheckpointError, MemoryError):
+    except CheckpointError:
         raise
-    except Exception as error:  # a wrong program can fail at any instruction, in any way
+    except UNREADABLE as error:  # a wrong program can fail at any instruction, in any way
         raise CheckpointError(
             f"its pickle cannot be read ({describe(error)}). {DAMAGED}"
         ) from error
@@ -148,6 +149,13 @@ def whole_object(name: str, where: str = "what was saved") -> CheckpointError:
         name: of a Record.
         where: what it is in the file.
     """
+    if name.startswith("numpy.") and "multiarray." in name:
+        return CheckpointError(
+            f"no tensors in it: {where} is a NumPy array, an object that only running the file "
+            f"makes; nothing was run. Save the arrays as tensors: torch.save({{k: "
+            f"torch.from_numpy(v) for k, v in arrays.items()}}, new_path). If you have nothing but "
+            f"this file, and trust its source: arrays = torch.load(path, weights_only=False)"
+        )
     return CheckpointError(
         f"no weights in it: {where} is a {shown(name)}, an object with code of its own, such as a "
         f"whole pickled model, which is not made here; nothing was run. Safe: look for the state "

@@ -21,6 +21,7 @@ from pvt_ref.checkpoint.pickles import Record, read_pickle, whole_object
 from pvt_ref.checkpoint.stored import (
     DAMAGED,
     SAFE_LOAD,
+    UNREADABLE,
     Storage,
     StoredFile,
     StoredTensor,
@@ -83,9 +84,9 @@ class PthFile(StoredFile):
             self.checksummed = _use_checksums(self._entries)
             self._order: Literal["<", ">"] = self._read_byte_order()
             pickled = self._read_entry("data.pkl")
-        except (CheckpointError, MemoryError):
+        except CheckpointError:
             raise
-        except Exception as error:  # zipfile raises eight kinds on damaged archives
+        except UNREADABLE as error:
             raise CheckpointError(
                 f"not a whole zip archive ({describe(error)}). {DAMAGED}"
             ) from error

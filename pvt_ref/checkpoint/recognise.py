@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -19,9 +18,10 @@ from pvt_ref.checkpoint.key_maps import (
     foreign_shapes,
 )
 from pvt_ref.checkpoint.pickles import Record, whole_object
-from pvt_ref.checkpoint.stated import Stated
+from pvt_ref.checkpoint.stated import SHOWN_BY_SHAPES, Stated
+from pvt_ref.checkpoint.stored import SAFE_LOAD
 from pvt_ref.config import NUM_STAGES, VARIANTS, PVTConfig, describe
-from pvt_ref.errors import CheckpointError, ConfigError, shown
+from pvt_ref.errors import CheckpointError, ConfigError, key_name, shown
 
 READABLE_DTYPES = ("float16", "bfloat16", *FLOAT_DTYPES)
 
@@ -48,6 +48,10 @@ _ENDINGS = tuple(_LAYOUT_OF)
 _COUNTERS = ("total_ops", "total_params", "num_batches_tracked")
 
 _MAX_LINES = 20  # of a list of problems
+
+_WRONG_DTYPE = "wrong dtype:"
+
+_FEW = 100  # blocks of a configuration, whose missing keys can be listed whatever the file has
 
 LAYOUTS_READ = (
     "the authors' .pth files, training checkpoints, Hugging Face PvtForImageClassification and "
@@ -89,12 +93,14 @@ class Found(NamedTuple):
         prefix: of its keys there, with the dot at its end; "" if there is none.
         layout: how its keys are named.
         state: what stands under each of its keys, these without the prefix.
+        beside: keys of the tensors in the same dict that belong to no PVT, such as a head's.
     """
 
     entry: str
     prefix: str
     layout: Layout
     state: dict[str, Any]
+    beside: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -177,13 +183,19 @@ def _models_in(entry: str, mapping: Mapping[Any, Any]) -> list[Found]:
             del layouts[prefix]
             layouts[whole] = HUGGING_FACE
     states: dict[str, dict[str, Any]] = {prefix: {} for prefix in layouts}
+    beside = []
     for key, value in mapping.items() if layouts else ():
         name = str(key)
         dots = [i + 1 for i, c in enumerate(name[:_MAX_NAME]) if c == "."]
         own = next((name[:i] for i in reversed([0, *dots]) if name[:i] in states), None)
-        if own is not None:  # else: of a neck, a head, another model
+        if own is not None:
             states[own][name.removeprefix(own)] = value
-    return [Found(entry, prefix, layouts[prefix], state) for prefix, state in states.items()]
+        elif is_entry(value) and not _is_counter(name, value):  # of a neck, a head, another model
+            beside.append(name)
+    return [
+        Found(entry, prefix, layouts[prefix], state, tuple(beside))
+        for prefix, state in states.items()
+    ]
 
 
 def choose_model(models: Sequence[Found], entry: str | None) -> tuple[Found, list[Found]]:
@@ -200,7 +212,7 @@ def choose_model(models: Sequence[Found], entry: str | None) -> tuple[Found, lis
     Raises:
         CheckpointError: if there is none or more than one.
     """
-    names = "; ".join(f"entry={shown(model.name)}" for model in models[:8])
+    names = "; ".join(f"entry={shown(model.name, _MAX_NAME)}" for model in models[:8])
     names += f"; and {len(models) - 8} more" if len(models) > 8 else ""
     if entry is not None:
         fitting = [model for model in models if model.name == entry] or [
@@ -209,9 +221,17 @@ def choose_model(models: Sequence[Found], entry: str | None) -> tuple[Found, lis
             if f"{model.name}.".startswith(f"{entry}.") or model.prefix.startswith(f"{entry}.")
         ]
         if len(fitting) != 1:
+            asked = f"entry is {shown(entry, _MAX_NAME)}"
+            if len(fitting) > 1 and {model.name for model in fitting} == {fitting[0].name}:
+                raise CheckpointError(
+                    f"{asked}, and {len(fitting)} models in it have exactly this name: one key has "
+                    f"dots in it that stand for a dict in a dict elsewhere, so that no name tells "
+                    f"them apart. Save the one that is meant alone, with PyTorch: {SAFE_LOAD}; "
+                    f"torch.save(state[...], new_path)"
+                )
             raise CheckpointError(
-                f"entry is {shown(entry)}, and {'several' if fitting else 'none'} of the models in "
-                f"it are called so. There are: {names}"
+                f"{asked}, and {'several' if fitting else 'none'} of the models in it are called "
+                f"so. There are: {names}"
             )
     else:
         fitting = models = _different(models)
@@ -260,12 +280,15 @@ def without_counters(model: Found) -> tuple[Found, list[str]]:
     """
     state, names = {}, []
     for key, x in model.state.items():
-        leaf = key.rpartition(".")[2]
-        if leaf in _COUNTERS and is_entry(x) and math.prod(x.shape) == 1:
-            names.append(leaf)
+        if _is_counter(key, x):
+            names.append(key.rpartition(".")[2])
         else:
             state[key] = x
     return model._replace(state=state), sorted(set(names))
+
+
+def _is_counter(key: str, x: Any) -> bool:
+    return key.rpartition(".")[2] in _COUNTERS and is_entry(x) and math.prod(x.shape) == 1
 
 
 def as_backbone(model: Found, wanted: bool) -> Found:
@@ -304,11 +327,6 @@ def _some(names: Any, count: int = 4) -> str:
     return ", ".join(some[:count]) + (", ..." if len(some) > count else "") or "none"
 
 
-def _named(key: str) -> str:
-    """A key for a message: as it is if it is a plain name, else quoted and cut."""
-    return key if re.fullmatch(r"[\w.-]{1,120}", key, re.ASCII) else shown(key, 120)
-
-
 def list_problems(
     state: Mapping[str, Any], layout: Layout, config: PVTConfig, prefix: str = ""
 ) -> list[str]:
@@ -327,10 +345,10 @@ def list_problems(
     """
     shapes = foreign_shapes(layout, config)
     problems = [
-        f"missing: {_named(prefix + k)} {shape}" for k, shape in shapes.items() if k not in state
+        f"missing: {key_name(prefix + k)} {shape}" for k, shape in shapes.items() if k not in state
     ]
     for key, x in state.items():
-        name = _named(prefix + key)
+        name = key_name(prefix + key)
         if key in layout.unused:
             continue
         if not is_entry(x):
@@ -343,7 +361,7 @@ def list_problems(
                 f"mis-shaped: {name} is {tuple(x.shape)}, the configuration needs {shapes[key]}"
             )
         elif dtype_name(x) not in READABLE_DTYPES:
-            problems.append(f"wrong dtype: {name} is {dtype_name(x)}, weights are floats")
+            problems.append(f"{_WRONG_DTYPE} {name} is {dtype_name(x)}, weights are floats")
     return problems
 
 
@@ -368,6 +386,12 @@ def check_state(
             f"num_classes={config.num_classes}. Pass dataclasses.replace(config, num_classes=0); "
             f"with_new_head(model, ...) adds a head"
         )
+    blocks = sum(config.depths)
+    if blocks > max(len(state), _FEW):  # before anything is built for each of them
+        raise CheckpointError(
+            f"the configuration{f' from {origin}' if origin else ''} has {blocks} blocks, and the "
+            f"file only {len(state)} tensors. depths is {config.depths}: correct it"
+        )
     problems = list_problems(state, layout, config, prefix)
     if problems:
         source = f" from {origin}" if origin not in ("", "config") else ""
@@ -386,7 +410,10 @@ def _lines(problems: list[str]) -> str:
 
 
 def complete(stated: Stated, state: Mapping[str, Any], layout: Layout) -> PVTConfig:
-    """A stated configuration with the fields that it leaves to the file.
+    """A stated configuration with the fields that it leaves open.
+
+    They are read off the shapes; head counts, which these do not show, are those of the variant
+    with the same widths.
 
     Args:
         stated: what is said of the model.
@@ -397,7 +424,8 @@ def complete(stated: Stated, state: Mapping[str, Any], layout: Layout) -> PVTCon
         The configuration that the file should fit.
 
     Raises:
-        CheckpointError: if the file has another number of classes than is said.
+        CheckpointError: if the file has another number of classes than is said, or head counts are
+            neither said nor a variant's.
         ConfigError: if such a PVT cannot be built.
     """
     shapes = {key: tuple(x.shape) for key, x in state.items() if is_entry(x)}
@@ -408,7 +436,21 @@ def complete(stated: Stated, state: Mapping[str, Any], layout: Layout) -> PVTCon
             f"{seen.num_classes} outputs. They belong to different models, or labels were changed "
             f"afterwards: correct {stated.origin}, or pass config=PVTConfig(...)"
         )
-    changes = {field: getattr(seen, field) for field in stated.left_open}
+    fields = {name: getattr(seen, name) for name in SHOWN_BY_SHAPES}
+    if not set(stated.left_open) <= fields.keys():
+        fields |= _shown_fields(shapes, layout) | {"num_classes": seen.num_classes}
+    changes = {name: fields[name] for name in stated.left_open if name in fields}
+    if "num_heads" in stated.left_open:
+        widths = changes.get("embed_dims", stated.config.embed_dims)
+        heads = [x.num_heads for x in VARIANTS.values() if x.embed_dims == widths]
+        if not heads:
+            raise CheckpointError(
+                f"{stated.origin} does not say how many heads the model has, which no shape shows, "
+                f"and embed_dims {widths} are those of no variant. Write num_heads into it "
+                f"(num_attention_heads in Hugging Face's config.json), or pass "
+                f"config=PVTConfig(...)"
+            )
+        changes["num_heads"] = heads[0]
     return dataclasses.replace(stated.config, **changes)
 
 
@@ -436,6 +478,13 @@ def recognise_config(state: Mapping[str, Any], layout: Layout, prefix: str = "")
         found = list_problems(state, layout, fitted, prefix)
         if not found:
             return fitted
+        if all(problem.startswith(_WRONG_DTYPE) for problem in found):
+            raise CheckpointError(
+                f"{layout.name}, {describe(fitted)}, but {len(found)} of its {len(state)} tensors "
+                f"are not of {', '.join(READABLE_DTYPES)}:{_lines(found)}\nQuantized weights are "
+                f"no substitute: get the plain ones from the publisher, or save v.float() of each "
+                f"tensor v, times its scale if it has one"
+            )
         if len(found) < count:
             count, name, config, problems = len(found), candidate, fitted, found
     advice = (
@@ -445,8 +494,9 @@ def recognise_config(state: Mapping[str, Any], layout: Layout, prefix: str = "")
     )
     if count <= len(shapes) // 4:  # a variant with faults, or a variant changed a little
         raise CheckpointError(
-            f"{layout.name}; nearest is {name} ({describe(config)}), but {count} keys "
-            f"differ:{_lines(problems)}\n{_other_model(list(state))}{advice}"
+            f"{layout.name}; nearest is {name} ({describe(config)}), but "
+            f"{'1 key differs' if count == 1 else f'{count} keys differ'}:{_lines(problems)}\n"
+            f"{_other_model(list(state))}{advice}"
         )
     raise CheckpointError(
         f"{layout.name}, but none of {', '.join(VARIANTS)}. {_other_model(list(state))}"
@@ -484,6 +534,13 @@ def _like_variant(variant: PVTConfig, shapes: Mapping[str, Shape], layout: Layou
 
 def _read_off(shapes: Mapping[str, Shape], layout: Layout) -> str:
     """The configuration as far as shapes show it, as a line to complete; "" if they do not."""
+    fields = _shown_fields(shapes, layout)
+    text = ", ".join(f"{name}={value}" for name, value in fields.items())
+    return f"Its shapes show PVTConfig({text}, num_heads=unknown). " if fields else ""
+
+
+def _shown_fields(shapes: Mapping[str, Shape], layout: Layout) -> dict[str, Any]:
+    """The fields of PVTConfig that shapes show; {} if these are not a whole model's."""
 
     def shape(key: str) -> Shape:
         return shapes[layout.rename(key) or ""]
@@ -498,7 +555,7 @@ def _read_off(shapes: Mapping[str, Shape], layout: Layout) -> str:
     stages = range(1, NUM_STAGES + 1)
     try:
         P = [shape(f"patch_embed{i}.proj.weight")[2] for i in stages]
-        fields = {
+        return {
             "img_size": math.isqrt(shape("pos_embed1")[1]) * P[0],
             "in_chans": shape("patch_embed1.proj.weight")[1],
             "num_classes": shape("head.weight")[0] if present("head.weight") else 0,
@@ -518,6 +575,4 @@ def _read_off(shapes: Mapping[str, Shape], layout: Layout) -> str:
             ),
         }
     except (KeyError, IndexError, ValueError, ZeroDivisionError):
-        return ""
-    text = ", ".join(f"{name}={value}" for name, value in fields.items())
-    return f"Its shapes show PVTConfig({text}, num_heads=unknown). "
+        return {}

@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from pvt_ref.checkpoint.bounded_json import parse_json
 from pvt_ref.config import PVTConfig, config_to_dict
-from pvt_ref.errors import CheckpointError, shown
+from pvt_ref.errors import CheckpointError, PVTError, shown
 from pvt_ref.info import ModelInfo
 
 METADATA_KEY = "pvt_ref"
@@ -60,6 +60,10 @@ _DAMAGED = (
 )
 
 
+#: What JSON of other kinds than expected raises. Not Exception, which a signal's handler can raise.
+_UNREADABLE = (PVTError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
 class _Span(NamedTuple):
     """Where a tensor lies, as the header says."""
 
@@ -68,6 +72,10 @@ class _Span(NamedTuple):
     key: str
     dtype: np.dtype
     shape: tuple[int, ...]
+
+
+class _NumberTypeError(ValueError):
+    """A tensor of numbers that NumPy lacks, such as safetensors' F8_E4M3."""
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -122,10 +130,15 @@ def read_tensors(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, str]]
     try:
         header = parse_json(file.read(length), "the header", MAX_HEADER)
         metadata, spans = _parse_header(header, size - 8 - length)
+    except _NumberTypeError as error:
+        raise CheckpointError(
+            f"{error}, which is not read; read are {', '.join(_DTYPES)}. Numbers of 8 bits and "
+            f"fewer belong to quantized weights: get the plain ones from the publisher, or make "
+            f"them with PyTorch, v.float() of each tensor v, times its scale if it has one"
+        ) from error
     except (CheckpointError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"not a whole .safetensors file, or one with number types that NumPy lacks "
-            f"({type(error).__name__}: {error}). {_DAMAGED}"
+            f"not a whole .safetensors file ({type(error).__name__}: {error}). {_DAMAGED}"
         ) from error
     tensors = {}
     for start, stop, key, dtype, shape in spans:
@@ -155,10 +168,13 @@ def _parse_header(header: Any, size: int) -> tuple[dict[str, str], list[_Span]]:
             raise ValueError(f"{shown(key)} has the fields {shown(list(entry))}")
         name, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         if name not in _DTYPES:
-            raise ValueError(f"{shown(key)} has the number type {shown(name)}")
+            raise _NumberTypeError(f"{shown(key)} has the number type {shown(name)}")
         if len(shape) > _MAX_RANK or not all(_is_count(n) for n in (*shape, start, stop)):
             raise ValueError(f"{shown(key)} has the shape {shown(shape)} at {start} to {stop}")
         dtype = np.dtype(_DTYPES[name])
+        # NumPy counts like this, too: an array without numbers can still be too large for it
+        if math.prod(n or 1 for n in shape) * dtype.itemsize >= 2**63:
+            raise ValueError(f"{shown(key)} has the shape {shown(shape)}, too large for an array")
         if stop - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{shown(key)}, {shown(shape)}, does not have {stop - start} bytes")
         spans.append(_Span(start, stop, key, dtype, tuple(shape)))
@@ -214,7 +230,7 @@ def own_header(
         record = parse_json(metadata[METADATA_KEY], "the metadata entry", MAX_RECORD)
         written, expected = record["format"], record["sha256"]
         found = digest(state, _stated(record["config"], record.get("info")))
-    except Exception as error:
+    except _UNREADABLE as error:
         raise CheckpointError(
             f"a pvt_ref file whose metadata cannot be read ({type(error).__name__}: "
             f"{str(error)[:200]}). {_DAMAGED}"
@@ -232,7 +248,7 @@ def own_header(
     try:
         config = PVTConfig(**record["config"])
         info = ModelInfo.from_dict(record["info"]) if "info" in record else None
-    except Exception as error:  # also TypeError, for fields that this version does not know
+    except _UNREADABLE as error:  # TypeError, too: for fields that this version does not know
         raise CheckpointError(
             f"a pvt_ref file with a configuration or info that this version does not accept: "
             f"{str(error)[:500]}. It was probably written by another version: update pvt_ref"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pvt_ref.checkpoint.bounded_json import parse_json
-from pvt_ref.config import NUM_STAGES, VARIANTS, PVTConfig, is_whole
+from pvt_ref.config import NUM_STAGES, TOO_LARGE, VARIANTS, PVTConfig, is_whole
 from pvt_ref.errors import (
     ArrayTypeError,
     CheckpointError,
@@ -32,9 +32,13 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 MAX_JSON = 2 * 2**20
 
 #: Fields that the shapes of a file show, and a variant's name leaves open.
-_SHOWN_BY_SHAPES = ("img_size", "in_chans", "num_classes")
+SHOWN_BY_SHAPES = ("img_size", "in_chans", "num_classes")
 
 _DEFAULT = PVTConfig()
+_FIELDS = tuple(field.name for field in dataclasses.fields(PVTConfig))
+
+#: Fields of a preprocessor_config.json that change pictures, and are not followed here.
+_NOT_FOLLOWED = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "crop_pct")
 
 #: Fields of Hugging Face's PvtConfig that mean the same here.
 _SAME = {
@@ -59,10 +63,12 @@ class Stated:
     Attributes:
         config: the model.
         origin: who says it, for messages.
-        left_open: fields of config that the file's shapes decide.
+        left_open: fields of config that are not said: what stands there means nothing.
         says_eps: whether its eps were chosen by somebody.
         classes: names of the outputs; empty if they are not said.
         num_labels: how many outputs there are; None if that is not said.
+        task: what the outputs mean, and who says so, if they are not one class per picture; else
+            empty.
     """
 
     config: PVTConfig
@@ -71,6 +77,7 @@ class Stated:
     says_eps: bool = False
     classes: tuple[str, ...] = ()
     num_labels: int | None = None
+    task: str = ""
 
 
 def from_argument(config: Any) -> Stated | None:
@@ -94,7 +101,7 @@ def from_argument(config: Any) -> Stated | None:
     if isinstance(config, PVTConfig):
         return Stated(config, "config", says_eps=_eps(config) != _eps(_DEFAULT))
     if isinstance(config, str) and config in VARIANTS:
-        return Stated(VARIANTS[config], config, _SHOWN_BY_SHAPES)
+        return Stated(VARIANTS[config], config, SHOWN_BY_SHAPES)
     if not isinstance(config, str | os.PathLike) or not isinstance(os.fspath(config), str):
         raise ArrayTypeError(
             f"config is a {type(config).__name__}; it must be a PVTConfig, a variant's name "
@@ -104,7 +111,7 @@ def from_argument(config: Any) -> Stated | None:
     path = Path(text) / CONFIG_FILE if os.path.isdir(text) else Path(text)
     if "\0" in text or not os.path.exists(path):
         raise MissingFileError(
-            f"config is {shown(text)}: neither a variant ({', '.join(VARIANTS)}) nor a file"
+            f"config is {shown(text, 200)}: neither a variant ({', '.join(VARIANTS)}) nor a file"
         )
     return read_config(path, str(path))
 
@@ -127,7 +134,7 @@ def read_config(path: Path, origin: str) -> Stated:
     try:
         if "model_type" in fields or "hidden_sizes" in fields:
             return _hugging_face(fields, origin)
-        known = {field.name for field in dataclasses.fields(PVTConfig)}
+        known = set(_FIELDS)
         if not fields or not fields.keys() <= known:
             raise CheckpointError(
                 f"it is neither Hugging Face's config.json (which has a model_type) nor a "
@@ -135,11 +142,46 @@ def read_config(path: Path, origin: str) -> Stated:
                 f"{shown(sorted(fields.keys() - known))}, known ones {', '.join(sorted(known))}"
             )
         says_eps = bool(fields.keys() & {"norm_eps", "projection_norm_eps"})
-        return Stated(PVTConfig(**fields), origin, says_eps=says_eps)
+        return Stated(_partial(fields), origin, _unsaid(fields), says_eps)
     except ConfigError as error:
         raise ConfigError(f"{origin}: {str(error)[:2000]}") from error
     except CheckpointError as error:
         raise CheckpointError(f"{origin}: {error}") from error
+
+
+def describes_pvt(fields: Mapping[str, Any]) -> bool:
+    """Whether a config.json is about a PVT or claims to be about a model, rather than a training.
+
+    Args:
+        fields: what it holds.
+    """
+    structure = {"model_type", "embed_dims", "hidden_sizes", "depths", "num_heads"}
+    structure |= {"num_attention_heads", "sr_ratios", "sequence_reduction_ratios", "patch_sizes"}
+    return bool(fields) and (fields.keys() <= set(_FIELDS) or bool(fields.keys() & structure))
+
+
+def _unsaid(values: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(name for name in _FIELDS if name not in values)
+
+
+def _partial(values: dict[str, Any]) -> PVTConfig:
+    """A configuration with some fields, and in the others what fits any of these."""
+    ones = (1,) * NUM_STAGES
+    filled: dict[str, Any] = {
+        "num_heads": ones,
+        "embed_dims": values.get("num_heads", ones),
+        "mlp_ratios": ones,
+        "patch_sizes": ones,
+        "sr_ratios": ones,
+        "num_classes": 0,
+        **values,
+    }
+    if "img_size" not in values:
+        sizes = [filled["patch_sizes"], filled["sr_ratios"]]
+        factors = [n for size in sizes if isinstance(size, list) for n in size[:NUM_STAGES]]
+        multiple = math.prod(n for n in factors if is_whole(n) and 0 < n < TOO_LARGE)
+        filled["img_size"] = multiple if multiple < TOO_LARGE else _DEFAULT.img_size
+    return PVTConfig(**filled)
 
 
 def _hugging_face(fields: Mapping[str, Any], origin: str) -> Stated:
@@ -160,23 +202,28 @@ def _hugging_face(fields: Mapping[str, Any], origin: str) -> Stated:
             f"patch_sizes {shown(patches)} and strides {shown(fields['strides'])} differ: its "
             f"patches overlap, and those of this project do not"
         )
-    side = fields.get("image_size", _DEFAULT.img_size)
-    if isinstance(side, list):
-        if len(side) != 2 or side[0] != side[1]:
-            raise CheckpointError(f"image_size is {shown(side)}; tables here are square")
-        side = side[0]
-    eps = fields.get("layer_norm_eps", 1e-6)
     values = {ours: fields[theirs] for theirs, ours in _SAME.items() if theirs in fields}
-    config = PVTConfig(
-        **values, img_size=side, norm_eps=eps, projection_norm_eps=eps, num_classes=0
-    )
+    if "image_size" in fields:
+        side = fields["image_size"]
+        if isinstance(side, list):
+            if len(side) != 2 or side[0] != side[1]:
+                raise CheckpointError(f"image_size is {shown(side)}; tables here are square")
+            side = side[0]
+        values["img_size"] = side
+    says_eps = "layer_norm_eps" in fields
+    if says_eps:
+        values |= dict.fromkeys(("norm_eps", "projection_norm_eps"), fields["layer_norm_eps"])
+    config = _partial(values)
+    left_open = _unsaid({**values, "qk_scale": None})  # its code has no such thing
     labels = _labels(fields.get("id2label"))
     count = fields.get("num_labels") if labels is None else len(labels)
     if count is not None and not is_whole(count):
         raise CheckpointError(f"num_labels is {shown(count)}; it must be a whole number")
     named = labels is not None and not all(re.fullmatch(r"LABEL_\d+", name) for name in labels)
     classes = tuple(labels) if labels and named else ()  # others are placeholders
-    return Stated(config, origin, ("num_classes",), True, classes, count)
+    task = fields.get("problem_type") or "single_label_classification"
+    other = "" if task == "single_label_classification" else f"{shown(task)} in {origin}"
+    return Stated(config, origin, left_open, says_eps, classes, count, other)
 
 
 def _labels(id2label: Any) -> list[str] | None:
@@ -232,11 +279,15 @@ def read_preprocessing(path: Path, config: PVTConfig) -> tuple[Preprocessing | N
     try:
         fields = read_json(path, PREPROCESSOR_FILE)
         preprocessing = _preprocessing(fields, config.in_chans)
-    except (PVTError, TypeError, ValueError, ArithmeticError) as error:
+    except (PVTError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         reason = " ".join(str(error).removeprefix(f"{PREPROCESSOR_FILE}: ").split())[:200]
         return None, f"{PREPROCESSOR_FILE} is not used: {reason}"
     said = f"mean and std from {PREPROCESSOR_FILE}"
-    size = fields.get("size")
+    other = [name for name in _NOT_FOLLOWED if fields.get(name) is not None]
+    if other:
+        said += f" (but not {', '.join(other)}: pictures are resized and cut as the authors do)"
+    cut = fields.get("crop_size") is not None and fields.get("do_center_crop", True)
+    size = fields["crop_size"] if cut else fields.get("size")
     sides = list(size.values()) if isinstance(size, dict) else [size]
     if size is not None and any(side != config.img_size for side in sides):
         said += f", whose size {shown(size)} is not that of the tables: pass size="
@@ -246,12 +297,20 @@ def read_preprocessing(path: Path, config: PVTConfig) -> tuple[Preprocessing | N
 def _preprocessing(fields: Mapping[str, Any], channels: int) -> Preprocessing:
     """``(x * factor - mean) / std`` of bytes x as ``(x / 255 - mean') / std'``."""
     factor = fields.get("rescale_factor", 1 / 255) if fields.get("do_rescale", True) else 1
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or factor <= 0:
+        raise CheckpointError(f"rescale_factor is {shown(factor)}; it must be a number above 0")
     mean, std = [0.0] * channels, [1.0] * channels
     if fields.get("do_normalize", True):
+        for name in ("image_mean", "image_std"):
+            if fields.get(name) is None:
+                raise CheckpointError(f"it has no {name}")
         mean, std = (
             value if isinstance(value, list) else [value] * channels
             for value in (fields["image_mean"], fields["image_std"])
         )
+    for numbers in (mean, std):
+        if not all(isinstance(x, int | float) for x in numbers):
+            raise CheckpointError(f"image_mean or image_std is {shown(numbers)}, and not numbers")
     if len(mean) != channels:
         raise CheckpointError(f"it has {len(mean)} means, and the model {channels} channels")
     mode = {1: "L", 3: "RGB"}.get(channels, "bands")

@@ -1,6 +1,9 @@
 """Tensors that lie in a file of PyTorch's: where, in which dtype, and how they become arrays."""
 
 import math
+import struct
+import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping
@@ -53,6 +56,23 @@ MAX_RANK = 8  # more than any weight has, fewer than NumPy's limit
 DAMAGED = (
     "The likely cause is an interrupted or faulty download or copy: fetch the file again, and "
     "compare its size and checksum with those of the publisher"
+)
+#: What bytes of any kind raise where a zip, a pickle or numbers are expected. Not Exception, which
+#: a signal's handler can raise.
+UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,  # of zipfile; NotImplementedError and RecursionError are such
+    TypeError,
+    ValueError,
+    Warning,  # of pickletools, where warnings are errors
+    struct.error,
+    zipfile.BadZipFile,
+    zipfile.LargeZipFile,
+    zlib.error,
 )
 #: Loading that runs nothing, for advice.
 SAFE_LOAD = "state = torch.load(path, weights_only=True, map_location='cpu')"
@@ -185,9 +205,9 @@ class StoredFile(ABC):
     def _read_named(self, name: str, storage: Storage) -> bytes:
         try:
             return self._read_block(storage)
-        except (CheckpointError, MemoryError):
+        except CheckpointError:
             raise
-        except Exception as error:
+        except UNREADABLE as error:
             raise CheckpointError(
                 f"the storage of {shown(name)} is damaged ({describe(error)}). {DAMAGED}"
             ) from error

@@ -7,6 +7,9 @@ import secrets
 import stat
 from pathlib import Path
 
+#: More interrupts than anybody sends; made here, since one more can come after any call.
+_OFTEN_ENOUGH = range(10_000)
+
 
 def write_whole(path: Path, data: bytes) -> None:
     """Writes beside the place under another name, flushes to the disk, and renames.
@@ -36,8 +39,20 @@ def write_whole(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())  # the content before the name
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        interrupt = None
+        try:
+            for _ in _OFTEN_ENOUGH:
+                try:
+                    with contextlib.suppress(OSError):
+                        temporary.unlink()
+                    break
+                except BaseException as another:  # an interrupt: what it broke off is done again
+                    interrupt = another
+        finally:  # for one that came just where the loop jumps back
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        if interrupt is not None:
+            raise interrupt from None
         raise
     if os.name == "posix":  # elsewhere a directory cannot be flushed
         with contextlib.suppress(OSError):  # the file is in place; some systems flush no directory
