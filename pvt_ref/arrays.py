@@ -5,6 +5,7 @@ and use the functions of the array API standard (https://data-apis.org/array-api
 CuPy share; so the same lines also run on any other library that implements the standard.
 """
 
+import contextvars
 import math
 import re
 import sys
@@ -215,6 +216,24 @@ def sum_in_float64(x: Array, axis: int | tuple[int, ...]) -> Array:
     """
     xp = array_module(x)
     return xp.astype(xp.sum(x, axis=axis, dtype=xp.float64), x.dtype)
+
+
+def quietly(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args) without NumPy's floating-point warnings: what it gives is looked at after.
+
+    The setting lies in a copy of the caller's context and ends with it. ``with numpy.errstate(...)``
+    would leave it to the caller if Ctrl-C comes just where the block ends.
+
+    Args:
+        function: what to call.
+        args: its arguments.
+
+    Returns:
+        Its result.
+    """
+    context = contextvars.copy_context()
+    context.run(np.seterr, all="ignore")
+    return context.run(function, *args)
 
 
 def erf(x: Array) -> Array:

@@ -20,6 +20,7 @@ from pvt_ref.arrays import (
     is_array,
     is_foreign,
     is_numpy,
+    quietly,
     sum_in_float64,
     to_numpy,
 )
@@ -340,8 +341,8 @@ class Model:
     def _check_images(self, images: Array) -> None:
         weight = self.params.pos_embed1
         if isinstance(images, np.ndarray) and images.dtype.kind == "f":
-            with np.errstate(over="ignore"):  # what float32 cannot hold turns infinite: refused
-                images = images.astype(dtype_name(weight), copy=False)
+            # what float32 cannot hold turns infinite, and is refused
+            images = quietly(lambda: images.astype(dtype_name(weight), copy=False))
         check_finite("images", images, "Check the preprocessing: a division by a zero deviation?")
 
     def summary(self, size: int | tuple[int, int] | None = None) -> str:
