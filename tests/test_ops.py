@@ -344,7 +344,7 @@ def test_a_record_is_hashable_copied_and_pickled_with_what_it_absorbs():
     [5, None, ("gelu",), (("gelu", 5),), [("gelu", RELU)], "ab", (("linear", RELU, RELU),), ((),)],
 )
 def test_what_an_operation_absorbs_is_pairs_of_names_and_operations(absorbed):
-    with pytest.raises(ArrayTypeError, match="absorbed is .*a tuple of pairs, each a name"):
+    with pytest.raises(ArrayTypeError, match=r"absorbed is .*a tuple of pairs, each a name"):
         Operation(ours, ours, absorbed)
 
 
@@ -356,7 +356,7 @@ def test_an_operation_that_there_is_not_is_not_absorbed():
 
 @pytest.mark.parametrize("wrong", ["no", None, 1])
 def test_whether_a_record_is_numpys_only_is_yes_or_no(wrong):
-    with pytest.raises(ArrayTypeError, match="numpy_only is a .*; it must be True or False"):
+    with pytest.raises(ArrayTypeError, match=r"numpy_only is a .*; it must be True or False"):
         dataclasses.replace(REFERENCE, numpy_only=wrong)
 
 
