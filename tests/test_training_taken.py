@@ -60,7 +60,8 @@ def at_step(monkeypatch, number: int, act) -> None:
 
     def train_step(state, *rest):
         if state.step == number and not done:
-            done.append(act())
+            done.append(number)
+            act()
         return inner(state, *rest)
 
     monkeypatch.setattr(loop, "train_step", train_step)
@@ -193,12 +194,14 @@ def test_a_process_forked_by_another_thread_can_be_terminated(tmp_path):
     code = """
 import threading, time
 def fork_elsewhere():
+    here, there = os.pipe()
     def fork():
-        global child
         child = os.fork()
         if child == 0:
+            os.write(there, b".")  # Python forgets signals that came while it forked
             time.sleep(60)
             os._exit(1)
+        os.read(here, 1)
         os.kill(child, signal.SIGTERM)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     thread = threading.Thread(target=fork)
@@ -268,7 +271,7 @@ codes = {f.__code__ for f in (lock.RunLock.release, interrupts.Interrupts.restor
 def strike(place):
     seen = []
     def profile(frame, event, _):
-        if frame.f_code in codes:
+        if frame.f_code in codes and event != "c_call":
             seen.append(event)
             if len(seen) == place:
                 sys.setprofile(None)
@@ -469,8 +472,10 @@ def edits(lines: list[dict], number: int, **changes) -> list[dict]:
             lambda ls: edits(ls, 4, held_out_accuracy=0.999, best_accuracy=0.999),
             r"metrics\.jsonl, line \d: .*another run's, or was edited",
         ),
-        (lambda ls: ls[:3] + ls[4:], r"metrics\.jsonl, line 7: .*another run's, or was edited"),
-        (lambda ls: ls[:7] + ls[8:], "line 4: the last epoch is 1, and 2 in the saved state"),
+        (lambda ls: ls[:3] + ls[4:], r"metrics\.jsonl, line 4: the line of epoch 1 is missing"),
+        (lambda ls: ls[:7] + ls[8:], "line 8: the line of epoch 2 is missing"),
+        (lambda ls: ls[:7], "line 7: after it, the line of epoch 2 is missing"),
+        (lambda ls: [line for line in ls if line["step"] % 4], "line 4: the line of epoch 1 is"),
         (lambda ls: ls[:4] + ls[3:], "line 5: step is 4, and was 4"),
     ],
 )
@@ -479,7 +484,7 @@ def test_metrics_that_this_run_cannot_have_written_are_refused(edit, message, tm
     lines = edit(lines_of(tmp_path))
     write_lines(tmp_path, lines)
     before = (tmp_path / METRICS).read_bytes()
-    with pytest.raises(CheckpointError, match=f"{message}|{message}"):
+    with pytest.raises(CheckpointError, match=message):
         train(tmp_path, resume=True)
     assert (tmp_path / METRICS).read_bytes() == before
 

@@ -106,9 +106,9 @@ class RunLock:
                 self.path.unlink()
         with contextlib.suppress(OSError):
             _unlock(self._fd)
+        _OPEN.discard(self)
         fd, self._fd, self._locked = self._fd, None, False
         os.close(fd)
-        _OPEN.discard(self)
 
 
 #: Those whose file is open in this process. A child of fork is not their owner.

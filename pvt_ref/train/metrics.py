@@ -104,39 +104,46 @@ class Metrics:
 
 def _check_run(path: Path, lines: list[dict[str, Any]], state: TrainState, steps: int) -> None:
     """Refuses lines that the run which left the state cannot have written."""
-    number, before = 0, None
+    # a file may have been lost and begun anew; from there on no epoch is missing
+    number, epoch = 0, -(-lines[0]["step"] // steps) if lines else 0
+    before: dict[str, Any] = {}
     try:
         for line in lines:
             number += 1
             if line.get("epoch", line["step"] / steps) != line["step"] / steps:
                 raise CheckpointError(f"epoch is {line['epoch']} at step {line['step']}")
+            if line["step"] > epoch * steps or (line["step"] == epoch * steps) != (
+                "held_out_accuracy" in line
+            ):
+                raise CheckpointError(f"the line of epoch {epoch} is missing")
             if "held_out_accuracy" in line:
-                _check_epoch(line, before)
-                before = line
-        if before is not None:  # a file may have been lost and begun anew, but not its end
+                _check_best(line, before)
+                before, epoch = line, epoch + 1
+        if lines and epoch <= state.step // steps:
+            raise CheckpointError(f"after it, the line of epoch {epoch} is missing")
+        if before:
             number = lines.index(before) + 1
             _check_last(before, state, steps)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{path}, line {number}: {error}; with {steps} steps an epoch, this run has written "
-            f"something else. The file is another run's, or was edited. Put back a copy, or, to "
+            f"{path}, line {number}: {error}. With {steps} steps an epoch, this run has written "
+            f"something else: the file is another run's, or was edited. Put back a copy, or, to "
             f"resume without what was written so far, move it away"
         ) from error
 
 
-def _check_epoch(line: dict[str, Any], before: dict[str, Any] | None) -> None:
-    """The line of an epoch, after that of the epoch before, or as the first in the file."""
-    epoch, accuracy = line["epoch"], line["held_out_accuracy"]
-    if before is not None and epoch != before["epoch"] + 1:
-        raise CheckpointError(f"epoch {epoch} comes after epoch {before['epoch']}")
+def _check_best(line: dict[str, Any], before: dict[str, Any]) -> None:
+    """The best so far, in the line of an epoch; before is that of the epoch before, if any."""
     found = (line["best_accuracy"], line["best_epoch"])
-    best = (-1.0, 0) if epoch == 1 else found  # what stood there before the first line is not known
-    if before is not None:
+    best = found if line["epoch"] > 1 else (-1.0, 0)  # before the first line nothing is known
+    if before:
         best = (before["best_accuracy"], before["best_epoch"])
-    if accuracy > best[0]:
-        best = (accuracy, epoch)
+    if line["held_out_accuracy"] > best[0]:
+        best = (line["held_out_accuracy"], line["epoch"])
     if found != best:
-        raise CheckpointError(f"the best accuracy is {found[0]} in epoch {found[1]}, not {best}")
+        raise CheckpointError(
+            f"the best accuracy is {found[0]} in epoch {found[1]}, not {best[0]} in {best[1]}"
+        )
 
 
 def _check_last(line: dict[str, Any], state: TrainState, steps: int) -> None:
