@@ -53,16 +53,20 @@ class Operation:
                     f"{way} is a {given}; an operation is made of two functions: "
                     f"Operation(forward, backward)"
                 )
-        absorbed: list[tuple[str, Operation]] = []
+        absorbed: tuple[tuple[str, Operation], ...] = ()
         for source in (self, self.forward, self.backward):
             pairs = getattr(source, "absorbed", ())
+            if pairs is absorbed:
+                continue
             if not isinstance(pairs, tuple) or not all(map(_is_pair, pairs)):
                 raise ArrayTypeError(
                     f"absorbed is {shown(pairs)}; it must be a tuple of pairs, each a name and the "
                     f"Operation that is computed: (('gelu', REFERENCE.gelu),)"
                 )
-            absorbed += [pair for pair in pairs if pair not in absorbed]
-        object.__setattr__(self, "absorbed", tuple(absorbed))
+            absorbed = (
+                absorbed + tuple(p for p in pairs if p not in absorbed) if absorbed else pairs
+            )
+        object.__setattr__(self, "absorbed", absorbed)
 
 
 def _is_pair(value: Any) -> bool:
