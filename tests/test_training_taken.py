@@ -25,7 +25,7 @@ from test_training_folder import HELD, POSIX, run_code, train
 import pvt_ref
 from pvt_ref import ModelInfo
 from pvt_ref.errors import CheckpointError, TrainingError
-from pvt_ref.train import first_non_finite, fit, lock, loop, start_training, train_step
+from pvt_ref.train import draw_curves, first_non_finite, fit, lock, loop, start_training, train_step
 from pvt_ref.train.loop import BEST, CURVES, METRICS, STATE
 
 OTHER = dataclasses.replace(RECIPE, seed=9)
@@ -223,7 +223,7 @@ from pvt_ref.kernels import threads
 from pvt_ref.train import lock
 def square(i, scratch):
     return i * i
-for owner in (threads._limit, lock._Opening):
+for owner in (threads._limit, lock._opening):
     inside, leave = threading.Event(), threading.Event()
     def hold():
         threads.holding(owner, lambda: inside.set() or leave.wait(100))
@@ -382,7 +382,7 @@ def test_a_picture_is_drawn_whatever_a_user_has_set(tmp_path):
     metrics = (tmp_path / "plain" / METRICS).read_bytes()
     (tmp_path / "own" / METRICS).write_bytes(metrics)
     with matplotlib.rc_context({"text.usetex": True, "font.size": 3}):
-        pvt_ref.train.draw_curves(tmp_path / "own" / METRICS, tmp_path / "own" / CURVES)
+        draw_curves(tmp_path / "own" / METRICS, tmp_path / "own" / CURVES)
     assert (tmp_path / "own" / CURVES).read_bytes() == (tmp_path / "plain" / CURVES).read_bytes()
 
 

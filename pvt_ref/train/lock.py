@@ -118,7 +118,11 @@ _OPEN: set[RunLock] = set()
 class _Opening:
     """No fork comes between the opening of a file and the note that it must be closed there."""
 
-    lock = threading.RLock()
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+
+_opening = _Opening()
 
 
 def _disown() -> None:
@@ -130,11 +134,11 @@ def _disown() -> None:
     _OPEN.clear()
 
 
-at_fork(_Opening, _disown)
+at_fork(_opening, _disown)
 
 
 def _opened(held: RunLock) -> int:
-    holding(_Opening, _open, held)
+    holding(_opening, _open, held)
     assert held._fd is not None
     status = os.fstat(held._fd)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
