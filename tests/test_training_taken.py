@@ -170,6 +170,7 @@ def test_a_link_in_the_place_of_the_lock_is_not_followed(kind, tmp_path):
         TrainingError, match=r"run\.lock is not a regular file of this folder alone"
     ):
         train(run)
+    assert not lock._OPEN
     assert os.path.lexists(run / lock.LOCK)
     assert kind == "dangling" or precious.read_text() == "precious"
     assert precious.exists() == (kind != "dangling")

@@ -100,6 +100,7 @@ class RunLock:
     def release(self) -> None:
         """Gives the lock back, if this process has it. May be broken off and called again."""
         if self._fd is None:
+            _OPEN.discard(self)  # the file could not be opened
             return
         if self._locked and _is_at(self.path, self._fd):
             with contextlib.suppress(OSError):  # first: the name is ours while the lock is
