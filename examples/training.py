@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import platform
 import shlex
 import sys
@@ -15,7 +16,10 @@ from pvt_ref import Model, ModelInfo, PVTConfig
 from pvt_ref.arrays import map_arrays
 from pvt_ref.errors import TrainingError, printable
 from pvt_ref.train import LabelledImages, Recipe, Run, evaluate, fit
-from pvt_ref.train.saved import weights_sha256
+from pvt_ref.train.loop import STATE
+from pvt_ref.train.saved import different_fields, weights_sha256
+
+MODEL = "model.safetensors"
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, recipe: Recipe, folder: str) -> None:
@@ -52,6 +56,12 @@ def run(
 ) -> Run:
     """Trains, and says how to go on if it was stopped."""
     recipe = recipe_from(args)
+    model = Path(args.folder) / MODEL
+    if os.path.lexists(model) and not args.resume and not os.path.lexists(model.with_name(STATE)):
+        raise TrainingError(  # now, rather than when this run has been done
+            f"{model} is of another run, and this one would end with a file of that name. Move it "
+            f"away, or name another folder"
+        )
     parameters = pvt_ref.count_cost(config).parameters
     steps = recipe.steps_per_epoch(len(data))
     print(
@@ -102,28 +112,35 @@ def finish(
         The file, model.safetensors in the folder of the run.
 
     Raises:
-        TrainingError: if there is such a file of another run.
+        TrainingError: if there is such a file of another run, or one that was edited.
     """
-    path = done.folder / "model.safetensors"
+    path = done.folder / MODEL
     rounded = map_arrays(lambda w: w.astype(np.float16).astype(np.float32), model.params)
+    known = {
+        **about,
+        "seed": args.seed,
+        "epochs": args.epochs,
+        "steps": done.state.step,
+        "samples": len(done.state.order),
+        "held_out_samples": len(held_out),
+    }
     if path.exists():  # resumed after the end: what was measured once stays
-        model = pvt_ref.load(path)
-        if weights_sha256(model.params) != weights_sha256(rounded):
+        written = pvt_ref.load(path)
+        said = written.info.training
+        info = dataclasses.replace(model.info, training=said)
+        wrong = [different_fields(written, model.config, info)]
+        wrong += [name for name, value in known.items() if said.get(name) != value]
+        if weights_sha256(written.params) != weights_sha256(rounded):
+            wrong.append("weights")
+        if wrong := ", ".join(filter(None, wrong)):
             raise TrainingError(
-                f"{path} does not hold the weights that this run ended with: it is of another run. "
-                f"Move it away; the same command then writes this run's"
+                f"{path} has other {wrong} than this run ended with: it is of another run, or was "
+                f"edited. Move it away; the same command then writes this run's"
             )
+        model = written
     else:
-        training = {
-            **about,
-            "command": _command(args),
-            "seed": args.seed,
-            "epochs": args.epochs,
-            "steps": done.state.step,
-            "samples": len(done.state.order),
-            "held_out_samples": len(held_out),
-            "held_out_accuracy": evaluate(rounded, model.config, held_out)[1],
-        }
+        training = {**about, "command": _command(args), **known}
+        training["held_out_accuracy"] = evaluate(rounded, model.config, held_out)[1]
         if test is not None:
             training["test_samples"] = len(test)
             training["test_accuracy"] = evaluate(rounded, model.config, test)[1]

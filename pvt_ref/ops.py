@@ -33,10 +33,12 @@ class Operation:
         forward: returns y and the cache, which is None if nothing was kept.
         backward: takes the cache and dL/dy, and returns dL/dx and the gradients of the weights, if
             there are any.
-        absorbed: names and operations that it computes itself, without asking the record.
+        absorbed: names and operations that it computes itself, without asking the record. Kernels
+            have an attribute of that name, which is added. A function of your own around a kernel
+            cannot be seen through: say here what it absorbs.
 
     Raises:
-        ArrayTypeError: if forward or backward cannot be called.
+        ArrayTypeError: if forward or backward cannot be called, or absorbed is something else.
     """
 
     forward: Callable[..., tuple[Array, Any]]
@@ -51,6 +53,29 @@ class Operation:
                     f"{way} is a {given}; an operation is made of two functions: "
                     f"Operation(forward, backward)"
                 )
+        absorbed: tuple[tuple[str, Operation], ...] = ()
+        for source in (self, self.forward, self.backward):
+            pairs = getattr(source, "absorbed", ())
+            if pairs is absorbed:
+                continue
+            if not isinstance(pairs, tuple) or not all(map(_is_pair, pairs)):
+                raise ArrayTypeError(
+                    f"absorbed is {shown(pairs)}; it must be a tuple of pairs, each a name and the "
+                    f"Operation that is computed: (('gelu', REFERENCE.gelu),)"
+                )
+            absorbed = (
+                absorbed + tuple(p for p in pairs if p not in absorbed) if absorbed else pairs
+            )
+        object.__setattr__(self, "absorbed", absorbed)
+
+
+def _is_pair(value: Any) -> bool:
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and isinstance(value[0], str)
+        and isinstance(value[1], Operation)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +99,10 @@ class Ops:
         block: as in block.py.
 
     Raises:
-        ArrayTypeError: if the name is no text, or an operation no Operation.
-        ConfigError: if one was replaced that another of this record computes itself.
+        ArrayTypeError: if the name is no text, numpy_only no truth value, or an operation no
+            Operation.
+        ConfigError: if one was replaced that another of this record computes itself, or one is said
+            to compute what there is not.
     """
 
     name: str
@@ -96,6 +123,9 @@ class Ops:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise ArrayTypeError(f"name is a {type(self.name).__name__}; it must be a text")
+        if not isinstance(self.numpy_only, bool):
+            given = type(self.numpy_only).__name__
+            raise ArrayTypeError(f"numpy_only is a {given}; it must be True or False")
         operations = {f.name: getattr(self, f.name) for f in fields(self)[2:]}
         for name, operation in operations.items():
             if not isinstance(operation, Operation):
@@ -103,12 +133,16 @@ class Ops:
                     f"{name} is a {type(operation).__name__}; it must be an Operation, a forward "
                     f"and its backward: Operation(f, {name}_backward)"
                 )
-        deaf = {
-            name: absorbed
-            for name, operation in operations.items()
-            for absorbed, own in operation.absorbed
-            if operations[absorbed] != own
-        }
+        deaf = {}
+        for name, operation in operations.items():
+            for absorbed, own in operation.absorbed:
+                if absorbed not in operations:
+                    raise ConfigError(
+                        f"{name} is said to absorb {shown(absorbed)}; known are "
+                        f"{', '.join(operations)}"
+                    )
+                if operations[absorbed] is not own and operations[absorbed] != own:
+                    deaf[name] = absorbed
         if deaf:
             replaced, names = next(iter(deaf.values())), ", ".join(deaf)
             back = ", ".join(f"{name}=REFERENCE.{name}" for name in deaf)
@@ -118,3 +152,10 @@ class Ops:
                 f"where every operation is asked for: dataclasses.replace(REFERENCE, "
                 f"{replaced}=...); or replace these by the readable ones too: {back}"
             )
+
+    def __repr__(self) -> str:
+        """Its name and the settings of its kernels; the functions would fill a screen."""
+        operations = [getattr(self, f.name) for f in fields(self)[2:]]
+        settings = [getattr(operation.forward, "blocking", None) for operation in operations]
+        kinds = dict.fromkeys(repr(setting) for setting in settings if setting is not None)
+        return f"Ops({', '.join([shown(self.name), *kinds])})"

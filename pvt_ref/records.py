@@ -57,6 +57,7 @@ class _WithSettings:
 
     function: Callable[..., Any]
     blocking: Blocking
+    absorbed: tuple[tuple[str, Operation], ...] = dataclasses.field(compare=False, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs, blocking=self.blocking)
@@ -110,7 +111,7 @@ def blocked_ops(threads: int | None = None, *, elements: int = 2**18) -> Ops:
             for other in ABSORBED.get(name, ())
         )
         twins[name] = Operation(
-            _WithSettings(forward, blocking), _WithSettings(backward, blocking), absorbed
+            _WithSettings(forward, blocking, absorbed), _WithSettings(backward, blocking, absorbed)
         )
     return dataclasses.replace(REFERENCE, name="blocked", numpy_only=True, **twins)
 

@@ -337,3 +337,47 @@ def test_a_record_is_hashable_copied_and_pickled_with_what_it_absorbs():
         with pytest.raises(ConfigError):
             dataclasses.replace(same, gelu=RELU)
     assert "absorbed" not in repr(ops)
+
+
+@pytest.mark.parametrize(
+    "absorbed",
+    [5, None, ("gelu",), (("gelu", 5),), [("gelu", RELU)], "ab", (("linear", RELU, RELU),), ((),)],
+)
+def test_what_an_operation_absorbs_is_pairs_of_names_and_operations(absorbed):
+    with pytest.raises(ArrayTypeError, match=r"absorbed is .*a tuple of pairs, each a name"):
+        Operation(ours, ours, absorbed)
+
+
+def test_an_operation_that_there_is_not_is_not_absorbed():
+    block = dataclasses.replace(REFERENCE.block, absorbed=(("nope\n", RELU),))
+    with pytest.raises(ConfigError, match=r"block is said to absorb 'nope\\n'; known are linear,"):
+        dataclasses.replace(REFERENCE, block=block)
+
+
+@pytest.mark.parametrize("wrong", ["no", None, 1])
+def test_whether_a_record_is_numpys_only_is_yes_or_no(wrong):
+    with pytest.raises(ArrayTypeError, match=r"numpy_only is a .*; it must be True or False"):
+        dataclasses.replace(REFERENCE, numpy_only=wrong)
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_a_kernel_put_into_another_operation_absorbs_what_it_did(way):
+    ops = blocked_ops(2)
+    functions = {w: getattr(ops.block if w == way else RELU, w) for w in ("forward", "backward")}
+    block = Operation(**functions)
+    assert block.absorbed == ops.block.absorbed
+    with pytest.raises(ConfigError, match="of block, which would go on"):
+        dataclasses.replace(ops, block=block, gelu=RELU, mlp=REFERENCE.mlp)
+    assert Operation(ops.block.forward, ops.block.backward) == ops.block
+    # a function around the kernel says what it absorbs
+    around = Operation(lambda *args, **kwargs: None, ours, ops.block.absorbed)
+    with pytest.raises(ConfigError, match="of block, which would go on"):
+        dataclasses.replace(ops, block=around, gelu=RELU, mlp=REFERENCE.mlp)
+
+
+def test_a_record_shows_its_name_and_settings():
+    assert repr(REFERENCE) == "Ops('reference')"
+    shown = repr(blocked_ops(2))
+    assert shown == "Ops('blocked', Blocking(threads=2, elements=262144))"
+    mixed = dataclasses.replace(blocked_ops(2), name="m\x1b" * 99, position=blocked_ops(3).position)
+    assert len(repr(mixed)) < 400

@@ -1,6 +1,7 @@
 """The two training programs: their data, their options, and what they leave behind."""
 
 import argparse
+import dataclasses
 import hashlib
 import http.server
 import importlib
@@ -252,11 +253,12 @@ def test_a_model_of_another_run_is_not_passed_off_as_this_ones(examples, monkeyp
     monkeypatch.setattr(training, "evaluate", lambda *_: (0.0, 0.5))
     monkeypatch.setattr(sys, "argv", ["x/train_digits.py"])
     ours = pvt_ref.load("digits")
-    other = Model(map_arrays(lambda x: x * np.float32(1.01), ours.params), ours.config)
+    heavier = map_arrays(lambda x: x * np.float32(1.01), ours.params)
+    other = Model(heavier, ours.config, info=ours.info)
     args = argparse.Namespace(seed=1, epochs=2, device="cpu")
     run = Run(start_training(ours.params, 4, seed=0), True, tmp_path)
     path = training.finish(run, other, [], None, {}, args)
-    with pytest.raises(TrainingError, match=r"model\.safetensors does not hold the weights"):
+    with pytest.raises(TrainingError, match=r"model\.safetensors has other weights than"):
         training.finish(run, ours, [], None, {}, args)
     path.unlink()
     assert training.finish(run, ours, [], None, {"data": "\x1b[31m\nx"}, args) == path
@@ -290,3 +292,41 @@ def test_a_file_of_the_data_set_that_cannot_be_read_is_named(cifar, monkeypatch,
             cifar.read_cifar10(tmp_path / "data", cifar.TEST_FILES)
     with pytest.raises(TrainingError, match="there is no"):
         cifar.read_cifar10("nul\0", cifar.TEST_FILES)
+
+
+@pytest.mark.parametrize("other", ["num_heads", "classes", "preprocessing", "training"])
+def test_a_model_with_another_description_is_not_passed_off_either(
+    other, examples, monkeypatch, tmp_path
+):
+    training = examples("training")
+    monkeypatch.setattr(training, "evaluate", lambda *_: (0.0, 0.5))
+    monkeypatch.setattr(sys, "argv", ["x/train_digits.py"])
+    model = pvt_ref.load("digits")
+    args = argparse.Namespace(seed=1, epochs=2, device="cpu")
+    run = Run(start_training(model.params, 4, seed=0), True, tmp_path)
+    path = training.finish(run, model, [], None, {"data": "digits"}, args)
+    assert training.finish(run, model, [], None, {"data": "digits"}, args) == path
+    written = pvt_ref.load(path)
+    config, info = written.config, written.info
+    if other == "num_heads":
+        config = dataclasses.replace(config, num_heads=(1, 1, 1, 1))
+    else:
+        changed = {
+            "classes": info.classes[::-1],
+            "preprocessing": dataclasses.replace(info.preprocessing, mean=(0.25,)),
+            "training": {**info.training, "seed": 2},
+        }[other]
+        info = dataclasses.replace(info, **{other: changed})
+    pvt_ref.save(path, Model(written.params, config, info=info), dtype="float16")
+    name = "seed" if other == "training" else other
+    with pytest.raises(TrainingError, match=rf"model\.safetensors has other {name} than this run"):
+        training.finish(run, model, [], None, {"data": "digits"}, args)
+
+
+def test_a_model_that_is_in_the_way_is_found_before_the_training(examples, tmp_path, capsys):
+    program, folder = examples("train_digits"), tmp_path / "run"
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("")
+    assert program.main(["--folder", str(folder)]) == 2
+    assert "model.safetensors is of another run" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["model.safetensors"]

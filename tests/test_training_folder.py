@@ -234,11 +234,16 @@ def test_a_lock_on_a_file_that_was_just_removed_is_none(tmp_path, monkeypatch):
         inner(fd)
 
     monkeypatch.setattr(lock, "_try_lock", remove_and_lock)
-    with lock.locked(tmp_path):
-        assert (tmp_path / lock.LOCK).exists()
-        with pytest.raises(TrainingError, match="another"), lock.locked(tmp_path):
-            pass
+    held, other = lock.RunLock(tmp_path), lock.RunLock(tmp_path)
+    held.acquire()
+    held.check()
+    with pytest.raises(TrainingError, match="another"):
+        other.acquire()
+    other.release()
+    assert (tmp_path / lock.LOCK).exists()
+    held.release()
     assert len(removed) == 1
+    assert not (tmp_path / lock.LOCK).exists()
 
 
 def test_nothing_is_made_for_a_name_that_was_mistyped(tmp_path):
@@ -431,7 +436,7 @@ def test_best_weights_that_were_lost_damaged_or_swapped_are_missed(halfway, whol
 
 
 def test_a_finished_run_without_its_best_weights_is_not_finished(tmp_path, monkeypatch):
-    results = iter([(1.0, 0.5), (1.0, 0.7), (1.0, 0.6)])
+    results = iter([(1.0, 5 / 9), (1.0, 7 / 9), (1.0, 6 / 9)])
     monkeypatch.setattr(loop, "evaluate", lambda *_: next(results))
     assert train(tmp_path).state.best_epoch == 2
     (tmp_path / BEST).unlink()
@@ -466,7 +471,7 @@ def test_ended_between_the_state_and_its_best_weights_it_writes_them_again(
             raise SystemExit
         calls.append(inner(job, state))
 
-    results = {4: (1.0, 0.1), 8: (1.0, 0.2), 12: (1.0, 0.15)}
+    results = {4: (1.0, 1 / 9), 8: (1.0, 3 / 9), 12: (1.0, 2 / 9)}
     monkeypatch.setattr(loop, "_measure", lambda job, state, lr: results[state.step])
     monkeypatch.setattr(loop, "_save_best", end)
     with pytest.raises(SystemExit):

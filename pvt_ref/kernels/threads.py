@@ -13,13 +13,14 @@ or not at all, or may be done again, and is, until it was done to its end.
 import _thread
 import contextvars
 import functools
+import operator
 import os
 import queue
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -244,6 +245,87 @@ def _set(libraries: list[Any], counts: list[int]) -> None:
         set_num_threads(count)
 
 
+class HasLock(Protocol):
+    """What :func:`holding` and :func:`at_fork` take."""
+
+    lock: threading.RLock
+
+
+def holding(owner: HasLock, function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function while this thread has owner.lock.
+
+    Args:
+        owner: of the lock.
+        function: may be broken off anywhere.
+        args: for it.
+
+    Returns:
+        What function returns.
+    """
+    # not "with": in Python 3.14 an interrupt can come between its taking the lock and its block
+    lock = owner.lock  # a child forked by function has another
+    try:
+        lock.acquire()
+        return function(*args)
+    finally:
+        try:  # noqa: SIM105 (an interrupt can come before suppress() is entered)
+            lock.release()
+        except RuntimeError:  # interrupted before it was acquired
+            pass
+
+
+def at_fork(owner: HasLock, in_child: Callable[[], None]) -> None:
+    """Lets no fork happen while another thread has owner.lock; the child gets a new one.
+
+    Python prints what a hook of fork raises, and forks all the same. So an interrupt is held back
+    until the lock is taken, and again until it is released.
+
+    Args:
+        owner: of the lock.
+        in_child: called there, where no other thread is. May be called twice.
+    """
+    taken: dict[int, list[bool]] = {}  # by thread: an entry each time that the lock was taken
+
+    def until_done(step: Callable[[], bool]) -> None:
+        interrupt = None
+        for _ in _OFTEN_ENOUGH:
+            try:
+                if step():
+                    break
+            except BaseException as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
+    def before() -> None:
+        mine = taken.setdefault(threading.get_ident(), [])
+
+        def take() -> bool:
+            mine.extend(map(owner.lock.acquire, [True]))  # one operation of C's: done and noted
+            return True
+
+        until_done(take)
+
+    def after() -> None:
+        mine = taken.get(threading.get_ident(), [])
+
+        def give_back() -> bool:
+            if mine:
+                deque(map(operator.call, (owner.lock.release, mine.pop)), 0)  # likewise
+            return not mine
+
+        until_done(give_back)
+
+    def after_in_child() -> None:
+        taken.clear()
+        owner.lock = threading.RLock()
+        in_child()
+
+    if hasattr(os, "register_at_fork"):
+        for _ in range(2):  # an interrupt that comes just as one begins is the end of that one
+            os.register_at_fork(before=before, after_in_parent=after, after_in_child=after_in_child)
+
+
 class _Limit:
     """Whether the process is limited to one thread, and what the user had set.
 
@@ -257,13 +339,13 @@ class _Limit:
         self.before: list[int] | None = None  # what the user had set; None if nothing was changed
 
     def enter(self, call: _Call) -> None:
-        self._locked(self._update, self.calls.add, call)
+        holding(self, self._update, self.calls.add, call)
 
     def leave(self, call: _Call) -> None:
-        self._locked(self._update, self.calls.discard, call)
+        holding(self, self._update, self.calls.discard, call)
 
     def chosen_by_user(self) -> list[int]:
-        return self._locked(self._get_before)
+        return holding(self, self._get_before)
 
     def _get_before(self) -> list[int]:
         return _get(_libraries(of_one_thread=False)) if self.before is None else self.before
@@ -286,17 +368,6 @@ class _Limit:
         elif chosen is not None:
             _set(libraries, chosen)
             self.before = None
-
-    def _locked(self, function: Callable[..., Any], *args: Any) -> Any:
-        # not "with": in Python 3.14 an interrupt can come between its taking the lock and its block
-        try:
-            self.lock.acquire()
-            return function(*args)
-        finally:
-            try:  # noqa: SIM105 (an interrupt can come before suppress() is entered)
-                self.lock.release()
-            except RuntimeError:  # interrupted before it was acquired
-                pass
 
 
 _limit = _Limit()
@@ -331,13 +402,7 @@ def _after_fork() -> None:
     if _limit.before is not None:
         _set(_libraries(of_one_thread=False), _limit.before)
         _limit.before = None
-    _limit.lock.release()
 
 
-if hasattr(os, "register_at_fork"):
-    # OpenBLAS's setter has a lock, which no other thread may hold when the child is copied
-    os.register_at_fork(
-        before=_limit.lock.acquire,
-        after_in_parent=_limit.lock.release,
-        after_in_child=_after_fork,
-    )
+# OpenBLAS's setter has a lock, which no other thread may hold when the child is copied
+at_fork(_limit, _after_fork)

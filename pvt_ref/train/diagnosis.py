@@ -1,11 +1,12 @@
 """Where numbers stopped being finite: the forward once more, with an eye on every operation."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
 
-from pvt_ref.arrays import Array, array_module, is_array
+from pvt_ref.arrays import Array, array_module, is_array, quietly
 from pvt_ref.boundary import prepare_images
 from pvt_ref.config import PVTConfig
 from pvt_ref.model import forward_with_cache
@@ -47,13 +48,12 @@ def first_non_finite(
             return f"The first array that is not finite is {key}"
     if images is None or config is None:
         return "Every array is finite; their squares are too large to be added up"
-    with np.errstate(all="ignore"):
-        images = prepare_images(tree, images, config)
+    images = quietly(prepare_images, tree, images, config)
     if not _finite(images):
         return "The images themselves are not finite"
     try:
-        with np.errstate(all="ignore"):
-            forward_with_cache(tree, images, config, rng, ops=_watched(tree))
+        watched = functools.partial(forward_with_cache, ops=_watched(tree))
+        quietly(watched, tree, images, config, rng)
     except _FoundError as found:
         return f"The first layer whose output is not finite is {found}"
     return "Every layer's output is finite, so the loss itself overflowed"

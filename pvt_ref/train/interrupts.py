@@ -1,5 +1,6 @@
 """Ctrl-C in a training: noted at once, obeyed where nothing is half done."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -15,7 +16,7 @@ class Interrupts:
     A second Ctrl-C raises KeyboardInterrupt, but only inside :meth:`allow`: never while a file is
     written, a lock is taken or a handler put back. A signal that is ignored stays so, as nohup and
     a shell's background jobs want it. Only the main thread can say what a signal does; beside it,
-    nothing is changed.
+    nothing is changed. In a process that another thread forks meanwhile, signals do what they did.
 
     :meth:`install` and :meth:`restore` go into the ``try`` and the ``finally`` of one function.
     (The ``__exit__`` of a context manager could itself be interrupted before it does anything.)
@@ -29,6 +30,7 @@ class Interrupts:
         self._before: dict[int, Any] = {}
         self._allowed = False
         self._urgent = False
+        self._process = os.getpid()
 
     def __bool__(self) -> bool:
         return bool(self.received)
@@ -46,7 +48,7 @@ class Interrupts:
                 signal.signal(number, self._note)
 
     def restore(self) -> None:
-        """Puts back every handler that :meth:`install` replaced."""
+        """Puts back every handler that :meth:`install` replaced. May be called again."""
         for number, handler in reversed(self._before.items()):  # Ctrl-C last
             signal.signal(number, handler)
 
@@ -72,6 +74,10 @@ class Interrupts:
             self._allowed = False
 
     def _note(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self._process:  # forked amid a training, which is its parent's
+            self.restore()
+            signal.raise_signal(number)
+            return
         self._urgent |= bool(self.received) and number == signal.SIGINT
         self.received.append(number)
         if self._urgent and self._allowed:

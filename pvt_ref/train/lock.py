@@ -12,16 +12,12 @@ import re
 import stat
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 from pvt_ref.errors import TrainingError
+from pvt_ref.kernels.threads import at_fork, holding
 
 LOCK = "run.lock"
-
-#: Descriptors of the locks that this process holds. A child of fork is not their owner.
-_HELD: set[int] = set()
-_FORKING = threading.RLock()  # no fork between the opening of a file and its entry into _HELD
 
 if sys.platform == "win32":
     import msvcrt
@@ -45,75 +41,129 @@ else:
     def _unlock(fd: int) -> None:
         fcntl.flock(fd, fcntl.LOCK_UN)  # closing would not do while a child holds a copy
 
-    def _disown() -> None:
-        for fd in _HELD:
-            with contextlib.suppress(OSError):
-                os.close(fd)
-        _HELD.clear()
-        _FORKING.release()
 
-    os.register_at_fork(
-        before=_FORKING.acquire, after_in_parent=_FORKING.release, after_in_child=_disown
-    )
+class RunLock:
+    """The lock of a run's folder, which no other process or thread then gets.
 
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder of a run, which no other process or thread then gets.
+    :meth:`acquire` and :meth:`release` go into the ``try`` and the ``finally`` of one function; a
+    signal's handler may break either off, and :meth:`release` may be called again.
 
     Args:
-        folder: of the run; it exists.
+        folder: of the run, an absolute path; it exists when the lock is acquired.
 
-    Raises:
-        TrainingError: if another training holds it, or it cannot be locked.
+    Attributes:
+        path: of the file that is locked.
     """
-    path = folder / LOCK
-    fd = _acquire(path)
-    try:
-        yield
-    finally:
-        if fd in _HELD:  # not in a child that was forked meanwhile: the lock is its parent's
-            with _FORKING:
-                _HELD.discard(fd)
-                with contextlib.suppress(OSError):  # first: the name is ours while the lock is
-                    path.unlink()
-                with contextlib.suppress(OSError):
-                    _unlock(fd)
-                os.close(fd)
 
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK
+        self._fd: int | None = None
+        self._locked = False
 
-def _acquire(path: Path) -> int:
-    while True:
-        with _FORKING:
-            fd = _open(path)
-            try:
-                _lock(path, fd)
-                current = _is_at(path, fd)
-            except BaseException:
-                os.close(fd)
-                raise
-            if current:
-                _HELD.add(fd)
+    def acquire(self) -> None:
+        """Takes the lock.
+
+        Raises:
+            TrainingError: if another training holds it, or it cannot be locked.
+        """
+        while True:
+            fd = _opened(self)
+            _lock(self.path, fd)
+            if _is_at(self.path, fd):
                 break
-            os.close(fd)  # its last owner removed it before we had the lock: there is a new one
-    with contextlib.suppress(OSError):  # on a full disk there is no hint
-        os.ftruncate(fd, 0)
-        os.lseek(fd, 0, os.SEEK_SET)
-        os.write(fd, f"process {os.getpid()} on {platform.node()}\n".encode("ascii", "replace"))
-    return fd
+            self.release()  # its last owner removed the file before we had it: there is a new one
+        self._locked = True
+        with contextlib.suppress(OSError):  # on a full disk there is no hint
+            os.ftruncate(fd, 0)
+            os.lseek(fd, 0, os.SEEK_SET)
+            os.write(fd, f"process {os.getpid()} on {platform.node()}\n".encode("ascii", "replace"))
 
+    def check(self) -> None:
+        """To be called before every writing into the folder.
 
-def _open(path: Path) -> int:
-    # a pipe of that name must not be waited for
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
-    try:
-        fd = os.open(path, flags, 0o666)  # not inherited by the programs that are started
-    except OSError as error:
-        raise _failed(path, error) from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        Raises:
+            TrainingError: if the folder is no longer this training's.
+        """
+        if self._fd is None:
+            raise TrainingError(
+                f"{self.path.parent}: this process was forked from the one that trains here, and "
+                f"does not hold the folder: only that one goes on"
+            )
+        if not _is_at(self.path, self._fd):
+            raise TrainingError(
+                f"{self.path.parent}: the folder was moved, or another run has taken it: the "
+                f"{LOCK} of this one is not there any more. Nothing further is written. What was "
+                f"saved before is whole, wherever it is now: go on from there (resume=True, on the "
+                f"command line --resume)"
+            )
+
+    def release(self) -> None:
+        """Gives the lock back, if this process has it. May be broken off and called again."""
+        if self._fd is None:
+            _OPEN.discard(self)  # the file could not be opened
+            return
+        if self._locked and _is_at(self.path, self._fd):
+            with contextlib.suppress(OSError):  # first: the name is ours while the lock is
+                self.path.unlink()
+        with contextlib.suppress(OSError):
+            _unlock(self._fd)
+        _OPEN.discard(self)
+        fd, self._fd, self._locked = self._fd, None, False
         os.close(fd)
-        raise TrainingError(f"{path} is not a regular file, so it cannot be locked. Move it away")
-    return fd
+
+
+#: Those whose file is open in this process. A child of fork is not their owner.
+_OPEN: set[RunLock] = set()
+
+
+class _Opening:
+    """No fork comes between the opening of a file and the note that it must be closed there."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+
+_opening = _Opening()
+
+
+def _disown() -> None:
+    for held in list(_OPEN):
+        if held._fd is not None:
+            with contextlib.suppress(OSError):
+                os.close(held._fd)
+            held._fd = None
+    _OPEN.clear()
+
+
+at_fork(_opening, _disown)
+
+
+def _opened(held: RunLock) -> int:
+    holding(_opening, _open, held)
+    assert held._fd is not None
+    status = os.fstat(held._fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        raise _not_ours(held.path)
+    return held._fd
+
+
+def _open(held: RunLock) -> None:
+    if os.path.islink(held.path):  # where there is no O_NOFOLLOW
+        raise _not_ours(held.path)
+    # a link must not be followed to a file that is not ours, nor a pipe be waited for
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    _OPEN.add(held)
+    try:
+        held._fd = os.open(held.path, flags, 0o666)  # the programs that are started do not inherit
+    except OSError as error:
+        raise _failed(held.path, error) from error
+
+
+def _not_ours(path: Path) -> TrainingError:
+    return TrainingError(
+        f"{path} is not a regular file of this folder alone (it is a link, a pipe or the like), so "
+        f"it cannot be locked. Move it away"
+    )
 
 
 def _lock(path: Path, fd: int) -> None:
@@ -131,8 +181,8 @@ def _lock(path: Path, fd: int) -> None:
 
 def _is_at(path: Path, fd: int) -> bool:
     try:
-        return os.path.samestat(os.stat(path), os.fstat(fd))
-    except FileNotFoundError:
+        return os.path.samestat(os.lstat(path), os.fstat(fd))
+    except OSError:  # there is nothing, or no folder any more
         return False
 
 

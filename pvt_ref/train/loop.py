@@ -14,13 +14,15 @@ import dataclasses
 import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from pvt_ref.arrays import array_module, to_device, to_numpy
+from pvt_ref.arrays import array_module, dtype_name, quietly, to_device, to_numpy
 from pvt_ref.checkpoint import load, save
 from pvt_ref.config import PVTConfig
 from pvt_ref.errors import (
@@ -29,7 +31,6 @@ from pvt_ref.errors import (
     MissingFileError,
     PVTError,
     TrainingError,
-    printable,
     shown,
 )
 from pvt_ref.face import Model
@@ -39,12 +40,13 @@ from pvt_ref.train.checks import check_flag, check_number, check_path, check_typ
 from pvt_ref.train.data import LabelledImages, evaluate
 from pvt_ref.train.diagnosis import first_non_finite
 from pvt_ref.train.interrupts import Interrupts
-from pvt_ref.train.lock import locked
+from pvt_ref.train.lock import RunLock
 from pvt_ref.train.metrics import Metrics, draw_curves
-from pvt_ref.train.progress import Progress
+from pvt_ref.train.progress import Progress, show
 from pvt_ref.train.recipe import Recipe
 from pvt_ref.train.saved import (
     describe_run,
+    different_fields,
     load_state_and_run,
     save_state,
     weights_sha256,
@@ -68,7 +70,7 @@ class Run:
     Attributes:
         state: after the last step that was done.
         finished: whether all epochs are done; False if it was stopped.
-        folder: where its files are.
+        folder: where its files are, an absolute path.
     """
 
     state: TrainState
@@ -99,7 +101,8 @@ def fit(
     Signals that are ignored stay ignored, as nohup has it. Resumed on the same machine, with the
     same device and number of threads, it ends with the same bits as if it had never stopped.
 
-    Until it ends, however it ends, the folder is locked: a second training there is refused.
+    Until it ends, however it ends, the folder is locked: a second training there is refused. A run
+    whose folder is moved or removed meanwhile writes nothing further, and ends with an error.
 
     Args:
         config: the model, with drop-path rates as they are at their peak.
@@ -123,8 +126,8 @@ def fit(
 
     Raises:
         TrainingError: if the data do not fit the model or are fewer than a batch, the folder cannot
-            be made or locked, holds another run, or lacks the best weights of this one, or loss,
-            gradients or weights are no longer finite.
+            be made or locked, is moved or taken by another run meanwhile, holds another run, or
+            lacks the best weights of this one, or loss, gradients or weights are no longer finite.
         ConfigError: if the model is a bare backbone, or info has another number of classes.
         ShapeError: if the model cannot take images of that size, or first belongs to another
             config.
@@ -161,57 +164,63 @@ def fit(
     try:
         interrupts.install()
         _make_folder(job.place, resume)
-        with locked(job.place):
-            if resume:
-                state, run = load_state_and_run(job.place / STATE, config, run, params.pos_embed1)
-                _check_resumed(job, state)
-            else:
-                _check_unused(job.place)
-                state = start_training(params, len(data), recipe.seed)
-                save_state(job.place / STATE, state, run)
-            for orphan in job.place.glob(f".{'?' * 16}.tmp"):  # of a process killed while it wrote
-                with contextlib.suppress(OSError):
-                    orphan.unlink()
-            metrics = Metrics(job.place / METRICS, state.step)
-            if metrics.epochs != list(range(1, state.step // job.steps + 1)):
-                job.say(f"{metrics.path} lacks epochs that were done, and so will the curves")
-            saved_at = time.monotonic()
-            with Progress(console, last, state.step) as progress:
-                while state.step < end and not interrupts:
-                    state, report = interrupts.allow(train_step, state, data, config, recipe)
-                    epoch, index = divmod(state.step, job.steps)
-                    progress.step(report, recipe.batch_size)
-                    line = {"step": state.step, "epoch": state.step / job.steps, "lr": report.lr}
-                    line |= {"images_per_second": round(progress.images_per_second, 1)}
-                    if index == 0:
-                        _check_weights(job, state, report.lr)
-                        loss, accuracy = interrupts.allow(_measure, job, state, report.lr)
-                        state = _with_best(state, epoch, accuracy)
-                        line |= _line_of_epoch(job, state, epoch, loss, accuracy)
-                        # the metrics come first: lines beyond what is saved are dropped on
-                        # resuming, but a line that was never written would be missed for ever
-                        metrics.write(line)
-                        save_state(job.place / STATE, state, run)
-                        if state.best_epoch == epoch:
-                            _save_best(job, state)
-                        saved_at = time.monotonic()
-                        _draw(job)
-                        progress.epoch(line)
-                    elif state.step % log_steps == 0:
-                        metrics.write({**line, "loss": report.loss, "grad_norm": report.grad_norm})
-                    if index and time.monotonic() - saved_at > save_seconds:
-                        _check_weights(job, state, report.lr)
-                        save_state(job.place / STATE, state, run)
-                        saved_at = time.monotonic()
-                if state.step % job.steps and report:
+        job.lock.acquire()
+        if resume:
+            state, run = load_state_and_run(job.place / STATE, config, run, params.pos_embed1)
+            _check_resumed(job, state)
+        else:
+            _check_unused(job.place)
+            state = start_training(params, len(data), recipe.seed)
+            _save(job, state, run)
+        for orphan in job.place.glob(f".{'[0-9a-f]' * 16}.tmp"):  # killed while it was written
+            with contextlib.suppress(OSError):
+                orphan.unlink()
+        metrics = Metrics(job.place / METRICS, state, job.steps)
+        if metrics.epochs != list(range(1, state.step // job.steps + 1)):
+            job.say(f"{metrics.path} lacks epochs that were done, and so will the curves")
+        saved_at = time.monotonic()
+        with Progress(console, last, state.step) as progress:
+            while state.step < end and not interrupts:
+                state, report = interrupts.allow(train_step, state, data, config, recipe)
+                epoch, index = divmod(state.step, job.steps)
+                progress.step(report, recipe.batch_size)
+                line = {"step": state.step, "epoch": state.step / job.steps, "lr": report.lr}
+                line |= {"images_per_second": round(progress.images_per_second, 1)}
+                if index == 0:
                     _check_weights(job, state, report.lr)
-                    save_state(job.place / STATE, state, run)
-                elif state.step and report is None:  # nothing was left to do, but maybe to draw
+                    loss, accuracy = interrupts.allow(_measure, job, state, report.lr)
+                    state = _with_best(state, epoch, accuracy)
+                    line |= _line_of_epoch(job, state, epoch, loss, accuracy)
+                    # the metrics come first: lines beyond what is saved are dropped on
+                    # resuming, but a line that was never written would be missed for ever
+                    job.lock.check()
+                    metrics.write(line)
+                    _save(job, state, run)
+                    if state.best_epoch == epoch:
+                        _save_best(job, state)
+                    saved_at = time.monotonic()
                     _draw(job)
-            if state.step == last:
-                _check_best(job, state)
+                    progress.epoch(line)
+                elif state.step % log_steps == 0:
+                    job.lock.check()
+                    metrics.write({**line, "loss": report.loss, "grad_norm": report.grad_norm})
+                if index and time.monotonic() - saved_at > save_seconds:
+                    _check_weights(job, state, report.lr)
+                    _save(job, state, run)
+                    saved_at = time.monotonic()
+            if state.step % job.steps and report:
+                _check_weights(job, state, report.lr)
+                _save(job, state, run)
+            elif state.step and report is None:  # nothing was left to do, but maybe to draw
+                _draw(job)
+        if state.step == last:
+            job.lock.check()
+            _check_best(job, state)
     finally:
-        interrupts.restore()
+        try:
+            _end(job.lock, interrupts)
+        finally:  # a signal's handler that raises can break it off
+            _end(job.lock, interrupts)
     return Run(state, state.step == last, job.place)
 
 
@@ -225,13 +234,12 @@ class _Job:
     held_out: LabelledImages
     info: ModelInfo
     place: Path
+    lock: RunLock
     steps: int  # an epoch
     console: Console | None
 
     def say(self, text: str) -> None:
-        if self.console is not None:
-            with contextlib.suppress(OSError):  # a terminal that was closed
-                self.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+        show(self.console, text)
 
 
 def _job(
@@ -254,16 +262,37 @@ def _job(
         check_type("info", info, ModelInfo, "or None")
     if console is not None:
         check_type("console", console, Console, "of rich, or None")
+    place = check_path("folder", folder)
+    try:
+        place = place.absolute()  # once, whatever the working directory is later
+    except OSError as error:
+        raise TrainingError(
+            f"{place}: there is no working directory any more, so no place for the folder of the "
+            f"run. Name one by its whole path, or go to another directory"
+        ) from error
     return _Job(
         config=config,
         recipe=recipe,
         samples=len(data),
         held_out=held_out,
         info=dataclasses.replace(info or ModelInfo(), preprocessing=data.preprocessing),
-        place=check_path("folder", folder),
+        place=place,
+        lock=RunLock(place),
         steps=recipe.steps_per_epoch(len(data)),
         console=console,
     )
+
+
+def _end(lock: RunLock, interrupts: Interrupts) -> None:
+    try:
+        lock.release()
+    finally:
+        interrupts.restore()
+
+
+def _save(job: _Job, state: TrainState, run: Mapping[str, Any]) -> None:
+    job.lock.check()
+    save_state(job.place / STATE, state, run)
 
 
 def _make_folder(place: Path, resume: bool) -> None:
@@ -293,32 +322,41 @@ def _check_unused(place: Path) -> None:
 def _check_resumed(job: _Job, state: TrainState) -> None:
     """Refuses a state that this run cannot have left, and best weights that are not its own."""
     done = (state.step - 1) % job.steps + 1 if state.step else 0  # steps of the epoch
+    most_loss = done * float(np.finfo(dtype_name(state.params.pos_embed1)).max)
     for name, most in (
         ("step", job.recipe.epochs * job.steps),
         ("best_epoch", state.step // job.steps),
         ("epoch_hits", done * job.recipe.batch_size),
+        ("epoch_loss", most_loss),
     ):
         if getattr(state, name) > most:
-            raise CheckpointError(
-                f"{job.place / STATE}: {name} is {getattr(state, name)}, and can be {most} at "
-                f"most: the file was edited. Put back a copy, or start anew in another folder"
-            )
+            raise _edited(job, f"{name} is {getattr(state, name)}, and can be {most} at most")
+    if state.optimizer.t != state.step:
+        raise _edited(job, f"t is {state.optimizer.t} after step {state.step}")
+    accuracy, shown_to = state.best_accuracy, len(job.held_out)
+    if state.best_epoch and accuracy != round(accuracy * shown_to) / shown_to:
+        raise _edited(job, f"best_accuracy is {accuracy}, which is no share of {shown_to} samples")
+    if not state.best_epoch and state.step >= job.steps:
+        raise _edited(job, f"best_epoch is 0 after step {state.step}")
     if len(state.order) != job.samples:
-        raise CheckpointError(
-            f"{job.place / STATE}: order has {len(state.order)} samples, and the run "
-            f"{job.samples}: the file was edited. Put back a copy, or start anew in another folder"
-        )
+        raise _edited(job, f"order has {len(state.order)} samples, and the run {job.samples}")
     # right after the best epoch, the process may have ended before it wrote the weights
     if state.best_epoch and state.step == state.best_epoch * job.steps and _best_fault(job, state):
         _save_best(job, state)
     _check_best(job, state)
 
 
+def _edited(job: _Job, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{job.place / STATE}: {what}: the file was edited. Put back a copy, or start anew in "
+        f"another folder"
+    )
+
+
 def _measure(job: _Job, state: TrainState, lr: float) -> tuple[float, float]:
     """Loss and accuracy of the averaged weights on what is held out."""
     config, held_out = job.config, job.held_out
-    with np.errstate(all="ignore"):  # what is not finite is named below
-        loss, accuracy = evaluate(state.average, config, held_out)
+    loss, accuracy = quietly(evaluate, state.average, config, held_out)
     if not math.isfinite(loss):
         what = f"the loss on what is held out is {loss}"
         images = held_out.batch(slice(0, 64), like=state.average.pos_embed1)
@@ -360,6 +398,7 @@ def _save_best(job: _Job, state: TrainState) -> None:
     one that is ahead of it, or another run's.
     """
     config, info = job.config, job.info
+    job.lock.check()
     save(job.place / BEST, Model(to_numpy(state.average), config, info=info))
 
 
@@ -380,9 +419,15 @@ def _best_fault(job: _Job, state: TrainState) -> str:
     if not state.best_epoch:
         return f"is there, though {STATE} is from before the end of the first epoch"
     try:
-        found = weights_sha256(load(path).params)
+        model = load(path)
+        found = weights_sha256(model.params)
     except PVTError as error:
         return f"cannot be read ({error})"
+    if other := different_fields(model, job.config, job.info):
+        return (
+            f"has another {other} than this run: it was edited, is of another run, or fit was "
+            f"given another info than when the run began"
+        )
     if found != state.best_sha256:
         return (
             f"does not hold the weights of epoch {state.best_epoch}, which did best: it is of "
@@ -404,9 +449,11 @@ def _check_weights(job: _Job, state: TrainState, lr: float) -> None:
 
 def _draw(job: _Job) -> None:
     """The curves, if they can be drawn: no training ends for want of a picture."""
+    job.lock.check()
     try:
         draw_curves(job.place / METRICS, job.place / CURVES)
     except ImportError:
         return  # without matplotlib there is none
-    except PVTError as error:
-        job.say(f"{CURVES} is not up to date: {error}")
+    except Exception as error:  # matplotlib has many, by its settings, fonts and backends
+        kind = "" if isinstance(error, PVTError) else f"{type(error).__name__}: "
+        job.say(f"{CURVES} is not up to date: {kind}{error}")

@@ -20,6 +20,7 @@ from pvt_ref.errors import (
     shown,
 )
 from pvt_ref.train.checks import check_number, check_path
+from pvt_ref.train.step import TrainState
 
 _LONGEST = 2**16  # bytes of a line that are read; ours have some 400
 _PICTURES = (".png", ".svg", ".pdf")
@@ -49,22 +50,25 @@ class Metrics:
 
     Args:
         path: the file.
-        step: where the run stands. Lines of later steps are dropped: they belong to steps that
+        state: where the run stands. Lines of later steps are dropped: they belong to steps that
             were not saved, and will be done again.
+        steps: those of an epoch.
 
     Attributes:
         path: the file.
         epochs: those that it had lines of at the beginning.
 
     Raises:
-        CheckpointError: if there is one that is no metrics file, or it cannot be written.
+        CheckpointError: if there is one that is no metrics file or not of this run, or it cannot
+            be written.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, state: TrainState, steps: int) -> None:
         self.path = path
-        kept = []
+        kept, step = [], state.step
         if os.path.lexists(path):
             kept = [line for line in read_metrics(path) if line["step"] <= step]
+            _check_run(path, kept, state, steps)
         self.epochs = [line["epoch"] for line in kept if "held_out_accuracy" in line]
         try:
             write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
@@ -96,6 +100,64 @@ class Metrics:
             f"{error.strerror or error}). What was saved of the training is whole: make room, and "
             f"resume"
         )
+
+
+def _check_run(path: Path, lines: list[dict[str, Any]], state: TrainState, steps: int) -> None:
+    """Refuses lines that the run which left the state cannot have written."""
+    # a file may have been lost and begun anew; from there on no epoch is missing
+    number, epoch = 0, -(-lines[0]["step"] // steps) if lines else 0
+    before: dict[str, Any] = {}
+    try:
+        for line in lines:
+            number += 1
+            if line.get("epoch", line["step"] / steps) != line["step"] / steps:
+                raise CheckpointError(f"epoch is {line['epoch']} at step {line['step']}")
+            if line["step"] > epoch * steps or (line["step"] == epoch * steps) != (
+                "held_out_accuracy" in line
+            ):
+                raise CheckpointError(f"the line of epoch {epoch} is missing")
+            if "held_out_accuracy" in line:
+                _check_best(line, before)
+                before, epoch = line, epoch + 1
+        if lines and epoch <= state.step // steps:
+            raise CheckpointError(f"after it, the line of epoch {epoch} is missing")
+        if before:
+            number = lines.index(before) + 1
+            _check_last(before, state, steps)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path}, line {number}: {error}. With {steps} steps an epoch, this run has written "
+            f"something else: the file is another run's, or was edited. Put back a copy, or, to "
+            f"resume without what was written so far, move it away"
+        ) from error
+
+
+def _check_best(line: dict[str, Any], before: dict[str, Any]) -> None:
+    """The best so far, in the line of an epoch; before is that of the epoch before, if any."""
+    found = (line["best_accuracy"], line["best_epoch"])
+    best = found if line["epoch"] > 1 else (-1.0, 0)  # before the first line nothing is known
+    if before:
+        best = (before["best_accuracy"], before["best_epoch"])
+    if line["held_out_accuracy"] > best[0]:
+        best = (line["held_out_accuracy"], line["epoch"])
+    if found != best:
+        raise CheckpointError(
+            f"the best accuracy is {found[0]} in epoch {found[1]}, not {best[0]} in {best[1]}"
+        )
+
+
+def _check_last(line: dict[str, Any], state: TrainState, steps: int) -> None:
+    """The line of the last epoch that the state has done."""
+    said: list[tuple[str, float, float]] = [
+        ("epoch", line["epoch"], state.step // steps),
+        ("best_epoch", line["best_epoch"], state.best_epoch),
+        ("best_accuracy", line["best_accuracy"], state.best_accuracy),
+    ]
+    if line["step"] == state.step:
+        said.append(("train_loss", line["train_loss"], state.epoch_loss / steps))
+    for name, found, saved in said:
+        if found != saved:
+            raise CheckpointError(f"the last {name} is {found}, and {saved} in the saved state")
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -162,6 +224,8 @@ def _verified(text: bytes, last: int) -> dict[str, Any]:
                 raise CheckpointError(str(error)) from error
         elif is_epoch and name in _EPOCH:
             raise CheckpointError(f"the line of an epoch has no {name}")
+    if is_epoch and line["best_epoch"] > line["epoch"]:
+        raise CheckpointError(f"best_epoch is {line['best_epoch']}, in epoch {line['epoch']}")
     if line["step"] <= last:
         raise CheckpointError(f"step is {line['step']}, and was {last} in the line before")
     return line
@@ -199,10 +263,24 @@ def draw_curves(metrics: str | os.PathLike[str], picture: str | os.PathLike[str]
     target = check_path("picture", picture)
     if target.suffix not in _PICTURES:
         raise TrainingError(f"picture is {shown(str(target))}; it must end in .png, .svg or .pdf")
+    from matplotlib import style
+
+    lines = [line for line in read_metrics(metrics) if "held_out_accuracy" in line]
+    drawn = io.BytesIO()
+    with style.context("default"):  # the user's own may ask for what is not here, such as LaTeX
+        _draw(lines, drawn, target.suffix.removeprefix("."))
+    try:
+        write_whole(Path(os.path.realpath(target)), drawn.getvalue())
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} could not be written: {type(error).__name__}: {error.strerror or error}"
+        ) from error
+
+
+def _draw(lines: list[dict[str, Any]], file: BinaryIO, form: str) -> None:
     # without pyplot: no window, no global state, and a program's own figures are left alone
     from matplotlib.figure import Figure
 
-    lines = [line for line in read_metrics(metrics) if "held_out_accuracy" in line]
     epochs = [line["epoch"] for line in lines]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
@@ -223,13 +301,5 @@ def draw_curves(metrics: str | os.PathLike[str], picture: str | os.PathLike[str]
             f"accuracy (held out, best: {best['held_out_accuracy']:.4f} in epoch {best['epoch']})"
         )
     loss.legend()
-    kind = target.suffix.removeprefix(".")
-    undated = {"Date": None} if kind == "svg" else None  # the same run gives the same file
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=kind, dpi=120, metadata=undated)
-    try:
-        write_whole(Path(os.path.realpath(target)), drawn.getvalue())
-    except OSError as error:
-        raise CheckpointError(
-            f"{target} could not be written: {type(error).__name__}: {error.strerror or error}"
-        ) from error
+    undated = {"Date": None} if form == "svg" else None  # the same run gives the same file
+    figure.savefig(file, format=form, dpi=120, metadata=undated)

@@ -1,6 +1,5 @@
 """What a person sees of a training: a bar in a terminal, a line an epoch anywhere."""
 
-import contextlib
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -16,10 +15,39 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
+from pvt_ref.errors import printable
 from pvt_ref.train.step import StepReport
 
-#: A terminal that was closed ends no training.
-_CLOSED = contextlib.suppress(OSError)
+
+def show(console: Console | None, text: str) -> None:
+    """A line for a person. What cannot be shown ends no training.
+
+    Args:
+        console: where; None shows nothing.
+        text: what; characters that the console cannot write appear as escapes.
+    """
+    if console is not None:
+        with _Shown():
+            code = console.encoding
+            text = printable(text).encode(code, "backslashreplace").decode(code)
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Shown:
+    """Where something is shown: a terminal or file that was closed, or a reader that left."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        # rich ends the program if nobody reads its output any more
+        left = isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError)
+        return left or isinstance(error, OSError | ValueError)
 
 
 class Progress:
@@ -54,7 +82,7 @@ class Progress:
         self._clock = time.monotonic()
 
     def __enter__(self) -> "Progress":
-        with _CLOSED:
+        with _Shown():
             self._bar.start()
         return self
 
@@ -64,7 +92,7 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with _CLOSED:
+        with _Shown():
             self._bar.stop()
 
     def step(self, report: StepReport, batch_size: int) -> None:
@@ -92,15 +120,13 @@ class Progress:
         Args:
             line: that of the metrics, with losses, accuracies and images_per_second.
         """
-        if self._console is not None:
-            text = (
-                f"epoch {line['epoch']:>3}  loss {line['train_loss']:.4f}  "
-                f"acc {line['train_accuracy']:.4f}  held out: loss {line['held_out_loss']:.4f}  "
-                f"acc {line['held_out_accuracy']:.4f}  (best {line['best_accuracy']:.4f})  "
-                f"{line['images_per_second']:,.0f} images/s"
-            )
-            with _CLOSED:
-                self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        text = (
+            f"epoch {line['epoch']:>3}  loss {line['train_loss']:.4f}  "
+            f"acc {line['train_accuracy']:.4f}  held out: loss {line['held_out_loss']:.4f}  "
+            f"acc {line['held_out_accuracy']:.4f}  (best {line['best_accuracy']:.4f})  "
+            f"{line['images_per_second']:,.0f} images/s"
+        )
+        show(self._console, text)
         self._clock = time.monotonic()  # the evaluation is not the next step's time
 
 

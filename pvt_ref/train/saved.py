@@ -22,6 +22,8 @@ from pvt_ref.errors import (
     TrainingError,
     shown,
 )
+from pvt_ref.face import Model
+from pvt_ref.info import ModelInfo
 from pvt_ref.params import PVTParams, check_params_type, from_state_dict, to_state_dict
 from pvt_ref.train.adamw import AdamWState
 from pvt_ref.train.checks import check_path, check_type
@@ -307,6 +309,25 @@ def weights_sha256(params: PVTParams) -> str:
     """
     check_params_type(params)
     return digest(to_state_dict(to_numpy(params)), "weights")
+
+
+def different_fields(model: Model, config: PVTConfig, info: ModelInfo) -> str:
+    """In what a model differs from what it should be, beside its weights.
+
+    Args:
+        model: of a file.
+        config: what its config should be.
+        info: what its info should be.
+
+    Returns:
+        The fields' names, with commas; empty if all are equal.
+    """
+    return ", ".join(
+        field.name
+        for found, wanted in ((model.config, config), (model.info, info))
+        for field in dataclasses.fields(found)
+        if getattr(found, field.name) != getattr(wanted, field.name)
+    )
 
 
 def _describe(data: LabelledImages) -> dict[str, Any]:

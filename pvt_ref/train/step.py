@@ -13,7 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from pvt_ref.arrays import Array, array_module, describe_type, dtype_name, from_host, to_numpy
+from pvt_ref.arrays import (
+    Array,
+    array_module,
+    describe_type,
+    dtype_name,
+    from_host,
+    quietly,
+    to_numpy,
+)
 from pvt_ref.boundary import check_has_classifier
 from pvt_ref.config import PVTConfig, is_whole
 from pvt_ref.errors import ArrayTypeError, RangeError, ShapeError, TrainingError, shown
@@ -129,6 +137,12 @@ def train_step(
     """
     check_samples(data, "data", config, recipe)
     check_state(state, len(data))
+    return quietly(_step, state, data, config, recipe)  # what is not finite is found, and named
+
+
+def _step(
+    state: TrainState, data: LabelledImages, config: PVTConfig, recipe: Recipe
+) -> tuple[TrainState, StepReport]:
     steps = recipe.steps_per_epoch(len(data))
     epoch, index = divmod(state.step, steps)
     config = config_of_epoch(config, epoch, recipe.drop_path_ramp_epochs)
@@ -144,14 +158,13 @@ def train_step(
     for part in np.array_split(np.arange(len(chosen)), recipe.accumulate):
         rows = slice(int(part[0]), int(part[-1]) + 1)
         before = rng.bit_generator.state  # for the diagnosis, if there must be one
-        with np.errstate(all="ignore"):  # what is not finite is found below, and named
-            logits, cache = forward_with_cache(state.params, images[rows], config, rng)
-            part_loss, dlogits = cross_entropy(logits, targets[rows], recipe.label_smoothing)
-            value = float(part_loss)  # once: it makes the host wait for the device
-            if not math.isfinite(value):
-                culprit = first_non_finite(state.params, images[rows], config, generator(before))
-                raise diverged(f"the loss is {value}", state.step, epoch, lr, culprit)
-            part_grads, _ = backward(state.params, cache, dlogits, config)
+        logits, cache = forward_with_cache(state.params, images[rows], config, rng)
+        part_loss, dlogits = cross_entropy(logits, targets[rows], recipe.label_smoothing)
+        value = float(part_loss)  # once: it makes the host wait for the device
+        if not math.isfinite(value):
+            culprit = first_non_finite(state.params, images[rows], config, generator(before))
+            raise diverged(f"the loss is {value}", state.step, epoch, lr, culprit)
+        part_grads, _ = backward(state.params, cache, dlogits, config)
         del cache  # the largest thing here; the next part makes its own
         share = len(part) / len(chosen)
         grads = add_gradients(grads, part_grads, share)
@@ -166,9 +179,9 @@ def train_step(
         raise diverged(f"the norm of the gradients is {norm}", state.step, epoch, lr, culprit)
 
     decay = ema_decay_of_step(state.step, recipe.ema_decay)
-    with np.errstate(all="ignore"):  # the loop looks at weights before it keeps them
-        params, optimizer = adamw_step(state.params, grads, state.optimizer, lr, recipe.optimizer)
-        average = ema_step(state.average, params, decay)
+    # the loop looks at weights before it keeps them
+    params, optimizer = adamw_step(state.params, grads, state.optimizer, lr, recipe.optimizer)
+    average = ema_step(state.average, params, decay)
     following = dataclasses.replace(
         state,
         step=state.step + 1,
@@ -280,7 +293,7 @@ def check_state(state: TrainState, samples: int) -> None:
     for name, most in {"step": 2**53, "epoch_hits": samples, "best_epoch": 2**53}.items():
         check_number(f"state.{name}", getattr(state, name), least=0, most=most, whole=True)
     check_number("state.optimizer.t", state.optimizer.t, least=0, most=2**53, whole=True)
-    check_number("state.epoch_loss", state.epoch_loss)
+    check_number("state.epoch_loss", state.epoch_loss, least=0)
     none = state.best_epoch == 0  # no epoch has been measured
     accuracy = check_number("state.best_accuracy", state.best_accuracy, least=-1, most=1)
     digest = state.best_sha256
