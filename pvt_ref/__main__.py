@@ -139,7 +139,7 @@ def _pictures(arguments: Iterable[str]) -> Iterator[tuple[str, PVTError | None]]
                 # hidden ones are not meant: macOS lays ._a.jpg, which is no picture, beside a.jpg
                 files = [e for e in entries if e.name[0] != "." and not os.path.isdir(e.path)]
         except OSError as error:
-            yield path, ImageError(f"{shown(path)} cannot be read ({error.strerror})")
+            yield path, ImageError(f"{shown(path, 400)} cannot be read ({error.strerror})")
             continue
         names = sorted(e.name for e in files)
         pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
@@ -150,7 +150,7 @@ def _pictures(arguments: Iterable[str]) -> Iterator[tuple[str, PVTError | None]]
             yield (
                 path,
                 ImageError(
-                    f"{shown(path)} is a folder without pictures: of {others} files no name ends "
+                    f"{shown(path, 400)} is a folder without pictures: of {others} files no name ends "
                     f"in one of {', '.join(SUFFIXES)} (and folders in it are not looked into)"
                 ),
             )
@@ -158,7 +158,7 @@ def _pictures(arguments: Iterable[str]) -> Iterator[tuple[str, PVTError | None]]
             what = "1 file with another name was"
             if others > 1:
                 what = f"{others} files with other names were"
-            _say(f"{shown(path)}: {what} not looked at")
+            _say(f"{shown(path, 400)}: {what} not looked at")
 
 
 def _asked_of_file(args: argparse.Namespace) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def _convert(args: argparse.Namespace) -> int:
     into_folder = os.path.isdir(args.dst)
     if len(args.src) > 1 and not into_folder:
         raise CheckpointError(
-            f"there are {len(args.src)} files to convert, and {shown(args.dst)} is no folder. Make "
+            f"there are {len(args.src)} files to convert, and {shown(args.dst, 400)} is no folder. Make "
             f"it first, or convert one at a time"
         )
     eps = args.eps[0] if args.eps and len(args.eps) == 1 else args.eps
@@ -242,11 +242,11 @@ def _convert(args: argparse.Namespace) -> int:
         try:
             if target in written:
                 raise CheckpointError(
-                    f"{shown(src)}: {shown(target)} was just made of a file of the same name"
+                    f"{shown(src, 400)}: {shown(target, 400)} was just made of a file of the same name"
                 )
             if os.path.lexists(target) and not args.force:
                 raise CheckpointError(
-                    f"{shown(src)}: {shown(target)} is there already. --force replaces it"
+                    f"{shown(src, 400)}: {shown(target, 400)} is there already. --force replaces it"
                 )
             model = load(src, eps=eps, **_asked_of_file(args))
             save(target, model)
@@ -255,7 +255,7 @@ def _convert(args: argparse.Namespace) -> int:
         except Exception as error:  # also one that should not be: the others go on
             failed += 1
             known = isinstance(error, PVTError | OSError)
-            _say_error(error if known else f"{shown(src)}: {type(error).__name__}: {error}")
+            _say_error(error if known else f"{shown(src, 400)}: {type(error).__name__}: {error}")
             continue
         written.add(target)
         print(f"{one_line(src)}: {one_line(model.source)}")
