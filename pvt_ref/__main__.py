@@ -150,8 +150,8 @@ def _pictures(arguments: Iterable[str]) -> Iterator[tuple[str, PVTError | None]]
             yield (
                 path,
                 ImageError(
-                    f"{shown(path, 400)} is a folder without pictures: of {others} files no name ends "
-                    f"in one of {', '.join(SUFFIXES)} (and folders in it are not looked into)"
+                    f"{shown(path, 400)} is a folder without pictures: of {others} files no name "
+                    f"ends in one of {', '.join(SUFFIXES)} (and folders in it are not looked into)"
                 ),
             )
         elif others:
@@ -230,8 +230,8 @@ def _convert(args: argparse.Namespace) -> int:
     into_folder = os.path.isdir(args.dst)
     if len(args.src) > 1 and not into_folder:
         raise CheckpointError(
-            f"there are {len(args.src)} files to convert, and {shown(args.dst, 400)} is no folder. Make "
-            f"it first, or convert one at a time"
+            f"there are {len(args.src)} files to convert, and {shown(args.dst, 400)} is no folder. "
+            f"Make it first, or convert one at a time"
         )
     eps = args.eps[0] if args.eps and len(args.eps) == 1 else args.eps
     failed, written = 0, set()
@@ -242,7 +242,8 @@ def _convert(args: argparse.Namespace) -> int:
         try:
             if target in written:
                 raise CheckpointError(
-                    f"{shown(src, 400)}: {shown(target, 400)} was just made of a file of the same name"
+                    f"{shown(src, 400)}: {shown(target, 400)} was just made of a file of the same "
+                    f"name"
                 )
             if os.path.lexists(target) and not args.force:
                 raise CheckpointError(
