@@ -121,7 +121,7 @@ def interrupt_at(line, function, *arguments):
     return left <= 0
 
 
-@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_at_any_line_leaves_the_old_file_or_the_new_one(tmp_path):
     path = tmp_path / "m"
     for line in range(1, 500):
