@@ -120,7 +120,7 @@ def evaluate(
         config: their configuration.
         data: what to look at.
         batch_size: samples that go through the network together, at least 1. None takes as many
-            as have 2**20 pixels, at most 256.
+            as have 1,048,576 pixels, at most 256.
 
     Returns:
         loss, the mean over the samples without label smoothing, and accuracy, the share of samples
