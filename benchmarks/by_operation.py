@@ -22,7 +22,16 @@ from report import RESULTS, markdown
 
 import pvt_ref
 from pvt_ref import REFERENCE, VARIANTS, blocked_ops
-from pvt_ref.kernels import attention, block, blocking, gelu, layer_norm, linear, mlp, patch_embed
+from pvt_ref.kernels.cpu import (
+    attention,
+    block,
+    blocking,
+    gelu,
+    layer_norm,
+    linear,
+    mlp,
+    patch_embed,
+)
 from pvt_ref.ops import Operation
 
 PRODUCTS = "matrix products"

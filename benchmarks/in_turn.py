@@ -17,7 +17,7 @@ from worker import inputs
 
 import pvt_ref
 from pvt_ref import VARIANTS, Model
-from pvt_ref.arrays import map_arrays
+from pvt_ref.tree import map_arrays
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "results"

@@ -8,7 +8,7 @@ import math
 import statistics
 from pathlib import Path
 
-from pvt_ref.tables import text_table
+from pvt_ref.report.tables import text_table
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 RIVAL = "PyTorch eager"

@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 import pvt_ref
 from pvt_ref import VARIANTS, Model, Preprocessing, PVTConfig, PVTError
 from pvt_ref.errors import CheckpointError, ImageError, printable
-from pvt_ref.tables import text_table
-from pvt_ref.timing import time_stages
+from pvt_ref.report.tables import text_table
+from pvt_ref.report.times import time_stages
 
 #: Chelsea, by Stefan van der Walt, who waived all rights (CC0); from scikit-image's data.
 PHOTO = Path(__file__).with_name("chelsea.jpg")

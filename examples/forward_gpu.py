@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 import pvt_ref
 from pvt_ref import VARIANTS, Model, PVTError, to_device, to_numpy
-from pvt_ref.arrays import import_cupy, map_arrays, synchronize
+from pvt_ref.arrays import import_cupy, synchronize
 from pvt_ref.errors import printable
-from pvt_ref.params import named_arrays
-from pvt_ref.tables import text_table
-from pvt_ref.timing import time_stages
+from pvt_ref.report.tables import text_table
+from pvt_ref.report.times import time_stages
+from pvt_ref.tree import map_arrays, named_arrays
 
 #: Largest relative L2 difference between the two libraries, by dtype: outputs, gradients.
 TOLERANCES = {"float32": (1e-4, 1e-3), "float64": (1e-11, 1e-9)}

@@ -13,11 +13,11 @@ from rich.console import Console
 
 import pvt_ref
 from pvt_ref import Model, ModelInfo, PVTConfig
-from pvt_ref.arrays import map_arrays
 from pvt_ref.errors import TrainingError, printable
 from pvt_ref.train import LabelledImages, Recipe, Run, evaluate, fit
 from pvt_ref.train.loop import STATE
 from pvt_ref.train.saved import different_fields, weights_sha256
+from pvt_ref.tree import map_arrays
 
 MODEL = "model.safetensors"
 

@@ -4,30 +4,35 @@ The names below are the public interface. Parameters are plain records of arrays
 pure; the same code computes on the CPU with NumPy arrays and on CUDA with CuPy arrays.
 """
 
-from pvt_ref.arrays import to_device, to_numpy
-from pvt_ref.checkpoint import save
-from pvt_ref.config import VARIANTS, PVTConfig
-from pvt_ref.cost import VITS, Cost, ViTConfig, count_cost
-from pvt_ref.errors import PVTError
-from pvt_ref.face import Model, Prediction, with_channels, with_new_head
-from pvt_ref.image import load_image, normalize, pad_to_multiple, preprocess
-from pvt_ref.info import ModelInfo, Preprocessing
-from pvt_ref.layers.cross_entropy import cross_entropy
-from pvt_ref.model import (
-    attention_maps,
+from pvt_ref.api import (
+    Prepared,
     backward,
     backward_pyramid,
     forward,
     forward_pyramid,
     forward_pyramid_with_cache,
     forward_with_cache,
+    from_state_dict,
+    init_params,
+    prepare,
+    to_state_dict,
 )
-from pvt_ref.ops import Operation, Ops
-from pvt_ref.params import PVTParams, from_state_dict, init_params, to_state_dict
-from pvt_ref.records import REFERENCE, blocked_ops
+from pvt_ref.app import Model, Prediction, with_channels, with_new_head
+from pvt_ref.checkpoint import save
+from pvt_ref.data.image import load_image, normalize, pad_to_multiple, preprocess
+from pvt_ref.data.info import ModelInfo, Preprocessing
+from pvt_ref.errors import PVTError
+from pvt_ref.kernels.cpu.table import blocked_ops
+from pvt_ref.layers.cross_entropy import cross_entropy
+from pvt_ref.models.pvt.config import VARIANTS, PVTConfig
+from pvt_ref.models.pvt.params import PVTParams
+from pvt_ref.ops import REFERENCE, Operation, Ops
+from pvt_ref.report.attention import attention_maps
+from pvt_ref.report.cost import VITS, Cost, ViTConfig, count_cost
+from pvt_ref.tree import to_device, to_numpy
 from pvt_ref.zoo import load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "REFERENCE",
@@ -42,6 +47,7 @@ __all__ = [
     "PVTError",
     "PVTParams",
     "Prediction",
+    "Prepared",
     "Preprocessing",
     "ViTConfig",
     "attention_maps",
@@ -60,6 +66,7 @@ __all__ = [
     "load_image",
     "normalize",
     "pad_to_multiple",
+    "prepare",
     "preprocess",
     "save",
     "to_device",

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from pvt_ref import __version__
+from pvt_ref.app import Prediction
 from pvt_ref.checkpoint import save
-from pvt_ref.config import VARIANTS, PVTConfig
-from pvt_ref.cost import VITS, ViTConfig, count_cost
+from pvt_ref.data.picture_file import SUFFIXES
 from pvt_ref.errors import CheckpointError, ImageError, PVTError, printable, shown
-from pvt_ref.face import Prediction
-from pvt_ref.picture_file import SUFFIXES
-from pvt_ref.tables import format_cost, one_line, text_table
+from pvt_ref.models.pvt.config import VARIANTS, PVTConfig
+from pvt_ref.report.cost import VITS, ViTConfig, count_cost
+from pvt_ref.report.tables import format_cost, one_line, text_table
 from pvt_ref.zoo import RELEASED, SHIPPED, load
 
 #: Exit statuses: some inputs failed; all did, or the output cannot be written; stopped by Ctrl-C,

@@ -1,161 +1,344 @@
-"""The record of operations through which model, block and layers reach other layers.
+"""Operations, and the table through which blocks and models reach them.
 
-They call ``ops.layer_norm.forward`` rather than a function by name, so that a faster twin may stand
-in any place, from a single GELU to a whole block: ``dataclasses.replace(REFERENCE, gelu=...)``. The
-records that there are stand in records.py.
+An operation is a forward and its backward, made beside the two functions:
+``gelu = Operation(gelu_forward, gelu_backward)``. Whoever needs one asks the table,
+``ops[gelu].forward(...)``, so that a faster twin may stand in any place. What is not in the table
+is computed as written: the reference is the empty table.
 
-A twin of a large operation may compute smaller ones itself, and says which. A record in which one
-of those was replaced is refused, since nobody would ask for it.
+All operations have the same signatures::
 
-The rules of an operation, whoever writes it: it takes the arguments of the reference's function, by
-position or by those names; it computes what the reference computes; it writes only into arrays it
-made; its cache belongs to its own backward and is opaque to everyone else; a backward leaves its
-cache as it was.
+    forward(p, x, ops, ..., keep=True) -> y, cache
+    backward(p, cache, dy, ops)        -> dx, grads
 
-Who asks for what: an operation made of others takes ``ops``, forward and backward. ``keep=False``
-asks for no cache. Dropout and drop path alone have no ``keep``: their cache is None unless
-something was dropped.
+p is the record of weights, and grads the same record with dL/dw in the place of w; both are None
+where there are no weights. The cache holds all that backward needs. With ``keep=False`` it is None.
+An operation computes what the readable one computes, writes only into arrays that it made, and its
+backward leaves the cache as it was.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 from pvt_ref.arrays import Array
 from pvt_ref.errors import ArrayTypeError, ConfigError, shown
+from pvt_ref.tree import named_records
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A forward and the backward that understands its cache.
+    """A forward, and the backward that understands its cache.
+
+    Operations are equal if their functions are, so they survive pickling and copying.
 
     Attributes:
-        forward: returns y and the cache, which is None if nothing was kept.
-        backward: takes the cache and dL/dy, and returns dL/dx and the gradients of the weights, if
-            there are any.
-        absorbed: names and operations that it computes itself, without asking the record. Kernels
-            have an attribute of that name, which is added. A function of your own around a kernel
-            cannot be seen through: say here what it absorbs.
+        forward: as in the head of this file.
+        backward: as in the head of this file.
+        absorbs: the readable operations that it computes itself instead of asking the table, those
+            inside them included. Empty for a readable operation.
 
     Raises:
-        ArrayTypeError: if forward or backward cannot be called, or absorbed is something else.
+        ArrayTypeError: if forward or backward cannot be called, or absorbs is something else.
     """
 
-    forward: Callable[..., tuple[Array, Any]]
-    backward: Callable[..., Any]
-    absorbed: tuple[tuple[str, "Operation"], ...] = field(default=(), repr=False)
+    forward: Callable[..., tuple[Any, Any]]
+    backward: Callable[..., tuple[Any, Any]]
+    absorbs: tuple["Operation", ...] = ()
 
     def __post_init__(self) -> None:
         for way in ("forward", "backward"):
             if not callable(getattr(self, way)):
-                given = type(getattr(self, way)).__name__
                 raise ArrayTypeError(
-                    f"{way} is a {given}; an operation is made of two functions: "
-                    f"Operation(forward, backward)"
+                    f"{way} is a {type(getattr(self, way)).__name__}; an operation is made of two "
+                    f"functions: Operation(forward, backward)"
                 )
-        absorbed: tuple[tuple[str, Operation], ...] = ()
-        for source in (self, self.forward, self.backward):
-            pairs = getattr(source, "absorbed", ())
-            if pairs is absorbed:
-                continue
-            if not isinstance(pairs, tuple) or not all(map(_is_pair, pairs)):
-                raise ArrayTypeError(
-                    f"absorbed is {shown(pairs)}; it must be a tuple of pairs, each a name and the "
-                    f"Operation that is computed: (('gelu', REFERENCE.gelu),)"
-                )
-            absorbed = (
-                absorbed + tuple(p for p in pairs if p not in absorbed) if absorbed else pairs
+        good = isinstance(self.absorbs, tuple) and all(
+            isinstance(absorbed, Operation) for absorbed in self.absorbs
+        )
+        if not good:
+            raise ArrayTypeError(
+                f"absorbs is {shown(self.absorbs)}; it must be a tuple of the readable operations "
+                f"that are computed inside: absorbs=(gelu, linear)"
             )
-        object.__setattr__(self, "absorbed", absorbed)
+
+    @property
+    def name(self) -> str:
+        """``"gelu"`` for ``gelu_forward``."""
+        return getattr(self.forward, "__name__", "operation").removesuffix("_forward")
+
+    def is_readable(self) -> bool:
+        """Whether it is the operation that its module has under its name: a key of the table."""
+        module = getattr(self.forward, "__module__", None)
+        return module is not None and getattr(import_module(module), self.name, None) == self
+
+    def __repr__(self) -> str:
+        return f"Operation({self.name})"
 
 
-def _is_pair(value: Any) -> bool:
-    return (
-        isinstance(value, tuple)
-        and len(value) == 2
-        and isinstance(value[0], str)
-        and isinstance(value[1], Operation)
-    )
+class Settings(Protocol):
+    """What the twins of a table share. Compared, pickled, named, and stored with a training."""
+
+    def scope(self) -> AbstractContextManager[Any]:
+        """Entered once around every public call."""
+        ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class Call(NamedTuple):
+    """What :meth:`Ops.watched` reports.
+
+    Attributes:
+        path: where: the key of the weights, ``"block1.0.attn.q"``; for an operation without
+            weights the path of the one that asked for it, and its name.
+        operation: the readable operation that was asked for.
+        way: ``"forward"`` or ``"backward"``.
+        args: all arguments, in order.
+        kwargs: those given by name.
+        result: what was returned; None in ``before``.
+    """
+
+    path: str
+    operation: Operation
+    way: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    result: Any = None
+
+
 class Ops:
-    """One operation of each kind. Frozen: dataclasses.replace makes a changed one.
+    """A frozen table from readable operations to their twins.
 
     Attributes:
         name: for messages.
-        numpy_only: whether arrays of other libraries are refused.
-        linear: as in layers/linear.py.
-        layer_norm: as in layers/layer_norm.py.
-        gelu: as in layers/gelu.py.
-        softmax: as in layers/softmax.py.
-        dropout: as in layers/drop.py.
-        drop_path: as in layers/drop.py.
-        patch_embed: as in layers/patch_embed.py.
-        position: as in layers/position.py.
-        attention: as in layers/attention.py.
-        sra: as in layers/sra.py.
-        mlp: as in layers/mlp.py.
-        block: as in block.py.
+        accepts: whether the twins compute on an array; None if they do on any.
+        settings: of the twins; None if there are none.
+        replaced: the operations that :meth:`replace` was called for.
+
+    Args:
+        twins: the table.
+        parts: more of them, which others of the table may absorb: what a larger twin computes
+            itself, and what is used where that one has stepped aside.
+        name: see above.
+        accepts: a function of a module, such as :func:`~pvt_ref.arrays.is_numpy`.
+        settings: see above.
 
     Raises:
-        ArrayTypeError: if the name is no text, numpy_only no truth value, or an operation no
-            Operation.
-        ConfigError: if one was replaced that another of this record computes itself, or one is said
-            to compute what there is not.
+        ArrayTypeError: if an argument is of another type.
+        ConfigError: if a key is no readable operation, or one of twins would be ignored, since
+            another absorbs it.
     """
 
+    __slots__ = ("_twins", "_watch", "accepts", "name", "replaced", "settings")
+    _twins: dict[Operation, Operation]
     name: str
-    numpy_only: bool = False  # whether arrays of other libraries are refused
-    linear: Operation
-    layer_norm: Operation
-    gelu: Operation
-    softmax: Operation
-    dropout: Operation
-    drop_path: Operation
-    patch_embed: Operation
-    position: Operation
-    attention: Operation
-    sra: Operation
-    mlp: Operation
-    block: Operation
+    accepts: Callable[[Array], bool] | None
+    settings: Any
+    replaced: frozenset[Operation]
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str):
-            raise ArrayTypeError(f"name is a {type(self.name).__name__}; it must be a text")
-        if not isinstance(self.numpy_only, bool):
-            given = type(self.numpy_only).__name__
-            raise ArrayTypeError(f"numpy_only is a {given}; it must be True or False")
-        operations = {f.name: getattr(self, f.name) for f in fields(self)[2:]}
-        for name, operation in operations.items():
-            if not isinstance(operation, Operation):
+    def __init__(
+        self,
+        twins: Mapping[Operation, Operation] | None = None,
+        *,
+        parts: Mapping[Operation, Operation] | None = None,
+        name: str = "reference",
+        accepts: Callable[[Array], bool] | None = None,
+        settings: Any = None,
+    ) -> None:
+        if not isinstance(name, str):
+            raise ArrayTypeError(f"name is a {type(name).__name__}; it must be a text")
+        for what, table in (("twins", twins), ("parts", parts)):
+            if table is not None and not isinstance(table, Mapping):
                 raise ArrayTypeError(
-                    f"{name} is a {type(operation).__name__}; it must be an Operation, a forward "
-                    f"and its backward: Operation(f, {name}_backward)"
+                    f"{what} is a {type(table).__name__}; it must map readable operations to their "
+                    f"twins: Ops({{gelu: Operation(f, f_backward)}})"
                 )
-        deaf = {}
-        for name, operation in operations.items():
-            for absorbed, own in operation.absorbed:
-                if absorbed not in operations:
-                    raise ConfigError(
-                        f"{name} is said to absorb {shown(absorbed)}; known are "
-                        f"{', '.join(operations)}"
-                    )
-                if operations[absorbed] is not own and operations[absorbed] != own:
-                    deaf[name] = absorbed
-        if deaf:
-            replaced, names = next(iter(deaf.values())), ", ".join(deaf)
-            back = ", ".join(f"{name}=REFERENCE.{name}" for name in deaf)
-            raise ConfigError(
-                f"another {replaced} would have no effect: in the record {shown(self.name)} it is "
-                f"part of {names}, which would go on computing their own. Replace it in REFERENCE, "
-                f"where every operation is asked for: dataclasses.replace(REFERENCE, "
-                f"{replaced}=...); or replace these by the readable ones too: {back}"
-            )
+        every = {**(parts or {}), **(twins or {})}
+        for op, twin in every.items():
+            _check_pair(op, twin)
+        for op in twins or {}:
+            absorbing = [
+                key.name for key, twin in every.items() if key != op and op in twin.absorbs
+            ]
+            if absorbing:
+                raise ConfigError(
+                    f"this twin of {op.name} would have no effect: {', '.join(absorbing)} would "
+                    f"compute it. table.replace({op.name}, twin) lets them step aside"
+                )
+        self._fill(every, name, accepts, settings, frozenset())
+
+    def _fill(
+        self, twins: Any, name: str, accepts: Any, settings: Any, replaced: frozenset[Operation]
+    ) -> None:
+        values = (twins, None, accepts, name, replaced, settings)
+        for slot, value in zip(Ops.__slots__, values, strict=True):
+            object.__setattr__(self, slot, value)
+
+    @property
+    def twins(self) -> Mapping[Operation, Operation]:
+        """The table, read-only. An operation that is not in it is its own twin."""
+        return MappingProxyType(self._twins)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError("a table of operations is frozen; ops.replace makes a changed one")
+
+    __delattr__ = __setattr__  # type: ignore[assignment]
+
+    def __getitem__(self, op: Operation) -> Operation:
+        """The twin that computes op: op itself if the table has none."""
+        return self._twins.get(op, op)
+
+    def _state(self) -> tuple[Any, ...]:
+        return (self._twins, self.name, self.accepts, self.settings, self.replaced)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ops) and self._state() == other._state()
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.replaced))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_again, self._state()
 
     def __repr__(self) -> str:
-        """Its name and the settings of its kernels; the functions would fill a screen."""
-        operations = [getattr(self, f.name) for f in fields(self)[2:]]
-        settings = [getattr(operation.forward, "blocking", None) for operation in operations]
-        kinds = dict.fromkeys(repr(setting) for setting in settings if setting is not None)
-        return f"Ops({', '.join([shown(self.name), *kinds])})"
+        parts = [shown(self.name)]
+        if self.settings is not None:
+            parts.append(repr(self.settings))
+        parts += [f"another {op.name}" for op in sorted(self.replaced, key=lambda op: op.name)]
+        return f"Ops({', '.join(parts)})"
+
+    def replace(self, op: Operation, twin: Operation) -> "Ops":
+        """A table in which twin computes op, and everybody asks for it.
+
+        The twins that would compute op themselves step aside: in their place the readable
+        operations run, with what the table has for their parts.
+
+        Args:
+            op: a readable operation, such as :data:`pvt_ref.layers.gelu.gelu`.
+            twin: what shall be computed instead.
+
+        Returns:
+            A new table.
+
+        Raises:
+            ArrayTypeError: if op or twin is no Operation.
+            ConfigError: if op is none that is ever asked for.
+        """
+        _check_pair(op, twin)
+        kept = {
+            key: other for key, other in self._twins.items() if op not in other.absorbs or key == op
+        }
+        # what the new twin absorbs, and was replaced before, would be ignored from now on
+        ignored = [other.name for other in self.replaced if other in twin.absorbs and other != op]
+        if ignored:
+            raise ConfigError(
+                f"this twin of {op.name} absorbs {', '.join(sorted(ignored))}, which the table "
+                f"replaces: that replacement would have no effect. Leave one of the two out"
+            )
+        table = object.__new__(Ops)
+        replaced = self.replaced | {op}
+        table._fill({**kept, op: twin}, self.name, self.accepts, self.settings, replaced)
+        return table
+
+    def scope(self) -> AbstractContextManager[Any]:
+        """To be entered once around a public call: what the settings set up for its duration."""
+        return contextlib.nullcontext() if self.settings is None else self.settings.scope()
+
+    def watched(
+        self,
+        after: Callable[[Call], Any] | None = None,
+        *,
+        before: Callable[[Call], Any] | None = None,
+        only: Iterable[Operation] | None = None,
+        params: Any = None,
+    ) -> "Ops":
+        """A table that computes the same and reports every operation that is asked for.
+
+        Args:
+            after: called when an operation has returned.
+            before: called when it begins.
+            only: report these, and let the twins that absorb one of them step aside; None reports
+                whatever this table asks for.
+            params: the weights of the model, from which paths take their keys.
+
+        Returns:
+            A table for this process and one call at a time.
+        """
+        wanted = None if only is None else frozenset(only)
+        kept = self._twins
+        if wanted is not None:
+            kept = {k: t for k, t in kept.items() if k in wanted or wanted.isdisjoint(t.absorbs)}
+        table = object.__new__(_Watched)
+        table._fill(dict(kept), self.name, self.accepts, self.settings, self.replaced)
+        watch = _Watch(after, before, wanted, named_records(params))
+        object.__setattr__(table, "_watch", watch)
+        return table
+
+
+class _Watch:
+    """The state of one watched table: who reports, and which operations are under way."""
+
+    def __init__(self, after: Any, before: Any, wanted: Any, names: Mapping[int, str]) -> None:
+        self.after, self.before, self.wanted, self.names = after, before, wanted, names
+        self.inside: list[str] = []
+
+
+class _Watched(Ops):
+    __slots__ = ()
+
+    def __getitem__(self, op: Operation) -> Operation:
+        twin, watch = self._twins.get(op, op), self._watch
+        if watch.wanted is not None and op not in watch.wanted and not watch.names:
+            return twin
+
+        def run(way: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            # a shared p, such as None, says nothing of the place
+            own = watch.names.get(id(args[0])) if args and args[0] is not None else None
+            outer = watch.inside[-1] if watch.inside else ""
+            path = own or (f"{outer}.{op.name}" if outer else op.name)
+            reported = watch.wanted is None or op in watch.wanted
+            if reported and watch.before is not None:
+                watch.before(Call(path, op, way, args, kwargs))
+            watch.inside.append(path)
+            try:
+                result = function(*args, **kwargs)
+            finally:
+                watch.inside.pop()
+            if reported and watch.after is not None:
+                watch.after(Call(path, op, way, args, kwargs, result))
+            return result
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return run("forward", twin.forward, args, kwargs)
+
+        def backward(*args: Any, **kwargs: Any) -> Any:
+            return run("backward", twin.backward, args, kwargs)
+
+        return Operation(forward, backward)
+
+
+def _made_again(twins: Any, name: str, accepts: Any, settings: Any, replaced: Any) -> Ops:
+    table = object.__new__(Ops)
+    table._fill(twins, name, accepts, settings, replaced)
+    return table
+
+
+def _check_pair(op: object, twin: object) -> None:
+    for what, value in (("op", op), ("twin", twin)):
+        if not isinstance(value, Operation):
+            raise ArrayTypeError(
+                f"{what} is a {type(value).__name__}; it must be an Operation, a forward and its "
+                f"backward: Operation(f, f_backward)"
+            )
+    assert isinstance(op, Operation)
+    if not op.is_readable():
+        raise ConfigError(
+            f"{op!r} is no operation that a model asks for, so a twin of it would have no effect. "
+            f"Import the readable one: from pvt_ref.layers.gelu import gelu"
+        )
+
+
+#: The operations as the paper writes them.
+REFERENCE = Ops()

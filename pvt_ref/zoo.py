@@ -16,19 +16,13 @@ import urllib.parse
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pvt_ref.app import Model
 from pvt_ref.checkpoint import load as load_file
 from pvt_ref.checkpoint.files import Eps, cut_path, read_model
 from pvt_ref.checkpoint.stated import read_json
 from pvt_ref.checkpoint.whole_file import write_whole
-from pvt_ref.config import VARIANTS, PVTConfig
-from pvt_ref.errors import (
-    ArrayTypeError,
-    CheckpointError,
-    DownloadError,
-    MissingFileError,
-    shown,
-)
-from pvt_ref.face import Model
+from pvt_ref.errors import ArrayTypeError, CheckpointError, DownloadError, MissingFileError, shown
+from pvt_ref.models.pvt.config import VARIANTS, PVTConfig
 
 #: Names whose weights are in the package.
 SHIPPED = ("digits", "cifar10")

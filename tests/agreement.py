@@ -21,7 +21,7 @@ from test_transformers import UNUSED_BY_A_PYRAMID, exact_run, run_both
 
 import pvt_ref
 from pvt_ref import VARIANTS
-from pvt_ref.params import named_arrays
+from pvt_ref.tree import named_arrays
 
 CASES = [
     ModelCase(VARIANTS["pvt_tiny"], 1, (224, 224), 21),

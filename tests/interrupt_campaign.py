@@ -35,8 +35,8 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import pvt_ref
 from pvt_ref import VARIANTS, Model
-from pvt_ref.kernels import blocking, threads
-from pvt_ref.params import named_arrays
+from pvt_ref.kernels.cpu import blocking, threads
+from pvt_ref.tree import named_arrays
 
 CONFIG = replace(
     VARIANTS["pvt_tiny"],

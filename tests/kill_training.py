@@ -29,11 +29,11 @@ from small_training import CONFIG, DATA, HELD_OUT, RECIPE
 
 import pvt_ref
 from pvt_ref.errors import CheckpointError
-from pvt_ref.params import named_arrays
 from pvt_ref.train import fit, load_state, read_metrics
 from pvt_ref.train.loop import BEST, STATE
 from pvt_ref.train.saved import describe_run
 from pvt_ref.train.step import TrainState
+from pvt_ref.tree import named_arrays
 
 RUN = describe_run(CONFIG, RECIPE, DATA, HELD_OUT)
 

@@ -16,14 +16,16 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from strategies import normal, seeds
 
-from pvt_ref.block import BlockParams
-from pvt_ref.config import StageConfig
+from pvt_ref.api import default_ops
+from pvt_ref.blocks.mlp import MLPParams
+from pvt_ref.blocks.sra import SRAParams
+from pvt_ref.blocks.transformer import BlockParams
+from pvt_ref.kernels.cpu.table import blocked_ops
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
-from pvt_ref.layers.mlp import MLPParams
 from pvt_ref.layers.patch_embed import PatchEmbedParams
-from pvt_ref.layers.sra import SRAParams
-from pvt_ref.records import REFERENCE, blocked_ops, default_ops
+from pvt_ref.models.pvt.config import StageConfig
+from pvt_ref.ops import REFERENCE
 
 Inputs = dict[str, Any]
 #: The record under test: what PVT_REF_OPS says. With blocks of a few numbers and three threads,

@@ -13,7 +13,7 @@ from hypothesis import assume, event
 from hypothesis import strategies as st
 
 from pvt_ref import PVTConfig, PVTParams, from_state_dict
-from pvt_ref.params import param_shapes
+from pvt_ref.models.architecture import param_shapes
 
 seeds = st.integers(0, 2**32 - 1)
 float_dtypes = st.sampled_from([np.float32, np.float64])

@@ -31,7 +31,7 @@ from pvt_ref import (
     count_cost,
     cross_entropy,
 )
-from pvt_ref.arrays import map_arrays
+from pvt_ref.data.info import Preprocessing
 from pvt_ref.errors import (
     ArrayTypeError,
     CheckpointError,
@@ -41,10 +41,9 @@ from pvt_ref.errors import (
     RangeError,
     ShapeError,
 )
-from pvt_ref.info import Preprocessing
-from pvt_ref.params import named_arrays
-from pvt_ref.timing import time_stages
+from pvt_ref.report.times import time_stages
 from pvt_ref.train import LabelledImages, evaluate
+from pvt_ref.tree import map_arrays, named_arrays
 
 SMALL = replace(
     VARIANTS["pvt_tiny"],

@@ -13,6 +13,7 @@ from strategies import rng_of
 
 import pvt_ref
 from pvt_ref import Model, ModelInfo, Preprocessing
+from pvt_ref.data.image import resize_and_crop, resize_and_crop_bands
 from pvt_ref.errors import (
     ArrayTypeError,
     ConfigError,
@@ -21,7 +22,6 @@ from pvt_ref.errors import (
     ShapeError,
     TrainingError,
 )
-from pvt_ref.image import resize_and_crop, resize_and_crop_bands
 from pvt_ref.train import (
     LabelledImages,
     cutout,
@@ -319,7 +319,7 @@ def test_large_images_are_evaluated_few_at_a_time(monkeypatch):
         sizes.append(images.shape[0])
         return np.zeros((images.shape[0], 3), np.float32)
 
-    monkeypatch.setattr("pvt_ref.train.data.forward", spy)
+    monkeypatch.setattr("pvt_ref.data.labelled.forward", spy)
     params = pvt_ref.init_params(CONFIG, rng_of(0))
     grey = Preprocessing("L", (0.5,), (0.5,))
     for side, expected in ((32, [256, 44]), (224, [20] * 15), (2048, [1] * 3)):

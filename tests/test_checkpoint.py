@@ -44,7 +44,7 @@ from pvt_ref.checkpoint.key_maps import (
 from pvt_ref.checkpoint.pth import PthFile
 from pvt_ref.checkpoint.safetensors_file import METADATA_KEY, to_bytes
 from pvt_ref.errors import ArrayTypeError, CheckpointError, ConfigError, MissingFileError
-from pvt_ref.params import param_shapes
+from pvt_ref.models.architecture import param_shapes
 
 TINY = PVTConfig(
     img_size=32,
@@ -1060,7 +1060,7 @@ def test_a_changed_own_file_is_refused(tmp_path):
 )
 def test_an_own_file_with_an_impossible_configuration(tmp_path, monkeypatch, fields):
     """Signed with a right digest, so that only the checks of the configuration stand."""
-    plain = pvt_ref.config.config_to_dict(TINY) | fields
+    plain = pvt_ref.models.pvt.config.config_to_dict(TINY) | fields
     monkeypatch.setattr("pvt_ref.checkpoint.safetensors_file.config_to_dict", lambda config: plain)
     (tmp_path / "m.safetensors").write_bytes(to_bytes(random_state(TINY), TINY))
     monkeypatch.undo()

@@ -14,7 +14,7 @@ from strategies import rng_of
 import pvt_ref
 from pvt_ref import VARIANTS, __main__
 from pvt_ref.__main__ import main
-from pvt_ref.tables import text_table
+from pvt_ref.report.tables import text_table
 
 
 def run(capsys, *argv: str) -> tuple[int, str, str]:

@@ -12,7 +12,7 @@ from PIL import Image
 import pvt_ref
 from pvt_ref import __main__
 from pvt_ref.__main__ import main
-from pvt_ref.picture_file import FORMATS, SUFFIXES
+from pvt_ref.data.picture_file import FORMATS, SUFFIXES
 
 posix = pytest.mark.skipif(os.name != "posix", reason="a POSIX shell closes the streams")
 

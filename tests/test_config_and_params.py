@@ -13,9 +13,8 @@ from strategies import configs, normal, random_params, rng_of
 
 import pvt_ref
 from pvt_ref import VARIANTS, Model, PVTConfig, PVTParams, count_cost
-from pvt_ref.arrays import map_arrays
-from pvt_ref.config import config_to_dict
-from pvt_ref.params import named_arrays, param_shapes
+from pvt_ref.models.architecture import config_to_dict, param_shapes
+from pvt_ref.tree import map_arrays, named_arrays
 
 SMALL = replace(
     VARIANTS["pvt_tiny"],

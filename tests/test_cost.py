@@ -14,8 +14,8 @@ from strategies import configs, normal, random_params
 
 import pvt_ref
 from pvt_ref import REFERENCE, VARIANTS, VITS, Model, PVTConfig, PVTParams, ViTConfig, count_cost
-from pvt_ref.params import named_arrays
-from pvt_ref.tables import format_cost, text_table
+from pvt_ref.report.tables import format_cost, text_table
+from pvt_ref.tree import named_arrays
 
 TINY = VARIANTS["pvt_tiny"]
 MICRO = replace(  # in every stage something is unlike the other stages

@@ -14,7 +14,7 @@ from strategies import normal, rng_of
 
 import pvt_ref
 from pvt_ref import VARIANTS, Model
-from pvt_ref.timing import time_stages
+from pvt_ref.report.times import time_stages
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -86,7 +86,7 @@ def test_random_weights_are_called_so(examples, capsys, tmp_path):
 
 
 def test_imagenet_weights_answer_by_name(examples, capsys, tmp_path):
-    from pvt_ref.imagenet import imagenet_classes
+    from pvt_ref.data.imagenet import imagenet_classes
 
     config = VARIANTS["pvt_tiny"]
     state = pvt_ref.to_state_dict(pvt_ref.init_params(config, rng_of(3)))

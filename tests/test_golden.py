@@ -14,7 +14,8 @@ from closeness import split_key_bias
 
 import pvt_ref
 from pvt_ref import VARIANTS
-from pvt_ref.params import named_arrays, param_shapes
+from pvt_ref.models.architecture import param_shapes
+from pvt_ref.tree import named_arrays
 
 GOLDEN = Path(__file__).parent / "golden" / "golden.npz"
 

@@ -17,8 +17,16 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_image
 
-import pvt_ref.image
+import pvt_ref.data.image
 from pvt_ref.arrays import import_cupy
+from pvt_ref.data.image import (
+    load_image,
+    normalize,
+    pad_to_multiple,
+    preprocess,
+    read_rgb,
+    resize_and_crop,
+)
 from pvt_ref.errors import (
     ArrayTypeError,
     DeviceError,
@@ -26,14 +34,6 @@ from pvt_ref.errors import (
     MissingFileError,
     RangeError,
     ShapeError,
-)
-from pvt_ref.image import (
-    load_image,
-    normalize,
-    pad_to_multiple,
-    preprocess,
-    read_rgb,
-    resize_and_crop,
 )
 
 WHITE, BLACK, RED = (255, 255, 255), (0, 0, 0), (255, 0, 0)

@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from pvt_ref.kernels import threads as threads_module
-from pvt_ref.kernels.blocking import share_columns
-from pvt_ref.kernels.threads import default_threads, run_pieces
+from pvt_ref.kernels.cpu import threads as threads_module
+from pvt_ref.kernels.cpu.blocking import share_columns
+from pvt_ref.kernels.cpu.threads import default_threads, run_pieces
 
 HERE = Path(__file__).parent
 posix = pytest.mark.skipif(os.name != "posix", reason="this system neither forks nor sends signals")

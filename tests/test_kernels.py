@@ -27,15 +27,15 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import pvt_ref
 from pvt_ref import REFERENCE, VARIANTS, blocked_ops, count_cost
-from pvt_ref.kernels import threads as threads_module
-from pvt_ref.kernels.blocking import Blocking, by_group, cut, share_columns
-from pvt_ref.kernels.gelu import TANH_FIT, gelu_rows
-from pvt_ref.kernels.linear import column_sums
-from pvt_ref.kernels.threads import Scratch, default_threads, run_pieces
+from pvt_ref.blocks.mlp import MLPParams
+from pvt_ref.kernels.cpu import threads as threads_module
+from pvt_ref.kernels.cpu.blocking import Blocking, by_group, cut, share_columns
+from pvt_ref.kernels.cpu.gelu import TANH_FIT, gelu_rows
+from pvt_ref.kernels.cpu.linear import column_sums
+from pvt_ref.kernels.cpu.threads import Scratch, default_threads, run_pieces
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
-from pvt_ref.layers.mlp import MLPParams
-from pvt_ref.params import named_arrays
+from pvt_ref.tree import named_arrays
 
 CONFIG = replace(
     VARIANTS["pvt_tiny"],

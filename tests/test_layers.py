@@ -25,7 +25,7 @@ from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.layers.patch_embed import kernel_to_matrix, matrix_to_kernel, patchify, unpatchify
 from pvt_ref.layers.position import resize_matrix
-from pvt_ref.records import REFERENCE
+from pvt_ref.ops import REFERENCE
 
 
 def run_ours(case: OpCase, dtype):

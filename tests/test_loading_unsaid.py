@@ -21,9 +21,9 @@ import pvt_ref
 from pvt_ref import VARIANTS, ModelInfo, Preprocessing, PVTConfig
 from pvt_ref.checkpoint import load, save
 from pvt_ref.checkpoint.key_maps import HUGGING_FACE, to_foreign
-from pvt_ref.config import MAX_DEPTH, config_to_dict
 from pvt_ref.errors import CheckpointError, ConfigError, MissingFileError
-from pvt_ref.params import param_shapes
+from pvt_ref.models.architecture import config_to_dict, param_shapes
+from pvt_ref.models.pvt.config import MAX_DEPTH
 
 #: As wide as the variants from pvt_tiny to pvt_large, and otherwise none of them.
 WIDE = PVTConfig(

@@ -14,9 +14,8 @@ from strategies import normal, random_params, rng_of
 
 import pvt_ref
 from pvt_ref import VARIANTS, Model, ModelInfo, Preprocessing, PVTConfig, with_channels
-from pvt_ref.arrays import map_arrays
 from pvt_ref.errors import ArrayTypeError, ConfigError, RangeError, ShapeError
-from pvt_ref.params import named_arrays
+from pvt_ref.tree import map_arrays, named_arrays
 
 SMALL = replace(
     VARIANTS["pvt_tiny"],

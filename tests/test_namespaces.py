@@ -17,8 +17,8 @@ from strategies import ModelCase, model_cases, normal, random_params, rng_of
 
 import pvt_ref
 from pvt_ref import VARIANTS, Model, cross_entropy
-from pvt_ref.arrays import array_module, is_array, map_arrays
-from pvt_ref.params import named_arrays
+from pvt_ref.arrays import array_module, is_array
+from pvt_ref.tree import map_arrays, named_arrays
 
 EXACT = 1e-12  # the same operations in the same order, summed perhaps in another
 

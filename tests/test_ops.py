@@ -11,10 +11,10 @@ from strategies import ModelCase, normal, random_params, rng_of
 
 import pvt_ref
 from pvt_ref import REFERENCE, VARIANTS, Ops
-from pvt_ref.boundary import choose_ops
+from pvt_ref.api import choose_ops, default_ops
 from pvt_ref.errors import ArrayTypeError, ConfigError, RangeError
+from pvt_ref.kernels.cpu.table import blocked_ops
 from pvt_ref.ops import Operation
-from pvt_ref.records import blocked_ops, default_ops
 
 CONFIG = dataclasses.replace(
     VARIANTS["pvt_tiny"],

@@ -10,13 +10,7 @@ import tracemalloc
 
 import pytest
 
-from pvt_ref.checkpoint.pickles import (
-    BYTES_PER_BYTE,
-    FREE_BYTES,
-    Global,
-    Record,
-    read_pickle,
-)
+from pvt_ref.checkpoint.pickles import BYTES_PER_BYTE, FREE_BYTES, Global, Record, read_pickle
 from pvt_ref.errors import CheckpointError
 
 MOST = 48  # bytes of memory for each byte of a pickle, as SECURITY.md says

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image, ImageFile
 
 import pvt_ref
-from pvt_ref import picture_file
+from pvt_ref.data import picture_file
+from pvt_ref.data.image import load_image, preprocess, read_rgb, resize_and_crop
+from pvt_ref.data.picture_file import FORMATS
 from pvt_ref.errors import ArrayTypeError, ImageError, MissingFileError
-from pvt_ref.image import load_image, preprocess, read_rgb, resize_and_crop
-from pvt_ref.picture_file import FORMATS
 
 POSTSCRIPT = b"""%!PS-Adobe-3.0 EPSF-3.0
 %%BoundingBox: 0 0 40 30
@@ -573,5 +573,5 @@ def test_bands_change_no_bit(monkeypatch):
     ]
     whole = [read_rgb(p).tobytes() for p in pictures]
     for pixels in (1, 64, 999):
-        monkeypatch.setattr("pvt_ref.image._BAND_PIXELS", pixels)
+        monkeypatch.setattr("pvt_ref.data.image._BAND_PIXELS", pixels)
         assert [read_rgb(p).tobytes() for p in pictures] == whole

@@ -11,9 +11,9 @@ from PIL import Image
 from test_picture_file import PEAK, chunk, run, saved
 
 import pvt_ref
-from pvt_ref import picture_file
+from pvt_ref.data import picture_file
+from pvt_ref.data.image import load_image, preprocess, read_rgb, resize_and_crop
 from pvt_ref.errors import ArrayTypeError, ImageError
-from pvt_ref.image import load_image, preprocess, read_rgb, resize_and_crop
 
 # Tiles --------------------------------------------------------------------------------------------
 

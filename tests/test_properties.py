@@ -20,14 +20,14 @@ from strategies import ModelCase, configs, model_cases, normal, random_params, r
 
 import pvt_ref
 from pvt_ref import REFERENCE, VARIANTS, cross_entropy
-from pvt_ref.arrays import array_module, map_arrays
+from pvt_ref.arrays import array_module
+from pvt_ref.blocks.sra import SRAParams
 from pvt_ref.layers.attention import attention_weights
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.layers.patch_embed import PatchEmbedParams, patchify, unpatchify
 from pvt_ref.layers.position import resize_matrix, resize_positions, resize_positions_backward
-from pvt_ref.layers.sra import SRAParams
-from pvt_ref.params import named_arrays
+from pvt_ref.tree import map_arrays, named_arrays
 
 # the operations of the record under test
 attention_forward = ops.attention.forward

@@ -11,9 +11,9 @@ from strategies import normal, random_params
 
 import pvt_ref
 from pvt_ref import REFERENCE, VARIANTS, Model, ModelInfo, blocked_ops, count_cost
-from pvt_ref.arrays import map_arrays, named_arrays, short_repr
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.ops import Ops
+from pvt_ref.tree import map_arrays, named_arrays, short_repr
 
 SMALL = replace(
     VARIANTS["pvt_tiny"],

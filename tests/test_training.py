@@ -36,7 +36,6 @@ from pvt_ref.errors import (
     ShapeError,
     TrainingError,
 )
-from pvt_ref.params import map_named
 from pvt_ref.train import (
     StepReport,
     fit,
@@ -50,6 +49,7 @@ from pvt_ref.train import (
 )
 from pvt_ref.train.loop import BEST, CURVES, STATE
 from pvt_ref.train.saved import describe_run
+from pvt_ref.tree import map_named
 
 HERE = Path(__file__).parent
 LAST = RECIPE.epochs * 4

@@ -17,10 +17,9 @@ from strategies import rng_of
 
 import pvt_ref
 from pvt_ref import Model, count_cost
-from pvt_ref.arrays import map_arrays
 from pvt_ref.errors import TrainingError
-from pvt_ref.params import named_arrays
 from pvt_ref.train import Recipe, Run, evaluate, read_metrics, start_training
+from pvt_ref.tree import map_arrays, named_arrays
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = ("cifar10_data", "train_cifar10", "train_digits", "training")

@@ -20,7 +20,7 @@ from strategies import float_dtypes, normal, random_params, rng_of, seeds
 from pvt_ref import VARIANTS, Preprocessing, cross_entropy, forward, init_params, to_state_dict
 from pvt_ref.arrays import array_module
 from pvt_ref.errors import ConfigError, PVTError, RangeError, ShapeError, TrainingError
-from pvt_ref.params import map_named, named_arrays, param_shapes
+from pvt_ref.models.architecture import param_shapes
 from pvt_ref.train import (
     AdamW,
     LabelledImages,
@@ -47,6 +47,7 @@ from pvt_ref.train import (
     warmup_cosine,
 )
 from pvt_ref.train.step import draw_batch, generator
+from pvt_ref.tree import map_named, named_arrays
 
 
 def params_of(seed: int, dtype=np.float64):

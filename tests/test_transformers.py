@@ -27,7 +27,7 @@ from strategies import (
 
 import pvt_ref
 from pvt_ref import VARIANTS
-from pvt_ref.params import named_arrays
+from pvt_ref.tree import named_arrays
 
 TINY = VARIANTS["pvt_tiny"]
 UNUSED_BY_A_PYRAMID = {"cls_token", "norm.weight", "norm.bias", "head.weight", "head.bias"}

@@ -18,7 +18,7 @@ from strategies import normal, random_params, rng_of
 
 import pvt_ref
 from pvt_ref import VARIANTS, VITS, Model, ModelInfo, Preprocessing, PVTError
-from pvt_ref.timing import time_stages
+from pvt_ref.report.times import time_stages
 
 SMALL = replace(
     VARIANTS["pvt_tiny"],

@@ -25,6 +25,7 @@ from strategies import normal, random_params
 import pvt_ref
 from pvt_ref import VARIANTS, Model, ModelInfo, Preprocessing, PVTConfig, count_cost
 from pvt_ref.checkpoint import load as load_file
+from pvt_ref.data.imagenet import imagenet_classes
 from pvt_ref.errors import (
     ArrayTypeError,
     CheckpointError,
@@ -35,9 +36,8 @@ from pvt_ref.errors import (
     RangeError,
     ShapeError,
 )
-from pvt_ref.imagenet import imagenet_classes
-from pvt_ref.params import named_arrays
 from pvt_ref.train import evaluate
+from pvt_ref.tree import named_arrays
 from pvt_ref.zoo import RELEASED, SHIPPED, weights_folder
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -16,7 +16,7 @@ from PIL import Image
 
 import pvt_ref
 from pvt_ref import REFERENCE, PVTConfig
-from pvt_ref.layers.sra import sra_forward
+from pvt_ref.blocks.sra import sra_forward
 from pvt_ref.ops import Operation
 
 PHOTO = Path(__file__).parents[2] / "examples" / "chelsea.jpg"

@@ -254,7 +254,7 @@ def _micro(seed: int, batch: int) -> tuple:
     with them is written here once more, in PyTorch's own operations.
     """
     from pvt_ref import PVTConfig
-    from pvt_ref.params import param_shapes
+    from pvt_ref.models.architecture import param_shapes
 
     config = PVTConfig(
         img_size=16, num_classes=3, patch_sizes=(2, 2, 2, 2), embed_dims=(4, 8, 8, 8),

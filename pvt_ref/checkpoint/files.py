@@ -10,8 +10,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from pvt_ref.arrays import dtype_name, to_numpy
-from pvt_ref.boundary import check_finite
+from pvt_ref.api import from_state_dict, to_state_dict
+from pvt_ref.app import Model
+from pvt_ref.arrays import dtype_name
 from pvt_ref.checkpoint.key_maps import (
     AUTHORS,
     AUTHORS_EPS,
@@ -57,7 +58,9 @@ from pvt_ref.checkpoint.stated import (
     read_preprocessing,
 )
 from pvt_ref.checkpoint.whole_file import write_whole
-from pvt_ref.config import PVTConfig, config_to_dict
+from pvt_ref.checks import check_finite
+from pvt_ref.data.imagenet import released_info
+from pvt_ref.data.info import UNKNOWN, ModelInfo
 from pvt_ref.errors import (
     ArrayTypeError,
     CheckpointError,
@@ -67,10 +70,9 @@ from pvt_ref.errors import (
     printable,
     shown,
 )
-from pvt_ref.face import Model
-from pvt_ref.imagenet import released_info
-from pvt_ref.info import UNKNOWN, ModelInfo
-from pvt_ref.params import from_state_dict, to_state_dict
+from pvt_ref.models.architecture import config_to_dict
+from pvt_ref.models.pvt.config import PVTConfig
+from pvt_ref.tree import to_numpy
 
 _SUFFIX = ".safetensors"
 _SUFFIXES = {_SUFFIX, ".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar", ".th"}  # .pth.tar is common

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pvt_ref.config import NUM_STAGES, PVTConfig
-from pvt_ref.params import param_shapes
+from pvt_ref.models.architecture import param_shapes
+from pvt_ref.models.pvt.config import NUM_STAGES, PVTConfig
 
 Region = tuple[slice, ...]
 Shape = tuple[int, ...]
@@ -142,7 +142,7 @@ def to_native(
         config: the model.
 
     Returns:
-        Our key to array, of the shapes of :func:`pvt_ref.params.param_shapes`. What is one piece
+        Our key to array, of the shapes of :func:`pvt_ref.api.param_shapes`. What is one piece
         keeps its dtype and may share its memory; what is put together has the widest dtype of the
         state.
 
@@ -171,7 +171,7 @@ def to_foreign(
     """A native state by the keys of a layout. What that layout lacks is left out.
 
     Args:
-        state: our key to array, of the shapes of :func:`pvt_ref.params.param_shapes`.
+        state: our key to array, of the shapes of :func:`pvt_ref.api.param_shapes`.
         layout: how the file names and cuts the weights.
         config: the model.
 

@@ -20,8 +20,8 @@ from pvt_ref.checkpoint.key_maps import (
 from pvt_ref.checkpoint.pickles import Record, whole_object
 from pvt_ref.checkpoint.stated import SHOWN_BY_SHAPES, Stated
 from pvt_ref.checkpoint.stored import SAFE_LOAD
-from pvt_ref.config import NUM_STAGES, VARIANTS, PVTConfig, describe
 from pvt_ref.errors import CheckpointError, ConfigError, key_name, shown
+from pvt_ref.models.pvt.config import NUM_STAGES, VARIANTS, PVTConfig, describe
 
 READABLE_DTYPES = ("float16", "bfloat16", *FLOAT_DTYPES)
 

@@ -18,9 +18,10 @@ import numpy as np
 import safetensors.numpy
 
 from pvt_ref.checkpoint.bounded_json import parse_json
-from pvt_ref.config import PVTConfig, config_to_dict
+from pvt_ref.data.info import ModelInfo
 from pvt_ref.errors import CheckpointError, PVTError, shown
-from pvt_ref.info import ModelInfo
+from pvt_ref.models.architecture import config_to_dict
+from pvt_ref.models.pvt.config import PVTConfig
 
 METADATA_KEY = "pvt_ref"
 FORMAT = "pvt_ref weights 1"

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pvt_ref.checkpoint.bounded_json import parse_json
-from pvt_ref.config import NUM_STAGES, TOO_LARGE, VARIANTS, PVTConfig, is_whole
+from pvt_ref.checks import TOO_LARGE, is_whole
+from pvt_ref.data.info import Preprocessing
 from pvt_ref.errors import (
     ArrayTypeError,
     CheckpointError,
@@ -23,7 +24,7 @@ from pvt_ref.errors import (
     PVTError,
     shown,
 )
-from pvt_ref.info import Preprocessing
+from pvt_ref.models.pvt.config import NUM_STAGES, VARIANTS, PVTConfig
 
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"

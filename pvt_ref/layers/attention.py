@@ -1,15 +1,17 @@
 """Scaled dot-product attention (paper eq. 4), for all heads and samples at once."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pvt_ref.arrays import Array, array_module, short_repr
-from pvt_ref.ops import Ops
+from pvt_ref.arrays import Array, array_module
+from pvt_ref.layers.dropout import dropout
+from pvt_ref.layers.softmax import softmax
+from pvt_ref.ops import REFERENCE, Operation, Ops
+from pvt_ref.tree import record
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@record
 class AttentionCache:
     """What :func:`attention_backward` needs.
 
@@ -23,15 +25,13 @@ class AttentionCache:
         drop: cache of the dropout on A; None if nothing was dropped.
     """
 
-    q: Array  # (B, N, n, d), dk needs it
-    k: Array  # (B, N, m, d), dq needs it
-    v: Array  # (B, N, m, d), dA needs it
+    q: Array
+    k: Array
+    v: Array
     scale: float
-    weights: Array  # (B, N, n, m), after dropout: dv needs them
+    weights: Array
     softmax: Any
-    drop: Any  # None if nothing was dropped
-
-    __repr__ = short_repr
+    drop: Any
 
 
 def attention_weights(q: Array, k: Array, scale: float, ops: Ops) -> Array:
@@ -41,12 +41,12 @@ def attention_weights(q: Array, k: Array, scale: float, ops: Ops) -> Array:
         q: queries (B, N, n, d).
         k: keys (B, N, m, d), of the same dtype.
         scale: 1 / sqrt(d) in the paper.
-        ops: the record of operations.
+        ops: the table of operations.
 
     Returns:
         (B, N, n, m) of q's dtype, rows summing to 1.
     """
-    return ops.softmax.forward(_scores(q, k, scale), keep=False)[0]
+    return ops[softmax].forward(None, _scores(q, k, scale), ops, keep=False)[0]
 
 
 def _scores(q: Array, k: Array, scale: float) -> Array:
@@ -57,9 +57,8 @@ def _scores(q: Array, k: Array, scale: float) -> Array:
 
 
 def attention_forward(
-    q: Array,
-    k: Array,
-    v: Array,
+    p: None,
+    x: tuple[Array, Array, Array],
     ops: Ops,
     scale: float,
     drop_rate: float = 0.0,
@@ -71,10 +70,10 @@ def attention_forward(
     The paper takes it from Vaswani et al. 2017 (arXiv 1706.03762, eq. 1).
 
     Args:
-        q: queries (B, N, n, d).
-        k: keys (B, N, m, d).
-        v: values (B, N, m, d), all three of one dtype, float32 or float64.
-        ops: the record of operations.
+        p: None; there are no weights.
+        x: queries q (B, N, n, d), keys k (B, N, m, d) and values v (B, N, m, d), of one dtype,
+            float32 or float64.
+        ops: the table of operations.
         scale: 1 / sqrt(d) in the paper.
         drop_rate: dropout on the weights, in [0, 1).
         rng: source of the dropout mask; None for inference.
@@ -83,15 +82,20 @@ def attention_forward(
     Returns:
         (B, N, n, d) of q's dtype, and the cache.
     """
-    weights, softmax_cache = ops.softmax.forward(_scores(q, k, scale), keep=keep)  # (B, N, n, m)
-    weights, drop_cache = ops.dropout.forward(weights, drop_rate, rng)
+    q, k, v = x
+    scores = _scores(q, k, scale)  # (B, N, n, m)
+    weights, softmax_cache = ops[softmax].forward(None, scores, ops, keep=keep)  # (B, N, n, m)
+    del scores  # not needed while the weights are used
+    weights, drop_cache = ops[dropout].forward(None, weights, ops, drop_rate, rng, keep)
     y = weights @ v  # (B, N, n, d)
     if not keep:
         return y, None
     return y, AttentionCache(q, k, v, scale, weights, softmax_cache, drop_cache)
 
 
-def attention_backward(cache: AttentionCache, dy: Array, ops: Ops) -> tuple[Array, Array, Array]:
+def attention_backward(
+    p: None, cache: AttentionCache, dy: Array, ops: Ops = REFERENCE
+) -> tuple[tuple[Array, Array, Array], None]:
     """Gradients of :func:`attention_forward`, paper eq. 4.
 
     With S the scores, A the weights and A' those that dropout left, per head::
@@ -102,22 +106,26 @@ def attention_backward(cache: AttentionCache, dy: Array, ops: Ops) -> tuple[Arra
         S  = scale * q k^T      dq  = scale * dS k    dk = scale * dS^T q
 
     Args:
+        p: None.
         cache: from the forward.
         dy: dL/dy (B, N, n, d).
-        ops: the record that the forward was given.
+        ops: the table that the forward was given.
 
     Returns:
-        dq (B, N, n, d), dk (B, N, m, d) and dv (B, N, m, d), of dy's dtype.
+        (dq, dk, dv), (B, N, n, d), (B, N, m, d) and (B, N, m, d), of dy's dtype; and None.
     """
     xp = array_module(dy)
     # y = weights @ v
     dv = xp.matrix_transpose(cache.weights) @ dy  # (B, N, m, d)
     dweights = dy @ xp.matrix_transpose(cache.v)  # (B, N, n, m)
     # weights = dropout(softmax(scores))
-    dweights = ops.dropout.backward(cache.drop, dweights)  # (B, N, n, m)
-    dscores = ops.softmax.backward(cache.softmax, dweights)  # (B, N, n, m)
+    dweights, _ = ops[dropout].backward(None, cache.drop, dweights, ops)  # (B, N, n, m)
+    dscores, _ = ops[softmax].backward(None, cache.softmax, dweights, ops)  # (B, N, n, m)
     # scores = scale * q @ k^T
     dscores = dscores * cache.scale  # (B, N, n, m)
     dq = dscores @ cache.k  # (B, N, n, d)
     dk = xp.matrix_transpose(dscores) @ cache.q  # (B, N, m, d)
-    return dq, dk, dv
+    return (dq, dk, dv), None
+
+
+attention = Operation(attention_forward, attention_backward)

@@ -18,7 +18,7 @@ from pvt_ref.arrays import (
     library_and_dtype,
     same_library,
 )
-from pvt_ref.config import is_whole
+from pvt_ref.checks import is_whole
 from pvt_ref.errors import ArrayTypeError, RangeError, ShapeError, shown
 
 

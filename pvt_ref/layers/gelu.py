@@ -6,12 +6,13 @@ The popular tanh form is off by up to 5e-4, and PVT was trained with the exact o
 """
 
 import math
-from dataclasses import dataclass
 
-from pvt_ref.arrays import Array, array_module, erf, short_repr
+from pvt_ref.arrays import Array, array_module, erf
+from pvt_ref.ops import REFERENCE, Operation, Ops
+from pvt_ref.tree import record
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@record
 class GeluCache:
     """What :func:`gelu_backward` needs.
 
@@ -20,17 +21,19 @@ class GeluCache:
         cdf: (...), Phi(x).
     """
 
-    x: Array  # (...), its density is made from it
-    cdf: Array  # (...), Phi(x): not worth a second error function
-
-    __repr__ = short_repr
+    x: Array
+    cdf: Array
 
 
-def gelu_forward(x: Array, keep: bool = True) -> tuple[Array, GeluCache | None]:
+def gelu_forward(
+    p: None, x: Array, ops: Ops = REFERENCE, keep: bool = True
+) -> tuple[Array, GeluCache | None]:
     """y = x Phi(x) with Phi(x) = (1 + erf(x / sqrt(2))) / 2.
 
     Args:
+        p: None; there are no weights.
         x: (...), float32 or float64.
+        ops: not asked.
         keep: whether a cache for the backward is returned; without it, it is None.
 
     Returns:
@@ -45,20 +48,25 @@ def gelu_forward(x: Array, keep: bool = True) -> tuple[Array, GeluCache | None]:
     return x * cdf, GeluCache(x, cdf)
 
 
-def gelu_backward(cache: GeluCache, dy: Array) -> Array:
+def gelu_backward(p: None, cache: GeluCache, dy: Array, ops: Ops = REFERENCE) -> tuple[Array, None]:
     """Gradient of :func:`gelu_forward`: dL/dx = dL/dy * (Phi(x) + x phi(x)).
 
     phi(x) = exp(-x^2 / 2) / sqrt(2 pi) is Phi's derivative, the normal density.
 
     Args:
+        p: None.
         cache: from the forward.
         dy: dL/dy (...).
+        ops: not asked.
 
     Returns:
-        dx (...) of dy's dtype.
+        dx (...) of dy's dtype, and None.
     """
     xp = array_module(dy)
     x = cache.x
     density = xp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))  # phi(x)
     # y = x * cdf: the product rule, cdf' = density
-    return dy * (cache.cdf + x * density)
+    return dy * (cache.cdf + x * density), None
+
+
+gelu = Operation(gelu_forward, gelu_backward)

@@ -3,12 +3,13 @@
 The variance is the mean of the squares, with ddof 0.
 """
 
-from dataclasses import dataclass
+from pvt_ref.arrays import Array, array_module
+from pvt_ref.layers.sum_rows import sum_rows
+from pvt_ref.ops import REFERENCE, Operation, Ops
+from pvt_ref.tree import record
 
-from pvt_ref.arrays import Array, array_module, short_repr, sum_in_float64
 
-
-@dataclass(frozen=True, slots=True, eq=False)
+@record
 class LayerNormParams:
     """Scale and shift, or their gradients.
 
@@ -17,13 +18,11 @@ class LayerNormParams:
         bias: (C,), of the same dtype; 0 before any training.
     """
 
-    weight: Array  # (C,)
-    bias: Array  # (C,)
-
-    __repr__ = short_repr
+    weight: Array
+    bias: Array
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@record
 class LayerNormCache:
     """What :func:`layer_norm_backward` needs.
 
@@ -32,20 +31,19 @@ class LayerNormCache:
         rstd: (..., 1), 1 / sqrt(variance + eps).
     """
 
-    x_hat: Array  # (..., C), the normalised tokens: dweight needs them, and so does dx
-    rstd: Array  # (..., 1), 1 / sqrt(variance + eps): dx is divided by the spread
-
-    __repr__ = short_repr
+    x_hat: Array
+    rstd: Array
 
 
 def layer_norm_forward(
-    p: LayerNormParams, x: Array, eps: float, keep: bool = True
+    p: LayerNormParams, x: Array, ops: Ops, eps: float, keep: bool = True
 ) -> tuple[Array, LayerNormCache | None]:
     """y = weight * (x - mean) / sqrt(variance + eps) + bias, token by token.
 
     Args:
         p: weight and bias, (C,) each.
         x: (..., C), of the weights' dtype: float32 or float64.
+        ops: not asked.
         eps: added to the variance.
         keep: whether a cache for the backward is returned; without it, it is None.
 
@@ -66,7 +64,7 @@ def layer_norm_forward(
 
 
 def layer_norm_backward(
-    p: LayerNormParams, cache: LayerNormCache, dy: Array
+    p: LayerNormParams, cache: LayerNormCache, dy: Array, ops: Ops = REFERENCE
 ) -> tuple[Array, LayerNormParams]:
     """Gradients of :func:`layer_norm_forward`.
 
@@ -86,15 +84,17 @@ def layer_norm_backward(
         p: the forward's weight and bias, (C,) each.
         cache: from the forward.
         dy: dL/dy (..., C).
+        ops: the table of operations; sums over rows come from it.
 
     Returns:
         dx (..., C) and the gradients of weight and bias, (C,) each, all of dy's dtype.
     """
     xp = array_module(dy)
-    tokens = tuple(range(dy.ndim - 1))  # every axis but the channels
+    rows = (-1, dy.shape[-1])
     # y = x_hat * weight + bias
-    dbias = sum_in_float64(dy, axis=tokens)  # (C,)
-    dweight = sum_in_float64(dy * cache.x_hat, axis=tokens)  # (C,)
+    dbias, _ = ops[sum_rows].forward(None, xp.reshape(dy, rows), ops, keep=False)  # (C,)
+    products = xp.reshape(dy * cache.x_hat, rows)  # (rows, C)
+    dweight, _ = ops[sum_rows].forward(None, products, ops, keep=False)  # (C,)
     dx_hat = dy * p.weight  # (..., C)
     # x_hat = (x - mean) * rstd
     along_x_hat = xp.mean(dx_hat * cache.x_hat, axis=-1, keepdims=True)  # (..., 1)
@@ -102,3 +102,6 @@ def layer_norm_backward(
     dx -= cache.x_hat * along_x_hat
     dx *= cache.rstd
     return dx, LayerNormParams(dweight, dbias)
+
+
+layer_norm = Operation(layer_norm_forward, layer_norm_backward)

@@ -1,11 +1,12 @@
 """Linear: y = x W^T + b, applied to every token alike. W is (out, in), as PyTorch stores it."""
 
-from dataclasses import dataclass
+from pvt_ref.arrays import Array, array_module
+from pvt_ref.layers.sum_rows import sum_rows
+from pvt_ref.ops import REFERENCE, Operation, Ops
+from pvt_ref.tree import record
 
-from pvt_ref.arrays import Array, array_module, short_repr, sum_in_float64
 
-
-@dataclass(frozen=True, slots=True, eq=False)
+@record
 class LinearParams:
     """Weight and bias of a linear layer, or their gradients.
 
@@ -16,33 +17,30 @@ class LinearParams:
         bias: (C_out,), or None where the layer has none.
     """
 
-    weight: Array  # (C_out, C_in)
-    bias: Array | None  # (C_out,)
-
-    __repr__ = short_repr
+    weight: Array
+    bias: Array | None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@record
 class LinearCache:
     """What :func:`linear_backward` needs.
 
     Attributes:
-        x: (..., C_in), the forward's input, not a copy.
+        x: (..., C_in), the forward's input, not a copy: dW needs it.
     """
 
-    x: Array  # (..., C_in), dW needs it
-
-    __repr__ = short_repr
+    x: Array
 
 
 def linear_forward(
-    p: LinearParams, x: Array, keep: bool = True
+    p: LinearParams, x: Array, ops: Ops = REFERENCE, keep: bool = True
 ) -> tuple[Array, LinearCache | None]:
     """y = x W^T + b over the last axis.
 
     Args:
         p: weight (C_out, C_in) and bias (C_out,) or None.
         x: (..., C_in), of the weights' dtype: float32 or float64.
+        ops: not asked.
         keep: whether a cache for the backward is returned; without it, it is None.
 
     Returns:
@@ -58,7 +56,9 @@ def linear_forward(
     return y, LinearCache(x) if keep else None
 
 
-def linear_backward(p: LinearParams, cache: LinearCache, dy: Array) -> tuple[Array, LinearParams]:
+def linear_backward(
+    p: LinearParams, cache: LinearCache, dy: Array, ops: Ops = REFERENCE
+) -> tuple[Array, LinearParams]:
     """Gradients of :func:`linear_forward`.
 
     With one row an output y_r = W x_r + b, the chain rule gives::
@@ -69,6 +69,7 @@ def linear_backward(p: LinearParams, cache: LinearCache, dy: Array) -> tuple[Arr
         p: the forward's weight (C_out, C_in) and bias (C_out,) or None.
         cache: from the forward.
         dy: dL/dy (..., C_out).
+        ops: the table of operations; sums over rows come from it.
 
     Returns:
         dx (..., C_in), and the gradients of weight (C_out, C_in) and bias (C_out,), None where the
@@ -79,8 +80,13 @@ def linear_backward(p: LinearParams, cache: LinearCache, dy: Array) -> tuple[Arr
     dy_rows = xp.reshape(dy, (-1, C_out))  # (rows, C_out)
     x_rows = xp.reshape(cache.x, (-1, C_in))  # (rows, C_in)
     # y += p.bias
-    dbias = None if p.bias is None else sum_in_float64(dy_rows, axis=0)  # (C_out,)
+    dbias = None
+    if p.bias is not None:
+        dbias, _ = ops[sum_rows].forward(None, dy_rows, ops, keep=False)  # (C_out,)
     # y = rows @ W^T
     dweight = xp.matrix_transpose(dy_rows) @ x_rows  # (C_out, C_in)
     dx = xp.reshape(dy_rows @ p.weight, cache.x.shape)  # (..., C_in)
     return dx, LinearParams(dweight, dbias)
+
+
+linear = Operation(linear_forward, linear_backward)

@@ -5,16 +5,16 @@ more than a rearrangement followed by a matrix product, hence "without convoluti
 reduction (eq. 3) is the same operation with R for P, and uses this file.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
-from pvt_ref.arrays import Array, array_module, short_repr
-from pvt_ref.layers.layer_norm import LayerNormParams
-from pvt_ref.layers.linear import LinearParams
-from pvt_ref.ops import Ops
+from pvt_ref.arrays import Array, array_module
+from pvt_ref.layers.layer_norm import LayerNormParams, layer_norm
+from pvt_ref.layers.linear import LinearParams, linear
+from pvt_ref.ops import REFERENCE, Operation, Ops
+from pvt_ref.tree import record
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@record
 class PatchEmbedParams:
     """Projection and norm, or their gradients.
 
@@ -23,27 +23,23 @@ class PatchEmbedParams:
         norm: weight and bias, (C_out,) each.
     """
 
-    proj: LinearParams  # weight (C_out, C_in, P, P), bias (C_out,)
-    norm: LayerNormParams  # (C_out,)
-
-    __repr__ = short_repr
+    proj: LinearParams
+    norm: LayerNormParams
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@record
 class PatchEmbedCache:
     """What :func:`patch_embed_backward` needs. With n = (H/P)(W/P):
 
     Attributes:
         linear: of the projection, whose input are the blocks (B, n, P*P*C_in).
         norm: of the layer norm over (B, n, C_out).
-        grid: (H/P, W/P).
+        grid: (H/P, W/P), where the blocks go back to.
     """
 
     linear: Any
     norm: Any
-    grid: tuple[int, int]  # (H / P, W / P): where the blocks go back to
-
-    __repr__ = short_repr
+    grid: tuple[int, int]
 
 
 def patchify(x: Array, P: int) -> Array:
@@ -126,7 +122,7 @@ def patch_embed_forward(
         p: projection weight (C_out, C_in, P, P), its bias (C_out,), and the norm.
         x: (B, H, W, C_in), H and W multiples of P, of the weights' dtype. (Channels last: an image
             is permuted first.)
-        ops: the record of operations.
+        ops: the table of operations.
         eps: of the norm.
         keep: whether a cache for the backward is returned; without it, it is None.
 
@@ -137,14 +133,14 @@ def patch_embed_forward(
     grid = (x.shape[1] // P, x.shape[2] // P)
     matrix = LinearParams(kernel_to_matrix(p.proj.weight), p.proj.bias)  # (C_out, P*P*C_in)
     blocks = patchify(x, P)  # (B, n, P*P*C_in)
-    y, linear_cache = ops.linear.forward(matrix, blocks, keep=keep)  # (B, n, C_out)
+    y, linear_cache = ops[linear].forward(matrix, blocks, ops, keep=keep)  # (B, n, C_out)
     del blocks  # not needed while the norm runs
-    y, norm_cache = ops.layer_norm.forward(p.norm, y, eps, keep=keep)  # (B, n, C_out)
+    y, norm_cache = ops[layer_norm].forward(p.norm, y, ops, eps, keep=keep)  # (B, n, C_out)
     return y, PatchEmbedCache(linear_cache, norm_cache, grid) if keep else None
 
 
 def patch_embed_backward(
-    p: PatchEmbedParams, cache: PatchEmbedCache, dy: Array, ops: Ops
+    p: PatchEmbedParams, cache: PatchEmbedCache, dy: Array, ops: Ops = REFERENCE
 ) -> tuple[Array, PatchEmbedParams]:
     """Gradients of :func:`patch_embed_forward`.
 
@@ -155,7 +151,7 @@ def patch_embed_backward(
         p: the forward's weights.
         cache: from the forward.
         dy: dL/dtokens (B, (H/P)(W/P), C_out).
-        ops: the record that the forward was given.
+        ops: the table that the forward was given.
 
     Returns:
         dx (B, H, W, C_in), and the gradients of projection, (C_out, C_in, P, P) and (C_out,), and
@@ -164,10 +160,13 @@ def patch_embed_backward(
     kernel_shape = p.proj.weight.shape
     matrix = LinearParams(kernel_to_matrix(p.proj.weight), p.proj.bias)
     # y = LN(y)
-    dy, dnorm = ops.layer_norm.backward(p.norm, cache.norm, dy)  # (B, n, C_out)
+    dy, dnorm = ops[layer_norm].backward(p.norm, cache.norm, dy, ops)  # (B, n, C_out)
     # y = blocks W^T + b
-    dblocks, dmatrix = ops.linear.backward(matrix, cache.linear, dy)  # (B, n, P*P*C_in)
+    dblocks, dmatrix = ops[linear].backward(matrix, cache.linear, dy, ops)  # (B, n, P*P*C_in)
     dproj = LinearParams(matrix_to_kernel(dmatrix.weight, kernel_shape), dmatrix.bias)
     # blocks = patchify(x)
     dx = unpatchify(dblocks, kernel_shape[-1], cache.grid)  # (B, H, W, C_in)
     return dx, PatchEmbedParams(dproj, dnorm)
+
+
+patch_embed = Operation(patch_embed_forward, patch_embed_backward)

@@ -1,20 +1,21 @@
 """Position embedding: a learned vector per token, resized when the grid is not the table's own.
 
 Attention does not see order, so each stage adds a table with one row a token (paper section 3.1).
-The table belongs to the square grid of config.img_size; on any other grid it is resized bilinearly
+The table belongs to the square grid of the image size it was made for; on any other grid it is resized bilinearly
 (paper section 4.2), half-pixel centres, no antialiasing (PyTorch: ``interpolate(mode="bilinear",
 align_corners=False)``). That is linear and separable, two small matrices around the table,
 A_h P A_w^T, so its transpose is A_h^T dP A_w.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from pvt_ref.arrays import Array, array_module, from_host, short_repr, sum_in_float64
+from pvt_ref.arrays import Array, array_module, from_host
+from pvt_ref.layers.sum_rows import sum_rows
+from pvt_ref.ops import REFERENCE, Operation, Ops
+from pvt_ref.tree import record
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@record
 class PositionCache:
     """What :func:`position_backward` needs: no array, since the forward is linear.
 
@@ -24,11 +25,9 @@ class PositionCache:
         cls: whether the first token is the cls token.
     """
 
-    grid: tuple[int, int]  # of the tokens, (H_i, W_i): the resizing's matrices follow from both
-    table_grid: tuple[int, int]  # of the table
-    cls: bool  # whether the first token is the cls token, whose row is not resized
-
-    __repr__ = short_repr
+    grid: tuple[int, int]
+    table_grid: tuple[int, int]
+    cls: bool
 
 
 def resize_matrix(out_size: int, in_size: int) -> np.ndarray:
@@ -111,9 +110,28 @@ def _resize(
     return xp.reshape(rows, (new[0] * new[1], C))  # (H*W, C)
 
 
+def positions(p: Array, grid: tuple[int, int], table_grid: tuple[int, int], cls: bool) -> Array:
+    """What is added to the tokens of a grid: the cls row if there is one, and the resized table.
+
+    Args:
+        p: the table, (1, h*w, C), or (1, 1 + h*w, C) with a cls row.
+        grid: (H, W) of the tokens.
+        table_grid: (h, w) of the table.
+        cls: whether the cls row is wanted; the table then must have it.
+
+    Returns:
+        (H*W, C) or (1 + H*W, C), of the table's dtype; a part of the table if the grids agree.
+    """
+    if cls and grid == table_grid:
+        return p[0, :, :]
+    rows = resize_positions(p[0, _cls_rows(p, table_grid) :, :], table_grid, grid)  # (H*W, C)
+    return array_module(p).concat((p[0, :1, :], rows), axis=0) if cls else rows
+
+
 def position_forward(
-    table: Array,
+    p: Array,
     x: Array,
+    ops: Ops,
     grid: tuple[int, int],
     table_grid: tuple[int, int],
     cls: bool,
@@ -125,8 +143,9 @@ def position_forward(
     never resized. Tokens without a cls token (the dense pyramid) leave that row out.
 
     Args:
-        table: (1, h*w, C), or (1, 1 + h*w, C) with a cls row.
+        p: the table, (1, h*w, C), or (1, 1 + h*w, C) with a cls row.
         x: tokens (B, H*W, C), or (B, 1 + H*W, C) with the cls token first, of the table's dtype.
+        ops: not asked.
         grid: (H, W) of the tokens.
         table_grid: (h, w) of the table.
         cls: whether x starts with the cls token; the table then must have its row.
@@ -135,41 +154,45 @@ def position_forward(
     Returns:
         y, x's shape and dtype, and the cache.
     """
-    xp = array_module(x)
-    patch_rows = _cls_rows(table, table_grid)
-    rows = resize_positions(table[0, patch_rows:, :], table_grid, grid)  # (H*W, C)
-    if cls:
-        rows = xp.concat((table[0, :1, :], rows), axis=0)  # (1 + H*W, C)
+    rows = positions(p, grid, table_grid, cls)  # (H*W, C), or (1 + H*W, C)
     return x + rows, PositionCache(grid, table_grid, cls) if keep else None
 
 
-def position_backward(table: Array, cache: PositionCache, dy: Array) -> tuple[Array, Array]:
+def position_backward(
+    p: Array, cache: PositionCache, dy: Array, ops: Ops = REFERENCE
+) -> tuple[Array, Array]:
     """Gradients of :func:`position_forward`.
 
     Every sample adds the same table, so its gradient is the sum over the batch, taken back through
     the resizing. A cls row that was not used gets zeros.
 
     Args:
-        table: the forward's, (1, h*w, C) or (1, 1 + h*w, C).
+        p: the forward's table, (1, h*w, C) or (1, 1 + h*w, C).
         cache: from the forward.
         dy: dL/dy, x's shape.
+        ops: the table of operations; the sum over the batch comes from it.
 
     Returns:
         dx, which is dy, and dtable, the table's shape, of dy's dtype.
     """
     xp = array_module(dy)
-    drows = sum_in_float64(dy, axis=0)  # (H*W, C) or (1 + H*W, C)
+    samples = xp.reshape(dy, (dy.shape[0], -1))  # (B, n*C)
+    drows, _ = ops[sum_rows].forward(None, samples, ops, keep=False)  # (n*C,)
+    drows = xp.reshape(drows, dy.shape[1:])  # (H*W, C) or (1 + H*W, C)
     # y = x + rows, with rows = [cls row; resized table]
     dpatches = resize_positions_backward(
         drows[1:, :] if cache.cls else drows, cache.table_grid, cache.grid
     )  # (h*w, C)
     if cache.cls:
         dpatches = xp.concat((drows[:1, :], dpatches), axis=0)  # (1 + h*w, C)
-    elif _cls_rows(table, cache.table_grid):
-        dpatches = xp.concat((xp.zeros_like(table[0, :1, :]), dpatches), axis=0)  # (1 + h*w, C)
+    elif _cls_rows(p, cache.table_grid):
+        dpatches = xp.concat((xp.zeros_like(p[0, :1, :]), dpatches), axis=0)  # (1 + h*w, C)
     return dy, xp.expand_dims(dpatches, axis=0)  # (1, rows, C)
 
 
 def _cls_rows(table: Array, table_grid: tuple[int, int]) -> int:
     """1 if the table has a row for the cls token before those of its grid, else 0."""
     return table.shape[1] - table_grid[0] * table_grid[1]
+
+
+position = Operation(position_forward, position_backward)

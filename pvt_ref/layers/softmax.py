@@ -1,11 +1,11 @@
 """Softmax over the last axis: how much each query looks at each key (paper eq. 4)."""
 
-from dataclasses import dataclass
+from pvt_ref.arrays import Array, array_module
+from pvt_ref.ops import REFERENCE, Operation, Ops
+from pvt_ref.tree import record
 
-from pvt_ref.arrays import Array, array_module, short_repr
 
-
-@dataclass(frozen=True, slots=True, eq=False)
+@record
 class SoftmaxCache:
     """What :func:`softmax_backward` needs.
 
@@ -13,18 +13,20 @@ class SoftmaxCache:
         y: (..., m), the forward's result, not a copy.
     """
 
-    y: Array  # (..., m), the result: all that the derivative needs
-
-    __repr__ = short_repr
+    y: Array
 
 
-def softmax_forward(x: Array, keep: bool = True) -> tuple[Array, SoftmaxCache | None]:
+def softmax_forward(
+    p: None, x: Array, ops: Ops = REFERENCE, keep: bool = True
+) -> tuple[Array, SoftmaxCache | None]:
     """y_j = exp(x_j) / sum_k exp(x_k), over the last axis.
 
     The row's maximum is taken off first: it cancels in the quotient, and exp cannot overflow.
 
     Args:
+        p: None; there are no weights.
         x: (..., m), finite, float32 or float64.
+        ops: not asked.
         keep: whether a cache for the backward is returned; without it, it is None.
 
     Returns:
@@ -37,7 +39,9 @@ def softmax_forward(x: Array, keep: bool = True) -> tuple[Array, SoftmaxCache | 
     return y, SoftmaxCache(y) if keep else None
 
 
-def softmax_backward(cache: SoftmaxCache, dy: Array) -> Array:
+def softmax_backward(
+    p: None, cache: SoftmaxCache, dy: Array, ops: Ops = REFERENCE
+) -> tuple[Array, None]:
     """Gradient of :func:`softmax_forward`.
 
     Each y_j depends on every x_k of its row, by the quotient rule::
@@ -49,15 +53,20 @@ def softmax_backward(cache: SoftmaxCache, dy: Array) -> Array:
     A row of dx sums to 0, because a shift of x changes nothing.
 
     Args:
+        p: None.
         cache: from the forward.
         dy: dL/dy (..., m).
+        ops: not asked.
 
     Returns:
-        dx (..., m) of dy's dtype.
+        dx (..., m) of dy's dtype, and None.
     """
     xp = array_module(dy)
     y = cache.y
     dx = dy * y  # (..., m)
     # y * (dy - <dy, y>), with y * dy at hand
     dx -= y * xp.sum(dx, axis=-1, keepdims=True)
-    return dx
+    return dx, None
+
+
+softmax = Operation(softmax_forward, softmax_backward)

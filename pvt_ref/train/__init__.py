@@ -4,10 +4,10 @@ Each part is a function or a small record of its own file and can be used alone;
 them together. See docs/training.md.
 """
 
+from pvt_ref.data.augment import cutout, mixup, one_hot, random_crop, random_flip
+from pvt_ref.data.labelled import LabelledImages, evaluate
+from pvt_ref.report.diagnosis import first_non_finite
 from pvt_ref.train.adamw import AdamW, AdamWState, adamw_init, adamw_step, is_decayed
-from pvt_ref.train.augment import cutout, mixup, one_hot, random_crop, random_flip
-from pvt_ref.train.data import LabelledImages, evaluate
-from pvt_ref.train.diagnosis import first_non_finite
 from pvt_ref.train.ema import ema_decay_of_step, ema_step
 from pvt_ref.train.gradients import add_gradients, clip_by_global_norm, global_norm
 from pvt_ref.train.loop import Run, fit

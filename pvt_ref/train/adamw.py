@@ -16,10 +16,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from pvt_ref.arrays import Array, array_module, describe_type, is_array, map_arrays
+from pvt_ref.arrays import Array, array_module, describe_type, is_array
 from pvt_ref.errors import ArrayTypeError
-from pvt_ref.params import PVTParams, map_named, zeros_like_params
+from pvt_ref.models.pvt.params import PVTParams
 from pvt_ref.train.checks import check_alike, check_flag, check_number, check_record, check_type
+from pvt_ref.tree import map_arrays, map_named
+from pvt_ref.tree import zeros_like as zeros_like_params
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

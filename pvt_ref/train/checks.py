@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from pvt_ref.arrays import Array, library_and_dtype, same_library
-from pvt_ref.config import is_whole
+from pvt_ref.checks import is_whole
 from pvt_ref.errors import ArrayTypeError, RangeError, ShapeError, TrainingError, shown
-from pvt_ref.params import named_arrays
+from pvt_ref.tree import named_arrays
 
 #: Of whole numbers. A seed may have as many bits as NumPy's own.
 _LARGEST_WHOLE = 2**128

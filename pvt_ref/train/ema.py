@@ -5,9 +5,9 @@ The weights of single steps dance around where they are heading. Their average o
 of Polyak and Juditsky (1992, SIAM J. Control Optim. 30, 838-855), who average all steps alike.
 """
 
-from pvt_ref.arrays import map_arrays
-from pvt_ref.params import PVTParams
+from pvt_ref.models.pvt.params import PVTParams
 from pvt_ref.train.checks import check_alike, check_number
+from pvt_ref.tree import map_arrays
 
 
 def ema_decay_of_step(step: int, decay: float) -> float:

@@ -4,17 +4,11 @@ import dataclasses
 import math
 from typing import Any
 
-from pvt_ref.arrays import (
-    Array,
-    array_module,
-    describe_type,
-    dtype_name,
-    is_array,
-    map_arrays,
-)
+from pvt_ref.arrays import Array, array_module, describe_type, dtype_name, is_array
 from pvt_ref.errors import ArrayTypeError
-from pvt_ref.params import PVTParams, named_arrays
+from pvt_ref.models.pvt.params import PVTParams
 from pvt_ref.train.checks import check_alike, check_number, check_record
+from pvt_ref.tree import map_arrays, named_arrays
 
 #: Added to the norm before it divides, as PyTorch's clip_grad_norm_ does.
 _TINY = 1e-6

@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 
 from pvt_ref.errors import TrainingError
-from pvt_ref.kernels.threads import at_fork, holding
+from pvt_ref.kernels.cpu.threads import at_fork, holding
 
 LOCK = "run.lock"
 

@@ -22,9 +22,12 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from pvt_ref.arrays import array_module, dtype_name, quietly, to_device, to_numpy
+from pvt_ref.api import init_params
+from pvt_ref.app import Model
+from pvt_ref.arrays import array_module, dtype_name, quietly
 from pvt_ref.checkpoint import load, save
-from pvt_ref.config import PVTConfig
+from pvt_ref.data.info import ModelInfo
+from pvt_ref.data.labelled import LabelledImages, evaluate
 from pvt_ref.errors import (
     CheckpointError,
     DeviceError,
@@ -33,12 +36,10 @@ from pvt_ref.errors import (
     TrainingError,
     shown,
 )
-from pvt_ref.face import Model
-from pvt_ref.info import ModelInfo
-from pvt_ref.params import PVTParams, init_params, named_arrays
+from pvt_ref.models.pvt.config import PVTConfig
+from pvt_ref.models.pvt.params import PVTParams
+from pvt_ref.report.diagnosis import first_non_finite
 from pvt_ref.train.checks import check_flag, check_number, check_path, check_type
-from pvt_ref.train.data import LabelledImages, evaluate
-from pvt_ref.train.diagnosis import first_non_finite
 from pvt_ref.train.interrupts import Interrupts
 from pvt_ref.train.lock import RunLock
 from pvt_ref.train.metrics import Metrics, draw_curves
@@ -51,13 +52,8 @@ from pvt_ref.train.saved import (
     save_state,
     weights_sha256,
 )
-from pvt_ref.train.step import (
-    TrainState,
-    check_samples,
-    diverged,
-    start_training,
-    train_step,
-)
+from pvt_ref.train.step import TrainState, check_samples, diverged, start_training, train_step
+from pvt_ref.tree import named_arrays, to_device, to_numpy
 
 STATE, BEST = "training.safetensors", "best.safetensors"
 METRICS, CURVES = "metrics.jsonl", "curves.png"

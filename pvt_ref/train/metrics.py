@@ -12,13 +12,7 @@ import numpy as np
 
 from pvt_ref.checkpoint.bounded_json import parse_json
 from pvt_ref.checkpoint.whole_file import write_whole
-from pvt_ref.errors import (
-    CheckpointError,
-    MissingFileError,
-    PVTError,
-    TrainingError,
-    shown,
-)
+from pvt_ref.errors import CheckpointError, MissingFileError, PVTError, TrainingError, shown
 from pvt_ref.train.checks import check_number, check_path
 from pvt_ref.train.step import TrainState
 

@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from pvt_ref.arrays import Array, dtype_name, from_host, is_array, to_numpy
+from pvt_ref.api import from_state_dict, to_state_dict
+from pvt_ref.app import Model
+from pvt_ref.arrays import Array, dtype_name, from_host, is_array
 from pvt_ref.checkpoint.bounded_json import parse_json
 from pvt_ref.checkpoint.safetensors_file import TRAINING_KEY, digest, pack, read_safetensors
 from pvt_ref.checkpoint.whole_file import write_whole
-from pvt_ref.config import PVTConfig, check_config
+from pvt_ref.data.info import ModelInfo
+from pvt_ref.data.labelled import LabelledImages
 from pvt_ref.errors import (
     ArrayTypeError,
     CheckpointError,
@@ -22,14 +25,15 @@ from pvt_ref.errors import (
     TrainingError,
     shown,
 )
-from pvt_ref.face import Model
-from pvt_ref.info import ModelInfo
-from pvt_ref.params import PVTParams, check_params_type, from_state_dict, to_state_dict
+from pvt_ref.models.architecture import architecture_of as check_config
+from pvt_ref.models.architecture import check_params_type
+from pvt_ref.models.pvt.config import PVTConfig
+from pvt_ref.models.pvt.params import PVTParams
 from pvt_ref.train.adamw import AdamWState
 from pvt_ref.train.checks import check_path, check_type
-from pvt_ref.train.data import LabelledImages
 from pvt_ref.train.recipe import Recipe
 from pvt_ref.train.step import TrainState, check_state
+from pvt_ref.tree import to_numpy
 
 FORMAT = "pvt_ref training 2"
 

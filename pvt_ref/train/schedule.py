@@ -3,7 +3,8 @@
 import dataclasses
 import math
 
-from pvt_ref.config import PVTConfig, check_config
+from pvt_ref.models.architecture import architecture_of as check_config
+from pvt_ref.models.pvt.config import PVTConfig
 from pvt_ref.train.checks import check_number
 
 

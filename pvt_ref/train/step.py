@@ -13,30 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from pvt_ref.arrays import (
-    Array,
-    array_module,
-    describe_type,
-    dtype_name,
-    from_host,
-    quietly,
-    to_numpy,
-)
-from pvt_ref.boundary import check_has_classifier
-from pvt_ref.config import PVTConfig, is_whole
+from pvt_ref.api import backward, check_has_classifier, forward_with_cache
+from pvt_ref.arrays import Array, array_module, describe_type, dtype_name, from_host, quietly
+from pvt_ref.checks import is_whole
+from pvt_ref.data.augment import cutout, mixup, one_hot, random_crop, random_flip
+from pvt_ref.data.labelled import LabelledImages
 from pvt_ref.errors import ArrayTypeError, RangeError, ShapeError, TrainingError, shown
 from pvt_ref.layers.cross_entropy import cross_entropy
-from pvt_ref.model import backward, forward_with_cache
-from pvt_ref.params import PVTParams, check_params_type
+from pvt_ref.models.architecture import check_params_type
+from pvt_ref.models.pvt.config import PVTConfig
+from pvt_ref.models.pvt.params import PVTParams
+from pvt_ref.report.diagnosis import first_non_finite
 from pvt_ref.train.adamw import AdamWState, adamw_init, adamw_step
-from pvt_ref.train.augment import cutout, mixup, one_hot, random_crop, random_flip
 from pvt_ref.train.checks import check_number, check_type
-from pvt_ref.train.data import LabelledImages
-from pvt_ref.train.diagnosis import first_non_finite
 from pvt_ref.train.ema import ema_decay_of_step, ema_step
 from pvt_ref.train.gradients import add_gradients, clip_by_global_norm
 from pvt_ref.train.recipe import Recipe
 from pvt_ref.train.schedule import config_of_epoch
+from pvt_ref.tree import to_numpy
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -358,7 +352,7 @@ def diverged(what: str, step: int, epoch: int, lr: float, culprit: str) -> Train
         step: steps done before the one that failed.
         epoch: epochs done before.
         lr: the learning rate of the step.
-        culprit: a sentence of :func:`~pvt_ref.train.diagnosis.first_non_finite`.
+        culprit: a sentence of :func:`~pvt_ref.report.diagnosis.first_non_finite`.
 
     Returns:
         The error, to be raised.

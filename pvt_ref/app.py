@@ -1,0 +1,479 @@
+"""Model: weights and their configuration in one object, for those who only want results."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from pvt_ref.api import check_has_classifier, check_params, forward, forward_pyramid
+from pvt_ref.arrays import (
+    Array,
+    array_module,
+    describe_type,
+    dtype_name,
+    from_host,
+    is_array,
+    is_foreign,
+    is_numpy,
+    quietly,
+    sum_in_float64,
+)
+from pvt_ref.checks import as_size, check_finite, check_rng, is_whole
+from pvt_ref.data.info import UNKNOWN, ModelInfo, Preprocessing
+from pvt_ref.errors import (
+    ArrayTypeError,
+    ConfigError,
+    ImageError,
+    PVTError,
+    RangeError,
+    ShapeError,
+    printable,
+    shown,
+)
+from pvt_ref.layers.layer_norm import LayerNormParams
+from pvt_ref.layers.linear import LinearParams
+from pvt_ref.models.pvt.config import NUM_STAGES, PVTConfig, describe
+from pvt_ref.models.pvt.params import PVTParams
+from pvt_ref.ops import Ops
+from pvt_ref.report.cost import count_cost
+from pvt_ref.report.tables import format_cost
+from pvt_ref.tree import describe_arrays, named_arrays, to_numpy
+
+#: Images, and pixels of them, that are in memory together in :meth:`Model.predict`.
+_IMAGES_AT_ONCE = 64
+_PIXELS_AT_ONCE = 8 * 224 * 224
+
+
+class Prediction(NamedTuple):
+    """One answer of :meth:`Model.predict`.
+
+    Attributes:
+        label: name of the class.
+        index: of the output, from 0.
+        probability: Softmax(logits) there, in [0, 1].
+    """
+
+    label: str
+    index: int
+    probability: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """Weights and configuration. Frozen, and without state: a call keeps nothing.
+
+    Attributes:
+        params: the weights; to_device(model) and to_numpy(model) move them.
+        config: their configuration.
+        source: where they came from and what was recognised, in a sentence.
+        info: what is known of them besides: class names, preprocessing, training.
+
+    Raises:
+        NonFiniteError: if a weight on the host is NaN or infinite.
+        ShapeError: if params belong to another config.
+        ArrayTypeError: if params, config, source or info are of another type, or the weights of
+            several dtypes or devices.
+        ConfigError: if info names another number of classes than config has.
+    """
+
+    params: PVTParams
+    config: PVTConfig
+    source: str = "made in memory"
+    info: ModelInfo = UNKNOWN
+
+    def __post_init__(self) -> None:
+        check_params(self.params, self.config)
+        self._check_info()
+        for key, x in named_arrays(self.params):
+            check_finite(
+                key,
+                x,
+                "The file they came from is damaged, or the training that made them diverged",
+            )
+
+    def __repr__(self) -> str:
+        arrays = describe_arrays(self.params)
+        return f"Model({describe(self.config)}: {arrays}; {shown(self.source, 120)})"
+
+    def _check_info(self) -> None:
+        for name, kind in (("source", str), ("info", ModelInfo)):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise ArrayTypeError(
+                    f"{name} is a {type(value).__name__}; it must be a {kind.__name__}. Leave it "
+                    f"out if nothing is known"
+                )
+        names, K = self.info.classes, self.config.num_classes
+        if names and len(names) != K:
+            raise ConfigError(
+                f"info names {len(names)} classes, and the configuration has num_classes={K}"
+            )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the num_classes outputs, in order; ``("0", "1", ...)`` if not known."""
+        return self.info.classes or tuple(map(str, range(self.config.num_classes)))
+
+    def preprocess(self, images: Any, size: int | tuple[int, int] | None = None) -> Array:
+        """Pictures as a batch for this model, with the preprocessing of its training.
+
+        Args:
+            images: a picture or a list of them: paths, open files, PIL images, or arrays (H, W, 3)
+                or (H, W) of uint8; or an array (B, H, W, 3) of uint8.
+            size: side of the square, or (h, w), in pixels; None takes config.img_size.
+
+        Returns:
+            (B, in_chans, h, w) of the weights' library and dtype.
+
+        Raises:
+            ConfigError: if the model has another number of channels than its preprocessing.
+            ImageError: as :func:`pvt_ref.load_image`.
+            MissingFileError: as :func:`pvt_ref.load_image`.
+            ArrayTypeError: as :func:`pvt_ref.load_image`; also for an array of another dtype.
+            ShapeError: as :func:`pvt_ref.load_image`; also for an array of another shape, or no
+                picture at all.
+        """
+        self._check_channels()
+        several = images if isinstance(images, list | tuple) else [images]
+        for picture in several:
+            usable = is_numpy(picture) or isinstance(picture, Image.Image)
+            if not usable and (is_array(picture) or is_foreign(picture)):
+                raise ArrayTypeError(
+                    f"a picture is {describe_type(picture)}. Pictures are paths, PIL images, or "
+                    f"arrays (H, W, 3) of uint8; images that are normalised already, one array "
+                    f"(B, {self.config.in_chans}, H, W) of floats"
+                )
+        like = self.params.pos_embed1
+        size = self.config.img_size if size is None else size
+        x = from_host(self.info.preprocessing(images, size), like)
+        return array_module(like).astype(x, like.dtype, copy=False)
+
+    def _check_channels(self) -> None:
+        preprocessing = self.info.preprocessing
+        if preprocessing.channels != self.config.in_chans:
+            raise ConfigError(
+                f"the model has in_chans={self.config.in_chans}, and its preprocessing makes "
+                f"{preprocessing.channels} channels ({preprocessing.mode}). Give Model an "
+                f"info that fits: ModelInfo(preprocessing=Preprocessing('bands', mean, std))"
+            )
+
+    def predict(
+        self, images: Any, top: int = 5, size: int | tuple[int, int] | None = None
+    ) -> list[list[Prediction]]:
+        """The likeliest classes of each image, likeliest first.
+
+        Of a long list only a few pictures are in memory at a time. :meth:`predict_each` also goes
+        on after one that cannot be read.
+
+        Args:
+            images: what :meth:`preprocess` takes, or made: (B, in_chans, H, W) floats.
+            top: how many; all if there are fewer classes.
+            size: of what :meth:`preprocess` makes; None takes config.img_size.
+
+        Returns:
+            A list of B lists of :class:`Prediction`. Probabilities are Softmax(logits), in float64.
+
+        Raises:
+            RangeError: if top is not a positive whole number, or floats on the host look like
+                pixels that were not normalised: none is negative, and they go up to 1 or beyond 20
+                (calling the model takes them as they are); also as :func:`pvt_ref.forward`.
+            ConfigError: if the model is a bare backbone; also as :meth:`preprocess`.
+            NonFiniteError: if floats on the host hold NaN or infinity.
+            ImageError: as :meth:`preprocess`.
+            MissingFileError: as :meth:`preprocess`.
+            ArrayTypeError: as :meth:`preprocess` and :func:`pvt_ref.forward`.
+            ShapeError: as :meth:`preprocess` and :func:`pvt_ref.forward`.
+        """
+        answers: list[list[Prediction]] = []
+        if is_array(images) and dtype_name(images).startswith(("float", "bfloat")):
+            self._check_top(top)
+            self._check_normalised(images)
+            count = self._at_once(tuple(images.shape[2:])) if images.ndim == 4 else 1
+            starts = range(0, images.shape[0], count) if images.ndim == 4 else ()
+            for start in starts or (0,):  # what is no batch goes through too, and is refused
+                part = images
+                if images.ndim == 4:
+                    part = images[start : min(start + count, images.shape[0]), ...]
+                answers += self._answers(self(part), top)
+            return answers
+        for answer in self.predict_each(images, top, size):
+            if isinstance(answer, PVTError):
+                raise answer
+            answers.append(answer)
+        if not answers:
+            raise ShapeError("the list of images is empty; a batch needs at least one")
+        return answers
+
+    def predict_each(
+        self, images: Any, top: int = 5, size: int | tuple[int, int] | None = None
+    ) -> Iterator[list[Prediction] | PVTError]:
+        """The likeliest classes of pictures one after another, in bounded memory.
+
+        A picture that cannot be read gives its error in its place, and the next one follows.
+
+        Args:
+            images: what :meth:`preprocess` takes; also an iterator of pictures, which is read a few
+                at a time.
+            top: how many; all if there are fewer classes.
+            size: of what :meth:`preprocess` makes; None takes config.img_size.
+
+        Returns:
+            An iterator: for each picture what :meth:`predict` would return for it, or the
+            :class:`~pvt_ref.PVTError` that it would raise. Any other exception that a picture
+            causes is the ``__cause__`` of an ImageError.
+
+        Raises:
+            RangeError: if top is not a positive whole number.
+            ConfigError: if the model is a bare backbone, or has another number of channels than its
+                preprocessing.
+            ShapeError: if the model cannot take images of that size.
+        """
+        self._check_top(top)
+        self._check_channels()
+        H, W = as_size(self.config.img_size if size is None else size)
+        self.config.grids(H, W)
+        readable = hasattr(images, "read")  # an open file is an iterator too: of lines
+        several = isinstance(images, list | tuple | Iterator) and not readable
+        several = several or (isinstance(images, np.ndarray) and images.ndim == 4)
+        return self._predict_each(images if several else [images], top, (H, W))
+
+    def _predict_each(
+        self, images: Iterable[Any], top: int, size: tuple[int, int]
+    ) -> Iterator[list[Prediction] | PVTError]:
+        rest = iter(images)
+        while batch := list(itertools.islice(rest, self._at_once(size))):
+            prepared = [self._preprocess_or_error(picture, size) for picture in batch]
+            good = [x for x in prepared if not isinstance(x, PVTError)]  # (1, in_chans, H, W) each
+            answers: Iterator[list[Prediction]] = iter(())
+            if good:
+                answers = iter(self._answers(self(array_module(good[0]).concat(good)), top))
+            for x in prepared:
+                yield x if isinstance(x, PVTError) else next(answers)
+
+    def _preprocess_or_error(self, picture: Any, size: tuple[int, int]) -> Array | PVTError:
+        try:
+            return self.preprocess([picture], size)
+        except PVTError as error:
+            return error
+        except MemoryError:  # the next one would fail too
+            raise
+        except Exception as error:  # of the caller's own preprocessing, or own kind of picture
+            refusal = ImageError(
+                f"the picture {shown(picture)} cannot be prepared ({type(error).__name__}: {error})"
+            )
+            refusal.__cause__ = error
+            return refusal
+
+    def _at_once(self, size: tuple[int, ...]) -> int:
+        """How many images of that size go through the network together."""
+        return min(_IMAGES_AT_ONCE, max(1, _PIXELS_AT_ONCE // max(1, math.prod(size))))
+
+    def _check_top(self, top: Any) -> None:
+        if not is_whole(top) or top < 1:
+            raise RangeError(f"top is {shown(top)}; it must be a whole number, at least 1")
+        check_has_classifier(self.config)
+
+    def _check_normalised(self, images: Array) -> None:
+        """Refuses floats that look like pixels: normalised, the darker ones would be negative."""
+        preprocessing = self.info.preprocessing
+        known = preprocessing.channels == self.config.in_chans and min(preprocessing.mean) > 0
+        if not known or not isinstance(images, np.ndarray) or not images.size:
+            return
+        low, high = float(images.min()), float(images.max())
+        if 0 <= low < high <= 1 or (low >= 0 and 20 < high <= 255):
+            scale, times = ("0 to 1", "255 * ") if high <= 1 else ("0 to 255", "")
+            raise RangeError(
+                f"images hold floats from {low:.3g} to {high:.3g}: it seems they are pixels on a "
+                f"scale of {scale} and not normalised, or dark places would be negative. Pass the "
+                f"pixels, numpy.rint({times}images).astype('uint8').transpose(0, 2, 3, 1), or "
+                f"paths. If they are normalised all the same, model(images) takes them as they "
+                f"are and returns logits"
+            )
+
+    def _answers(self, logits: Array, top: int) -> list[list[Prediction]]:
+        """Logits (B, num_classes) as the likeliest classes of each row."""
+        logits = to_numpy(logits).astype(np.float64)  # (B, K)
+        p = np.exp(logits - logits.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        best = np.argsort(-p, axis=1, kind="stable")[:, :top]  # (B, top)
+        return [
+            [Prediction(self.classes[k], int(k), float(row[k])) for k in indices]
+            for row, indices in zip(p, best, strict=True)
+        ]
+
+    def __call__(self, images: Array, *, ops: Ops | None = None) -> Array:
+        """Class logits; see :func:`pvt_ref.forward`.
+
+        Args:
+            images: (B, in_chans, H, W) normalised floats.
+            ops: a record of operations; None takes the default.
+
+        Returns:
+            logits (B, num_classes) of the weights' dtype.
+
+        Raises:
+            NonFiniteError: if images on the host hold NaN or infinity, or numbers beyond the dtype
+                of the weights.
+            ArrayTypeError: as :func:`pvt_ref.forward`.
+            ShapeError: as :func:`pvt_ref.forward`.
+            ConfigError: as :func:`pvt_ref.forward`.
+            RangeError: as :func:`pvt_ref.forward`.
+        """
+        self._check_images(images)
+        return forward(self.params, images, self.config, ops=ops)
+
+    def pyramid(self, images: Array, *, ops: Ops | None = None) -> list[Array]:
+        """Feature maps for dense prediction; see :func:`pvt_ref.forward_pyramid`.
+
+        Args:
+            images: (B, in_chans, H, W) normalised floats.
+            ops: a record of operations; None takes the default.
+
+        Returns:
+            [F_1, F_2, F_3, F_4], (B, C_i, H_i, W_i) each, of the weights' dtype.
+
+        Raises:
+            NonFiniteError: if images on the host hold NaN or infinity, or numbers beyond the dtype
+                of the weights.
+            ArrayTypeError: as :func:`pvt_ref.forward_pyramid`.
+            ShapeError: as :func:`pvt_ref.forward_pyramid`.
+            RangeError: as :func:`pvt_ref.forward_pyramid`.
+        """
+        self._check_images(images)
+        return forward_pyramid(self.params, images, self.config, ops=ops)
+
+    def _check_images(self, images: Array) -> None:
+        weight = self.params.pos_embed1
+        if isinstance(images, np.ndarray) and images.dtype.kind == "f":
+            # what float32 cannot hold turns infinite, and is refused
+            images = quietly(lambda: images.astype(dtype_name(weight), copy=False))
+        check_finite("images", images, "Check the preprocessing: a division by a zero deviation?")
+
+    def summary(self, size: int | tuple[int, int] | None = None) -> str:
+        """Parameters, MACs and memory by stage and operation, as a text table.
+
+        Args:
+            size: of the image, (H, W) or a side, in pixels; None takes config.img_size.
+
+        Returns:
+            The table, with ``source`` above it: MACs in millions, memory in MiB, for a batch of
+            one.
+
+        Raises:
+            ShapeError: if the model cannot take that size.
+        """
+        report = count_cost(self.config, size)
+        return f"{printable(self.source)}\n\n{format_cost(report)}"
+
+
+def with_new_head(model: Model, num_classes: int, rng: np.random.Generator) -> Model:
+    """The same model with a fresh head, for fine-tuning on another data set.
+
+    Args:
+        model: any model; its arrays are shared, not copied. A bare backbone also gets a fresh cls
+            token, its row of the position table, and a final norm.
+        num_classes: at least 1.
+        rng: a NumPy generator for the new weights (normal, std 0.02; bias 0); it is advanced.
+
+    Returns:
+        A model whose config has num_classes, of the same dtype and on the same device: head weight
+        (num_classes, C_4) and bias (num_classes,).
+
+    Raises:
+        ArrayTypeError: if model is not a Model, or rng not a NumPy generator.
+        ConfigError: if num_classes is not a positive whole number, or stage 4 of a backbone has
+            spatial reduction, which leaves no place for a cls token.
+    """
+    check_rng(rng)
+    _check_model(model)
+    config = dataclasses.replace(model.config, num_classes=num_classes)
+    if not config.has_classifier:
+        raise ConfigError(f"num_classes is {num_classes}; a head needs at least 1")
+    params, C = model.params, config.embed_dims[-1]
+    like = params.pos_embed4
+    xp = array_module(like)
+
+    def normal(*shape: int) -> Array:
+        return xp.astype(from_host(0.02 * rng.standard_normal(shape), like=like), like.dtype)
+
+    def constant(value: float, *shape: int) -> Array:
+        return xp.astype(from_host(np.full(shape, value), like=like), like.dtype)
+
+    changes: dict[str, Any] = {
+        "head": LinearParams(normal(num_classes, C), constant(0.0, num_classes))
+    }
+    if not model.config.has_classifier:
+        changes["cls_token"] = normal(1, 1, C)
+        changes[f"pos_embed{NUM_STAGES}"] = xp.concat((normal(1, 1, C), like), axis=1)
+        changes["norm"] = LayerNormParams(constant(1.0, C), constant(0.0, C))
+    params = dataclasses.replace(params, **changes)
+    info = dataclasses.replace(model.info, title="", classes=(), training={})  # not true any more
+    return Model(params, config, f"{model.source}; new head for {num_classes} classes", info)
+
+
+def with_channels(model: Model, in_chans: int) -> Model:
+    """The same model for images of another number of channels, with its first weights adapted.
+
+    For one channel, the weights are summed over the channels, so a grey image gives what it gave
+    three times over. For others they are repeated in turn and scaled by their number over the new
+    one, so an image whose channels are all alike gives the same as before. (So does timm, in its
+    ``adapt_input_conv``.) It is a start for training, in which the new channels find their own.
+
+    Args:
+        model: any model; its other arrays are shared, not copied.
+        in_chans: at least 1, such as 1 for grey or 4 for colour and infrared.
+
+    Returns:
+        A model whose config has in_chans, of the same dtype and on the same device:
+        patch_embed1.proj.weight (C_1, in_chans, P_1, P_1). Between 3 channels and 1, its
+        preprocessing is adapted too; for others ``info`` keeps the old one, which then does not
+        fit: :meth:`Model.preprocess` says so until Model is given the right one.
+
+    Raises:
+        ArrayTypeError: if model is not a Model.
+        ConfigError: if in_chans is not a positive whole number.
+    """
+    _check_model(model)
+    before = model.config.in_chans
+    config = dataclasses.replace(model.config, in_chans=in_chans)
+    if in_chans == before:
+        return model
+    params = model.params
+    entry = params.patch_embed1
+    w = entry.proj.weight  # (C_1, before, P_1, P_1)
+    xp = array_module(w)
+    if in_chans == 1:
+        w = xp.expand_dims(sum_in_float64(w, axis=1), axis=1)  # (C_1, 1, P_1, P_1)
+    else:
+        times = -(-in_chans // before)  # rounded up
+        w = xp.concat([w] * times, axis=1)[:, :in_chans, ...]  # (C_1, in_chans, P_1, P_1)
+        w = w * (before / in_chans)
+    entry = dataclasses.replace(entry, proj=dataclasses.replace(entry.proj, weight=w))
+    params = dataclasses.replace(params, patch_embed1=entry)
+    info = dataclasses.replace(model.info, preprocessing=_adapted(model.info, in_chans))
+    source = f"{model.source}; first layer adapted from {before} channels to {in_chans}"
+    return Model(params, config, source, info)
+
+
+def _adapted(info: ModelInfo, in_chans: int) -> Preprocessing:
+    """The preprocessing for another number of channels, as far as that can be known."""
+    old = info.preprocessing
+    if in_chans == 1 and old.mode == "RGB":
+        mean, std = (sum(values) / 3 for values in (old.mean, old.std))
+        return Preprocessing("L", (mean,), (std,))
+    if in_chans == 3 and old.mode == "L":
+        return Preprocessing("RGB", 3 * old.mean, 3 * old.std)
+    return old
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, Model):
+        raise ArrayTypeError(
+            f"model is a {type(model).__name__}; it must be a Model: load(path), or "
+            f"Model(params, config)"
+        )

@@ -1,0 +1,206 @@
+"""One transformer block: attention, then the MLP, each normalised first and added to its input.
+
+Paper section 3.3. The norms stand before the branches, as in ViT (Dosovitskiy et al. 2021, arXiv
+2010.11929, eq. 2 and 3).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pvt_ref.arrays import Array
+from pvt_ref.blocks.mlp import MLPParams, mlp
+from pvt_ref.blocks.sra import SRAParams, SRASettings, sra
+from pvt_ref.draws import Draws, What, generator_at
+from pvt_ref.layers.dropout import drop_path
+from pvt_ref.layers.layer_norm import LayerNormParams, layer_norm
+from pvt_ref.ops import REFERENCE, Operation, Ops
+from pvt_ref.tree import record
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSettings:
+    """What a block is told beside its weights.
+
+    Attributes:
+        norm_eps: of both norms.
+        attn: of the attention.
+        drop_rate: dropout in the MLP, in [0, 1).
+        drop_path_rate: this block's own, in [0, 1).
+        number: of the block in the network, from 0: it names the block's random draws.
+    """
+
+    norm_eps: float
+    attn: SRASettings
+    drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    number: int = 0
+
+
+@record
+class BlockParams:
+    """The weights of one block, or their gradients.
+
+    Attributes:
+        norm1: before attention, weight and bias (C,) each.
+        attn: W^Q (C, C), W^K over W^V (2C, C), W^O (C, C), and the spatial reduction (C, C, R, R).
+        norm2: before the MLP, weight and bias (C,) each.
+        mlp: fc1 (E*C, C) and fc2 (C, E*C).
+    """
+
+    norm1: LayerNormParams
+    attn: SRAParams
+    norm2: LayerNormParams
+    mlp: MLPParams
+
+
+@record
+class BlockCache:
+    """The caches of the parts, each for its own backward. Every part returned (B, n, C):
+
+    Attributes:
+        norm1: of the first norm.
+        attn: of the attention.
+        path1: of the drop path on it; None if nothing was dropped.
+        norm2: of the second norm.
+        mlp: of the MLP.
+        path2: of the drop path on it; None if nothing was dropped.
+    """
+
+    norm1: Any
+    attn: Any
+    path1: Any
+    norm2: Any
+    mlp: Any
+    path2: Any
+
+
+def block_forward(
+    p: BlockParams,
+    x: Array,
+    ops: Ops,
+    grid: tuple[int, int],
+    settings: BlockSettings,
+    rng: np.random.Generator | None = None,
+    keep: bool = True,
+) -> tuple[Array, BlockCache | None]:
+    """x + SRA(LN(x)), then the same with the MLP (paper section 3.3)::
+
+        x <- x + DropPath(SRA(LN_1(x)))
+        x <- x + DropPath(MLP(LN_2(x)))
+
+    Args:
+        p: the weights.
+        x: tokens (B, n, C), of the weights' dtype.
+        ops: the table of operations.
+        grid: (H_i, W_i) of the tokens, multiples of R.
+        settings: of the block.
+        rng: source of the dropout and drop-path masks; None for inference.
+        keep: whether a cache for the backward is returned; without it, it is None.
+
+    Returns:
+        (B, n, C) of x's dtype, and the cache.
+    """
+    eps, rate = settings.norm_eps, settings.drop_path_rate
+    branch, norm1_cache = ops[layer_norm].forward(p.norm1, x, ops, eps, keep=keep)  # (B, n, C)
+    branch, attn_cache = ops[sra].forward(p.attn, branch, ops, grid, settings.attn, rng, keep=keep)
+    branch, path1_cache = ops[drop_path].forward(None, branch, ops, rate, rng, keep=keep)
+    x = x + branch  # (B, n, C)
+    branch, norm2_cache = ops[layer_norm].forward(p.norm2, x, ops, eps, keep=keep)  # (B, n, C)
+    branch, mlp_cache = ops[mlp].forward(p.mlp, branch, ops, settings.drop_rate, rng, keep=keep)
+    branch, path2_cache = ops[drop_path].forward(None, branch, ops, rate, rng, keep=keep)
+    x = x + branch  # (B, n, C)
+    if not keep:
+        return x, None
+    return x, BlockCache(norm1_cache, attn_cache, path1_cache, norm2_cache, mlp_cache, path2_cache)
+
+
+def block_backward(
+    p: BlockParams, cache: BlockCache, dy: Array, ops: Ops = REFERENCE
+) -> tuple[Array, BlockParams]:
+    """Gradients of :func:`block_forward`.
+
+    Where the forward splits x into a branch and a skip, the backward adds their two gradients: for
+    y = x + f(x), dL/dx = dL/dy + J_f^T dL/dy.
+
+    Args:
+        p: the forward's weights.
+        cache: from the forward.
+        dy: dL/dy (B, n, C).
+        ops: the table that the forward was given.
+
+    Returns:
+        dx (B, n, C) and the gradients of the weights, in the shapes of the weights, all of dy's
+        dtype.
+    """
+    # x = x + droppath(mlp(norm2(x)))
+    dbranch, _ = ops[drop_path].backward(None, cache.path2, dy, ops)  # (B, n, C)
+    dbranch, dmlp = ops[mlp].backward(p.mlp, cache.mlp, dbranch, ops)
+    dbranch, dnorm2 = ops[layer_norm].backward(p.norm2, cache.norm2, dbranch, ops)
+    dx = dbranch + dy  # branch + skip
+    # x = x + droppath(sra(norm1(x)))
+    dbranch, _ = ops[drop_path].backward(None, cache.path1, dx, ops)  # (B, n, C)
+    dbranch, dattn = ops[sra].backward(p.attn, cache.attn, dbranch, ops)
+    dbranch, dnorm1 = ops[layer_norm].backward(p.norm1, cache.norm1, dbranch, ops)
+    dx = dbranch + dx  # branch + skip
+    return dx, BlockParams(dnorm1, dattn, dnorm2, dmlp)
+
+
+def blocks_forward(
+    p: tuple[BlockParams, ...],
+    x: Array,
+    ops: Ops,
+    grid: tuple[int, int],
+    settings: tuple[BlockSettings, ...],
+    rng: np.random.Generator | Draws | None = None,
+    keep: bool = True,
+) -> tuple[Array, tuple[Any, ...] | None]:
+    """All blocks of a stage, one after the other.
+
+    An operation of its own, so that a twin may fuse what ends one block with what begins the next.
+
+    Args:
+        p: the weights of each block.
+        x: tokens (B, n, C), of the weights' dtype.
+        ops: the table of operations.
+        grid: (H_i, W_i) of the tokens, multiples of R.
+        settings: of each block.
+        rng: source of the masks, as for :func:`block_forward`; of :class:`~pvt_ref.draws.Draws`
+            every block takes its own generator.
+        keep: whether a cache for the backward is returned; without it, it is None.
+
+    Returns:
+        (B, n, C) of x's dtype, and the cache.
+    """
+    caches = []
+    for p_k, settings_k in zip(p, settings, strict=True):
+        rng_k = generator_at(rng, What.BLOCK, settings_k.number)
+        x, cache = ops[block].forward(p_k, x, ops, grid, settings_k, rng_k, keep=keep)  # (B, n, C)
+        caches.append(cache)
+    return x, tuple(caches) if keep else None
+
+
+def blocks_backward(
+    p: tuple[BlockParams, ...], cache: tuple[Any, ...], dy: Array, ops: Ops = REFERENCE
+) -> tuple[Array, tuple[BlockParams, ...]]:
+    """Gradients of :func:`blocks_forward`: each block's own, the last one's first.
+
+    Args:
+        p: the forward's weights.
+        cache: from the forward.
+        dy: dL/dy (B, n, C).
+        ops: the table that the forward was given.
+
+    Returns:
+        dx (B, n, C) and the gradients of each block's weights, all of dy's dtype.
+    """
+    grads = []
+    for p_k, cache_k in zip(reversed(p), reversed(cache), strict=True):
+        dy, dblock = ops[block].backward(p_k, cache_k, dy, ops)  # (B, n, C)
+        grads.append(dblock)
+    return dy, tuple(reversed(grads))
+
+
+block = Operation(block_forward, block_backward)
+blocks = Operation(blocks_forward, blocks_backward)

@@ -1,0 +1,277 @@
+"""What is refused: one number check, one array check, one image check, for all networks.
+
+Inside, arrays are trusted: what a caller can get wrong about them is caught here, once, with what
+was given, what is needed, the likely cause and the fix in one message.
+"""
+
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+
+from pvt_ref.arrays import (
+    FLOAT_DTYPES,
+    Array,
+    array_module,
+    describe_type,
+    dtype_name,
+    is_array,
+    library_and_dtype,
+    same_library,
+)
+from pvt_ref.draws import Draws
+from pvt_ref.errors import ArrayTypeError, NonFiniteError, RangeError, ShapeError, shown
+
+#: Numbers from here on are refused: no array is so large, and floats lose their last digits.
+TOO_LARGE = 2**31
+
+
+def as_size(size: Any) -> tuple[int, int]:
+    """(H, W) of an image size that may be given as one side.
+
+    Args:
+        size: whole numbers of pixels: a side, or (H, W).
+
+    Returns:
+        Plain integers, of any sign.
+
+    Raises:
+        ShapeError: if size is anything else.
+    """
+    pair = (size, size) if is_whole(size) else size
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(map(is_whole, pair)):
+        raise ShapeError(f"size is {shown(size)}; it must be a side or (H, W), in whole pixels")
+    if not all(abs(side) < TOO_LARGE for side in pair):
+        raise ShapeError(f"size is {shown(size)}; each side must be below 2**31")
+    return int(pair[0]), int(pair[1])
+
+
+def is_whole(value: object) -> bool:
+    """Whether value is an integer, of Python or of NumPy, and not a truth value.
+
+    Args:
+        value: anything.
+
+    Returns:
+        True or False.
+    """
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_moderate(value: object) -> bool:
+    """A number that is neither NaN, infinite, nor beyond all use."""
+    return is_real(value) and -TOO_LARGE < value < TOO_LARGE  # type: ignore[operator]
+
+
+def check_float(name: str, x: Array) -> None:
+    """Refuses an array that is not of floats to compute with.
+
+    Args:
+        name: of the array, for the message.
+        x: an array of any shape.
+
+    Raises:
+        ArrayTypeError: unless x has dtype float32 or float64.
+    """
+    if dtype_name(x) not in FLOAT_DTYPES:
+        raise ArrayTypeError(
+            f"{name} has dtype {dtype_name(x)}; it must be float32 or float64. "
+            f"x.astype('float32') converts it"
+        )
+
+
+def check_images(images: Array, weight: Array, config: Any) -> Array:
+    """images checked against the weights and config, and cast to the dtype of the weights.
+
+    Args:
+        images: (B, in_chans, H, W) floats.
+        weight: an array of the weights.
+        config: the model.
+
+    Returns:
+        (B, in_chans, H, W) of the weights' dtype; images itself if it has that.
+
+    Raises:
+        ArrayTypeError: not an array, integers, objects, or on another device than the weights.
+        ShapeError: wrong rank, channels or size; an empty batch.
+    """
+    if not is_array(images):
+        raise ArrayTypeError(
+            f"images are {describe_type(images)}. They must be one array (B, {config.in_chans}, H, "
+            f"W) of floats: numpy.stack(list_of_images) makes one of several, and "
+            f"pvt_ref.load_image(path) reads one from a file"
+        )
+    if not same_library(images, weight):
+        raise ArrayTypeError(
+            f"images are {library_and_dtype(images)} and the weights {library_and_dtype(weight)}; "
+            f"both must lie on one device. Move one: pvt_ref.to_device(x, 'cuda') or "
+            f"pvt_ref.to_numpy(x)"
+        )
+    xp = array_module(images)
+    name = dtype_name(images)
+    if name.startswith(("int", "uint", "bool")):
+        raise ArrayTypeError(
+            f"images have dtype {name}, which looks like raw pixels; they must be normalised "
+            f"floats. Preprocess them first: pvt_ref.load_image(path), or pvt_ref.normalize(pixels)"
+        )
+    if not name.startswith(("float", "bfloat")):
+        raise ArrayTypeError(
+            f"images have dtype {name}; they must be float32 or float64, or other floats to be "
+            f"cast. x.astype('float32') also mends another byte order"
+            + (" (is it a ragged list of arrays?)" if name == "object" else "")
+        )
+    shape = tuple(images.shape)
+    C = config.in_chans
+    if len(shape) != 4:
+        hint = " A single image needs a batch axis: images[None]." if len(shape) == 3 else ""
+        raise ShapeError(
+            f"images have rank {len(shape)}, shape {shape}; they must be (B, {C}, H, W).{hint}"
+        )
+    if shape[1] != C:
+        if shape[3] == C:
+            raise ShapeError(
+                f"looks channels-last: {shape}; images are (B, {C}, H, W). "
+                f"images.transpose(0, 3, 1, 2) turns them"
+            )
+        raise ShapeError(
+            f"images have {shape[1]} channels, shape {shape}; the configuration has in_chans={C}, "
+            f"so they must be (B, {C}, H, W)"
+        )
+    if shape[0] == 0:
+        raise ShapeError(f"the batch is empty: images have shape {shape}; B must be at least 1")
+    config.grids(shape[2], shape[3])  # refuses sizes that would lose pixels
+    return xp.astype(images, weight.dtype, copy=False)
+
+
+def check_cotangent(name: str, dy: Array, shape: tuple[int, ...], like: Array) -> Array:
+    """A gradient that has been checked, cast to the dtype of the weights.
+
+    Args:
+        name: of the gradient, for the message.
+        dy: the gradient, of that shape, float32 or float64.
+        shape: what it must have: that of what the forward returned.
+        like: an array of the weights, of any shape.
+
+    Returns:
+        dy, of the same shape and of like's dtype; dy itself if it has that.
+
+    Raises:
+        ArrayTypeError: if dy is not an array, lies on another device than like, or is not float32
+            or float64.
+        ShapeError: if it has another shape.
+    """
+    if not is_array(dy):
+        raise ArrayTypeError(f"{name} is {describe_type(dy)}. It must be an array {shape}")
+    if not same_library(dy, like):
+        raise ArrayTypeError(
+            f"{name} is {library_and_dtype(dy)} and the weights are {library_and_dtype(like)}; "
+            f"both must lie on one device. Move one: pvt_ref.to_device(x, 'cuda') or "
+            f"pvt_ref.to_numpy(x)"
+        )
+    check_float(name, dy)
+    if tuple(dy.shape) != shape:
+        raise ShapeError(
+            f"{name} has shape {tuple(dy.shape)}; the forward returned {shape}, and a gradient has "
+            f"the shape of what it belongs to"
+        )
+    return array_module(dy).astype(dy, like.dtype, copy=False)
+
+
+def check_pyramid_cotangents(
+    dmaps: Sequence[Array | None], shapes: Sequence[tuple[int, ...]], like: Array
+) -> list[Array]:
+    """Four gradients that have been checked, with zeros in the place of None.
+
+    Args:
+        dmaps: dL/dF_1 to dL/dF_4, (B, C_i, H_i, W_i) each, or None.
+        shapes: of the four maps.
+        like: an array of the weights, of any shape.
+
+    Returns:
+        Four arrays of these shapes, of like's library, device and dtype.
+
+    Raises:
+        ShapeError: if dmaps is not a sequence of four, or one has another shape.
+        ArrayTypeError: as :func:`check_cotangent`.
+    """
+    if not isinstance(dmaps, Sequence) or len(dmaps) != len(shapes):
+        given = f"{len(dmaps)}" if isinstance(dmaps, Sequence) else f"a {type(dmaps).__name__}"
+        raise ShapeError(
+            f"dmaps must be a list of {len(shapes)} arrays, dL/dF_1 to dL/dF_{len(shapes)} (None "
+            f"where the loss does not use a map); got {given}"
+        )
+    xp = array_module(like)
+    return [
+        xp.zeros(shape, dtype=like.dtype)
+        if dmap is None
+        else check_cotangent(f"dmaps[{i}]", dmap, shape, like)
+        for i, (dmap, shape) in enumerate(zip(dmaps, shapes, strict=True))
+    ]
+
+
+def check_stages(stages: Iterable[int]) -> set[int]:
+    """The stages as a set, each from 1 to 4.
+
+    Args:
+        stages: whole numbers.
+
+    Returns:
+        Plain integers; empty if stages is.
+
+    Raises:
+        RangeError: if stages is not iterable, or holds anything but whole numbers from 1 to 4.
+    """
+    wanted: list[Any]
+    try:
+        wanted = list(stages)
+    except TypeError:  # not iterable, which arrays without an axis find out only now
+        wanted = [None]
+    if not all(is_whole(s) and 1 <= s <= 4 for s in wanted):
+        raise RangeError(
+            f"stages are {shown(stages)}; they must be a list of numbers from 1 to 4, such as "
+            f"[1, 4]"
+        )
+    return {int(s) for s in wanted}
+
+
+def check_finite(name: str, x: Array, cause: str) -> None:
+    """Refuses a host array that holds NaN or infinity.
+
+    Arrays on a device are passed over: looking at them would make the host wait.
+
+    Args:
+        name: of the array, for the message.
+        x: an array of any shape; only one of NumPy floats is looked at.
+        cause: the likely cause and its cure, as sentences for the message.
+
+    Raises:
+        NonFiniteError: if a number in it is NaN or infinite; the message has how many, and where
+            the first.
+    """
+    if not isinstance(x, np.ndarray) or x.dtype.kind != "f" or bool(np.isfinite(x).all()):
+        return
+    bad = ~np.isfinite(x)
+    where = tuple(int(i) for i in np.argwhere(bad)[0])
+    raise NonFiniteError(
+        f"{name} holds {int(bad.sum())} values of {x.size} that are NaN or infinite, the first at "
+        f"index {where}. {cause}"
+    )
+
+
+def check_rng(rng: object, *, draws: bool = False) -> None:
+    """Refuses what masks and weights are not drawn from.
+
+    Raises:
+        ArrayTypeError: unless rng is a numpy.random.Generator or, if draws, a Draws.
+    """
+    if not isinstance(rng, np.random.Generator) and not (draws and isinstance(rng, Draws)):
+        raise ArrayTypeError(
+            f"rng is {type(rng).__name__}; it must be a NumPy generator, such as "
+            f"numpy.random.default_rng(0). (Masks and weights are drawn on the host, so that a "
+            f"seed means the same on every device.)"
+        )

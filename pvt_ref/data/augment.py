@@ -1,0 +1,180 @@
+"""Random changes of a batch that do not change what it shows: crop, flip, cutout; and mixup.
+
+Every function takes and returns a batch (B, C, H, W) of NumPy or CuPy arrays. The random numbers
+come from a NumPy generator on the host, so a seed means the same on every device.
+"""
+
+import numpy as np
+
+from pvt_ref.arrays import Array, array_module, from_host
+from pvt_ref.checks import check_rng
+from pvt_ref.errors import ArrayTypeError, ShapeError
+from pvt_ref.train.checks import check_number
+
+
+def random_crop(images: Array, padding: int, rng: np.random.Generator) -> Array:
+    """Each image moved by up to padding pixels in both directions; what comes in is 0.
+
+    That is: a border of zeros around it, and an H x W piece cut out anywhere.
+
+    Args:
+        images: (B, C, H, W) floats, normalised, so that 0 is the mean colour.
+        padding: at least 0, in pixels. 0 draws nothing.
+        rng: source of the shifts.
+
+    Returns:
+        (B, C, H, W) of images' dtype; images itself if padding is 0.
+
+    Raises:
+        RangeError: if padding is not a whole number, at least 0.
+        ShapeError: if images are not (B, C, H, W).
+        ArrayTypeError: if images are not an array, or rng is not a NumPy generator.
+    """
+    padding = check_number("padding", padding, least=0, whole=True)
+    B, C, H, W = _shape(images, rng)
+    if padding == 0:
+        return images
+    xp = array_module(images)
+    down = rng.integers(0, 2 * padding + 1, B)
+    right = rng.integers(0, 2 * padding + 1, B)
+    padded = xp.zeros((B, C, H + 2 * padding, W + 2 * padding), dtype=images.dtype)
+    padded[:, :, padding : padding + H, padding : padding + W] = images
+    # piece[b, c, i, j] = padded[b, c, down[b] + i, right[b] + j]
+    b = from_host(np.arange(B)[:, None, None, None], like=images)
+    c = from_host(np.arange(C)[:, None, None], like=images)
+    i = from_host((down[:, None] + np.arange(H))[:, None, :, None], like=images)  # (B, 1, H, 1)
+    j = from_host((right[:, None] + np.arange(W))[:, None, None, :], like=images)  # (B, 1, 1, W)
+    return padded[b, c, i, j]  # (B, C, H, W)
+
+
+def random_flip(images: Array, rng: np.random.Generator) -> Array:
+    """Each image mirrored, left to right, with probability one half.
+
+    Args:
+        images: (B, C, H, W), of any dtype.
+        rng: source of the choice, one draw an image.
+
+    Returns:
+        (B, C, H, W) of images' dtype, new memory.
+
+    Raises:
+        ShapeError: if images are not (B, C, H, W).
+        ArrayTypeError: if images are not an array, or rng is not a NumPy generator.
+    """
+    B = _shape(images, rng)[0]
+    xp = array_module(images)
+    turned = from_host(rng.random(B) < 0.5, like=images)[:, None, None, None]
+    return xp.where(turned, xp.flip(images, axis=-1), images)
+
+
+def cutout(images: Array, side: int, rng: np.random.Generator) -> Array:
+    """A square of each image set to 0, its centre anywhere (DeVries and Taylor, arXiv 1708.04552).
+
+    At the border, part of the square lies outside.
+
+    Args:
+        images: (B, C, H, W) floats, normalised.
+        side: of the square, in pixels. 0 draws nothing.
+        rng: source of the centres.
+
+    Returns:
+        (B, C, H, W) of images' dtype; images itself if side is 0.
+
+    Raises:
+        RangeError: if side is not a whole number, at least 0.
+        ShapeError: if images are not (B, C, H, W).
+        ArrayTypeError: if images are not an array, or rng is not a NumPy generator.
+    """
+    side = check_number("side", side, least=0, whole=True)
+    B, _, H, W = _shape(images, rng)
+    if side == 0:
+        return images
+    xp = array_module(images)
+    top = rng.integers(0, H, B)[:, None] - side // 2
+    left = rng.integers(0, W, B)[:, None] - side // 2
+    rows, columns = np.arange(H), np.arange(W)
+    in_rows = (top <= rows) & (rows < top + side)  # (B, H)
+    in_columns = (left <= columns) & (columns < left + side)  # (B, W)
+    kept = ~(in_rows[:, :, None] & in_columns[:, None, :])  # (B, H, W)
+    return images * xp.astype(from_host(kept[:, None], like=images), images.dtype)
+
+
+def mixup(
+    images: Array, targets: Array, alpha: float, rng: np.random.Generator
+) -> tuple[Array, Array]:
+    """Each sample blended with another of the batch, and its target likewise.
+
+    Zhang et al. 2018 (arXiv 1710.09412), with one lambda ~ Beta(alpha, alpha) a batch::
+
+        x = lambda x_b + (1 - lambda) x_partner(b)
+        t = lambda t_b + (1 - lambda) t_partner(b)
+
+    Args:
+        images: (B, C, H, W) floats.
+        targets: (B, K) floats, a distribution a row.
+        alpha: at least 0. 0 draws nothing and blends nothing; 1 takes every lambda alike.
+        rng: source of lambda and of the partners.
+
+    Returns:
+        images (B, C, H, W) and targets (B, K), of the dtypes that they had.
+
+    Raises:
+        RangeError: if alpha is not a number, at least 0.
+        ShapeError: if images are not (B, C, H, W), or targets are not for B of them.
+        ArrayTypeError: if images are not an array, or rng is not a NumPy generator.
+    """
+    alpha = check_number("alpha", alpha, least=0)
+    B = _shape(images, rng)[0]
+    shape = tuple(getattr(targets, "shape", ()))
+    if not shape or shape[0] != B:
+        raise ShapeError(
+            f"targets have shape {shape}; they must be ({B}, K), a distribution for each image. "
+            f"pvt_ref.train.one_hot(labels, K, like=images) makes them of labels"
+        )
+    if alpha == 0:
+        return images, targets
+    lam = float(rng.beta(alpha, alpha))
+    partner = from_host(rng.permutation(B), like=images)
+    xp = array_module(images)
+
+    def blend(x: Array) -> Array:
+        return lam * x + (1 - lam) * xp.take(x, partner, axis=0)
+
+    return blend(images), blend(targets)
+
+
+def one_hot(labels: np.ndarray, classes: int, like: Array) -> Array:
+    """Labels as distributions.
+
+    Args:
+        labels: (B,) integers in [0, K), on the host. What lies outside gets a row of zeros.
+        classes: K.
+        like: an array of any shape that says where to, and of which dtype.
+
+    Returns:
+        (B, K) of like's library, device and dtype: 1 at the label, else 0.
+
+    Raises:
+        RangeError: if classes is not a whole number, at least 1.
+        ArrayTypeError: if labels are not a NumPy array of integers, or like is not an array.
+        ShapeError: if labels are not (B,).
+    """
+    classes = check_number("classes", classes, least=1, whole=True)
+    if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu":
+        kind = getattr(labels, "dtype", type(labels).__name__)
+        raise ArrayTypeError(f"labels are {kind}; they must be a NumPy array of integers")
+    if labels.ndim != 1:
+        raise ShapeError(f"labels have shape {labels.shape}; they must be (B,), one an image")
+    host = labels[:, None] == np.arange(classes)
+    return array_module(like).astype(from_host(host, like=like), like.dtype)
+
+
+def _shape(images: Array, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """B, C, H, W, if these are images and that is a source of random numbers."""
+    check_rng(rng)
+    array_module(images)  # refuses what is not an array
+    shape = tuple(images.shape)
+    if len(shape) != 4:
+        raise ShapeError(f"images have shape {shape}; they must be (B, C, H, W)")
+    B, C, H, W = shape
+    return B, C, H, W

@@ -1,0 +1,586 @@
+"""Picture files of strangers: which formats are opened, and how much a file may ask for.
+
+Pillow opens some forty formats. One of them starts another program (PostScript, Ghostscript), and
+several have no bound on what a small file costs. Here only :data:`FORMATS` are opened, and a file
+is measured before it is decoded. Nothing of the process is changed meanwhile: no lock, no setting
+of Pillow's, no warnings filter. So threads decode side by side, and a fork meets no lock.
+"""
+
+import io
+import os
+import re
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, BinaryIO
+
+# The plugins are imported now: a fork in the middle of an import leaves its lock taken in the child
+from PIL import (  # noqa: F401
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    MpoImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
+
+with suppress(ImportError):  # since Pillow 11.3
+    from PIL import AvifImagePlugin  # noqa: F401
+
+from pvt_ref.errors import ArrayTypeError, ImageError, MissingFileError, PVTError, shown
+
+_OPENED = tuple(
+    name
+    for name in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+    if name in Image.OPEN
+)
+
+#: The formats that are read, by Pillow's names: AVIF if Pillow has it; PPM stands for PGM, PBM and
+#: PFM too; MPO is what Pillow calls a JPEG that others follow in the same file.
+FORMATS = (*_OPENED, "MPO")
+
+#: Bytes of a picture file.
+MAX_FILE_BYTES = 2**28
+
+#: Pixels of a picture in a file. Reading takes up to 12 bytes for each, 1 GiB in all.
+#: ``PIL.Image.MAX_IMAGE_PIXELS`` is obeyed too; by default it is the same number.
+MAX_PIXELS = 2**30 // 12
+
+#: Pixels of a WebP or an AVIF: their decoders keep copies. Reading takes up to 20 bytes for each.
+MAX_COPIED_PIXELS = 2**30 // 20
+_COPYING = ("WEBP", "AVIF")
+
+#: Scans of a JPEG: each visits every pixel, however few bytes it has. Usual are 1 to 10.
+MAX_SCANS = 100
+
+#: Bytes of a file, and levels of its pixels, that go through Python one by one: a PNM in digits or
+#: with an odd maximum, a BMP of run lengths. A microsecond each.
+MAX_SLOW_BYTES = 2**24
+
+#: Parts of a file: chunks of a PNG, segments of a JPEG, blocks of a GIF before its first frame.
+MAX_PARTS = 2**17
+
+#: Parts that are unpacked or joined: profiles and packed texts of a PNG, Exif of a JPEG.
+MAX_METADATA_PARTS = 64
+
+#: Numbers that the tags of a TIFF, or of Exif, hold together: each becomes a Python object.
+MAX_TAG_NUMBERS = 2**18
+
+
+@contextmanager
+def as_image_error(what: str) -> Iterator[None]:
+    """Errors of Pillow's plugins, of a dozen types, become ImageError.
+
+    Args:
+        what: is being read, for the message.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ImageError: in the place of what Pillow raises.
+    """
+    try:
+        yield
+    except PVTError:
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise _too_many_pixels(what, pixel_limit()) from error
+    except Warning as error:  # only where the caller's filters turn warnings into errors
+        raise ImageError(
+            f"{what} is unusual, and warnings are errors in this process. Pillow says: "
+            f"{_brief(error)}. Save the picture anew with another program, or let the warning "
+            f"pass: warnings.filterwarnings('default', module='PIL')"
+        ) from error
+    except Exception as error:
+        raise ImageError(
+            f"{what} cannot be decoded ({type(error).__name__}: {_brief(error)}). It is probably "
+            f"cut short or damaged: copy or download it again, and see whether a viewer opens it"
+        ) from error
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _too_many_pixels(what: str, limit: int) -> ImageError:
+    name, own = "MAX_PIXELS", MAX_PIXELS
+    if limit == MAX_COPIED_PIXELS < MAX_PIXELS:
+        name, own = "MAX_COPIED_PIXELS", MAX_COPIED_PIXELS
+    return ImageError(
+        f"{what} is suspiciously large: more than the {limit} pixels allowed. If you trust it, "
+        f"shrink it with another program, or raise pvt_ref.picture_file.{name} (now {own}) and "
+        f"PIL.Image.MAX_IMAGE_PIXELS (now {Image.MAX_IMAGE_PIXELS})"
+    )
+
+
+def pixel_limit(format: str | None = None) -> int:
+    """The smaller of :data:`MAX_PIXELS` and Pillow's own limit; for some formats, a lower one.
+
+    Args:
+        format: of the file, by Pillow's name.
+
+    Returns:
+        Pixels.
+    """
+    pillows = Image.MAX_IMAGE_PIXELS
+    own = min(MAX_PIXELS, MAX_COPIED_PIXELS) if format in _COPYING else MAX_PIXELS
+    return own if pillows is None else min(own, pillows)
+
+
+# Bytes --------------------------------------------------------------------------------------------
+
+
+def read_path(path: str | os.PathLike[str], what: str) -> bytes:
+    """All of a regular file.
+
+    Args:
+        path: of the file.
+        what: it is, for messages.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        MissingFileError: if there is none.
+        ImageError: if it is a folder, a pipe or a device, too large, or cannot be read.
+    """
+    try:
+        kind = os.stat(path).st_mode
+        if stat.S_ISREG(kind):
+            # A pipe that takes the file's place meanwhile must not keep us waiting for ever
+            with open(path, "rb", opener=_open_at_once) as file:
+                kind = os.fstat(file.fileno()).st_mode
+                if stat.S_ISREG(kind):
+                    return _read(file, what)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MissingFileError(f"there is no file {what}. {_where(os.fsdecode(path))}") from error
+    except (OSError, ValueError) as error:  # permissions, or a name that cannot be one
+        if isinstance(error, PVTError):
+            raise
+        cause = getattr(error, "strerror", None) or error  # without the path, which may be long
+        raise ImageError(
+            f"{what} cannot be read ({cause}). Check its name and its permissions"
+        ) from error
+    if stat.S_ISDIR(kind):
+        raise ImageError(f"{what} is a folder; name a picture inside it")
+    raise ImageError(f"{what} is no regular file but a pipe or a device; copy the picture into one")
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _where(name: str) -> str:
+    if "://" in name:
+        return "Only files are read, not addresses: download it first"
+    try:
+        place = shown(os.path.abspath(name), 200)
+    except OSError:  # a relative name needs the working folder
+        return (
+            "The folder that Python runs in has been deleted: change to another (os.chdir), or "
+            "give the whole path"
+        )
+    return f"It was looked for at {place}; check the spelling, and the folder that Python runs in"
+
+
+def read_file(file: BinaryIO, what: str) -> bytes:
+    """All of an open file, from its start where it has one.
+
+    Args:
+        file: opened in binary mode. It is left open.
+        what: it is, for messages.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        ImageError: if it is closed, too large, or cannot be read.
+        ArrayTypeError: if it was opened as text, or gives no bytes.
+    """
+    if getattr(file, "closed", False):
+        raise ImageError(f"{what} is closed; read the picture inside the `with open(...)`")
+    try:
+        seekable = getattr(file, "seekable", None)  # some have read and nothing else
+        if seekable is not None and seekable():  # a pipe is not
+            file.seek(0)
+        return _read(file, what)
+    except PVTError:
+        raise
+    except UnicodeDecodeError as error:
+        raise _text(what) from error
+    except Exception as error:  # an object with read may raise anything
+        name = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        raise ImageError(
+            f"{what} cannot be read ({name}{_brief(error)}); open it with open(path, 'rb')"
+        ) from error
+
+
+def _text(what: str) -> ArrayTypeError:
+    return ArrayTypeError(f"{what} was opened as text; pictures need open(path, 'rb')")
+
+
+def _read(file: BinaryIO, what: str) -> bytes:
+    parts, size = [], 0
+    while part := file.read(2**20):
+        if isinstance(part, str):
+            raise _text(what)
+        if not isinstance(part, bytes | bytearray | memoryview):
+            raise ArrayTypeError(f"{what} gives a {type(part).__name__}; its read must give bytes")
+        parts.append(part)
+        size += len(part)
+        if size > MAX_FILE_BYTES:
+            raise ImageError(
+                f"{what} is larger than the {MAX_FILE_BYTES} bytes allowed for a picture. Shrink "
+                f"it with another program, or raise pvt_ref.data.picture_file.MAX_FILE_BYTES"
+            )
+    if part is None:
+        raise ImageError(
+            f"{what} is not at its end, but has nothing to read now (it does not block). Wait for "
+            f"all of it, and pass io.BytesIO(data)"
+        )
+    return b"".join(parts)
+
+
+# Pictures -----------------------------------------------------------------------------------------
+
+#: First bytes of what people mistake for pictures, or for pictures of a format that is read.
+_OTHERS = (
+    (b"%!PS", "a PostScript drawing, a program; export it as PNG"),
+    (b"\xc5\xd0\xd3\xc6", "a PostScript drawing, a program; export it as PNG"),
+    (b"<", "a web page or an SVG drawing; save the picture itself, as PNG or JPEG"),
+    (b"%PDF", "a PDF; export the page as PNG"),
+    (b"\x93NUMPY", "a NumPy array; numpy.load reads it, pvt_ref.normalize takes its pixels"),
+    (b"PK\x03\x04", "a zip archive or a weights file; unpack it, or pvt_ref.load reads weights"),
+    (b"version https://git-lfs", "a Git LFS pointer; `git lfs pull` fetches the picture"),
+    (b"\0\0\0\x0cjP  ", "a JPEG 2000; save it as PNG"),
+    (b"\xff\x4f\xff\x51", "a JPEG 2000; save it as PNG"),
+    (b"8BPS", "a Photoshop document; export it as PNG"),
+    (b"\0\0\1\0", "an icon; save it as PNG"),
+)
+_NAMES = ", ".join(_OPENED)
+_HEIC = (b"heic", b"heix", b"mif1", b"msf1")
+
+#: What ends the names of files in these formats, in lower case.
+SUFFIXES = tuple(sorted(s for s, format in Image.EXTENSION.items() if format in FORMATS))
+
+
+class _Counted(io.BytesIO):
+    """A file whose parts were counted already."""
+
+
+def open_picture(data: bytes, what: str) -> Image.Image:
+    """A picture, identified and measured, but not decoded yet.
+
+    Args:
+        data: the whole file.
+        what: it is, for messages.
+
+    Returns:
+        A PIL image, of which size and mode are known.
+
+    Raises:
+        ImageError: if it is in none of :data:`FORMATS`, or beyond a limit.
+    """
+    if not data:
+        raise ImageError(f"{what} is empty (0 bytes): was the copy or download interrupted?")
+    _check_parts(data, what)
+    try:
+        return Image.open(_Counted(data), formats=_OPENED)
+    except UnidentifiedImageError as error:
+        head = data[:64].lstrip()
+        likely = [name for start, name in _OTHERS if head.startswith(start)]
+        if data[4:8] == b"ftyp" and data[8:12] in _HEIC:
+            likely = ["a HEIC photo; save it as JPEG"]
+        begun = [] if likely else [name for name in _OPENED if _begins_as(name, data)]
+        if begun:
+            floats = begun[0] == "TIFF" and 3 in _values(data, _SAMPLE_FORMAT)
+            kind = "of float samples" if floats else "cut short, damaged, or of a rare kind"
+            raise ImageError(
+                f"{what} cannot be decoded: it begins as a {begun[0]}, but is {kind}, and Pillow "
+                f"does not read it. Save it anew with another program, as 8-bit PNG"
+            ) from error
+        cause = f"It looks like {likely[0]}" if likely else f"Its first bytes are {data[:12]!r}"
+        raise ImageError(
+            f"{what} is not a picture in a format that is read here ({_NAMES}). {cause}"
+        ) from error
+
+
+def _begins_as(format: str, data: bytes) -> bool:
+    accept = Image.OPEN[format][1]
+    text = format == "PPM" and not data[2:3].isspace()  # that a text begins with P says nothing
+    return accept is not None and not text and bool(accept(data[:16]))
+
+
+#: Grey levels of 2 and 4 bits are multiplied by Pillow, but for the one that is transparent.
+_FACTORS = {"L;2": 85, "L;4": 17}
+
+
+def load(image: Image.Image, what: str) -> None:
+    """Decodes a PIL image that is not decoded yet, within the limits.
+
+    Args:
+        image: any; one that is in memory already is left as it is.
+        what: it is, for messages.
+
+    Raises:
+        ImageError: if its file is in none of :data:`FORMATS`, beyond a limit, closed, or a PNG of
+            which Pillow confuses the transparent colour with others.
+    """
+    if _is_closed(image):
+        raise _closed(what)
+    if not isinstance(image, ImageFile.ImageFile):
+        return
+    waiting = bool(image.tile) or not _has_pixels(image)
+    if image.format not in FORMATS:
+        if waiting:  # decoding could start another program
+            raise ImageError(
+                f"{what} is a {image.format} file that is not loaded yet; only these formats are "
+                f"({_NAMES}). Save it as PNG with another program, or, if you trust "
+                f"the file, call image.load() before"
+            )
+        return
+    file: Any = getattr(image, "fp", None)
+    gone = file is None or getattr(file, "closed", False)  # WebP and AVIF do without
+    if waiting:
+        limit = pixel_limit(image.format)
+        if image.width * image.height > limit:
+            raise _too_many_pixels(what, limit)
+        if not gone:
+            if not isinstance(file, _Counted):
+                _check_parts(_whole(file, what), what)
+            _check_slow(image, _length(file), what)
+    packing = image.tile[0][3] if image.format == "PNG" and image.tile else None
+    if packing == "RGB;16B" and "transparency" in image.info:
+        raise ImageError(
+            f"{what} is a PNG of 16 bits a colour with one that is transparent. Pillow keeps 8 of "
+            f"them, in which others look the same. Save it with an alpha channel, or in 8 bits"
+        )
+    try:
+        image.load()
+    except Exception as error:
+        if not gone:
+            raise
+        raise _closed(what) from error
+    transparent = image.info.get("transparency")
+    if packing in _FACTORS and isinstance(transparent, int):
+        factor = _FACTORS[packing]
+        image.info["transparency"] = transparent % (1 + 255 // factor) * factor
+
+
+def _is_closed(image: Image.Image) -> bool:
+    try:
+        _ = image.im.mode
+    except ValueError:  # what image.close() leaves behind
+        return True
+    except Exception:  # no pixels yet
+        return False
+    return False
+
+
+def _closed(what: str) -> ImageError:
+    return ImageError(
+        f"{what} is closed; read it inside the `with Image.open(...)`, and before image.close()"
+    )
+
+
+def _has_pixels(image: Image.Image) -> bool:
+    try:
+        return image.im is not None
+    except Exception:  # what Pillow says if there are none differs from release to release
+        return False
+
+
+def _whole(file: Any, what: str) -> bytes:
+    here = file.tell()
+    file.seek(0)
+    data = _read(file, what)
+    file.seek(here)
+    return data
+
+
+def _length(file: Any) -> int:
+    here = file.tell()
+    file.seek(0, os.SEEK_END)
+    length = file.tell()
+    file.seek(here)
+    return length
+
+
+def exif_is_harmless(image: Image.Image) -> bool:
+    """Whether Exif can be read without its numbers filling the memory.
+
+    Args:
+        image: a PIL image.
+
+    Returns:
+        False if there are more than :data:`MAX_TAG_NUMBERS`.
+    """
+    block = image.info.get("exif")
+    if not isinstance(block, bytes):
+        return True
+    while block.startswith(b"Exif\0\0"):  # as Pillow does
+        block = block[6:]
+    return _numbers(block) is not None
+
+
+# Limits that can be told without decoding ---------------------------------------------------------
+
+
+def _check_parts(data: bytes, what: str) -> None:
+    if data.startswith(b"\xff\xd8"):
+        _check_jpeg(data, what)
+    elif data.startswith(b"\x89PNG"):
+        _check_png(data, what)
+    elif data.startswith(b"GIF8"):
+        _check_gif(data, what)
+    elif data[:2] in (b"II", b"MM"):
+        _check_tiff(data, what)
+    elif data.startswith(b"P") and len(data) > MAX_SLOW_BYTES and not _PNM.match(data[: 2**16]):
+        raise _too_many(what, _SLOW, "MAX_SLOW_BYTES", MAX_SLOW_BYTES)  # a comment of any length
+
+
+def _too_many(what: str, things: str, name: str, limit: int) -> ImageError:
+    return ImageError(
+        f"{what} has more than {limit} {things}, far beyond any usual picture: it could take very "
+        f"long. If you trust it, save it anew with another program, or raise "
+        f"pvt_ref.picture_file.{name}"
+    )
+
+
+#: A marker: not a stuffed byte, nor a restart, nor one of the fill bytes before it.
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
+
+
+def _check_jpeg(data: bytes, what: str) -> None:
+    """Walks the segments as libjpeg does: what lies between two of them is skipped."""
+    at, parts, scans, exifs = 2, 0, 0, 0
+    while marker := _MARKER.search(data, at):
+        kind, at = marker[1][0], marker.end()
+        if kind == 0xD9:  # end of image: libjpeg stops, and so do strangers' appendices not count
+            return
+        if kind >= 0xC0:  # the others have no length
+            at += max(int.from_bytes(data[at : at + 2], "big"), 2)
+        parts += 1
+        scans += kind == 0xDA
+        exifs += kind == 0xE1 and data.startswith(b"Exif\0\0", marker.end() + 2)
+        if parts > MAX_PARTS:
+            raise _too_many(what, "segments", "MAX_PARTS", MAX_PARTS)
+        if scans > MAX_SCANS:
+            raise _too_many(what, "scans", "MAX_SCANS", MAX_SCANS)
+        if exifs > MAX_METADATA_PARTS:
+            raise _too_many(what, "Exif segments", "MAX_METADATA_PARTS", MAX_METADATA_PARTS)
+
+
+def _check_png(data: bytes, what: str) -> None:
+    at, parts, packed = 8, 0, 0
+    while at + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        at += 12 + length
+        parts += 1
+        packed += kind in (b"iCCP", b"zTXt", b"iTXt")
+        if parts > MAX_PARTS:
+            raise _too_many(what, "chunks", "MAX_PARTS", MAX_PARTS)
+        if packed > MAX_METADATA_PARTS:
+            raise _too_many(
+                what, "profiles and packed texts", "MAX_METADATA_PARTS", MAX_METADATA_PARTS
+            )
+
+
+def _check_gif(data: bytes, what: str) -> None:
+    """Walks what lies before the first frame, as Pillow does: stray bytes are skipped."""
+    at, parts = 13, 0
+    if len(data) > 10 and data[10] & 128:  # a palette
+        at += 3 << ((data[10] & 7) + 1)
+    in_extension = False
+    while at < len(data) and (in_extension or data[at] not in b",;"):
+        parts += 1
+        if parts > MAX_PARTS:
+            raise _too_many(what, "blocks", "MAX_PARTS", MAX_PARTS)
+        if in_extension:
+            in_extension = data[at] > 0
+            at += 1 + data[at]
+        else:
+            in_extension = data[at] == 0x21
+            at += 1 + in_extension  # a label follows
+
+
+#: A PNM's mark, and its numbers with white space or comments before each.
+_PNM = re.compile(
+    rb"P[14](?:(?:\s|#[^\r\n]*[\r\n])+\d+){2}|P.(?:(?:\s|#[^\r\n]*[\r\n])+[-+.\d]+){3}"
+)
+
+
+_SLOW = "bytes, each of which is read on its own"
+
+
+def _check_slow(image: ImageFile.ImageFile, length: int, what: str) -> None:
+    """Refuses large pictures whose decoder Pillow has written in Python."""
+    if not any(tile[0] in Image.DECODERS for tile in image.tile):
+        return
+    levels = image.width * image.height * len(image.getbands())
+    for count, things in ((length, _SLOW), (levels, "levels, each of which is made on its own")):
+        if count > MAX_SLOW_BYTES:
+            raise _too_many(what, things, "MAX_SLOW_BYTES", MAX_SLOW_BYTES)
+
+
+_TILE_WIDTH, _TILE_HEIGHT, _SAMPLE_FORMAT = 322, 323, 339
+
+
+def _check_tiff(data: bytes, what: str) -> None:
+    if _numbers(data) is None:
+        raise _too_many(what, "numbers in its tags", "MAX_TAG_NUMBERS", MAX_TAG_NUMBERS)
+    # a tile is unpacked whole, however little of it shows; a strip ends where the picture does
+    width, height = (max(_values(data, t), default=0) for t in (_TILE_WIDTH, _TILE_HEIGHT))
+    if width * height > pixel_limit():
+        raise _too_many_pixels(f"a tile of {what}", pixel_limit())
+
+
+def _numbers(tiff: bytes) -> int | None:
+    """How many numbers the tags of a TIFF's first directory hold; None if they are too many."""
+    total = 0
+    for i, (_, kind, count, _) in enumerate(_entries(tiff)):
+        total += count if kind not in (1, 2, 6, 7) else 0  # bytes and texts stay as they are
+        if total > MAX_TAG_NUMBERS or i > MAX_TAG_NUMBERS:
+            return None
+    return total
+
+
+#: Bytes of the kinds of whole numbers.
+_WHOLE = {1: 1, 3: 2, 4: 4, 6: 1, 8: 2, 9: 4, 16: 8, 17: 8}
+
+
+def _values(tiff: bytes, wanted: int) -> list[int]:
+    """The first whole numbers of a tag, from wherever it is there more than once."""
+    order: Any = "little" if tiff[:2] == b"II" else "big"
+    values = []
+    for tag, kind, count, field in _entries(tiff):
+        if tag == wanted and kind in _WHOLE:
+            size, count = _WHOLE[kind], min(count, 16)
+            if size * count > len(field):  # then it holds the place where they are
+                at = int.from_bytes(field, order)
+                field = tiff[at : at + size * count]
+            values += [int.from_bytes(field[i * size :][:size], order) for i in range(count)]
+    return values
+
+
+def _entries(tiff: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """Of a TIFF's first directory: tag, kind, number of values, and the field for them."""
+    order = "<" if tiff[:2] == b"II" else ">"
+    try:
+        if tiff[2:4] in (b"\x2b\0", b"\0\x2b"):  # BigTIFF
+            entry, (at,) = f"{order}HHQ8s", struct.unpack_from(f"{order}Q", tiff, 8)
+            (count,), first = struct.unpack_from(f"{order}Q", tiff, at), at + 8
+        else:
+            entry, (at,) = f"{order}HHI4s", struct.unpack_from(f"{order}I", tiff, 4)
+            (count,), first = struct.unpack_from(f"{order}H", tiff, at), at + 2
+        for i in range(count):
+            yield struct.unpack_from(entry, tiff, first + i * struct.calcsize(entry))
+    except struct.error:  # cut short: Pillow says so, or leaves the tag out
+        return

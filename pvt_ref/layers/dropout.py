@@ -1,0 +1,131 @@
+"""Dropout (Srivastava et al. 2014) and drop path (stochastic depth, Huang et al. 2016).
+
+Dropout: Journal of Machine Learning Research 15, 1929-1958. Drop path: arXiv 1603.09382.
+
+Both multiply by a random mask of 0 and 1/(1 - rate), so that the expectation is the input. Masks
+are drawn on the host from a NumPy generator: one seed gives the same masks on every device and for
+every dtype. Without a generator nothing is dropped, whatever the rate: there is no other switch
+between training and inference.
+"""
+
+import numpy as np
+
+from pvt_ref.arrays import Array, array_module, from_host
+from pvt_ref.ops import REFERENCE, Operation, Ops
+from pvt_ref.tree import record
+
+
+@record
+class DropCache:
+    """What :func:`drop_backward` needs.
+
+    Attributes:
+        mask: bool, True where x was kept: x's shape (dropout), or (B, 1, ..., 1) (drop path).
+        gain: 1 / (1 - rate), what the rest was multiplied by.
+    """
+
+    mask: Array
+    gain: float
+
+
+def dropout_forward(
+    p: None,
+    x: Array,
+    ops: Ops,
+    rate: float,
+    rng: np.random.Generator | None,
+    keep: bool = True,
+) -> tuple[Array, DropCache | None]:
+    """Each element is zero with probability rate, else divided by 1 - rate.
+
+    Args:
+        p: None; there are no weights.
+        x: (...), float32 or float64.
+        ops: not asked.
+        rate: in [0, 1).
+        rng: source of the mask. None (inference) leaves x as it is, and so does rate 0.
+        keep: whether a cache for the backward is returned; without it, it is None.
+
+    Returns:
+        y (...) of x's dtype, and the cache. If nothing was dropped, x itself and None.
+    """
+    return _drop(x, x.shape, rate, rng, keep)
+
+
+def drop_path_forward(
+    p: None,
+    x: Array,
+    ops: Ops,
+    rate: float,
+    rng: np.random.Generator | None,
+    keep: bool = True,
+) -> tuple[Array, DropCache | None]:
+    """Each sample is zero as a whole with probability rate, else divided by 1 - rate.
+
+    Args:
+        p: None; there are no weights.
+        x: (B, ...), the output of a residual branch, float32 or float64.
+        ops: not asked.
+        rate: in [0, 1).
+        rng: source of the mask, one draw a sample. None or rate 0 leaves x as it is.
+        keep: whether a cache for the backward is returned; without it, it is None.
+
+    Returns:
+        y (B, ...) of x's dtype, and the cache. If nothing was dropped, x itself and None.
+    """
+    return _drop(x, (x.shape[0],) + (1,) * (x.ndim - 1), rate, rng, keep)
+
+
+def _drop(
+    x: Array, mask_shape: tuple[int, ...], rate: float, rng: np.random.Generator | None, keep: bool
+) -> tuple[Array, DropCache | None]:
+    if rng is None or rate == 0.0:
+        return x, None
+    # float32 draws whatever x is: float32 and float64 runs then share their masks
+    kept = rng.random(mask_shape, dtype=np.float32) >= rate
+    cache = DropCache(from_host(kept, like=x), 1.0 / (1.0 - rate))
+    return _apply(cache, x), cache if keep else None
+
+
+def _apply(cache: DropCache, x: Array) -> Array:
+    y = x * cache.gain
+    y *= array_module(x).astype(cache.mask, x.dtype)
+    return y
+
+
+def dropout_backward(
+    p: None, cache: DropCache | None, dy: Array, ops: Ops = REFERENCE
+) -> tuple[Array, None]:
+    """Gradient of :func:`dropout_forward`: the same mask again.
+
+    Args:
+        p: None.
+        cache: from the forward; None if nothing was dropped.
+        dy: dL/dy, y's shape.
+        ops: not asked.
+
+    Returns:
+        dx, dy's shape and dtype, dy itself if nothing was dropped; and None.
+    """
+    return (dy if cache is None else _apply(cache, dy)), None
+
+
+def drop_path_backward(
+    p: None, cache: DropCache | None, dy: Array, ops: Ops = REFERENCE
+) -> tuple[Array, None]:
+    """Gradient of :func:`drop_path_forward`: the same mask again.
+
+    Args:
+        p: None.
+        cache: from the forward; None if nothing was dropped.
+        dy: dL/dy (B, ...).
+        ops: not asked.
+
+    Returns:
+        dx (B, ...) of dy's dtype, dy itself if nothing was dropped; and None.
+    """
+    return (dy if cache is None else _apply(cache, dy)), None
+
+
+dropout = Operation(dropout_forward, dropout_backward)
+drop_path = Operation(drop_path_forward, drop_path_backward)

@@ -1,0 +1,6 @@
+"""The networks. Each has a folder of its own, and is entered here."""
+
+from pvt_ref.models.architecture import register
+from pvt_ref.models.pvt import PVT
+
+register(PVT)

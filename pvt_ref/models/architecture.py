@@ -1,0 +1,223 @@
+"""What the rest of the package knows of a network: one row of functions and names.
+
+A network lives in a folder of its own, with its configuration, its parameters and its passes, and
+is entered in ``models/__init__.py``. Everybody else (checks, files, training, reports, the command
+line) takes a configuration, looks up its row, and asks the row.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+
+from pvt_ref.arrays import Array
+from pvt_ref.errors import ArrayTypeError, shown
+from pvt_ref.ops import Operation, Ops
+
+
+class Leaf(NamedTuple):
+    """What one array of the parameters has to be.
+
+    Attributes:
+        key: its name in the state dict, which is also its path in the record of parameters.
+        shape: its shape.
+        init: how it is drawn; see :func:`pvt_ref.init_params`.
+        fan_in: numbers that one output is made of, C_in P P, where init is ``"uniform"``.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    init: Literal["zeros", "ones", "normal", "uniform"]
+    fan_in: int = 0
+
+
+class Place(NamedTuple):
+    """Where an operation stands, read off its path.
+
+    Attributes:
+        stage: from 1; 0 is the classifier.
+        block: of the stage, from 0; None outside the blocks.
+        part: what is left of the path: ``"attn.q"``, ``"patch_embed"``.
+    """
+
+    stage: int
+    block: int | None
+    part: str
+
+
+@runtime_checkable
+class Config(Protocol):
+    """What every configuration offers: a frozen dataclass with these fields among its own."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def img_size(self) -> int:
+        """Side in pixels of the square image that it is made for."""
+        ...
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the image."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the classifier; 0 if there is none."""
+        ...
+
+    @property
+    def drop_path_rate(self) -> float:
+        """Of the last block."""
+        ...
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether there are logits."""
+        ...
+
+    @property
+    def size_multiple(self) -> int:
+        """Smallest number of which H and W must be multiples for no pixel to be lost."""
+        ...
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Of the feature maps, one a stage."""
+        ...
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels per side of a token in the feature maps, one a stage."""
+        ...
+
+    def grids(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
+        """Token grids of the stages; a ShapeError for a size that it cannot take."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Architecture:
+    """A network. All passes are unchecked: shapes and dtypes are trusted.
+
+    Attributes:
+        name: by which files know it, ``"pvt"``.
+        title: for people, ``"PVT"``.
+        config_type: a frozen dataclass, see :class:`Config`.
+        params_type: the record of its parameters.
+        build_params: ``(config, make) -> params``: every array made by ``make(leaf)``, in the order
+            of the state dict. The one place that says which arrays there are.
+        prepare: ``(params, config, (H, W)) -> constants``: what does not depend on the images, such
+            as resized position tables.
+        forward: ``(params, images, config, ops, rng, keep, constants) -> logits, cache``. Without
+            constants it makes its own. rng is a Generator, a Draws or None.
+        backward: ``(params, cache, dlogits, ops) -> grads, dimages``.
+        forward_pyramid: as forward, with a list of maps (B, C_i, H_i, W_i); None if there are none.
+        backward_pyramid: ``(params, cache, dmaps, ops) -> grads, dimages``, a dmap for every map.
+        operations: all that its passes can ask for, those inside others included.
+        place: where the operation with a path stands; None for one inside another.
+        describe: a configuration in a few words, ``"pvt_tiny, 1000 classes, 224 px"``.
+        variants: published configurations by name.
+        aliases: other names of them.
+        files: how files of other projects are read: see :mod:`pvt_ref.checkpoint`; None if only
+            this project's own are.
+    """
+
+    name: str
+    title: str
+    config_type: type
+    params_type: type
+    build_params: Callable[[Any, Callable[[Leaf], Array]], Any]
+    prepare: Callable[[Any, Any, tuple[int, int]], Any]
+    forward: Callable[..., tuple[Array, Any]]
+    backward: Callable[[Any, Any, Array, Ops], tuple[Any, Array]]
+    forward_pyramid: Callable[..., tuple[list[Array], Any]] | None = None
+    backward_pyramid: Callable[[Any, Any, Sequence[Array], Ops], tuple[Any, Array]] | None = None
+    operations: frozenset[Operation]
+    place: Callable[[str], Place | None]
+    describe: Callable[[Any], str]
+    variants: Mapping[str, Any] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    files: Any = None
+
+
+_rows: dict[type, Architecture] = {}
+
+
+def register(row: Architecture) -> None:
+    """Enters a network. A later row of the same configuration type takes the place of the first."""
+    _rows[row.config_type] = row
+
+
+def architectures() -> Iterator[Architecture]:
+    """All rows, in the order in which they were entered."""
+    yield from list(_rows.values())
+
+
+def architecture_of(config: object) -> Architecture:
+    """The row of a configuration.
+
+    Raises:
+        ArrayTypeError: if config is not a configuration of any network.
+    """
+    row = _rows.get(type(config))
+    if row is None:
+        variant = isinstance(config, str) and config in known_variants()
+        raise ArrayTypeError(
+            f"config is a {type(config).__name__}; it must be a "
+            f"{' or '.join(row.config_type.__name__ for row in _rows.values())}, such as "
+            f"pvt_ref.VARIANTS[{config if variant else 'pvt_tiny'!r}]. The arguments come in the "
+            f"order (params, images, config), or (config, rng) for init_params"
+        )
+    return row
+
+
+def architecture_named(name: str) -> Architecture | None:
+    """The row by its name in files; None if there is none."""
+    return next((row for row in _rows.values() if row.name == name), None)
+
+
+def known_variants() -> dict[str, Any]:
+    """Published configurations of all networks by name, aliases included."""
+    known: dict[str, Any] = {}
+    for row in _rows.values():
+        known |= row.variants
+        known |= {alias: row.variants[name] for alias, name in row.aliases.items()}
+    return known
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """Plain values by field name, fit for JSON; ``type(config)(**values)`` is config again."""
+    return {f.name: getattr(config, f.name) for f in fields(config)}
+
+
+@functools.lru_cache(maxsize=64)  # every forward asks
+def param_shapes(config: Any) -> Mapping[str, tuple[int, ...]]:
+    """Shape of every array by key, in the order of the state dict; read-only.
+
+    Raises:
+        ArrayTypeError: if config is not a configuration.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def note(leaf: Leaf) -> None:
+        shapes[leaf.key] = leaf.shape
+
+    architecture_of(config).build_params(config, note)
+    return MappingProxyType(shapes)
+
+
+def check_params_type(params: object) -> None:
+    """Refuses what is not a record of parameters.
+
+    Raises:
+        ArrayTypeError: unless params is of a network's own type.
+    """
+    known = [row.params_type for row in _rows.values()]
+    if type(params) not in known:
+        raise ArrayTypeError(
+            f"params is a {type(params).__name__}; it must be a "
+            f"{' or '.join(kind.__name__ for kind in known)}, from init_params, from_state_dict or "
+            f"load(path).params. It was given {shown(params)}"
+        )

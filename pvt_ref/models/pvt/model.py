@@ -1,0 +1,342 @@
+"""The whole network: four stages, read out as class logits or as a pyramid of feature maps.
+
+This file says in what order the operations are applied, and the backward says it in reverse; what
+they compute stands in layers/ and blocks/. The stages are those of sections 3.1 and 3.2 of the
+paper (Wang et al., ICCV 2021, arXiv 2102.12122). Two readings share them but differ in the fourth,
+as the authors' classifier and their dense backbones do: :func:`forward` starts it with the cls
+token (section 4.1), :func:`forward_pyramid` does not (section 4.2).
+
+Nothing is checked here: :mod:`pvt_ref.api` does that, and calls these functions.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pvt_ref.arrays import Array, array_module
+from pvt_ref.blocks.transformer import blocks
+from pvt_ref.draws import Draws, What, generator_at
+from pvt_ref.layers.dropout import dropout
+from pvt_ref.layers.layer_norm import layer_norm
+from pvt_ref.layers.linear import linear
+from pvt_ref.layers.patch_embed import patch_embed
+from pvt_ref.layers.position import position, positions
+from pvt_ref.layers.sum_rows import sum_rows
+from pvt_ref.models.pvt.config import NUM_STAGES, PVTConfig
+from pvt_ref.models.pvt.params import PVTParams, StageParams
+from pvt_ref.ops import Ops
+from pvt_ref.tree import record, zeros_like
+
+STAGES = range(1, NUM_STAGES + 1)
+
+#: What the masks are drawn from; see :mod:`pvt_ref.draws`.
+Source = np.random.Generator | Draws | None
+
+
+@record
+class StageCache:
+    """The caches of the parts of stage i, each for its own backward.
+
+    Attributes:
+        patch_embed: of the patch embedding, which made (B, n_i, C_i).
+        position: of the position embedding.
+        drop: of the dropout after it; None if nothing was dropped.
+        blocks: of the L_i blocks.
+        grid: (H_i, W_i).
+        cls: whether the first token is the cls token.
+    """
+
+    patch_embed: Any
+    position: Any
+    drop: Any
+    blocks: Any
+    grid: tuple[int, int]
+    cls: bool
+
+
+@record
+class ClassifierCache:
+    """What :func:`backward` needs.
+
+    Attributes:
+        stages: the caches of the four stages.
+        norm: of the final norm over (B, 1 + n_4, C_4).
+        head: of the head, whose input is the cls row (B, C_4).
+        tokens_shape: (B, 1 + n_4, C_4), of stage 4.
+    """
+
+    stages: tuple[StageCache, ...]
+    norm: Any
+    head: Any
+    tokens_shape: tuple[int, ...]
+
+
+def prepare(params: PVTParams, config: PVTConfig, size: tuple[int, int]) -> tuple[Array, ...]:
+    """What a forward of images of that size would make of the position tables.
+
+    Returns:
+        For each stage, (1, H_i W_i, C_i): the table resized to the stage's grid; with the cls row
+        first where the table has one.
+    """
+    tables = []
+    for i, grid in zip(STAGES, config.grids(*size), strict=True):
+        table, side = params.of_stage(i).pos_embed, config.table_sides[i - 1]
+        has_cls = table.shape[1] > side * side
+        rows = positions(table, grid, (side, side), has_cls)
+        tables.append(array_module(rows).expand_dims(rows, axis=0))
+    return tuple(tables)
+
+
+# One stage ------------------------------------------------------------------------------------
+
+
+def _stage_forward(
+    p: StageParams,
+    cls_token: Array | None,
+    x: Array,
+    config: PVTConfig,
+    i: int,
+    ops: Ops,
+    rng: Source,
+    keep: bool,
+    constants: Sequence[Array] | None,
+) -> tuple[Array, StageCache | None, tuple[int, int]]:
+    """A map (B, H_{i-1}, W_{i-1}, C_{i-1}) to tokens (B, n_i, C_i), cls token first if given."""
+    xp = array_module(x)
+    stage, side = config.of_stage(i), config.table_sides[i - 1]
+    grid = (x.shape[1] // stage.patch_size, x.shape[2] // stage.patch_size)
+    x, embed_cache = ops[patch_embed].forward(
+        p.patch_embed, x, ops, stage.projection_norm_eps, keep=keep
+    )  # (B, n_i, C_i)
+    cls = cls_token is not None
+    if cls_token is not None:
+        first = xp.broadcast_to(cls_token, (x.shape[0], 1, x.shape[-1]))  # (B, 1, C_i)
+        x = xp.concat((first, x), axis=1)  # (B, 1 + n_i, C_i)
+    # resized beforehand, the table's grid is that of the tokens
+    table, table_grid = p.pos_embed, (side, side)
+    if constants is not None:
+        table, table_grid = constants[i - 1], grid
+    x, position_cache = ops[position].forward(table, x, ops, grid, table_grid, cls, keep=keep)
+    entry_rng = generator_at(rng, What.STAGE_DROPOUT, i)
+    x, drop_cache = ops[dropout].forward(None, x, ops, stage.drop_rate, entry_rng, keep=keep)
+    x, blocks_cache = ops[blocks].forward(p.blocks, x, ops, grid, stage.blocks, rng, keep=keep)
+    if not keep:
+        return x, None, grid
+    return x, StageCache(embed_cache, position_cache, drop_cache, blocks_cache, grid, cls), grid
+
+
+def _stage_backward(
+    p: StageParams, cache: StageCache, dx: Array, ops: Ops
+) -> tuple[Array, StageParams, Array | None]:
+    """dL/dtokens to dL/dmap, the stage's gradients, and the cls token's if it has one."""
+    xp = array_module(dx)
+    # x = blocks(x)
+    dx, dblocks = ops[blocks].backward(p.blocks, cache.blocks, dx, ops)
+    # x = dropout(x + positions)
+    dx, _ = ops[dropout].backward(None, cache.drop, dx, ops)
+    dx, dpos = ops[position].backward(p.pos_embed, cache.position, dx, ops)
+    # x = [cls; x], the same cls token for every sample
+    dcls = None
+    if cache.cls:
+        dcls, _ = ops[sum_rows].forward(None, dx[:, 0, :], ops, keep=False)  # (C_i,)
+        dcls = xp.reshape(dcls, (1, 1, -1))  # (1, 1, C_i)
+        dx = dx[:, 1:, :]  # (B, n_i, C_i)
+    # x = patch_embed(map)
+    dmap, dembed = ops[patch_embed].backward(p.patch_embed, cache.patch_embed, dx, ops)
+    return dmap, StageParams(dembed, dpos, dblocks), dcls
+
+
+def _to_map(x: Array, grid: tuple[int, int]) -> Array:
+    """Tokens (B, n, C) to a map (B, H_i, W_i, C)."""
+    return array_module(x).reshape(x, (x.shape[0], *grid, x.shape[-1]))
+
+
+def _to_tokens(x_map: Array) -> Array:
+    """A map (B, H_i, W_i, C) to tokens (B, n, C)."""
+    B, H, W, C = x_map.shape
+    return array_module(x_map).reshape(x_map, (B, H * W, C))
+
+
+def _channels_last(images: Array) -> Array:
+    """(B, C, H, W) to (B, H, W, C): inside, channels come last, as tokens have them."""
+    return array_module(images).permute_dims(images, (0, 2, 3, 1))
+
+
+def _channels_first(x_map: Array) -> Array:
+    """(B, H, W, C) to (B, C, H, W)."""
+    return array_module(x_map).permute_dims(x_map, (0, 3, 1, 2))
+
+
+def _assemble(
+    params: PVTParams,
+    dstages: Sequence[StageParams],
+    cls_token: Array | None = None,
+    norm: Any = None,
+    head: Any = None,
+) -> PVTParams:
+    """Gradients of the whole from those of the stages; zeros for what the pass did not use."""
+    named: dict[str, Any] = {}
+    for i, dstage in zip(STAGES, dstages, strict=True):
+        named[f"patch_embed{i}"] = dstage.patch_embed
+        named[f"pos_embed{i}"] = dstage.pos_embed
+        named[f"block{i}"] = dstage.blocks
+    for name, gradient in (("cls_token", cls_token), ("norm", norm), ("head", head)):
+        named[name] = zeros_like(getattr(params, name)) if gradient is None else gradient
+    return PVTParams(**named)
+
+
+# The classifier -------------------------------------------------------------------------------
+
+
+def forward(
+    params: PVTParams,
+    images: Array,
+    config: PVTConfig,
+    ops: Ops,
+    rng: Source = None,
+    keep: bool = True,
+    constants: Sequence[Array] | None = None,
+) -> tuple[Array, ClassifierCache | None]:
+    """The released classifier (paper sections 3.1, 3.2 and 4.1).
+
+    Stage 4 starts with the cls token; after its last block a layer norm, of which the cls row goes
+    through the head.
+
+    Args:
+        params: the weights.
+        images: (B, C_0, H, W) of the weights' dtype.
+        config: the configuration of the weights.
+        ops: the table of operations.
+        rng: source of the dropout and drop-path masks; None for inference.
+        keep: whether a cache for the backward is returned; without it, it is None.
+        constants: of :func:`prepare`; only without keep.
+
+    Returns:
+        logits (B, num_classes) and the cache.
+    """
+    x = _channels_last(images)  # (B, H, W, C_0)
+    caches = []
+    for i in STAGES:
+        last = i == NUM_STAGES
+        cls_token = params.cls_token if last else None
+        x, cache, grid = _stage_forward(
+            params.of_stage(i), cls_token, x, config, i, ops, rng, keep, constants
+        )
+        caches.append(cache)
+        if not last:
+            x = _to_map(x, grid)  # (B, H_i, W_i, C_i)
+    tokens_shape = x.shape  # (B, 1 + n_4, C_4)
+    x, norm_cache = ops[layer_norm].forward(params.norm, x, ops, config.norm_eps, keep=keep)
+    logits, head_cache = ops[linear].forward(params.head, x[:, 0, :], ops, keep=keep)
+    if not keep:
+        return logits, None
+    return logits, ClassifierCache(tuple(caches), norm_cache, head_cache, tokens_shape)
+
+
+def backward(
+    params: PVTParams, cache: ClassifierCache, dlogits: Array, ops: Ops
+) -> tuple[PVTParams, Array]:
+    """Gradients of :func:`forward`: the chain rule through head, norm and the stages 4 to 1.
+
+    Only the cls row of the last tokens is read, so dL/dtokens is zero in all other rows.
+
+    Args:
+        params: the forward's weights.
+        cache: from the forward.
+        dlogits: dL/dlogits (B, num_classes) of the weights' dtype.
+        ops: the table that the forward was given.
+
+    Returns:
+        The gradients of the weights, and dL/dimages (B, C_0, H, W).
+    """
+    xp = array_module(dlogits)
+    B, n, C = cache.tokens_shape
+    # logits = head(x[:, 0])
+    dcls_row, dhead = ops[linear].backward(params.head, cache.head, dlogits, ops)  # (B, C_4)
+    dcls_row = xp.expand_dims(dcls_row, axis=1)  # (B, 1, C_4)
+    unread = xp.zeros_like(xp.broadcast_to(dcls_row, (B, n - 1, C)))  # (B, n_4, C_4)
+    dx = xp.concat((dcls_row, unread), axis=1)  # (B, 1 + n_4, C_4)
+    # x = norm(x)
+    dx, dnorm = ops[layer_norm].backward(params.norm, cache.norm, dx, ops)
+    dstages: list[StageParams] = []
+    dcls_token = None
+    for i in reversed(STAGES):
+        dmap, dstage, dcls = _stage_backward(params.of_stage(i), cache.stages[i - 1], dx, ops)
+        dstages.insert(0, dstage)
+        dcls_token = dcls if dcls is not None else dcls_token
+        if i > 1:
+            dx = _to_tokens(dmap)  # (B, n_{i-1}, C_{i-1})
+    grads = _assemble(params, dstages, dcls_token, dnorm, dhead)
+    return grads, _channels_first(dmap)
+
+
+# The pyramid ----------------------------------------------------------------------------------
+
+
+def forward_pyramid(
+    params: PVTParams,
+    images: Array,
+    config: PVTConfig,
+    ops: Ops,
+    rng: Source = None,
+    keep: bool = True,
+    constants: Sequence[Array] | None = None,
+) -> tuple[list[Array], tuple[StageCache, ...] | None]:
+    """The feature maps F_1..F_4 of the released backbones (paper sections 3.1, 3.2 and 4.2).
+
+    Stage 4 has no cls token (its position table is used without the cls row) and no final norm is
+    applied. F_4 is therefore not what the classifier computes.
+
+    Args:
+        params: the weights.
+        images: (B, C_0, H, W) of the weights' dtype.
+        config: the configuration of the weights.
+        ops: the table of operations.
+        rng: source of the dropout and drop-path masks; None for inference.
+        keep: whether a cache for the backward is returned; without it, it is None.
+        constants: of :func:`prepare`; only without keep.
+
+    Returns:
+        [F_1, F_2, F_3, F_4], (B, C_i, H_i, W_i) each, and the cache.
+    """
+    x = _channels_last(images)  # (B, H, W, C_0)
+    maps, caches = [], []
+    for i in STAGES:
+        tokens, cache, grid = _stage_forward(
+            params.of_stage(i), None, x, config, i, ops, rng, keep, constants
+        )
+        x = _to_map(tokens, grid)  # (B, H_i, W_i, C_i)
+        maps.append(_channels_first(x))
+        caches.append(cache)
+    return maps, tuple(caches) if keep else None
+
+
+def backward_pyramid(
+    params: PVTParams, cache: tuple[StageCache, ...], dmaps: Sequence[Array], ops: Ops
+) -> tuple[PVTParams, Array]:
+    """Gradients of :func:`forward_pyramid`.
+
+    F_i is both an output and the input of stage i + 1, so two gradients meet in it: dL/dF_i and
+    what comes back through that stage.
+
+    Args:
+        params: the forward's weights.
+        cache: from the forward.
+        dmaps: dL/dF_1..dL/dF_4, (B, C_i, H_i, W_i) each, of the weights' dtype.
+        ops: the table that the forward was given.
+
+    Returns:
+        The gradients of the weights (zeros for cls token, final norm, head and the table's cls
+        row), and dL/dimages (B, C_0, H, W).
+    """
+    dstages: list[StageParams] = []
+    dbelow = None  # dL/dF_i by way of stage i + 1
+    for i in reversed(STAGES):
+        dx = _channels_last(dmaps[i - 1])  # (B, H_i, W_i, C_i)
+        if dbelow is not None:
+            dx = dx + dbelow  # F_i is both an output and the next stage's input
+        dx = _to_tokens(dx)  # (B, n_i, C_i)
+        dbelow, dstage, _ = _stage_backward(params.of_stage(i), cache[i - 1], dx, ops)
+        dstages.insert(0, dstage)
+    return _assemble(params, dstages), _channels_first(dbelow)

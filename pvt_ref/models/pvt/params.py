@@ -1,0 +1,146 @@
+"""The parameters of a PVT: plain records whose field names are the authors' key names."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from pvt_ref.arrays import Array
+from pvt_ref.blocks.mlp import MLPParams
+from pvt_ref.blocks.sra import SRAParams
+from pvt_ref.blocks.transformer import BlockParams
+from pvt_ref.layers.layer_norm import LayerNormParams
+from pvt_ref.layers.linear import LinearParams
+from pvt_ref.layers.patch_embed import PatchEmbedParams
+from pvt_ref.models.architecture import Leaf
+from pvt_ref.models.pvt.config import NUM_STAGES, PVTConfig, StageConfig
+from pvt_ref.tree import record
+
+
+class StageParams(NamedTuple):
+    """The weights of stage i, a view into :class:`PVTParams`.
+
+    Attributes:
+        patch_embed: projection (C_i, C_{i-1}, P_i, P_i) and norm (C_i,).
+        pos_embed: (1, n_i, C_i); with a cls row, (1, 1 + n_i, C_i).
+        blocks: of each of the L_i blocks.
+    """
+
+    patch_embed: PatchEmbedParams
+    pos_embed: Array
+    blocks: tuple[BlockParams, ...]
+
+
+@record
+class PVTParams:
+    """The weights of a model, or their gradients, float32 or float64.
+
+    n_i is the number of tokens of stage i for an image of config.img_size, and C_0 is in_chans.
+
+    Attributes:
+        pos_embed1: (1, n_1, C_1).
+        pos_embed2: (1, n_2, C_2).
+        pos_embed3: (1, n_3, C_3).
+        pos_embed4: (1, 1 + n_4, C_4), row 0 is the cls token's; (1, n_4, C_4) in a backbone.
+        cls_token: (1, 1, C_4); None in a backbone.
+        patch_embed1: projection (C_1, C_0, P_1, P_1), its bias and the norm, (C_1,) each.
+        block1: L_1 blocks of width C_1.
+        patch_embed2: projection (C_2, C_1, P_2, P_2), its bias and the norm, (C_2,) each.
+        block2: L_2 blocks of width C_2.
+        patch_embed3: projection (C_3, C_2, P_3, P_3), its bias and the norm, (C_3,) each.
+        block3: L_3 blocks of width C_3.
+        patch_embed4: projection (C_4, C_3, P_4, P_4), its bias and the norm, (C_4,) each.
+        block4: L_4 blocks of width C_4.
+        norm: the final norm, weight and bias (C_4,) each; None in a backbone.
+        head: weight (num_classes, C_4), bias (num_classes,); None in a backbone.
+    """
+
+    pos_embed1: Array
+    pos_embed2: Array
+    pos_embed3: Array
+    pos_embed4: Array
+    cls_token: Array | None
+    patch_embed1: PatchEmbedParams
+    block1: tuple[BlockParams, ...]
+    patch_embed2: PatchEmbedParams
+    block2: tuple[BlockParams, ...]
+    patch_embed3: PatchEmbedParams
+    block3: tuple[BlockParams, ...]
+    patch_embed4: PatchEmbedParams
+    block4: tuple[BlockParams, ...]
+    norm: LayerNormParams | None
+    head: LinearParams | None
+
+    def of_stage(self, i: int) -> StageParams:
+        """The weights of stage i, 1 to 4: the same arrays, not copies."""
+        return StageParams(
+            getattr(self, f"patch_embed{i}"),
+            getattr(self, f"pos_embed{i}"),
+            getattr(self, f"block{i}"),
+        )
+
+    def stage(self, i: int) -> StageParams:
+        """The old name of :meth:`of_stage`, which counts from 0. It warns, and will go."""
+        warnings.warn(
+            "params.stage(i) counts stages from 0; params.of_stage(i) counts them from 1, as the "
+            "paper does",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return self.of_stage(i + 1)
+
+
+def build_params(config: PVTConfig, make: Callable[[Leaf], Array]) -> PVTParams:
+    """A record of parameters, every array made by ``make(leaf)``, in the authors' order."""
+
+    def linear(key: str, C_out: int, C_in: int, bias: bool = True) -> LinearParams:
+        return LinearParams(
+            make(Leaf(f"{key}.weight", (C_out, C_in), "normal")),
+            make(Leaf(f"{key}.bias", (C_out,), "zeros")) if bias else None,
+        )
+
+    def projection(key: str, C_out: int, C_in: int, P: int) -> LinearParams:
+        fan_in = C_in * P * P
+        return LinearParams(
+            make(Leaf(f"{key}.weight", (C_out, C_in, P, P), "uniform", fan_in)),
+            make(Leaf(f"{key}.bias", (C_out,), "uniform", fan_in)),
+        )
+
+    def norm(key: str, C: int) -> LayerNormParams:
+        return LayerNormParams(
+            make(Leaf(f"{key}.weight", (C,), "ones")), make(Leaf(f"{key}.bias", (C,), "zeros"))
+        )
+
+    def block(key: str, s: StageConfig) -> BlockParams:
+        C, R = s.embed_dim, s.sr_ratio
+        return BlockParams(
+            norm1=norm(f"{key}.norm1", C),
+            attn=SRAParams(
+                q=linear(f"{key}.attn.q", C, C, config.qkv_bias),
+                kv=linear(f"{key}.attn.kv", 2 * C, C, config.qkv_bias),
+                proj=linear(f"{key}.attn.proj", C, C),
+                sr=projection(f"{key}.attn.sr", C, C, R) if R > 1 else None,
+                norm=norm(f"{key}.attn.norm", C) if R > 1 else None,
+            ),
+            norm2=norm(f"{key}.norm2", C),
+            mlp=MLPParams(
+                fc1=linear(f"{key}.mlp.fc1", s.hidden_dim, C),
+                fc2=linear(f"{key}.mlp.fc2", C, s.hidden_dim),
+            ),
+        )
+
+    has_cls = config.has_classifier
+    C_4 = config.embed_dims[-1]
+    tree: dict[str, Any] = {}
+    for i in range(NUM_STAGES):
+        rows = config.table_sides[i] ** 2 + (has_cls and i == NUM_STAGES - 1)
+        shape = (1, rows, config.embed_dims[i])
+        tree[f"pos_embed{i + 1}"] = make(Leaf(f"pos_embed{i + 1}", shape, "normal"))
+    tree["cls_token"] = make(Leaf("cls_token", (1, 1, C_4), "normal")) if has_cls else None
+    for i, C_in in enumerate((config.in_chans, *config.embed_dims[:-1])):
+        key, C, P = f"patch_embed{i + 1}", config.embed_dims[i], config.patch_sizes[i]
+        tree[key] = PatchEmbedParams(projection(f"{key}.proj", C, C_in, P), norm(f"{key}.norm", C))
+        key, stage = f"block{i + 1}", config.of_stage(i + 1)  # once: it is as long as the stage
+        tree[key] = tuple(block(f"{key}.{b}", stage) for b in range(stage.depth))
+    tree["norm"] = norm("norm", C_4) if has_cls else None
+    tree["head"] = linear("head", config.num_classes, C_4) if has_cls else None
+    return PVTParams(**tree)

@@ -1,0 +1,59 @@
+"""Where every query looks: attention weights of a watched forward pass."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pvt_ref.api import choose_ops, forward, forward_pyramid
+from pvt_ref.arrays import Array
+from pvt_ref.checks import check_stages
+from pvt_ref.layers.attention import attention, attention_weights
+from pvt_ref.models.architecture import architecture_of
+from pvt_ref.ops import Call, Ops
+
+
+def attention_maps(
+    params: Any,
+    images: Array,
+    config: Any,
+    stages: Sequence[int] = (1, 2, 3, 4),
+    *,
+    ops: Ops | None = None,
+) -> dict[tuple[int, int], Array]:
+    """Where every query looks, in every block of the stages named: A of paper eq. 4.
+
+    Stage 4 of a classifier includes the cls token, as query and key 0; a backbone has none.
+
+    Args:
+        params: the weights, NumPy or CuPy, float32 or float64; they may lack a classifier.
+        images: (B, in_chans, H, W) normalised floats, as for :func:`pvt_ref.forward`.
+        config: the configuration of the weights.
+        stages: numbers of stages, from 1.
+        ops: a table of operations; None takes the default.
+
+    Returns:
+        By (stage, block), the attention weights (B, N_i, n_i, m_i) of every head, query and key, of
+        params' dtype, rows summing to 1. Stages count from 1, blocks from 0, as in the keys of the
+        weights. Keys are the m_i tokens after spatial reduction, in raster order. With a cls token,
+        stage 4 has 1 + n_4 queries and keys.
+
+    Raises:
+        RangeError: if a stage is not a number of one, or PVT_REF_OPS names no table, as for
+            :func:`pvt_ref.forward`.
+        ArrayTypeError: as :func:`pvt_ref.forward`.
+        ShapeError: as :func:`pvt_ref.forward`.
+    """
+    row = architecture_of(config)
+    wanted = check_stages(stages)
+    table = choose_ops(ops, images, row)
+    maps: dict[tuple[int, int], Array] = {}
+
+    def look(call: Call) -> None:
+        place = row.place(call.path)
+        if place is not None and place.block is not None and place.stage in wanted:
+            q, k, _ = call.args[1]
+            maps[place.stage, place.block] = attention_weights(q, k, call.args[3], table)
+
+    watched = table.watched(look, only=[attention], params=params)
+    run = forward if config.has_classifier else forward_pyramid
+    run(params, images, config, ops=watched)
+    return maps

@@ -1,0 +1,201 @@
+"""Trees of records: the one walk over parameters, gradients and caches, and what it is used for.
+
+A record is a frozen dataclass of arrays, of other records, and of tuples of them; its field names
+are the key segments of a checkpoint, so the walk is the key map.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from typing import Any, TypeVar, dataclass_transform
+
+import numpy as np
+
+from pvt_ref.arrays import (
+    Array,
+    array_module,
+    describe_type,
+    dtype_name,
+    import_cupy,
+    is_array,
+    is_cupy,
+    is_foreign,
+    library_and_dtype,
+)
+from pvt_ref.errors import ArrayTypeError, DeviceError, shown
+
+_T = TypeVar("_T")
+
+
+@dataclass_transform(frozen_default=True, eq_default=False)
+def record(cls: type[_T]) -> type[_T]:
+    """A frozen dataclass with slots, which shows shapes instead of numbers."""
+    cls.__repr__ = short_repr
+    return dataclass(frozen=True, slots=True, eq=False, repr=False)(cls)
+
+
+@cache
+def _field_names(cls: type) -> tuple[str, ...] | None:
+    """Of a record or a named tuple, in order; None for another class."""
+    if is_dataclass(cls):
+        return tuple(field.name for field in fields(cls))
+    return getattr(cls, "_fields", None) if issubclass(cls, tuple) else None
+
+
+def branches(tree: Any) -> list[tuple[str, Any]]:
+    """Name and value of what a record, tuple, list or dict holds; nothing for anything else."""
+    names = _field_names(type(tree))
+    if names is not None:
+        return [(name, getattr(tree, name)) for name in names]
+    if isinstance(tree, tuple | list):
+        return [(str(i), branch) for i, branch in enumerate(tree)]
+    return list(tree.items()) if isinstance(tree, dict) else []
+
+
+def map_arrays(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """A copy of a record, tuple, list or dict with f applied to every array in it.
+
+    With several trees of one shape, f gets the arrays that stand in the same place. None, numbers,
+    texts and the like stay as they are in the first tree.
+
+    Raises:
+        ValueError: if tuples or lists in the same place differ in length.
+        KeyError: if another tree lacks a key of the first.
+        AttributeError: if another tree lacks a field of the first.
+        ArrayTypeError: if tree holds arrays of a library that :func:`array_module` does not take,
+            such as PyTorch's tensors.
+    """
+    if is_array(tree):
+        return f(tree, *others)
+    if is_foreign(tree):
+        raise ArrayTypeError(
+            f"expected arrays that NumPy code computes with, got {describe_type(tree)}"
+        )
+    names = _field_names(type(tree))
+    if names is not None and not isinstance(tree, type):
+        values = {
+            name: map_arrays(f, getattr(tree, name), *(getattr(other, name) for other in others))
+            for name in names
+        }
+        return type(tree)(**values)
+    if isinstance(tree, tuple | list):
+        return type(tree)(map_arrays(f, *branch) for branch in zip(tree, *others, strict=True))
+    if isinstance(tree, dict):
+        return {key: map_arrays(f, value, *(o[key] for o in others)) for key, value in tree.items()}
+    return tree
+
+
+def named_arrays(tree: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
+    """Key and array of every leaf of a record, in field order; the arrays, not copies."""
+    if is_array(tree):
+        yield prefix, tree
+    elif isinstance(tree, tuple) or is_dataclass(tree):
+        for name, branch in branches(tree):
+            yield from named_arrays(branch, f"{prefix}.{name}" if prefix else name)
+
+
+def named_records(tree: Any, prefix: str = "") -> dict[int, str]:
+    """The key prefix of every record, tuple and array of a tree, by its identity."""
+    if tree is None:
+        return {}
+    names = {id(tree): prefix}
+    if not is_array(tree):
+        for name, branch in branches(tree):
+            names |= named_records(branch, f"{prefix}.{name}" if prefix else name)
+    return names
+
+
+def map_named(f: Callable[[str, Array], Any], tree: Any, prefix: str = "") -> Any:
+    """A copy of a record with ``f(key, array)`` in the place of all arrays."""
+    results = iter([f(key, x) for key, x in named_arrays(tree, prefix)])
+    return map_arrays(lambda _: next(results), tree)  # both go through the record in field order
+
+
+def first_array(tree: Any) -> Array:
+    """The first array of a record: it says on which device and of which dtype all are."""
+    return next(named_arrays(tree))[1]
+
+
+def zeros_like(tree: Any) -> Any:
+    """A record of the same type with zeros: the gradient of weights that a pass did not use."""
+    return map_arrays(lambda x: array_module(x).zeros_like(x), tree)
+
+
+def short_repr(self: Any) -> str:
+    """What a record of arrays shows of itself: shapes and sums, not numbers.
+
+    ``LinearParams(weight (64, 3) float32, bias None)`` where all fields are arrays or plain values,
+    else ``BlockParams(49,984 numbers in 16 arrays, float32, numpy)``.
+    """
+    named = branches(self)
+    name = type(self).__name__
+    if any(is_dataclass(value) or isinstance(value, tuple | list | dict) for _, value in named):
+        return f"{name}({describe_arrays(self)})"
+    parts = [
+        f"{key} {tuple(x.shape)} {dtype_name(x)}"
+        if is_array(x) and hasattr(x, "shape")
+        else f"{key} {shown(x)}"
+        for key, x in named
+    ]
+    return f"{name}({', '.join(parts)})"
+
+
+def describe_arrays(tree: Any) -> str:
+    """``"3,254,378 numbers in 139 arrays, float32, numpy"``, with all dtypes and libraries."""
+    arrays = [x for _, x in named_arrays(tree)]
+    count = f"{sum(math.prod(x.shape) for x in arrays):,} numbers in {len(arrays)} arrays"
+    dtypes = sorted({dtype_name(x) for x in arrays})
+    homes = sorted({library_and_dtype(x).replace(f" {dtype_name(x)}", "") for x in arrays})
+    return ", ".join([count, *dtypes, *homes])
+
+
+def to_numpy(tree: Any) -> Any:
+    """Copies every CuPy array in tree to the host; NumPy arrays are passed on.
+
+    Args:
+        tree: an array, or arrays in a record (parameters, gradients), tuple, list or dict.
+
+    Returns:
+        The same structure with NumPy arrays of the same shapes and dtypes. What is no array stays
+        as it is.
+
+    Raises:
+        ArrayTypeError: if tree holds arrays of another kind, such as PyTorch's tensors.
+    """
+    return map_arrays(lambda a: a.get() if is_cupy(a) else np.asarray(a), tree)
+
+
+def to_device(tree: Any, device: str = "cuda") -> Any:
+    """Copies every array in tree to a device.
+
+    Args:
+        tree: an array, or arrays in a record (parameters, gradients, a Model), tuple, list or dict.
+        device: ``"cuda"`` (the current CUDA device), ``"cuda:1"`` and so on, or ``"cpu"``. CuPy
+            computes on the current device: for another, use ``with cupy.cuda.Device(1):`` around
+            the calls.
+
+    Returns:
+        The same structure with CuPy arrays of the same shapes and dtypes, or with NumPy arrays for
+        ``"cpu"``.
+
+    Raises:
+        DeviceError: if there is no such device here; the message says what was found and what to
+            install.
+        ArrayTypeError: as :func:`to_numpy`.
+    """
+    if isinstance(device, str) and device == "cpu":
+        return to_numpy(tree)
+    match = re.fullmatch(r"cuda(?::(\d+))?", device) if isinstance(device, str) else None
+    if not match:
+        raise DeviceError(
+            f"device is {shown(device)}; known are 'cpu', 'cuda', 'cuda:0', 'cuda:1', ..."
+        )
+    cupy = import_cupy()
+    count = cupy.cuda.runtime.getDeviceCount()
+    number = int(match[1]) if match[1] else cupy.cuda.runtime.getDevice()
+    if number >= count:
+        raise DeviceError(f"device is {device!r}, but the CUDA devices here are 0 to {count - 1}")
+    with cupy.cuda.Device(number):
+        return map_arrays(cupy.asarray, tree)
