@@ -187,7 +187,9 @@ def test_a_training_step_uses_what_the_environment_names(name, monkeypatch):
     pixels = rng_of(0).integers(0, 256, (4, 3, 32, 32)).astype(np.uint8)
     data = LabelledImages(pixels, np.arange(4), pvt_ref.Preprocessing())
     state = start_training(CASE.params(), len(data), 0)
-    monkeypatch.setattr(api, "default_ops", lambda x: blocked_ops(2).replace(op, counted(op, calls)))
+    monkeypatch.setattr(
+        api, "default_ops", lambda x: blocked_ops(2).replace(op, counted(op, calls))
+    )
     train_step(state, data, CONFIG, Recipe(epochs=1, batch_size=4))
     assert calls[f"{name}.forward"] > 0
     assert calls[f"{name}.backward"] > 0
@@ -416,9 +418,7 @@ def test_tables_and_caches_cross_a_spawned_process_with_the_same_results():
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         for (ops, data, _), (logits, dimages) in zip(work, pool.map(_there, work), strict=True):
             params_here, cache, dlogits = pickle.loads(data)
-            np.testing.assert_array_equal(
-                logits, pvt_ref.forward(params, images, STILL, ops=ops)
-            )
+            np.testing.assert_array_equal(logits, pvt_ref.forward(params, images, STILL, ops=ops))
             expected = pvt_ref.backward(params_here, cache, dlogits, STILL, ops=ops)[1]
             np.testing.assert_array_equal(dimages, expected)
 
