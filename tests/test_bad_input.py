@@ -24,6 +24,8 @@ from pvt_ref import (
     VARIANTS,
     VITS,
     Model,
+    Operation,
+    Ops,
     PVTConfig,
     PVTError,
     ViTConfig,
@@ -702,10 +704,13 @@ def test_a_cache_of_the_other_kind(classified, pyramid):
     ):
         pvt_ref.backward(PARAMS, pyramid_cache, logits, SMALL)
     with refused(
-        ArrayTypeError, "a ClassifierCache", "needs the PyramidCache", "forward_pyramid_with_cache"
+        ArrayTypeError,
+        "that of forward_with_cache",
+        "needs the ForwardCache",
+        "forward_pyramid_with_cache",
     ):
         pvt_ref.backward_pyramid(PARAMS, cache, maps, SMALL)
-    with refused(ArrayTypeError, "a NoneType", "needs the ClassifierCache"):
+    with refused(ArrayTypeError, "a NoneType", "needs the ForwardCache"):
         pvt_ref.backward(PARAMS, None, logits, SMALL)
 
 
@@ -1111,7 +1116,7 @@ def test_a_cache_of_another_configuration(classified, pyramid):
 
 
 @pytest.mark.parametrize("ops", ["reference", 3, Operation(len, len)])
-def test_ops_are_not_a_record_of_operations(ops, classified):
+def test_ops_are_not_a_table_of_operations(ops, classified):
     logits, cache = classified
     for call in (
         lambda: pvt_ref.forward(PARAMS, IMAGES, SMALL, ops=ops),

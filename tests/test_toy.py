@@ -158,7 +158,7 @@ def test_it_learns_stops_and_goes_on(tmp_path):
     pixels = (60 * labels[:, None, None, None] + rng.integers(0, 40, (40, 3, 8, 8))).astype("uint8")
     data = LabelledImages(pixels, labels, Preprocessing())
     recipe = Recipe(epochs=4, batch_size=10, lr=3e-2, accumulate=2, warmup_epochs=0, flip=False)
-    run = fit(CONFIG, data, data, recipe, tmp_path / "run", info=INFO)
+    run = fit(CONFIG, recipe, data, data, tmp_path / "run", info=INFO)
     assert run.finished
     assert run.state.best_accuracy > 0.5
     best = pvt_ref.load(tmp_path / "run" / "best.safetensors")
