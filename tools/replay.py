@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import dataclasses
 import fnmatch
-import functools
 import hashlib
 import json
 import math
@@ -32,13 +31,17 @@ import sys
 import tempfile
 import time
 import zlib
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+# before NumPy and SciPy load their libraries, each its own
+os.environ |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
 import numpy as np
-from threadpoolctl import threadpool_info, threadpool_limits
+from threadpoolctl import threadpool_info
 
 import pvt_ref
 from pvt_ref import VARIANTS, Model, ModelInfo, Preprocessing, PVTConfig
@@ -148,23 +151,21 @@ def moments(optimizer: Any) -> tuple[Any, Any]:
 SKETCH = 4
 
 
-@functools.cache
-def _signs(count: int) -> np.ndarray:
-    """At least count random signs."""
-    rng = np.random.default_rng(0)
-    return 1 - 2 * rng.integers(0, 2, max(count, 2**16), dtype=np.int8)
+@cache
+def _signs(bits: int) -> np.ndarray:
+    """Random signs, as many as that many bits can count."""
+    return 1 - 2 * np.random.default_rng(0).integers(0, 2, 2**bits, dtype=np.int8)
 
 
 def sketch(x: np.ndarray) -> list[float]:
-    """A few sums over x with random signs.
+    """A few sums over x, (n,), with random signs.
 
-    For two arrays, the norm of the difference of their sketches is, on average, the norm of their
+    For two arrays, the norm of the difference of their sketches is, in the root mean square, that of their
     difference (Charikar et al. 2002, the count sketch).
     """
-    count = -(-x.size // SKETCH) * SKETCH
-    signed = np.zeros(count)
-    signed[: x.size] = x.reshape(-1)
-    signed *= _signs(2 ** math.ceil(math.log2(count)) if count else 0)[:count]
+    signed = np.zeros(-(-x.size // SKETCH) * SKETCH)
+    signed[: x.size] = x
+    signed *= _signs(signed.size.bit_length())[: signed.size]
     return signed.reshape(-1, SKETCH).sum(axis=0).tolist()
 
 
@@ -186,16 +187,17 @@ def digest(value: Any) -> dict[str, Any]:
     }
 
 
-def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """How two digests that are not equal differ, in a few words."""
+def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[float, str]:
+    """How far two arrays are apart, in norms of the old one, and in words."""
     if old["kind"] != new["kind"]:
-        return f"{old['kind']} became {new['kind']}"
+        return math.inf, f"{old['kind']} became {new['kind']}"
     if "sketch" not in old:
-        return "other bytes"
-    apart = math.sqrt(sum((a - b) ** 2 for a, b in zip(old["sketch"], new["sketch"], strict=True)))
+        return math.inf, "other bytes"
+    apart = math.dist(old["sketch"], new["sketch"])
+    norms, sums = (abs(new[key] - old[key]) for key in ("norm", "sum"))
     scale = old["norm"] or 1.0
-    norms = abs(new["norm"] - old["norm"]) / scale
-    return f"about {apart / scale:.0e} of its norm (norms differ by {norms:.0e})"
+    text = f"about {apart / scale:.0e} of the norm; norms differ by {norms / scale:.0e}"
+    return apart / scale, f"{text}, sums by {sums / scale:.0e}"
 
 
 # ==================================================================================================
@@ -227,11 +229,13 @@ class Case:
 OWN_NUMBERS = "training/own random numbers"
 
 
-def _tanh_gelu(x: Any) -> Any:
+def tanh_gelu(x: Any) -> Any:
+    """Another GELU, so that a table with a replaced operation is seen too."""
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def _tanh_gelu_derivative(x: Any) -> Any:
+def tanh_gelu_derivative(x: Any) -> Any:
+    """Its derivative."""
     t = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
     inner = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x**2)
     return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * inner
@@ -240,7 +244,7 @@ def _tanh_gelu_derivative(x: Any) -> Any:
 #: Tables by name. Small blocks cut even small models into several pieces.
 TABLES: dict[str, Callable[[], Any]] = {
     "reference": reference,
-    "reference, tanh GELU": lambda: with_gelu(reference(), _tanh_gelu, _tanh_gelu_derivative),
+    "reference, tanh GELU": lambda: with_gelu(reference(), tanh_gelu, tanh_gelu_derivative),
     "kernels, 1 thread": lambda: kernels(1, 2**18),
     "kernels, 2 threads": lambda: kernels(2, 2**18),
     "kernels, 2 threads, small blocks": lambda: kernels(2, 2**11),
@@ -346,10 +350,6 @@ def pyramid(
         again = pvt_ref.forward_pyramid(params, images, config, ops=table)
         arrays |= {f"map {i + 1}": F for i, F in enumerate(again)}
     return {**arrays, "dimages": dimages, **named("grad", grads)}
-
-
-def _dtype_name(dtype: Any) -> str:
-    return np.dtype(dtype).name
 
 
 def _compute(
@@ -624,7 +624,8 @@ FIXED: dict[str, Recipe] = {
     ),
 }
 
-_RANDOM = Recipe(
+#: A recipe in which all is random that can be.
+RANDOM = Recipe(
     epochs=5,
     batch_size=6,
     accumulate=2,
@@ -663,7 +664,7 @@ def training_cases() -> Iterator[Case]:
             for name, recipe in FIXED.items():
                 run = partial(train_by_package, _TRAINED, recipe, True, table, dtype)
                 yield Case(f"training/package, {name}/{table}/{kind}", run)
-            run = partial(train_by_package, _DROPPING, _RANDOM, False, table, dtype)
+            run = partial(train_by_package, _DROPPING, RANDOM, False, table, dtype)
             yield Case(f"{OWN_NUMBERS}/{table}/{kind}", run)
 
 
@@ -724,70 +725,69 @@ def record(path: Path, only: str | None = None) -> int:
         return 2
     stored = {case.name: digests(case) for case in cases}
     content = {"commit": commit(), "environment": environment(), "cases": stored}
-    path.write_text(json.dumps(content, indent=0), encoding="utf-8")
+    path.write_text(json.dumps(content), encoding="utf-8")
     print(f"{len(stored)} cases, {sum(map(len, stored.values()))} arrays, commit {commit()}")
     return 0
 
 
-def compare(path: Path, only: str | None = None, allow: Sequence[str] = ()) -> int:
-    """Runs the cases and prints what is not as it was stored; 1 if that was not allowed."""
-    before = json.loads(path.read_text(encoding="utf-8"))
-    print(f"recorded at commit {before['commit']}, now {commit()}")
-    now = environment()
-    for key, value in before["environment"].items():
-        if value != now[key]:
-            print(f"bits may differ for another reason: {key} was {value}, and is {now[key]}")
+KINDS = ("equal", "different", "missing", "new", "expected", "allowed")
 
+
+def compare(
+    path: Path, only: str | None = None, allow: Sequence[str] = (), most_lines: int = 10
+) -> int:
+    """Runs the cases and prints what is not as it was stored; 1 if that was not allowed."""
+    before, here = json.loads(path.read_text(encoding="utf-8")), environment()
+    print(f"recorded at commit {before['commit']}, now {commit()}")
+    for key, value in before["environment"].items():
+        if value != here[key]:
+            print(f"bits may differ for another reason: {key} was {value}, and is {here[key]}")
     cases = {case.name: case for case in _chosen(all_cases(), only)}
-    stored = {
-        name: arrays
-        for name, arrays in before["cases"].items()
-        if only is None or fnmatch.fnmatchcase(name, only)
-    }
-    if not stored and not cases:
+    recorded = [Case(name, dict) for name in before["cases"]]
+    names = dict.fromkeys([*(case.name for case in _chosen(recorded, only)), *cases])
+    if not names:
         print(f"no case matches {only}", file=sys.stderr)
         return 2
-    groups: dict[str, dict[str, int]] = {}
-    lines: list[str] = []
-    wrong = 0
-    for name in dict.fromkeys([*stored, *cases]):
-        old, new, failure = stored.get(name, {}), {}, "there is no such case any more"
+
+    counts: dict[str, Counter[str]] = defaultdict(Counter)  # by group
+    lines: dict[str, list[str]] = defaultdict(list)
+    apart: dict[str, float] = defaultdict(float)
+    for name in names:
+        group = Case(name, dict).group
+        old, new, failure = before["cases"].get(name, {}), {}, "there is no such case any more"
         if name in cases:
             try:
-                new, failure = digests(cases[name]), "missing"
+                new, failure = digests(cases[name]), "is not computed any more"
             except Exception as error:  # whatever a restructured package raises; go on
-                failure = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        expected = name.startswith(OWN_NUMBERS)
-        kinds = ("equal", "different", "missing", "new", "allowed", "expected")
-        counts = groups.setdefault(Case(name, dict).group, dict.fromkeys(kinds, 0))
+                failure = "{}: {}".format(type(error).__name__, str(error).partition("\n")[0])
         for array in dict.fromkeys([*old, *new]):
-            full = f"{name}: {array}"
+            far, full = 0.0, f"{name}: {array}"
             if array not in new:
                 kind, text = "missing", failure
             elif array not in old:
                 kind, text = "new", "was not recorded"
             elif old[array]["sha256"] == new[array]["sha256"]:
-                counts["equal"] += 1
-                continue
+                kind, text = "equal", ""
             else:
-                kind, text = "different", difference(old[array], new[array])
-            if any(fnmatch.fnmatchcase(full, pattern) for pattern in allow):
-                kind = "allowed"
-            elif expected:
-                kind = "expected"
-            else:
-                wrong += 1
-            counts[kind] += 1
-            if kind != "allowed":
-                lines.append(f"{kind}: {full}: {text}")
-    for line in lines:
-        print(line)
-    width = max(map(len, groups))
-    for group, counts in groups.items():
-        parts = [f"{count} {kind}" for kind, count in counts.items() if count or kind == "equal"]
-        print(f"{group:{width}}  {', '.join(parts)}")
-    total = sum(counts["equal"] for counts in groups.values())
-    print(f"{total} equal, {wrong} not as they were")
+                kind, (far, text) = "different", difference(old[array], new[array])
+            if kind != "equal":
+                if any(fnmatch.fnmatchcase(full, pattern) for pattern in allow):
+                    kind = "allowed"
+                elif name.startswith(OWN_NUMBERS):
+                    kind = "expected"
+                else:
+                    lines[group].append(f"  {kind}: {full}: {text}")
+            counts[group][kind] += 1
+            apart[group] = max(apart[group], far)
+    for group, count in counts.items():
+        parts = [f"{count[kind]} {kind}" for kind in KINDS if count[kind] or kind == "equal"]
+        far = f" (at most about {apart[group]:.0e} of the norm)" if apart[group] else ""
+        print(f"{group:{max(map(len, counts))}}  {', '.join(parts)}{far}")
+        print(*lines[group][:most_lines], sep="\n", end="\n" * bool(lines[group]))
+        if len(lines[group]) > most_lines:
+            print(f"  and {len(lines[group]) - most_lines} more; --lines prints more of them")
+    wrong = sum(map(len, lines.values()))
+    print(f"{sum(count['equal'] for count in counts.values())} equal, {wrong} not as they were")
     return int(wrong > 0)
 
 
@@ -804,13 +804,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=[],
         help="'case: array' that may differ; may be given several times",
     )
+    parser.add_argument(
+        "--lines", metavar="N", type=int, default=10, help="differences printed for each group"
+    )
     given = parser.parse_args(arguments)
     start = time.perf_counter()
-    with threadpool_limits(1, user_api="blas"):
-        if given.action == "record":
-            status = record(given.file, given.only)
-        else:
-            status = compare(given.file, given.only, given.allow)
+    if given.action == "record":
+        status = record(given.file, given.only)
+    else:
+        status = compare(given.file, given.only, given.allow, given.lines)
     print(f"{time.perf_counter() - start:.0f} s")
     return status
 
