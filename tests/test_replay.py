@@ -98,4 +98,6 @@ def test_a_sketch_estimates_the_distance_of_two_arrays():
             apart, _ = replay.difference(old, new)
             ratios.append(apart / (1e-3 * np.linalg.norm(d) / np.linalg.norm(x)))
     assert 0.9 < np.mean(ratios) < 1.1
+    shifted, _ = replay.difference(replay.digest(x), replay.digest(x + 0.01))
+    assert 0.3 < shifted * np.linalg.norm(x) / (0.01 * np.sqrt(x.size)) < 3  # no sum of all
     assert replay.difference(replay.digest(x), replay.digest(x[:5]))[0] == np.inf

@@ -37,8 +37,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-# before NumPy and SciPy load their libraries, each its own
-os.environ |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before NumPy and SciPy load theirs
 
 import numpy as np
 from threadpoolctl import threadpool_info
@@ -160,8 +159,8 @@ def _signs(bits: int) -> np.ndarray:
 def sketch(x: np.ndarray) -> list[float]:
     """A few sums over x, (n,), with random signs.
 
-    For two arrays, the norm of the difference of their sketches is, in the root mean square, that of their
-    difference (Charikar et al. 2002, the count sketch).
+    The difference of two sketches has, in the root mean square, the norm of the difference of the
+    arrays (Charikar et al. 2002, the count sketch). Norms alone would hide most differences.
     """
     signed = np.zeros(-(-x.size // SKETCH) * SKETCH)
     signed[: x.size] = x
