@@ -4,7 +4,7 @@
     python tools/replay.py compare before.json           # after it, on the same machine
     python tools/replay.py compare before.json --only 'small/*' --allow '*/kernels*: grad *'
 
-``record`` runs some hundred cases (logits, feature maps, gradients, trainings, files) and stores
+``record`` runs some hundreds of cases (logits, feature maps, gradients, trainings, files) and stores
 the SHA-256 of every array, with its norm, its sum and a sketch. ``compare`` runs them again and
 prints, for each group of cases, how many arrays are equal, different or missing. For one that
 differs, it estimates ``norm(new - old) / norm(old)`` from the sketches: 1e-7 is float32 rounding in
@@ -722,8 +722,8 @@ def record(path: Path, only: str | None = None) -> int:
     if not cases:
         print(f"no case matches {only}", file=sys.stderr)
         return 2
-    stored = {case.name: digests(case) for case in cases}
-    content = {"commit": commit(), "environment": environment(), "cases": stored}
+    content: dict[str, Any] = {"commit": commit(), "environment": environment()}
+    content["cases"] = stored = {case.name: digests(case) for case in cases}
     path.write_text(json.dumps(content), encoding="utf-8")
     print(f"{len(stored)} cases, {sum(map(len, stored.values()))} arrays, commit {commit()}")
     return 0
