@@ -4,8 +4,8 @@
     python tools/replay.py compare before.json           # after it, on the same machine
     python tools/replay.py compare before.json --only 'small/*' --allow '*/kernels*: grad *'
 
-``record`` runs some hundreds of cases (logits, feature maps, gradients, trainings, files) and stores
-the SHA-256 of every array, with its norm, its sum and a sketch. ``compare`` runs them again and
+``record`` runs hundreds of cases (logits, feature maps, gradients, trainings, files) and stores the
+SHA-256 of every array, with its norm, its sum and a sketch. ``compare`` runs them again and
 prints, for each group of cases, how many arrays are equal, different or missing. For one that
 differs, it estimates ``norm(new - old) / norm(old)`` from the sketches: 1e-7 is float32 rounding in
 another order, 1e-2 is another result. It exits with 1 if anything differs that ``--allow`` does not
