@@ -193,9 +193,10 @@ def check_stages(stages: Iterable[int]) -> set[int]:
 
 
 def check_finite(name: str, x: Array, cause: str) -> None:
-    """Refuses a host array of any shape that holds NaN or infinity; cause is a sentence for the message.
+    """Refuses a host array of any shape that holds NaN or infinity.
 
-    Arrays on a device are passed over: looking at them would make the host wait.
+    cause ends the message: sentences on the likely cause and its cure. Arrays on a
+    device are passed over: looking at them would make the host wait.
 
     Raises:
         NonFiniteError: if a number in it is NaN or infinite; the message has how many, and where

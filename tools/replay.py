@@ -52,6 +52,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # ==================================================================================================
 
 from pvt_ref import REFERENCE, Operation, blocked_ops  # noqa: E402
+from pvt_ref.layers.gelu import gelu  # noqa: E402
 from pvt_ref.train import (  # noqa: E402
     AdamW,
     LabelledImages,
@@ -82,13 +83,13 @@ def kernels(threads: int, elements: int) -> Any:
 def with_gelu(table: Any, f: Callable[..., Any], derivative: Callable[..., Any]) -> Any:
     """A table whose GELU is f, an elementwise function with that derivative."""
 
-    def forward(x: Any, keep: bool = True) -> tuple[Any, Any]:
+    def forward(p: None, x: Any, ops: Any, keep: bool = True) -> tuple[Any, Any]:
         return f(x), x if keep else None
 
-    def backward(x: Any, dy: Any) -> Any:
-        return dy * derivative(x)
+    def backward(p: None, cache: Any, dy: Any, ops: Any) -> tuple[Any, None]:
+        return dy * derivative(cache), None
 
-    return dataclasses.replace(table, gelu=Operation(forward, backward))
+    return table.replace(gelu, Operation(forward, backward))
 
 
 #: What a training computes on. It must have one thread and blocks of 2**18 numbers.
