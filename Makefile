@@ -60,9 +60,8 @@ bench: .venv/.stamp-test ## times everything against PyTorch on this CPU, half a
 
 # small chunks keep the order of tests/conftest.py: layers first
 PYTEST := $(PY) -m pytest -n auto --maxprocesses 8 --maxschedchunk 4
-test: .venv/.stamp-test ## all tests, with the kernels and with the readable layers
-	@PVT_REF_OPS=blocked $(PYTEST) $(ARGS)
-	@PVT_REF_OPS=reference $(PYTEST) $(ARGS)
+test: .venv/.stamp-test ## all tests; those that compute, with the kernels and with the readable layers
+	@$(PYTEST) $(ARGS)
 
 lint: .venv/.stamp-lint ## formatting and style
 	@.venv/bin/ruff format --check .
