@@ -440,7 +440,7 @@ def test_equal_settings_make_equal_tables():
 
 
 def test_tables_do_not_change():
-    with pytest.raises(AttributeError, match="frozen; ops.replace makes a changed one"):
+    with pytest.raises(AttributeError, match=r"frozen; ops\.replace makes a changed one"):
         REFERENCE.name = "mine"  # type: ignore[misc]
     with pytest.raises(TypeError):
         blocked_ops(2).twins[gelu] = RELU  # type: ignore[index]
