@@ -64,15 +64,14 @@ class Worker:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            status = self.process.wait()
+            self.close()
+            status = self.process.returncode
             self.start()
             raise ContenderError(f"{self.name} ended with status {status}")
         return json.loads(answer)
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()  # no more orders: it ends
 
 
 def say(*words: object) -> None:
