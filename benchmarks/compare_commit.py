@@ -18,7 +18,7 @@ from pathlib import Path
 
 from in_turn import NATIVE, ROOT, Worker, check_equality, make_weights, say, time_in_turn
 from machine import cores, describe_machine
-from report import RIVAL, machine_line, time_tables
+from report import RIVAL, machine_line, ratio_table, times_table
 
 
 def git(*words: str) -> str:
@@ -58,28 +58,27 @@ def main() -> None:
             Worker("pvt_ref", threads, root=take_out(commit, folder), shown=other),
             Worker(RIVAL, threads),
         ]
+        weights = {model: str(make_weights(model, folder)) for model in models}
         cases = [
-            {"weights": str(make_weights(model, folder)), "model": model, "size": NATIVE}
+            {"weights": weights[model], "model": model, "size": NATIVE}
             | {"batch": batch, "train": train}
             for model in models
             for train in (False, True)
             for batch in batches
         ]
         say("Checking that all compute the same")
-        checks = [case | {"batch": 2} for case in cases if case["train"]][:: len(batches)]
-        errors = check_equality(workers, checks, folder)
+        checks = [case for case in cases if case["train"] and case["batch"] == 1]
+        result: dict = {"machine": describe_machine(threads), "against": commit}
+        result["errors"] = check_equality(workers, checks, folder)
         say(f"Timing, {args.rounds} rounds; medians")
-        result = {
-            "machine": describe_machine(threads),
-            "against": commit,
-            "errors": errors,
-            "times": time_in_turn(workers, cases, args.rounds, args.seconds),
-            "versions": {w.name: w.ask(do="versions", **cases[0])["versions"] for w in workers},
-        }
+        result["times"] = time_in_turn(workers, cases, args.rounds, args.seconds)
+        result["versions"] = {}
         for worker in workers:
+            result["versions"][worker.name] = worker.ask(do="versions", **cases[0])["versions"]
             worker.close()
-    tables = [machine_line(result), time_tables(result, other), time_tables(result)]
-    text = "\n".join([f"# The present code and commit {commit}\n", *tables])
+    tables = [times_table(result), ratio_table(result, other), ratio_table(result)]
+    heading = f"# The present code and commit {commit}\n"
+    text = "\n".join([heading, machine_line(result), *tables])
     print("\n" + text)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -55,29 +55,43 @@ def not_run_note(cases: list[dict]) -> str:
     return "\nNot run, in all cases or in some:\n\n" + "\n".join(lines) + "\n"
 
 
-def time_tables(result: dict, rival: str = RIVAL) -> str:
+def times_table(result: dict) -> str:
     names = list(result["times"][0]["seconds"])
-    times, ratios = [], []
+    rows = []
     for case in result["times"]:
-        times.append([label(case)])
-        ratios.append([label(case)])
+        rows.append([label(case)])
         for name in names:
+            why = "not run" if name in case.get("not_run", {}) else "failed"
             seconds = case["seconds"][name]
-            if not seconds:
-                times[-1].append("not run" if name in case.get("not_run", {}) else "failed")
-                ratios[-1].append("")
-                continue
-            times[-1].append(spread([1e3 * t for t in seconds], 1))
-            median, low, high = ratio(case, name, rival)
-            ratios[-1].append(f"{median:.2f} ({low:.2f}-{high:.2f})")
+            rows[-1].append(spread([1e3 * t for t in seconds], 1) if seconds else why)
     return (
         "Milliseconds: median over the rounds (smallest-largest)\n\n"
-        + markdown(["", *names], times)
-        + f"\nTime of {rival} over the contender's, in the same round: median "
-        "(smallest-largest). Above 1 is faster.\n\n"
-        + markdown(["", *names], ratios)
+        + markdown(["", *names], rows)
         + not_run_note(result["times"])
     )
+
+
+def ratio_cell(case: dict, name: str, rival: str = RIVAL) -> str:
+    if not case["seconds"][name]:
+        return ""
+    median, low, high = ratio(case, name, rival)
+    return f"{median:.2f} ({low:.2f}-{high:.2f})"
+
+
+def ratio_table(result: dict, rival: str = RIVAL) -> str:
+    names = list(result["times"][0]["seconds"])
+    rows = [
+        [label(case), *(ratio_cell(case, name, rival) for name in names)]
+        for case in result["times"]
+    ]
+    return (
+        f"Time of {rival} over the contender's, in the same round: median (smallest-largest). "
+        "Above 1 is faster.\n\n" + markdown(["", *names], rows)
+    )
+
+
+def time_tables(result: dict) -> str:
+    return times_table(result) + "\n" + ratio_table(result)
 
 
 def busy_table(result: dict) -> str:
@@ -90,17 +104,9 @@ def busy_table(result: dict) -> str:
                 rows.append([label(case), name, "failed", "", "", ""])
                 continue
             before, now = (statistics.median(c["seconds"][name]) for c in (alone, case))
-            median, low, high = ratio(case, name)
-            rows.append(
-                [
-                    label(case),
-                    name,
-                    f"{1e3 * before:.1f}",
-                    spread([1e3 * t for t in seconds], 1),
-                    f"{now / before:.1f}",
-                    f"{median:.2f} ({low:.2f}-{high:.2f})",
-                ]
-            )
+            beside = spread([1e3 * t for t in seconds], 1)
+            cells = [f"{1e3 * before:.1f}", beside, f"{now / before:.1f}", ratio_cell(case, name)]
+            rows.append([label(case), name, *cells])
     headers = ["", "contender", "ms alone", "ms beside it", "times as long", f"{RIVAL}'s / its"]
     return (
         "While another process, a Python loop bound to one core, keeps that core busy: median over "
@@ -113,12 +119,11 @@ def summary_table(result: dict, digits: int = 0) -> str:
     rows = []
     for case in result["times"]:
         ours, theirs = (1e3 * statistics.median(case["seconds"][n]) for n in ("pvt_ref", RIVAL))
-        median, low, high = ratio(case, "pvt_ref")
         cells = [
             label(case),
             f"{ours:.{digits}f} ms",
             f"{theirs:.{digits}f} ms",
-            f"{median:.2f} ({low:.2f}-{high:.2f})",
+            ratio_cell(case, "pvt_ref"),
         ]
         rows.append(cells)
     return markdown(["224×224", "pvt_ref", RIVAL, "ratio (smallest-largest)"], rows)
