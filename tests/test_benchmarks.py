@@ -10,9 +10,12 @@ import sys
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from pvt_ref import REFERENCE, VARIANTS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -169,6 +172,21 @@ def test_contenders_give_the_numbers_of_the_readable_layers(tmp_path):
         assert worker.process.returncode == 0
     assert len(errors) == 2 * 5
     assert all(0 < error["error"] < in_turn.ALLOWED for error in errors)
+
+
+def test_a_contender_of_ours_computes_with_the_operations_of_its_name(monkeypatch):
+    contenders = import_module("contenders")
+    asked = {"load": lambda *_: SimpleNamespace(params=None), "to_device": lambda x, _: x}
+    asked["forward"] = lambda params, images, config, ops: ops
+    for name, function in asked.items():
+        monkeypatch.setattr(contenders.pvt_ref, name, function)
+    arguments = (Path("w"), VARIANTS["pvt_tiny"], 224, 1, "cpu")
+    default, readable = (
+        contenders.CONTENDERS[name](*arguments).forward(None)
+        for name in ("pvt_ref", "pvt_ref, readable layers")
+    )
+    assert default is None
+    assert readable is REFERENCE
 
 
 def test_a_contender_that_dies_is_told_from_the_others_and_starts_again(tmp_path):
