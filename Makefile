@@ -31,7 +31,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --progress-bar off
 TORCH := $(PIP) -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 .venv/.stamp-%: tools/locked/%.txt pyproject.toml constraints.txt | .venv/bin/pip
 	@echo "Installing the extra '$*' into .venv (the first time, this takes a few minutes) ..."
-	@{ $(PIP) --require-hashes -r $< $(if $(filter test site,$*),&& $(TORCH)) && \
+	@{ $(PIP) --require-hashes -r $< $(if $(filter test bench site,$*),&& $(TORCH)) && \
 	  $(PIP) --no-deps --no-build-isolation -e .; } >.venv/install-$*.log 2>&1 || { \
 	  cat .venv/install-$*.log >&2; exit 1; }
 	@touch $@
@@ -53,7 +53,7 @@ demo: .venv/.stamp-examples ## one photo through a PVT; writes pyramid.png
 	@$(PY) examples/forward.py $(ARGS)
 	@echo "Next: '. .venv/bin/activate', then 'python -m pvt_ref classify examples/chelsea.jpg --size 192'"
 
-bench: .venv/.stamp-test ## times everything against PyTorch on this CPU, half an hour
+bench: .venv/.stamp-bench ## times everything against PyTorch and others on this CPU, 45 minutes
 	@$(PY) benchmarks/cpu.py $(ARGS)
 
 # Checking --------------------------------------------------------------------------------------
