@@ -19,8 +19,14 @@ from pvt_ref.api import (
 )
 from pvt_ref.app import Model, Prediction, with_channels, with_new_head
 from pvt_ref.checkpoint import save
-from pvt_ref.data.image import load_image, normalize, pad_to_multiple, preprocess
-from pvt_ref.data.info import ModelInfo, Preprocessing
+from pvt_ref.data.info import ModelInfo
+from pvt_ref.data.preprocessing import (
+    Preprocessing,
+    load_image,
+    normalize,
+    pad_to_multiple,
+    preprocess,
+)
 from pvt_ref.errors import PVTError
 from pvt_ref.kernels.cpu.table import blocked_ops
 from pvt_ref.layers.cross_entropy import cross_entropy

@@ -8,23 +8,28 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from pvt_ref.api import check_has_classifier, check_params, forward, forward_pyramid
+from pvt_ref.api import (
+    Prepared,
+    check_has_classifier,
+    check_params,
+    draw_leaf,
+    forward,
+    forward_pyramid,
+    prepare_checked,
+)
 from pvt_ref.arrays import (
     Array,
     array_module,
-    describe_type,
     dtype_name,
     from_host,
     is_array,
-    is_foreign,
-    is_numpy,
     quietly,
     sum_in_float64,
 )
 from pvt_ref.checks import as_size, check_finite, check_rng, is_whole
-from pvt_ref.data.info import UNKNOWN, ModelInfo, Preprocessing
+from pvt_ref.data.info import UNKNOWN, ModelInfo
+from pvt_ref.data.preprocessing import Preprocessing
 from pvt_ref.errors import (
     ArrayTypeError,
     ConfigError,
@@ -35,14 +40,11 @@ from pvt_ref.errors import (
     printable,
     shown,
 )
-from pvt_ref.layers.layer_norm import LayerNormParams
-from pvt_ref.layers.linear import LinearParams
-from pvt_ref.models.pvt.config import NUM_STAGES, PVTConfig, describe
-from pvt_ref.models.pvt.params import PVTParams
+from pvt_ref.models.architecture import Leaf, architecture_of
 from pvt_ref.ops import Ops
 from pvt_ref.report.cost import count_cost
 from pvt_ref.report.tables import format_cost
-from pvt_ref.tree import describe_arrays, named_arrays, to_numpy
+from pvt_ref.tree import describe_arrays, first_array, map_named, named_arrays, to_numpy
 
 #: Images, and pixels of them, that are in memory together in :meth:`Model.predict`.
 _IMAGES_AT_ONCE = 64
@@ -63,8 +65,15 @@ class Prediction(NamedTuple):
     probability: float
 
 
+class _Core:
+    """Room for what is made of a model's weights once, which is no field: copies make their own."""
+
+    __slots__ = ("_made",)
+    _made: Prepared
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Model:
+class Model(_Core):
     """Weights and configuration. Frozen, and without state: a call keeps nothing.
 
     Attributes:
@@ -81,24 +90,21 @@ class Model:
         ConfigError: if info names another number of classes than config has.
     """
 
-    params: PVTParams
-    config: PVTConfig
+    params: Any
+    config: Any
     source: str = "made in memory"
     info: ModelInfo = UNKNOWN
 
     def __post_init__(self) -> None:
         check_params(self.params, self.config)
         self._check_info()
+        cause = "The file they came from is damaged, or the training that made them diverged"
         for key, x in named_arrays(self.params):
-            check_finite(
-                key,
-                x,
-                "The file they came from is damaged, or the training that made them diverged",
-            )
+            check_finite(key, x, cause)
 
     def __repr__(self) -> str:
-        arrays = describe_arrays(self.params)
-        return f"Model({describe(self.config)}: {arrays}; {shown(self.source, 120)})"
+        what = architecture_of(self.config).describe(self.config)
+        return f"Model({what}: {describe_arrays(self.params)}; {shown(self.source, 120)})"
 
     def _check_info(self) -> None:
         for name, kind in (("source", str), ("info", ModelInfo)):
@@ -118,6 +124,20 @@ class Model:
     def classes(self) -> tuple[str, ...]:
         """The names of the num_classes outputs, in order; ``("0", "1", ...)`` if not known."""
         return self.info.classes or tuple(map(str, range(self.config.num_classes)))
+
+    @property
+    def feature_info(self) -> list[dict[str, int]]:
+        """What dense heads ask about the maps of :meth:`pyramid`, in timm's words.
+
+        For each map ``num_chs``, its channels, and ``reduction``, the pixels on a side of a cell.
+        An empty list for a network without a pyramid.
+        """
+        if architecture_of(self.config).forward_pyramid is None:
+            return []
+        return [
+            {"num_chs": C, "reduction": stride}
+            for C, stride in zip(self.config.channels, self.config.strides, strict=True)
+        ]
 
     def preprocess(self, images: Any, size: int | tuple[int, int] | None = None) -> Array:
         """Pictures as a batch for this model, with the preprocessing of its training.
@@ -139,16 +159,7 @@ class Model:
                 picture at all.
         """
         self._check_channels()
-        several = images if isinstance(images, list | tuple) else [images]
-        for picture in several:
-            usable = is_numpy(picture) or isinstance(picture, Image.Image)
-            if not usable and (is_array(picture) or is_foreign(picture)):
-                raise ArrayTypeError(
-                    f"a picture is {describe_type(picture)}. Pictures are paths, PIL images, or "
-                    f"arrays (H, W, 3) of uint8; images that are normalised already, one array "
-                    f"(B, {self.config.in_chans}, H, W) of floats"
-                )
-        like = self.params.pos_embed1
+        like = first_array(self.params)
         size = self.config.img_size if size is None else size
         x = from_host(self.info.preprocessing(images, size), like)
         return array_module(like).astype(x, like.dtype, copy=False)
@@ -249,11 +260,12 @@ class Model:
         while batch := list(itertools.islice(rest, self._at_once(size))):
             prepared = [self._preprocess_or_error(picture, size) for picture in batch]
             good = [x for x in prepared if not isinstance(x, PVTError)]  # (1, in_chans, H, W) each
-            answers: Iterator[list[Prediction]] = iter(())
+            answers: list[list[Prediction]] = []
             if good:
-                answers = iter(self._answers(self(array_module(good[0]).concat(good)), top))
+                answers = self._answers(self(array_module(good[0]).concat(good)), top)
+            rows = iter(answers)
             for x in prepared:
-                yield x if isinstance(x, PVTError) else next(answers)
+                yield x if isinstance(x, PVTError) else next(rows)
 
     def _preprocess_or_error(self, picture: Any, size: tuple[int, int]) -> Array | PVTError:
         try:
@@ -324,8 +336,7 @@ class Model:
             ConfigError: as :func:`pvt_ref.forward`.
             RangeError: as :func:`pvt_ref.forward`.
         """
-        self._check_images(images)
-        return forward(self.params, images, self.config, ops=ops)
+        return forward(self._core(), self._checked(images), ops=ops)
 
     def pyramid(self, images: Array, *, ops: Ops | None = None) -> list[Array]:
         """Feature maps for dense prediction; see :func:`pvt_ref.forward_pyramid`.
@@ -344,15 +355,26 @@ class Model:
             ShapeError: as :func:`pvt_ref.forward_pyramid`.
             RangeError: as :func:`pvt_ref.forward_pyramid`.
         """
-        self._check_images(images)
-        return forward_pyramid(self.params, images, self.config, ops=ops)
+        return forward_pyramid(self._core(), self._checked(images), ops=ops)
 
-    def _check_images(self, images: Array) -> None:
-        weight = self.params.pos_embed1
+    def _core(self) -> Prepared:
+        """The weights, which were checked, and what can be made of them once for all calls."""
+        try:
+            return self._made
+        except AttributeError:  # the first call, or that of a copy
+            object.__setattr__(self, "_made", prepare_checked(self.params, self.config))
+            return self._made
+
+    def _checked(self, images: Array) -> Array:
+        """images, cast if they are host floats; what the weights' dtype cannot hold is refused."""
         if isinstance(images, np.ndarray) and images.dtype.kind == "f":
-            # what float32 cannot hold turns infinite, and is refused
-            images = quietly(lambda: images.astype(dtype_name(weight), copy=False))
-        check_finite("images", images, "Check the preprocessing: a division by a zero deviation?")
+            dtype = dtype_name(first_array(self.params))
+            if images.dtype != dtype:  # what float32 cannot hold turns infinite
+                images = quietly(lambda: images.astype(dtype))
+            check_finite(
+                "images", images, "Check the preprocessing: a division by a zero deviation?"
+            )
+        return images
 
     def summary(self, size: int | tuple[int, int] | None = None) -> str:
         """Parameters, MACs and memory by stage and operation, as a text table.
@@ -391,27 +413,29 @@ def with_new_head(model: Model, num_classes: int, rng: np.random.Generator) -> M
     """
     check_rng(rng)
     _check_model(model)
+    row = architecture_of(model.config)
+    if row.head is None:
+        raise ConfigError(f"the head of a {row.title} cannot be exchanged")
     config = dataclasses.replace(model.config, num_classes=num_classes)
     if not config.has_classifier:
         raise ConfigError(f"num_classes is {num_classes}; a head needs at least 1")
-    params, C = model.params, config.embed_dims[-1]
-    like = params.pos_embed4
-    xp = array_module(like)
+    old, like = dict(named_arrays(model.params)), first_array(model.params)
+    changed = set()
 
-    def normal(*shape: int) -> Array:
-        return xp.astype(from_host(0.02 * rng.standard_normal(shape), like=like), like.dtype)
+    def make(leaf: Leaf) -> Array:
+        kept = None if leaf.key.startswith(f"{row.head}.") else old.get(leaf.key)
+        if kept is not None and tuple(kept.shape) == leaf.shape:
+            return kept
+        changed.add(leaf.key.split(".")[0])
+        if kept is not None:  # a table of a backbone, which has no row for the cls token yet
+            missing = leaf.shape[1] - kept.shape[1]
+            leaf = leaf._replace(shape=(1, missing, *leaf.shape[2:]))
+        drawn = from_host(draw_leaf(leaf, rng, np.dtype(dtype_name(like))), like=like)
+        return drawn if kept is None else array_module(like).concat((drawn, kept), axis=1)
 
-    def constant(value: float, *shape: int) -> Array:
-        return xp.astype(from_host(np.full(shape, value), like=like), like.dtype)
-
-    changes: dict[str, Any] = {
-        "head": LinearParams(normal(num_classes, C), constant(0.0, num_classes))
-    }
-    if not model.config.has_classifier:
-        changes["cls_token"] = normal(1, 1, C)
-        changes[f"pos_embed{NUM_STAGES}"] = xp.concat((normal(1, 1, C), like), axis=1)
-        changes["norm"] = LayerNormParams(constant(1.0, C), constant(0.0, C))
-    params = dataclasses.replace(params, **changes)
+    built = row.build_params(config, make)
+    changes = {name: getattr(built, name) for name in changed}
+    params = dataclasses.replace(model.params, **changes)
     info = dataclasses.replace(model.info, title="", classes=(), training={})  # not true any more
     return Model(params, config, f"{model.source}; new head for {num_classes} classes", info)
 
@@ -430,7 +454,7 @@ def with_channels(model: Model, in_chans: int) -> Model:
 
     Returns:
         A model whose config has in_chans, of the same dtype and on the same device:
-        patch_embed1.proj.weight (C_1, in_chans, P_1, P_1). Between 3 channels and 1, its
+        first weight (C_1, in_chans, P_1, P_1). Between 3 channels and 1, its
         preprocessing is adapted too; for others ``info`` keeps the old one, which then does not
         fit: :meth:`Model.preprocess` says so until Model is given the right one.
 
@@ -439,22 +463,23 @@ def with_channels(model: Model, in_chans: int) -> Model:
         ConfigError: if in_chans is not a positive whole number.
     """
     _check_model(model)
-    before = model.config.in_chans
+    row, before = architecture_of(model.config), model.config.in_chans
+    if row.stem is None:
+        raise ConfigError(f"a {row.title} has no first layer that could be adapted")
     config = dataclasses.replace(model.config, in_chans=in_chans)
     if in_chans == before:
         return model
-    params = model.params
-    entry = params.patch_embed1
-    w = entry.proj.weight  # (C_1, before, P_1, P_1)
-    xp = array_module(w)
-    if in_chans == 1:
-        w = xp.expand_dims(sum_in_float64(w, axis=1), axis=1)  # (C_1, 1, P_1, P_1)
-    else:
+
+    def adapt(key: str, w: Array) -> Array:
+        if key != row.stem:
+            return w
+        xp = array_module(w)  # w: (C_out, before, ...)
+        if in_chans == 1:
+            return xp.expand_dims(sum_in_float64(w, axis=1), axis=1)
         times = -(-in_chans // before)  # rounded up
-        w = xp.concat([w] * times, axis=1)[:, :in_chans, ...]  # (C_1, in_chans, P_1, P_1)
-        w = w * (before / in_chans)
-    entry = dataclasses.replace(entry, proj=dataclasses.replace(entry.proj, weight=w))
-    params = dataclasses.replace(params, patch_embed1=entry)
+        return xp.concat([w] * times, axis=1)[:, :in_chans, ...] * (before / in_chans)
+
+    params = map_named(adapt, model.params)
     info = dataclasses.replace(model.info, preprocessing=_adapted(model.info, in_chans))
     source = f"{model.source}; first layer adapted from {before} channels to {in_chans}"
     return Model(params, config, source, info)

@@ -19,14 +19,8 @@ from sklearn.datasets import load_sample_image
 
 import pvt_ref.data.image
 from pvt_ref.arrays import import_cupy
-from pvt_ref.data.image import (
-    load_image,
-    normalize,
-    pad_to_multiple,
-    preprocess,
-    read_rgb,
-    resize_and_crop,
-)
+from pvt_ref.data.image import read_rgb, resize_and_crop
+from pvt_ref.data.preprocessing import load_image, normalize, pad_to_multiple, preprocess
 from pvt_ref.errors import (
     ArrayTypeError,
     DeviceError,
@@ -710,9 +704,9 @@ def test_long_thin_picture():
 
 
 def test_largest_resize_is_allowed(monkeypatch):
-    monkeypatch.setattr(pvt_ref.image, "MAX_RESIZED_PIXELS", 256 * 512)
+    monkeypatch.setattr(pvt_ref.data.image, "MAX_RESIZED_PIXELS", 256 * 512)
     assert resize_and_crop(picture(10, 20)).size == (224, 224)
-    monkeypatch.setattr(pvt_ref.image, "MAX_RESIZED_PIXELS", 256 * 512 - 1)
+    monkeypatch.setattr(pvt_ref.data.image, "MAX_RESIZED_PIXELS", 256 * 512 - 1)
     with pytest.raises(ImageError, match="more than the 131071 pixels"):
         resize_and_crop(picture(10, 20))
 

@@ -16,8 +16,9 @@ from PIL import Image, ImageFile
 
 import pvt_ref
 from pvt_ref.data import picture_file
-from pvt_ref.data.image import load_image, preprocess, read_rgb, resize_and_crop
+from pvt_ref.data.image import read_rgb, resize_and_crop
 from pvt_ref.data.picture_file import FORMATS
+from pvt_ref.data.preprocessing import load_image, preprocess
 from pvt_ref.errors import ArrayTypeError, ImageError, MissingFileError
 
 POSTSCRIPT = b"""%!PS-Adobe-3.0 EPSF-3.0
@@ -163,7 +164,7 @@ def test_fork_while_other_threads_read_pictures(tmp_path):
     out = run(
         """
 import io, os, signal, sys, threading
-from pvt_ref.image import load_image
+from pvt_ref import load_image
 path = sys.argv[1]
 class Waiting(io.BytesIO):
     def read(self, *arguments):
@@ -240,7 +241,7 @@ def png(width, height, bit_depth=8, color_type=0, extra=b"", data=None):
 
 PEAK = """
 import resource, sys
-from pvt_ref.image import load_image
+from pvt_ref import load_image
 load_image(sys.argv[1], 32)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 load_image(sys.argv[2], 32)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
-# The plugins are imported now: a fork in the middle of an import leaves its lock taken in the child
+# All plugins now: a fork in the middle of an import leaves its lock taken in the child
 from PIL import (  # noqa: F401
     BmpImagePlugin,
     GifImagePlugin,
@@ -77,12 +77,6 @@ MAX_TAG_NUMBERS = 2**18
 def as_image_error(what: str) -> Iterator[None]:
     """Errors of Pillow's plugins, of a dozen types, become ImageError.
 
-    Args:
-        what: is being read, for the message.
-
-    Yields:
-        Nothing.
-
     Raises:
         ImageError: in the place of what Pillow raises.
     """
@@ -115,20 +109,13 @@ def _too_many_pixels(what: str, limit: int) -> ImageError:
         name, own = "MAX_COPIED_PIXELS", MAX_COPIED_PIXELS
     return ImageError(
         f"{what} is suspiciously large: more than the {limit} pixels allowed. If you trust it, "
-        f"shrink it with another program, or raise pvt_ref.picture_file.{name} (now {own}) and "
+        f"shrink it with another program, or raise pvt_ref.data.picture_file.{name} (now {own}) and "
         f"PIL.Image.MAX_IMAGE_PIXELS (now {Image.MAX_IMAGE_PIXELS})"
     )
 
 
 def pixel_limit(format: str | None = None) -> int:
-    """The smaller of :data:`MAX_PIXELS` and Pillow's own limit; for some formats, a lower one.
-
-    Args:
-        format: of the file, by Pillow's name.
-
-    Returns:
-        Pixels.
-    """
+    """The smaller of :data:`MAX_PIXELS` and Pillow's own limit; for some formats, a lower one."""
     pillows = Image.MAX_IMAGE_PIXELS
     own = min(MAX_PIXELS, MAX_COPIED_PIXELS) if format in _COPYING else MAX_PIXELS
     return own if pillows is None else min(own, pillows)
@@ -138,14 +125,7 @@ def pixel_limit(format: str | None = None) -> int:
 
 
 def read_path(path: str | os.PathLike[str], what: str) -> bytes:
-    """All of a regular file.
-
-    Args:
-        path: of the file.
-        what: it is, for messages.
-
-    Returns:
-        Its bytes.
+    """All bytes of a regular file.
 
     Raises:
         MissingFileError: if there is none.
@@ -190,15 +170,11 @@ def _where(name: str) -> str:
     return f"It was looked for at {place}; check the spelling, and the folder that Python runs in"
 
 
+_AS_TEXT = "{} was opened as text; pictures need open(path, 'rb')"
+
+
 def read_file(file: BinaryIO, what: str) -> bytes:
-    """All of an open file, from its start where it has one.
-
-    Args:
-        file: opened in binary mode. It is left open.
-        what: it is, for messages.
-
-    Returns:
-        Its bytes.
+    """All bytes of an open file, from its start where it has one. It is left open.
 
     Raises:
         ImageError: if it is closed, too large, or cannot be read.
@@ -214,7 +190,7 @@ def read_file(file: BinaryIO, what: str) -> bytes:
     except PVTError:
         raise
     except UnicodeDecodeError as error:
-        raise _text(what) from error
+        raise ArrayTypeError(_AS_TEXT.format(what)) from error
     except Exception as error:  # an object with read may raise anything
         name = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
         raise ImageError(
@@ -222,15 +198,11 @@ def read_file(file: BinaryIO, what: str) -> bytes:
         ) from error
 
 
-def _text(what: str) -> ArrayTypeError:
-    return ArrayTypeError(f"{what} was opened as text; pictures need open(path, 'rb')")
-
-
 def _read(file: BinaryIO, what: str) -> bytes:
     parts, size = [], 0
     while part := file.read(2**20):
         if isinstance(part, str):
-            raise _text(what)
+            raise ArrayTypeError(_AS_TEXT.format(what))
         if not isinstance(part, bytes | bytearray | memoryview):
             raise ArrayTypeError(f"{what} gives a {type(part).__name__}; its read must give bytes")
         parts.append(part)
@@ -276,14 +248,7 @@ class _Counted(io.BytesIO):
 
 
 def open_picture(data: bytes, what: str) -> Image.Image:
-    """A picture, identified and measured, but not decoded yet.
-
-    Args:
-        data: the whole file.
-        what: it is, for messages.
-
-    Returns:
-        A PIL image, of which size and mode are known.
+    """A picture of which size and mode are known, but which is not decoded yet.
 
     Raises:
         ImageError: if it is in none of :data:`FORMATS`, or beyond a limit.
@@ -323,11 +288,7 @@ _FACTORS = {"L;2": 85, "L;4": 17}
 
 
 def load(image: Image.Image, what: str) -> None:
-    """Decodes a PIL image that is not decoded yet, within the limits.
-
-    Args:
-        image: any; one that is in memory already is left as it is.
-        what: it is, for messages.
+    """Decodes a PIL image, within the limits; one that is in memory already stays as it is.
 
     Raises:
         ImageError: if its file is in none of :data:`FORMATS`, beyond a limit, closed, or a PNG of
@@ -352,10 +313,15 @@ def load(image: Image.Image, what: str) -> None:
         limit = pixel_limit(image.format)
         if image.width * image.height > limit:
             raise _too_many_pixels(what, limit)
-        if not gone:
-            if not isinstance(file, _Counted):
-                _check_parts(_whole(file, what), what)
-            _check_slow(image, _length(file), what)
+        if isinstance(file, _Counted) and not gone:
+            _check_slow(image, file.getbuffer().nbytes, what)
+        elif not gone:
+            here = file.tell()
+            file.seek(0)
+            data = _read(file, what)
+            file.seek(here)
+            _check_parts(data, what)
+            _check_slow(image, len(data), what)
     packing = image.tile[0][3] if image.format == "PNG" and image.tile else None
     if packing == "RGB;16B" and "transparency" in image.info:
         raise ImageError(
@@ -397,40 +363,29 @@ def _has_pixels(image: Image.Image) -> bool:
         return False
 
 
-def _whole(file: Any, what: str) -> bytes:
-    here = file.tell()
-    file.seek(0)
-    data = _read(file, what)
-    file.seek(here)
-    return data
-
-
-def _length(file: Any) -> int:
-    here = file.tell()
-    file.seek(0, os.SEEK_END)
-    length = file.tell()
-    file.seek(here)
-    return length
-
-
 def exif_is_harmless(image: Image.Image) -> bool:
-    """Whether Exif can be read without its numbers filling the memory.
-
-    Args:
-        image: a PIL image.
-
-    Returns:
-        False if there are more than :data:`MAX_TAG_NUMBERS`.
-    """
+    """Whether Exif can be read without its numbers filling the memory."""
     block = image.info.get("exif")
     if not isinstance(block, bytes):
         return True
     while block.startswith(b"Exif\0\0"):  # as Pillow does
         block = block[6:]
-    return _numbers(block) is not None
+    return _has_few_numbers(block)
 
 
 # Limits that can be told without decoding ---------------------------------------------------------
+
+_SLOW = "bytes, each of which is read on its own"
+
+
+def _at_most(limit: str, count: int, things: str, what: str) -> None:
+    """Refuses more things than the limit of that name allows."""
+    if count > globals()[limit]:
+        raise ImageError(
+            f"{what} has more than {globals()[limit]} {things}, far beyond any usual picture: it "
+            f"could take very long. If you trust it, save it anew with another program, or raise "
+            f"pvt_ref.data.picture_file.{limit}"
+        )
 
 
 def _check_parts(data: bytes, what: str) -> None:
@@ -442,16 +397,8 @@ def _check_parts(data: bytes, what: str) -> None:
         _check_gif(data, what)
     elif data[:2] in (b"II", b"MM"):
         _check_tiff(data, what)
-    elif data.startswith(b"P") and len(data) > MAX_SLOW_BYTES and not _PNM.match(data[: 2**16]):
-        raise _too_many(what, _SLOW, "MAX_SLOW_BYTES", MAX_SLOW_BYTES)  # a comment of any length
-
-
-def _too_many(what: str, things: str, name: str, limit: int) -> ImageError:
-    return ImageError(
-        f"{what} has more than {limit} {things}, far beyond any usual picture: it could take very "
-        f"long. If you trust it, save it anew with another program, or raise "
-        f"pvt_ref.picture_file.{name}"
-    )
+    elif data.startswith(b"P") and not _PNM.match(data[: 2**16]):  # a comment of any length
+        _at_most("MAX_SLOW_BYTES", len(data), _SLOW, what)
 
 
 #: A marker: not a stuffed byte, nor a restart, nor one of the fill bytes before it.
@@ -470,12 +417,9 @@ def _check_jpeg(data: bytes, what: str) -> None:
         parts += 1
         scans += kind == 0xDA
         exifs += kind == 0xE1 and data.startswith(b"Exif\0\0", marker.end() + 2)
-        if parts > MAX_PARTS:
-            raise _too_many(what, "segments", "MAX_PARTS", MAX_PARTS)
-        if scans > MAX_SCANS:
-            raise _too_many(what, "scans", "MAX_SCANS", MAX_SCANS)
-        if exifs > MAX_METADATA_PARTS:
-            raise _too_many(what, "Exif segments", "MAX_METADATA_PARTS", MAX_METADATA_PARTS)
+        _at_most("MAX_PARTS", parts, "segments", what)
+        _at_most("MAX_SCANS", scans, "scans", what)
+        _at_most("MAX_METADATA_PARTS", exifs, "Exif segments", what)
 
 
 def _check_png(data: bytes, what: str) -> None:
@@ -485,12 +429,8 @@ def _check_png(data: bytes, what: str) -> None:
         at += 12 + length
         parts += 1
         packed += kind in (b"iCCP", b"zTXt", b"iTXt")
-        if parts > MAX_PARTS:
-            raise _too_many(what, "chunks", "MAX_PARTS", MAX_PARTS)
-        if packed > MAX_METADATA_PARTS:
-            raise _too_many(
-                what, "profiles and packed texts", "MAX_METADATA_PARTS", MAX_METADATA_PARTS
-            )
+        _at_most("MAX_PARTS", parts, "chunks", what)
+        _at_most("MAX_METADATA_PARTS", packed, "profiles and packed texts", what)
 
 
 def _check_gif(data: bytes, what: str) -> None:
@@ -501,8 +441,7 @@ def _check_gif(data: bytes, what: str) -> None:
     in_extension = False
     while at < len(data) and (in_extension or data[at] not in b",;"):
         parts += 1
-        if parts > MAX_PARTS:
-            raise _too_many(what, "blocks", "MAX_PARTS", MAX_PARTS)
+        _at_most("MAX_PARTS", parts, "blocks", what)
         if in_extension:
             in_extension = data[at] > 0
             at += 1 + data[at]
@@ -517,39 +456,34 @@ _PNM = re.compile(
 )
 
 
-_SLOW = "bytes, each of which is read on its own"
-
-
 def _check_slow(image: ImageFile.ImageFile, length: int, what: str) -> None:
     """Refuses large pictures whose decoder Pillow has written in Python."""
-    if not any(tile[0] in Image.DECODERS for tile in image.tile):
-        return
-    levels = image.width * image.height * len(image.getbands())
-    for count, things in ((length, _SLOW), (levels, "levels, each of which is made on its own")):
-        if count > MAX_SLOW_BYTES:
-            raise _too_many(what, things, "MAX_SLOW_BYTES", MAX_SLOW_BYTES)
+    if any(tile[0] in Image.DECODERS for tile in image.tile):
+        levels = image.width * image.height * len(image.getbands())
+        _at_most("MAX_SLOW_BYTES", length, _SLOW, what)
+        _at_most("MAX_SLOW_BYTES", levels, "levels, each of which is made on its own", what)
 
 
 _TILE_WIDTH, _TILE_HEIGHT, _SAMPLE_FORMAT = 322, 323, 339
 
 
 def _check_tiff(data: bytes, what: str) -> None:
-    if _numbers(data) is None:
-        raise _too_many(what, "numbers in its tags", "MAX_TAG_NUMBERS", MAX_TAG_NUMBERS)
+    if not _has_few_numbers(data):
+        _at_most("MAX_TAG_NUMBERS", MAX_TAG_NUMBERS + 1, "numbers in its tags", what)
     # a tile is unpacked whole, however little of it shows; a strip ends where the picture does
     width, height = (max(_values(data, t), default=0) for t in (_TILE_WIDTH, _TILE_HEIGHT))
     if width * height > pixel_limit():
         raise _too_many_pixels(f"a tile of {what}", pixel_limit())
 
 
-def _numbers(tiff: bytes) -> int | None:
-    """How many numbers the tags of a TIFF's first directory hold; None if they are too many."""
+def _has_few_numbers(tiff: bytes) -> bool:
+    """Whether the tags of a TIFF's first directory hold at most MAX_TAG_NUMBERS numbers."""
     total = 0
     for i, (_, kind, count, _) in enumerate(_entries(tiff)):
         total += count if kind not in (1, 2, 6, 7) else 0  # bytes and texts stay as they are
-        if total > MAX_TAG_NUMBERS or i > MAX_TAG_NUMBERS:
-            return None
-    return total
+        if max(total, i) > MAX_TAG_NUMBERS:
+            return False
+    return True
 
 
 #: Bytes of the kinds of whole numbers.

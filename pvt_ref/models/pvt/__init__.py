@@ -58,6 +58,8 @@ PVT = Architecture(
     ),  # fmt: skip
     place=place,
     describe=describe,
+    stem="patch_embed1.proj.weight",
+    head="head",
     variants=VARIANTS,
     aliases=ALIASES,
 )
