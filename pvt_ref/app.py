@@ -152,11 +152,9 @@ class Model(_Core):
 
         Raises:
             ConfigError: if the model has another number of channels than its preprocessing.
-            ImageError: as :func:`pvt_ref.load_image`.
-            MissingFileError: as :func:`pvt_ref.load_image`.
-            ArrayTypeError: as :func:`pvt_ref.load_image`; also for an array of another dtype.
-            ShapeError: as :func:`pvt_ref.load_image`; also for an array of another shape, or no
-                picture at all.
+            ArrayTypeError: for an array of another dtype, or what is no picture.
+            ShapeError: for an array of another shape, or no picture at all.
+            PVTError: as :func:`pvt_ref.load_image`.
         """
         self._check_channels()
         like = first_array(self.params)
@@ -192,24 +190,21 @@ class Model(_Core):
         Raises:
             RangeError: if top is not a positive whole number, or floats on the host look like
                 pixels that were not normalised: none is negative, and they go up to 1 or beyond 20
-                (calling the model takes them as they are); also as :func:`pvt_ref.forward`.
-            ConfigError: if the model is a bare backbone; also as :meth:`preprocess`.
+                (calling the model takes them as they are).
+            ConfigError: if the model is a bare backbone.
             NonFiniteError: if floats on the host hold NaN or infinity.
-            ImageError: as :meth:`preprocess`.
-            MissingFileError: as :meth:`preprocess`.
-            ArrayTypeError: as :meth:`preprocess` and :func:`pvt_ref.forward`.
-            ShapeError: as :meth:`preprocess` and :func:`pvt_ref.forward`.
+            ShapeError: if there is no picture.
+            PVTError: as :meth:`preprocess` and :func:`pvt_ref.forward`.
         """
         answers: list[list[Prediction]] = []
         if is_array(images) and dtype_name(images).startswith(("float", "bfloat")):
             self._check_top(top)
             self._check_normalised(images)
-            count = self._at_once(tuple(images.shape[2:])) if images.ndim == 4 else 1
-            starts = range(0, images.shape[0], count) if images.ndim == 4 else ()
-            for start in starts or (0,):  # what is no batch goes through too, and is refused
-                part = images
-                if images.ndim == 4:
-                    part = images[start : min(start + count, images.shape[0]), ...]
+            count = self._at_once(tuple(images.shape[2:]))
+            if images.ndim != 4 or not images.shape[0]:
+                self(images)  # which refuses it
+            for start in range(0, images.shape[0], count):
+                part = images[start : min(start + count, images.shape[0]), ...]
                 answers += self._answers(self(part), top)
             return answers
         for answer in self.predict_each(images, top, size):
@@ -323,7 +318,7 @@ class Model(_Core):
 
         Args:
             images: (B, in_chans, H, W) normalised floats.
-            ops: a record of operations; None takes the default.
+            ops: a table of operations; None takes the default.
 
         Returns:
             logits (B, num_classes) of the weights' dtype.
@@ -331,10 +326,7 @@ class Model(_Core):
         Raises:
             NonFiniteError: if images on the host hold NaN or infinity, or numbers beyond the dtype
                 of the weights.
-            ArrayTypeError: as :func:`pvt_ref.forward`.
-            ShapeError: as :func:`pvt_ref.forward`.
-            ConfigError: as :func:`pvt_ref.forward`.
-            RangeError: as :func:`pvt_ref.forward`.
+            PVTError: as :func:`pvt_ref.forward`.
         """
         return forward(self._core(), self._checked(images), ops=ops)
 
@@ -343,17 +335,15 @@ class Model(_Core):
 
         Args:
             images: (B, in_chans, H, W) normalised floats.
-            ops: a record of operations; None takes the default.
+            ops: a table of operations; None takes the default.
 
         Returns:
-            [F_1, F_2, F_3, F_4], (B, C_i, H_i, W_i) each, of the weights' dtype.
+            [F_1, F_2, ...], (B, C_i, H_i, W_i) each, of the weights' dtype.
 
         Raises:
             NonFiniteError: if images on the host hold NaN or infinity, or numbers beyond the dtype
                 of the weights.
-            ArrayTypeError: as :func:`pvt_ref.forward_pyramid`.
-            ShapeError: as :func:`pvt_ref.forward_pyramid`.
-            RangeError: as :func:`pvt_ref.forward_pyramid`.
+            PVTError: as :func:`pvt_ref.forward_pyramid`.
         """
         return forward_pyramid(self._core(), self._checked(images), ops=ops)
 

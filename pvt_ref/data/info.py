@@ -54,11 +54,7 @@ class ModelInfo:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by field name, fit for JSON; :meth:`from_dict` reads them.
-
-        Returns:
-            Texts, numbers, lists and dicts; a copy.
-        """
+        """A copy of plain values by field name, fit for JSON; :meth:`from_dict` reads them."""
         return {
             "title": self.title,
             "classes": list(self.classes),
@@ -71,13 +67,7 @@ class ModelInfo:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelInfo":
-        """The inverse of :meth:`to_dict`.
-
-        Args:
-            values: what to_dict returned.
-
-        Returns:
-            An equal record.
+        """The record of which :meth:`to_dict` made values.
 
         Raises:
             ConfigError: if a field is of another type, missing, or not known to this version.

@@ -98,7 +98,7 @@ def evaluate(
 ) -> tuple[float, float]:
     """Mean cross-entropy and share of right answers over all of data, without augmentation.
 
-    Of the images, only those of one batch are made floats, so memory does not grow with data.
+    Only the images of one batch are made floats, so memory does not grow with data.
 
     Args:
         params: the weights, NumPy or CuPy.
@@ -113,9 +113,7 @@ def evaluate(
 
     Raises:
         RangeError: if a label is no class of the model, or batch_size no whole number, or below 1.
-        ShapeError: as :func:`pvt_ref.forward`.
-        ArrayTypeError: as :func:`pvt_ref.forward`.
-        ConfigError: as :func:`pvt_ref.forward`.
+        PVTError: as :func:`pvt_ref.forward`.
     """
     if batch_size is None:
         H, W = data.images.shape[2:]

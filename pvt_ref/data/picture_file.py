@@ -13,33 +13,19 @@ import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from typing import Any, BinaryIO
 
-# All plugins now: a fork in the middle of an import leaves its lock taken in the child
-from PIL import (  # noqa: F401
-    BmpImagePlugin,
-    GifImagePlugin,
-    Image,
-    ImageFile,
-    JpegImagePlugin,
-    MpoImagePlugin,
-    PngImagePlugin,
-    PpmImagePlugin,
-    TiffImagePlugin,
-    UnidentifiedImageError,
-    WebPImagePlugin,
-)
-
-with suppress(ImportError):  # since Pillow 11.3
-    from PIL import AvifImagePlugin  # noqa: F401
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from pvt_ref.errors import ArrayTypeError, ImageError, MissingFileError, PVTError, shown
 
-_OPENED = tuple(
-    name
-    for name in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
-    if name in Image.OPEN
-)
+# All plugins now: a fork in the middle of an import leaves its lock taken in the child
+_PLUGINS = ("Jpeg", "Png", "WebP", "Avif", "Gif", "Bmp", "Tiff", "Ppm")
+for _name in (*_PLUGINS, "Mpo"):
+    with suppress(ImportError):  # Avif comes with Pillow 11.3
+        import_module(f"PIL.{_name}ImagePlugin")
+_OPENED = tuple(name.upper() for name in _PLUGINS if name.upper() in Image.OPEN)
 
 #: The formats that are read, by Pillow's names: AVIF if Pillow has it; PPM stands for PGM, PBM and
 #: PFM too; MPO is what Pillow calls a JPEG that others follow in the same file.
@@ -135,7 +121,8 @@ def read_path(path: str | os.PathLike[str], what: str) -> bytes:
         kind = os.stat(path).st_mode
         if stat.S_ISREG(kind):
             # A pipe that takes the file's place meanwhile must not keep us waiting for ever
-            with open(path, "rb", opener=_open_at_once) as file:
+            flags = getattr(os, "O_NONBLOCK", 0)
+            with open(path, "rb", opener=lambda name, own: os.open(name, own | flags)) as file:
                 kind = os.fstat(file.fileno()).st_mode
                 if stat.S_ISREG(kind):
                     return _read(file, what)
@@ -151,10 +138,6 @@ def read_path(path: str | os.PathLike[str], what: str) -> bytes:
     if stat.S_ISDIR(kind):
         raise ImageError(f"{what} is a folder; name a picture inside it")
     raise ImageError(f"{what} is no regular file but a pipe or a device; copy the picture into one")
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _where(name: str) -> str:
@@ -224,15 +207,13 @@ def _read(file: BinaryIO, what: str) -> bytes:
 
 #: First bytes of what people mistake for pictures, or for pictures of a format that is read.
 _OTHERS = (
-    (b"%!PS", "a PostScript drawing, a program; export it as PNG"),
-    (b"\xc5\xd0\xd3\xc6", "a PostScript drawing, a program; export it as PNG"),
+    ((b"%!PS", b"\xc5\xd0\xd3\xc6"), "a PostScript drawing, a program; export it as PNG"),
     (b"<", "a web page or an SVG drawing; save the picture itself, as PNG or JPEG"),
     (b"%PDF", "a PDF; export the page as PNG"),
     (b"\x93NUMPY", "a NumPy array; numpy.load reads it, pvt_ref.normalize takes its pixels"),
     (b"PK\x03\x04", "a zip archive or a weights file; unpack it, or pvt_ref.load reads weights"),
     (b"version https://git-lfs", "a Git LFS pointer; `git lfs pull` fetches the picture"),
-    (b"\0\0\0\x0cjP  ", "a JPEG 2000; save it as PNG"),
-    (b"\xff\x4f\xff\x51", "a JPEG 2000; save it as PNG"),
+    ((b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"), "a JPEG 2000; save it as PNG"),
     (b"8BPS", "a Photoshop document; export it as PNG"),
     (b"\0\0\1\0", "an icon; save it as PNG"),
 )
@@ -294,11 +275,10 @@ def load(image: Image.Image, what: str) -> None:
         ImageError: if its file is in none of :data:`FORMATS`, beyond a limit, closed, or a PNG of
             which Pillow confuses the transparent colour with others.
     """
-    if _is_closed(image):
-        raise _closed(what)
+    has_pixels = _has_pixels(image, what)
     if not isinstance(image, ImageFile.ImageFile):
         return
-    waiting = bool(image.tile) or not _has_pixels(image)
+    waiting = bool(image.tile) or not has_pixels
     if image.format not in FORMATS:
         if waiting:  # decoding could start another program
             raise ImageError(
@@ -340,27 +320,19 @@ def load(image: Image.Image, what: str) -> None:
         image.info["transparency"] = transparent % (1 + 255 // factor) * factor
 
 
-def _is_closed(image: Image.Image) -> bool:
+def _has_pixels(image: Image.Image, what: str) -> bool:
     try:
-        _ = image.im.mode
-    except ValueError:  # what image.close() leaves behind
-        return True
-    except Exception:  # no pixels yet
+        return bool(image.im.mode)
+    except ValueError as error:  # what image.close() leaves behind
+        raise _closed(what) from error
+    except Exception:  # what Pillow says if there are none yet differs from release to release
         return False
-    return False
 
 
 def _closed(what: str) -> ImageError:
     return ImageError(
         f"{what} is closed; read it inside the `with Image.open(...)`, and before image.close()"
     )
-
-
-def _has_pixels(image: Image.Image) -> bool:
-    try:
-        return image.im is not None
-    except Exception:  # what Pillow says if there are none differs from release to release
-        return False
 
 
 def exif_is_harmless(image: Image.Image) -> bool:

@@ -94,7 +94,8 @@ class Preprocessing:
         object.__setattr__(self, "std", std)
 
     def __repr__(self) -> str:
-        return f"Preprocessing(mode={self.mode!r}, mean={shown_tuple(self.mean)}, std={shown_tuple(self.std)})"
+        mean, std = shown_tuple(self.mean), shown_tuple(self.std)
+        return f"Preprocessing(mode={self.mode!r}, mean={mean}, std={std})"
 
     @property
     def channels(self) -> int:
@@ -117,8 +118,7 @@ class Preprocessing:
             ShapeError: if there is no picture, an array has another shape, or size is not one or
                 two positive whole numbers.
             ArrayTypeError: if a picture is none of these, or an array not uint8.
-            ImageError: as :func:`pvt_ref.load_image`.
-            MissingFileError: as :func:`pvt_ref.load_image`.
+            PVTError: as :func:`pvt_ref.load_image`.
         """
         if not isinstance(pictures, list | tuple | np.ndarray):
             raise ArrayTypeError(
@@ -141,22 +141,17 @@ class Preprocessing:
         if isinstance(picture, np.ndarray):
             self._check_shape(picture)
             picture = image.Image.fromarray(picture)
-        upright = image.resize_and_crop(image.read_rgb(picture), size)
-        return (
-            np.asarray(upright.convert("L"))[:, :, None]
-            if self.mode == "L"
-            else np.asarray(upright)
-        )
+        rgb = image.resize_and_crop(image.read_rgb(picture), size)
+        return np.asarray(rgb.convert("L"))[:, :, None] if self.mode == "L" else np.asarray(rgb)
 
     def _check_kind(self, picture: Any, pil_image: type) -> None:
-        C = self.channels
-        if not is_numpy(picture) and not isinstance(picture, pil_image):
-            if is_array(picture) or is_foreign(picture):
-                raise ArrayTypeError(
-                    f"a picture is {describe_type(picture)}. Pictures are paths, PIL images, or "
-                    f"arrays (H, W, {C if self.mode == 'bands' else 3}) of uint8; images that are normalised already, one "
-                    f"array (B, {C}, H, W) of floats"
-                )
+        C, usable = self.channels, is_numpy(picture) or isinstance(picture, pil_image)
+        if not usable and (is_array(picture) or is_foreign(picture)):
+            raise ArrayTypeError(
+                f"a picture is {describe_type(picture)}. Pictures are paths, PIL images, or arrays "
+                f"(H, W, 3) of uint8; images that are normalised already, one array (B, {C}, H, W) "
+                f"of floats"
+            )
         if self.mode == "bands" and not isinstance(picture, np.ndarray):
             raise ArrayTypeError(
                 f"a picture is a {type(picture).__name__}; this preprocessing has {C} bands, which "
@@ -187,10 +182,7 @@ class Preprocessing:
             )
 
     def normalize(self, pixels: Array, like: Array) -> Array:
-        """Raw pixels as normalised floats.
-
-        All in like's dtype and in this order, as torchvision's ToTensor and Normalize compute it;
-        in float32 the bits are theirs.
+        """Raw pixels as normalised floats, with the bits of torchvision's ToTensor and Normalize.
 
         Args:
             pixels: (B, C, H, W) uint8, on the host.
@@ -211,11 +203,13 @@ class Preprocessing:
             )
         xp = array_module(like)
         x = xp.astype(from_host(pixels, like=like), like.dtype)
-        mean = from_host(np.asarray(self.mean)[:, None, None], like=like)
-        std = from_host(np.asarray(self.std)[:, None, None], like=like)
+        mean, std = (
+            xp.astype(from_host(np.asarray(v)[:, None, None], like=like), like.dtype)
+            for v in (self.mean, self.std)
+        )
         x /= 255
-        x -= xp.astype(mean, like.dtype)
-        x /= xp.astype(std, like.dtype)
+        x -= mean
+        x /= std
         return x
 
     def __call__(self, pictures: Any, size: int | tuple[int, int]) -> np.ndarray:
@@ -230,10 +224,7 @@ class Preprocessing:
             (B, C, H, W) float32, normalised.
 
         Raises:
-            ShapeError: as :meth:`pixels`.
-            ArrayTypeError: as :meth:`pixels`.
-            ImageError: as :meth:`pixels`.
-            MissingFileError: as :meth:`pixels`.
+            PVTError: as :meth:`pixels`.
         """
         several = isinstance(pictures, list | tuple) or getattr(pictures, "ndim", 0) == 4
         return self._normalized(self.pixels(list(pictures) if several else [pictures], size))
