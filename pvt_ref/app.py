@@ -66,7 +66,7 @@ class Prediction(NamedTuple):
 
 
 class _Core:
-    """Room for what is made of a model's weights once, which is no field: copies make their own."""
+    """Room for what is made of the weights once. It is no field, so copies make their own."""
 
     __slots__ = ("_made",)
     _made: Prepared
@@ -127,24 +127,18 @@ class Model(_Core):
 
     @property
     def feature_info(self) -> list[dict[str, int]]:
-        """What dense heads ask about the maps of :meth:`pyramid`, in timm's words.
-
-        For each map ``num_chs``, its channels, and ``reduction``, the pixels on a side of a cell.
-        An empty list for a network without a pyramid.
-        """
-        if architecture_of(self.config).forward_pyramid is None:
+        """Channels and strides of the maps of :meth:`pyramid`, by timm's names; [] without maps."""
+        config = self.config
+        if architecture_of(config).forward_pyramid is None:
             return []
-        return [
-            {"num_chs": C, "reduction": stride}
-            for C, stride in zip(self.config.channels, self.config.strides, strict=True)
-        ]
+        maps = zip(config.channels, config.strides, strict=True)
+        return [{"num_chs": channels, "reduction": stride} for channels, stride in maps]
 
     def preprocess(self, images: Any, size: int | tuple[int, int] | None = None) -> Array:
         """Pictures as a batch for this model, with the preprocessing of its training.
 
         Args:
-            images: a picture or a list of them: paths, open files, PIL images, or arrays (H, W, 3)
-                or (H, W) of uint8; or an array (B, H, W, 3) of uint8.
+            images: what :class:`Preprocessing` takes, one picture or several.
             size: side of the square, or (h, w), in pixels; None takes config.img_size.
 
         Returns:
@@ -152,9 +146,7 @@ class Model(_Core):
 
         Raises:
             ConfigError: if the model has another number of channels than its preprocessing.
-            ArrayTypeError: for an array of another dtype, or what is no picture.
-            ShapeError: for an array of another shape, or no picture at all.
-            PVTError: as :func:`pvt_ref.load_image`.
+            PVTError: as :class:`Preprocessing`.
         """
         self._check_channels()
         like = first_array(self.params)
@@ -174,10 +166,7 @@ class Model(_Core):
     def predict(
         self, images: Any, top: int = 5, size: int | tuple[int, int] | None = None
     ) -> list[list[Prediction]]:
-        """The likeliest classes of each image, likeliest first.
-
-        Of a long list only a few pictures are in memory at a time. :meth:`predict_each` also goes
-        on after one that cannot be read.
+        """The likeliest classes of each image; a few pictures are in memory at a time.
 
         Args:
             images: what :meth:`preprocess` takes, or made: (B, in_chans, H, W) floats.
@@ -185,7 +174,8 @@ class Model(_Core):
             size: of what :meth:`preprocess` makes; None takes config.img_size.
 
         Returns:
-            A list of B lists of :class:`Prediction`. Probabilities are Softmax(logits), in float64.
+            B lists of :class:`Prediction`, likeliest first. Probabilities are Softmax(logits), in
+            float64.
 
         Raises:
             RangeError: if top is not a positive whole number, or floats on the host look like
@@ -218,20 +208,16 @@ class Model(_Core):
     def predict_each(
         self, images: Any, top: int = 5, size: int | tuple[int, int] | None = None
     ) -> Iterator[list[Prediction] | PVTError]:
-        """The likeliest classes of pictures one after another, in bounded memory.
-
-        A picture that cannot be read gives its error in its place, and the next one follows.
+        """As :meth:`predict`, picture by picture; one that cannot be read stops no other.
 
         Args:
-            images: what :meth:`preprocess` takes; also an iterator of pictures, which is read a few
-                at a time.
-            top: how many; all if there are fewer classes.
-            size: of what :meth:`preprocess` makes; None takes config.img_size.
+            images: what :meth:`preprocess` takes; also an iterator, read a few pictures at a time.
+            top: as for predict.
+            size: as for predict.
 
         Returns:
-            An iterator: for each picture what :meth:`predict` would return for it, or the
-            :class:`~pvt_ref.PVTError` that it would raise. Any other exception that a picture
-            causes is the ``__cause__`` of an ImageError.
+            An iterator: for each picture what predict would return for it, or the PVTError that it
+            would raise. Any other exception is the ``__cause__`` of an ImageError.
 
         Raises:
             RangeError: if top is not a positive whole number.
@@ -243,8 +229,7 @@ class Model(_Core):
         self._check_channels()
         H, W = as_size(self.config.img_size if size is None else size)
         self.config.grids(H, W)
-        readable = hasattr(images, "read")  # an open file is an iterator too: of lines
-        several = isinstance(images, list | tuple | Iterator) and not readable
+        several = isinstance(images, list | tuple | Iterator) and not hasattr(images, "read")
         several = several or (isinstance(images, np.ndarray) and images.ndim == 4)
         return self._predict_each(images if several else [images], top, (H, W))
 
@@ -255,10 +240,8 @@ class Model(_Core):
         while batch := list(itertools.islice(rest, self._at_once(size))):
             prepared = [self._preprocess_or_error(picture, size) for picture in batch]
             good = [x for x in prepared if not isinstance(x, PVTError)]  # (1, in_chans, H, W) each
-            answers: list[list[Prediction]] = []
-            if good:
-                answers = self._answers(self(array_module(good[0]).concat(good)), top)
-            rows = iter(answers)
+            logits = [self(array_module(good[0]).concat(good))] if good else []
+            rows = (row for part in logits for row in self._answers(part, top))
             for x in prepared:
                 yield x if isinstance(x, PVTError) else next(rows)
 
@@ -314,14 +297,7 @@ class Model(_Core):
         ]
 
     def __call__(self, images: Array, *, ops: Ops | None = None) -> Array:
-        """Class logits; see :func:`pvt_ref.forward`.
-
-        Args:
-            images: (B, in_chans, H, W) normalised floats.
-            ops: a table of operations; None takes the default.
-
-        Returns:
-            logits (B, num_classes) of the weights' dtype.
+        """Class logits (B, num_classes) of normalised floats (B, in_chans, H, W).
 
         Raises:
             NonFiniteError: if images on the host hold NaN or infinity, or numbers beyond the dtype
@@ -331,18 +307,10 @@ class Model(_Core):
         return forward(self._core(), self._checked(images), ops=ops)
 
     def pyramid(self, images: Array, *, ops: Ops | None = None) -> list[Array]:
-        """Feature maps for dense prediction; see :func:`pvt_ref.forward_pyramid`.
-
-        Args:
-            images: (B, in_chans, H, W) normalised floats.
-            ops: a table of operations; None takes the default.
-
-        Returns:
-            [F_1, F_2, ...], (B, C_i, H_i, W_i) each, of the weights' dtype.
+        """Feature maps [F_1, F_2, ...], (B, C_i, H_i, W_i) each, for dense prediction.
 
         Raises:
-            NonFiniteError: if images on the host hold NaN or infinity, or numbers beyond the dtype
-                of the weights.
+            NonFiniteError: as calling the model.
             PVTError: as :func:`pvt_ref.forward_pyramid`.
         """
         return forward_pyramid(self._core(), self._checked(images), ops=ops)
@@ -361,45 +329,38 @@ class Model(_Core):
             dtype = dtype_name(first_array(self.params))
             if images.dtype != dtype:  # what float32 cannot hold turns infinite
                 images = quietly(lambda: images.astype(dtype))
-            check_finite(
-                "images", images, "Check the preprocessing: a division by a zero deviation?"
-            )
+            cause = "Check the preprocessing: a division by a zero deviation?"
+            check_finite("images", images, cause)
         return images
 
     def summary(self, size: int | tuple[int, int] | None = None) -> str:
-        """Parameters, MACs and memory by stage and operation, as a text table.
+        """Source, parameters, MACs and memory by stage and operation, as a table.
 
         Args:
             size: of the image, (H, W) or a side, in pixels; None takes config.img_size.
 
-        Returns:
-            The table, with ``source`` above it: MACs in millions, memory in MiB, for a batch of
-            one.
-
         Raises:
             ShapeError: if the model cannot take that size.
         """
-        report = count_cost(self.config, size)
-        return f"{printable(self.source)}\n\n{format_cost(report)}"
+        return f"{printable(self.source)}\n\n{format_cost(count_cost(self.config, size))}"
 
 
 def with_new_head(model: Model, num_classes: int, rng: np.random.Generator) -> Model:
     """The same model with a fresh head, for fine-tuning on another data set.
 
     Args:
-        model: any model; its arrays are shared, not copied. A bare backbone also gets a fresh cls
-            token, its row of the position table, and a final norm.
+        model: any model; its arrays are shared, not copied. A bare backbone also gets what else a
+            classifier has: a PVT a cls token, its row of the position table, and a final norm.
         num_classes: at least 1.
-        rng: a NumPy generator for the new weights (normal, std 0.02; bias 0); it is advanced.
+        rng: a NumPy generator for the new weights, as of :func:`init_params`; it is advanced.
 
     Returns:
-        A model whose config has num_classes, of the same dtype and on the same device: head weight
-        (num_classes, C_4) and bias (num_classes,).
+        A model whose config has num_classes, of the same dtype and on the same device.
 
     Raises:
         ArrayTypeError: if model is not a Model, or rng not a NumPy generator.
-        ConfigError: if num_classes is not a positive whole number, or stage 4 of a backbone has
-            spatial reduction, which leaves no place for a cls token.
+        ConfigError: if num_classes is not a positive whole number, or the backbone leaves no place
+            for a classifier.
     """
     check_rng(rng)
     _check_model(model)
@@ -433,20 +394,18 @@ def with_new_head(model: Model, num_classes: int, rng: np.random.Generator) -> M
 def with_channels(model: Model, in_chans: int) -> Model:
     """The same model for images of another number of channels, with its first weights adapted.
 
-    For one channel, the weights are summed over the channels, so a grey image gives what it gave
-    three times over. For others they are repeated in turn and scaled by their number over the new
-    one, so an image whose channels are all alike gives the same as before. (So does timm, in its
-    ``adapt_input_conv``.) It is a start for training, in which the new channels find their own.
+    As timm's ``adapt_input_conv``: for one channel, the weights are summed over the channels; for
+    others, repeated in turn and scaled, so that an image whose channels are all alike gives the
+    same as before. It is a start for training.
 
     Args:
         model: any model; its other arrays are shared, not copied.
         in_chans: at least 1, such as 1 for grey or 4 for colour and infrared.
 
     Returns:
-        A model whose config has in_chans, of the same dtype and on the same device:
-        first weight (C_1, in_chans, P_1, P_1). Between 3 channels and 1, its
-        preprocessing is adapted too; for others ``info`` keeps the old one, which then does not
-        fit: :meth:`Model.preprocess` says so until Model is given the right one.
+        A model whose config has in_chans. Between 3 channels and 1, its preprocessing is adapted
+        too; otherwise ``info`` keeps the old one, and :meth:`Model.preprocess` says that it does
+        not fit.
 
     Raises:
         ArrayTypeError: if model is not a Model.

@@ -1,11 +1,7 @@
 """Pictures as Pillow holds them: read and turned upright, in plain RGB, resized and cut.
 
-The geometry is that of the authors' released evaluation (whai362/PVT, ``build_transform``)::
-
-    RGB  ->  short side to int(S * 256 / 224), bicubic  ->  centre S x S
-
-Pixels become numbers in :mod:`pvt_ref.data.preprocessing`. Only this file and picture_file.py
-import Pillow, and they are imported with the first picture.
+The geometry is that of the authors' released evaluation (whai362/PVT, ``build_transform``). Only
+this file and picture_file.py import Pillow, and they are imported with the first picture.
 """
 
 import os
@@ -41,29 +37,22 @@ Source = str | os.PathLike[str] | BinaryIO | Image.Image
 
 
 def read_rgb(source: Source) -> Image.Image:
-    """A picture upright and in plain RGB, whatever it was stored as.
+    """A picture upright and in plain RGB, whatever it was stored as, without metadata.
 
     The orientation in the EXIF data is applied, transparency is laid on white, palettes, CMYK,
     YCbCr, LAB and HSV are converted, 16-bit grey is scaled to 8 bits and rounded. Float grey (mode
-    F) counts from 0 to 255, as everywhere in Pillow. Colour profiles are not applied.
-
-    The authors' loader is ``image.convert("RGB")`` alone: for an upright opaque 8-bit picture, as
-    those of ImageNet nearly all are, the two agree.
+    F) counts from 0 to 255, as everywhere in Pillow. Colour profiles are not applied. The authors'
+    ``image.convert("RGB")`` gives the same for an upright opaque 8-bit picture.
 
     Args:
         source: a path, a file opened in binary mode (read from its start, left open), or a PIL
             image (left as it is). A file, also one that a PIL image has yet to read, must be in one
-            of :data:`pvt_ref.data.picture_file.FORMATS`. Of an animation, the first frame is taken;
-            of a PIL image, the frame it stands on.
-
-    Returns:
-        A new PIL image in mode RGB, without metadata: reading it again changes nothing.
+            of :data:`pvt_ref.data.picture_file.FORMATS`. Of an animation, the first frame is taken.
 
     Raises:
         MissingFileError: if there is no file at the path.
         ImageError: not a picture, of another format, damaged, without pixels, beyond a limit of
             :mod:`pvt_ref.data.picture_file`, or grey levels outside their range.
-        ArrayTypeError: if source is none of the three.
     """
     what = _describe(source)
     with as_image_error(what):
@@ -193,17 +182,12 @@ def resize_and_crop(image: Image.Image, size: int | tuple[int, int] = 224) -> Im
     ``round(difference / 2)``, halves to even. From S = 32 down there is no margin: the short side
     becomes S.
 
-    (H, W): the same with two targets, ``int(H * 256 / 224)`` and ``int(W * 256 / 224)``. The
-    picture is scaled until it covers both, so one side is exact and the other at least its target;
-    no margin if neither side is above 32. For H = W it is the square rule. Nothing is padded, and
-    proportions stay.
+    (H, W): the same with two targets; the picture is scaled until it covers both, so one side is
+    exact and the other at least its target. No margin if neither side is above 32.
 
     Args:
         image: a PIL image in mode RGB.
         size: S, or (H, W), in pixels.
-
-    Returns:
-        A PIL image of W x H pixels.
 
     Raises:
         ImageError: if the image is in another mode, has no pixels, or is so long and thin that it

@@ -104,12 +104,11 @@ def evaluate(
         params: the weights, NumPy or CuPy.
         config: their configuration.
         data: what to look at.
-        batch_size: samples that go through the network together, at least 1. None takes as many
-            as have 1,048,576 pixels, at most 256.
+        batch_size: samples at once, at least 1. None takes as many as have 1,048,576 pixels, at
+            most 256.
 
     Returns:
-        loss, the mean over the samples without label smoothing, and accuracy, the share of samples
-        whose likeliest class is their label, in [0, 1].
+        loss, without label smoothing, and accuracy in [0, 1].
 
     Raises:
         RangeError: if a label is no class of the model, or batch_size no whole number, or below 1.
