@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,78 @@ def test_one_slow_picture_stops_no_other():
     slow.go_on.set()
     thread.join(60)
     assert len(results) == 1
+
+
+def test_two_threads_decode_at_the_same_time(monkeypatch):
+    meeting, decode = threading.Barrier(2), ImageFile.ImageFile.load
+    here = threading.local()
+
+    def load(image):
+        if not hasattr(here, "met"):
+            here.met = meeting.wait(60)  # breaks unless the other one is inside, too
+        return decode(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    data = saved(Image.new("RGB", (40, 40), "red"), "JPEG")
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda _: load_image(io.BytesIO(data), 32), range(2)))
+    assert np.array_equal(*results)
+
+
+def test_limits_hold_in_many_threads():
+    good = saved(Image.new("RGB", (40, 40), "red"), "PNG")
+    wanted = load_image(io.BytesIO(good), 32)
+    refused = {
+        "suspiciously large": png(9460, 9460, data=zlib.compress(b"")),
+        "100 scans": jpeg_with_scans(101),
+        "64 profiles": png(8, 8, extra=chunk(b"zTXt", b"t\0\0" + zlib.compress(b"a")) * 65),
+        "PostScript": POSTSCRIPT,
+        "a tile of": tiff_of_tile(22_500),
+        "numbers in its tags": tiff_of_numbers(2**18 + 1),
+    }
+    before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, list(warnings.filters)
+
+    def answer(data):
+        try:
+            return load_image(io.BytesIO(data), 32)
+        except ImageError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(answer, [good, *refused.values()] * 20))
+    for at, got in enumerate(answers):
+        if at % (1 + len(refused)):
+            assert list(refused)[at % (1 + len(refused)) - 1] in got
+        else:
+            assert np.array_equal(got, wanted)
+    assert (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, warnings.filters) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_fork_while_another_thread_imports_pillow():
+    out = run("""
+import os, signal, sys, threading
+import numpy as np, pvt_ref
+assert not any(name.startswith("PIL") for name in sys.modules)
+begun, pixels = threading.Event(), np.zeros((32, 32, 3), np.uint8)
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "PIL.ImageFile" and not begun.is_set():
+            begun.set()
+            threading.Event().wait(1)
+sys.meta_path.insert(0, Slow())
+thread = threading.Thread(target=pvt_ref.Preprocessing(), args=(pixels, 32))
+thread.start()
+begun.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)  # a child that waits for ever is killed, and counts as failed
+    os._exit(0 if pvt_ref.Preprocessing()(pixels, 32).shape == (1, 3, 32, 32) else 1)
+assert os.waitpid(child, 0)[1] == 0
+thread.join()
+print("done")
+""")
+    assert out == "done\n"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
@@ -434,6 +507,12 @@ def test_numbers_in_the_tags_of_a_tiff(order, big):
     with pytest.raises(ImageError) as caught:  # it has no pixels, but that is another matter
         read_rgb(io.BytesIO(tiff_of_numbers(2**18, order, big)))
     assert "numbers" not in str(caught.value)
+
+
+def tiff_of_tile(side):
+    """A TIFF that says that it has one tile of side x side pixels."""
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, side) for tag in (322, 323))
+    return struct.pack("<2sHIH", b"II", 42, 8, 2) + entries + bytes(4)
 
 
 def test_numbers_in_exif():

@@ -5,6 +5,7 @@ and :func:`normalize` call. Dense prediction keeps the whole picture instead, an
 :func:`pad_to_multiple` makes its size fit.
 """
 
+import logging  # noqa: F401 (its own hook at a fork has to run after ours: Pillow needs its lock)
 import math
 import os
 import sys
