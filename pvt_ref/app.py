@@ -150,8 +150,8 @@ class Model(_Core):
         """
         self._check_channels()
         like = first_array(self.params)
-        size = self.config.img_size if size is None else size
-        x = from_host(self.info.preprocessing(images, size), like)
+        pixels = self.config.img_size if size is None else size
+        x = from_host(self.info.preprocessing(images, pixels), like)
         return array_module(like).astype(x, like.dtype, copy=False)
 
     def _check_channels(self) -> None:

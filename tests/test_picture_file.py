@@ -205,33 +205,6 @@ def test_limits_hold_in_many_threads():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_fork_while_another_thread_imports_pillow():
-    out = run("""
-import os, signal, sys, threading
-import numpy as np, pvt_ref
-assert not any(name.startswith("PIL") for name in sys.modules)
-begun, pixels = threading.Event(), np.zeros((32, 32, 3), np.uint8)
-class Slow:
-    def find_spec(self, name, path=None, target=None):
-        if name == "PIL.ImageFile" and not begun.is_set():
-            begun.set()
-            threading.Event().wait(1)
-sys.meta_path.insert(0, Slow())
-thread = threading.Thread(target=pvt_ref.Preprocessing(), args=(pixels, 32))
-thread.start()
-begun.wait()
-child = os.fork()
-if child == 0:
-    signal.alarm(60)  # a child that waits for ever is killed, and counts as failed
-    os._exit(0 if pvt_ref.Preprocessing()(pixels, 32).shape == (1, 3, 32, 32) else 1)
-assert os.waitpid(child, 0)[1] == 0
-thread.join()
-print("done")
-""")
-    assert out == "done\n"
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_fork_while_other_threads_read_pictures(tmp_path):
     Image.effect_noise((400, 400), 90).convert("RGB").save(tmp_path / "a.jpg")
     out = run(

@@ -1,7 +1,6 @@
 """Pictures as Pillow holds them: read and turned upright, in plain RGB, resized and cut.
 
-The geometry is that of the authors' released evaluation (whai362/PVT, ``build_transform``). Only
-this file and picture_file.py import Pillow, and they are imported with the first picture.
+The geometry is that of the authors' released evaluation (whai362/PVT, ``build_transform``).
 """
 
 import os

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from pvt_ref.data.preprocessing import Preprocessing, shown_tuple
+from pvt_ref.data.preprocessing import IMAGENET, Preprocessing, shown_tuple
 from pvt_ref.errors import ConfigError, shown
 
 
@@ -28,7 +28,7 @@ class ModelInfo:
 
     title: str = ""
     classes: tuple[str, ...] = ()
-    preprocessing: Preprocessing = Preprocessing()
+    preprocessing: Preprocessing = IMAGENET
     training: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:

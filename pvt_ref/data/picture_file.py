@@ -33,28 +33,21 @@ FORMATS = (*_OPENED, "MPO")
 
 #: Bytes of a picture file.
 MAX_FILE_BYTES = 2**28
-
 #: Pixels of a picture in a file. Reading takes up to 12 bytes for each, 1 GiB in all.
 #: ``PIL.Image.MAX_IMAGE_PIXELS`` is obeyed too; by default it is the same number.
 MAX_PIXELS = 2**30 // 12
-
 #: Pixels of a WebP or an AVIF: their decoders keep copies. Reading takes up to 20 bytes for each.
 MAX_COPIED_PIXELS = 2**30 // 20
 _COPYING = ("WEBP", "AVIF")
-
 #: Scans of a JPEG: each visits every pixel, however few bytes it has. Usual are 1 to 10.
 MAX_SCANS = 100
-
 #: Bytes of a file, and levels of its pixels, that go through Python one by one: a PNM in digits or
 #: with an odd maximum, a BMP of run lengths. A microsecond each.
 MAX_SLOW_BYTES = 2**24
-
 #: Parts of a file: chunks of a PNG, segments of a JPEG, blocks of a GIF before its first frame.
 MAX_PARTS = 2**17
-
 #: Parts that are unpacked or joined: profiles and packed texts of a PNG, Exif of a JPEG.
 MAX_METADATA_PARTS = 64
-
 #: Numbers that the tags of a TIFF, or of Exif, hold together: each becomes a Python object.
 MAX_TAG_NUMBERS = 2**18
 
@@ -95,8 +88,8 @@ def _too_many_pixels(what: str, limit: int) -> ImageError:
         name, own = "MAX_COPIED_PIXELS", MAX_COPIED_PIXELS
     return ImageError(
         f"{what} is suspiciously large: more than the {limit} pixels allowed. If you trust it, "
-        f"shrink it with another program, or raise pvt_ref.data.picture_file.{name} (now {own}) and "
-        f"PIL.Image.MAX_IMAGE_PIXELS (now {Image.MAX_IMAGE_PIXELS})"
+        f"shrink it with another program, or raise pvt_ref.data.picture_file.{name} (now {own}) "
+        f"and PIL.Image.MAX_IMAGE_PIXELS (now {Image.MAX_IMAGE_PIXELS})"
     )
 
 
@@ -293,15 +286,8 @@ def load(image: Image.Image, what: str) -> None:
         limit = pixel_limit(image.format)
         if image.width * image.height > limit:
             raise _too_many_pixels(what, limit)
-        if isinstance(file, _Counted) and not gone:
-            _check_slow(image, file.getbuffer().nbytes, what)
-        elif not gone:
-            here = file.tell()
-            file.seek(0)
-            data = _read(file, what)
-            file.seek(here)
-            _check_parts(data, what)
-            _check_slow(image, len(data), what)
+        if not gone:
+            _check_slow(image, _counted_length(file, what), what)
     packing = image.tile[0][3] if image.format == "PNG" and image.tile else None
     if packing == "RGB;16B" and "transparency" in image.info:
         raise ImageError(
@@ -318,6 +304,17 @@ def load(image: Image.Image, what: str) -> None:
     if packing in _FACTORS and isinstance(transparent, int):
         factor = _FACTORS[packing]
         image.info["transparency"] = transparent % (1 + 255 // factor) * factor
+
+
+def _counted_length(file: Any, what: str) -> int:
+    if isinstance(file, _Counted):
+        return file.getbuffer().nbytes
+    here = file.tell()
+    file.seek(0)
+    data = _read(file, what)
+    file.seek(here)
+    _check_parts(data, what)
+    return len(data)
 
 
 def _has_pixels(image: Image.Image, what: str) -> bool:
@@ -361,16 +358,11 @@ def _at_most(limit: str, count: int, things: str, what: str) -> None:
 
 
 def _check_parts(data: bytes, what: str) -> None:
-    if data.startswith(b"\xff\xd8"):
-        _check_jpeg(data, what)
-    elif data.startswith(b"\x89PNG"):
-        _check_png(data, what)
-    elif data.startswith(b"GIF8"):
-        _check_gif(data, what)
-    elif data[:2] in (b"II", b"MM"):
-        _check_tiff(data, what)
-    elif data.startswith(b"P") and not _PNM.match(data[: 2**16]):  # a comment of any length
-        _at_most("MAX_SLOW_BYTES", len(data), _SLOW, what)
+    checks = {b"\xff\xd8": _check_jpeg, b"\x89PNG": _check_png, b"GIF8": _check_gif}
+    checks |= {b"II": _check_tiff, b"MM": _check_tiff, b"P": _check_pnm}
+    for start, check in checks.items():
+        if data.startswith(start):
+            check(data, what)
 
 
 #: A marker: not a stuffed byte, nor a restart, nor one of the fill bytes before it.
@@ -426,6 +418,11 @@ def _check_gif(data: bytes, what: str) -> None:
 _PNM = re.compile(
     rb"P[14](?:(?:\s|#[^\r\n]*[\r\n])+\d+){2}|P.(?:(?:\s|#[^\r\n]*[\r\n])+[-+.\d]+){3}"
 )
+
+
+def _check_pnm(data: bytes, what: str) -> None:
+    if not _PNM.match(data[: 2**16]):  # a comment of any length
+        _at_most("MAX_SLOW_BYTES", len(data), _SLOW, what)
 
 
 def _check_slow(image: ImageFile.ImageFile, length: int, what: str) -> None:

@@ -5,17 +5,14 @@ and :func:`normalize` call. Dense prediction keeps the whole picture instead, an
 :func:`pad_to_multiple` makes its size fit.
 """
 
-import logging  # noqa: F401 (its own hook at a fork has to run after ours: Pillow needs its lock)
 import math
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from numbers import Real
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from pvt_ref.arrays import (
     Array,
@@ -28,6 +25,7 @@ from pvt_ref.arrays import (
     is_numpy,
 )
 from pvt_ref.checks import TOO_LARGE, is_whole
+from pvt_ref.data.image import Source, read_rgb, resize_and_crop, resize_and_crop_bands
 from pvt_ref.errors import ArrayTypeError, ConfigError, RangeError, ShapeError, shown
 
 #: Mean and standard deviation of the training pixels, red, green, blue, on a scale of 0 to 1.
@@ -36,23 +34,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 #: Channels that a mode makes; of bands there are as many as means.
 _CHANNELS = {"RGB": 3, "L": 1, "bands": None}
-
-_PICTURES = "pvt_ref.data.image"
-
-
-def _pictures() -> Any:
-    """The file that needs Pillow. `import pvt_ref` takes a third longer with it, so it waits."""
-    return import_module(_PICTURES)
-
-
-def _finish_import() -> None:
-    """Waits for an import under way elsewhere: a fork would leave its lock taken in the child."""
-    if _PICTURES in sys.modules:
-        _pictures()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_finish_import)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +90,7 @@ class Preprocessing:
         Args:
             pictures: a list of paths, open files, PIL images, or arrays (H, W, 3) or (H, W) of
                 uint8. In mode bands a list of arrays (H, W, C) of uint8; also (H, W) if C = 1.
-            size: side of a square, or (H, W), in pixels; see
-                :func:`pvt_ref.data.image.resize_and_crop`.
+            size: side of a square, or (H, W), in pixels, as for :func:`load_image`.
 
         Returns:
             (B, H, W, C) uint8, C = :attr:`channels`.
@@ -132,21 +112,20 @@ class Preprocessing:
 
     def _prepared(self, picture: Any, size: int | tuple[int, int]) -> np.ndarray:
         """One picture as (H, W, C) uint8."""
-        image = _pictures()
-        self._check_kind(picture, image.Image.Image)
+        self._check_kind(picture)
         if self.mode == "bands":
             if picture.ndim == 2 and self.channels == 1:
                 picture = picture[:, :, None]
             self._check_shape(picture)
-            return image.resize_and_crop_bands(picture, size)
+            return resize_and_crop_bands(picture, size)
         if isinstance(picture, np.ndarray):
             self._check_shape(picture)
-            picture = image.Image.fromarray(picture)
-        rgb = image.resize_and_crop(image.read_rgb(picture), size)
+            picture = Image.fromarray(picture)
+        rgb = resize_and_crop(read_rgb(picture), size)
         return np.asarray(rgb.convert("L"))[:, :, None] if self.mode == "L" else np.asarray(rgb)
 
-    def _check_kind(self, picture: Any, pil_image: type) -> None:
-        C, usable = self.channels, is_numpy(picture) or isinstance(picture, pil_image)
+    def _check_kind(self, picture: Any) -> None:
+        C, usable = self.channels, is_numpy(picture) or isinstance(picture, Image.Image)
         if not usable and (is_array(picture) or is_foreign(picture)):
             raise ArrayTypeError(
                 f"a picture is {describe_type(picture)}. Pictures are paths, PIL images, or arrays "
@@ -187,10 +166,7 @@ class Preprocessing:
 
         Args:
             pixels: (B, C, H, W) uint8, on the host.
-            like: an array of float32 or float64, of any shape.
-
-        Returns:
-            (B, C, H, W) of like's library, device and dtype.
+            like: an array of float32 or float64: the result has its library, device and dtype.
 
         Raises:
             ArrayTypeError: if like is not an array.
@@ -256,10 +232,10 @@ def _numbers(values: Any) -> tuple[float, ...] | None:
 
 # For the released weights -------------------------------------------------------------------------
 
-_RELEASED = Preprocessing()
+IMAGENET = Preprocessing()
 
 
-def load_image(source: Any, size: int | tuple[int, int] = 224) -> np.ndarray:
+def load_image(source: Source, size: int | tuple[int, int] = 224) -> np.ndarray:
     """One picture, prepared for the classifier as the released weights expect.
 
     Args:
@@ -277,10 +253,12 @@ def load_image(source: Any, size: int | tuple[int, int] = 224) -> np.ndarray:
         ArrayTypeError: if source is none of the three.
         ShapeError: if size is not one or two positive whole numbers.
     """
-    return _RELEASED(_pictures().read_rgb(source), size)
+    return IMAGENET(read_rgb(source), size)
 
 
-def preprocess(images: Any, size: int | tuple[int, int] = 224) -> np.ndarray:
+def preprocess(
+    images: Image.Image | Sequence[Image.Image], size: int | tuple[int, int] = 224
+) -> np.ndarray:
     """PIL images, of any modes and sizes, as one batch for the classifier.
 
     Args:
@@ -295,18 +273,16 @@ def preprocess(images: Any, size: int | tuple[int, int] = 224) -> np.ndarray:
         ShapeError: if size is not one or two positive whole numbers, or there is no picture.
         ArrayTypeError: if something is not a PIL image.
     """
-    batch = list(images) if isinstance(images, list | tuple) else [images]
+    batch: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
     for image in batch:
-        if not isinstance(image, _pictures().Image.Image):
-            hint = (
-                "pvt_ref.normalize(pixels) takes raw pixels"
-                if is_array(image)
-                else "pvt_ref.load_image(path) reads a file"
-            )
+        if not isinstance(image, Image.Image):
+            hint = "load_image(path) reads a file"
+            if is_array(image):
+                hint = "normalize(pixels) takes raw pixels"
             raise ArrayTypeError(
-                f"images hold a {type(image).__name__}; preprocess takes PIL images. {hint}"
+                f"images hold a {type(image).__name__}; preprocess takes PIL images. pvt_ref.{hint}"
             )
-    return _RELEASED(batch, size)
+    return IMAGENET(batch, size)
 
 
 def normalize(pixels: np.ndarray) -> np.ndarray:
@@ -323,13 +299,13 @@ def normalize(pixels: np.ndarray) -> np.ndarray:
         ShapeError: if the shape is another, or has a zero.
     """
     _check_pixels(pixels)
-    return _RELEASED._normalized(pixels if pixels.ndim == 4 else pixels[None])
+    return IMAGENET._normalized(pixels if pixels.ndim == 4 else pixels[None])
 
 
 def _check_pixels(pixels: Any) -> None:
     if not isinstance(pixels, np.ndarray):
         hint = "numpy.stack(list_of_pictures) makes a batch"
-        if isinstance(pixels, _pictures().Image.Image):
+        if isinstance(pixels, Image.Image):
             hint = "pvt_ref.preprocess(image) takes PIL images"
         elif is_array(pixels):
             hint = "pvt_ref.to_numpy(pixels) brings it to the host"
@@ -366,10 +342,9 @@ def _check_pixels(pixels: Any) -> None:
 def pad_to_multiple(images: Array, multiple: int) -> Array:
     """Images enlarged at the right and bottom until H and W are multiples, for dense prediction.
 
-    The new pixels are 0, which after :func:`normalize` is the mean colour of ImageNet; detectors
-    pad so. No pixel moves, so coordinates stay valid, and ``F_i[:, :, :ceil(H / stride_i),
-    :ceil(W / stride_i)]`` are the tokens that stand for the picture. Attention is global: the
-    padding is seen by all tokens, so padded and unpadded results differ a little.
+    The new pixels are 0, after :func:`normalize` the mean colour. No pixel moves, so ``F_i[:, :,
+    :ceil(H / stride_i), :ceil(W / stride_i)]`` are the tokens that stand for the picture. Attention
+    is global: all tokens see the padding, so padded and unpadded results differ a little.
 
     Args:
         images: (B, C, H, W) normalised floats, of NumPy, CuPy or another array API library.
@@ -410,13 +385,9 @@ def pad_to_multiple(images: Array, multiple: int) -> Array:
         raise ShapeError(f"images have shape {shape}: there is nothing in them")
     multiple = int(multiple)  # a NumPy uint8 would wrap round
     below, beside = -H % multiple, -W % multiple
+    zero = xp.zeros_like(images[:, :, :1, :1])  # (B, C, 1, 1)
     if below:
-        images = xp.concat((images, _zeros((B, C, below, W), images)), axis=2)
+        images = xp.concat((images, xp.broadcast_to(zero, (B, C, below, W))), axis=2)
     if beside:
-        images = xp.concat((images, _zeros((B, C, H + below, beside), images)), axis=3)
+        images = xp.concat((images, xp.broadcast_to(zero, (B, C, H + below, beside))), axis=3)
     return images  # (B, C, H', W')
-
-
-def _zeros(shape: tuple[int, ...], like: Array) -> Array:
-    zeros = from_host(np.zeros(shape, dtype=np.float32), like=like)
-    return array_module(like).astype(zeros, like.dtype)
