@@ -307,7 +307,14 @@ class Model(_Core):
         return forward(self._core(), self._checked(images), ops=ops)
 
     def pyramid(self, images: Array, *, ops: Ops | None = None) -> list[Array]:
-        """Feature maps [F_1, F_2, ...], (B, C_i, H_i, W_i) each, for dense prediction.
+        """Feature maps for dense prediction; :attr:`feature_info` describes them.
+
+        Args:
+            images: (B, in_chans, H, W) normalised floats.
+            ops: a table of operations; None takes the default.
+
+        Returns:
+            [F_1, F_2, ...], (B, C_i, H_i, W_i) each, of the weights' dtype.
 
         Raises:
             NonFiniteError: as calling the model.
@@ -334,10 +341,13 @@ class Model(_Core):
         return images
 
     def summary(self, size: int | tuple[int, int] | None = None) -> str:
-        """Source, parameters, MACs and memory by stage and operation, as a table.
+        """Parameters, MACs and memory by stage and operation.
 
         Args:
             size: of the image, (H, W) or a side, in pixels; None takes config.img_size.
+
+        Returns:
+            A text table, with ``source`` above it: MACs in millions, memory in MiB, for B = 1.
 
         Raises:
             ShapeError: if the model cannot take that size.
@@ -365,8 +375,6 @@ def with_new_head(model: Model, num_classes: int, rng: np.random.Generator) -> M
     check_rng(rng)
     _check_model(model)
     row = architecture_of(model.config)
-    if row.head is None:
-        raise ConfigError(f"the head of a {row.title} cannot be exchanged")
     config = dataclasses.replace(model.config, num_classes=num_classes)
     if not config.has_classifier:
         raise ConfigError(f"num_classes is {num_classes}; a head needs at least 1")

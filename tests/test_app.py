@@ -277,9 +277,6 @@ def with_row(monkeypatch, **changes):
 def test_a_network_without_what_is_asked_for(monkeypatch):
     with_row(monkeypatch, forward_pyramid=None)
     assert MODEL.feature_info == []
-    with_row(monkeypatch, head=None)
-    with pytest.raises(ConfigError, match="the head of a PVT cannot be exchanged"):
-        pvt_ref.with_new_head(MODEL, 3, rng_of(0))
     with_row(monkeypatch, stem=None)
     with pytest.raises(ConfigError, match="a PVT has no first layer that could be adapted"):
         with_channels(MODEL, 1)

@@ -68,7 +68,11 @@ class LabelledImages:
         return len(self.labels)
 
     def check_fits(self, config: Any, name: str) -> None:
-        """Refuses samples, named for the message, that a model of config cannot be trained on.
+        """Refuses samples that a model cannot be trained on.
+
+        Args:
+            config: of the model.
+            name: of the samples, for the message.
 
         Raises:
             TrainingError: if a label is no class of the model, or the channels are not its.
@@ -89,7 +93,15 @@ class LabelledImages:
         config.grids(*self.images.shape[2:])  # refuses sizes that would lose pixels
 
     def batch(self, chosen: np.ndarray | slice, like: Array) -> Array:
-        """The images at B places, normalised: (B, C, H, W) of like's library, device and dtype."""
+        """The images at some places, normalised.
+
+        Args:
+            chosen: (B,) integers, or a slice.
+            like: an array of float32 or float64, of any shape.
+
+        Returns:
+            (B, C, H, W) of like's library, device and dtype.
+        """
         return self.preprocessing.normalize(self.images[chosen], like)
 
 

@@ -166,7 +166,10 @@ class Preprocessing:
 
         Args:
             pixels: (B, C, H, W) uint8, on the host.
-            like: an array of float32 or float64: the result has its library, device and dtype.
+            like: an array of float32 or float64, of any shape.
+
+        Returns:
+            (B, C, H, W) of like's library, device and dtype.
 
         Raises:
             ArrayTypeError: if like is not an array.

@@ -120,7 +120,7 @@ class Architecture:
         describe: a configuration in a few words, ``"pvt_tiny, 1000 classes, 224 px"``.
         stem: key of the weight that reads the image, (C_out, in_chans, ...); None if there is none
             that could be adapted to other channels.
-        head: key prefix of the last layer of the classifier; None if it cannot be exchanged.
+        head: key prefix of the last layer of the classifier.
         variants: published configurations by name.
         aliases: other names of them.
         files: how files of other projects are read: see :mod:`pvt_ref.checkpoint`; None if only
@@ -141,7 +141,7 @@ class Architecture:
     place: Callable[[str], Place | None]
     describe: Callable[[Any], str]
     stem: str | None = None
-    head: str | None = None
+    head: str = "head"
     variants: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     files: Any = None

@@ -59,7 +59,6 @@ PVT = Architecture(
     place=place,
     describe=describe,
     stem="patch_embed1.proj.weight",
-    head="head",
     variants=VARIANTS,
     aliases=ALIASES,
 )
