@@ -333,9 +333,9 @@ class Model(_Core):
     def _checked(self, images: Array) -> Array:
         """images, cast if they are host floats; what the weights' dtype cannot hold is refused."""
         if isinstance(images, np.ndarray) and images.dtype.kind == "f":
-            dtype = dtype_name(first_array(self.params))
-            if images.dtype != dtype:  # what float32 cannot hold turns infinite
-                images = quietly(lambda: images.astype(dtype))
+            weight = first_array(self.params)
+            if images.dtype != weight.dtype:  # what float32 cannot hold turns infinite
+                images = quietly(lambda: images.astype(dtype_name(weight), copy=False))
             cause = "Check the preprocessing: a division by a zero deviation?"
             check_finite("images", images, cause)
         return images

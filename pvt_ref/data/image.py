@@ -14,8 +14,8 @@ from pvt_ref.arrays import is_array
 from pvt_ref.checks import TOO_LARGE, is_whole
 from pvt_ref.data.picture_file import (
     as_image_error,
+    decode,
     exif_is_harmless,
-    load,
     open_picture,
     pixel_limit,
     read_file,
@@ -63,7 +63,7 @@ def read_rgb(source: Source) -> Image.Image:
             image = open_picture(read_file(source, what), what)
         if 0 in image.size:
             raise ImageError(f"{what} has no pixels: its size is {image.width}x{image.height}")
-        load(image, what)  # some formats tell transparency and orientation only now
+        decode(image, what)  # some formats tell transparency and orientation only now
         orientation = _orientation(image)
         rgb = _to_rgb(image, what)
         del image  # with its decoder's memory: turning needs as much again
@@ -208,7 +208,7 @@ def resize_and_crop(image: Image.Image, size: int | tuple[int, int] = 224) -> Im
     if 0 in image.size:
         raise ImageError(f"{what} has no pixels")
     with as_image_error(what):
-        load(image, what)  # a PIL image may read its file only now
+        decode(image, what)  # a PIL image may read its file only now
         return _resized_and_cropped(image, H, W, what)
 
 

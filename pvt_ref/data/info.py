@@ -5,7 +5,7 @@ Weights alone answer with an index, and only if the pixels were prepared as in t
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pvt_ref.data.preprocessing import IMAGENET, Preprocessing, shown_tuple
@@ -55,13 +55,11 @@ class ModelInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """A copy of plain values by field name, fit for JSON; :meth:`from_dict` reads them."""
+        p = self.preprocessing
         return {
             "title": self.title,
             "classes": list(self.classes),
-            "preprocessing": {
-                name: list(value) if isinstance(value, tuple) else value
-                for name, value in asdict(self.preprocessing).items()
-            },
+            "preprocessing": {"mode": p.mode, "mean": list(p.mean), "std": list(p.std)},
             "training": _as_json(self.training),
         }
 

@@ -261,7 +261,7 @@ def _begins_as(format: str, data: bytes) -> bool:
 _FACTORS = {"L;2": 85, "L;4": 17}
 
 
-def load(image: Image.Image, what: str) -> None:
+def decode(image: Image.Image, what: str) -> None:
     """Decodes a PIL image, within the limits; one that is in memory already stays as it is.
 
     Raises:
