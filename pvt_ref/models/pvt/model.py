@@ -102,7 +102,7 @@ def _stage_forward(
     keep: bool,
     constants: Sequence[Array] | None,
 ) -> tuple[Array, StageCache | None, tuple[int, int]]:
-    """A map (B, H_{i-1}, W_{i-1}, C_{i-1}) to tokens (B, n_i, C_i), cls token first if given."""
+    """A map x (B, H_{i-1}, W_{i-1}, C_{i-1}) to tokens (B, n_i, C_i), cls token first if given."""
     xp = array_module(x)
     stage, side = config.of_stage(i), config.table_sides[i - 1]
     grid = (x.shape[1] // stage.patch_size, x.shape[2] // stage.patch_size)
@@ -129,7 +129,10 @@ def _stage_forward(
 def _stage_backward(
     p: StageParams, cache: StageCache, dx: Array, ops: Ops
 ) -> tuple[Array, StageParams, Array | None]:
-    """dL/dtokens to dL/dmap, the stage's gradients, and the cls token's if it has one."""
+    """dL/dtokens dx (B, n_i, C_i), or (B, 1 + n_i, C_i), to dL/dmap, gradients and dL/dcls_token.
+
+    The grid of the tokens is cache.grid (H_i, W_i).
+    """
     xp = array_module(dx)
     # x = blocks(x)
     dx, dblocks = ops[blocks].backward(p.blocks, cache.blocks, dx, ops)

@@ -1,0 +1,688 @@
+"""Executes shape comments: ``# (B, n, C)`` at a line's end is checked when the line has run.
+
+A comment holds for the first array that its line assigns or returns, for each of them if it says
+"each", for the numbers themselves if the value is a tuple of numbers. It may offer several shapes:
+``# (H*W, C), or (1 + H*W, C)``. Its letters are
+
+- what the function's docstring says: the shapes of ``Args:``, after an argument or after an
+  attribute of it (``p: weight (C_out, C_in) and bias (C_out,)``, ``settings: num_heads (N)``, ``grid:
+  (H, W)``), or, in a docstring without ``Args:``, those after an argument's name (``tokens x (B, n,
+  C) to a map``). They are read when the function is entered, so they are checked as well;
+- whole numbers that the function assigned to a name of that letter: ``B, n, C = x.shape``;
+- with an index, ``C_i``, ``H_{i-1}`` or ``C_4``, the sizes of that stage, whenever the line runs;
+- what :data:`DERIVED` makes of these.
+
+A letter with two sizes is a fault, and so is one with none: nothing is skipped.
+"""
+
+import ast
+import io
+import operator
+import re
+import sys
+import textwrap
+import tokenize
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from types import CodeType, FrameType, ModuleType
+from typing import Any
+
+from pvt_ref.tree import branches
+
+#: Letters that need no shape of their own: the first formula counts whose letters are known.
+DERIVED: dict[str, tuple[str, ...]] = {
+    # every axis but the last made one: of tokens, of a map of logits, of a batch of logits
+    "rows": ("...", "B*H*W", "B"),
+    "n": ("(H/P)(W/P)",),  # tokens of a map cut into patches
+    "n_i": ("H_i*W_i",),  # tokens of a stage, without cls token
+    "m": ("n/(R*R)", "n"),  # keys: one for R x R tokens, or for each if nothing reduces them
+    "d": ("C/N",),  # channels of one head
+}
+
+_TOKEN = re.compile(
+    r"\s*(\.\.\.|rows\b|num_classes\b|\d+|[A-Za-z](?:_(?:\{\w[+-]\d\}|in|out|\w))?(?![A-Za-z])|[-+*/()])"
+)
+_INDEX = re.compile(r"_\{?(?:(\d)|([a-z])([+-]\d)?)\}?$")
+
+#: A number, a letter, ``...``, or an operation on two of them.
+Dim = int | str | tuple[str, Any, Any]
+Shape = tuple[Dim, ...]
+
+
+# Reading shapes -----------------------------------------------------------------------------------
+
+
+def _product(tokens: list[str]) -> Dim:
+    left = None
+    while tokens and tokens[0] not in ("+", "-", ")"):
+        sign = tokens.pop(0) if tokens[0] in "*/" and left is not None else "*"
+        token = tokens.pop(0)
+        if token == "(":
+            right = _sum(tokens)
+            if not tokens or tokens.pop(0) != ")":
+                raise ValueError("a parenthesis is open")
+        elif token in ("+", "-", "*", "/", ")"):
+            raise ValueError(f"{token} has nothing to work on")
+        else:
+            right = int(token) if token.isdigit() else token
+        left = right if left is None else (sign, left, right)
+        if tokens and tokens[0] in "*/" and len(tokens) == 1:
+            raise ValueError("it ends in an operator")
+    if left is None:
+        raise ValueError("a dimension is empty")
+    return left
+
+
+def _sum(tokens: list[str]) -> Dim:
+    left = _product(tokens)
+    while tokens and tokens[0] in ("+", "-"):
+        left = (tokens.pop(0), left, _product(tokens))
+    return left
+
+
+@cache
+def parse_dim(text: str) -> Dim:
+    """A dimension such as ``1 + n_i``, ``2C``, ``(H/P)(W/P)`` or ``...``.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    tokens, at = [], 0
+    while at < len(text.rstrip()):
+        match = _TOKEN.match(text, at)
+        if match is None:
+            raise ValueError(f"{text!r} is no dimension")
+        tokens.append(match[1])
+        at = match.end()
+    dim = _sum(tokens)
+    if tokens:
+        raise ValueError(f"{text!r} is no dimension")
+    return dim
+
+
+def _group(text: str, start: int) -> str | None:
+    """What stands between the parenthesis at start and the one that closes it, if one does."""
+    depth = 0
+    for end in range(start, len(text)):
+        depth += (text[end] == "(") - (text[end] == ")")
+        if depth == 0:
+            return text[start + 1 : end]
+    return None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A shape in a text: where it starts and ends, and whether it is a lone number, ``(N)``."""
+
+    shape: Shape
+    start: int
+    end: int
+    lone: bool
+
+
+def find_shapes(text: str) -> list[Found]:
+    """The shapes in a text; a parenthesis with other words in it is none, nor is ``f(x)``."""
+    found, at = [], 0
+    while (start := text.find("(", at)) >= 0:
+        at = start + 1
+        inside = _group(text, start)
+        if inside is None or text[start - 1 : start].isalnum():
+            continue
+        parts = inside.split(",")
+        lone = len(parts) == 1 and inside.strip() not in ("", "...")
+        if parts[-1].strip() == "":
+            parts.pop()  # (C,) and ()
+        try:
+            shape = tuple(parse_dim(part.strip()) for part in parts)
+        except ValueError:
+            continue
+        at = start + len(inside) + 2
+        found.append(Found(shape, start, at, lone))
+    return found
+
+
+def offers(text: str, found: Sequence[Found]) -> list[Found]:
+    """The first of the shapes, and those that "or" joins to it."""
+    joined = list(found[:1])
+    for one in found[1:]:
+        if not re.fullmatch(r",? or ", text[joined[-1].end : one.start]):
+            break
+        joined.append(one)
+    return joined
+
+
+def _spelt(dim: Dim) -> str:
+    if not isinstance(dim, tuple):
+        return str(dim)
+    return f"({_spelt(dim[1])} {dim[0]} {_spelt(dim[2])})"
+
+
+def spelt(shape: Shape) -> str:
+    """A shape as text."""
+    return f"({', '.join(map(_spelt, shape))}{',' if len(shape) == 1 else ''})"
+
+
+# Sizes --------------------------------------------------------------------------------------------
+
+
+class Unknown(Exception):
+    """A letter has no size."""
+
+
+class Contradiction(Unknown):
+    """A letter has two sizes."""
+
+
+#: Sizes of letters; of ``...`` a tuple of them.
+Scope = Mapping[str, Any]
+Stages = Mapping[str, Sequence[int]]
+
+
+_OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+
+
+def _number(dim: Dim, scope: Scope, stages: Stages, derive: bool = True) -> Fraction:
+    if isinstance(dim, int):
+        return Fraction(dim)
+    if isinstance(dim, str):
+        return _size(dim, scope, stages, derive)
+    left, right = (_number(side, scope, stages, derive) for side in dim[1:])
+    return _OPERATORS[dim[0]](left, right)
+
+
+def _size(letter: str, scope: Scope, stages: Stages, derive: bool) -> Fraction:
+    values = set()
+    if letter in scope:
+        value = scope[letter]
+        if isinstance(value, tuple):  # of ..., where a number is wanted: their product
+            number = Fraction(1)
+            for size in value:
+                number *= size
+            return number
+        values.add(Fraction(value))
+    index = _INDEX.search(letter)
+    sizes = stages.get(letter.partition("_")[0])
+    if index and sizes:
+        place = int(index[1]) if index[1] else scope.get(index[2])
+        if place is not None:
+            values.add(Fraction(sizes[place + int(index[3] or 0)]))
+    if len(values) > 1:
+        raise Contradiction(f"{letter} is {' and '.join(sorted(map(str, values)))} at once")
+    if values:
+        return values.pop()
+    pattern = f"{letter[: index.start()]}_i" if index else letter
+    for formula in DERIVED.get(pattern, ()) if derive else ():
+        if index:
+            formula = formula.replace("_i", letter[index.start() :])
+        try:
+            return _number(parse_dim(formula), scope, stages, derive=False)
+        except Unknown:
+            continue
+    raise Unknown(f"{letter} has no size")
+
+
+def fits(shapes: Sequence[Shape], actual: tuple[int, ...], scope: Scope, stages: Stages) -> bool:
+    """Whether one of the shapes is the actual one. Those of another rank are not looked at.
+
+    Raises:
+        Unknown: if a letter has no size, or two.
+    """
+    offered = []
+    for shape in shapes:
+        if "..." in shape:
+            if "..." not in scope:
+                raise Unknown("... has no size")
+            at = shape.index("...")
+            shape = (*shape[:at], *scope["..."], *shape[at + 1 :])
+        if len(shape) == len(actual):
+            offered.append(tuple(_number(dim, scope, stages) for dim in shape))
+    return actual in offered
+
+
+def _solved(dim: Dim, value: Fraction, scope: Scope, stages: Stages, derive: bool) -> Scope:
+    """The letter of dim that is not known, when dim has that value."""
+    if isinstance(dim, str):
+        return {dim: value}
+    if isinstance(dim, int):
+        return {}
+    sign, left, right = dim
+    try:
+        known = _number(right, scope, stages, derive)
+    except Unknown:
+        known = _number(left, scope, stages, derive)
+        back = {"+": value - known, "-": known - value, "*": value / known, "/": known / value}
+        return _solved(right, back[sign], scope, stages, derive)
+    back = {"+": value - known, "-": value + known, "*": value / known, "/": value * known}
+    return _solved(left, back[sign], scope, stages, derive)
+
+
+def bound(
+    shape: Shape, actual: tuple[int, ...], scope: Scope, stages: Stages, derive: bool
+) -> dict[str, Any]:
+    """The letters that make shape the actual one, those of scope and new ones.
+
+    Raises:
+        ValueError: if none do.
+        Unknown: if a dimension has two letters that are not known.
+    """
+    letters = dict(scope)
+    if "..." in shape:
+        at = shape.index("...")
+        count = len(actual) - len(shape) + 1
+        if count < 0 or letters.setdefault("...", actual[at : at + count]) != actual[at : at + count]:
+            raise ValueError
+        shape = (*shape[:at], *actual[at : at + count], *shape[at + 1 :])
+    if len(shape) != len(actual):
+        raise ValueError
+    for dim, size in zip(shape, actual, strict=True):
+        try:
+            number = _number(dim, letters, stages, derive)
+        except Contradiction:
+            raise
+        except Unknown:
+            letters.update(_solved(dim, Fraction(size), letters, stages, derive))
+        else:
+            if number != size:
+                raise ValueError
+    return letters
+
+
+# Reading source -----------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Comment:
+    """A shape comment, and what was seen of it.
+
+    Attributes:
+        where: file and line.
+        text: of the comment.
+        shapes: those that it offers.
+        each: whether all arrays of the line must have it.
+        statement: the line's, which assigns or returns.
+        facts: scope, and the shapes of the arrays, as often as the line ran.
+    """
+
+    where: str
+    text: str
+    shapes: tuple[Shape, ...]
+    each: bool
+    statement: ast.stmt
+    facts: set[tuple[frozenset[tuple[str, Any]], tuple[tuple[int, ...], ...]]] = field(
+        default_factory=set
+    )
+
+
+@dataclass(eq=False)
+class Function:
+    """A function, its commented lines, and the shapes that its docstring gives of arguments."""
+
+    where: str
+    entries: list[tuple[str, str]]
+    comments: dict[int, Comment]
+
+
+def _documented(docstring: str) -> list[tuple[str, str]]:
+    """Argument and what is said of it, from ``Args:``; or ("", all of it) where there is none."""
+    text = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", docstring, flags=re.MULTILINE | re.DOTALL)
+    if text is None:
+        return [("", " ".join(docstring.split()))]
+    entries = re.findall(r"^(\w+): (.*(?:\n +.*)*)", textwrap.dedent(text[1]), flags=re.MULTILINE)
+    return [(name, " ".join(said.split())) for name, said in entries]
+
+
+def _comment(where: str, text: str, statement: ast.stmt | None) -> Comment:
+    found = find_shapes(text)
+    shapes = offers(text, found)
+    if not found or len(shapes) != len(found) or found[0].start != 0 or shapes[0].lone:
+        raise ValueError(f"{where}: '# {text}' is no shape, or one with another beside it")
+    if isinstance(statement, ast.Assign | ast.AugAssign | ast.AnnAssign) and statement.value:
+        for target in ast.walk(ast.Module(_targets(statement), [])):
+            if isinstance(target, ast.Attribute) or (
+                isinstance(target, ast.Subscript)
+                and not (isinstance(target.slice, ast.Constant) and target.slice.value is ...)
+            ):
+                raise ValueError(f"{where}: '# {text}' stands beside a part of an array")
+    elif not isinstance(statement, ast.Return) or statement.value is None:
+        raise ValueError(f"{where}: '# {text}' stands where nothing is assigned or returned")
+    each = text[shapes[-1].end :].startswith(" each")
+    return Comment(where, text, tuple(one.shape for one in shapes), each, statement)
+
+
+def _targets(statement: ast.stmt) -> list[Any]:
+    return statement.targets if isinstance(statement, ast.Assign) else [statement.target]  # type: ignore
+
+
+def read_functions(path: Path) -> dict[tuple[int, str], Function]:
+    """The functions of a file, by first line and name, with their shape comments.
+
+    Raises:
+        ValueError: if a shape stands beside a line that neither assigns nor returns, or if a
+            comment has a shape without beginning with it.
+    """
+    source = path.read_text(encoding="utf-8")
+    texts = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+        and token.line[: token.start[1]].strip()
+        and (token.string.startswith("# (") or not all(s.lone for s in find_shapes(token.string)))
+    }
+    functions: dict[tuple[int, str], Function] = {}
+
+    def visit(node: ast.AST, function: Function | None) -> None:
+        for child in ast.iter_child_nodes(node):
+            inner = function
+            if isinstance(child, ast.FunctionDef):
+                first = min([child.lineno, *(one.lineno for one in child.decorator_list)])
+                entries = _documented(ast.get_docstring(child) or "")
+                inner = Function(f"{path.name}:{child.lineno} {child.name}", entries, {})
+                functions[first, child.name] = inner
+            elif isinstance(child, ast.stmt) and not hasattr(child, "body"):
+                text = texts.pop(child.end_lineno or 0, None)
+                if text is not None and function is not None:
+                    comment = _comment(f"{path.name}:{child.end_lineno}", text, child)
+                    function.comments |= dict.fromkeys(
+                        range(child.lineno, (child.end_lineno or 0) + 1), comment
+                    )
+                elif text is not None:
+                    _comment(f"{path.name}:{child.end_lineno}", text, None)
+            visit(child, inner)
+
+    visit(ast.parse(source), None)
+    for line, text in texts.items():  # inside a statement, or beside the head of one
+        _comment(f"{path.name}:{line}", text, None)
+    return functions
+
+
+# Running ------------------------------------------------------------------------------------------
+
+
+def _shape_of(value: Any) -> tuple[int, ...] | None:
+    """Of an array its shape, of a tuple of whole numbers the tuple; None of anything else."""
+    if isinstance(value, tuple) and value and all(type(size) is int for size in value):
+        return value
+    shape = getattr(value, "shape", None)
+    return shape if isinstance(shape, tuple) else None
+
+
+def _shapes_in(value: Any) -> list[tuple[int, ...]]:
+    """Of the arrays in a value; if there are none, the tuples of whole numbers."""
+    found: tuple[list, list] = ([], [])
+
+    def visit(value: Any) -> None:
+        shape = _shape_of(value)
+        if shape is not None:
+            found[shape is value].append(shape)
+        else:
+            for _, branch in branches(value):
+                visit(branch)
+
+    visit(value)
+    return found[0] or found[1]
+
+
+def _assigned(target: ast.AST, names: Mapping[str, Any]) -> Any:
+    if isinstance(target, ast.Tuple | ast.List):
+        return [_assigned(one, names) for one in target.elts]
+    if isinstance(target, ast.Starred | ast.Subscript):
+        return _assigned(target.value, names)
+    return names[target.id]  # type: ignore[attr-defined]
+
+
+class ShapeComments:
+    """Shape comments of modules, executed while it is entered: ``with comments: run()``.
+
+    Args:
+        modules: those whose comments are read. Functions are found by the files' lines, so they run
+            as they are.
+        stages: for letters with an index, their sizes by index, from 0.
+
+    Attributes:
+        comments: all of them.
+        faults: what did not hold, and what could not be evaluated, each once.
+
+    Raises:
+        ValueError: as :func:`read_functions`.
+    """
+
+    def __init__(self, modules: Sequence[ModuleType], stages: Stages | None = None) -> None:
+        self.stages = stages or {}
+        self.faults: dict[str, None] = {}
+        self._functions = {str(m.__file__): read_functions(Path(str(m.__file__))) for m in modules}
+        self._by_code: dict[CodeType, Function | None] = {}
+        self.comments = [
+            comment
+            for functions in self._functions.values()
+            for function in functions.values()
+            for comment in dict.fromkeys(function.comments.values())
+        ]
+
+    def __enter__(self) -> "ShapeComments":
+        self._before = sys.gettrace()
+        sys.settrace(self._entered)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _entered(self, frame: FrameType, event: str, arg: Any) -> Any:
+        code = frame.f_code
+        if code not in self._by_code:
+            functions = self._functions.get(code.co_filename, {})
+            self._by_code[code] = functions.get((code.co_firstlineno, code.co_name))
+        function = self._by_code[code]
+        return None if function is None else _Call(self, function, frame).went_on
+
+    def fault(self, where: str, what: str) -> None:
+        """Notes a fault."""
+        self.faults[f"{where}: {what}"] = None
+
+    def unreached(self) -> list[str]:
+        """Comments of which a shape was never the one that held, and that shape."""
+        return [
+            f"{comment.where}: {spelt(shape)}"
+            for comment in self.comments
+            for shape in comment.shapes
+            if not any(
+                fits([shape], one, dict(scope), self.stages)
+                for scope, seen in comment.facts
+                for one in seen
+            )
+        ]
+
+    def holds(self, comment: Comment, shapes: Sequence[Shape]) -> bool:
+        """Whether shapes in place of a comment's would have held wherever it was seen."""
+        return all(
+            fits(shapes, one, dict(scope), self.stages)
+            for scope, seen in comment.facts
+            for one in seen
+        )
+
+    def survivors(self) -> list[str]:
+        """Comments that would still hold if the last dimension of a shape were one more."""
+        return [
+            f"{comment.where}: {spelt(mutant)}"
+            for comment in self.comments
+            for k, shape in enumerate(comment.shapes)
+            for mutant in [_one_more(shape)]
+            if self.holds(comment, (*comment.shapes[:k], mutant, *comment.shapes[k + 1 :]))
+        ]
+
+    def confusable(self) -> list[str]:
+        """Comments that would still hold with another letter in the place of one.
+
+        Tried are the letters that the same function knows. Where one survives, their sizes
+        coincided whenever the line ran.
+        """
+        found = []
+        for comment in self.comments:
+            known = [{k for k, v in scope if not isinstance(v, tuple)} for scope, _ in comment.facts]
+            letters = set.intersection(*known) if known else set()
+            for k, shape in enumerate(comment.shapes):
+                for at, dim in enumerate(shape):
+                    if not isinstance(dim, str) or dim == "...":
+                        continue
+                    for letter in letters - {dim}:
+                        mutant = (*shape[:at], letter, *shape[at + 1 :])
+                        others = (*comment.shapes[:k], mutant, *comment.shapes[k + 1 :])
+                        if self.holds(comment, others):
+                            found.append(f"{comment.where}: {spelt(mutant)}")
+        return found
+
+
+def _one_more(shape: Shape) -> Shape:
+    if not shape or shape[-1] == "...":
+        return (*shape, 1)
+    return (*shape[:-1], ("+", shape[-1], 1))
+
+
+class _Call:
+    """One call of a function: its letters, and the comment whose line is running."""
+
+    def __init__(self, owner: ShapeComments, function: Function, frame: FrameType) -> None:
+        self.owner, self.function = owner, function
+        self.pending: Comment | None = None
+        self.letters: dict[str, Any] = {}
+        self._bind(frame.f_locals)
+
+    def _bind(self, arguments: Mapping[str, Any]) -> None:
+        """Letters from the docstring: lone shapes first, since alternatives are told by them."""
+        waiting: list[tuple[str, tuple[int, ...], list[Shape], dict[str, Any]]] = []
+        for name, said in self.function.entries:
+            for what, value, shapes, index in self._described(name, said, arguments):
+                actual = (value,) if type(value) is int else _shape_of(value)
+                if actual is not None:
+                    waiting.append((what, actual, shapes, index))
+        waiting.sort(key=lambda one: len(one[2]))
+        for again in (True, False):
+            postponed = []
+            for one in waiting:
+                what, actual, shapes, index = one
+                scope = {**self._whole(arguments), **index, **self.letters}
+                ways, undecided = [], ""
+                for shape in shapes:
+                    try:
+                        ways.append(bound(shape, actual, scope, self.owner.stages, len(shapes) > 1))
+                    except ValueError:
+                        continue
+                    except Unknown as unknown:
+                        undecided = str(unknown)
+                if len(ways) == 1:
+                    new = ways[0].items() - scope.items()
+                    self.letters |= {k: v for k, v in new}
+                elif again and (ways or undecided):
+                    postponed.append(one)
+                else:
+                    why = undecided or ("more than one fits" if ways else f"it is {actual}")
+                    said = " or ".join(map(spelt, shapes))
+                    self.owner.fault(self.function.where, f"{what} {said}: {why}")
+            waiting = postponed
+
+    def _described(
+        self, name: str, said: str, arguments: Mapping[str, Any]
+    ) -> Iterator[tuple[str, Any, list[Shape], dict[str, Any]]]:
+        """What the docstring gives shapes of: its name, value, shapes; index of a list's place."""
+        found = find_shapes(said)
+        value = arguments.get(name)
+        if not name:
+            yield from self._named(said, found, arguments)
+        elif _shape_of(value) is not None:
+            shapes = [one.shape for one in found if not one.lone]
+            if shapes:
+                yield name, value, shapes, {}
+        elif isinstance(value, tuple | list) and found:
+            if len(found) == 1:  # (B, C_i, H_i, W_i) each
+                for k, one in enumerate(value):
+                    yield f"{name}[{k}]", one, [found[0].shape], {"i": k + 1}
+            else:
+                for one, shape in zip(value, found, strict=True):
+                    yield name, one, [shape.shape], {}
+        elif value is not None:
+            yield from self._named(said, found, {"": value})
+
+    def _named(
+        self, said: str, found: Sequence[Found], values: Mapping[str, Any]
+    ) -> Iterator[tuple[str, Any, list[Shape], dict[str, Any]]]:
+        """Shapes after a name: of an argument, or of attributes if values are of one without."""
+        before = 0
+        described: dict[str, list[Found]] = {}
+        while found:
+            joined = offers(said, found)
+            found = found[len(joined) :]
+            words = re.findall(r"[A-Za-z_][\w.]*\w|\w", said[before : joined[0].start])
+            before = joined[-1].end
+            each = said[before:].startswith(" each")
+            named = False
+            for word in words if each else words[-1:]:
+                steps = word.split(".") if "" not in values else ["", *word.split(".")]
+                if steps[0] not in values or (len(steps) > 1 and not _has(values, steps)):
+                    continue
+                named = True
+                described.setdefault(word, []).extend(joined)
+            if "" in values and not named and not joined[0].lone:
+                shapes = " or ".join(spelt(one.shape) for one in joined)
+                self.owner.fault(self.function.where, f"{shapes} stands beside no attribute")
+        for word, shapes in described.items():
+            value: Any = values.get("")
+            for step in word.split("."):
+                value = values.get(step) if value is None else getattr(value, step, None)
+                if value is None:
+                    break
+            lone = shapes[0].lone
+            if value is not None and (type(value) is int) == lone:
+                yield word, value, [one.shape for one in shapes], {}
+
+    def _whole(self, names: Mapping[str, Any]) -> dict[str, int]:
+        """Names of whole numbers that may be letters."""
+        return {
+            name: value
+            for name, value in names.items()
+            if type(value) is int and _TOKEN.fullmatch(name)
+        }
+
+    def went_on(self, frame: FrameType, event: str, arg: Any) -> Any:
+        """Checks the line that has just run: called before the next one, and at the return."""
+        if event == "exception":
+            self.pending = None
+        elif event in ("line", "return"):
+            here = self.function.comments.get(frame.f_lineno) if event == "line" else None
+            if self.pending is not None and self.pending is not here:
+                self._check(self.pending, frame.f_locals, arg)
+            self.pending = here
+        return self.went_on
+
+    def _check(self, comment: Comment, names: Mapping[str, Any], returned: Any) -> None:
+        statement = comment.statement
+        if isinstance(statement, ast.Return):
+            value = returned
+        else:
+            value = [_assigned(target, names) for target in _targets(statement)]
+        seen = tuple(_shapes_in(value))
+        if not seen:
+            self.owner.fault(comment.where, "no array is assigned or returned")
+            return
+        if not comment.each:
+            seen = seen[:1]
+        whole = self._whole(names)
+        for letter in whole.keys() & self.letters.keys():
+            if whole[letter] != self.letters[letter]:
+                says = f"{letter} is {self.letters[letter]} by the docstring and {whole[letter]} here"
+                self.owner.fault(comment.where, says)
+        scope = {**self.letters, **whole}
+        try:
+            wrong = [one for one in seen if not fits(comment.shapes, one, scope, self.owner.stages)]
+        except Unknown as unknown:
+            self.owner.fault(comment.where, f"# {comment.text}: {unknown}")
+            return
+        comment.facts.add((frozenset(scope.items()), seen))
+        for shape in wrong:
+            self.owner.fault(comment.where, f"# {comment.text}: it is {shape}")
+
+
+def _has(values: Mapping[str, Any], steps: Sequence[str]) -> bool:
+    """Whether the first attribute exists; what is beyond it may be None."""
+    return hasattr(values[steps[0]], steps[1])
