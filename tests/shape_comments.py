@@ -4,10 +4,10 @@ A comment holds for the first array that its line assigns or returns, for each o
 "each", for the numbers themselves if the value is a tuple of numbers. It may offer several shapes:
 ``# (H*W, C), or (1 + H*W, C)``. Its letters are
 
-- what the function's docstring says: the shapes of ``Args:``, after an argument or after an
-  attribute of it (``p: weight (C_out, C_in) and bias (C_out,)``, ``settings: num_heads (N)``, ``grid:
-  (H, W)``), or, in a docstring without ``Args:``, those after an argument's name (``tokens x (B, n,
-  C) to a map``). They are read when the function is entered, so they are checked as well;
+- what the function's docstring says: the shapes of ``Args:``, after an argument (``grid: (H, W)``)
+  or an attribute of it (``p: weight (C_out, C_in)``, ``settings: num_heads (N)``), or, in a
+  docstring without ``Args:``, after an argument's name (``tokens x (B, n, C) to a map``). They are
+  read when the function is entered, so they are checked as well;
 - whole numbers that the function assigned to a name of that letter: ``B, n, C = x.shape``;
 - with an index, ``C_i``, ``H_{i-1}`` or ``C_4``, the sizes of that stage, whenever the line runs;
 - what :data:`DERIVED` makes of these.
@@ -16,6 +16,7 @@ A letter with two sizes is a fault, and so is one with none: nothing is skipped.
 """
 
 import ast
+import contextlib
 import io
 import operator
 import re
@@ -42,9 +43,9 @@ DERIVED: dict[str, tuple[str, ...]] = {
     "d": ("C/N",),  # channels of one head
 }
 
-_TOKEN = re.compile(
-    r"\s*(\.\.\.|rows\b|num_classes\b|\d+|[A-Za-z](?:_(?:\{\w[+-]\d\}|in|out|\w))?(?![A-Za-z])|[-+*/()])"
-)
+#: A letter has at most an index; only these are whole words.
+_LETTER = r"(?:rows|num_classes|[A-Za-z](?:_(?:in|out|\w|\{\w[+-]\d\}))?)(?!\w)"
+_TOKEN = re.compile(rf"\s*(\.\.\.|\d+|{_LETTER}|[-+*/()])")
 _INDEX = re.compile(r"_\{?(?:(\d)|([a-z])([+-]\d)?)\}?$")
 
 #: A number, a letter, ``...``, or an operation on two of them.
@@ -55,24 +56,23 @@ Shape = tuple[Dim, ...]
 # Reading shapes -----------------------------------------------------------------------------------
 
 
+def _factor(tokens: list[str]) -> Dim:
+    token = tokens.pop(0) if tokens else ")"
+    if token == "(":
+        inner = _sum(tokens)
+        if not tokens or tokens.pop(0) != ")":
+            raise ValueError("a parenthesis is open")
+        return inner
+    if token in ("+", "-", "*", "/", ")"):
+        raise ValueError(f"an operand is missing before {token}")
+    return int(token) if token.isdigit() else token
+
+
 def _product(tokens: list[str]) -> Dim:
-    left = None
+    left = _factor(tokens)
     while tokens and tokens[0] not in ("+", "-", ")"):
-        sign = tokens.pop(0) if tokens[0] in "*/" and left is not None else "*"
-        token = tokens.pop(0)
-        if token == "(":
-            right = _sum(tokens)
-            if not tokens or tokens.pop(0) != ")":
-                raise ValueError("a parenthesis is open")
-        elif token in ("+", "-", "*", "/", ")"):
-            raise ValueError(f"{token} has nothing to work on")
-        else:
-            right = int(token) if token.isdigit() else token
-        left = right if left is None else (sign, left, right)
-        if tokens and tokens[0] in "*/" and len(tokens) == 1:
-            raise ValueError("it ends in an operator")
-    if left is None:
-        raise ValueError("a dimension is empty")
+        sign = tokens.pop(0) if tokens[0] in ("*", "/") else "*"  # 2C, (H/P)(W/P)
+        left = (sign, left, _factor(tokens))
     return left
 
 
@@ -168,11 +168,11 @@ def spelt(shape: Shape) -> str:
 # Sizes --------------------------------------------------------------------------------------------
 
 
-class Unknown(Exception):
+class UnknownSizeError(Exception):
     """A letter has no size."""
 
 
-class Contradiction(Unknown):
+class ContradictionError(UnknownSizeError):
     """A letter has two sizes."""
 
 
@@ -180,8 +180,8 @@ class Contradiction(Unknown):
 Scope = Mapping[str, Any]
 Stages = Mapping[str, Sequence[int]]
 
-
 _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+_INVERSE = {"+": "-", "-": "+", "*": "/", "/": "*"}
 
 
 def _number(dim: Dim, scope: Scope, stages: Stages, derive: bool = True) -> Fraction:
@@ -210,7 +210,7 @@ def _size(letter: str, scope: Scope, stages: Stages, derive: bool) -> Fraction:
         if place is not None:
             values.add(Fraction(sizes[place + int(index[3] or 0)]))
     if len(values) > 1:
-        raise Contradiction(f"{letter} is {' and '.join(sorted(map(str, values)))} at once")
+        raise ContradictionError(f"{letter} is {' and '.join(sorted(map(str, values)))} at once")
     if values:
         return values.pop()
     pattern = f"{letter[: index.start()]}_i" if index else letter
@@ -219,22 +219,22 @@ def _size(letter: str, scope: Scope, stages: Stages, derive: bool) -> Fraction:
             formula = formula.replace("_i", letter[index.start() :])
         try:
             return _number(parse_dim(formula), scope, stages, derive=False)
-        except Unknown:
+        except UnknownSizeError:
             continue
-    raise Unknown(f"{letter} has no size")
+    raise UnknownSizeError(f"{letter} has no size")
 
 
 def fits(shapes: Sequence[Shape], actual: tuple[int, ...], scope: Scope, stages: Stages) -> bool:
     """Whether one of the shapes is the actual one. Those of another rank are not looked at.
 
     Raises:
-        Unknown: if a letter has no size, or two.
+        UnknownSizeError: if a letter has no size, or two.
     """
     offered = []
     for shape in shapes:
         if "..." in shape:
             if "..." not in scope:
-                raise Unknown("... has no size")
+                raise UnknownSizeError("... has no size")
             at = shape.index("...")
             shape = (*shape[:at], *scope["..."], *shape[at + 1 :])
         if len(shape) == len(actual):
@@ -244,19 +244,16 @@ def fits(shapes: Sequence[Shape], actual: tuple[int, ...], scope: Scope, stages:
 
 def _solved(dim: Dim, value: Fraction, scope: Scope, stages: Stages, derive: bool) -> Scope:
     """The letter of dim that is not known, when dim has that value."""
-    if isinstance(dim, str):
-        return {dim: value}
-    if isinstance(dim, int):
-        return {}
+    if not isinstance(dim, tuple):
+        return {str(dim): value}
     sign, left, right = dim
     try:
         known = _number(right, scope, stages, derive)
-    except Unknown:
-        known = _number(left, scope, stages, derive)
-        back = {"+": value - known, "-": known - value, "*": value / known, "/": known / value}
-        return _solved(right, back[sign], scope, stages, derive)
-    back = {"+": value - known, "-": value + known, "*": value / known, "/": value * known}
-    return _solved(left, back[sign], scope, stages, derive)
+    except UnknownSizeError:
+        known, left = _number(left, scope, stages, derive), right
+        if sign in ("-", "/"):  # known - letter
+            return _solved(left, _OPERATORS[sign](known, value), scope, stages, derive)
+    return _solved(left, _OPERATORS[_INVERSE[sign]](value, known), scope, stages, derive)
 
 
 def bound(
@@ -266,23 +263,24 @@ def bound(
 
     Raises:
         ValueError: if none do.
-        Unknown: if a dimension has two letters that are not known.
+        UnknownSizeError: if a dimension has two letters that are not known.
     """
     letters = dict(scope)
     if "..." in shape:
         at = shape.index("...")
         count = len(actual) - len(shape) + 1
-        if count < 0 or letters.setdefault("...", actual[at : at + count]) != actual[at : at + count]:
+        leading = actual[at : at + max(count, 0)]
+        if letters.setdefault("...", leading) != leading:
             raise ValueError
-        shape = (*shape[:at], *actual[at : at + count], *shape[at + 1 :])
+        shape = (*shape[:at], *leading, *shape[at + 1 :])
     if len(shape) != len(actual):
         raise ValueError
     for dim, size in zip(shape, actual, strict=True):
         try:
             number = _number(dim, letters, stages, derive)
-        except Contradiction:
+        except ContradictionError:
             raise
-        except Unknown:
+        except UnknownSizeError:
             letters.update(_solved(dim, Fraction(size), letters, stages, derive))
         else:
             if number != size:
@@ -381,15 +379,14 @@ def read_functions(path: Path) -> dict[tuple[int, str], Function]:
                 entries = _documented(ast.get_docstring(child) or "")
                 inner = Function(f"{path.name}:{child.lineno} {child.name}", entries, {})
                 functions[first, child.name] = inner
-            elif isinstance(child, ast.stmt) and not hasattr(child, "body"):
-                text = texts.pop(child.end_lineno or 0, None)
-                if text is not None and function is not None:
-                    comment = _comment(f"{path.name}:{child.end_lineno}", text, child)
-                    function.comments |= dict.fromkeys(
-                        range(child.lineno, (child.end_lineno or 0) + 1), comment
-                    )
-                elif text is not None:
-                    _comment(f"{path.name}:{child.end_lineno}", text, None)
+            elif isinstance(child, ast.Assign | ast.AugAssign | ast.AnnAssign | ast.Return):
+                lines = range(child.lineno, (child.end_lineno or 0) + 1)
+                text = texts.pop(lines[-1], None)
+                if text is not None:
+                    where = f"{path.name}:{lines[-1]}"
+                    comment = _comment(where, text, function and child)
+                    if function is not None:
+                        function.comments |= dict.fromkeys(lines, comment)
             visit(child, inner)
 
     visit(ast.parse(source), None)
@@ -515,29 +512,130 @@ class ShapeComments:
     def confusable(self) -> list[str]:
         """Comments that would still hold with another letter in the place of one.
 
-        Tried are the letters that the same function knows. Where one survives, their sizes
-        coincided whenever the line ran.
+        Tried are the letters that the function knows, and all of the file's comments. Where one
+        survives, the two had one size whenever the line ran: the run cannot tell them apart.
         """
-        found = []
-        for comment in self.comments:
-            known = [{k for k, v in scope if not isinstance(v, tuple)} for scope, _ in comment.facts]
-            letters = set.intersection(*known) if known else set()
-            for k, shape in enumerate(comment.shapes):
-                for at, dim in enumerate(shape):
-                    if not isinstance(dim, str) or dim == "...":
-                        continue
-                    for letter in letters - {dim}:
-                        mutant = (*shape[:at], letter, *shape[at + 1 :])
-                        others = (*comment.shapes[:k], mutant, *comment.shapes[k + 1 :])
-                        if self.holds(comment, others):
-                            found.append(f"{comment.where}: {spelt(mutant)}")
-        return found
+        return [
+            f"{comment.where}: {spelt(mutant)}"
+            for comment in self.comments
+            for k, shape in enumerate(comment.shapes)
+            for mutant in self._other_letters(comment, shape)
+            if self.holds(comment, (*comment.shapes[:k], mutant, *comment.shapes[k + 1 :]))
+        ]
+
+    def _other_letters(self, comment: Comment, shape: Shape) -> Iterator[Shape]:
+        file = comment.where.partition(":")[0]
+        written = {
+            letter
+            for other in self.comments
+            if other.where.partition(":")[0] == file
+            for letter in re.findall(_TOKEN, other.text)
+        }
+        for at, dim in enumerate(shape):
+            if isinstance(dim, str) and dim != "...":
+                for letter in sorted(self._known(comment, written) - {dim}):
+                    # a line may run in stage 4 only, where C_i is C_4
+                    if letter[:2] != dim[:2] or not re.search(r"_\d", letter + dim):
+                        yield (*shape[:at], letter, *shape[at + 1 :])
+
+    def _known(self, comment: Comment, others: set[str]) -> set[str]:
+        """The letters that had a size, not a derived one, whenever the comment's line ran."""
+        known: set[str] = set()
+        for number, (scope, _) in enumerate(comment.facts):
+            letters = dict(scope)
+            here = set()
+            for letter in {*letters, *others} - {"..."}:
+                with contextlib.suppress(UnknownSizeError):
+                    _size(letter, letters, self.stages, derive=False)
+                    here.add(letter)
+            known = known & here if number else here
+        return known
 
 
 def _one_more(shape: Shape) -> Shape:
     if not shape or shape[-1] == "...":
         return (*shape, 1)
     return (*shape[:-1], ("+", shape[-1], 1))
+
+
+@dataclass
+class _Said:
+    """What a docstring says of one array: its name and shape, and the shapes that it may have.
+
+    Attributes:
+        i: the place of an array in a list, from 1; else None.
+    """
+
+    name: str
+    actual: tuple[int, ...]
+    shapes: list[Shape]
+    i: int | None
+
+
+def _said_of(name: str, value: Any, found: Sequence[Found], i: int | None = None) -> list[_Said]:
+    """At most one; nothing of None. A lone shape, (N), is one of a number, and of nothing else."""
+    number = type(value) is int
+    actual = (value,) if number else _shape_of(value)
+    shapes = [one.shape for one in found if one.lone == number]
+    return [_Said(name, actual, shapes, i)] if actual is not None and shapes else []
+
+
+def _said(name: str, text: str, arguments: Mapping[str, Any]) -> list[_Said]:
+    """What the text says of an argument; of all of them where it has no name.
+
+    Raises:
+        ValueError: if a shape stands beside no attribute of a record.
+    """
+    found = find_shapes(text)
+    value = arguments.get(name)
+    if name == "":
+        return _said_by_names(text, found, arguments)
+    if value is None or not found or _shape_of(value) is not None or type(value) is int:
+        return _said_of(name, value, found)
+    if not isinstance(value, tuple | list) or hasattr(value, "_fields"):
+        return _said_by_names(text, found, value)
+    one_each = found * len(value) if len(found) == 1 else found
+    said = []
+    for k, (one, shape) in enumerate(zip(value, one_each, strict=True)):
+        said += _said_of(f"{name}[{k}]", one, [shape], k + 1)
+    return said
+
+
+def _said_by_names(text: str, found: Sequence[Found], of: Any) -> list[_Said]:
+    """The shapes that stand after names: of arguments if these are given, else of attributes.
+
+    A shape belongs to the word before it; if "each" follows, to all names since the last shape.
+    """
+    by_name: dict[str, list[Found]] = {}
+    values: dict[str, Any] = {}
+    before = 0
+    while found:
+        joined = offers(text, found)
+        found = found[len(joined) :]
+        words = re.findall(r"[A-Za-z_](?:[\w.]*\w)?", text[before : joined[0].start])
+        before = joined[-1].end
+        named = []
+        for word in words if text.startswith(" each", before) else words[-1:]:
+            first, *rest = word.split(".")
+            if isinstance(of, Mapping) and first in of:
+                value = of[first]
+            elif not isinstance(of, Mapping) and hasattr(of, first):
+                value = getattr(of, first)
+            else:
+                continue
+            for step in rest:
+                value = getattr(value, step, None)
+            values[word] = value
+            by_name.setdefault(word, []).extend(joined)
+            named.append(word)
+        if not named and not isinstance(of, Mapping) and not joined[0].lone:
+            raise ValueError(f"{spelt(joined[0].shape)} stands beside no attribute")
+    return [one for name, shapes in by_name.items() for one in _said_of(name, values[name], shapes)]
+
+
+def _numbers(names: Mapping[str, Any]) -> dict[str, int]:
+    """The whole numbers among variables whose names may be letters."""
+    return {k: v for k, v in names.items() if type(v) is int and _TOKEN.fullmatch(k)}
 
 
 class _Call:
@@ -550,99 +648,42 @@ class _Call:
         self._bind(frame.f_locals)
 
     def _bind(self, arguments: Mapping[str, Any]) -> None:
-        """Letters from the docstring: lone shapes first, since alternatives are told by them."""
-        waiting: list[tuple[str, tuple[int, ...], list[Shape], dict[str, Any]]] = []
-        for name, said in self.function.entries:
-            for what, value, shapes, index in self._described(name, said, arguments):
-                actual = (value,) if type(value) is int else _shape_of(value)
-                if actual is not None:
-                    waiting.append((what, actual, shapes, index))
-        waiting.sort(key=lambda one: len(one[2]))
-        for again in (True, False):
-            postponed = []
-            for one in waiting:
-                what, actual, shapes, index = one
-                scope = {**self._whole(arguments), **index, **self.letters}
-                ways, undecided = [], ""
-                for shape in shapes:
-                    try:
-                        ways.append(bound(shape, actual, scope, self.owner.stages, len(shapes) > 1))
-                    except ValueError:
-                        continue
-                    except Unknown as unknown:
-                        undecided = str(unknown)
-                if len(ways) == 1:
-                    new = ways[0].items() - scope.items()
-                    self.letters |= {k: v for k, v in new}
-                elif again and (ways or undecided):
-                    postponed.append(one)
-                else:
-                    why = undecided or ("more than one fits" if ways else f"it is {actual}")
-                    said = " or ".join(map(spelt, shapes))
-                    self.owner.fault(self.function.where, f"{what} {said}: {why}")
-            waiting = postponed
+        """Letters from the docstring. What is not decided at first is tried again, at the end."""
+        said = []
+        for name, text in self.function.entries:
+            try:
+                said += _said(name, text, arguments)
+            except ValueError as error:
+                self.owner.fault(self.function.where, f"{name}: {error}")
+        said.sort(key=lambda one: len(one.shapes))  # known letters choose among several shapes
+        undecided = [one for one in said if not self._bind_one(one, arguments, last=False)]
+        for one in undecided:
+            self._bind_one(one, arguments, last=True)
 
-    def _described(
-        self, name: str, said: str, arguments: Mapping[str, Any]
-    ) -> Iterator[tuple[str, Any, list[Shape], dict[str, Any]]]:
-        """What the docstring gives shapes of: its name, value, shapes; index of a list's place."""
-        found = find_shapes(said)
-        value = arguments.get(name)
-        if not name:
-            yield from self._named(said, found, arguments)
-        elif _shape_of(value) is not None:
-            shapes = [one.shape for one in found if not one.lone]
-            if shapes:
-                yield name, value, shapes, {}
-        elif isinstance(value, tuple | list) and found:
-            if len(found) == 1:  # (B, C_i, H_i, W_i) each
-                for k, one in enumerate(value):
-                    yield f"{name}[{k}]", one, [found[0].shape], {"i": k + 1}
-            else:
-                for one, shape in zip(value, found, strict=True):
-                    yield name, one, [shape.shape], {}
-        elif value is not None:
-            yield from self._named(said, found, {"": value})
-
-    def _named(
-        self, said: str, found: Sequence[Found], values: Mapping[str, Any]
-    ) -> Iterator[tuple[str, Any, list[Shape], dict[str, Any]]]:
-        """Shapes after a name: of an argument, or of attributes if values are of one without."""
-        before = 0
-        described: dict[str, list[Found]] = {}
-        while found:
-            joined = offers(said, found)
-            found = found[len(joined) :]
-            words = re.findall(r"[A-Za-z_][\w.]*\w|\w", said[before : joined[0].start])
-            before = joined[-1].end
-            each = said[before:].startswith(" each")
-            named = False
-            for word in words if each else words[-1:]:
-                steps = word.split(".") if "" not in values else ["", *word.split(".")]
-                if steps[0] not in values or (len(steps) > 1 and not _has(values, steps)):
-                    continue
-                named = True
-                described.setdefault(word, []).extend(joined)
-            if "" in values and not named and not joined[0].lone:
-                shapes = " or ".join(spelt(one.shape) for one in joined)
-                self.owner.fault(self.function.where, f"{shapes} stands beside no attribute")
-        for word, shapes in described.items():
-            value: Any = values.get("")
-            for step in word.split("."):
-                value = values.get(step) if value is None else getattr(value, step, None)
-                if value is None:
-                    break
-            lone = shapes[0].lone
-            if value is not None and (type(value) is int) == lone:
-                yield word, value, [one.shape for one in shapes], {}
-
-    def _whole(self, names: Mapping[str, Any]) -> dict[str, int]:
-        """Names of whole numbers that may be letters."""
-        return {
-            name: value
-            for name, value in names.items()
-            if type(value) is int and _TOKEN.fullmatch(name)
-        }
+    def _bind_one(self, said: _Said, arguments: Mapping[str, Any], last: bool) -> bool:
+        scope = {**_numbers(arguments), **self.letters}
+        if said.i is not None:
+            scope["i"] = said.i
+        ways: list[dict[str, Any]] = []
+        why = f"it is {said.actual}"
+        several = len(said.shapes) > 1
+        for shape in said.shapes:
+            try:
+                ways.append(bound(shape, said.actual, scope, self.owner.stages, derive=several))
+            except UnknownSizeError as unknown:
+                why = str(unknown)
+                if not last:
+                    return False
+            except ValueError:
+                continue
+        if len(ways) == 1:
+            self.letters.update(ways[0].items() - scope.items())
+            return True
+        if last or not ways:
+            why = "more than one of them fits" if ways else why
+            shapes = " or ".join(map(spelt, said.shapes))
+            self.owner.fault(self.function.where, f"{said.name} {shapes}: {why}")
+        return not ways
 
     def went_on(self, frame: FrameType, event: str, arg: Any) -> Any:
         """Checks the line that has just run: called before the next one, and at the return."""
@@ -662,27 +703,22 @@ class _Call:
         else:
             value = [_assigned(target, names) for target in _targets(statement)]
         seen = tuple(_shapes_in(value))
-        if not seen:
-            self.owner.fault(comment.where, "no array is assigned or returned")
-            return
         if not comment.each:
             seen = seen[:1]
-        whole = self._whole(names)
-        for letter in whole.keys() & self.letters.keys():
-            if whole[letter] != self.letters[letter]:
-                says = f"{letter} is {self.letters[letter]} by the docstring and {whole[letter]} here"
-                self.owner.fault(comment.where, says)
-        scope = {**self.letters, **whole}
+        if not seen:
+            self.owner.fault(comment.where, f"# {comment.text}: there is no array")
+            return
+        numbers = _numbers(names)
+        for letter in numbers.keys() & self.letters.keys():
+            if numbers[letter] != self.letters[letter]:
+                two = f"{self.letters[letter]} in the docstring, {numbers[letter]} as assigned"
+                self.owner.fault(comment.where, f"{letter} is {two}")
+        scope = {**self.letters, **numbers}
         try:
             wrong = [one for one in seen if not fits(comment.shapes, one, scope, self.owner.stages)]
-        except Unknown as unknown:
+        except UnknownSizeError as unknown:
             self.owner.fault(comment.where, f"# {comment.text}: {unknown}")
             return
         comment.facts.add((frozenset(scope.items()), seen))
         for shape in wrong:
             self.owner.fault(comment.where, f"# {comment.text}: it is {shape}")
-
-
-def _has(values: Mapping[str, Any], steps: Sequence[str]) -> bool:
-    """Whether the first attribute exists; what is beyond it may be None."""
-    return hasattr(values[steps[0]], steps[1])

@@ -254,11 +254,11 @@ def backward(
         The gradients of the weights, and dL/dimages (B, C_0, H, W).
     """
     xp = array_module(dlogits)
-    B, n, C = cache.tokens_shape
+    B, n, C_4 = cache.tokens_shape
     # logits = head(x[:, 0])
     dcls_row, dhead = ops[linear].backward(params.head, cache.head, dlogits, ops)  # (B, C_4)
     dcls_row = xp.expand_dims(dcls_row, axis=1)  # (B, 1, C_4)
-    unread = xp.zeros_like(xp.broadcast_to(dcls_row, (B, n - 1, C)))  # (B, n_4, C_4)
+    unread = xp.zeros_like(xp.broadcast_to(dcls_row, (B, n - 1, C_4)))  # (B, n_4, C_4)
     dx = xp.concat((dcls_row, unread), axis=1)  # (B, 1 + n_4, C_4)
     # x = norm(x)
     dx, dnorm = ops[layer_norm].backward(params.norm, cache.norm, dx, ops)
