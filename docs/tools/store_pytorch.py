@@ -97,7 +97,7 @@ def softmax() -> dict[str, torch.Tensor]:
 def position() -> dict[str, torch.Tensor]:
     """The draws of docs/course/position.md, in the same order: interpolate, and its gradient."""
     rng = np.random.default_rng(8)
-    h, w, C = 3, 4, 3
+    h, w, C = 3, 4, 7
     table = torch.tensor(rng.standard_normal((1, 1 + h * w, C)), requires_grad=True)
     x = torch.tensor(rng.standard_normal((2, 1 + 5 * 6, C)), requires_grad=True)
     dy = torch.tensor(rng.standard_normal((2, 1 + 5 * 6, C)))
@@ -124,7 +124,7 @@ def position() -> dict[str, torch.Tensor]:
 def sra() -> dict[str, torch.Tensor]:
     """The draws of docs/course/sra.md, in the same order: eq. 1 to 4 with PyTorch's own layers."""
     rng = np.random.default_rng(10)
-    B, H, W, C, N, R = 2, 4, 6, 8, 2, 2
+    B, H, W, C, N, R = 4, 4, 6, 15, 3, 2
     F = torch.nn.functional
 
     def leaf(x: np.ndarray) -> torch.Tensor:
@@ -158,7 +158,7 @@ def sra() -> dict[str, torch.Tensor]:
 def attention() -> dict[str, torch.Tensor]:
     """The draws of docs/course/attention.md, in the same order."""
     rng = np.random.default_rng(9)
-    B, n, m, N, C = 2, 6, 4, 2, 6
+    B, n, m, N, C = 3, 6, 4, 2, 10
     q, k, v = (
         torch.tensor(rng.standard_normal((B, rows, C)), requires_grad=True) for rows in (n, m, m)
     )
@@ -178,9 +178,9 @@ def patch_embed() -> dict[str, torch.Tensor]:
     def draw(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape)
 
-    drawn = [0.5 * draw(5, 3, 2, 2), draw(5), 1 + 0.1 * draw(5), draw(5), draw(2, 4, 6, 3)]
+    drawn = [0.5 * draw(5, 3, 2, 2), draw(5), 1 + 0.1 * draw(5), draw(5), draw(4, 6, 10, 3)]
     weight, bias, gamma, beta, x = (torch.tensor(array, requires_grad=True) for array in drawn)
-    dy = torch.tensor(draw(2, 6, 5))
+    dy = torch.tensor(draw(4, 15, 5))
     projected = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride=2).flatten(2).transpose(1, 2)
     y = F.layer_norm(projected, (5,), gamma, beta, eps=1e-5)
     names = ("dx", "dweight", "dbias", "dgamma", "dbeta")
@@ -203,7 +203,7 @@ def block() -> dict[str, torch.Tensor]:
     """The draws of docs/course/block.md, in the same order; without and with drop path."""
     rng = np.random.default_rng(11)
     F = torch.nn.functional
-    B, H, W, C, E, N, R = 3, 2, 4, 4, 2, 2, 2
+    B, H, W, C, E, N, R = 3, 2, 6, 4, 2, 2, 2
 
     def draw(scale: float, *shape: int) -> torch.Tensor:
         return torch.tensor(scale * rng.standard_normal(shape), requires_grad=True)
