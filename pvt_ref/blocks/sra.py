@@ -113,7 +113,7 @@ def merge_heads(x: Array) -> Array:
 def _spatial_reduction(
     p: SRAParams, x: Array, ops: Ops, grid: tuple[int, int], eps: float, keep: bool
 ) -> tuple[Array, Any]:
-    """SR(x) = LN(Reshape(x, R) W^S), eq. 3: tokens x (B, n, C) on a grid (H_i, W_i) to (B, m, C)."""
+    """SR(x) = LN(Reshape(x, R) W^S), eq. 3: tokens x (B, n, C) on grid (H_i, W_i) to (B, m, C)."""
     if p.sr is None or p.norm is None:  # R = 1: every token is a key
         return x, None
     xp = array_module(x)

@@ -35,7 +35,7 @@ class AttentionCache:
 
 
 def attention_weights(q: Array, k: Array, scale: float, ops: Ops) -> Array:
-    """A = Softmax(scale * q k^T) of paper eq. 4: a row is the picture "where does this query look".
+    """A = Softmax(scale * q k^T) of paper eq. 4: how much each query attends to each key.
 
     Args:
         q: queries (B, N, n, d).

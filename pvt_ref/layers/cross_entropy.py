@@ -121,7 +121,7 @@ def _distribution(
     smoothing: float,
     ignore_index: int | None,
 ) -> tuple[Array, int]:
-    """Smoothed targets as (rows, K), for logits of shape (B, K) or (B, K, H, W); rows that count."""
+    """Smoothed targets as (rows, K) for a shape (B, K) or (B, K, H, W), and how many rows count."""
     shape = tuple(shape)
     cells = (shape[0], *shape[2:])  # (B,) or (B, H, W)
     count, K = logits.shape

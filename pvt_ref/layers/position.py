@@ -1,10 +1,10 @@
 """Position embedding: a learned vector per token, resized when the grid is not the table's own.
 
 Attention does not see order, so each stage adds a table with one row a token (paper section 3.1).
-The table belongs to the square grid of the image size it was made for; on any other grid it is resized bilinearly
-(paper section 4.2), half-pixel centres, no antialiasing (PyTorch: ``interpolate(mode="bilinear",
-align_corners=False)``). That is linear and separable, two small matrices around the table,
-A_h P A_w^T, so its transpose is A_h^T dP A_w.
+The table belongs to the square grid of the image size it was made for; on any other grid it is
+resized bilinearly (paper section 4.2), half-pixel centres, no antialiasing (PyTorch:
+``interpolate(mode="bilinear", align_corners=False)``). That is linear and separable, two small
+matrices around the table, A_h P A_w^T, so its transpose is A_h^T dP A_w.
 """
 
 import numpy as np

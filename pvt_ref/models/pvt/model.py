@@ -129,10 +129,7 @@ def _stage_forward(
 def _stage_backward(
     p: StageParams, cache: StageCache, dx: Array, ops: Ops
 ) -> tuple[Array, StageParams, Array | None]:
-    """dL/dtokens dx (B, n_i, C_i), or (B, 1 + n_i, C_i), to dL/dmap, gradients and dL/dcls_token.
-
-    The grid of the tokens is cache.grid (H_i, W_i).
-    """
+    """Back from dx (B, n_i, C_i) or (B, 1 + n_i, C_i), on cache.grid (H_i, W_i), to the map."""
     xp = array_module(dx)
     # x = blocks(x)
     dx, dblocks = ops[blocks].backward(p.blocks, cache.blocks, dx, ops)
