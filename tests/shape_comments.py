@@ -440,7 +440,6 @@ class ShapeComments:
 
     Attributes:
         comments: all of them.
-        faults: what did not hold, and what could not be evaluated, each once.
 
     Raises:
         ValueError: as :func:`read_functions`.
@@ -448,7 +447,7 @@ class ShapeComments:
 
     def __init__(self, modules: Sequence[ModuleType], stages: Stages | None = None) -> None:
         self.stages = stages or {}
-        self.faults: dict[str, None] = {}
+        self._faults: dict[str, str] = {}
         self._functions = {str(m.__file__): read_functions(Path(str(m.__file__))) for m in modules}
         self._by_code: dict[CodeType, Function | None] = {}
         self.comments = [
@@ -474,9 +473,14 @@ class ShapeComments:
         function = self._by_code[code]
         return None if function is None else _Call(self, function, frame).went_on
 
+    @property
+    def faults(self) -> list[str]:
+        """What did not hold, or could not be evaluated: of each comment and argument the first."""
+        return [f"{where}: {what}" for where, what in self._faults.items()]
+
     def fault(self, where: str, what: str) -> None:
-        """Notes a fault."""
-        self.faults[f"{where}: {what}"] = None
+        """Notes a fault, unless there was one in the same place."""
+        self._faults.setdefault(where, what)
 
     def unreached(self) -> list[str]:
         """Comments of which a shape was never the one that held, and that shape."""
@@ -654,7 +658,7 @@ class _Call:
             try:
                 said += _said(name, text, arguments)
             except ValueError as error:
-                self.owner.fault(self.function.where, f"{name}: {error}")
+                self.owner.fault(f"{self.function.where}: {name}", str(error))
         said.sort(key=lambda one: len(one.shapes))  # known letters choose among several shapes
         undecided = [one for one in said if not self._bind_one(one, arguments, last=False)]
         for one in undecided:
@@ -682,7 +686,7 @@ class _Call:
         if last or not ways:
             why = "more than one of them fits" if ways else why
             shapes = " or ".join(map(spelt, said.shapes))
-            self.owner.fault(self.function.where, f"{said.name} {shapes}: {why}")
+            self.owner.fault(f"{self.function.where}: {said.name} {shapes}", why)
         return not ways
 
     def went_on(self, frame: FrameType, event: str, arg: Any) -> Any:
@@ -697,7 +701,7 @@ class _Call:
         return self.went_on
 
     def _check(self, comment: Comment, names: Mapping[str, Any], returned: Any) -> None:
-        statement = comment.statement
+        where, statement = f"{comment.where}: # {comment.text}", comment.statement
         if isinstance(statement, ast.Return):
             value = returned
         else:
@@ -706,19 +710,19 @@ class _Call:
         if not comment.each:
             seen = seen[:1]
         if not seen:
-            self.owner.fault(comment.where, f"# {comment.text}: there is no array")
+            self.owner.fault(where, "there is no array")
             return
         numbers = _numbers(names)
         for letter in numbers.keys() & self.letters.keys():
             if numbers[letter] != self.letters[letter]:
                 two = f"{self.letters[letter]} in the docstring, {numbers[letter]} as assigned"
-                self.owner.fault(comment.where, f"{letter} is {two}")
+                self.owner.fault(where, f"{letter} is {two}")
         scope = {**self.letters, **numbers}
         try:
             wrong = [one for one in seen if not fits(comment.shapes, one, scope, self.owner.stages)]
         except UnknownSizeError as unknown:
-            self.owner.fault(comment.where, f"# {comment.text}: {unknown}")
+            self.owner.fault(where, str(unknown))
             return
         comment.facts.add((frozenset(scope.items()), seen))
         for shape in wrong:
-            self.owner.fault(comment.where, f"# {comment.text}: it is {shape}")
+            self.owner.fault(where, f"it is {shape}")
