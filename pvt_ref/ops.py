@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, Protocol
 
 from pvt_ref.arrays import Array
 from pvt_ref.errors import ArrayTypeError, ConfigError, shown
-from pvt_ref.tree import named_records
+from pvt_ref.tree import branches, named_records
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +284,13 @@ class _Watch:
         self.after, self.before, self.wanted, self.names = after, before, wanted, names
         self.inside: list[str] = []
 
+    def name_of(self, p: Any) -> str | None:
+        """The key of weights, or of the first part of weights that were put together for a call."""
+        if p is None:  # shared by all that have no weights: it says nothing of the place
+            return None
+        first = next(iter(branches(p)), None)
+        return self.names.get(id(p)) or (first and self.names.get(id(first[1])))
+
 
 class _Watched(Ops):
     __slots__ = ()
@@ -294,8 +301,7 @@ class _Watched(Ops):
             return twin
 
         def run(way: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            # a shared p, such as None, says nothing of the place
-            own = watch.names.get(id(args[0])) if args and args[0] is not None else None
+            own = watch.name_of(args[0]) if args else None
             outer = watch.inside[-1] if watch.inside else ""
             path = own or (f"{outer}.{op.name}" if outer else op.name)
             reported = watch.wanted is None or op in watch.wanted
