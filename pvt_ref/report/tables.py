@@ -58,13 +58,13 @@ def text_table(
 
 
 def format_cost(cost: Cost) -> str:
-    """Parameters, MACs and memory by stage and operation, with totals.
+    """Parameters, MACs, peak memory and cache by stage and operation, with totals.
 
     Args:
         cost: the bill, from :func:`pvt_ref.count_cost`.
 
     Returns:
-        Two lines on size and units, and the table: MACs in millions, memory in MiB.
+        Three lines on size and units, and the table: MACs in millions, memory in MiB.
     """
     height, width = cost.size
 
@@ -74,6 +74,7 @@ def format_cost(cost: Cost) -> str:
             f"{sum(item.parameters for item in items):,}",
             f"{sum(item.macs for item in items) / 1e6:,.2f}",
             f"{max(item.peak_bytes for item in items) / 2**20:,.2f}",
+            f"{sum(item.cache_bytes for item in items) / 2**20:,.2f}",
         ]
 
     rows: list[list[str]] = []
@@ -92,10 +93,11 @@ def format_cost(cost: Cost) -> str:
         for item in items:
             times = f" x{item.repeats}" if item.repeats > 1 else ""
             rows.append(row(f"  {item.operation}{times}", [item]))
-    total = row("total (memory: the largest)", list(cost.items))
+    total = row("total (peak: the largest)", list(cost.items))
     heading = (
         f"image {height}x{width}, batch {cost.batch}, {cost.dtype}\n"
-        f"MACs as the paper counts them; memory is the arrays alive at once in inference with the "
-        f"reference operations\n\n"
+        f"MACs as the paper counts them. Memory with the reference operations: peak, the arrays "
+        f"alive at once in inference;\ncache, what a forward keeps for its backward. Weights are in "
+        f"neither\n\n"
     )
-    return heading + text_table(["", "parameters", "MMACs", "peak MiB"], rows, total)
+    return heading + text_table(["", "parameters", "MMACs", "peak MiB", "cache MiB"], rows, total)
