@@ -253,6 +253,7 @@ class Ops:
         before: Callable[[Call], Any] | None = None,
         only: Iterable[Operation] | None = None,
         params: Any = None,
+        unseen: Iterable[Operation] = (),
     ) -> "Ops":
         """A table that computes the same and reports every operation that is asked for.
 
@@ -262,6 +263,8 @@ class Ops:
             only: report these, and let the twins that absorb one of them step aside; None reports
                 whatever this table asks for.
             params: the weights of the model, from which paths take their keys.
+            unseen: these are called as without a watch, which holds the arguments of an operation
+                as long as it runs.
 
         Returns:
             A table for this process and one call at a time.
@@ -272,7 +275,7 @@ class Ops:
             kept = {k: t for k, t in kept.items() if k in wanted or wanted.isdisjoint(t.absorbs)}
         table = object.__new__(_Watched)
         table._fill(dict(kept), self.name, self.accepts, self.settings, self.replaced)
-        watch = _Watch(after, before, wanted, named_records(params))
+        watch = _Watch(after, before, wanted, named_records(params), frozenset(unseen))
         object.__setattr__(table, "_watch", watch)
         return table
 
@@ -280,8 +283,11 @@ class Ops:
 class _Watch:
     """The state of one watched table: who reports, and which operations are under way."""
 
-    def __init__(self, after: Any, before: Any, wanted: Any, names: Mapping[int, str]) -> None:
+    def __init__(
+        self, after: Any, before: Any, wanted: Any, names: Mapping[int, str], unseen: Any
+    ) -> None:
         self.after, self.before, self.wanted, self.names = after, before, wanted, names
+        self.unseen = unseen
         self.inside: list[str] = []
 
     def name_of(self, p: Any) -> str | None:
@@ -297,7 +303,8 @@ class _Watched(Ops):
 
     def __getitem__(self, op: Operation) -> Operation:
         twin, watch = self._twins.get(op, op), self._watch
-        if watch.wanted is not None and op not in watch.wanted and not watch.names:
+        unnamed = watch.wanted is not None and op not in watch.wanted and not watch.names
+        if unnamed or op in watch.unseen:
             return twin
 
         def run(way: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from pvt_ref.blocks.transformer import blocks
 from pvt_ref.layers.attention import attention
 from pvt_ref.models.architecture import Architecture, Place
 from pvt_ref.ops import Call, Operation, Ops
@@ -40,7 +41,8 @@ class Items:
 
     def watched(self, params: Any) -> Ops:
         """The table to run."""
-        return self.ops.watched(self._after, before=self._before, params=params)
+        unseen = [blocks] if self._passes_on(blocks) else []  # its first tokens are let go early
+        return self.ops.watched(self._after, before=self._before, params=params, unseen=unseen)
 
     def _passes_on(self, op: Operation) -> bool:
         return self.ops[op] == op and op.forward.__module__.startswith("pvt_ref.blocks.")

@@ -72,16 +72,17 @@ def forward(
     (grid,) = config.grids(*images.shape[2:])
     x = xp.permute_dims(images, (0, 2, 3, 1))  # (B, H, W, C_0)
     x, embed_cache = ops[patch_embed].forward(params.patch_embed, x, ops, NORM_EPS, keep=keep)
-    first = xp.broadcast_to(params.cls_token, (x.shape[0], 1, x.shape[-1]))  # (B, 1, C)
-    x = xp.concat((first, x), axis=1)  # (B, 1 + n, C)
+    token = xp.broadcast_to(params.cls_token, (x.shape[0], 1, x.shape[-1]))  # (B, 1, C)
+    x = xp.concat((token, x), axis=1)  # (B, 1 + n, C)
     table, table_grid = params.pos_embed, config.table_grid
     if constants is not None:
         table, table_grid = constants, grid
     x, position_cache = ops[position].forward(table, x, ops, grid, table_grid, True, keep=keep)
+    first, shape = [x], x.shape
+    del x  # or these tokens would live as long as the blocks compute
     x, blocks_cache = ops[blocks].forward(
-        params.blocks, x, ops, grid, block_settings(config), rng, keep=keep
+        params.blocks, first.pop(), ops, grid, block_settings(config), rng, keep=keep
     )  # (B, 1 + n, C)
-    shape = x.shape
     x, norm_cache = ops[layer_norm].forward(params.norm, x, ops, NORM_EPS, keep=keep)
     logits, head_cache = ops[linear].forward(params.head, x[:, 0, :], ops, keep=keep)
     if not keep:
