@@ -2,7 +2,8 @@
 
 import functools
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import ClassVar
 
 from pvt_ref.blocks.sra import SRASettings
@@ -119,7 +120,7 @@ VITS: dict[str, ViTConfig] = {
 
 def describe(config: ViTConfig) -> str:
     """A configuration in a few words: its variant or shape, classes and image size."""
-    same = {"img_size": config.img_size, "num_classes": config.num_classes}
-    fits = (name for name, vit in VITS.items() if config == replace(vit, **same))
+    shape = attrgetter("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "in_chans")
+    fits = (name for name, vit in VITS.items() if shape(vit) == shape(config))
     name = next(fits, f"ViT of {config.depth} blocks, {config.embed_dim} channels")
     return f"{name}, {config.num_classes} classes, {config.img_size} px"
