@@ -336,7 +336,7 @@ class _Bill:
             self.lines[key].macs += 2 * B * N * (n - cls) * (k.shape[2] - cls) * d
 
     def _end(self, place: Place, call: Call) -> None:
-        if call.args[0] is None and call.result[0] is call.args[1]:
+        if call.result[0] is call.args[1]:
             return  # a dropout that dropped nothing
         line = self._last = self.lines[place.stage, place.part]
         line.repeats += 1

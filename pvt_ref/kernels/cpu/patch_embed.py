@@ -178,7 +178,8 @@ def patch_embed_forward(
     Returns:
         tokens (B, (H/P)(W/P), C_out) and the cache.
     """
-    if p.norm is None:  # what is left is a linear layer, which has a kernel of its own
+    norm = p.norm
+    if norm is None:  # what is left is a linear layer, which has a kernel of its own
         return patch_embed.forward(p, x, ops, eps, keep)
     proj = LinearParams(kernel_to_matrix(p.proj.weight), p.proj.bias)
     C_out, width = proj.weight.shape
@@ -191,7 +192,7 @@ def patch_embed_forward(
         for lines in pieces:
             rows = slice(lines.start * w, lines.stop * w)
             sources = [source[b, part] for b, part, _ in by_group(lines, h)]
-            embed_rows(proj, p.norm, sources, eps, y[rows], rows, embedded, scratch)
+            embed_rows(proj, norm, sources, eps, y[rows], rows, embedded, scratch)
 
     blocking.run(work, B * h, blocking.rows(width) // w or 1, tokens=w)
     cache = None if embedded is None else PatchEmbedCache(embedded, x.shape)
@@ -214,7 +215,8 @@ def patch_embed_backward(
         dx (B, H, W, C_in) and the gradients of projection, (C_out, C_in, P, P) and (C_out,), and
         norm, (C_out,) twice.
     """
-    if p.norm is None:
+    norm = p.norm
+    if norm is None:
         return patch_embed.backward(p, cache, dy, ops)
     proj = LinearParams(kernel_to_matrix(p.proj.weight), p.proj.bias)
     C_out, width = proj.weight.shape
@@ -225,11 +227,11 @@ def patch_embed_backward(
     dprojected = np.empty(dy_rows.shape, dy.dtype)
 
     def work(pieces: list[slice], scratch: Scratch) -> tuple[np.ndarray, LayerNormParams]:
-        dbias, norm_sums = np.zeros(C_out), zero_sums(p.norm)
+        dbias, norm_sums = np.zeros(C_out), zero_sums(norm)
         for lines in pieces:
             rows = slice(lines.start * w, lines.stop * w)
             dblocks = embed_backward_rows(
-                proj, p.norm, cache.embedded, rows, dy_rows[rows], dprojected[rows], dbias,
+                proj, norm, cache.embedded, rows, dy_rows[rows], dprojected[rows], dbias,
                 norm_sums, scratch,
             )  # fmt: skip
             dblocks = dblocks.reshape(-1, *target.shape[2:])
