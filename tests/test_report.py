@@ -46,7 +46,7 @@ PVT = dataclasses.replace(
 BARE = dataclasses.replace(PVT, num_classes=0)
 each_config = pytest.mark.parametrize("config", [VIT, PVT, BARE], ids=["vit", "pvt", "bare"])
 each_table = pytest.mark.parametrize(
-    "ops", [REFERENCE, blocked_ops(2, elements=2**12)], ids=["reference", "blocked"]
+    "ops", [REFERENCE, blocked_ops(1, elements=2**12)], ids=["reference", "blocked"]
 )
 
 
