@@ -201,30 +201,12 @@ def cache_bytes(
     *,
     ops: Ops | None = None,
 ) -> dict[Place, int]:
-    """Bytes that the backward's cache holds, for each operation of each block.
+    """Bytes that the backward's cache holds, by stage, block and operation.
 
-    Of the readable operations they are read off shapes. A twin keeps what it likes: it runs once
-    for every shape that it meets, on zeros, one block a stage.
-
-    Args:
-        config: as for :func:`count_cost`.
-        size: as for :func:`count_cost`.
-        batch: as for :func:`count_cost`.
-        dtype: as for :func:`count_cost`.
-        pyramid: as for :func:`count_cost`.
-        ops: a table of operations; None takes the default for NumPy arrays.
-
-    Returns:
-        By stage, block and operation, in the order of the forward; what holds none is left out.
-        What several operations need counts for the first. Their sum is what a forward keeps beside
-        weights and result, if nothing is dropped.
-
-    Raises:
-        ShapeError: as :func:`count_cost`.
-        ArrayTypeError: as :func:`count_cost`.
-        RangeError: as :func:`count_cost`.
-        ConfigError: as :func:`count_cost`.
-        DeviceError: if the twins compute on CUDA arrays only, and there is no device.
+    Arguments as for :func:`count_cost`; ops None takes the default table for NumPy arrays. Of the
+    readable operations bytes are read off shapes. A twin keeps what it likes: it runs once for
+    every shape that it meets, on zeros, one block a stage. What several operations need counts for
+    the first; what holds nothing is left out.
     """
     run = _checked_run(config, size, batch, dtype, pyramid)
     return _kept_bytes(run, default_ops(np.empty(0, dtype)) if ops is None else ops)
@@ -296,7 +278,7 @@ class _Line:
 
 
 class _Bill:
-    """Runs a forward and adds up its items, all blocks of a stage together."""
+    """A forward on shapes, its items added up, all blocks of a stage together."""
 
     def __init__(self, run: _Run) -> None:
         self.tokens = dict(enumerate(map(math.prod, run.grids), start=1))
@@ -388,7 +370,7 @@ def _stand_in(op: Operation, twin: Operation, ops: Ops, results: dict[Any, Any])
         return found
 
     def measure(p: Any, x: Any, args: Any, kwargs: Any) -> tuple[list[int], bool, int]:
-        """Which of the arrays in x its cache holds, whether it holds the result; other bytes."""
+        """Which arrays of x the cache holds, whether it holds the result, and other bytes."""
         p, x = map_arrays(real, (p, x))
         with ops.scope():
             y, cache = twin.forward(p, x, ops, *args, **kwargs)

@@ -19,23 +19,10 @@ from pvt_ref.report.items import Items
 def time_stages(
     params: Any, images: Array, config: Any, repeats: int = 5, *, ops: Ops | None = None
 ) -> list[float]:
-    """Median time of each stage in a forward pass, and of what follows the last block.
+    """Median seconds of every stage in a forward, and last of what follows the last block.
 
-    Args:
-        params: the weights, NumPy or CuPy.
-        images: (B, in_chans, H, W) normalised floats, as for :func:`pvt_ref.forward`.
-        config: the configuration of the weights. Without a classifier the pyramid is run.
-        repeats: timed passes, after one that warms up.
-        ops: a table of operations; None takes the default.
-
-    Returns:
-        Times in seconds: of every stage with its patch embedding, and of the classifier; five for a
-        PVT.
-
-    Raises:
-        RangeError: if repeats is no positive whole number; also as :func:`pvt_ref.forward`.
-        ArrayTypeError: as :func:`pvt_ref.forward`.
-        ShapeError: as :func:`pvt_ref.forward`.
+    Without a classifier the pyramid is run. Raises as :func:`pvt_ref.forward`, and a RangeError if
+    repeats is no positive whole number. A first pass warms up.
     """
     row, table, run = _run(params, images, config, repeats, ops)
     ends = [0.0] * (len(config.channels) + 1)  # of each stage; from 0, the beginning
@@ -57,23 +44,9 @@ def time_stages(
 def time_operations(
     params: Any, images: Array, config: Any, repeats: int = 5, *, ops: Ops | None = None
 ) -> dict[tuple[int, str], float]:
-    """Median time of each operation in a forward pass, all blocks of a stage together.
+    """Median seconds by stage and operation, named as the items of :func:`pvt_ref.count_cost` are.
 
-    Args:
-        params: as for :func:`time_stages`.
-        images: as for :func:`time_stages`.
-        config: as for :func:`time_stages`.
-        repeats: as for :func:`time_stages`.
-        ops: a table of operations; None takes the default, in which one kernel may do the work of a
-            whole block. :data:`pvt_ref.REFERENCE` tells its parts.
-
-    Returns:
-        Seconds by stage and operation, named as the items of :func:`pvt_ref.count_cost` are.
-
-    Raises:
-        RangeError: as :func:`time_stages`.
-        ArrayTypeError: as :func:`time_stages`.
-        ShapeError: as :func:`time_stages`.
+    Of the default table one kernel may do the work of a whole block; REFERENCE tells its parts.
     """
     row, table, run = _run(params, images, config, repeats, ops)
     passes: list[Counter[tuple[int, str]]] = []
