@@ -14,9 +14,10 @@ from strategies import configs, normal, random_params, rng_of
 import pvt_ref
 from pvt_ref import REFERENCE, VARIANTS, VITS, PVTConfig, ViTConfig, blocked_ops, count_cost
 from pvt_ref.arrays import array_module
-from pvt_ref.errors import ArrayTypeError, RangeError
+from pvt_ref.errors import ArrayTypeError, ConfigError, RangeError
 from pvt_ref.layers.gelu import gelu
 from pvt_ref.layers.linear import LinearParams, linear
+from pvt_ref.layers.softmax import softmax
 from pvt_ref.models import architecture
 from pvt_ref.models.architecture import Architecture, Leaf, Place, architecture_of, known_variants
 from pvt_ref.ops import Operation
@@ -379,6 +380,27 @@ def test_the_fullest_moment_may_lie_between_two_items(toy):
     cost = count_cost(toy)
     (head,) = [i for i in cost.items if i.operation == "head"]
     assert cost.peak_bytes == head.peak_bytes > 8_000_000
+
+
+def test_tables_that_cannot_be_measured_are_refused(toy):
+    with pytest.raises(ArrayTypeError, match="ops is a str"):
+        cache_bytes(PVT, ops="blocked")
+    with pytest.raises(ConfigError, match="never asks for"):
+        cache_bytes(toy, ops=REFERENCE.replace(softmax, softmax))
+
+
+def test_a_network_that_asks_for_no_operation_is_counted(toy):
+    def plain(params, images, config, ops, rng=None, keep=True, constants=None):
+        xp = array_module(images)
+        x = xp.mean(images * 2.0, axis=(2, 3))
+        return x @ xp.matrix_transpose(params.pixels.weight), None
+
+    architecture.register(dataclasses.replace(architecture_of(toy), forward=plain))
+    cost = count_cost(toy, batch=2)
+    (item,) = cost.items
+    images = 2 * 3 * 8 * 8 * 4
+    assert (item.stage, item.operation, item.parameters, item.macs) == (0, "other", 58, 0)
+    assert 2 * images < item.peak_bytes < 2.1 * images
 
 
 # Times, diagnosis, attention maps of any network --------------------------------------------------

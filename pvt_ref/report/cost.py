@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from pvt_ref.api import default_ops
+from pvt_ref.api import choose_ops, default_ops
 from pvt_ref.arrays import FLOAT_DTYPES, Array, is_array
 from pvt_ref.blocks.transformer import BlockSettings
 from pvt_ref.checks import as_size, is_whole
@@ -209,7 +209,8 @@ def cache_bytes(
     the first; what holds nothing is left out.
     """
     run = _checked_run(config, size, batch, dtype, pyramid)
-    return _kept_bytes(run, default_ops(np.empty(0, dtype)) if ops is None else ops)
+    table = default_ops(np.empty(0, dtype)) if ops is None else choose_ops(ops, None, run.row)
+    return _kept_bytes(run, table)
 
 
 # A watched run ----------------------------------------------------------------------------------
@@ -284,7 +285,8 @@ class _Bill:
         self.tokens = dict(enumerate(map(math.prod, run.grids), start=1))
         self.lines: defaultdict[tuple[int, str], _Line] = defaultdict(_Line)
         self.keys: dict[int, int] = {}
-        self._xp, self._last = Shapes(), _Line()
+        self._xp, outside = Shapes(), _Line()
+        self._last = outside
         self._paid: set[Any] = set()  # memory of weights that were counted
         params, images = run.arrays(self._xp)
         items = Items(run.row, REFERENCE, self._begin, self._end, self._inner)
@@ -294,7 +296,7 @@ class _Bill:
             every = sum(map(math.prod, param_shapes(run.config).values()))
             rest = every - sum(line.parameters for line in self.lines.values())
             if rest:  # used outside of operations
-                self.lines[0, "other"] = _Line(1, rest, 0, images.nbytes)
+                self.lines[0, "other"] = _Line(1, rest, 0, images.nbytes, outside.after)
         # between two items, as where branch and skip are added, it is seldom as full as in one
         fullest = max(self.lines.values(), key=lambda line: line.after)
         if fullest.after > max(line.peak for line in self.lines.values()):
