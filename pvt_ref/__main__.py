@@ -14,6 +14,7 @@ from typing import Any
 from pvt_ref import __version__
 from pvt_ref.app import Prediction
 from pvt_ref.checkpoint import save
+from pvt_ref.checks import as_size
 from pvt_ref.data.picture_file import SUFFIXES
 from pvt_ref.errors import CheckpointError, ImageError, PVTError, printable, shown
 from pvt_ref.models.architecture import known_variants
@@ -174,7 +175,7 @@ def _classify(args: argparse.Namespace) -> int:
     model = load(args.weights, **_asked_of_file(args))
     size = _size(args)
     if size is not None:
-        count_cost(model.config, size)  # refuses what the model cannot take, once for all
+        model.config.grids(*as_size(size))  # refuses what the model cannot take, once for all
     inputs = list(_pictures(args.images))
     paths = (path for path, error in inputs if error is None)
     answers = model.predict_each(paths, args.top, size)

@@ -14,6 +14,7 @@ from strategies import configs, normal, random_params, rng_of
 import pvt_ref
 from pvt_ref import REFERENCE, VARIANTS, VITS, PVTConfig, ViTConfig, blocked_ops, count_cost
 from pvt_ref.arrays import array_module
+from pvt_ref.blocks.transformer import blocks
 from pvt_ref.errors import ArrayTypeError, ConfigError, RangeError
 from pvt_ref.layers.gelu import gelu
 from pvt_ref.layers.linear import LinearParams, linear
@@ -477,6 +478,20 @@ def test_attention_maps_of_a_vit():
         np.testing.assert_allclose(A.sum(-1), 1)
     with pytest.raises(RangeError, match="from 1 to 1"):
         pvt_ref.attention_maps(params, images, VIT, [2])
+
+
+def test_a_watch_leaves_alone_what_it_is_told_to():
+    """Arguments of an operation that is seen live as long as it runs; of others, as they like."""
+    params, images = random_params(PVT, 0), normal(0, 1, 3, 32, 32)
+    seen = {}
+    for unseen in ([], [blocks]):
+        paths = seen[len(unseen)] = []
+        table = REFERENCE.watched(
+            lambda c, to=paths: to.append(c.path), params=params, unseen=unseen
+        )
+        pvt_ref.forward(params, images, PVT, ops=table)
+    assert [path for path in seen[0] if path not in {f"block{i}" for i in range(1, 5)}] == seen[1]
+    assert "block1.0.attn.attention.softmax" in seen[1]
 
 
 # The columnar ViT ---------------------------------------------------------------------------------
