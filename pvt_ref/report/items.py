@@ -45,7 +45,8 @@ class Items:
         return self.ops.watched(self._after, before=self._before, params=params, unseen=unseen)
 
     def _passes_on(self, op: Operation) -> bool:
-        return self.ops[op] == op and op.forward.__module__.startswith("pvt_ref.blocks.")
+        readable = self.ops.twins.get(op, op) == op
+        return readable and op.forward.__module__.startswith("pvt_ref.blocks.")
 
     def _before(self, call: Call) -> None:
         if self.item is None and not self._passes_on(call.operation):

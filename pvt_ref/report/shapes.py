@@ -100,6 +100,7 @@ class Shapes:
 
     __name__ = "shapes"
     float64 = np.dtype(np.float64)
+    isdtype = staticmethod(np.isdtype)
 
     def __init__(self) -> None:
         self.alive = self.peak = 0
