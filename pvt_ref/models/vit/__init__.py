@@ -29,4 +29,5 @@ VIT = Architecture(
     place=place,
     describe=describe,
     variants=VITS,
+    stem="patch_embed.proj.weight",
 )
