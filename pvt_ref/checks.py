@@ -173,21 +173,21 @@ def check_pyramid_cotangents(
     ]
 
 
-def check_stages(stages: Iterable[int]) -> set[int]:
-    """The stages as a set, each from 1 to 4.
+def check_stages(stages: Iterable[int], count: int) -> set[int]:
+    """The stages as a set, each from 1 to count.
 
     Raises:
-        RangeError: if stages is not iterable, or holds anything but whole numbers from 1 to 4.
+        RangeError: if stages is not iterable, or holds anything but whole numbers from 1 to count.
     """
     wanted: list[Any]
     try:
         wanted = list(stages)
     except TypeError:  # not iterable, which arrays without an axis find out only now
         wanted = [None]
-    if not all(is_whole(s) and 1 <= s <= 4 for s in wanted):
+    if not all(is_whole(s) and 1 <= s <= count for s in wanted):
         raise RangeError(
-            f"stages are {shown(stages)}; they must be a list of numbers from 1 to 4, such as "
-            f"[1, 4]"
+            f"stages are {shown(stages)}; they must be a list of numbers from 1 to {count}, such "
+            f"as {sorted({1, count})}"
         )
     return {int(s) for s in wanted}
 
