@@ -124,7 +124,7 @@ def _stage_forward(
     del x  # or these tokens would live as long as the blocks compute
     x, blocks_cache = ops[blocks].forward(
         p.blocks, first.pop(), ops, grid, stage.blocks, rng, keep=keep
-    )  # (B, n_i, C_i)
+    )  # (B, n_i, C_i), or (B, 1 + n_i, C_i)
     if not keep:
         return x, None, grid
     return x, StageCache(embed_cache, position_cache, drop_cache, blocks_cache, grid, cls), grid
