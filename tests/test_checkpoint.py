@@ -32,19 +32,12 @@ import pvt_ref
 from pvt_ref import VARIANTS, Model, PVTConfig, from_state_dict, to_state_dict
 from pvt_ref.checkpoint import files as files_module
 from pvt_ref.checkpoint import load, save
-from pvt_ref.checkpoint.key_maps import (
-    AUTHORS,
-    AUTHORS_DENSE,
-    HUGGING_FACE,
-    MMDETECTION,
-    foreign_shapes,
-    to_foreign,
-    to_native,
-)
+from pvt_ref.checkpoint.key_maps import foreign_shapes, pieces, to_native
 from pvt_ref.checkpoint.pth import PthFile
 from pvt_ref.checkpoint.safetensors_file import METADATA_KEY, to_bytes
 from pvt_ref.errors import ArrayTypeError, CheckpointError, ConfigError, MissingFileError
-from pvt_ref.models.architecture import param_shapes
+from pvt_ref.models.architecture import config_to_dict, param_shapes
+from pvt_ref.models.pvt.files import AUTHORS, AUTHORS_DENSE, HUGGING_FACE, MMDETECTION
 
 TINY = PVTConfig(
     img_size=32,
@@ -71,6 +64,18 @@ def random_state(config, dtype=np.float32, seed=0):
         .astype(dtype)
         for key, shape in param_shapes(config).items()
     }
+
+
+def to_foreign(state, layout, config):
+    """A native state by the keys of a layout: the pieces read the other way."""
+    foreign = {}
+    for piece in pieces(layout, config):
+        x = state[piece.key]
+        if piece.foreign not in foreign:
+            foreign[piece.foreign] = np.zeros(piece.foreign_shape, x.dtype)
+        target = foreign[piece.foreign][piece.foreign_region]
+        target[...] = x[piece.region].reshape(target.shape)
+    return foreign
 
 
 def as_torch(state):
@@ -1020,7 +1025,7 @@ def test_a_changed_own_file_is_refused(tmp_path):
     for change in (lambda r: r.pop("sha256"), lambda r: r.pop("config")):
         assert "cannot be read" in refusal(own_file(path, change), None)
     assert "newer version" in refusal(
-        own_file(path, lambda r: r.update(format="pvt_ref weights 2")), None
+        own_file(path, lambda r: r.update(format="pvt_ref weights 3")), None
     )
 
     def swap(state):
@@ -1060,7 +1065,7 @@ def test_a_changed_own_file_is_refused(tmp_path):
 )
 def test_an_own_file_with_an_impossible_configuration(tmp_path, monkeypatch, fields):
     """Signed with a right digest, so that only the checks of the configuration stand."""
-    plain = pvt_ref.models.pvt.config.config_to_dict(TINY) | fields
+    plain = config_to_dict(TINY) | fields
     monkeypatch.setattr("pvt_ref.checkpoint.safetensors_file.config_to_dict", lambda config: plain)
     (tmp_path / "m.safetensors").write_bytes(to_bytes(random_state(TINY), TINY))
     monkeypatch.undo()

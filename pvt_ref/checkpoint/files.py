@@ -13,28 +13,15 @@ import numpy as np
 from pvt_ref.api import from_state_dict, to_state_dict
 from pvt_ref.app import Model
 from pvt_ref.arrays import dtype_name
-from pvt_ref.checkpoint.key_maps import (
-    AUTHORS,
-    AUTHORS_EPS,
-    HUGGING_FACE,
-    HUGGING_FACE_BARE,
-    OWN,
-    Layout,
-    foreign_shapes,
-    to_native,
-)
-from pvt_ref.checkpoint.legacy import is_legacy
-from pvt_ref.checkpoint.other_kinds import refuse_other_kind
-from pvt_ref.checkpoint.pth import open_pth
+from pvt_ref.checkpoint.key_maps import foreign_shapes, to_native
 from pvt_ref.checkpoint.recognise import (
-    LAYOUTS_READ,
     Found,
     as_backbone,
     check_state,
     choose_model,
     complete,
-    describe,
     find_models,
+    layouts_read,
     recognise_config,
     without_counters,
 )
@@ -51,14 +38,15 @@ from pvt_ref.checkpoint.stated import (
     CONFIG_FILE,
     PREPROCESSOR_FILE,
     Stated,
-    describes_pvt,
+    describes_model,
+    eps_of,
     from_argument,
     read_config,
     read_json,
     read_preprocessing,
 )
 from pvt_ref.checkpoint.whole_file import write_whole
-from pvt_ref.checks import check_finite
+from pvt_ref.checks import check_finite, is_moderate
 from pvt_ref.data.imagenet import released_info
 from pvt_ref.data.info import UNKNOWN, ModelInfo
 from pvt_ref.errors import (
@@ -70,9 +58,14 @@ from pvt_ref.errors import (
     printable,
     shown,
 )
-from pvt_ref.models.architecture import config_to_dict
-from pvt_ref.models.pvt.config import PVTConfig
-from pvt_ref.tree import to_numpy
+from pvt_ref.models.architecture import (
+    Architecture,
+    architecture_of,
+    config_to_dict,
+    known_variants,
+)
+from pvt_ref.models.layouts import Layout, same_key
+from pvt_ref.tree import first_array, to_numpy
 
 _SUFFIX = ".safetensors"
 _SUFFIXES = {_SUFFIX, ".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar", ".th"}  # .pth.tar is common
@@ -91,7 +84,7 @@ Eps = float | tuple[float, float]
 
 def load(
     path: str | os.PathLike[str],
-    config: PVTConfig | str | os.PathLike[str] | None = None,
+    config: Any = None,
     *,
     entry: str | None = None,
     eps: Eps | None = None,
@@ -109,18 +102,18 @@ def load(
 
     Args:
         path: the file, a folder of ``save_pretrained``, or the index.json of several files.
-        config: the model in it: a PVTConfig; a variant's name, such as ``"pvt_small"``, which
-            leaves class count, channels and image size to the file; or the path of a JSON file with
-            Hugging Face's or this project's configuration, of which what it lacks is read off the
-            shapes. Needed where there is no config.json and the shapes are not those of a variant:
-            the number of heads leaves no trace in any shape. For a file of :func:`save`, only eps
-            and drop rates may differ from what it says.
+        config: the model in it: a configuration of any network; a variant's name, such as
+            ``"pvt_small"``, which leaves class count, channels and image size to the file; or the
+            path of a JSON file with Hugging Face's or this project's configuration, of which what
+            it lacks is read off the shapes. Needed where there is no config.json and the shapes are
+            not those of a variant: the number of heads leaves no trace in any shape. For a file of
+            :func:`save`, only eps and drop rates may differ from what it says.
         entry: which model of several, by the name of its dict, of its prefix or of both:
             ``"model_ema"``, ``"teacher.backbone"``. None takes the only one, or that at the top,
             under ``model`` or under ``state_dict``.
         eps: epsilon of the layer norms, which weights do not tell: one number, or
             ``(norm_eps, projection_norm_eps)``. None takes what a JSON file says; else what config
-            says, if it is not PVTConfig's default; else what was saved, for files of :func:`save`,
+            says, if it is not the default; else what was saved, for files of :func:`save`,
             or what the code that made the file uses: ``(1e-6, 1e-5)`` for the authors' files, 1e-6
             everywhere for Hugging Face and MMDetection. (Hugging Face's published weights were
             trained by the authors, with their two numbers.)
@@ -136,37 +129,22 @@ def load(
             it, holds several models, or does not fit; keys that are missing, unexpected or
             mis-shaped are listed together.
         ArrayTypeError: if path, config or entry is of another type.
-        ConfigError: if eps is not one or two numbers that can be one, or config a PVT that cannot
-            be built.
+        ConfigError: if eps is not one or two numbers that can be one, or config a network that
+            cannot be built.
     """
     return read_model(path, config, entry, eps)
 
 
 def read_model(
     path: str | os.PathLike[str],
-    config: PVTConfig | str | os.PathLike[str] | None = None,
+    config: Any = None,
     entry: str | None = None,
     eps: Eps | None = None,
     released: str = "",
 ) -> Model:
-    """:func:`load`, also for weights whose origin is known.
+    """:func:`load`; if released says so, of weights that the authors released.
 
-    Args:
-        path: as for load.
-        config: as for load.
-        entry: as for load.
-        eps: as for load.
-        released: if given, the file holds weights that the authors released, as this text says for
-            ``source``; what lies beside it is not asked.
-
-    Returns:
-        As load.
-
-    Raises:
-        MissingFileError: as load.
-        CheckpointError: as load.
-        ArrayTypeError: as load.
-        ConfigError: as load.
+    What lies beside these is not asked, and released stands in ``source``.
     """
     path = _as_path(path)
     stated = from_argument(config)
@@ -175,14 +153,14 @@ def read_model(
             f"entry is a {type(entry).__name__}; it must be the name of an entry, such as "
             f"'model_ema'"
         )
-    norm_eps = None if eps is None else _parse_eps(eps)
+    eps = None if eps is None else _parse_eps(eps)
     try:
         if not _is_there(path):
             raise MissingFileError(_missing(path))
         if re.search(r"-\d{5}-of-(?!00001)\d{5}\.", path.name):
             raise CheckpointError(f"one of several files; load their folder, {path.parent}")
         with contextlib.ExitStack() as stack:
-            return _load(_open(path, stack), stated, entry, norm_eps, released)
+            return _load(_open(path, stack), config, stated, entry, eps, released)
     except MissingFileError:
         raise
     except CheckpointError as error:
@@ -218,6 +196,8 @@ def _open(path: Path, stack: contextlib.ExitStack) -> _Opened:
     if _recognise_format(file) == "safetensors":
         tensors, metadata = read_tensors(file)
         return _Opened(path, tensors, metadata, widen)
+    from pvt_ref.checkpoint.pth import open_pth
+
     pth = open_pth(file)
     notes = []
     if pth.foreign:
@@ -299,11 +279,7 @@ def _open_shards(path: Path, stack: contextlib.ExitStack) -> _Opened:
 
 
 def _load(
-    opened: _Opened,
-    stated: Stated | None,
-    entry: str | None,
-    eps: tuple[float, float] | None,
-    released: str,
+    opened: _Opened, config: Any, stated: Stated | None, entry: str | None, eps: Any, released: str
 ) -> Model:
     notes = [released] if released else list(opened.notes)  # for `source`
     assumed: list[str] = []
@@ -313,25 +289,33 @@ def _load(
     if stored:
         if entry is not None:
             raise CheckpointError("a pvt_ref file, which holds one model: leave entry out")
-        model = Found("", "", OWN, dict(opened.tree))
+        row = architecture_of(stored)
+        model = Found(row, "", "", Layout(name="pvt_ref file"), dict(opened.tree))
+        stated = _of_network(row, config, stated)
         used = _as_stored(stated, stored, notes)
     else:
         model = _choose(opened, stated, entry, notes)
+        row = model.row
+        stated = _of_network(row, config, stated)
         if stated and stated.origin != "config" and not released:
             notes.append(f"configuration from {printable(stated.origin)}")
-        if model.layout in (HUGGING_FACE, HUGGING_FACE_BARE) and not released:
+        if model.layout.config_beside and not released:
             folder = opened.path.parent
-            stated = _ask_beside(folder / CONFIG_FILE, stated, eps, notes)
+            stated = _ask_beside(folder / CONFIG_FILE, stated, row, eps, notes)
         if stated is None:
-            used = recognise_config(model.state, model.layout, model.prefix)
-            assumed.append(f"heads as in {describe(used).partition(',')[0]}")
+            used = recognise_config(model)
+            assumed.append(f"heads as in {row.describe(used).partition(',')[0]}")
         else:
-            used = complete(stated, model.state, model.layout)
+            used = complete(stated, model)
             assumed += _unsaid(used, stated, eps)
-    check_state(model.state, model.layout, used, model.prefix, stated.origin if stated else "")
+    check_state(model, used, stated.origin if stated else "")
     if eps is None:
-        eps = _choose_eps(used, stated, stored, model.layout, assumed)
-    used = dataclasses.replace(used, norm_eps=eps[0], projection_norm_eps=eps[1])
+        chosen = _choose_eps(used, stated, stored, model.layout, assumed)
+    else:
+        if len(set(eps)) > len(eps_of(used)):
+            raise CheckpointError(f"eps is {eps}; a {row.title} has {len(eps_of(used))}")
+        chosen = dict(zip(eps_of(used), eps, strict=False))
+    used = dataclasses.replace(used, **chosen)
     wanted = foreign_shapes(model.layout, used)
     state = {key: x for key, x in model.state.items() if key in wanted}
     rest = sorted(model.prefix + key for key in model.state.keys() - state.keys())
@@ -342,18 +326,30 @@ def _load(
         info = _info(used, stored, stated, folder, released, notes, assumed)
     under = f" (under {shown(model.name, _WHOLE)})" if model.name else ""
     halves = " and ".join(sorted({dtype_name(x) for x in state.values()} & _HALVES))
-    made = f", {halves} made float32" if halves and params.pos_embed1.itemsize == 4 else ""
+    made = f", {halves} made float32" if halves and first_array(params).itemsize == 4 else ""
     if assumed:
         notes.append(f"assumed: {', '.join(assumed)}")
-    what = f"{model.layout.name}{under}, {describe(used)}{made}; {_describe_eps(used)}"
-    return Model(params, used, "; ".join((what, *notes)), info)
+    what = f"{model.layout.name}{under}, {row.describe(used)}{made}"
+    return Model(params, used, "; ".join((what, *_describe_eps(used), *notes)), info)
 
 
-def _unsaid(config: PVTConfig, stated: Stated, eps: tuple[float, float] | None) -> list[str]:
+def _of_network(row: Architecture, config: Any, stated: Stated | None) -> Stated | None:
+    """What the argument config says, once the file has told its network."""
+    if stated is None or type(stated.config) is row.config_type:
+        return stated
+    if not isinstance(config, str | os.PathLike) or config in known_variants():
+        raise CheckpointError(
+            f"it holds a {row.title}, and config is a {type(stated.config).__name__}. Leave config "
+            f"out, or pass a {row.config_type.__name__}"
+        )
+    return from_argument(config, row)  # a JSON file, whose fields may fit several networks
+
+
+def _unsaid(config: Any, stated: Stated, eps: tuple[float, ...] | None) -> list[str]:
     """What a JSON file should say, does not say, and no shape shows, for ``source``."""
-    names = ["num_heads", "qk_scale"]
+    names = [name for name in ("num_heads", "qk_scale") if hasattr(config, name)]
     if stated.says_eps and eps is None:  # it says one of the two
-        names += ["norm_eps", "projection_norm_eps"]
+        names += eps_of(config)
     unsaid = [f"{name} {getattr(config, name)}" for name in names if name in stated.left_open]
     said = f", since {printable(stated.origin)} does not say"
     lines = [" and ".join(unsaid) + said] if unsaid else []
@@ -367,8 +363,9 @@ def _unsaid(config: PVTConfig, stated: Stated, eps: tuple[float, float] | None) 
 
 def _choose(opened: _Opened, stated: Stated | None, entry: str | None, notes: list[str]) -> Found:
     """The model that is meant, in the layout that it will be read in."""
-    chosen, others = choose_model(find_models(opened.tree), entry)
-    if chosen.layout is AUTHORS:
+    config = stated.config if stated else None
+    chosen, others = choose_model(find_models(opened.tree, config), entry)
+    if chosen.layout.rename is same_key:  # as files of save have it
         check_foreign_metadata(opened.metadata)
     if opened.metadata.keys() - {"format"}:
         notes.append("metadata of another program is ignored")
@@ -380,7 +377,7 @@ def _choose(opened: _Opened, stated: Stated | None, entry: str | None, notes: li
         stated and not stated.config.has_classifier and "num_classes" not in stated.left_open
     )
     model, counters = without_counters(as_backbone(chosen, bare))
-    if model.layout is HUGGING_FACE_BARE and chosen.layout is HUGGING_FACE:
+    if chosen.layout.has_classifier and not model.layout.has_classifier:
         notes.append("the classifier is left out, as config asks")
     if chosen.beside:
         some = ", ".join(shown(key, 60) for key in chosen.beside[:3])
@@ -392,7 +389,11 @@ def _choose(opened: _Opened, stated: Stated | None, entry: str | None, notes: li
 
 
 def _ask_beside(
-    path: Path, stated: Stated | None, eps: tuple[float, float] | None, notes: list[str]
+    path: Path,
+    stated: Stated | None,
+    row: Architecture,
+    eps: tuple[float, ...] | None,
+    notes: list[str],
 ) -> Stated | None:
     """What config.json says, and what was said before: both, or an error where they differ."""
     if not path.exists():
@@ -400,23 +401,23 @@ def _ask_beside(
     origin = f"{path.name} beside it"
     if stated is None:
         try:
-            if not describes_pvt(read_json(path, origin)):
-                notes.append(f"not used: {origin}, which does not describe a PVT")
+            if not describes_model(read_json(path, origin), row):
+                notes.append(f"not used: {origin}, which does not describe a {row.title}")
                 return None
-            said = read_config(path, origin)
+            said = read_config(path, origin, row)
         except PVTError as error:
             raise CheckpointError(
                 f"{str(error).rstrip('.')}. If it belongs to other weights, pass "
-                f"config=PVTConfig(...) for these, or a variant's name"
+                f"config={row.config_type.__name__}(...) for these, or a variant's name"
             ) from error
         notes.append(f"configuration from {origin}")
         return said
     try:
-        said = read_config(path, origin)
+        said = read_config(path, origin, row)
     except PVTError as error:
         notes.append(f"not used: {' '.join(str(error).split())[:200]}")
         return stated
-    both = ("norm_eps", "projection_norm_eps")
+    both = eps_of(said.config)
     differ = [("num_heads", "")]
     if stated.says_eps and eps is None:
         differ += [(name, "; eps= decides") for name in both]
@@ -432,7 +433,7 @@ def _ask_beside(
             )
     found: dict[str, Any] = {}
     if said.says_eps:
-        found = {name: getattr(said.config, name) for name in both if name not in said.left_open}
+        found = {name: eps for name, eps in both.items() if name not in said.left_open}
     notes.append(f"{'eps and ' if found else ''}labels from {origin}")
     return dataclasses.replace(
         stated,
@@ -446,28 +447,25 @@ def _ask_beside(
 
 
 def _choose_eps(
-    config: PVTConfig,
-    stated: Stated | None,
-    stored: PVTConfig | None,
-    layout: Layout,
-    assumed: list[str],
-) -> tuple[float, float]:
+    config: Any, stated: Stated | None, stored: Any, layout: Layout, assumed: list[str]
+) -> dict[str, float]:
     """Epsilons when the caller gives none: what somebody chose, or else what fits the file."""
-    if stated and stated.says_eps:
-        return _eps(config)
-    if stored:
-        return _eps(stored)
-    if (
-        stated is None or "norm_eps" in stated.left_open or _eps(config) != layout.eps
-    ):  # a port's number, though its weights may be authors'
-        hint = " (pass eps=(1e-6, 1e-5) for the authors' training setting)"
-        assumed.append(f"eps of this layout's code{'' if layout.eps == AUTHORS_EPS else hint}")
-    return layout.eps
+    said = eps_of(config)
+    if stored and not (stated and stated.says_eps):
+        return eps_of(stored)
+    if stated and stated.says_eps or not layout.eps:
+        return said
+    usual = dict(zip(said, layout.eps, strict=True))
+    # a port's number, though its weights may be authors'
+    if stated is None or not said.keys().isdisjoint(stated.left_open) or said != usual:
+        hint = f" ({layout.eps_advice})" if layout.eps_advice else ""
+        assumed.append(f"eps of this layout's code{hint}")
+    return usual
 
 
 def _info(
-    config: PVTConfig,
-    stored: PVTConfig | None,
+    config: Any,
+    stored: Any,
     stated: Stated | None,
     folder: Path | None,
     released: str,
@@ -492,7 +490,7 @@ def _info(
     return info
 
 
-def _as_stored(stated: Stated | None, stored: PVTConfig, notes: list[str]) -> PVTConfig:
+def _as_stored(stated: Stated | None, stored: Any, notes: list[str]) -> Any:
     """What a file of save says, with the eps and drop rates of a given configuration."""
     if stated is None:
         return stored
@@ -504,19 +502,19 @@ def _as_stored(stated: Stated | None, stored: PVTConfig, notes: list[str]) -> PV
             f"{stored.num_classes}. Leave config out: the file brings its own"
         )
     _check_same_model(config, stored)
-    if not stated.says_eps and _eps(config) != _eps(stored):
+    if not stated.says_eps and eps_of(config) != eps_of(stored):
         notes.append("eps as it was saved, since config has the defaults")
     return config
 
 
-def _check_same_model(config: PVTConfig, stored: PVTConfig) -> None:
+def _check_same_model(config: Any, stored: Any) -> None:
     """Raises unless config is what a file of save says, up to fields that no weight depends on."""
-    free = ("norm_eps", "projection_norm_eps", "drop_rate", "attn_drop_rate", "drop_path_rate")
+    free = ("norm_eps", "drop_rate", "drop_path_rate")  # and what ends so
     given, written = config_to_dict(config), config_to_dict(stored)
     wrong = [
         f"{name} is {written[name]} in the file and {given[name]} in config"
         for name in written
-        if name not in free and written[name] != given[name]
+        if not name.endswith(free) and written[name] != given[name]
     ]
     if wrong:
         raise CheckpointError(
@@ -525,36 +523,37 @@ def _check_same_model(config: PVTConfig, stored: PVTConfig) -> None:
         )
 
 
-def _describe_eps(config: PVTConfig) -> str:
-    a, b = _eps(config)
-    return f"eps {a:g} in every norm" if a == b else f"eps {a:g}, and {b:g} in the projection norms"
-
-
-def _eps(config: PVTConfig) -> tuple[float, float]:
-    return config.norm_eps, config.projection_norm_eps
+def _describe_eps(config: Any) -> list[str]:
+    eps = [f"{x:g}" for x in eps_of(config).values()]
+    if len(set(eps)) < 2:
+        return [f"eps {eps[0]} in every norm"] if eps else []
+    return [f"eps {eps[0]}, and {eps[1]} in the projection norms"]
 
 
 def _recognise_format(file: BinaryIO) -> str:
     """``"pth"`` or ``"safetensors"``, by the first bytes."""
+    from pvt_ref.checkpoint.legacy import is_legacy
+    from pvt_ref.checkpoint.other_kinds import refuse_other_kind
+
     size = os.fstat(file.fileno()).st_size
     head = file.read(64)
     if head.startswith(b"PK\x03\x04") or is_legacy(head):
         return "pth"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return "safetensors"
-    raise refuse_other_kind(file, LAYOUTS_READ)
+    raise refuse_other_kind(file, layouts_read())
 
 
 def _parse_eps(eps: Any) -> tuple[float, float]:
     pair: tuple[Any, ...] = (eps, eps)
     if isinstance(eps, Sequence) and not isinstance(eps, str):
         pair = tuple(eps)
-    if len(pair) != 2:
+    if len(pair) != 2 or not all(is_moderate(x) and x >= 0 for x in pair):
         raise ConfigError(
-            f"eps is {eps!r}; it must be one number, or (norm_eps, projection_norm_eps)"
+            f"eps is {shown(eps)}; it must be one number, or (norm_eps, projection_norm_eps), "
+            f"finite and 0 or more"
         )
-    checked = PVTConfig(norm_eps=pair[0], projection_norm_eps=pair[1])  # refuses what is no eps
-    return checked.norm_eps, checked.projection_norm_eps
+    return float(pair[0]), float(pair[1])
 
 
 def _as_path(path: Any) -> Path:
@@ -571,14 +570,7 @@ def _as_path(path: Any) -> Path:
 
 
 def cut_path(path: str | Path) -> str:
-    """A path or address for a message: whole, unless it is one that nobody typed.
-
-    Args:
-        path: any.
-
-    Returns:
-        Its first characters, and ``...`` if it has more.
-    """
+    """A path or address for a message: whole, unless it is one that nobody typed."""
     text = str(path)
     return text if len(text) <= _WHOLE_PATH else f"{text[:_WHOLE_PATH]}..."
 

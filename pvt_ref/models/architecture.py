@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkab
 
 from pvt_ref.arrays import Array
 from pvt_ref.errors import ArrayTypeError, shown
+from pvt_ref.models.layouts import Files
 from pvt_ref.ops import Operation, Ops
 
 
@@ -120,8 +121,8 @@ class Architecture:
         describe: a configuration in a few words, ``"pvt_tiny, 1000 classes, 224 px"``.
         variants: published configurations by name.
         aliases: other names of them.
-        files: how files of other projects are read: see :mod:`pvt_ref.checkpoint`; None if only
-            this project's own are.
+        files: how files of other projects are read; None if only this project's own are, and state
+            dicts by our keys.
     """
 
     name: str
@@ -139,7 +140,7 @@ class Architecture:
     describe: Callable[[Any], str]
     variants: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
-    files: Any = None
+    files: Files | None = None
 
 
 _rows: dict[type, Architecture] = {}

@@ -17,6 +17,7 @@ from pvt_ref.layers.sum_rows import sum_rows
 from pvt_ref.models.architecture import Architecture, Place
 from pvt_ref.models.pvt import model
 from pvt_ref.models.pvt.config import ALIASES, VARIANTS, PVTConfig, describe
+from pvt_ref.models.pvt.files import FILES
 from pvt_ref.models.pvt.params import PVTParams, build_params
 
 
@@ -60,4 +61,5 @@ PVT = Architecture(
     describe=describe,
     variants=VARIANTS,
     aliases=ALIASES,
+    files=FILES,
 )
