@@ -961,7 +961,9 @@ def test_the_same_model_gives_the_same_bytes(tmp_path):
     assert (tmp_path / "c.safetensors").read_bytes() == data
     with safetensors.safe_open(tmp_path / "a.safetensors", "np") as file:
         assert list(file.metadata()) == [METADATA_KEY]
-        assert set(json.loads(file.metadata()[METADATA_KEY])) == {"format", "config", "sha256"}
+        record = json.loads(file.metadata()[METADATA_KEY])
+    assert record.keys() == {"architecture", "config", "format", "sha256"}
+    assert record["architecture"] == "pvt"
     other = dataclasses.replace(TINY, drop_rate=0.1)
     save(tmp_path / "d.safetensors", make_model(other))
     assert (tmp_path / "d.safetensors").read_bytes() != data

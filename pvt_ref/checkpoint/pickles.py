@@ -35,46 +35,26 @@ FREE_BYTES = 2**20
 
 _MAX_FOREIGN, _MAX_NAME = 100, 200
 
+_BUILTINS = "bytearray bytes complex frozenset object set"
+_TENSORS = "Tensor nn.parameter.Parameter nn.parameter.Buffer"
+_DANGEROUS = "__import__ breakpoint compile eval exec execfile open"
+
 _DICTS = {"collections.OrderedDict", "collections.defaultdict"}
+_TENSOR_CLASSES = {f"torch.{name}" for name in _TENSORS.split()}
 #: Names of plain data, which nobody needs to hear of.
 _PLAIN = {
-    "argparse.Namespace",
-    "collections.Counter",
-    "copyreg._reconstructor",
-    "torch.Size",
-    "torch.Tensor",
-    "torch.device",
-    "torch.nn.parameter.Parameter",
-    "torch.nn.parameter.Buffer",
-    "torch.nn.parameter.UninitializedParameter",
-    "torch.serialization._get_layout",
-    "_codecs.encode",
-    *(
-        f"builtins.{name}"
-        for name in ("bytearray", "bytes", "complex", "frozenset", "object", "set")
-    ),
-}
-_TENSOR_CLASSES = {
-    "torch.Tensor",
-    "torch.nn.parameter.Parameter",
-    "torch.nn.parameter.Buffer",
+    *("argparse.Namespace", "collections.Counter", "copyreg._reconstructor", "_codecs.encode"),
+    *("torch.Size", "torch.device", "torch.serialization._get_layout"),
+    *("torch.nn.parameter.UninitializedParameter", *_TENSOR_CLASSES),
+    *(f"builtins.{name}" for name in _BUILTINS.split()),
 }
 _PROGRAM_MODULES = {"nt", "os", "posix", "pty", "runpy", "shutil", "socket", "subprocess", "sys"}
 _PROGRAMS = {
-    "_io.open",
-    "importlib.import_module",
-    "io.open",
-    "webbrowser.open",
-    *(
-        f"builtins.{name}"
-        for name in ("__import__", "breakpoint", "compile", "eval", "exec", "execfile", "open")
-    ),
+    *("_io.open", "importlib.import_module", "io.open", "webbrowser.open"),
+    *(f"builtins.{name}" for name in _DANGEROUS.split()),
 }
-_PYTHON_2 = {  # so written up to protocol 2
-    "__builtin__": "builtins",
-    "commands": "subprocess",
-    "copy_reg": "copyreg",
-}
+#: So written up to protocol 2.
+_PYTHON_2 = {"__builtin__": "builtins", "commands": "subprocess", "copy_reg": "copyreg"}
 
 _ATTACK = (
     "Weights need nothing of the kind: the likely cause is an attack. Do not open this file with "
@@ -85,22 +65,14 @@ _ATTACK = (
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A name that the pickle uses. Only a label: nothing is imported.
-
-    Attributes:
-        name: module and name, joined by a dot.
-    """
+    """A name that the pickle uses, ``"module.name"``. Only a label: nothing is imported."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """An object that was not made; what it would have been made of is not kept.
-
-    Attributes:
-        name: of its class, or of the function that would have made it.
-    """
+    """An object that was not made: the name of its class, or of what would have made it."""
 
     name: str
 
@@ -121,13 +93,7 @@ class Pickle(NamedTuple):
 
 
 def read_pickle(file: BinaryIO) -> Pickle:
-    """What a pickle written by torch.save says, by the rules in the head of this file.
-
-    Args:
-        file: at the pickle's first byte; it is left after the last.
-
-    Returns:
-        The tree, and what is worth knowing of it.
+    """What a pickle written by torch.save says, from the file's place to its last byte.
 
     Raises:
         CheckpointError: if it names a program, is damaged, or is made to take much memory.
@@ -143,12 +109,7 @@ def read_pickle(file: BinaryIO) -> Pickle:
 
 
 def whole_object(name: str, where: str = "what was saved") -> CheckpointError:
-    """The refusal of an object that lies in the place of weights.
-
-    Args:
-        name: of a Record.
-        where: what it is in the file.
-    """
+    """The refusal of an object called name that lies, where the file says, in place of weights."""
     if name.startswith("numpy.") and "multiarray." in name:
         return CheckpointError(
             f"no tensors in it: {where} is a NumPy array, an object that only running the file "
@@ -242,29 +203,18 @@ class _Machine:
                 case "TUPLE":
                     items = self._pop_mark()
                     self.stack.append(tuple(items))
-                case "TUPLE1":
-                    stack[-1:] = [(stack[-1],)]
-                case "TUPLE2":
-                    stack[-2:] = [(stack[-2], stack[-1])]
-                case "TUPLE3":
-                    stack[-3:] = [(stack[-3], stack[-2], stack[-1])]
+                case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    items = [stack.pop() for _ in range(int(name[-1]))]
+                    stack.append(tuple(reversed(items)))
                 case "REDUCE" | "NEWOBJ":
                     args, function = stack.pop(), stack.pop()
                     stack.append(self._make(function, _expect(args, tuple)))
                 case "BINPERSID":
                     stack.append(self._refer(stack.pop()))
-                case "NEWFALSE":
-                    stack.append(False)
-                case "NEWTRUE":
-                    stack.append(True)
-                case "NONE":
-                    stack.append(None)
-                case "EMPTY_TUPLE":
-                    stack.append(())
-                case "EMPTY_LIST":
-                    stack.append([])
-                case "EMPTY_DICT":
-                    stack.append({})
+                case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE":
+                    stack.append(_CONSTANTS[name])
+                case "EMPTY_LIST" | "EMPTY_DICT":
+                    stack.append([] if name == "EMPTY_LIST" else {})
                 case "SETITEM":
                     value, key = stack.pop(), stack.pop()
                     self._set_items(stack[-1], [key, value])
@@ -285,9 +235,9 @@ class _Machine:
                 case "BUILD":
                     stack.pop()  # attributes are not needed
                     _expect(stack[-1], Record | dict)
+                case "STOP":
+                    return Pickle(stack.pop(), self._foreign(), self.storages)
                 case _:
-                    if name == "STOP":
-                        return Pickle(stack.pop(), self._foreign(), self.storages)
                     self._run_rare(name, arg)
         raise CheckpointError(f"its pickle has no end. {DAMAGED}")
 
@@ -297,12 +247,8 @@ class _Machine:
         match name:
             case "PROTO" | "FRAME":
                 pass
-            case "BINFLOAT" | "FLOAT" | "INT" | "LONG" | "LONG1" | "LONG4":
-                stack.append(arg)
-            case "UNICODE" | "BINUNICODE8" | "STRING" | "BINSTRING" | "SHORT_BINSTRING":
+            case _ if name in _VALUES:
                 stack.append(arg)  # pickletools decodes Python 2's strings as latin-1
-            case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
-                stack.append(arg)
             case "LIST":
                 items = self._pop_mark()
                 self.stack.append(items)
@@ -324,12 +270,9 @@ class _Machine:
             case "NEWOBJ_EX":
                 _, args, function = stack.pop(), stack.pop(), stack.pop()
                 stack.append(self._record(_expect(function, Global).name))
-            case "POP":
-                if stack:
-                    stack.pop()
-                else:
-                    self._pop_mark()
-            case "POP_MARK":
+            case "POP" if stack:
+                stack.pop()
+            case "POP" | "POP_MARK":
                 self._pop_mark()
             case "DUP":
                 stack.append(stack[-1])
@@ -447,6 +390,11 @@ class _Machine:
 
 
 _UNSET = object()
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_VALUES = {
+    *("BINFLOAT", "FLOAT", "INT", "LONG", "LONG1", "LONG4", "UNICODE", "BINUNICODE8", "STRING"),
+    *("BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+}
 _REBUILD = "torch._utils._rebuild_"
 
 

@@ -31,13 +31,7 @@ from pvt_ref.errors import CheckpointError, shown
 
 
 def open_pth(file: BinaryIO) -> StoredFile:
-    """The reader of a file of PyTorch's, by its first bytes.
-
-    Args:
-        file: opened in binary mode, seekable; it must stay open while tensors are read.
-
-    Returns:
-        A :class:`PthFile` or :class:`~pvt_ref.checkpoint.legacy.LegacyFile`.
+    """The reader of a file of PyTorch's, which must stay open while tensors are read.
 
     Raises:
         CheckpointError: if it is damaged, or holds a program or a whole object.
@@ -67,14 +61,7 @@ def _check_not_an_object(opened: StoredFile) -> None:
 
 
 class PthFile(StoredFile):
-    """An open file of PyTorch's zip format.
-
-    Args:
-        file: opened in binary mode, seekable; it must stay open while tensors are read.
-
-    Raises:
-        CheckpointError: if it is damaged, or holds a program.
-    """
+    """An open file of PyTorch's zip format, seekable; CheckpointError if it is damaged."""
 
     def __init__(self, file: BinaryIO):
         self._size = file.seek(0, 2)

@@ -133,8 +133,7 @@ def read_config(path: Path, origin: str, row: Architecture | None = None) -> Sta
             kind = fields.get("model_type", files.model_type)
             if kind != files.model_type:
                 raise CheckpointError(
-                    f"it is of another model: model_type is {shown(kind)}, not "
-                    f"{files.model_type!r}"
+                    f"it is of another model: model_type is {shown(kind)}, not {files.model_type!r}"
                 )
             values = files.hugging_face(fields)
             labels, count, task = _outputs(fields)
@@ -160,9 +159,7 @@ def read_config(path: Path, origin: str, row: Architecture | None = None) -> Sta
 def describes_model(fields: Mapping[str, Any], row: Architecture) -> bool:
     """Whether a config.json is about a model of row's network or claims to be about any model."""
     telling = {"model_type"} | (row.files.telling if row.files else set())
-    return bool(fields) and (
-        fields.keys() <= _fields(row).keys() or not telling.isdisjoint(fields)
-    )
+    return bool(fields) and (fields.keys() <= _fields(row).keys() or not telling.isdisjoint(fields))
 
 
 def _outputs(fields: Mapping[str, Any]) -> tuple[tuple[str, ...], int | None, str]:

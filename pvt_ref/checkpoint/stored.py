@@ -10,46 +10,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from pvt_ref.errors import CheckpointError, shown
 
 #: Classes of typed storages, and the dtype of their numbers.
 STORAGE_DTYPES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "ComplexDoubleStorage": "complex128",
-    "ComplexFloatStorage": "complex64",
-    "UntypedStorage": "uint8",  # bytes; the tensor brings the dtype
-    "QInt8Storage": "qint8",
-    "QUInt8Storage": "quint8",
-    "QInt32Storage": "qint32",
-    "QUInt4x2Storage": "quint4x2",
-    "QUInt2x4Storage": "quint2x4",
+    **{"DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16"},
+    **{"BFloat16Storage": "bfloat16", "LongStorage": "int64", "IntStorage": "int32"},
+    **{"ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8"},
+    **{"BoolStorage": "bool", "UntypedStorage": "uint8"},  # bytes; the tensor brings the dtype
+    **{"ComplexDoubleStorage": "complex128", "ComplexFloatStorage": "complex64"},
+    **{f"{name}Storage": name.lower() for name in ("QInt8", "QUInt8", "QInt32")},
+    **{f"{name}Storage": name.lower() for name in ("QUInt4x2", "QUInt2x4")},
 }
 
-_QUANTIZED = {"qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1}  # bytes
-_NARROW_FLOATS = {  # those that NumPy does not have; read as float32, which holds each exactly
-    "bfloat16": ml_dtypes.bfloat16,
-    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
-    "float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
-    "float8_e5m2": ml_dtypes.float8_e5m2,
-    "float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
-    "float8_e8m0fnu": ml_dtypes.float8_e8m0fnu,
-}
-_NUMPY_DTYPES = {"uint16", "uint32", "uint64", *STORAGE_DTYPES.values()} - {
-    *_QUANTIZED,
-    *_NARROW_FLOATS,
-}
+_FLOATS_8 = ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")
+#: Bytes of the dtypes that NumPy does not have. Narrow floats become float32, which holds each.
+_NARROW_FLOATS = {"bfloat16": 2, **{f"float8_{name}": 1 for name in _FLOATS_8}}
+_QUANTIZED = {"qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1}
+_FOREIGN_SIZES = {**_NARROW_FLOATS, **_QUANTIZED}
+_NUMPY_DTYPES = {"uint16", "uint32", "uint64", *STORAGE_DTYPES.values()} - _FOREIGN_SIZES.keys()
 
 MAX_RANK = 8  # more than any weight has, fewer than NumPy's limit
 
@@ -60,19 +41,10 @@ DAMAGED = (
 #: What bytes of any kind raise where a zip, a pickle or numbers are expected. Not Exception, which
 #: a signal's handler can raise.
 UNREADABLE = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
+    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, TypeError, ValueError),
     RuntimeError,  # of zipfile; NotImplementedError and RecursionError are such
-    TypeError,
-    ValueError,
     Warning,  # of pickletools, where warnings are errors
-    struct.error,
-    zipfile.BadZipFile,
-    zipfile.LargeZipFile,
-    zlib.error,
+    *(struct.error, zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error),
 )
 #: Loading that runs nothing, for advice.
 SAFE_LOAD = "state = torch.load(path, weights_only=True, map_location='cpu')"
@@ -130,14 +102,9 @@ class StoredTensor:
 
 
 def itemsize(dtype: str) -> int:
-    """Bytes of one number; 1 where it is not known.
-
-    Args:
-        dtype: a name, as in :class:`Storage`.
-    """
-    if dtype in _NARROW_FLOATS:
-        return np.dtype(_NARROW_FLOATS[dtype]).itemsize
-    return np.dtype(dtype).itemsize if dtype in _NUMPY_DTYPES else _QUANTIZED.get(dtype, 1)
+    """Bytes of one number; 1 where it is not known."""
+    known = dtype in _NUMPY_DTYPES
+    return np.dtype(dtype).itemsize if known else _FOREIGN_SIZES.get(dtype, 1)
 
 
 class StoredFile(ABC):
@@ -164,14 +131,7 @@ class StoredFile(ABC):
         """The whole block, of ``storage.nbytes`` bytes, or CheckpointError."""
 
     def read(self, tensors: Mapping[str, StoredTensor]) -> dict[str, np.ndarray]:
-        """The named tensors as contiguous arrays of their own.
-
-        Args:
-            tensors: some of those in ``tree``, by name.
-
-        Returns:
-            Arrays of the tensors' shapes, by the same names, of their dtypes; bfloat16 and the
-            8-bit floats as float32.
+        """The named tensors as arrays of their own; bfloat16 and the 8-bit floats as float32.
 
         Raises:
             CheckpointError: if a storage is missing or damaged, a tensor reaches outside its
@@ -265,7 +225,7 @@ def _check_bounds(name: str, x: StoredTensor) -> None:
 
 def _cut(raw: bytes, x: StoredTensor, order: Literal["<", ">"]) -> np.ndarray:
     """One tensor out of the bytes of its storage."""
-    narrow = _NARROW_FLOATS.get(x.dtype)
+    narrow = x.dtype in _NARROW_FLOATS
     size = itemsize(x.dtype)
     stored = np.dtype(f"u{size}" if narrow else x.dtype).newbyteorder(order)
     first = x.storage.view[0] * itemsize(x.storage.dtype) if x.storage.view else 0
@@ -278,7 +238,9 @@ def _cut(raw: bytes, x: StoredTensor, order: Literal["<", ">"]) -> np.ndarray:
     )
     array = np.array(view, dtype=stored.newbyteorder("="), order="C")
     if narrow:
-        array = array.view(narrow).astype(np.float32)
+        import ml_dtypes
+
+        array = array.view(getattr(ml_dtypes, x.dtype)).astype(np.float32)
     if x.conjugated:
         np.conjugate(array, out=array)
     if x.negated:
@@ -287,13 +249,6 @@ def _cut(raw: bytes, x: StoredTensor, order: Literal["<", ">"]) -> np.ndarray:
 
 
 def describe(error: Exception) -> str:
-    """An error that something else raised, for a message.
-
-    Args:
-        error: the exception.
-
-    Returns:
-        Its type and what it says, on one line, cut.
-    """
+    """An error that something else raised, for a message: its type and what it says, cut."""
     text = " ".join(str(error)[:200].split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
