@@ -5,14 +5,11 @@ released models are large and lie on the Hugging Face Hub; they are fetched when
 or taken from a folder where somebody has put them.
 """
 
-import difflib
 import hashlib
 import json
-import logging
 import os
 import re
 import sys
-import urllib.parse
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,23 +19,21 @@ from pvt_ref.checkpoint.files import Eps, cut_path, read_model
 from pvt_ref.checkpoint.stated import read_json
 from pvt_ref.checkpoint.whole_file import write_whole
 from pvt_ref.errors import ArrayTypeError, CheckpointError, DownloadError, MissingFileError, shown
-from pvt_ref.models.pvt.config import VARIANTS, PVTConfig
+from pvt_ref.models.architecture import architectures, known_variants
 
 #: Names whose weights are in the package.
 SHIPPED = ("digits", "cifar10")
 
-#: Where the authors' ImageNet weights are, converted to Hugging Face's layout: name to repository.
-RELEASED = {name: f"Zetatech/{name.replace('_', '-')}-224" for name in list(VARIANTS)[:4]}
+_FILES = [row.files for row in architectures() if row.files]
 
-#: The authors' own files, by name.
-_AUTHORS_URL = "https://github.com/whai362/PVT/releases/download/v2/{name}.pth"
+#: Where the authors' ImageNet weights are, converted to Hugging Face's layout: name to repository.
+RELEASED = {name: repository for files in _FILES for name, repository in files.hub.items()}
+
+#: The authors' own files.
+_URLS = {name: files.url.format(name=name) for files in _FILES for name in files.hub}
 
 _FILE = "model.safetensors"
 _SUFFIXES = (".safetensors", ".pth", ".bin")
-
-#: The authors trained with these; Hugging Face's port, whose layout the files have, with others.
-_AUTHORS_EPS = (1e-6, 1e-5)
-
 
 #: In the weights folder: commit and SHA-256 of what was fetched first, by name.
 _RECORD = "fetched.json"
@@ -48,7 +43,7 @@ _SECONDS = 5  # that a server may take for its first answer
 
 def load(
     name: str | os.PathLike[str],
-    config: PVTConfig | str | os.PathLike[str] | None = None,
+    config: Any = None,
     *,
     entry: str | None = None,
     eps: Eps | None = None,
@@ -87,11 +82,12 @@ def load(
         CheckpointError: if the file is damaged, unsafe, of an unknown kind, or does not fit.
         ArrayTypeError: if name, config, entry or mirror is of another type, config or entry comes
             with a known name, or mirror with what is not fetched.
-        ConfigError: if eps is not one or two numbers that can be one, or config a PVT that cannot
-            be built.
+        ConfigError: if eps is not one or two numbers that can be one, or config a network
+            that cannot be built.
     """
     known = name if isinstance(name, str) else ""
-    if known in (*SHIPPED, *VARIANTS):
+    variants = known_variants()
+    if known in SHIPPED or known in variants:
         if config is not None or entry is not None:
             raise ArrayTypeError(
                 f"{'entry' if config is None else 'config'} was given with {known!r}, which brings "
@@ -100,9 +96,7 @@ def load(
         if known in SHIPPED:
             return load_file(Path(__file__).with_name("weights") / f"{known}.safetensors", eps=eps)
         path, origin = _find(known, mirror)
-        return read_model(
-            path, VARIANTS[known], eps=_AUTHORS_EPS if eps is None else eps, released=origin
-        )
+        return read_model(path, variants[known], eps=eps, released=origin)
     if mirror is not None:
         raise ArrayTypeError(
             f"mirror was given with {shown(name)}, which is not fetched. Known names are "
@@ -123,6 +117,8 @@ def load(
 
 def _known_names(given: str) -> str:
     """The names, and which of them somebody may have meant."""
+    import difflib
+
     names = (*SHIPPED, *RELEASED)
     last = given.rstrip("/").rpartition("/")[2].lower().replace("-", "_")
     last = re.sub(r"(_224)?(\.\w+)?$", "", last)
@@ -134,17 +130,20 @@ def _known_names(given: str) -> str:
 def weights_folder() -> Path:
     """Where files of released models are looked for before they are fetched.
 
-    Returns:
-        What the environment variable PVT_REF_WEIGHTS names, or ``~/.cache/pvt_ref``.
+    What the environment variable PVT_REF_WEIGHTS names, or ``~/.cache/pvt_ref``.
     """
-    named = os.environ.get("PVT_REF_WEIGHTS")
-    return Path(os.path.expanduser(named or "~/.cache/pvt_ref"))
+    return Path(os.path.expanduser(os.environ.get("PVT_REF_WEIGHTS") or "~/.cache/pvt_ref"))
+
+
+def _names(name: str) -> list[str]:
+    """A variant's name, and its other ones."""
+    variants = known_variants()
+    return [name, *(x for x in variants if variants[x] is variants[name] and x != name)]
 
 
 def _find(name: str, mirror: str | None) -> tuple[Path, str]:
     """The file of a released model, fetched if it has to be, and where it is from."""
-    for suffix in _SUFFIXES:
-        path = weights_folder() / f"{name}{suffix}"
+    for path in (weights_folder() / f"{x}{suffix}" for x in _names(name) for suffix in _SUFFIXES):
         if path.exists():
             return path, f"{path.name} of the weights folder"
     if name not in RELEASED:
@@ -153,8 +152,7 @@ def _find(name: str, mirror: str | None) -> tuple[Path, str]:
             f"pvt_ref.load('path/to/file'), or put it at {weights_folder() / name}.pth"
         )
     if mirror is not None:
-        scheme = urllib.parse.urlsplit(mirror).scheme if isinstance(mirror, str) else ""
-        if scheme not in ("http", "https"):
+        if not isinstance(mirror, str) or not re.match("https?:", mirror, re.IGNORECASE):
             raise ArrayTypeError(
                 f"mirror is {shown(mirror)}; it must be an address such as 'https://my.server'. "
                 f"For a file on this machine: pvt_ref.load('path/to/file')"
@@ -196,10 +194,9 @@ class _Fetched(NamedTuple):
 
 def _read_record() -> dict[str, _Fetched]:
     path = weights_folder() / _RECORD
-    if not path.exists():
-        return {}
     try:
-        return {name: _Fetched(x["commit"], x["sha256"]) for name, x in _entries(path).items()}
+        entries = read_json(path, path.name) if path.exists() else {}
+        return {name: _Fetched(x["commit"], x["sha256"]) for name, x in entries.items()}
     except (CheckpointError, TypeError, KeyError) as error:
         raise DownloadError(
             f"{path}, which says what was fetched, cannot be read ({type(error).__name__}: "
@@ -207,13 +204,9 @@ def _read_record() -> dict[str, _Fetched]:
         ) from error
 
 
-def _entries(path: Path) -> dict[str, Any]:
-    return read_json(path, path.name)
-
-
 def _write_record(name: str, fetched: _Fetched) -> None:
     path = weights_folder() / _RECORD
-    entries = _entries(path) if path.exists() else {}
+    entries = read_json(path, path.name) if path.exists() else {}
     entries[name] = {"repository": RELEASED[name], **fetched._asdict()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -236,6 +229,8 @@ def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str
             f"{name}: fetching it needs the package huggingface_hub: pip install huggingface_hub. "
             f"{_by_hand(name)}"
         ) from error
+    import logging
+
     options: dict[str, Any] = {"endpoint": mirror} if mirror else {}
     log = logging.getLogger("huggingface_hub")
     level = log.level
@@ -270,7 +265,7 @@ def _by_hand(name: str) -> str:
     hub = f"https://huggingface.co/{RELEASED[name]}/resolve/main/{_FILE}"
     folder = weights_folder()
     return (
-        f"By hand: download {_AUTHORS_URL.format(name=name)} to {folder / name}.pth, or {hub} to "
+        f"By hand: download {_URLS[name]} to {folder / name}.pth, or {hub} to "
         f"{folder / name}.safetensors; either is then found by its name. (Or keep it anywhere, and "
         f"load it by its path.)"
     )

@@ -37,7 +37,7 @@ from pvt_ref.errors import (
     ShapeError,
 )
 from pvt_ref.train import evaluate
-from pvt_ref.tree import named_arrays
+from pvt_ref.tree import map_arrays, named_arrays
 from pvt_ref.zoo import RELEASED, SHIPPED, weights_folder
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -270,7 +270,7 @@ def test_half_precision_is_half_the_size(tmp_path):
         np.testing.assert_array_equal(x, y)  # these came from float16
     with pytest.raises(ArrayTypeError, match="dtype is 'int8'"):
         pvt_ref.save(half, model, dtype="int8")
-    large = Model(pvt_ref.arrays.map_arrays(lambda x: x * 1e5, model.params), model.config)
+    large = Model(map_arrays(lambda x: x * 1e5, model.params), model.config)
     with pytest.raises(CheckpointError, match="beyond 65504"):
         pvt_ref.save(half, large, dtype="float16")
     low = copy.deepcopy(model)

@@ -309,8 +309,10 @@ def _load(
             used = complete(stated, model)
             assumed += _unsaid(used, stated, eps)
     check_state(model, used, stated.origin if stated else "")
-    if eps is None:
-        chosen = _choose_eps(used, stated, stored, model.layout, assumed)
+    if eps is None:  # a port, whose layout a released file may have, has other eps than the authors
+        chosen = eps_of(used)
+        if not released:
+            chosen = _choose_eps(used, stated, stored, model.layout, assumed)
     else:
         if len(set(eps)) > len(eps_of(used)):
             raise CheckpointError(f"eps is {eps}; a {row.title} has {len(eps_of(used))}")
