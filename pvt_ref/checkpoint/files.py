@@ -13,30 +13,10 @@ import numpy as np
 from pvt_ref.api import from_state_dict, to_state_dict
 from pvt_ref.app import Model
 from pvt_ref.arrays import dtype_name
+from pvt_ref.checkpoint import recognise, safetensors_file
 from pvt_ref.checkpoint.key_maps import foreign_shapes, to_native
-from pvt_ref.checkpoint.recognise import (
-    Found,
-    as_backbone,
-    check_state,
-    choose_model,
-    complete,
-    find_models,
-    layouts_read,
-    recognise_config,
-    without_counters,
-)
-from pvt_ref.checkpoint.safetensors_file import (
-    METADATA_KEY,
-    TRAINING_KEY,
-    check_foreign_metadata,
-    own_header,
-    read_tensors,
-    to_bytes,
-    widen,
-)
+from pvt_ref.checkpoint.recognise import Found
 from pvt_ref.checkpoint.stated import (
-    CONFIG_FILE,
-    PREPROCESSOR_FILE,
     Stated,
     describes_model,
     eps_of,
@@ -126,11 +106,9 @@ def load(
     Raises:
         MissingFileError: if there is no such file.
         CheckpointError: if it is damaged, unsafe, of an unknown kind, contradicts what is said of
-            it, holds several models, or does not fit; keys that are missing, unexpected or
-            mis-shaped are listed together.
+            it, holds several models, or does not fit; all keys in question are listed together.
         ArrayTypeError: if path, config or entry is of another type.
-        ConfigError: if eps is not one or two numbers that can be one, or config a network that
-            cannot be built.
+        ConfigError: if eps or config is one that no model can have.
     """
     return read_model(path, config, entry, eps)
 
@@ -166,7 +144,10 @@ def read_model(
     except CheckpointError as error:
         raise CheckpointError(f"{cut_path(path)}: {error}") from error.__cause__
     except (PVTError, OSError) as error:
-        raise CheckpointError(f"{cut_path(path)}: {_with_kind(error)}") from error
+        what = str(error)
+        if isinstance(error, OSError):
+            what = f"cannot be read: {type(error).__name__}: {error.strerror or error}"
+        raise CheckpointError(f"{cut_path(path)}: {what}") from error
 
 
 class _Opened(NamedTuple):
@@ -194,19 +175,22 @@ def _open(path: Path, stack: contextlib.ExitStack) -> _Opened:
         )
     file = stack.enter_context(path.open("rb"))
     if _recognise_format(file) == "safetensors":
-        tensors, metadata = read_tensors(file)
-        return _Opened(path, tensors, metadata, widen)
+        tensors, metadata = safetensors_file.read_tensors(file)
+        return _Opened(path, tensors, metadata, safetensors_file.widen)
     from pvt_ref.checkpoint.pth import open_pth
 
     pth = open_pth(file)
     notes = []
     if pth.foreign:
-        some = ", ".join(shown(name, 60) for name in pth.foreign[:3])
-        more = f" and {len(pth.foreign) - 3} more" if len(pth.foreign) > 3 else ""
-        notes.append(f"objects beside the weights were not made: {some}{more}")
+        notes.append(f"objects beside the weights were not made: {_few(pth.foreign)}")
     if not pth.checksummed:
         notes.append("the file has no checksums")
     return _Opened(path, pth.tree, {}, pth.read, tuple(notes))  # read only what will be used
+
+
+def _few(names: Sequence[str], show: Any = lambda name: shown(name, 60)) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(show, names[:3])) + more
 
 
 def _is_there(path: Path) -> bool:
@@ -262,7 +246,7 @@ def _open_shards(path: Path, stack: contextlib.ExitStack) -> _Opened:
             raise CheckpointError(
                 f"{path.name} and {shown(name)} name different weights: they do not belong together"
             )
-        check_foreign_metadata(shard.metadata)
+        safetensors_file.check_foreign_metadata(shard.metadata)
         tree |= shard.tree
         readers |= {id(x): (name, shard.read) for x in shard.tree.values()}
         notes += [note for note in shard.notes if note not in notes]
@@ -284,8 +268,11 @@ def _load(
     notes = [released] if released else list(opened.notes)  # for `source`
     assumed: list[str] = []
     stored, info, folder = None, None, None
-    if METADATA_KEY in opened.metadata or TRAINING_KEY in opened.metadata:
-        stored, info = own_header(opened.tree, opened.metadata)
+    if (
+        safetensors_file.METADATA_KEY in opened.metadata
+        or safetensors_file.TRAINING_KEY in opened.metadata
+    ):
+        stored, info = safetensors_file.own_header(opened.tree, opened.metadata)
     if stored:
         if entry is not None:
             raise CheckpointError("a pvt_ref file, which holds one model: leave entry out")
@@ -301,14 +288,14 @@ def _load(
             notes.append(f"configuration from {printable(stated.origin)}")
         if model.layout.config_beside and not released:
             folder = opened.path.parent
-            stated = _ask_beside(folder / CONFIG_FILE, stated, row, eps, notes)
+            stated = _ask_beside(folder / "config.json", stated, row, eps, notes)
         if stated is None:
-            used = recognise_config(model)
+            used = recognise.recognise_config(model)
             assumed.append(f"heads as in {row.describe(used).partition(',')[0]}")
         else:
-            used = complete(stated, model)
+            used = recognise.complete(stated, model)
             assumed += _unsaid(used, stated, eps)
-    check_state(model, used, stated.origin if stated else "")
+    recognise.check_state(model, used, stated.origin if stated else "")
     if eps is None:  # a port, whose layout a released file may have, has other eps than the authors
         chosen = eps_of(used)
         if not released:
@@ -366,25 +353,22 @@ def _unsaid(config: Any, stated: Stated, eps: tuple[float, ...] | None) -> list[
 def _choose(opened: _Opened, stated: Stated | None, entry: str | None, notes: list[str]) -> Found:
     """The model that is meant, in the layout that it will be read in."""
     config = stated.config if stated else None
-    chosen, others = choose_model(find_models(opened.tree, config), entry)
+    chosen, others = recognise.choose_model(recognise.find_models(opened.tree, config), entry)
     if chosen.layout.rename is same_key:  # as files of save have it
-        check_foreign_metadata(opened.metadata)
+        safetensors_file.check_foreign_metadata(opened.metadata)
     if opened.metadata.keys() - {"format"}:
         notes.append("metadata of another program is ignored")
     if others:
-        some = ", ".join(f"entry={shown(model.name, _WHOLE)}" for model in others[:3])
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        notes.append(f"other weights in the file: {some}{more}")
+        names = [f"entry={shown(model.name, _WHOLE)}" for model in others]
+        notes.append(f"other weights in the file: {_few(names, str)}")
     bare = bool(
         stated and not stated.config.has_classifier and "num_classes" not in stated.left_open
     )
-    model, counters = without_counters(as_backbone(chosen, bare))
+    model, counters = recognise.without_counters(recognise.as_backbone(chosen, bare))
     if chosen.layout.has_classifier and not model.layout.has_classifier:
         notes.append("the classifier is left out, as config asks")
     if chosen.beside:
-        some = ", ".join(shown(key, 60) for key in chosen.beside[:3])
-        more = f" and {len(chosen.beside) - 3} more" if len(chosen.beside) > 3 else ""
-        notes.append(f"left out: {some}{more}")
+        notes.append(f"left out: {_few(chosen.beside)}")
     if counters:
         notes.append(f"counters beside the weights are ignored: {', '.join(counters)}")
     return model
@@ -480,8 +464,8 @@ def _info(
         info = ModelInfo(classes=stated.classes)
     elif info.classes and not released:
         assumed.append("ImageNet's class names")
-    if folder and (folder / PREPROCESSOR_FILE).exists():
-        preprocessing, said = read_preprocessing(folder / PREPROCESSOR_FILE, config)
+    if folder and (folder / "preprocessor_config.json").exists():
+        preprocessing, said = read_preprocessing(folder / "preprocessor_config.json", config)
         notes.append(said)
         if preprocessing:
             return dataclasses.replace(info, preprocessing=preprocessing)
@@ -503,16 +487,8 @@ def _as_stored(stated: Stated | None, stored: Any, notes: list[str]) -> Any:
             f"{stated.origin} says {stated.num_labels} labels, and the file num_classes="
             f"{stored.num_classes}. Leave config out: the file brings its own"
         )
-    _check_same_model(config, stored)
-    if not stated.says_eps and eps_of(config) != eps_of(stored):
-        notes.append("eps as it was saved, since config has the defaults")
-    return config
-
-
-def _check_same_model(config: Any, stored: Any) -> None:
-    """Raises unless config is what a file of save says, up to fields that no weight depends on."""
-    free = ("norm_eps", "drop_rate", "drop_path_rate")  # and what ends so
     given, written = config_to_dict(config), config_to_dict(stored)
+    free = ("norm_eps", "drop_rate", "drop_path_rate")  # and what ends so: no weight depends on it
     wrong = [
         f"{name} is {written[name]} in the file and {given[name]} in config"
         for name in written
@@ -523,6 +499,9 @@ def _check_same_model(config: Any, stored: Any) -> None:
             f"a pvt_ref file of another model than config: {'; '.join(wrong)}. Leave config out: "
             f"the file brings its own"
         )
+    if not stated.says_eps and eps_of(config) != eps_of(stored):
+        notes.append("eps as it was saved, since config has the defaults")
+    return config
 
 
 def _describe_eps(config: Any) -> list[str]:
@@ -543,7 +522,7 @@ def _recognise_format(file: BinaryIO) -> str:
         return "pth"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return "safetensors"
-    raise refuse_other_kind(file, layouts_read())
+    raise refuse_other_kind(file, recognise.layouts_read())
 
 
 def _parse_eps(eps: Any) -> tuple[float, float]:
@@ -601,12 +580,6 @@ def _siblings(directory: Path) -> list[Path]:
     return []
 
 
-def _with_kind(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return f"cannot be read: {type(error).__name__}: {error.strerror or error}"
-    return str(error)
-
-
 def save(path: str | os.PathLike[str], model: Model, dtype: str | None = None) -> None:
     """Writes a model to a .safetensors file, with its configuration and a SHA-256 of both.
 
@@ -645,7 +618,9 @@ def save(path: str | os.PathLike[str], model: Model, dtype: str | None = None) -
     if dtype is not None:
         state = _narrow(path, state, dtype)
     try:
-        data = to_bytes(state, model.config, None if model.info == UNKNOWN else model.info)
+        data = safetensors_file.to_bytes(
+            state, model.config, None if model.info == UNKNOWN else model.info
+        )
     except CheckpointError as error:
         raise CheckpointError(f"{cut_path(path)}: {error}") from error
     try:
