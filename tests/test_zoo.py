@@ -462,8 +462,17 @@ def test_without_the_hubs_client_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(DownloadError, match=r"pip install huggingface_hub\..*By hand"):
         pvt_ref.load("pvt_tiny")
-    with pytest.raises(DownloadError, match="were not released"):
-        pvt_ref.load("pvt_huge_v2")
+    for name in ("pvt_huge_v2", "pvt_v1_huge"):  # the second is an alias
+        with pytest.raises(DownloadError, match=f"^{name}: its weights were not released"):
+            pvt_ref.load(name)
+    for file in ("pvt_huge_v2.pth", "pvt_v1_huge.bin"):
+        path = weights_folder() / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+        for name in ("pvt_huge_v2", "pvt_v1_huge"):
+            with pytest.raises(CheckpointError, match=f"{file}: the file is empty"):
+                pvt_ref.load(name)
+        path.unlink()
 
 
 def test_info_of_other_files():
