@@ -15,9 +15,7 @@ from typing import Any, NamedTuple
 
 from pvt_ref.app import Model
 from pvt_ref.checkpoint import load as load_file
-from pvt_ref.checkpoint.files import Eps, cut_path, read_model
-from pvt_ref.checkpoint.stated import read_json
-from pvt_ref.checkpoint.whole_file import write_whole
+from pvt_ref.checkpoint.files import Eps, cut_path
 from pvt_ref.errors import ArrayTypeError, CheckpointError, DownloadError, MissingFileError, shown
 from pvt_ref.models.architecture import architectures, known_variants
 
@@ -96,6 +94,8 @@ def load(
         if known in SHIPPED:
             return load_file(Path(__file__).with_name("weights") / f"{known}.safetensors", eps=eps)
         path, origin = _find(known, mirror)
+        from pvt_ref.checkpoint.reading import read_model
+
         return read_model(path, variants[known], eps=eps, released=origin)
     if mirror is not None:
         raise ArrayTypeError(
@@ -151,12 +151,12 @@ def _find(name: str, mirror: str | None) -> tuple[Path, str]:
             f"{name}: its weights were not released. If you have some, name the file: "
             f"pvt_ref.load('path/to/file'), or put it at {weights_folder() / name}.pth"
         )
-    if mirror is not None:
-        if not isinstance(mirror, str) or not re.match("https?:", mirror, re.IGNORECASE):
-            raise ArrayTypeError(
-                f"mirror is {shown(mirror)}; it must be an address such as 'https://my.server'. "
-                f"For a file on this machine: pvt_ref.load('path/to/file')"
-            )
+    address = "https:" if mirror is None else mirror
+    if not isinstance(address, str) or not re.match("https?:", address, re.IGNORECASE):
+        raise ArrayTypeError(
+            f"mirror is {shown(mirror)}; it must be an address such as 'https://my.server'. "
+            f"For a file on this machine: pvt_ref.load('path/to/file')"
+        )
     first = _read_record().get(name)
     path, commit, announced = _fetch(name, mirror, first.commit if first else None)
     try:
@@ -195,7 +195,7 @@ class _Fetched(NamedTuple):
 def _read_record() -> dict[str, _Fetched]:
     path = weights_folder() / _RECORD
     try:
-        entries = read_json(path, path.name) if path.exists() else {}
+        entries = _entries(path)
         return {name: _Fetched(x["commit"], x["sha256"]) for name, x in entries.items()}
     except (CheckpointError, TypeError, KeyError) as error:
         raise DownloadError(
@@ -204,9 +204,17 @@ def _read_record() -> dict[str, _Fetched]:
         ) from error
 
 
+def _entries(path: Path) -> dict[str, Any]:
+    from pvt_ref.checkpoint.stated import read_json
+
+    return read_json(path, path.name) if path.exists() else {}
+
+
 def _write_record(name: str, fetched: _Fetched) -> None:
     path = weights_folder() / _RECORD
-    entries = read_json(path, path.name) if path.exists() else {}
+    from pvt_ref.checkpoint.whole_file import write_whole
+
+    entries = _entries(path)
     entries[name] = {"repository": RELEASED[name], **fetched._asdict()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a file holds: which entry, which network and layout, which model, told from keys and shapes."""
+"""What a file holds: which entry, network, layout and model, told from keys and shapes."""
 
 import dataclasses
 import itertools

@@ -102,8 +102,8 @@ def read_tensors(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, str]]
     if length > MAX_HEADER:
         raise CheckpointError(
             f"a .safetensors file whose header has {length} bytes; at most {MAX_HEADER} are read, "
-            f"several times what a network here needs. It is damaged, of another kind of model, or made to "
-            f"exhaust memory"
+            f"several times what a network needs. It is damaged, of another kind of model, or made "
+            f"to exhaust memory"
         )
     try:
         header = parse_json(file.read(length), "the header", MAX_HEADER)
