@@ -51,7 +51,8 @@ def renaming(table: Mapping[str, str]) -> Callable[[str], str | None]:
     """The ``rename`` of a layout, from a table of templates.
 
     Templates: i is the stage from 1, j from 0; b the block from 0, c from 1; leaf is weight or
-    bias. ``"block{i}.{b}.norm1"`` to ``"layers.{j}.1.{c}.norm1.{leaf}"``, say.
+    bias, and stands at the end where theirs does not say. ``"block{i}.{b}.norm1"`` to
+    ``"layers.{j}.1.{c}.norm1"``, say.
     """
 
     def rename(key: str) -> str | None:
@@ -65,6 +66,8 @@ def renaming(table: Mapping[str, str]) -> Callable[[str], str | None]:
         name = kind + ("{i}" if i else "") + (".{b}" if b else "") + (rest or "")
         i, b = int(i or 0), int(b or 0)
         template = table.get(name)
+        if template and leaf and "{leaf}" not in template:
+            template += ".{leaf}"
         return template and template.format(leaf=leaf, i=i, j=i - 1, b=b, c=b + 1)
 
     return rename
@@ -78,8 +81,8 @@ class Layout:
         name: for messages.
         rename: our key to theirs; None where they have none.
         pieces_of: ``(key, shape, config) -> pieces`` of one of our arrays.
-        eps: of the norms, in the code that reads such files, in the configuration's order.
-        marks: our keys; files with none of them are of another layout. Empty: no condition.
+        eps: of the code that reads such files, in the order of the configuration's fields.
+        marks: our keys, of which one must be there, if any are named.
         has_classifier: whether their models have one; None if files with and without are found.
         unused: their keys that are left out where they are, such as those of a head.
         config_beside: whether a config.json lies beside such files.
@@ -101,22 +104,19 @@ class Layout:
 class Files:
     """What :mod:`pvt_ref.checkpoint` asks a network about the files of other projects.
 
-    Shapes are by their keys, without a prefix.
-
     Attributes:
         readable: which files are read, in words.
         layouts: that are looked for, in this order; of all networks those with marks come first.
-        probes: our keys that every model has: one of them, as a layout names it, is enough.
-        bare: ``(layout, state, wanted) -> layout, prefix``: in which layout, and from which prefix
-            on, the weights are read if no classifier is wanted or the file has none.
+        probes: our keys; one of them, as a layout renames it, shows that layout.
+        bare: ``(layout, state, wanted) -> layout, prefix`` in which a model without classifier is
+            read, because that is wanted, or all there is.
         model_type: in Hugging Face's config.json.
         telling: fields of a config.json that describes a model, rather than a training.
-        hugging_face: ``(fields of config.json) -> values`` by our field names, or CheckpointError.
+        hugging_face: ``(fields of config.json) -> values`` by our field names.
         partial: ``(values) -> config``, with what fits in the fields that are not said.
         fit: ``(config, shapes, layout) -> config`` with class count, channels and image size of a
-            file, where these can be read.
-        shown: ``(shapes, layout) -> values``: all that shapes show; {} if they are not a whole
-            model's.
+            file, where these can be read off the shapes, which are by the file's keys.
+        shown: ``(shapes, layout) -> values``: all that shapes show; {} if a key is not there.
         widths: the field by which ``num_heads``, which no shape shows, is known of a variant.
         blocks: ``(config) -> int``: how many blocks it has.
         advice: ``(keys) -> sentence`` on keys that do not fit, or "".

@@ -13,50 +13,34 @@ from pvt_ref.models.pvt.config import NUM_STAGES, VARIANTS, PVTConfig
 
 # Layouts ----------------------------------------------------------------------------------------
 
-_HF_PATCH = "pvt.encoder.patch_embeddings.{j}."
-_HF_BLOCK = "pvt.encoder.block.{j}.{b}."
-
-HUGGING_FACE_KEYS = {
-    "patch_embed{i}.proj": _HF_PATCH + "projection.{leaf}",
-    "patch_embed{i}.norm": _HF_PATCH + "layer_norm.{leaf}",
-    "pos_embed{i}": _HF_PATCH + "position_embeddings",
-    "cls_token": "pvt.encoder.patch_embeddings.3.cls_token",
-    "block{i}.{b}.norm1": _HF_BLOCK + "layer_norm_1.{leaf}",
-    "block{i}.{b}.attn.q": _HF_BLOCK + "attention.self.query.{leaf}",
-    "block{i}.{b}.attn.kv": _HF_BLOCK + "attention.self.key.{leaf}",  # and value: see below
-    "block{i}.{b}.attn.proj": _HF_BLOCK + "attention.output.dense.{leaf}",
-    "block{i}.{b}.attn.sr": _HF_BLOCK + "attention.self.sequence_reduction.{leaf}",
-    "block{i}.{b}.attn.norm": _HF_BLOCK + "attention.self.layer_norm.{leaf}",
-    "block{i}.{b}.norm2": _HF_BLOCK + "layer_norm_2.{leaf}",
-    "block{i}.{b}.mlp.fc1": _HF_BLOCK + "mlp.dense1.{leaf}",
-    "block{i}.{b}.mlp.fc2": _HF_BLOCK + "mlp.dense2.{leaf}",
-    "norm": "pvt.encoder.layer_norm.{leaf}",
-    "head": "classifier.{leaf}",
-}
-
-_MM_BLOCK = "layers.{j}.1.{c}."  # element 0 of this list is the position table
-
-MMDETECTION_KEYS = {
-    "patch_embed{i}.proj": "layers.{j}.0.projection.{leaf}",
-    "patch_embed{i}.norm": "layers.{j}.0.norm.{leaf}",
-    "pos_embed{i}": "layers.{j}.1.0.pos_embed",
-    "block{i}.{b}.norm1": _MM_BLOCK + "norm1.{leaf}",
-    "block{i}.{b}.attn.q": _MM_BLOCK + "attn.attn.in_proj_{leaf}",
-    "block{i}.{b}.attn.kv": _MM_BLOCK + "attn.attn.in_proj_{leaf}",
-    "block{i}.{b}.attn.proj": _MM_BLOCK + "attn.attn.out_proj.{leaf}",
-    "block{i}.{b}.attn.sr": _MM_BLOCK + "attn.sr.{leaf}",
-    "block{i}.{b}.attn.norm": _MM_BLOCK + "attn.norm.{leaf}",
-    "block{i}.{b}.norm2": _MM_BLOCK + "norm2.{leaf}",
-    "block{i}.{b}.mlp.fc1": _MM_BLOCK + "ffn.layers.0.{leaf}",
-    "block{i}.{b}.mlp.fc2": _MM_BLOCK + "ffn.layers.3.{leaf}",
-}
-
 _BASE = "pvt."  # of every key but the classifier's: what transformers calls a base model
-_LAST_TABLE = f"pos_embed{NUM_STAGES}"
+_HF, _HF_PATCH = "pvt.encoder.block.{j}.{b}.", "pvt.encoder.patch_embeddings.{j}."
+_MM = "layers.{j}.1.{c}."  # element 0 of this list is the position table
 
-_hugging_face_name = renaming(HUGGING_FACE_KEYS)
-_bare_name = renaming({k: v.removeprefix(_BASE) for k, v in HUGGING_FACE_KEYS.items()})
-_mmdetection_name = renaming(MMDETECTION_KEYS)
+#: Our templates, Hugging Face's and MMDetection's, which has no classifier.
+_KEYS = {
+    "patch_embed{i}.proj": (_HF_PATCH + "projection", "layers.{j}.0.projection"),
+    "patch_embed{i}.norm": (_HF_PATCH + "layer_norm", "layers.{j}.0.norm"),
+    "pos_embed{i}": (_HF_PATCH + "position_embeddings", "layers.{j}.1.0.pos_embed"),
+    "cls_token": ("pvt.encoder.patch_embeddings.3.cls_token",),
+    "block{i}.{b}.norm1": (_HF + "layer_norm_1", _MM + "norm1"),
+    "block{i}.{b}.attn.q": (_HF + "attention.self.query", _MM + "attn.attn.in_proj_{leaf}"),
+    # and attention.self.value: see below
+    "block{i}.{b}.attn.kv": (_HF + "attention.self.key", _MM + "attn.attn.in_proj_{leaf}"),
+    "block{i}.{b}.attn.proj": (_HF + "attention.output.dense", _MM + "attn.attn.out_proj"),
+    "block{i}.{b}.attn.sr": (_HF + "attention.self.sequence_reduction", _MM + "attn.sr"),
+    "block{i}.{b}.attn.norm": (_HF + "attention.self.layer_norm", _MM + "attn.norm"),
+    "block{i}.{b}.norm2": (_HF + "layer_norm_2", _MM + "norm2"),
+    "block{i}.{b}.mlp.fc1": (_HF + "mlp.dense1", _MM + "ffn.layers.0"),
+    "block{i}.{b}.mlp.fc2": (_HF + "mlp.dense2", _MM + "ffn.layers.3"),
+    "norm": ("pvt.encoder.layer_norm",),
+    "head": ("classifier",),
+}
+
+_LAST_TABLE = f"pos_embed{NUM_STAGES}"
+_hugging_face_name = renaming({ours: theirs[0] for ours, theirs in _KEYS.items()})
+_bare_name = renaming({ours: theirs[0].removeprefix(_BASE) for ours, theirs in _KEYS.items()})
+_mmdetection_name = renaming({k: theirs[1] for k, theirs in _KEYS.items() if len(theirs) > 1})
 
 
 def _authors_dense(key: str, shape: Shape, config: PVTConfig) -> list[Piece]:
@@ -100,15 +84,17 @@ def _mmdetection(key: str, shape: Shape, config: PVTConfig) -> list[Piece]:
     return [Piece(key, WHOLE, name, WHOLE, shape)]
 
 
-_AUTHORS_EPS, _PORTS_EPS = (1e-6, 1e-5), (1e-6, 1e-6)
-_EPS_ADVICE = "pass eps=(1e-6, 1e-5) for the authors' training setting"
 _CLASSIFIER = ("cls_token", "norm.weight", "norm.bias", "head.weight", "head.bias")
+_PORT: Any = {
+    "eps": (1e-6, 1e-6),
+    "eps_advice": "pass eps=(1e-6, 1e-5) for the authors' training setting",
+}
 
-AUTHORS = Layout(name="authors' layout", eps=_AUTHORS_EPS)
+AUTHORS = Layout(name="authors' layout", eps=(1e-6, 1e-5))
 AUTHORS_DENSE = Layout(
     name="authors' dense-prediction layout",
     pieces_of=_authors_dense,
-    eps=_AUTHORS_EPS,
+    eps=(1e-6, 1e-5),
     has_classifier=False,
     unused=_CLASSIFIER,
 )
@@ -116,29 +102,26 @@ HUGGING_FACE = Layout(
     name="Hugging Face layout",
     rename=_hugging_face_name,
     pieces_of=_hugging_face,
-    eps=_PORTS_EPS,
     marks=("head.weight", "head.bias"),
     has_classifier=True,
     config_beside=True,
-    eps_advice=_EPS_ADVICE,
+    **_PORT,
 )
 HUGGING_FACE_BARE = Layout(
     name="Hugging Face layout without classifier",
     rename=_bare_name,
     pieces_of=_hugging_face_bare,
-    eps=_PORTS_EPS,
     has_classifier=False,
     unused=tuple(_bare_name(key) or "" for key in _CLASSIFIER[:3]),
     config_beside=True,
-    eps_advice=_EPS_ADVICE,
+    **_PORT,
 )
 MMDETECTION = Layout(
     name="MMDetection layout",
     rename=_mmdetection_name,
     pieces_of=_mmdetection,
-    eps=_PORTS_EPS,
     has_classifier=False,
-    eps_advice=_EPS_ADVICE,
+    **_PORT,
 )
 
 
@@ -161,12 +144,10 @@ def _fit(config: PVTConfig, shapes: Mapping[str, Shape], layout: Layout) -> PVTC
 
     num_classes, in_chans = config.num_classes, config.in_chans
     head = first("head.weight", "head.bias")
-    if layout.has_classifier is False:
+    if layout.has_classifier is False or not (head or first("cls_token", "norm.weight")):
         num_classes = 0
     elif head:
         num_classes = head[0]
-    elif not first("cls_token", "norm.weight"):
-        num_classes = 0
     kernel, table = first("patch_embed1.proj.weight"), first("pos_embed1")
     if len(kernel) == 4:
         in_chans = kernel[1]
@@ -217,12 +198,11 @@ def _shown(shapes: Mapping[str, Shape], layout: Layout) -> dict[str, Any]:
 
 
 def _advice(keys: Iterable[str]) -> str:
-    if any("dwconv" in key for key in keys):
-        return (
-            "Depth-wise convolutions (dwconv) belong to PVT version 2, another architecture, which "
-            "this project does not have. "
-        )
-    return ""
+    advice = (
+        "Depth-wise convolutions (dwconv) belong to PVT version 2, another architecture, which "
+        "this project does not have. "
+    )
+    return advice if any("dwconv" in key for key in keys) else ""
 
 
 # What a JSON file says --------------------------------------------------------------------------
@@ -231,16 +211,10 @@ _DEFAULT = PVTConfig()
 
 #: Fields of Hugging Face's PvtConfig that mean the same here.
 _SAME = {
-    "num_channels": "in_chans",
-    "hidden_sizes": "embed_dims",
-    "num_attention_heads": "num_heads",
-    "patch_sizes": "patch_sizes",
-    "mlp_ratios": "mlp_ratios",
-    "depths": "depths",
-    "sequence_reduction_ratios": "sr_ratios",
-    "qkv_bias": "qkv_bias",
-    "hidden_dropout_prob": "drop_rate",
-    "attention_probs_dropout_prob": "attn_drop_rate",
+    **{"num_channels": "in_chans", "hidden_sizes": "embed_dims"},
+    **{"num_attention_heads": "num_heads", "sequence_reduction_ratios": "sr_ratios"},
+    **{"hidden_dropout_prob": "drop_rate", "attention_probs_dropout_prob": "attn_drop_rate"},
+    **{name: name for name in ("patch_sizes", "mlp_ratios", "depths", "qkv_bias")},
     "drop_path_rate": "drop_path_rate",
 }
 
@@ -266,11 +240,10 @@ def _from_hugging_face(fields: Mapping[str, Any]) -> dict[str, Any]:
     values = {ours: fields[theirs] for theirs, ours in _SAME.items() if theirs in fields}
     if "image_size" in fields:
         side = fields["image_size"]
-        if isinstance(side, list):
-            if len(side) != 2 or side[0] != side[1]:
-                raise CheckpointError(f"image_size is {shown(side)}; tables here are square")
-            side = side[0]
-        values["img_size"] = side
+        sides = side if isinstance(side, list) else [side, side]
+        if len(sides) != 2 or sides[0] != sides[1]:
+            raise CheckpointError(f"image_size is {shown(side)}; tables here are square")
+        values["img_size"] = sides[0]
     if "layer_norm_eps" in fields:
         values |= dict.fromkeys(("norm_eps", "projection_norm_eps"), fields["layer_norm_eps"])
     return {**values, "qk_scale": None}  # its code has no such thing
