@@ -22,10 +22,9 @@ from pvt_ref.checkpoint.stored import (
     DAMAGED,
     MAX_RANK,
     STORAGE_DTYPES,
-    UNREADABLE,
     Storage,
     StoredTensor,
-    describe,
+    refuse_damage,
 )
 from pvt_ref.errors import CheckpointError, shown
 
@@ -78,18 +77,11 @@ class Record:
 
 
 class Pickle(NamedTuple):
-    """What a pickle says.
+    """What a pickle says."""
 
-    Attributes:
-        tree: dicts, lists, tuples, numbers, texts, :class:`Record`, and
-            :class:`~pvt_ref.checkpoint.stored.StoredTensor` for every tensor.
-        foreign: names of what is neither data nor a tensor, sorted; the first 100.
-        storages: by key, the first reference to each block of numbers.
-    """
-
-    tree: Any
-    foreign: tuple[str, ...]
-    storages: dict[str, Storage]
+    tree: Any  # as StoredFile's
+    foreign: tuple[str, ...]  # names of what is neither data nor a tensor, sorted; the first 100
+    storages: dict[str, Storage]  # by key, the first reference to each block of numbers
 
 
 def read_pickle(file: BinaryIO) -> Pickle:
@@ -98,14 +90,8 @@ def read_pickle(file: BinaryIO) -> Pickle:
     Raises:
         CheckpointError: if it names a program, is damaged, or is made to take much memory.
     """
-    try:
+    with refuse_damage("its pickle cannot be read"):  # a wrong one can fail anywhere, in any way
         return _Machine(file)._run()
-    except CheckpointError:
-        raise
-    except UNREADABLE as error:  # a wrong program can fail at any instruction, in any way
-        raise CheckpointError(
-            f"its pickle cannot be read ({describe(error)}). {DAMAGED}"
-        ) from error
 
 
 def whole_object(name: str, where: str = "what was saved") -> CheckpointError:
@@ -414,16 +400,13 @@ def _expect(value: Any, kind: Any) -> Any:
 
 
 def _as_text(key: Any, place: int) -> str:
-    """A dict's key as a text.
+    """A dict's key as a text, since the hashes of texts cannot be chosen.
 
-    Texts only, because their hashes cannot be chosen: whole numbers can be made to collide, and
-    nested tuples take exponential time to hash.
+    Whole numbers can be made to collide, and nested tuples take exponential time to hash.
     """
     if isinstance(key, str):
         return key
-    if key is None or isinstance(key, float | bool):
-        return repr(key)
-    if isinstance(key, int) and abs(key) < 2**64:
+    if key is None or isinstance(key, float | bool) or (isinstance(key, int) and abs(key) < 2**64):
         return repr(key)
     return f"<{type(key).__name__} {place}>"
 
@@ -448,9 +431,7 @@ def _make_tensor(how: str, args: tuple[Any, ...]) -> StoredTensor | None:
     metadata: Any = None
     unread = ""
     match how, args:
-        case "parameter", (data, _, _):
-            return _expect(data, StoredTensor)
-        case "parameter_with_state", (data, _, _, _):
+        case ("parameter", (data, _, _)) | ("parameter_with_state", (data, _, _, _)):
             return _expect(data, StoredTensor)
         case "device_tensor_from_cpu_tensor", (data, dtype, _, _):  # XLA's
             _expect(data, StoredTensor)

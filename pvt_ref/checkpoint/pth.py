@@ -21,11 +21,10 @@ from pvt_ref.checkpoint.pickles import Record, read_pickle, whole_object
 from pvt_ref.checkpoint.stored import (
     DAMAGED,
     SAFE_LOAD,
-    UNREADABLE,
     Storage,
     StoredFile,
     StoredTensor,
-    describe,
+    refuse_damage,
 )
 from pvt_ref.errors import CheckpointError, shown
 
@@ -65,18 +64,12 @@ class PthFile(StoredFile):
 
     def __init__(self, file: BinaryIO):
         self._size = file.seek(0, 2)
-        try:
+        with refuse_damage("not a whole zip archive"):
             self._zip = zipfile.ZipFile(file)
             self._entries = _list_entries(self._zip, self._size)
             self.checksummed = _use_checksums(self._entries)
             self._order: Literal["<", ">"] = self._read_byte_order()
             pickled = self._read_entry("data.pkl")
-        except CheckpointError:
-            raise
-        except UNREADABLE as error:
-            raise CheckpointError(
-                f"not a whole zip archive ({describe(error)}). {DAMAGED}"
-            ) from error
         self.tree, self.foreign, _ = read_pickle(io.BytesIO(pickled))
 
     def _read_block(self, storage: Storage) -> bytes:

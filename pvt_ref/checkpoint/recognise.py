@@ -53,23 +53,14 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, Shape]:
 
 
 class Found(NamedTuple):
-    """One model among all that a file holds.
+    """One model among all that a file holds."""
 
-    Attributes:
-        row: of its network.
-        entry: names of the dicts that it lies in, joined by dots; "" for the top.
-        prefix: of its keys there, with the dot at its end; "" if there is none.
-        layout: how its keys are named.
-        state: what stands under each of its keys, these without the prefix.
-        beside: keys of the tensors in the same dict that belong to no model, such as a head's.
-    """
-
-    row: Architecture
-    entry: str
-    prefix: str
+    row: Architecture  # of its network
+    entry: str  # names of the dicts that it lies in, joined by dots; "" for the top
+    prefix: str  # of its keys there, with the dot at its end; "" if there is none
     layout: Layout
-    state: dict[str, Any]
-    beside: tuple[str, ...] = ()
+    state: dict[str, Any]  # what stands under each of its keys, these without the prefix
+    beside: tuple[str, ...] = ()  # keys of the other tensors in the same dict, such as a head's
 
     @property
     def name(self) -> str:
@@ -78,7 +69,7 @@ class Found(NamedTuple):
 
 
 class _Sign(NamedTuple):
-    """The key ``probe`` shows a network and a layout, if one of the marks is there besides."""
+    """A key that shows a network and a layout, if one of the marks is there besides."""
 
     probe: str
     marks: tuple[str, ...]
@@ -240,27 +231,20 @@ def _different(models: Sequence[Found]) -> list[Found]:
 
 def _same(a: Found, b: Found) -> bool:
     """Whether two models are the same tensors of the file, or the same objects."""
-    if a.state.keys() != b.state.keys():
-        return False
-    return all(
-        x is y or (hasattr(x, "storage") and hasattr(y, "storage") and _place(x) == _place(y))
-        for x, y in zip(a.state.values(), (b.state[key] for key in a.state), strict=True)
+
+    def place(x: Any) -> Any:
+        return (x.storage, x.offset, x.shape, x.strides) if hasattr(x, "storage") else id(x)
+
+    return a.state.keys() == b.state.keys() and all(
+        x is b.state[key] or place(x) == place(b.state[key]) for key, x in a.state.items()
     )
-
-
-def _place(x: Any) -> tuple[Any, ...]:
-    return x.storage, x.offset, x.shape, x.strides
 
 
 def without_counters(model: Found) -> tuple[Found, list[str]]:
     """The model without single numbers that profilers and batch norms leave, and their names."""
-    state, names = {}, []
-    for key, x in model.state.items():
-        if _is_counter(key, x):
-            names.append(key.rpartition(".")[2])
-        else:
-            state[key] = x
-    return model._replace(state=state), sorted(set(names))
+    counters = {key for key, x in model.state.items() if _is_counter(key, x)}
+    state = {key: x for key, x in model.state.items() if key not in counters}
+    return model._replace(state=state), sorted({key.rpartition(".")[2] for key in counters})
 
 
 def _is_counter(key: str, x: Any) -> bool:

@@ -44,26 +44,15 @@ _HUGGING_FACE = {"model_type", "hidden_sizes", "hidden_size"}
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """A configuration, and how much of it was really said.
-
-    Attributes:
-        config: the model.
-        origin: who says it, for messages.
-        left_open: fields of config that are not said: what stands there means nothing.
-        says_eps: whether its eps were chosen by somebody.
-        classes: names of the outputs; empty if they are not said.
-        num_labels: how many outputs there are; None if that is not said.
-        task: what the outputs mean, and who says so, if they are not one class per picture; else
-            empty.
-    """
+    """A configuration, and how much of it was really said."""
 
     config: Any
-    origin: str
-    left_open: tuple[str, ...] = ()
-    says_eps: bool = False
-    classes: tuple[str, ...] = ()
-    num_labels: int | None = None
-    task: str = ""
+    origin: str  # who says it, for messages
+    left_open: tuple[str, ...] = ()  # fields that are not said: what stands there means nothing
+    says_eps: bool = False  # whether its eps were chosen by somebody
+    classes: tuple[str, ...] = ()  # names of the outputs, if they are said
+    num_labels: int | None = None  # how many outputs there are, if that is said
+    task: str = ""  # what the outputs mean, and who says so, if not one class per picture
 
 
 def eps_of(config: Any) -> dict[str, float]:

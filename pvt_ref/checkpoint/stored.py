@@ -1,12 +1,13 @@
 """Tensors that lie in a file of PyTorch's: where, in which dtype, and how they become arrays."""
 
+import contextlib
 import math
 import struct
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -51,19 +52,12 @@ SAFE_LOAD = "state = torch.load(path, weights_only=True, map_location='cpu')"
 
 
 class Storage(NamedTuple):
-    """A reference to one block of raw numbers.
+    """A reference to one block of raw numbers."""
 
-    Attributes:
-        key: name of the block: in a zip, of the entry under ``data/``.
-        dtype: its name in NumPy, ml_dtypes or, where neither has it, PyTorch.
-        numel: how many numbers the block has.
-        view: the part that is meant, (first, count); None is the whole.
-    """
-
-    key: str
-    dtype: str
-    numel: int
-    view: tuple[int, int] | None = None
+    key: str  # in a zip, of the entry under data/
+    dtype: str  # its name in NumPy, ml_dtypes or, where neither has it, PyTorch
+    numel: int  # of the block
+    view: tuple[int, int] | None = None  # the part that is meant, (first, count); None is all
 
     @property
     def nbytes(self) -> int:
@@ -73,27 +67,16 @@ class Storage(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor:
-    """A tensor that has not been read yet.
-
-    Attributes:
-        storage: where its numbers are.
-        offset: of the first, in elements.
-        shape: its sizes.
-        strides: from one to the next along each axis, in elements.
-        dtype: its name, as in :class:`Storage`.
-        negated: whether PyTorch's negative bit is set: the values are those stored, times -1.
-        conjugated: the same for complex conjugates.
-        unread: why its values cannot be had from the stored numbers; empty if they can.
-    """
+    """A tensor that has not been read yet."""
 
     storage: Storage
-    offset: int
+    offset: int  # of the first number, in elements
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: str
-    negated: bool = False
-    conjugated: bool = False
-    unread: str = ""
+    strides: tuple[int, ...]  # in elements
+    dtype: str  # as in Storage
+    negated: bool = False  # PyTorch's negative bit: the values are those stored, times -1
+    conjugated: bool = False  # the same for complex conjugates
+    unread: str = ""  # why its values cannot be had from the stored numbers, if they cannot
 
     @property
     def nbytes(self) -> int:
@@ -108,21 +91,11 @@ def itemsize(dtype: str) -> int:
 
 
 class StoredFile(ABC):
-    """An open file of PyTorch's, in either format.
+    """An open file of PyTorch's, in either format."""
 
-    Attributes:
-        tree: what was saved: dicts, lists, tuples, numbers, texts, with :class:`StoredTensor` for
-            every tensor and :class:`~pvt_ref.checkpoint.pickles.Record` for every other object.
-            Keys of dicts are texts (a number's is its repr).
-        foreign: sorted names of the classes and functions that are not part of PyTorch's tensors,
-            for which records stand in the tree; at most 100, each of at most 200 characters.
-        checksummed: whether checksums covered what was read; without them, a changed bit in the
-            numbers goes unnoticed.
-    """
-
-    tree: Any
-    foreign: tuple[str, ...]
-    checksummed: bool
+    tree: Any  # of dicts, lists, tuples, numbers, texts, StoredTensors, and Records for all else
+    foreign: tuple[str, ...]  # names for which Records stand in the tree, sorted; the first 100
+    checksummed: bool  # or a changed bit in the numbers goes unnoticed
     _size: int
     _order: Literal["<", ">"]
 
@@ -151,7 +124,8 @@ class StoredFile(ABC):
             by_block[x.storage.key].append(name)
         arrays = {}
         for names in by_block.values():
-            raw = self._read_named(names[0], tensors[names[0]].storage)
+            with refuse_damage(f"the storage of {shown(names[0])} is damaged"):
+                raw = self._read_block(tensors[names[0]].storage)
             for name in names:
                 storage = tensors[name].storage
                 if len(raw) != storage.nbytes:
@@ -161,16 +135,6 @@ class StoredFile(ABC):
                     )
                 arrays[name] = _cut(raw, tensors[name], self._order)
         return {name: arrays[name] for name in tensors}
-
-    def _read_named(self, name: str, storage: Storage) -> bytes:
-        try:
-            return self._read_block(storage)
-        except CheckpointError:
-            raise
-        except UNREADABLE as error:
-            raise CheckpointError(
-                f"the storage of {shown(name)} is damaged ({describe(error)}). {DAMAGED}"
-            ) from error
 
 
 _COPIES = (
@@ -207,20 +171,16 @@ def _check_bounds(name: str, x: StoredTensor) -> None:
                 f"its {x.storage.numel} numbers. {DAMAGED}"
             )
     last = x.offset + sum((n - 1) * s for n, s in zip(x.shape, x.strides, strict=True))
+    what = f"tensor {shown(name)} of shape {x.shape} is"
     if not numel:
-        raise CheckpointError(
-            f"tensor {shown(name)} of shape {x.shape} is empty; no weight is. {DAMAGED}"
-        )
+        raise CheckpointError(f"{what} empty; no weight is. {DAMAGED}")
     if last >= stored:
         raise CheckpointError(
             f"tensor {shown(name)} (shape {x.shape}, strides {x.strides}, offset {x.offset}) "
             f"reaches outside its storage of {stored} numbers. {DAMAGED}"
         )
     if numel > stored:
-        raise CheckpointError(
-            f"tensor {shown(name)} of shape {x.shape} is an expanded view of {stored} numbers. "
-            f"{_COPIES}"
-        )
+        raise CheckpointError(f"{what} an expanded view of {stored} numbers. {_COPIES}")
 
 
 def _cut(raw: bytes, x: StoredTensor, order: Literal["<", ">"]) -> np.ndarray:
@@ -246,6 +206,17 @@ def _cut(raw: bytes, x: StoredTensor, order: Literal["<", ">"]) -> np.ndarray:
     if x.negated:
         np.negative(array, out=array)
     return array
+
+
+@contextlib.contextmanager
+def refuse_damage(what: str) -> Iterator[None]:
+    """Makes whatever bytes that are not as they should be raise a CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except UNREADABLE as error:
+        raise CheckpointError(f"{what} ({describe(error)}). {DAMAGED}") from error
 
 
 def describe(error: Exception) -> str:

@@ -20,21 +20,13 @@ WHOLE: Region = ()
 
 
 class Piece(NamedTuple):
-    """One region of our array that is one region of a foreign array.
-
-    Attributes:
-        key: name of our array.
-        region: slices of it; ``WHOLE`` is all of it.
-        foreign: name of the foreign array.
-        foreign_region: slices of that.
-        foreign_shape: shape of the whole foreign array.
-    """
+    """One region of our array that is one region of a foreign array; ``WHOLE`` is all of it."""
 
     key: str
     region: Region
     foreign: str
     foreign_region: Region
-    foreign_shape: Shape
+    foreign_shape: Shape  # of the whole array
 
 
 def same_key(key: str) -> str:
