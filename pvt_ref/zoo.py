@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from pvt_ref.app import Model
 from pvt_ref.checkpoint import load as load_file
-from pvt_ref.checkpoint.files import Eps, cut_path
+from pvt_ref.checkpoint.files import Eps, FilePath, cut_path
 from pvt_ref.errors import ArrayTypeError, CheckpointError, DownloadError, MissingFileError, shown
 from pvt_ref.models.architecture import architectures, known_variants
 
@@ -40,7 +40,7 @@ _SECONDS = 5  # that a server may take for its first answer
 
 
 def load(
-    name: str | os.PathLike[str],
+    name: FilePath,
     config: Any = None,
     *,
     entry: str | None = None,

@@ -17,23 +17,19 @@ _SUFFIX = ".safetensors"
 _WHOLE = 200  # characters of a name that messages show
 _WHOLE_PATH = 400
 
+FilePath = str | os.PathLike[str]
 Eps = float | tuple[float, float]
 
 
 def load(
-    path: str | os.PathLike[str],
-    config: Any = None,
-    *,
-    entry: str | None = None,
-    eps: Eps | None = None,
+    path: FilePath, config: Any = None, *, entry: str | None = None, eps: Eps | None = None
 ) -> Model:
     """A model from a weights file, whose kind and configuration are recognised by content.
 
     Reads the authors' .pth files (without PyTorch, and without running anything in them), training
     checkpoints with the weights in any entry, Hugging Face PvtForImageClassification and PvtModel
-    (.safetensors or .bin, one file or several, or the folder of ``save_pretrained``), PVT backbones
-    of MMDetection and of the authors' own detectors, and files of :func:`save`. Files without a
-    head become bare backbones.
+    (.safetensors or .bin, one file or several), PVT backbones of MMDetection and of the authors'
+    own detectors, and files of :func:`save`. Files without a head become bare backbones.
 
     What the weights do not tell is read from what lies beside them (Hugging Face's config.json and
     preprocessor_config.json), chosen by an argument, or assumed; ``source`` says which.
@@ -73,7 +69,7 @@ def load(
     return read_model(path, config, entry, eps)
 
 
-def save(path: str | os.PathLike[str], model: Model, dtype: str | None = None) -> None:
+def save(path: FilePath, model: Model, dtype: str | None = None) -> None:
     """Writes a model to a .safetensors file, with its configuration and a SHA-256 of both.
 
     The file appears complete or not at all: it is written beside its place under another name,

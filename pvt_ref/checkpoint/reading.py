@@ -6,15 +6,16 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pvt_ref.api import from_state_dict
 from pvt_ref.app import Model
 from pvt_ref.arrays import dtype_name
-from pvt_ref.checkpoint import recognise, safetensors_file
-from pvt_ref.checkpoint.files import Eps, as_path, cut_path
+from pvt_ref.checkpoint import recognise
+from pvt_ref.checkpoint import safetensors_file as own
+from pvt_ref.checkpoint.files import Eps, FilePath, as_path, cut_path
 from pvt_ref.checkpoint.key_maps import foreign_shapes, to_native
 from pvt_ref.checkpoint.legacy import is_legacy
 from pvt_ref.checkpoint.other_kinds import refuse_other_kind
@@ -41,25 +42,11 @@ from pvt_ref.errors import (
     printable,
     shown,
 )
-from pvt_ref.models.architecture import (
-    Architecture,
-    architecture_of,
-    config_to_dict,
-    known_variants,
-)
+from pvt_ref.models.architecture import Architecture, architecture_of, known_variants
 from pvt_ref.models.layouts import Layout, same_key
 from pvt_ref.tree import first_array
 
-_SUFFIXES = {
-    ".safetensors",
-    ".bin",
-    ".ckpt",
-    ".pkl",
-    ".pt",
-    ".pth",
-    ".tar",
-    ".th",
-}  # .pth.tar is common
+_SUFFIXES = {".safetensors", ".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar", ".th"}
 _INDEX = ".index.json"
 _HALVES = {"float16", "bfloat16"}
 
@@ -71,11 +58,7 @@ _WHOLE = 200  # characters of an entry's name that messages show
 
 
 def read_model(
-    path: str | os.PathLike[str],
-    config: Any = None,
-    entry: str | None = None,
-    eps: Eps | None = None,
-    released: str = "",
+    path: FilePath, config: Any, entry: str | None = None, eps: Eps | None = None, released: str = ""
 ) -> Model:
     """:func:`load`; if released says so, of weights that the authors released.
 
@@ -84,10 +67,8 @@ def read_model(
     path = as_path(path)
     stated = from_argument(config)
     if not isinstance(entry, str | None):
-        raise ArrayTypeError(
-            f"entry is a {type(entry).__name__}; it must be the name of an entry, such as "
-            f"'model_ema'"
-        )
+        kind = type(entry).__name__
+        raise ArrayTypeError(f"entry is a {kind}; it must be a name of one, such as 'model_ema'")
     eps = None if eps is None else _parse_eps(eps)
     try:
         if not _is_there(path):
@@ -131,9 +112,12 @@ def _open(path: Path, stack: contextlib.ExitStack) -> _Opened:
             f"load(weights, config={path.name!r}) reads a configuration from it"
         )
     file = stack.enter_context(path.open("rb"))
-    if _recognise_format(file) == "safetensors":
-        tensors, metadata = safetensors_file.read_tensors(file)
-        return _Opened(path, tensors, metadata, safetensors_file.widen)
+    size = os.fstat(file.fileno()).st_size
+    head = file.read(64)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        return _Opened(path, *own.read_tensors(file), own.widen)
+    if not head.startswith(b"PK\x03\x04") and not is_legacy(head):
+        raise refuse_other_kind(file, recognise.layouts_read())
     pth = open_pth(file)
     notes = []
     if pth.foreign:
@@ -201,7 +185,7 @@ def _open_shards(path: Path, stack: contextlib.ExitStack) -> _Opened:
             raise CheckpointError(
                 f"{path.name} and {shown(name)} name different weights: they do not belong together"
             )
-        safetensors_file.check_foreign_metadata(shard.metadata)
+        own.check_foreign_metadata(shard.metadata)
         tree |= shard.tree
         readers |= {id(x): (name, shard.read) for x in shard.tree.values()}
         notes += [note for note in shard.notes if note not in notes]
@@ -223,11 +207,8 @@ def _load(
     notes = [released] if released else list(opened.notes)  # for `source`
     assumed: list[str] = []
     stored, info, folder = None, None, None
-    if (
-        safetensors_file.METADATA_KEY in opened.metadata
-        or safetensors_file.TRAINING_KEY in opened.metadata
-    ):
-        stored, info = safetensors_file.own_header(opened.tree, opened.metadata)
+    if not opened.metadata.keys().isdisjoint((own.METADATA_KEY, own.TRAINING_KEY)):
+        stored, info = own.own_header(opened.tree, opened.metadata)
     if stored:
         if entry is not None:
             raise CheckpointError("a pvt_ref file, which holds one model: leave entry out")
@@ -251,14 +232,13 @@ def _load(
             used = recognise.complete(stated, model)
             assumed += _unsaid(used, stated, eps)
     recognise.check_state(model, used, stated.origin if stated else "")
-    if eps is None:  # a port, whose layout a released file may have, has other eps than the authors
-        chosen = eps_of(used)
-        if not released:
-            chosen = _choose_eps(used, stated, stored, model.layout, assumed)
-    else:
-        if len(set(eps)) > len(eps_of(used)):
-            raise CheckpointError(f"eps is {eps}; a {row.title} has {len(eps_of(used))}")
-        chosen = dict(zip(eps_of(used), eps, strict=False))
+    chosen = eps_of(used)  # and those of released weights, whatever layout they are in
+    if eps is not None:
+        if len(set(eps)) > len(chosen):
+            raise CheckpointError(f"eps is {eps}; a {row.title} has {len(chosen)}")
+        chosen = dict(zip(chosen, eps, strict=False))
+    elif not released:
+        chosen = _choose_eps(used, stated, stored, model.layout, assumed)
     used = dataclasses.replace(used, **chosen)
     wanted = foreign_shapes(model.layout, used)
     state = {key: x for key, x in model.state.items() if key in wanted}
@@ -267,7 +247,8 @@ def _load(
         notes.append(f"left out, since there is no head: {', '.join(rest)}")
     params = from_state_dict(to_native(opened.read(state), model.layout, used), used)
     if not (stored and info):
-        info = _info(used, stored, stated, folder, released, notes, assumed)
+        info, more = _info(used, stored, stated, folder, released, notes)
+        assumed += more
     under = f" (under {shown(model.name, _WHOLE)})" if model.name else ""
     halves = " and ".join(sorted({dtype_name(x) for x in state.values()} & _HALVES))
     made = f", {halves} made float32" if halves and first_array(params).itemsize == 4 else ""
@@ -310,7 +291,7 @@ def _choose(opened: _Opened, stated: Stated | None, entry: str | None, notes: li
     config = stated.config if stated else None
     chosen, others = recognise.choose_model(recognise.find_models(opened.tree, config), entry)
     if chosen.layout.rename is same_key:  # as files of save have it
-        safetensors_file.check_foreign_metadata(opened.metadata)
+        own.check_foreign_metadata(opened.metadata)
     if opened.metadata.keys() - {"format"}:
         notes.append("metadata of another program is ignored")
     if others:
@@ -330,34 +311,28 @@ def _choose(opened: _Opened, stated: Stated | None, entry: str | None, notes: li
 
 
 def _ask_beside(
-    path: Path,
-    stated: Stated | None,
-    row: Architecture,
-    eps: tuple[float, ...] | None,
-    notes: list[str],
+    path: Path, stated: Stated | None, row: Architecture, eps: Any, notes: list[str]
 ) -> Stated | None:
     """What config.json says, and what was said before: both, or an error where they differ."""
     if not path.exists():
         return stated
     origin = f"{path.name} beside it"
-    if stated is None:
-        try:
-            if not describes_model(read_json(path, origin), row):
-                notes.append(f"not used: {origin}, which does not describe a {row.title}")
-                return None
-            said = read_config(path, origin, row)
-        except PVTError as error:
-            raise CheckpointError(
-                f"{str(error).rstrip('.')}. If it belongs to other weights, pass "
-                f"config={row.config_type.__name__}(...) for these, or a variant's name"
-            ) from error
-        notes.append(f"configuration from {origin}")
-        return said
     try:
+        if stated is None and not describes_model(read_json(path, origin), row):
+            notes.append(f"not used: {origin}, which does not describe a {row.title}")
+            return None
         said = read_config(path, origin, row)
     except PVTError as error:
-        notes.append(f"not used: {' '.join(str(error).split())[:200]}")
-        return stated
+        if stated is not None:
+            notes.append(f"not used: {' '.join(str(error).split())[:200]}")
+            return stated
+        raise CheckpointError(
+            f"{str(error).rstrip('.')}. If it belongs to other weights, pass "
+            f"config={row.config_type.__name__}(...) for these, or a variant's name"
+        ) from error
+    if stated is None:
+        notes.append(f"configuration from {origin}")
+        return said
     both = eps_of(said.config)
     differ = [("num_heads", "")]
     if stated.says_eps and eps is None:
@@ -405,15 +380,10 @@ def _choose_eps(
 
 
 def _info(
-    config: Any,
-    stored: Any,
-    stated: Stated | None,
-    folder: Path | None,
-    released: str,
-    notes: list[str],
-    assumed: list[str],
-) -> ModelInfo:
-    """Class names and preprocessing, as somebody says them or as they are assumed."""
+    config: Any, stored: Any, stated: Stated | None, folder: Path | None, released: str, notes: Any
+) -> tuple[ModelInfo, list[str]]:
+    """Class names and preprocessing, and which of them are assumed."""
+    assumed = []
     info = UNKNOWN if stored else released_info(config)
     if stated and stated.classes and config.has_classifier:
         info = ModelInfo(classes=stated.classes)
@@ -423,12 +393,12 @@ def _info(
         preprocessing, said = read_preprocessing(folder / "preprocessor_config.json", config)
         notes.append(said)
         if preprocessing:
-            return dataclasses.replace(info, preprocessing=preprocessing)
+            return dataclasses.replace(info, preprocessing=preprocessing), assumed
     if config.in_chans != info.preprocessing.channels:
         notes.append(f"no preprocessing is known for in_chans={config.in_chans}")
     elif not released:
         assumed.append("ImageNet's preprocessing")
-    return info
+    return info, assumed
 
 
 def _as_stored(stated: Stated | None, stored: Any, notes: list[str]) -> Any:
@@ -442,7 +412,7 @@ def _as_stored(stated: Stated | None, stored: Any, notes: list[str]) -> Any:
             f"{stated.origin} says {stated.num_labels} labels, and the file num_classes="
             f"{stored.num_classes}. Leave config out: the file brings its own"
         )
-    given, written = config_to_dict(config), config_to_dict(stored)
+    given, written = dataclasses.asdict(config), dataclasses.asdict(stored)
     free = ("norm_eps", "drop_rate", "drop_path_rate")  # and what ends so: no weight depends on it
     wrong = [
         f"{name} is {written[name]} in the file and {given[name]} in config"
@@ -466,17 +436,6 @@ def _describe_eps(config: Any) -> list[str]:
     return [f"eps {eps[0]}, and {eps[1]} in the projection norms"]
 
 
-def _recognise_format(file: BinaryIO) -> str:
-    """``"pth"`` or ``"safetensors"``, by the first bytes."""
-    size = os.fstat(file.fileno()).st_size
-    head = file.read(64)
-    if head.startswith(b"PK\x03\x04") or is_legacy(head):
-        return "pth"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
-        return "safetensors"
-    raise refuse_other_kind(file, recognise.layouts_read())
-
-
 def _parse_eps(eps: Any) -> tuple[float, float]:
     pair: tuple[Any, ...] = (eps, eps)
     if isinstance(eps, Sequence) and not isinstance(eps, str):
@@ -494,17 +453,13 @@ def _missing(path: Path) -> str:
     there = f"weights files there: {', '.join(near[:5])}" if near else "no weights files there"
     if not path.parent.is_dir():
         there = f"nor is there a directory {cut_path(path.parent)}"
+    here = "deleted"
+    with contextlib.suppress(OSError):
+        here = os.getcwd()
     return (
         f"{cut_path(path)}: there is no such file ({there}). Check the spelling, and the directory "
-        f"it is relative to, which is {_working_folder()}"
+        f"it is relative to, which is {here}"
     )
-
-
-def _working_folder() -> str:
-    try:
-        return os.getcwd()
-    except OSError:
-        return "deleted"
 
 
 def _siblings(directory: Path) -> list[Path]:

@@ -18,12 +18,7 @@ import numpy as np
 from pvt_ref.checkpoint.bounded_json import parse_json
 from pvt_ref.data.info import ModelInfo
 from pvt_ref.errors import CheckpointError, PVTError, shown
-from pvt_ref.models.architecture import (
-    architecture_named,
-    architecture_of,
-    architectures,
-    config_to_dict,
-)
+from pvt_ref.models.architecture import architecture_of, architectures, config_to_dict
 
 METADATA_KEY = "pvt_ref"
 FORMAT = "pvt_ref weights 2"
@@ -77,9 +72,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
         with path.open("rb") as file:
             return read_tensors(file)
     except OSError as error:
-        raise CheckpointError(
-            f"cannot be read ({type(error).__name__}: {error.strerror or error})"
-        ) from error
+        what = f"{type(error).__name__}: {error.strerror or error}"
+        raise CheckpointError(f"cannot be read ({what})") from error
 
 
 def read_tensors(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -209,13 +203,14 @@ def own_header(
             f"{shown(expected, 12)}): at least one bit has changed. {_DAMAGED}"
         )
     name = "pvt" if written == _FIRST_FORMAT else record.get("architecture")
-    row = architecture_named(name)
-    if row is None:
-        known = ", ".join(repr(row.name) for row in architectures())
+    rows = {row.name: row for row in architectures()}
+    if name not in tuple(rows):
         raise CheckpointError(
-            f"a pvt_ref file of the architecture {shown(name)}; this version knows {known}. It was "
-            f"probably written by another version: update pvt_ref"
+            f"a pvt_ref file of the architecture {shown(name)}; this version knows "
+            f"{', '.join(map(repr, rows))}. It was probably written by another version: update "
+            f"pvt_ref"
         )
+    row = rows[name]
     try:
         config = row.config_type(**fields)
         info = ModelInfo.from_dict(record["info"]) if "info" in record else None
