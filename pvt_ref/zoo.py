@@ -69,19 +69,16 @@ def load(
         mirror: address of a server that answers like huggingface.co, to fetch from instead.
 
     Returns:
-        The model, float32 or float64 as stored, on the host, with class names and preprocessing in
-        its ``info`` if they are known.
+        The model, on the host, with class names and preprocessing in ``info`` if they are known.
 
     Raises:
-        DownloadError: if it has to be fetched and cannot be, which is known after some seconds; the
-            message says what to download by hand, and where to put it. Also if what was fetched is
-            not what it was the first time.
+        DownloadError: if it has to be fetched and cannot be, which is known after some seconds, or
+            is not what it was the first time; the message says how to get it by hand.
         MissingFileError: if there is no file at the path; the message has the known names.
         CheckpointError: if the file is damaged, unsafe, of an unknown kind, or does not fit.
-        ArrayTypeError: if name, config, entry or mirror is of another type, config or entry comes
-            with a known name, or mirror with what is not fetched.
-        ConfigError: if eps is not one or two numbers that can be one, or config a network
-            that cannot be built.
+        ArrayTypeError: if an argument is of another type, config or entry comes with a known name,
+            or mirror with what is not fetched.
+        ConfigError: if eps or config is one that no model can have.
     """
     known = name if isinstance(name, str) else ""
     variants = known_variants()
@@ -128,22 +125,15 @@ def _known_names(given: str) -> str:
 
 
 def weights_folder() -> Path:
-    """Where files of released models are looked for before they are fetched.
-
-    What the environment variable PVT_REF_WEIGHTS names, or ``~/.cache/pvt_ref``.
-    """
+    """Where files of released models are looked for first; PVT_REF_WEIGHTS in the environment."""
     return Path(os.path.expanduser(os.environ.get("PVT_REF_WEIGHTS") or "~/.cache/pvt_ref"))
-
-
-def _names(name: str) -> list[str]:
-    """A variant's name, and its other ones."""
-    variants = known_variants()
-    return [name, *(x for x in variants if variants[x] is variants[name] and x != name)]
 
 
 def _find(name: str, mirror: str | None) -> tuple[Path, str]:
     """The file of a released model, fetched if it has to be, and where it is from."""
-    for path in (weights_folder() / f"{x}{suffix}" for x in _names(name) for suffix in _SUFFIXES):
+    variants = known_variants()
+    names = [name, *(x for x in variants if variants[x] is variants[name] and x != name)]
+    for path in (weights_folder() / f"{x}{suffix}" for x in names for suffix in _SUFFIXES):
         if path.exists():
             return path, f"{path.name} of the weights folder"
     if name not in RELEASED:
@@ -163,9 +153,9 @@ def _find(name: str, mirror: str | None) -> tuple[Path, str]:
         with path.open("rb") as file:
             found = _Fetched(commit, hashlib.file_digest(file, "sha256").hexdigest())
     except OSError as error:
+        what = f"{type(error).__name__}: {error.strerror or error}"
         raise DownloadError(
-            f"{name}: what was fetched cannot be read from {path} ({type(error).__name__}: "
-            f"{error.strerror or error}). {_by_hand(name)}"
+            f"{name}: what was fetched cannot be read from {path} ({what}). {_by_hand(name)}"
         ) from error
     if re.fullmatch("[0-9a-f]{64}", announced) and announced != found.sha256:
         raise DownloadError(
@@ -226,12 +216,7 @@ def _write_record(name: str, fetched: _Fetched) -> None:
 def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str | None, str]:
     """From the Hub's cache or the Hub: the file, its commit, and the SHA-256 announced for it."""
     try:
-        from huggingface_hub import (
-            get_hf_file_metadata,
-            hf_hub_download,
-            hf_hub_url,
-            try_to_load_from_cache,
-        )
+        import huggingface_hub as hub
     except ImportError as error:
         raise DownloadError(
             f"{name}: fetching it needs the package huggingface_hub: pip install huggingface_hub. "
@@ -245,14 +230,14 @@ def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str
     log.setLevel(logging.ERROR)  # it reports every retry; the end is told below, once
     repository, announced = RELEASED[name], ""
     try:
-        kept = try_to_load_from_cache(repository, _FILE, revision=commit)  # asks no network
+        kept = hub.try_to_load_from_cache(repository, _FILE, revision=commit)  # asks no network
         if not isinstance(kept, str):
             where = mirror or "the Hugging Face Hub"
             print(f"{name}: fetching {repository} from {where}", file=sys.stderr, flush=True)
-            url = hf_hub_url(repository, _FILE, revision=commit, **options)
-            answer = get_hf_file_metadata(url, timeout=_SECONDS)  # once: a download tries for long
+            url = hub.hf_hub_url(repository, _FILE, revision=commit, **options)
+            answer = hub.get_hf_file_metadata(url, timeout=_SECONDS)  # a download tries for long
             commit, announced = answer.commit_hash or commit, answer.etag or ""
-            kept = hf_hub_download(
+            kept = hub.hf_hub_download(
                 repository, _FILE, revision=commit, etag_timeout=_SECONDS, **options
             )
     except Exception as error:  # many kinds, of several libraries: all mean that it is not here

@@ -20,13 +20,10 @@ def foreign_shapes(layout: Layout, config: Any) -> dict[str, Shape]:
     return {piece.foreign: piece.foreign_shape for piece in pieces(layout, config)}
 
 
-def to_native(
-    state: Mapping[str, np.ndarray], layout: Layout, config: Any
-) -> dict[str, np.ndarray]:
+def to_native(state: Mapping[str, Any], layout: Layout, config: Any) -> dict[str, np.ndarray]:
     """A state, complete and of the shapes of :func:`foreign_shapes`, by our keys.
 
-    What is one piece keeps its dtype and may share its memory; what is put together has the widest
-    dtype of the state.
+    What is one piece may share its memory; what is put together has the widest dtype of the state.
     """
     shapes = param_shapes(config)
     dtype = np.result_type(*(x.dtype for x in state.values()))

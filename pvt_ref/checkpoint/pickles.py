@@ -201,17 +201,11 @@ class _Machine:
                     stack.append(_CONSTANTS[name])
                 case "EMPTY_LIST" | "EMPTY_DICT":
                     stack.append([] if name == "EMPTY_LIST" else {})
-                case "SETITEM":
-                    value, key = stack.pop(), stack.pop()
-                    self._set_items(stack[-1], [key, value])
-                case "SETITEMS":
-                    items = self._pop_mark()
+                case "SETITEM" | "SETITEMS":
+                    items = self._pop_mark() if name[-1] == "S" else [stack.pop(-2), stack.pop()]
                     self._set_items(self.stack[-1], items)
-                case "APPEND":
-                    value = stack.pop()
-                    self._extend(stack[-1], [value])
-                case "APPENDS" | "ADDITEMS":
-                    items = self._pop_mark()
+                case "APPEND" | "APPENDS" | "ADDITEMS":
+                    items = self._pop_mark() if name[-1] == "S" else [stack.pop()]
                     self._extend(self.stack[-1], items)
                 case "GLOBAL":
                     stack.append(self._label(*arg.split(" ", 1)))

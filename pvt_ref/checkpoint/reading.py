@@ -58,7 +58,11 @@ _WHOLE = 200  # characters of an entry's name that messages show
 
 
 def read_model(
-    path: FilePath, config: Any, entry: str | None = None, eps: Eps | None = None, released: str = ""
+    path: FilePath,
+    config: Any,
+    entry: str | None = None,
+    eps: Eps | None = None,
+    released: str = "",
 ) -> Model:
     """:func:`load`; if released says so, of weights that the authors released.
 

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -51,15 +51,8 @@ _DAMAGED = (
 #: What JSON of other kinds than expected raises. Not Exception, which a signal's handler can raise.
 _UNREADABLE = (PVTError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
-
-class _Span(NamedTuple):
-    """Where a tensor lies, as the header says."""
-
-    start: int  # in bytes, after the header
-    stop: int
-    key: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
+#: Where a tensor lies: first and last byte after the header, key, dtype and shape.
+_Span = tuple[int, int, str, np.dtype, tuple[int, ...]]
 
 
 class _NumberTypeError(ValueError):
@@ -149,10 +142,10 @@ def _parse_header(header: Any, size: int) -> tuple[dict[str, str], list[_Span]]:
             raise ValueError(f"{shown(key)} has the shape {shown(shape)}, too large for an array")
         if stop - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{shown(key)}, {shown(shape)}, does not have {stop - start} bytes")
-        spans.append(_Span(start, stop, key, dtype, tuple(shape)))
+        spans.append((start, stop, key, dtype, tuple(shape)))
     spans.sort(key=lambda span: span[:2])
-    ends = [0, *(span.stop for span in spans)]
-    if [span.start for span in spans] != ends[:-1] or ends[-1] != size:
+    ends = [0, *(span[1] for span in spans)]
+    if [span[0] for span in spans] != ends[:-1] or ends[-1] != size:
         raise ValueError("its tensors leave gaps, overlap, or do not end where the file ends")
     return metadata, spans
 

@@ -64,13 +64,8 @@ def eps_of(config: Any) -> dict[str, float]:
 def from_argument(config: Any, row: Architecture | None = None) -> Stated | None:
     """What load's argument ``config`` says, of row's network if a JSON file does not tell.
 
-    A configuration is taken to have chosen its eps if they are not the defaults.
-
-    Raises:
-        ArrayTypeError: if config is of another type.
-        MissingFileError: if there is no such file.
-        CheckpointError: if the file cannot be read or is no configuration.
-        ConfigError: if it says a network that cannot be built.
+    A configuration is taken to have chosen its eps if they are not the defaults. Raises
+    ArrayTypeError, MissingFileError, CheckpointError or ConfigError, as load does.
     """
     if config is None:
         return None
@@ -108,12 +103,7 @@ def _network(fields: Mapping[str, Any]) -> Architecture:
 
 
 def read_config(path: Path, origin: str, row: Architecture | None = None) -> Stated:
-    """A configuration in a JSON file, called origin: Hugging Face's, or a network's own fields.
-
-    Raises:
-        CheckpointError: if it cannot be read, or is of another kind of model.
-        ConfigError: if it says a network that cannot be built.
-    """
+    """A configuration in a JSON file, called origin: Hugging Face's, or a network's own fields."""
     fields = read_json(path, origin)
     row = row or _network(fields)
     known, files = _fields(row), row.files
@@ -176,20 +166,15 @@ def _labels(id2label: Any) -> list[str] | None:
 
 
 def read_json(path: Path, origin: str) -> dict[str, Any]:
-    """The object in a JSON file, called origin.
-
-    Raises:
-        CheckpointError: if it cannot be read, is too long, or is no JSON object.
-    """
+    """The object in a JSON file, called origin in the CheckpointError if it is none."""
     try:
         if not path.is_file():  # reading a pipe could wait for ever
             raise CheckpointError(f"{origin}: not a regular file")
         with path.open("rb") as file:
             data = file.read(MAX_JSON + 1)
     except OSError as error:
-        raise CheckpointError(
-            f"{origin}: cannot be read ({type(error).__name__}: {error.strerror or error})"
-        ) from error
+        what = f"{type(error).__name__}: {error.strerror or error}"
+        raise CheckpointError(f"{origin}: cannot be read ({what})") from error
     values = parse_json(data, origin, MAX_JSON)
     if not isinstance(values, dict):
         raise CheckpointError(f"{origin}: it holds a {type(values).__name__}, not an object")
