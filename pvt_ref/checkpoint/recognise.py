@@ -81,10 +81,12 @@ def _signs(config: Any) -> list[_Sign]:
     """Of all networks; and of config's, if that has only the keys of its own parameters."""
     signs = []
     for row in architectures():
-        for layout in row.files.layouts if row.files else ():
-            marks = tuple(layout.rename(key) or "" for key in layout.marks)
-            signs += [_Sign(layout.rename(k) or "", marks, row, layout) for k in row.files.probes]
-        if not row.files and type(config) is row.config_type:
+        if row.files:
+            for layout in row.files.layouts:
+                marks = tuple(layout.rename(key) or "" for key in layout.marks)
+                probes = (layout.rename(key) or "" for key in row.files.probes)
+                signs += [_Sign(probe, marks, row, layout) for probe in probes]
+        elif type(config) is row.config_type:
             layout = Layout(name=f"{row.title} state dict")
             signs.append(_Sign(next(iter(param_shapes(config))), (), row, layout))
     return sorted(signs, key=lambda sign: not sign.marks)
