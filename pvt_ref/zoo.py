@@ -19,23 +19,15 @@ from pvt_ref.checkpoint.files import Eps, FilePath, cut_path
 from pvt_ref.errors import ArrayTypeError, CheckpointError, DownloadError, MissingFileError, shown
 from pvt_ref.models.architecture import architectures, known_variants
 
-#: Names whose weights are in the package.
-SHIPPED = ("digits", "cifar10")
-
+SHIPPED = ("digits", "cifar10")  # in the package
 _FILES = [row.files for row in architectures() if row.files]
-
 #: Where the authors' ImageNet weights are, converted to Hugging Face's layout: name to repository.
 RELEASED = {name: repository for files in _FILES for name, repository in files.hub.items()}
-
 #: The authors' own files.
 _URLS = {name: files.url.format(name=name) for files in _FILES for name in files.hub}
-
 _FILE = "model.safetensors"
 _SUFFIXES = (".safetensors", ".pth", ".bin")
-
-#: In the weights folder: commit and SHA-256 of what was fetched first, by name.
-_RECORD = "fetched.json"
-
+_RECORD = "fetched.json"  # in the weights folder: what each name meant when it was fetched first
 _SECONDS = 5  # that a server may take for its first answer
 
 

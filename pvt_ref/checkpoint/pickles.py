@@ -31,13 +31,11 @@ from pvt_ref.errors import CheckpointError, shown
 #: What instructions can spend for each byte of the pickle, beside FREE_BYTES.
 BYTES_PER_BYTE = 48  # PyTorch's own files spend 18 to 33
 FREE_BYTES = 2**20
-
 _MAX_FOREIGN, _MAX_NAME = 100, 200
 
 _BUILTINS = "bytearray bytes complex frozenset object set"
 _TENSORS = "Tensor nn.parameter.Parameter nn.parameter.Buffer"
 _DANGEROUS = "__import__ breakpoint compile eval exec execfile open"
-
 _DICTS = {"collections.OrderedDict", "collections.defaultdict"}
 _TENSOR_CLASSES = {f"torch.{name}" for name in _TENSORS.split()}
 #: Names of plain data, which nobody needs to hear of.
@@ -54,7 +52,6 @@ _PROGRAMS = {
 }
 #: So written up to protocol 2.
 _PYTHON_2 = {"__builtin__": "builtins", "commands": "subprocess", "copy_reg": "copyreg"}
-
 _ATTACK = (
     "Weights need nothing of the kind: the likely cause is an attack. Do not open this file with "
     "torch.load(weights_only=False) or pickle; get the weights from their publisher, as "

@@ -48,12 +48,9 @@ from pvt_ref.tree import first_array
 
 _SUFFIXES = {".safetensors", ".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar", ".th"}
 _INDEX = ".index.json"
-_HALVES = {"float16", "bfloat16"}
-
-#: What a folder of save_pretrained can have, the first that is there.
-_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
+_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")  # of save_pretrained: the first is taken
 _MAX_SHARDS = 1000
-
+_HALVES = {"float16", "bfloat16"}
 _WHOLE = 200  # characters of an entry's name that messages show
 
 
@@ -71,8 +68,10 @@ def read_model(
     path = as_path(path)
     stated = from_argument(config)
     if not isinstance(entry, str | None):
-        kind = type(entry).__name__
-        raise ArrayTypeError(f"entry is a {kind}; it must be a name of one, such as 'model_ema'")
+        raise ArrayTypeError(
+            f"entry is a {type(entry).__name__}; it must be the name of an entry, such as "
+            f"'model_ema'"
+        )
     eps = None if eps is None else _parse_eps(eps)
     try:
         if not _is_there(path):

@@ -17,23 +17,15 @@ from pvt_ref.models.architecture import Architecture, architectures, param_shape
 from pvt_ref.models.layouts import Layout, Shape
 
 READABLE_DTYPES = ("float16", "bfloat16", *FLOAT_DTYPES)
-
-#: Entries that are taken before others; "" is the top.
-STATE_ENTRIES = ("", "model", "state_dict")
-
+STATE_ENTRIES = ("", "model", "state_dict")  # that are taken before others; "" is the top
 #: Entries whose object, if it is none of data, was a whole model.
 _WHOLE_MODELS = {"model", "state_dict", "net", "network", "module", "ema", "model_ema"}
-
-#: Dicts inside one another that are looked into, and characters of a name on the way there.
-_MAX_DEPTH, _MAX_NAME = 4, 200
-
 #: One number each, not of the model: the counters of the profiler thop, and of batch norms.
 _COUNTERS = ("total_ops", "total_params", "num_batches_tracked")
-
-_MAX_LINES = 20  # of a list of problems
-
 _WRONG_DTYPE = "wrong dtype:"
-
+_MAX_DEPTH = 4  # of dicts inside one another that are looked into
+_MAX_NAME = 200  # characters of a name on the way there
+_MAX_LINES = 20  # of a list of problems
 _FEW = 100  # blocks of a configuration, whose missing keys can be listed whatever the file has
 
 

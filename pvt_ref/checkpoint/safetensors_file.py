@@ -25,20 +25,14 @@ FORMAT = "pvt_ref weights 2"
 _FIRST_FORMAT = "pvt_ref weights 1"  # of version 0.1: all files were of a PVT, and none said so
 TRAINING_KEY = "pvt_ref_training"  # of the files of train/
 
-#: Bytes of a header that are read. That of the largest variant with its training has a million.
-MAX_HEADER = 4 * 2**20
-
-#: Characters of the JSON text in this project's metadata entry.
-MAX_RECORD = 2**20
-
+MAX_HEADER = 4 * 2**20  # bytes; the largest variant's, with its training, has a million
+MAX_RECORD = 2**20  # characters of the JSON text in our metadata entry
 _MAX_RANK = 8  # more than any weight has, fewer than NumPy's limit
-
 _DTYPES = {
     **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bfloat16", "C64": "<c8", "BOOL": "?"},
     **{"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1"},
     **{"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1"},
 }
-
 #: What a text of this project's metadata entry holds, and a text of another program hardly.
 _OWN_MARKS = (METADATA_KEY, "projection_norm_eps")
 
@@ -46,11 +40,8 @@ _DAMAGED = (
     "The likely cause is an interrupted or faulty download or copy: fetch the file again, or save "
     "the model again"
 )
-
-
 #: What JSON of other kinds than expected raises. Not Exception, which a signal's handler can raise.
 _UNREADABLE = (PVTError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-
 #: Where a tensor lies: first and last byte after the header, key, dtype and shape.
 _Span = tuple[int, int, str, np.dtype, tuple[int, ...]]
 

@@ -26,20 +26,14 @@ from pvt_ref.errors import (
 )
 from pvt_ref.models.architecture import Architecture, architectures, known_variants
 
-CONFIG_FILE = "config.json"
+MAX_JSON = 2 * 2**20  # bytes that are read: 20,000 class names, twice, and some more
 PREPROCESSOR_FILE = "preprocessor_config.json"
-
-#: Bytes of a JSON file beside weights that are read: 20,000 class names, twice, and some more.
-MAX_JSON = 2 * 2**20
-
-#: Fields that the shapes of a file show, and a variant's name leaves open.
-SHOWN_BY_SHAPES = ("img_size", "in_chans", "num_classes")
-
-#: Fields of a preprocessor_config.json that change pictures, and are not followed here.
+#: Fields of it that change pictures, and are not followed here.
 _NOT_FOLLOWED = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "crop_pct")
-
 #: Fields by which a config.json without a model_type is known for Hugging Face's.
 _HUGGING_FACE = {"model_type", "hidden_sizes", "hidden_size"}
+#: Fields that the shapes of a file show, and a variant's name leaves open.
+SHOWN_BY_SHAPES = ("img_size", "in_chans", "num_classes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +77,7 @@ def from_argument(config: Any, row: Architecture | None = None) -> Stated | None
             f"({', '.join(variants)}), or the path of a JSON file such as config.json"
         )
     text = os.fspath(config)
-    path = Path(text) / CONFIG_FILE if os.path.isdir(text) else Path(text)
+    path = Path(text) / "config.json" if os.path.isdir(text) else Path(text)
     if "\0" in text or not os.path.exists(path):
         raise MissingFileError(
             f"config is {shown(text, 200)}: neither a variant ({', '.join(variants)}) nor a file"

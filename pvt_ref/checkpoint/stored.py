@@ -22,19 +22,15 @@ STORAGE_DTYPES = {
     **{"ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8"},
     **{"BoolStorage": "bool", "UntypedStorage": "uint8"},  # bytes; the tensor brings the dtype
     **{"ComplexDoubleStorage": "complex128", "ComplexFloatStorage": "complex64"},
-    **{f"{name}Storage": name.lower() for name in ("QInt8", "QUInt8", "QInt32")},
-    **{f"{name}Storage": name.lower() for name in ("QUInt4x2", "QUInt2x4")},
+    **{f"{x}Storage": x.lower() for x in ("QInt8", "QUInt8", "QInt32", "QUInt4x2", "QUInt2x4")},
 }
-
 _FLOATS_8 = ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")
 #: Bytes of the dtypes that NumPy does not have. Narrow floats become float32, which holds each.
 _NARROW_FLOATS = {"bfloat16": 2, **{f"float8_{name}": 1 for name in _FLOATS_8}}
 _QUANTIZED = {"qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1}
 _FOREIGN_SIZES = {**_NARROW_FLOATS, **_QUANTIZED}
 _NUMPY_DTYPES = {"uint16", "uint32", "uint64", *STORAGE_DTYPES.values()} - _FOREIGN_SIZES.keys()
-
 MAX_RANK = 8  # more than any weight has, fewer than NumPy's limit
-
 DAMAGED = (
     "The likely cause is an interrupted or faulty download or copy: fetch the file again, and "
     "compare its size and checksum with those of the publisher"

@@ -208,7 +208,6 @@ def _advice(keys: Iterable[str]) -> str:
 # What a JSON file says --------------------------------------------------------------------------
 
 _DEFAULT = PVTConfig()
-
 #: Fields of Hugging Face's PvtConfig that mean the same here.
 _SAME = {
     **{"num_channels": "in_chans", "hidden_sizes": "embed_dims"},
