@@ -141,7 +141,7 @@ def _narrow(path: Path, state: dict[str, np.ndarray], dtype: Any) -> dict[str, n
 
 
 def as_path(path: Any) -> Path:
-    """A path that somebody gave, or the refusal of what is none."""
+    """A path that somebody gave. Raises: ArrayTypeError or CheckpointError for what is none."""
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
         raise ArrayTypeError(
             f"path is a {type(path).__name__}; it must be a str or pathlib.Path, the first "

@@ -63,7 +63,8 @@ def read_model(
 ) -> Model:
     """:func:`load`; if released says so, of weights that the authors released.
 
-    What lies beside these is not asked, and released stands in ``source``.
+    What lies beside these is not asked, and released stands in ``source``. Raises: as load,
+    ArrayTypeError, MissingFileError, CheckpointError and ConfigError.
     """
     path = as_path(path)
     stated = from_argument(config)

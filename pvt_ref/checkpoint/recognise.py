@@ -88,7 +88,7 @@ def find_models(tree: Any, config: Any = None) -> list[Found]:
     """Every model in what a file holds, told from key names; of config's network if there are any.
 
     A detector's checkpoint holds one under ``backbone.``, beside its neck and heads; a training can
-    hold two, as ``model`` and ``model_ema``. A CheckpointError if there is none.
+    hold two, as ``model`` and ``model_ema``. Raises: CheckpointError if there is none.
     """
     signs = _signs(config)
     found = [
@@ -169,9 +169,10 @@ def _models_in(entry: str, mapping: Mapping[Any, Any], signs: list[_Sign]) -> li
 
 
 def choose_model(models: Sequence[Found], entry: str | None) -> tuple[Found, list[Found]]:
-    """The model called entry, and those that hold other weights, or a CheckpointError.
+    """The model called entry, and those that hold other weights.
 
     Without entry, the only model, or the only one at the top, under ``model`` or ``state_dict``.
+    Raises: CheckpointError if there is none, or more than one.
     """
     names = "; ".join(f"entry={shown(model.name, _MAX_NAME)}" for model in models[:8])
     names += f"; and {len(models) - 8} more" if len(models) > 8 else ""
@@ -282,7 +283,7 @@ def _problems(model: Found, config: Any) -> list[str]:
 
 
 def check_state(model: Found, config: Any, origin: str = "") -> None:
-    """Refuses a model that is not the one of config, which origin says, with the problems."""
+    """Refuses what is not the model of config, which origin says. Raises: CheckpointError."""
     layout, state = model.layout, model.state
     if layout.has_classifier is False and config.has_classifier:
         raise CheckpointError(
@@ -316,7 +317,7 @@ def _lines(problems: list[str]) -> str:
 def complete(stated: Stated, model: Found) -> Any:
     """A stated configuration, with what it leaves open read off the shapes.
 
-    Head counts, which these do not show, are those of the variant with the same widths. Raises
+    Head counts, which these do not show, are those of the variant with the same widths. Raises:
     CheckpointError if there is none, or if the file has another number of classes than is said.
     """
     files, kind = model.row.files, model.row.config_type.__name__
@@ -352,7 +353,7 @@ def recognise_config(model: Found) -> Any:
     """The published variant whose keys and shapes are exactly those of a model.
 
     Class count, channels and image size are read off. Head counts leave no trace in any shape, so
-    every other model is refused, with the differences from the nearest.
+    every other model is refused. Raises: CheckpointError with what differs from the nearest.
     """
     row, layout, state = model.row, model.layout, model.state
     assert row.files is not None  # or nobody would have found it without a configuration

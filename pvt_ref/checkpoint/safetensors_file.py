@@ -51,7 +51,7 @@ class _NumberTypeError(ValueError):
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """As :func:`read_tensors`, of a closed file; a CheckpointError also if it cannot be read."""
+    """As :func:`read_tensors`, of a path. Raises: CheckpointError, also if it cannot be read."""
     try:
         with path.open("rb") as file:
             return read_tensors(file)
@@ -216,7 +216,8 @@ def check_foreign_metadata(metadata: Mapping[str, str]) -> None:
     """Refuses a file with this project's key names if its metadata are this project's, damaged.
 
     Otherwise damage to the name of the metadata entry would hide the digest. One damage cannot
-    reach the entry's name and its text, which are two texts of the header's JSON.
+    reach the entry's name and its text, which are two texts of the header's JSON. Raises:
+    CheckpointError if an entry's name or text is like that of a file of :func:`to_bytes`.
     """
     begins = ('{"architecture": "', '{"config": {"')
     for name, text in metadata.items():

@@ -58,8 +58,8 @@ def eps_of(config: Any) -> dict[str, float]:
 def from_argument(config: Any, row: Architecture | None = None) -> Stated | None:
     """What load's argument ``config`` says, of row's network if a JSON file does not tell.
 
-    A configuration is taken to have chosen its eps if they are not the defaults. Raises
-    ArrayTypeError, MissingFileError, CheckpointError or ConfigError, as load does.
+    A configuration is taken to have chosen its eps if they are not the defaults. Raises: as load,
+    ArrayTypeError, MissingFileError, CheckpointError and ConfigError.
     """
     if config is None:
         return None
@@ -97,7 +97,10 @@ def _network(fields: Mapping[str, Any]) -> Architecture:
 
 
 def read_config(path: Path, origin: str, row: Architecture | None = None) -> Stated:
-    """A configuration in a JSON file, called origin: Hugging Face's, or a network's own fields."""
+    """A configuration in a JSON file, called origin: Hugging Face's, or a network's own fields.
+
+    Raises: CheckpointError if it is of another kind, ConfigError if it cannot be built.
+    """
     fields = read_json(path, origin)
     row = row or _network(fields)
     known, files = _fields(row), row.files
@@ -160,7 +163,7 @@ def _labels(id2label: Any) -> list[str] | None:
 
 
 def read_json(path: Path, origin: str) -> dict[str, Any]:
-    """The object in a JSON file, called origin in the CheckpointError if it is none."""
+    """The object in a JSON file, called origin in messages. Raises: CheckpointError."""
     try:
         if not path.is_file():  # reading a pipe could wait for ever
             raise CheckpointError(f"{origin}: not a regular file")

@@ -206,7 +206,7 @@ def _cut(raw: bytes, x: StoredTensor, order: Literal["<", ">"]) -> np.ndarray:
 
 @contextlib.contextmanager
 def refuse_damage(what: str) -> Iterator[None]:
-    """Makes whatever bytes that are not as they should be raise a CheckpointError."""
+    """For code that reads damaged bytes, which raise anything. Raises: CheckpointError instead."""
     try:
         yield
     except CheckpointError:
