@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pvt_ref.app import Model
 from pvt_ref.checkpoint import load as load_file
@@ -140,45 +140,41 @@ def _find(name: str, mirror: str | None) -> tuple[Path, str]:
             f"For a file on this machine: pvt_ref.load('path/to/file')"
         )
     first = _read_record().get(name)
-    path, commit, announced = _fetch(name, mirror, first.commit if first else None)
+    path, commit, announced = _fetch(name, mirror, first["commit"] if first else None)
     try:
         with path.open("rb") as file:
-            found = _Fetched(commit, hashlib.file_digest(file, "sha256").hexdigest())
+            found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         what = f"{type(error).__name__}: {error.strerror or error}"
         raise DownloadError(
             f"{name}: what was fetched cannot be read from {path} ({what}). {_by_hand(name)}"
         ) from error
-    if re.fullmatch("[0-9a-f]{64}", announced) and announced != found.sha256:
+    if re.fullmatch("[0-9a-f]{64}", announced) and announced != found:
         raise DownloadError(
-            f"{name}: {path} has the SHA-256 {found.sha256[:12]}..., and the server announced "
+            f"{name}: {path} has the SHA-256 {found[:12]}..., and the server announced "
             f"{announced[:12]}...: it is damaged. Delete that file, and try again"
         )
-    if first and first.sha256 != found.sha256:
+    if first and first["sha256"] != found:
         raise DownloadError(
-            f"{name}: {path} has the SHA-256 {found.sha256[:12]}..., and what was fetched first "
-            f"had {first.sha256[:12]}...: it was damaged or exchanged. Delete it, and try again; "
-            f"if you want what is there now, delete the entry {name!r} in "
-            f"{weights_folder() / _RECORD}"
+            f"{name}: {path} has the SHA-256 {found[:12]}..., and what was fetched first had "
+            f"{first['sha256'][:12]}...: it was damaged or exchanged. Delete it, and try again; if "
+            f"you want what is there now, delete the entry {name!r} in {weights_folder() / _RECORD}"
         )
     if first is None:
-        _write_record(name, found)
+        entry = {"repository": RELEASED[name], "commit": commit, "sha256": found}
+        _write_record(_read_record() | {name: entry})  # another may have been fetched meanwhile
     at = f" at commit {commit[:12]}" if commit else ""
-    return path, f"from {RELEASED[name]}{at}, SHA-256 {found.sha256[:12]}..."
+    return path, f"from {RELEASED[name]}{at}, SHA-256 {found[:12]}..."
 
 
-class _Fetched(NamedTuple):
-    """What a name meant when it was fetched first."""
+def _read_record() -> dict[str, Any]:
+    """What each name meant when it was fetched first: its repository, commit and SHA-256."""
+    from pvt_ref.checkpoint.stated import read_json
 
-    commit: str | None
-    sha256: str
-
-
-def _read_record() -> dict[str, _Fetched]:
     path = weights_folder() / _RECORD
     try:
-        entries = _entries(path)
-        return {name: _Fetched(x["commit"], x["sha256"]) for name, x in entries.items()}
+        record = read_json(path, path.name) if path.exists() else {}
+        return {k: {**x, "commit": x["commit"], "sha256": x["sha256"]} for k, x in record.items()}
     except (CheckpointError, TypeError, KeyError) as error:
         raise DownloadError(
             f"{path}, which says what was fetched, cannot be read ({type(error).__name__}: "
@@ -186,21 +182,13 @@ def _read_record() -> dict[str, _Fetched]:
         ) from error
 
 
-def _entries(path: Path) -> dict[str, Any]:
-    from pvt_ref.checkpoint.stated import read_json
-
-    return read_json(path, path.name) if path.exists() else {}
-
-
-def _write_record(name: str, fetched: _Fetched) -> None:
-    path = weights_folder() / _RECORD
+def _write_record(record: dict[str, Any]) -> None:
     from pvt_ref.checkpoint.whole_file import write_whole
 
-    entries = _entries(path)
-    entries[name] = {"repository": RELEASED[name], **fetched._asdict()}
+    path = weights_folder() / _RECORD
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, f"{json.dumps(entries, indent=1)}\n".encode())
+        write_whole(path, f"{json.dumps(record, indent=1)}\n".encode())
     except OSError as error:
         print(f"{path} could not be written ({error.strerror or error})", file=sys.stderr)
 

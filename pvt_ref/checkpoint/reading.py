@@ -75,8 +75,10 @@ def read_model(
         )
     eps = None if eps is None else _parse_eps(eps)
     try:
-        if not _is_there(path):
-            raise MissingFileError(_missing(path))
+        try:  # path.exists() says no from Python 3.14 on where it cannot be known
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise MissingFileError(_missing(path)) from None
         if re.search(r"-\d{5}-of-(?!00001)\d{5}\.", path.name):
             raise CheckpointError(f"one of several files; load their folder, {path.parent}")
         with contextlib.ExitStack() as stack:
@@ -134,15 +136,6 @@ def _open(path: Path, stack: contextlib.ExitStack) -> _Opened:
 def _few(names: Sequence[str], show: Any = lambda name: shown(name, 60)) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(map(show, names[:3])) + more
-
-
-def _is_there(path: Path) -> bool:
-    """As path.exists(), which from Python 3.14 on says no where it cannot be known."""
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
 
 
 def _file_in(folder: Path) -> Path:
