@@ -40,6 +40,7 @@ from pvt_ref.errors import ArrayTypeError, CheckpointError, ConfigError, Missing
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.models import architecture
 from pvt_ref.models.architecture import Leaf, config_to_dict, param_shapes
+from pvt_ref.models.layouts import Files, Layout
 from pvt_ref.models.pvt.files import AUTHORS, AUTHORS_DENSE, HUGGING_FACE, MMDETECTION
 
 TINY = PVTConfig(
@@ -1360,3 +1361,58 @@ def test_an_alias_is_a_name():
         from_argument("pvt_huge_v2"), origin="pvt_v1_huge"
     )
     assert from_argument("pvt_v1_huge").config is VARIANTS["pvt_huge_v2"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MarkedParams:
+    pos_embed1: np.ndarray
+    extra: np.ndarray
+
+
+def test_a_mark_tells_layouts_apart_that_share_a_probe(tmp_path, mean_network, monkeypatch):
+    """As depth-wise convolutions will tell the files of PVT v2, with many keys of a PVT's."""
+
+    def build(config, make):
+        shape = (1, 4, config.width)
+        return MarkedParams(
+            make(Leaf("pos_embed1", shape, "ones")), make(Leaf("extra", (2,), "ones"))
+        )
+
+    files = Files(
+        readable="marked files",
+        layouts=(Layout(name="marked layout", marks=("extra",)),),
+        probes=("pos_embed1",),
+        bare=lambda layout, state, wanted: (layout, ""),
+        model_type="marked",
+        telling=frozenset(),
+        hugging_face=dict,
+        partial=lambda values: MeanConfig(**{"width": 1, **values}),
+        fit=lambda config, shapes, layout: config,
+        shown=lambda shapes, layout: {"width": shapes["pos_embed1"][2]},
+        widths="width",
+        blocks=lambda config: 1,
+    )
+    row = dataclasses.replace(
+        mean_network, build_params=build, params_type=MarkedParams, files=files
+    )
+    monkeypatch.setitem(architecture._rows, MeanConfig, row)
+    param_shapes.cache_clear()
+    try:
+        config = MeanConfig(width=5)
+        state = random_state(config)
+        path = write_pth(tmp_path / "m.pth", as_torch(state))
+        for said in (None, config):
+            model = load(path, said)
+            assert_same_state(model, state)
+            assert model.source.startswith("marked layout, mean network of width 5")
+        (tmp_path / "c.json").write_text('{"num_classes": 2}')  # fits a PVT's fields as well
+        assert load(path, tmp_path / "c.json").config == config
+        write_pth(path, as_torch(state | {"pos_embed1": np.ones((1, 4, 6), "float32")}))
+        message = refusal(path, None)
+        assert "Its shapes show MeanConfig(width=6, num_heads=unknown)" in message
+        assert "marked layout, but none of mean_5" in message
+        pvt = random_state(TINY)
+        assert_same_state(load(write_pth(tmp_path / "p.pth", as_torch(pvt)), TINY), pvt)
+        assert "it holds a PVT, and config is a MeanConfig" in refusal(tmp_path / "p.pth", config)
+    finally:
+        param_shapes.cache_clear()
