@@ -121,7 +121,7 @@ def finish(
         "seed": args.seed,
         "epochs": args.epochs,
         "steps": done.state.step,
-        "samples": len(done.state.order),
+        "samples": done.state.samples,
         "held_out_samples": len(held_out),
     }
     if path.exists():  # resumed after the end: what was measured once stays

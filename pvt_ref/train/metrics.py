@@ -12,8 +12,9 @@ import numpy as np
 
 from pvt_ref.checkpoint.bounded_json import parse_json
 from pvt_ref.checkpoint.whole_file import write_whole
+from pvt_ref.checks import check_number
 from pvt_ref.errors import CheckpointError, MissingFileError, PVTError, TrainingError, shown
-from pvt_ref.train.checks import check_number, check_path
+from pvt_ref.train.checks import check_path
 from pvt_ref.train.step import TrainState
 
 _LONGEST = 2**16  # bytes of a line that are read; ours have some 400

@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pvt_ref.checks import check_flag, check_number
 from pvt_ref.errors import RangeError, TrainingError
 from pvt_ref.train.adamw import AdamW
-from pvt_ref.train.checks import check_flag, check_number
 from pvt_ref.train.schedule import warmup_cosine
 
 
@@ -18,7 +18,8 @@ class Recipe:
     Attributes:
         epochs: passes through the data.
         batch_size: samples a step. What is left over at the end of an epoch is left out of it.
-        accumulate: parts that a batch is computed in, to save memory; drop path is drawn by part.
+        accumulate: micro-batches that a batch is computed in, to save memory. Mixup, dropout and
+            drop path are drawn by micro-batch.
         lr: the learning rate at its peak.
         lr_floor: the learning rate at the end.
         warmup_epochs: epochs in which it rises; may be a fraction.
@@ -34,7 +35,7 @@ class Recipe:
         cutout: side of the square that is blanked, in pixels; 0 leaves it out.
         ema_decay: how slowly the averaged weights forget; with 0 they are the last ones.
         drop_path_ramp_epochs: epochs until config.drop_path_rate is reached.
-        seed: of the generator that all batches and masks come from, and of one for first weights.
+        seed: of all random numbers; see :mod:`pvt_ref.draws`.
 
     Raises:
         RangeError: if a number is outside its range.

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from pvt_ref.api import from_state_dict, to_state_dict
+from pvt_ref.api import default_ops, from_state_dict, to_state_dict
 from pvt_ref.app import Model
 from pvt_ref.arrays import Array, dtype_name, from_host, is_array
 from pvt_ref.checkpoint.bounded_json import parse_json
 from pvt_ref.checkpoint.safetensors_file import TRAINING_KEY, digest, pack, read_safetensors
 from pvt_ref.checkpoint.whole_file import write_whole
+from pvt_ref.checks import check_type
 from pvt_ref.data.info import ModelInfo
 from pvt_ref.data.labelled import LabelledImages
 from pvt_ref.errors import (
@@ -25,20 +26,28 @@ from pvt_ref.errors import (
     TrainingError,
     shown,
 )
-from pvt_ref.models.architecture import architecture_of as check_config
-from pvt_ref.models.architecture import check_params_type
-from pvt_ref.models.pvt.config import PVTConfig
-from pvt_ref.models.pvt.params import PVTParams
+from pvt_ref.kernels.cpu.threads import default_threads
+from pvt_ref.models.architecture import architecture_of, check_params_type, config_to_dict
 from pvt_ref.train.adamw import AdamWState
-from pvt_ref.train.checks import check_path, check_type
+from pvt_ref.train.checks import check_path
 from pvt_ref.train.recipe import Recipe
 from pvt_ref.train.step import TrainState, check_state
-from pvt_ref.tree import to_numpy
+from pvt_ref.tree import first_array, to_numpy
 
-FORMAT = "pvt_ref training 2"
+FORMAT = "pvt_ref training 3"
+
+#: What to do with a file of another format; 0.1.0 carried one generator from step to step.
+_OTHER_FORMATS = {
+    "pvt_ref training 2": "It is of version 0.1.0, whose random numbers this version does not "
+    "draw. Go on with version 0.1.0, or start anew in another folder; "
+    "first=pvt_ref.load('.../best.safetensors').params begins with the best weights so far"
+}
 
 _TREES = ("params", "m", "v", "average")
-_NUMBERS = ("step", "epoch_loss", "epoch_hits", "best_accuracy", "best_epoch", "best_sha256")
+_NUMBERS = (
+    *("step", "seed", "samples", "epoch_loss", "epoch_hits"),
+    *("best_accuracy", "best_epoch", "best_sha256"),
+)
 
 
 def save_state(path: str | os.PathLike[str], state: TrainState, run: Mapping[str, Any]) -> None:
@@ -49,8 +58,7 @@ def save_state(path: str | os.PathLike[str], state: TrainState, run: Mapping[str
     Args:
         path: the file.
         state: what to save; arrays on a device are copied to the host.
-        run: plain values by part and name, fit for JSON, that tell one run from another; see
-            :func:`describe_run`.
+        run: plain values by part and name, fit for JSON, that tell one run from another.
 
     Raises:
         CheckpointError: if it cannot be written.
@@ -59,8 +67,7 @@ def save_state(path: str | os.PathLike[str], state: TrainState, run: Mapping[str
         RangeError: if a field of state is outside its range.
     """
     path = check_path("path", path)
-    check_type("state", state, TrainState)
-    check_state(state, len(state.order) if isinstance(state.order, np.ndarray) else 0)
+    check_state(state)
     optimizer = state.optimizer
     trees = zip(_TREES, (state.params, optimizer.m, optimizer.v, state.average), strict=True)
     tensors = {
@@ -68,15 +75,9 @@ def save_state(path: str | os.PathLike[str], state: TrainState, run: Mapping[str
         for name, tree in trees
         for key, x in to_state_dict(to_numpy(tree)).items()
     }
-    tensors["order"] = state.order
-    record = {
-        "format": FORMAT,
-        "run": _as_run(run),
-        "rng": state.rng,
-        "t": optimizer.t,
-        **{name: getattr(state, name) for name in _NUMBERS},
-    }
-    # tuples as lists, and NumPy's numbers as plain ones, as it will be read
+    numbers = {name: getattr(state, name) for name in _NUMBERS}
+    record = {"format": FORMAT, "run": _as_run(run), "t": optimizer.t, **numbers}
+    # NumPy's numbers as plain ones, as they will be read
     record = json.loads(json.dumps(record, default=lambda number: number.item()))
     record["sha256"] = digest(tensors, record)
     data = pack(tensors, TRAINING_KEY, record)
@@ -109,14 +110,15 @@ def _as_run(run: Any) -> dict[str, dict[str, Any]]:
 
 
 def load_state(
-    path: str | os.PathLike[str], config: PVTConfig, run: Mapping[str, Any], like: Array
+    path: str | os.PathLike[str], config: Any, run: Mapping[str, Any], like: Array
 ) -> TrainState:
     """The state in a file of :func:`save_state`.
 
     Args:
         path: the file.
         config: the model.
-        run: must be equal to what was saved, except that it need not say the first weights.
+        run: must be equal to what was saved, except that it need not say the first weights, and
+            that the table of operations may be another.
         like: an array of any shape that says on which device the weights shall lie.
 
     Returns:
@@ -133,27 +135,11 @@ def load_state(
 
 
 def load_state_and_run(
-    path: str | os.PathLike[str], config: PVTConfig, run: Mapping[str, Any], like: Array
+    path: str | os.PathLike[str], config: Any, run: Mapping[str, Any], like: Array
 ) -> tuple[TrainState, dict[str, Any]]:
-    """:func:`load_state`, with all that the file says of its run.
-
-    Args:
-        path: the file.
-        config: the model.
-        run: must be equal to what was saved, except that it need not say the first weights.
-        like: an array of any shape that says on which device the weights shall lie.
-
-    Returns:
-        The state, and the run as it was saved.
-
-    Raises:
-        MissingFileError: as :func:`load_state`.
-        CheckpointError: as :func:`load_state`.
-        TrainingError: as :func:`load_state`.
-        ArrayTypeError: as :func:`load_state`.
-    """
+    """:func:`load_state`, and the run as it was saved."""
     path = check_path("path", path)
-    check_config(config)
+    architecture_of(config)
     given = _as_run(run)
     if not is_array(like):
         raise ArrayTypeError(f"like is a {type(like).__name__}; it must be an array")
@@ -185,21 +171,21 @@ def _record(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> d
     """What the file says beside its tensors, once the digest has been verified."""
     text = metadata.get(TRAINING_KEY, "{}")
     record = parse_json(text, f"its metadata entry {TRAINING_KEY!r}")
-    fields = {"format", "sha256", "run", "rng", "t", *_NUMBERS}
+    fields = {"format", "sha256", "run", "t", *_NUMBERS}
     if not isinstance(record, dict) or "format" not in record:
         raise CheckpointError(
             "not the saved state of a training. It is damaged, or another kind of file"
         )
     if record["format"] != FORMAT:
+        advice = _OTHER_FORMATS.get(str(record["format"]), "Go on with the version that began it")
         raise CheckpointError(
-            f"a training of format {shown(record['format'])}; this version reads {FORMAT!r}. Go on "
-            f"with the version that began it"
+            f"a training of format {shown(record['format'])}; this version reads {FORMAT!r}. "
+            f"{advice}"
         )
-    if record.keys() != fields or "order" not in tensors:
-        different = sorted(record.keys() ^ fields) or ["order"]
+    if record.keys() != fields:
         raise CheckpointError(
-            f"not the whole state of a training: {shown(different[0])} is missing or unknown. It "
-            f"is damaged, or was edited"
+            f"not the whole state of a training: {shown(min(record.keys() ^ fields))} is missing "
+            f"or unknown. It is damaged, or was edited"
         )
     expected = record.pop("sha256")
     if digest(tensors, record) != expected:
@@ -211,14 +197,12 @@ def _record(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> d
 
 
 def _state(
-    tensors: Mapping[str, np.ndarray], record: Mapping[str, Any], config: PVTConfig, like: Array
+    tensors: Mapping[str, np.ndarray], record: Mapping[str, Any], config: Any, like: Array
 ) -> TrainState:
     trees: dict[str, dict[str, Array]] = {name: {} for name in _TREES}
-    dtype = dtype_name(tensors.get("params.pos_embed1", np.empty(0)))
+    dtype = next((dtype_name(x) for key, x in tensors.items() if key.startswith("params.")), "")
     for key, x in tensors.items():
         name, _, rest = key.partition(".")
-        if key == "order":
-            continue
         if name not in trees:
             raise CheckpointError(f"there is an unknown tensor, {shown(key)}")
         if dtype_name(x) != dtype or dtype not in ("float32", "float64"):
@@ -232,19 +216,13 @@ def _state(
         trees[name][rest] = from_host(x, like=like)
     params, m, v, average = [_tree(name, tree, config) for name, tree in trees.items()]
     numbers = {name: record[name] for name in _NUMBERS}
-    state = TrainState(
-        params=params,
-        optimizer=AdamWState(record["t"], m, v),
-        average=average,
-        rng=record["rng"],
-        order=tensors["order"],
-        **numbers,
-    )
-    check_state(state, len(np.atleast_1d(state.order)))
+    optimizer = AdamWState(record["t"], m, v)
+    state = TrainState(params=params, optimizer=optimizer, average=average, **numbers)
+    check_state(state)
     return state
 
 
-def _tree(name: str, tree: Mapping[str, Array], config: PVTConfig) -> PVTParams:
+def _tree(name: str, tree: Mapping[str, Array], config: Any) -> Any:
     try:
         return from_state_dict(tree, config)
     except PVTError as error:
@@ -252,7 +230,7 @@ def _tree(name: str, tree: Mapping[str, Array], config: PVTConfig) -> PVTParams:
 
 
 def _check_same_run(path: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    parts = saved.keys() | given.keys()
+    parts = (saved.keys() | given.keys()) - {"operations"}  # said by fit, which goes on
     if "first" not in given:  # nothing is said of the first weights, so nothing contradicts
         parts -= {"first"}
     differences = [
@@ -271,27 +249,19 @@ def _check_same_run(path: Path, saved: Mapping[str, Any], given: Mapping[str, An
 
 
 def describe_run(
-    config: PVTConfig,
+    config: Any,
     recipe: Recipe,
     data: LabelledImages,
     held_out: LabelledImages,
-    first: PVTParams | None = None,
+    first: Any = None,
 ) -> dict[str, Any]:
     """What must stay the same for a training to go on: model, recipe, samples, first weights.
 
-    Args:
-        config: the model.
-        recipe: how it is trained.
-        data: what it learns from.
-        held_out: what its epochs are compared on.
-        first: the first weights; None says nothing of them.
-
-    Returns:
-        Plain values, fit for JSON: config, recipe, and a SHA-256 of either set of samples and of
-        the first weights.
+    Plain values, fit for JSON. Without first, nothing is said of the first weights.
     """
     run = {
-        "config": dataclasses.asdict(config),
+        "model": {"architecture": architecture_of(config).name},
+        "config": config_to_dict(config),
         "recipe": recipe.to_dict(),
         "data": _describe(data),
         "held_out": _describe(held_out),
@@ -299,33 +269,21 @@ def describe_run(
     return run if first is None else run | {"first": {"sha256": weights_sha256(first)}}
 
 
-def weights_sha256(params: PVTParams) -> str:
-    """By which weights are known again, wherever they are.
+def describe_operations(params: Any) -> dict[str, Any]:
+    """The table of operations that trains such weights, and threads: they decide the last bits."""
+    return {"table": repr(default_ops(first_array(params))), "threads": default_threads()}
 
-    Args:
-        params: the weights, NumPy or CuPy.
 
-    Returns:
-        64 hexadecimal digits.
-
-    Raises:
-        ArrayTypeError: if params is not a PVTParams.
-    """
+def weights_sha256(params: Any) -> str:
+    """By which weights are known again, wherever they are: 64 hexadecimal digits."""
     check_params_type(params)
     return digest(to_state_dict(to_numpy(params)), "weights")
 
 
-def different_fields(model: Model, config: PVTConfig, info: ModelInfo) -> str:
-    """In what a model differs from what it should be, beside its weights.
-
-    Args:
-        model: of a file.
-        config: what its config should be.
-        info: what its info should be.
-
-    Returns:
-        The fields' names, with commas; empty if all are equal.
-    """
+def different_fields(model: Model, config: Any, info: ModelInfo) -> str:
+    """Names of the fields, beside weights, in which a model differs from what it should be."""
+    if type(model.config) is not type(config):
+        return "architecture"
     return ", ".join(
         field.name
         for found, wanted in ((model.config, config), (model.info, info))
