@@ -107,6 +107,11 @@ def check_number(
     return int(number) if whole else float(number)
 
 
+def settle(record: Any, name: str, **bounds: Any) -> None:
+    """In a frozen record's __post_init__: a field becomes the number that check_number returns."""
+    object.__setattr__(record, name, check_number(name, getattr(record, name), **bounds))
+
+
 def check_flag(name: str, value: object) -> None:
     """Raises RangeError unless value is True or False."""
     if not isinstance(value, bool):

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from oracles import tensor, transformers_forward
 
 from pvt_ref import PVTConfig, PVTParams, from_state_dict, to_state_dict
-from pvt_ref.train import LabelledImages, Recipe, train_step
 from pvt_ref.draws import Draws
+from pvt_ref.train import LabelledImages, Recipe, train_step
 from pvt_ref.train.step import TrainState, draw_batch, order_of_epoch
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pvt_ref.arrays import Array, array_module, describe_type, is_array
-from pvt_ref.checks import check_flag, check_number, check_type
+from pvt_ref.checks import check_flag, check_number, check_type, settle
 from pvt_ref.errors import ArrayTypeError
 from pvt_ref.train.checks import check_alike, check_record
 from pvt_ref.tree import map_arrays, map_named, record, zeros_like
@@ -45,14 +45,10 @@ class AdamW:
     decay_positions: bool = False
 
     def __post_init__(self) -> None:
-        bounds: dict[str, dict[str, Any]] = {
-            "beta1": {"least": 0, "below": 1},
-            "beta2": {"least": 0, "below": 1},
-            "eps": {"above": 0},
-            "weight_decay": {"least": 0},
-        }
-        for name, limits in bounds.items():
-            object.__setattr__(self, name, check_number(name, getattr(self, name), **limits))
+        for name in ("beta1", "beta2"):
+            settle(self, name, least=0, below=1)
+        settle(self, "eps", above=0)
+        settle(self, "weight_decay", least=0)
         check_flag("decay_positions", self.decay_positions)
 
 

@@ -37,6 +37,11 @@ def check_path(name: str, value: object) -> Path:
     return Path(text)
 
 
+def reason(error: OSError | RuntimeError) -> str:
+    """What the system said, for a message."""
+    return f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
+
+
 def check_record(name: str, tree: object) -> None:
     """Raises ArrayTypeError unless tree is a record of arrays."""
     if next(named_arrays(tree), None) is None:

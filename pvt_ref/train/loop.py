@@ -38,7 +38,7 @@ from pvt_ref.errors import (
     shown,
 )
 from pvt_ref.report.diagnosis import first_non_finite
-from pvt_ref.train.checks import check_path
+from pvt_ref.train.checks import check_path, reason
 from pvt_ref.train.interrupts import Interrupts
 from pvt_ref.train.lock import RunLock
 from pvt_ref.train.metrics import Metrics, draw_curves
@@ -49,6 +49,7 @@ from pvt_ref.train.saved import (
     describe_run,
     different_fields,
     load_state_and_run,
+    said_of_operations,
     save_state,
     weights_sha256,
 )
@@ -166,10 +167,10 @@ def fit(
         if resume:
             state, saved = load_state_and_run(job.place / STATE, config, run, first_array(params))
             _check_resumed(job, state)
-            then, now = saved.get("operations"), run["operations"]
+            then, now = [said_of_operations(of_run) for of_run in (saved, run)]
             if then != now:
-                job.say(f"saved with {then}, and goes on with {now}: the last bits may differ")
-            run = saved | {"operations": now}  # which may say more of the first weights
+                job.say(f"saved with {then}, goes on with {now}: the last bits may differ")
+            run = saved | {"operations": run["operations"]}  # saved may know the first weights
         else:
             _check_unused(job.place)
             state = start_training(params, len(data), recipe.seed)
@@ -228,7 +229,7 @@ def fit(
 
 @record
 class _Job:
-    """What stays the same from the first step to the last."""
+    """What stays the same from the first step to the last; steps are those of an epoch."""
 
     config: Any
     recipe: Recipe
@@ -237,7 +238,7 @@ class _Job:
     info: ModelInfo
     place: Path
     lock: RunLock
-    steps: int  # an epoch
+    steps: int
     console: Console | None
 
     def say(self, text: str) -> None:
@@ -245,13 +246,7 @@ class _Job:
 
 
 def _job(
-    config: Any,
-    recipe: Recipe,
-    data: LabelledImages,
-    held_out: LabelledImages,
-    folder: str | os.PathLike[str],
-    info: ModelInfo | None,
-    console: Console | None,
+    config: Any, recipe: Recipe, data: Any, held_out: Any, folder: Any, info: Any, console: Any
 ) -> _Job:
     for name, samples in (("the samples to learn from", data), ("held out", held_out)):
         check_samples(samples, name, config, recipe)
@@ -272,17 +267,10 @@ def _job(
             f"{place}: there is no working directory any more, so no place for the folder of the "
             f"run. Name one by its whole path, or go to another directory"
         ) from error
-    return _Job(
-        config=config,
-        recipe=recipe,
-        samples=len(data),
-        held_out=held_out,
-        info=dataclasses.replace(info or ModelInfo(), preprocessing=data.preprocessing),
-        place=place,
-        lock=RunLock(place),
-        steps=recipe.steps_per_epoch(len(data)),
-        console=console,
-    )
+    info = dataclasses.replace(info or ModelInfo(), preprocessing=data.preprocessing)
+    steps = recipe.steps_per_epoch(len(data))
+    lock = RunLock(place)
+    return _Job(config, recipe, len(data), held_out, info, place, lock, steps, console)
 
 
 def _end(lock: RunLock, interrupts: Interrupts) -> None:
@@ -307,8 +295,7 @@ def _make_folder(place: Path, resume: bool) -> None:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(
-            f"{place}: the folder of the run cannot be made ({type(error).__name__}: "
-            f"{error.strerror or error}). Name another"
+            f"{place}: the folder of the run cannot be made ({reason(error)}). Name another"
         ) from error
 
 
@@ -371,10 +358,8 @@ def _measure(job: _Job, state: TrainState, lr: float) -> tuple[float, float]:
 
 def _with_best(state: TrainState, epoch: int, accuracy: float) -> TrainState:
     if accuracy > state.best_accuracy:
-        digest = weights_sha256(state.average)
-        return dataclasses.replace(
-            state, best_accuracy=accuracy, best_epoch=epoch, best_sha256=digest
-        )
+        best = {"best_accuracy": accuracy, "best_epoch": epoch}
+        return dataclasses.replace(state, **best, best_sha256=weights_sha256(state.average))
     return state
 
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pvt_ref.checks import check_flag, check_number
+from pvt_ref.checks import check_flag, check_number, settle
 from pvt_ref.errors import RangeError, TrainingError
 from pvt_ref.train.adamw import AdamW
 from pvt_ref.train.schedule import warmup_cosine
@@ -63,21 +63,21 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
-            self._settle(name, least=1, whole=True)
+            settle(self, name, least=1, whole=True)
         for name in ("drop_path_ramp_epochs", "seed"):
-            self._settle(name, least=0, whole=True)
+            settle(self, name, least=0, whole=True)
         for name in ("crop_padding", "cutout"):  # more than any image has
-            self._settle(name, least=0, most=2**15, whole=True)
+            settle(self, name, least=0, most=2**15, whole=True)
         for name in ("decay_positions", "flip"):
             check_flag(name, getattr(self, name))
-        self._settle("lr", above=0)
-        self._settle("lr_floor", least=0, most=self.lr)
-        self._settle("warmup_epochs", least=0, most=self.epochs)
-        self._settle("label_smoothing", least=0, most=1)
-        self._settle("mixup_alpha", least=0)
-        self._settle("ema_decay", least=0, below=1)
+        settle(self, "lr", above=0)
+        settle(self, "lr_floor", least=0, most=self.lr)
+        settle(self, "warmup_epochs", least=0, most=self.epochs)
+        settle(self, "label_smoothing", least=0, most=1)
+        settle(self, "mixup_alpha", least=0)
+        settle(self, "ema_decay", least=0, below=1)
         if self.clip_norm is not None:
-            self._settle("clip_norm", above=0)
+            settle(self, "clip_norm", above=0)
         for name in ("weight_decay", "beta1", "beta2"):  # their bounds are the optimiser's
             object.__setattr__(self, name, getattr(self.optimizer, name))
         if self.accumulate > self.batch_size:
@@ -85,28 +85,14 @@ class Recipe:
                 f"accumulate is {self.accumulate}, but a batch has only {self.batch_size} samples"
             )
 
-    def _settle(self, name: str, **bounds: Any) -> None:
-        """Frozen: only __post_init__ may turn a field into a plain number."""
-        object.__setattr__(self, name, check_number(name, getattr(self, name), **bounds))
-
     @property
     def optimizer(self) -> AdamW:
         """The optimiser's constants."""
-        return AdamW(
-            beta1=self.beta1,
-            beta2=self.beta2,
-            weight_decay=self.weight_decay,
-            decay_positions=self.decay_positions,
-        )
+        names = ("beta1", "beta2", "weight_decay", "decay_positions")
+        return AdamW(**{name: getattr(self, name) for name in names})
 
     def steps_per_epoch(self, samples: int) -> int:
-        """Full batches in so many samples.
-
-        Args:
-            samples: how many there are to learn from.
-
-        Returns:
-            Steps, at least 1.
+        """Full batches in so many samples, at least 1.
 
         Raises:
             TrainingError: if there is not even one.
@@ -121,14 +107,7 @@ class Recipe:
         return samples // self.batch_size
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of a step, by :func:`~pvt_ref.train.schedule.warmup_cosine`.
-
-        Args:
-            step: counted from 0 over all epochs.
-            steps_per_epoch: from :meth:`steps_per_epoch`.
-
-        Returns:
-            A number from 0 to lr.
+        """The learning rate of a step, counted from 0, by :func:`pvt_ref.train.warmup_cosine`.
 
         Raises:
             RangeError: if step is no whole number of at least 0, or steps_per_epoch of at least 1.
@@ -138,9 +117,5 @@ class Recipe:
         return warmup_cosine(step, total, warmup, self.lr, self.lr_floor)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by field name, fit for JSON.
-
-        Returns:
-            Numbers, truth values and None; ``Recipe(**values)`` is this recipe again.
-        """
+        """Plain values by field name, fit for JSON; ``Recipe(**values)`` is this recipe again."""
         return asdict(self)

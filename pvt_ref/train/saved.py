@@ -15,7 +15,6 @@ from pvt_ref.arrays import Array, dtype_name, from_host, is_array
 from pvt_ref.checkpoint.bounded_json import parse_json
 from pvt_ref.checkpoint.safetensors_file import TRAINING_KEY, digest, pack, read_safetensors
 from pvt_ref.checkpoint.whole_file import write_whole
-from pvt_ref.checks import check_type
 from pvt_ref.data.info import ModelInfo
 from pvt_ref.data.labelled import LabelledImages
 from pvt_ref.errors import (
@@ -29,7 +28,7 @@ from pvt_ref.errors import (
 from pvt_ref.kernels.cpu.threads import default_threads
 from pvt_ref.models.architecture import architecture_of, check_params_type, config_to_dict
 from pvt_ref.train.adamw import AdamWState
-from pvt_ref.train.checks import check_path
+from pvt_ref.train.checks import check_path, reason
 from pvt_ref.train.recipe import Recipe
 from pvt_ref.train.step import TrainState, check_state
 from pvt_ref.tree import first_array, to_numpy
@@ -85,10 +84,9 @@ def save_state(path: str | os.PathLike[str], state: TrainState, run: Mapping[str
         write_whole(path.resolve(), data)  # through a link, which stays a link
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
         raise CheckpointError(
-            f"{path}: the training could not be saved ({type(error).__name__}: "
-            f"{getattr(error, 'strerror', None) or error}). What was saved before is whole, and "
-            f"resuming goes on from it. Check that the folder may be written to, and that the disk "
-            f"has {len(data)} bytes free"
+            f"{path}: the training could not be saved ({reason(error)}). What was saved before is "
+            f"whole, and resuming goes on from it. Check that the folder may be written to, and "
+            f"that the disk has {len(data)} bytes free"
         ) from error
 
 
@@ -272,6 +270,12 @@ def describe_run(
 def describe_operations(params: Any) -> dict[str, Any]:
     """The table of operations that trains such weights, and threads: they decide the last bits."""
     return {"table": repr(default_ops(first_array(params))), "threads": default_threads()}
+
+
+def said_of_operations(run: Mapping[str, Any]) -> str:
+    """The table of operations that a run names, for a person."""
+    part = run.get("operations", {})
+    return f"{shown(part.get('table'), 200)} and {shown(part.get('threads'))} threads"
 
 
 def weights_sha256(params: Any) -> str:
