@@ -113,13 +113,13 @@ def settle(record: Any, name: str, **bounds: Any) -> None:
 
 
 def check_flag(name: str, value: object) -> None:
-    """Raises RangeError unless value is True or False."""
+    """Refuses what is neither True nor False. Raises: RangeError."""
     if not isinstance(value, bool):
         raise RangeError(f"{name} is {shown(value)}; it must be True or False")
 
 
 def check_type(name: str, value: object, kind: type, advice: str = "") -> None:
-    """Raises ArrayTypeError unless value is of a kind; the advice says how to get one."""
+    """Refuses another kind; the advice says how to get the right one. Raises: ArrayTypeError."""
     if not isinstance(value, kind):
         raise ArrayTypeError(
             f"{name} is a {type(value).__name__}; it must be a {kind.__name__}"

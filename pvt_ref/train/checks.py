@@ -43,7 +43,7 @@ def reason(error: OSError | RuntimeError) -> str:
 
 
 def check_record(name: str, tree: object) -> None:
-    """Raises ArrayTypeError unless tree is a record of arrays."""
+    """Refuses what is no record of arrays. Raises: ArrayTypeError."""
     if next(named_arrays(tree), None) is None:
         raise ArrayTypeError(
             f"{name} is a {type(tree).__name__}; it must be the parameters of a model, or a record "

@@ -14,6 +14,7 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from pvt_ref.errors import TrainingError
 from pvt_ref.kernels.cpu.threads import at_fork, holding
@@ -57,7 +58,7 @@ class RunLock:
         self._locked = False
 
     def acquire(self) -> None:
-        """Takes the lock; TrainingError if another training holds it, or it cannot be locked."""
+        """Takes it. Raises: TrainingError if another training holds it, or it cannot be locked."""
         while True:
             fd = holding(_opening, self._open)
             status = os.fstat(fd)
@@ -74,7 +75,7 @@ class RunLock:
             os.write(fd, f"process {os.getpid()} on {platform.node()}\n".encode("ascii", "replace"))
 
     def check(self) -> None:
-        """To be called before every writing: TrainingError if the folder is not ours any more."""
+        """Before every writing. Raises: TrainingError if the folder is not ours any more."""
         if self._fd is None:
             raise TrainingError(
                 f"{self.path.parent}: this process was forked from the one that trains here, and "
@@ -160,7 +161,7 @@ def _holder(fd: int) -> str:
 _OPEN: set[RunLock] = set()
 
 #: No fork comes between the opening of a file and the note that it must be closed there.
-_opening = SimpleNamespace(lock=threading.RLock())
+_opening: Any = SimpleNamespace(lock=threading.RLock())
 
 
 def _disown() -> None:

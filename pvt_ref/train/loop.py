@@ -351,8 +351,7 @@ def _measure(job: _Job, state: TrainState, lr: float) -> tuple[float, float]:
         what = f"the loss on what is held out is {loss}"
         images = held_out.batch(slice(0, 64), like=first_array(state.average))
         culprit = first_non_finite(state.average, images, config)
-        done = state.step - 1  # the steps before the one that did it
-        raise diverged(what, done, done // job.steps, lr, culprit)
+        raise diverged(what, state.step - 1, job.steps, lr, culprit)
     return loss, accuracy
 
 
@@ -430,9 +429,8 @@ def _check_weights(job: _Job, state: TrainState, lr: float) -> None:
         for key, w in named_arrays(tree, prefix):
             xp = array_module(w)
             if not bool(xp.all(xp.isfinite(w))):
-                done = state.step - 1  # the steps before the one that did it
                 culprit = f"The first array that is not finite is {key}"
-                raise diverged("the weights are not finite", done, done // job.steps, lr, culprit)
+                raise diverged("the weights are not finite", state.step - 1, job.steps, lr, culprit)
 
 
 def _draw(job: _Job) -> None:

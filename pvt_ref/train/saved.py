@@ -135,7 +135,11 @@ def load_state(
 def load_state_and_run(
     path: str | os.PathLike[str], config: Any, run: Mapping[str, Any], like: Array
 ) -> tuple[TrainState, dict[str, Any]]:
-    """:func:`load_state`, and the run as it was saved."""
+    """:func:`load_state`, and the run as it was saved; like may have any shape.
+
+    Raises:
+        ArrayTypeError, MissingFileError, CheckpointError, TrainingError: as :func:`load_state`.
+    """
     path = check_path("path", path)
     architecture_of(config)
     given = _as_run(run)

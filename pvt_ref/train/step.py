@@ -121,10 +121,10 @@ def train_step(
             Also if there are fewer samples than a batch has, or they do not fit the model.
         RangeError: if a number in state is outside its range, or images would be moved by more
             than their size.
-        ShapeError: as :func:`pvt_ref.forward_with_cache`; also if state is of another model, or of
-            another number of samples.
-        ArrayTypeError: as :func:`pvt_ref.forward_with_cache`; also for an argument of another type.
-        ConfigError: as :func:`pvt_ref.forward_with_cache`; also for a bare backbone.
+        ShapeError: if state is of another model, or of another number of samples.
+        ArrayTypeError: for an argument of another type.
+        ConfigError: for a bare backbone.
+        PVTError: as :func:`pvt_ref.forward_with_cache`.
     """
     check_samples(data, "data", config, recipe)
     check_state(state)
@@ -154,7 +154,7 @@ def _step(
         value = float(part_loss)  # once: it makes the host wait for the device
         if not math.isfinite(value):
             culprit = first_non_finite(state.params, images, config, draws)
-            raise diverged(f"the loss is {value}", state.step, epoch, lr, culprit)
+            raise diverged(f"the loss is {value}", state.step, steps, lr, culprit)
         part_grads, _ = backward(state.params, cache, dlogits, config)
         del cache  # the largest thing here; the next part makes its own
         share = len(part) / len(chosen)
@@ -166,7 +166,7 @@ def _step(
     largest = float(np.finfo(dtype_name(first_array(state.params))).max)
     if not min(norm, max_norm) ** 2 < largest or not math.isfinite(norm):  # AdamW squares them
         culprit = first_non_finite(grads)
-        raise diverged(f"the norm of the gradients is {norm}", state.step, epoch, lr, culprit)
+        raise diverged(f"the norm of the gradients is {norm}", state.step, steps, lr, culprit)
 
     decay = ema_decay_of_step(state.step, recipe.ema_decay)
     # the loop looks at weights before it keeps them
@@ -230,7 +230,7 @@ def _count_hits(logits: Array, targets: Array) -> int:
 
 
 def check_samples(data: LabelledImages, name: str, config: Any, recipe: Recipe) -> None:
-    """Refuses samples that a model cannot be trained on as a recipe says."""
+    """Refuses samples that do not suit a model and a recipe. Raises: RangeError and others."""
     check_has_classifier(config)
     check_type("recipe", recipe, Recipe)
     check_type(name, data, LabelledImages, "LabelledImages(images, labels, preprocessing)")
@@ -271,15 +271,12 @@ def check_state(state: TrainState) -> None:
         )
 
 
-def diverged(what: str, step: int, epoch: int, lr: float, culprit: str) -> TrainingError:
-    """The error that ends a training whose step and epoch (from 0) went wrong at a rate lr.
-
-    The culprit is a sentence of :func:`~pvt_ref.report.diagnosis.first_non_finite`.
-    """
+def diverged(what: str, step: int, steps: int, lr: float, culprit: str) -> TrainingError:
+    """The error that ends a training after so many steps, of so many an epoch, at a rate lr."""
     return TrainingError(
-        f"{what} at step {step + 1} (epoch {epoch + 1}), with learning rate {lr:.3g}. {culprit}. "
-        f"What was saved before is whole, but resuming would end here again. Likely causes: a "
-        f"learning rate too high, a warm-up too short, no clipping of gradients. Start anew in "
-        f"another folder with a smaller one; first=pvt_ref.load('.../best.safetensors').params "
-        f"begins with the best weights so far"
+        f"{what} at step {step + 1} (epoch {step // steps + 1}), with learning rate {lr:.3g}. "
+        f"{culprit}. What was saved before is whole, but resuming would end here again. Likely "
+        f"causes: a learning rate too high, a warm-up too short, no clipping of gradients. Start "
+        f"anew in another folder with a smaller one; "
+        f"first=pvt_ref.load('.../best.safetensors').params begins with the best weights so far"
     )
