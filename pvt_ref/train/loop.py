@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from pvt_ref.api import init_params
+from pvt_ref.api import default_ops, init_params
 from pvt_ref.app import Model
 from pvt_ref.arrays import array_module, dtype_name, quietly
 from pvt_ref.checkpoint import load, save
@@ -37,6 +37,7 @@ from pvt_ref.errors import (
     TrainingError,
     shown,
 )
+from pvt_ref.kernels.cpu.threads import default_threads
 from pvt_ref.report.diagnosis import first_non_finite
 from pvt_ref.train.checks import check_path, reason
 from pvt_ref.train.interrupts import Interrupts
@@ -45,11 +46,9 @@ from pvt_ref.train.metrics import Metrics, draw_curves
 from pvt_ref.train.progress import Progress, show
 from pvt_ref.train.recipe import Recipe
 from pvt_ref.train.saved import (
-    describe_operations,
     describe_run,
     different_fields,
     load_state_and_run,
-    said_of_operations,
     save_state,
     weights_sha256,
 )
@@ -157,7 +156,8 @@ def fit(
     Model(to_numpy(first), config, info=job.info)  # refuses what is not finite or does not fit
     params: Any = to_device(first, device)
     run = describe_run(config, recipe, data, held_out, first if said else None)
-    run["operations"] = describe_operations(params)
+    table = f"{default_ops(first_array(params))!r}, {default_threads()} threads"
+    run["operations"] = {"table": table}  # they decide the last bits
 
     interrupts, report = Interrupts(), None
     try:
@@ -167,9 +167,11 @@ def fit(
         if resume:
             state, saved = load_state_and_run(job.place / STATE, config, run, first_array(params))
             _check_resumed(job, state)
-            then, now = [said_of_operations(of_run) for of_run in (saved, run)]
-            if then != now:
-                job.say(f"saved with {then}, goes on with {now}: the last bits may differ")
+            then = saved.get("operations", {}).get("table")
+            if then != table:
+                job.say(
+                    f"saved with {shown(then, 200)}, goes on with {table}: last bits may differ"
+                )
             run = saved | {"operations": run["operations"]}  # saved may know the first weights
         else:
             _check_unused(job.place)

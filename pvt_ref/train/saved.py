@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pvt_ref.api import default_ops, from_state_dict, to_state_dict
+from pvt_ref.api import from_state_dict, to_state_dict
 from pvt_ref.app import Model
 from pvt_ref.arrays import Array, dtype_name, from_host, is_array
 from pvt_ref.checkpoint.bounded_json import parse_json
@@ -25,13 +25,12 @@ from pvt_ref.errors import (
     TrainingError,
     shown,
 )
-from pvt_ref.kernels.cpu.threads import default_threads
 from pvt_ref.models.architecture import architecture_of, check_params_type, config_to_dict
 from pvt_ref.train.adamw import AdamWState
 from pvt_ref.train.checks import check_path, reason
 from pvt_ref.train.recipe import Recipe
 from pvt_ref.train.step import TrainState, check_state
-from pvt_ref.tree import first_array, to_numpy
+from pvt_ref.tree import to_numpy
 
 FORMAT = "pvt_ref training 3"
 
@@ -216,7 +215,13 @@ def _state(
         if name == "v" and (x < 0).any():
             raise CheckpointError(f"{shown(key)} is a mean of squares, and is below 0 somewhere")
         trees[name][rest] = from_host(x, like=like)
-    params, m, v, average = [_tree(name, tree, config) for name, tree in trees.items()]
+    records = {}
+    for name, tree in trees.items():
+        try:
+            records[name] = from_state_dict(tree, config)
+        except PVTError as error:
+            raise CheckpointError(f"its {name}: {error}") from error
+    params, m, v, average = records.values()
     numbers = {name: record[name] for name in _NUMBERS}
     optimizer = AdamWState(record["t"], m, v)
     state = TrainState(params=params, optimizer=optimizer, average=average, **numbers)
@@ -224,19 +229,12 @@ def _state(
     return state
 
 
-def _tree(name: str, tree: Mapping[str, Array], config: Any) -> Any:
-    try:
-        return from_state_dict(tree, config)
-    except PVTError as error:
-        raise CheckpointError(f"its {name}: {error}") from error
-
-
 def _check_same_run(path: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     parts = (saved.keys() | given.keys()) - {"operations"}  # said by fit, which goes on
     if "first" not in given:  # nothing is said of the first weights, so nothing contradicts
         parts -= {"first"}
     differences = [
-        f"{part}.{name} is {shown(old.get(name))} there and {shown(new.get(name))} here"
+        f"\n  - {part}.{name} is {shown(old.get(name))} there and {shown(new.get(name))} here"
         for part in sorted(parts)
         for old, new in [(saved.get(part, {}), given.get(part, {}))]
         for name in sorted({*old, *new})
@@ -244,42 +242,19 @@ def _check_same_run(path: Path, saved: Mapping[str, Any], given: Mapping[str, An
     ]
     if differences:
         raise TrainingError(
-            f"{path} belongs to another run:\n  - "
-            + "\n  - ".join(differences)
-            + "\nGo on with the settings it was begun with, or start anew in another folder"
+            f"{path} belongs to another run:{''.join(differences)}\nGo on with the settings it was "
+            f"begun with, or start anew in another folder"
         )
 
 
 def describe_run(
-    config: Any,
-    recipe: Recipe,
-    data: LabelledImages,
-    held_out: LabelledImages,
-    first: Any = None,
+    config: Any, recipe: Recipe, data: LabelledImages, held_out: LabelledImages, first: Any = None
 ) -> dict[str, Any]:
-    """What must stay the same for a training to go on: model, recipe, samples, first weights.
-
-    Plain values, fit for JSON. Without first, nothing is said of the first weights.
-    """
-    run = {
-        "model": {"architecture": architecture_of(config).name},
-        "config": config_to_dict(config),
-        "recipe": recipe.to_dict(),
-        "data": _describe(data),
-        "held_out": _describe(held_out),
-    }
+    """What must stay the same for a training to go on: model, recipe, samples, first weights."""
+    run = {"model": {"architecture": architecture_of(config).name}}
+    run |= {"config": config_to_dict(config), "recipe": recipe.to_dict()}
+    run |= {"data": _describe(data), "held_out": _describe(held_out)}
     return run if first is None else run | {"first": {"sha256": weights_sha256(first)}}
-
-
-def describe_operations(params: Any) -> dict[str, Any]:
-    """The table of operations that trains such weights, and threads: they decide the last bits."""
-    return {"table": repr(default_ops(first_array(params))), "threads": default_threads()}
-
-
-def said_of_operations(run: Mapping[str, Any]) -> str:
-    """The table of operations that a run names, for a person."""
-    part = run.get("operations", {})
-    return f"{shown(part.get('table'), 200)} and {shown(part.get('threads'))} threads"
 
 
 def weights_sha256(params: Any) -> str:
