@@ -92,7 +92,13 @@ class Recipe:
         return AdamW(**{name: getattr(self, name) for name in names})
 
     def steps_per_epoch(self, samples: int) -> int:
-        """Full batches in so many samples, at least 1.
+        """Full batches in an epoch.
+
+        Args:
+            samples: how many there are to learn from.
+
+        Returns:
+            Steps, at least 1.
 
         Raises:
             TrainingError: if there is not even one.
@@ -107,7 +113,14 @@ class Recipe:
         return samples // self.batch_size
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of a step, counted from 0, by :func:`pvt_ref.train.warmup_cosine`.
+        """The learning rate of a step, by :func:`pvt_ref.train.warmup_cosine`.
+
+        Args:
+            step: counted from 0 over all epochs.
+            steps_per_epoch: from :meth:`steps_per_epoch`.
+
+        Returns:
+            A number from 0 to lr.
 
         Raises:
             RangeError: if step is no whole number of at least 0, or steps_per_epoch of at least 1.
