@@ -8,8 +8,11 @@ restarts and devices then draw the same, in any order, and no generator has to b
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
+from numbers import Integral
 
 import numpy as np
+
+from pvt_ref.errors import RangeError, shown
 
 
 class What(IntEnum):
@@ -37,11 +40,20 @@ class Draws:
         seed: of the training.
         step: steps done before.
         micro_batch: of the step, counted over all ranks.
+
+    Raises:
+        RangeError: unless all are whole numbers of at least 0.
     """
 
     seed: int
     step: int
     micro_batch: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("seed", "step", "micro_batch"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < 0:
+                raise RangeError(f"{name} is {shown(value)}; it must be a whole number at least 0")
 
     def at(self, what: What, where: int = 0) -> np.random.Generator:
         """The generator of one place: of a block or a stage, by its number."""

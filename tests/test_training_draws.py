@@ -16,7 +16,7 @@ from strategies import random_params, rng_of
 from pvt_ref import backward, cross_entropy, forward_with_cache, to_state_dict
 from pvt_ref.checkpoint.safetensors_file import TRAINING_KEY, read_safetensors
 from pvt_ref.draws import Draws, SampleDraws, What, generator
-from pvt_ref.errors import ArrayTypeError, ShapeError
+from pvt_ref.errors import ArrayTypeError, RangeError, ShapeError
 from pvt_ref.train import (
     adamw_step,
     add_gradients,
@@ -150,6 +150,13 @@ def test_a_step_repeated_is_the_same_step():
     assert fingerprint(again) == fingerprint(once)
     other, _ = train_step(start_training(PARAMS, len(DATA), seed=3), DATA, CONFIG, RECIPE)
     assert bits(other.params) != bits(once.params)
+
+
+@pytest.mark.parametrize("name", ["seed", "step", "micro_batch"])
+@pytest.mark.parametrize("value", [-1, 0.5, None, "x", np.nan])
+def test_draws_of_what_is_no_place_are_refused(name, value):
+    with pytest.raises(RangeError, match=f"{name} is .*; it must be a whole number at least 0"):
+        dataclasses.replace(Draws(0, 0), **{name: value})
 
 
 def test_generators_of_samples_are_for_as_many_images():
