@@ -266,6 +266,6 @@ def _draw(lines: list[dict[str, Any]], file: BinaryIO, form: str) -> None:
         accuracy.set_title(
             f"accuracy (held out, best: {best['held_out_accuracy']:.4f} in epoch {best['epoch']})"
         )
-    loss.legend()
+    loss.legend(loc="upper right")  # "best" warns where looking for it takes a second
     undated = {"Date": None} if form == "svg" else None  # the same run gives the same file
     figure.savefig(file, format=form, dpi=120, metadata=undated)
