@@ -28,6 +28,8 @@ class StageParams(NamedTuple):
     pos_embed: Array
     blocks: tuple[BlockParams, ...]
 
+    __repr__ = short_repr
+
 
 @record
 class PVTParams:
