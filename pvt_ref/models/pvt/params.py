@@ -12,7 +12,7 @@ from pvt_ref.layers.patch_embed import PatchEmbedParams
 from pvt_ref.models import parts
 from pvt_ref.models.architecture import Leaf
 from pvt_ref.models.pvt.config import NUM_STAGES, PVTConfig
-from pvt_ref.tree import record
+from pvt_ref.tree import record, short_repr
 
 
 class StageParams(NamedTuple):
