@@ -230,7 +230,7 @@ def check_params(params: Any, config: Any) -> None:
     first_key, first = next(iter(arrays.items()))
     check_float(first_key, first)
     for key, x in arrays.items():
-        if x.dtype != first.dtype or not same_library(x, first):
+        if not same_library(x, first) or x.dtype != first.dtype:
             check_float(key, x)
             raise ArrayTypeError(
                 f"params mix {library_and_dtype(first)} ({first_key}) and {library_and_dtype(x)} "

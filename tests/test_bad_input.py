@@ -700,7 +700,10 @@ def test_none_among_the_dmaps_means_zeros(pyramid):
 def test_a_cache_of_the_other_kind(classified, pyramid):
     (logits, cache), (maps, pyramid_cache) = classified, pyramid
     with refused(
-        ArrayTypeError, "a PyramidCache", "needs the ClassifierCache", "forward_with_cache"
+        ArrayTypeError,
+        "that of forward_pyramid_with_cache",
+        "that forward_with_cache returned",
+        "forward_with_cache",
     ):
         pvt_ref.backward(PARAMS, pyramid_cache, logits, SMALL)
     with refused(

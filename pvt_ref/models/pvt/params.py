@@ -72,7 +72,14 @@ class PVTParams:
     head: LinearParams | None
 
     def of_stage(self, i: int) -> StageParams:
-        """The weights of stage i, 1 to 4: the same arrays, not copies."""
+        """The weights of one stage.
+
+        Args:
+            i: 1 to 4, as in the paper.
+
+        Returns:
+            The same arrays, not copies.
+        """
         return StageParams(
             getattr(self, f"patch_embed{i}"),
             getattr(self, f"pos_embed{i}"),
@@ -80,7 +87,14 @@ class PVTParams:
         )
 
     def stage(self, i: int) -> StageParams:
-        """The old name of :meth:`of_stage`, which counts from 0. It warns, and will go."""
+        """The old name of :meth:`of_stage`, which counts from 0. It warns, and will go.
+
+        Args:
+            i: 0 to 3.
+
+        Returns:
+            The weights of stage i + 1.
+        """
         warnings.warn(
             "params.stage(i) counts stages from 0; params.of_stage(i) counts them from 1, as the "
             "paper does",
