@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 
 import pvt_ref
-from pvt_ref import VARIANTS, Operation, Ops
+from pvt_ref import VARIANTS, Operation
 from pvt_ref.models.architecture import architecture_of
 
 REQUIRED = 1.5

@@ -56,6 +56,7 @@ from pvt_ref.layers.dropout import drop_path
 from pvt_ref.layers.layer_norm import LayerNormCache
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.layers.patch_embed import patch_embed
+from pvt_ref.layers.sum_rows import sum_rows
 from pvt_ref.ops import REFERENCE, Ops
 from pvt_ref.tree import record
 
@@ -211,7 +212,7 @@ def block_forward(
     *,
     tiling: Tiling,
 ) -> tuple[np.ndarray, Any]:
-    """As :func:`pvt_ref.blocks.transformer.block_forward`, which computes where there is dropout."""
+    """As :func:`pvt_ref.blocks.transformer.block_forward`, which runs where there is dropout."""
     attn = settings.attn
     if rng is not None and (settings.drop_rate or attn.drop_rate or attn.attn_drop_rate):
         return block.forward(p, x, ops, grid, settings, rng, keep)
@@ -384,9 +385,9 @@ def _sweep_rows_back(
             if gain2 is not None:
                 dfc2[...] = dy[rows]
                 _scale_samples(dfc2, gain2, rows, n)
-            mlp_backward_rows(
-                p.mlp, kept.hidden.slope[rows], dfc2, g.dhidden[rows], dx, sums, scratch
-            )
+            slope, dhidden = kept.hidden.slope[rows], g.dhidden[rows]
+            sums.add("fc2", column_sums(dfc2))
+            sums.add("fc1", mlp_backward_rows(p.mlp, slope, dfc2, dhidden, dx, scratch))
             layer_norm_backward_rows(p.norm2, kept.norm2, rows, dx, dx, sums, "norm2", scratch)
             dx += dy[rows]  # branch + skip
             # x = x + droppath(heads W^O)
@@ -507,6 +508,6 @@ block_kernel = Kernel(
     absorbs=(
         *(sra, attention, *attention_kernel.absorbs),
         *(patch_embed, *patch_embed_kernel.absorbs),
-        *(mlp, *mlp_kernel.absorbs, drop_path),
+        *(mlp, *mlp_kernel.absorbs, drop_path, sum_rows),
     ),
 )

@@ -80,7 +80,7 @@ def layer_norm_backward_rows(
     name: str,
     scratch: Scratch,
 ) -> None:
-    """dx (rows, C), which may be dy, becomes the gradient; sums grow by those of weight and bias."""
+    """dx (rows, C), which may be dy, becomes the gradient; sums grow by the weights' own."""
     x_hat = cache.x_hat[rows]
     product = scratch("layer_norm.product", *dy.shape, dtype=dy.dtype)
     np.multiply(dy, x_hat, out=product)

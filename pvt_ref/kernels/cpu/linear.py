@@ -77,7 +77,7 @@ def weight_gradients(
     layers: Sequence[tuple[np.ndarray, np.ndarray, tuple[LayerNormParams, np.ndarray] | None]],
     tiling: Tiling,
 ) -> list[np.ndarray]:
-    """dW = dy^T x (C_out, C_in) of several linear layers, given dy (rows, C_out) and x (rows, C_in).
+    """dW = dy^T x (C_out, C_in) of several linear layers: dy (rows, C_out) and x (rows, C_in).
 
     Every thread makes some rows of a dW, over all tokens: there is nothing to add up afterwards,
     and the number of threads changes no sum. The third of a layer is None, or the norm before it
@@ -109,6 +109,13 @@ def weight_gradients(
 # The twin ---------------------------------------------------------------------------------------
 
 
+def bias_gradient(p: LinearParams, dy: np.ndarray, ops: Ops) -> np.ndarray | None:
+    """The sum of dy (rows, C_out) over the rows, from the table; None where there is no bias."""
+    if p.bias is None:
+        return None
+    return ops[sum_rows].forward(None, dy, ops, keep=False)[0]
+
+
 def linear_forward(
     p: LinearParams, x: np.ndarray, ops: Ops, keep: bool = True, *, tiling: Tiling
 ) -> tuple[np.ndarray, LinearCache | None]:
@@ -138,9 +145,7 @@ def linear_backward(
             times_weight_rows(dy_rows[rows], p, dx_rows[rows], scratch)
 
     tiling.run(work, len(dy_rows), tiling.rows(C_in + C_out))
-    dbias = None
-    if p.bias is not None:
-        dbias, _ = ops[sum_rows].forward(None, dy_rows, ops, keep=False)
+    dbias = bias_gradient(p, dy_rows, ops)
     (dweight,) = weight_gradients([(dy_rows, cache.x.reshape(-1, C_in), None)], tiling)
     return dx, LinearParams(dweight, dbias)
 

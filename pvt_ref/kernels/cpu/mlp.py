@@ -7,8 +7,7 @@ import numpy as np
 from pvt_ref.blocks.mlp import MLPParams, mlp
 from pvt_ref.kernels.cpu.gelu import gelu_rows
 from pvt_ref.kernels.cpu.linear import (
-    Sums,
-    add_up,
+    bias_gradient,
     column_sums,
     linear_columns,
     linear_rows,
@@ -20,7 +19,6 @@ from pvt_ref.kernels.cpu.tiling import Kernel, Tiling, share_columns
 from pvt_ref.layers.dropout import dropout
 from pvt_ref.layers.gelu import gelu
 from pvt_ref.layers.linear import LinearParams, linear
-from pvt_ref.layers.sum_rows import sum_rows
 from pvt_ref.ops import Ops
 from pvt_ref.tree import record
 
@@ -74,11 +72,12 @@ def mlp_backward_rows(
     dy: np.ndarray,
     dhidden: np.ndarray,
     dx: np.ndarray,
-    sums: Sums,
     scratch: Scratch,
-) -> None:
-    """dx (rows, C) becomes the gradient, dhidden (rows, E*C) that before GELU; sums grow."""
-    sums.add("fc2", column_sums(dy))
+) -> np.ndarray:
+    """dx (rows, C) becomes the gradient, dhidden (rows, E*C) that before GELU.
+
+    Returns the sums of dhidden over these rows, made while they are in cache.
+    """
 
     def expand(columns: slice, scratch: Scratch) -> np.ndarray:
         part = dhidden[:, columns]
@@ -86,8 +85,9 @@ def mlp_backward_rows(
         part *= slope[:, columns]
         return column_sums(part)
 
-    sums.add("fc1", np.concatenate(share_columns(expand, dhidden.shape[1], scratch)))
+    sums = np.concatenate(share_columns(expand, dhidden.shape[1], scratch))
     times_weight_rows(dhidden, p.fc1, dx, scratch)
+    return sums
 
 
 @record
@@ -138,24 +138,17 @@ def mlp_backward(
     dy_rows, dx_rows = dy.reshape(cache.x.shape), np.reshape(dx, cache.x.shape, copy=False)
     dhidden = np.empty_like(hidden.y)
 
-    def work(tiles: list[slice], scratch: Scratch) -> Sums:
-        sums = Sums()
+    def work(tiles: list[slice], scratch: Scratch) -> None:
         for rows in tiles:
             mlp_backward_rows(
-                p, hidden.slope[rows], dy_rows[rows], dhidden[rows], dx_rows[rows], sums, scratch
+                p, hidden.slope[rows], dy_rows[rows], dhidden[rows], dx_rows[rows], scratch
             )
-        return sums
 
-    pieces = tiling.run(work, len(dhidden), tiling.rows(dhidden.shape[-1]))
+    tiling.run(work, len(dhidden), tiling.rows(dhidden.shape[-1]))
     layers = [(dhidden, cache.x, None), (dy_rows, hidden.y, None)]
-    dweights = weight_gradients(layers, tiling)
-    named = zip(("fc1", "fc2"), (p.fc1, p.fc2), dweights, strict=True)
-    return dx, MLPParams(
-        *(
-            LinearParams(dW, None if fc.bias is None else add_up(pieces, name, dy.dtype))
-            for name, fc, dW in named
-        )
-    )
+    dW1, dW2 = weight_gradients(layers, tiling)
+    dfc1 = LinearParams(dW1, bias_gradient(p.fc1, dhidden, ops))
+    return dx, MLPParams(dfc1, LinearParams(dW2, bias_gradient(p.fc2, dy_rows, ops)))
 
 
-mlp_kernel = Kernel(mlp, mlp_forward, mlp_backward, (linear, gelu, dropout, sum_rows))
+mlp_kernel = Kernel(mlp, mlp_forward, mlp_backward, (linear, gelu, dropout))
