@@ -8,7 +8,6 @@ Matrix products are NumPy's matmul, whoever calls it.
 """
 
 import argparse
-import dataclasses
 import json
 import threading
 import time
@@ -32,6 +31,7 @@ from pvt_ref.kernels.cpu import (
     mlp,
     patch_embed,
 )
+from pvt_ref.models.pvt import PVT
 from pvt_ref.ops import Operation
 
 PRODUCTS = "matrix products"
@@ -104,17 +104,15 @@ def watch_kernels(watch: Stopwatch) -> None:
     blocking.run_pieces = watch.time("waiting", run_watched)
 
 
-def watch_record(watch: Stopwatch) -> pvt_ref.Ops:
+def watch_table(watch: Stopwatch) -> pvt_ref.Ops:
     """The readable layers, timed."""
-    operations = {}
-    for field in dataclasses.fields(REFERENCE):
-        operation = getattr(REFERENCE, field.name)
-        if isinstance(operation, Operation):
-            operations[field.name] = Operation(
-                watch.time(field.name, operation.forward),
-                watch.time(f"{field.name}, backward", operation.backward),
-            )
-    return dataclasses.replace(REFERENCE, **operations)
+    table = REFERENCE
+    for op in PVT.operations:
+        timed = Operation(
+            watch.time(op.name, op.forward), watch.time(f"{op.name}, backward", op.backward)
+        )
+        table = table.replace(op, timed)
+    return table
 
 
 def measure(model: str, batch: int, train: bool, ops: pvt_ref.Ops, watch: Stopwatch) -> dict:
@@ -175,7 +173,7 @@ def main() -> None:
             + table(found, threads)
         )
     watch = Stopwatch()
-    found = measure(args.model, args.batch, False, watch_record(watch), watch)
+    found = measure(args.model, args.batch, False, watch_table(watch), watch)
     results["readable layers, forward"] = found
     title = f"Readable layers, {args.model}, forward, B = {args.batch}"
     text.append(f"{title}, {1e3 * found['whole']:.0f} ms\n\n{table(found, 1)}")

@@ -4,9 +4,12 @@ Each is built in a process of its own (see worker.py), since two libraries' thre
 spin against each other and falsify both times.
 """
 
+import importlib.util
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,33 +29,40 @@ class Contender:
     versions: str
     prepare: Callable[[np.ndarray], Any]  # an image batch as its own kind of array
     forward: Callable[[Any], Any]  # logits
-    train: Callable[[Any, Any], Any]  # images, dL/dlogits: logits, all gradients
+    train: Callable[[Any, Any], Any] | None  # images, dL/dlogits: logits, all gradients
     to_numpy: Callable[[Any], dict[str, np.ndarray]]  # logits, or what train returned
     synchronize: Callable[[], None] = lambda: None  # waits for the device
     device_mib: Callable[[Callable[[], Any]], float] | None = None  # most that a run holds there
 
 
+#: The table of readable operations. Every other contender of ours takes the default, ops=None.
+READABLE = pvt_ref.REFERENCE
+
+
+def our_pass(params: Any, images: Any, dlogits: Any, config: PVTConfig, ops: Any = None) -> tuple:
+    """pvt_ref's logits, gradients of the weights, and gradient of the images."""
+    logits, cache = pvt_ref.forward_with_cache(params, images, config, ops=ops)
+    return logits, *pvt_ref.backward(params, cache, dlogits, config)
+
+
+def our_arrays(result: Any) -> dict[str, np.ndarray]:
+    """Logits, or what :func:`our_pass` gave, by name."""
+    result = pvt_ref.to_numpy(result)
+    if not isinstance(result, tuple):
+        return {"logits": result}
+    logits, grads, dimages = result
+    state = pvt_ref.to_state_dict(grads)
+    return {"logits": logits, "dimages": dimages} | {key: state[key] for key in COMPARED}
+
+
 def ours(
     weights: Path, config: PVTConfig, size: int, threads: int, device: str, readable: bool
 ) -> Contender:
-    """pvt_ref itself: its readable layers or, on the CPU, its kernels."""
+    """pvt_ref itself. Its threads are as many as BLAS has, which the environment says."""
     import scipy
 
     model = pvt_ref.to_device(pvt_ref.load(weights, config), device)
-    ops = pvt_ref.blocked_ops(threads) if device == "cpu" and not readable else pvt_ref.REFERENCE
-
-    def train(images, dlogits):
-        logits, cache = pvt_ref.forward_with_cache(model.params, images, config, ops=ops)
-        return logits, *pvt_ref.backward(model.params, cache, dlogits, config)
-
-    def to_numpy(result):
-        result = pvt_ref.to_numpy(result)
-        if not isinstance(result, tuple):
-            return {"logits": result}
-        logits, grads, dimages = result
-        state = pvt_ref.to_state_dict(grads)
-        return {"logits": logits, "dimages": dimages} | {key: state[key] for key in COMPARED}
-
+    ops = READABLE if readable else None
     if device == "cpu":
         versions, more = f"NumPy {np.__version__}, SciPy {scipy.__version__}", {}
     else:
@@ -71,8 +81,8 @@ def ours(
         versions,
         prepare=lambda images: pvt_ref.to_device(images, device),
         forward=lambda images: pvt_ref.forward(model.params, images, config, ops=ops),
-        train=train,
-        to_numpy=to_numpy,
+        train=lambda images, dlogits: our_pass(model.params, images, dlogits, config, ops),
+        to_numpy=our_arrays,
         **more,
     )
 
@@ -183,6 +193,74 @@ def hugging_face(
     return _torch(Logits(), keys, versions, device)
 
 
+def exported(weights: Path, size: int, batch: int) -> Path:
+    """The ONNX file of a model for one size and batch, beside its weights; made the first time."""
+    file = weights.with_name(f"{weights.stem}-{size}-{batch}.onnx")
+    if not file.exists():
+        script = str(Path(__file__).with_name("export_onnx.py"))
+        command = [sys.executable, script, str(weights), weights.stem, str(size), str(batch)]
+        done = subprocess.run([*command, str(file)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the export to ONNX failed:\n{done.stderr}")
+    return file
+
+
+def _onnx(weights: Path, size: int, versions: str, compile: Callable[[Path], Any]) -> Contender:
+    """A library that runs ONNX files; compile makes a function from one. It has no backward."""
+    compiled: dict[int, Callable[[np.ndarray], np.ndarray]] = {}  # by batch
+
+    def prepare(images):
+        if len(images) not in compiled:
+            compiled.clear()  # not two at once
+            compiled[len(images)] = compile(exported(weights, size, len(images)))
+        return images
+
+    versions += f", onnxscript {version('onnxscript')}"
+    return Contender(
+        versions,
+        prepare,
+        forward=lambda images: compiled[len(images)](images),
+        train=None,
+        to_numpy=lambda logits: {"logits": logits},
+    )
+
+
+def onnx_runtime(
+    weights: Path, config: PVTConfig, size: int, threads: int, device: str
+) -> Contender:
+    """The exported network in ONNX Runtime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+
+    def compile(file):
+        cpu = ["CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(file, options, providers=cpu)
+        return lambda images: session.run(None, {"images": images})[0]
+
+    return _onnx(weights, size, f"ONNX Runtime {onnxruntime.__version__}", compile)
+
+
+def openvino(weights: Path, config: PVTConfig, size: int, threads: int, device: str) -> Contender:
+    """The exported network in OpenVINO, in float32 also where the processor has bfloat16."""
+    import openvino
+
+    core = openvino.Core()
+    options = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+
+    def compile(file):
+        model = core.compile_model(core.read_model(file), "CPU", options)
+        return lambda images: model(images)[0]
+
+    return _onnx(weights, size, f"OpenVINO {openvino.__version__.split('-')[0]}", compile)
+
+
 CONTENDERS: dict[str, Callable[[Path, PVTConfig, int, int, str], Contender]] = {
     "pvt_ref": lambda *a: ours(*a, readable=False),
     "pvt_ref, readable layers": lambda *a: ours(*a, readable=True),
@@ -190,4 +268,22 @@ CONTENDERS: dict[str, Callable[[Path, PVTConfig, int, int, str], Contender]] = {
     "PyTorch eager, fused attention": lambda *a: pytorch(*a, fused=True, compiled=False),
     "torch.compile": lambda *a: pytorch(*a, fused=False, compiled=True),
     "transformers": hugging_face,
+    "ONNX Runtime": onnx_runtime,
+    "OpenVINO": openvino,
 }
+
+#: Modules that a contender needs beside pvt_ref's own.
+NEEDS = {
+    "PyTorch eager": ("torch",),
+    "PyTorch eager, fused attention": ("torch",),
+    "torch.compile": ("torch",),
+    "transformers": ("torch", "transformers"),
+    "ONNX Runtime": ("torch", "onnx", "onnxscript", "onnxruntime"),
+    "OpenVINO": ("torch", "onnx", "onnxscript", "openvino"),
+}
+
+
+def missing(name: str) -> str | None:
+    """Why a contender cannot run here: which of its modules are not installed. None: it can."""
+    lacking = [module for module in NEEDS.get(name, ()) if not importlib.util.find_spec(module)]
+    return f"not installed: {', '.join(lacking)}" if lacking else None

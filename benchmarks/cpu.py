@@ -1,12 +1,14 @@
-"""Times this project against PyTorch and transformers on the CPU, and measures memory.
+"""Times this project against PyTorch, transformers, ONNX Runtime and OpenVINO on the CPU.
 
-    make bench                         everything; about half an hour
+    make bench                         everything; about 45 minutes
     make bench ARGS="--quick"          pvt_tiny at 224 x 224 only; some minutes
     make bench ARGS="--large"          the large images again, beside the times already stored
 
 Every contender lives in a process of its own; they are asked in turn, round after round, while the
-others sleep. First all of them must give the numbers of the readable layers in float64. Results go
-to docs/results/: cpu.json (everything measured), cpu_tables.md, and pictures, made by report.py.
+others sleep. First all of them must give the numbers of the readable layers in float64. One case is
+timed again while another process keeps a core busy. For large images, memory is measured too.
+A contender whose library is not installed is reported as not run. Results go to docs/results/:
+cpu.json (everything measured), cpu_tables.md, and pictures, made by report.py.
 """
 
 import argparse
@@ -15,7 +17,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from contenders import CONTENDERS
+from busy import busy_core
+from contenders import CONTENDERS, missing
 from in_turn import (
     NATIVE,
     RESULTS,
@@ -27,7 +30,7 @@ from in_turn import (
     time_in_turn,
 )
 from machine import cores, describe_machine
-from report import write_report
+from report import RIVAL, write_report
 
 LARGE = (512, 1024, 2048)
 
@@ -69,17 +72,24 @@ def measure_memory(names: list[str], orders: list[dict], threads: int, rounds: i
 
 
 def main() -> None:
+    rest = [name for name in CONTENDERS if name not in ("pvt_ref", RIVAL)]  # tables need these two
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="pvt_tiny at 224 x 224 only")
     parser.add_argument("--large", action="store_true", help="only the large images")
     parser.add_argument("--rounds", type=int, default=5, help="times that each is asked")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing a case and round")
-    parser.add_argument("--skip", nargs="*", default=[], choices=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--skip", nargs="*", default=[], choices=rest, metavar="NAME")
     parser.add_argument("--threads", type=int, default=None, help="default: all cores")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args()
     threads = args.threads or cores()
-    names = [name for name in CONTENDERS if name not in args.skip]
+    asked = [name for name in CONTENDERS if name not in args.skip]
+    not_run = {name: reason for name in asked if (reason := missing(name))}
+    names = [name for name in asked if name not in not_run]
+    for name, reason in not_run.items():
+        say(f"{name} is not run; {reason}")
+    if RIVAL in not_run:
+        parser.error(f"there is nothing to compare with: {RIVAL} is {not_run[RIVAL]}")
     models = ["pvt_tiny"] if args.quick else ["pvt_tiny", "pvt_small"]
     result: dict = {"machine": describe_machine(threads), "versions": {}}
     if args.large:
@@ -108,6 +118,9 @@ def main() -> None:
                 for batch in (1, 8)
             ]
             result["times"] = time_in_turn(workers, cases, args.rounds, args.seconds)
+            say("The first of these again, while another process keeps a core busy")
+            with busy_core():
+                result["busy"] = time_in_turn(workers, cases[:1], args.rounds, args.seconds)
             for worker in workers:
                 answer = worker.ask(do="versions", **order(models[-1], NATIVE, 1))
                 result["versions"][worker.name] = answer["versions"]
@@ -117,6 +130,10 @@ def main() -> None:
             sizes = [order("pvt_tiny", size, 1) for size in (NATIVE, *LARGE)]
             single = [name for name in names if name != "torch.compile"]  # would compile each
             result["large"] = measure_memory(single, sizes, threads, min(args.rounds, 2))
+    measured = ("large",) if args.large else ("times", "busy", "large")
+    for case in (case for key in measured for case in result.get(key, [])):
+        if reasons := not_run | case.get("not_run", {}):
+            case["not_run"] = reasons
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "cpu.json").write_text(json.dumps(result, indent=1) + "\n")
     write_report(result, args.out)

@@ -12,15 +12,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from contenders import COMPARED
+from contenders import READABLE, our_arrays, our_pass
+from safetensors.numpy import save_file
 from worker import inputs
 
 import pvt_ref
-from pvt_ref import VARIANTS, Model
-from pvt_ref.tree import map_arrays
+from pvt_ref import VARIANTS
 
-HERE = Path(__file__).parent
-RESULTS = HERE.parent / "docs" / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
 NATIVE = 224  # the size the variants were made for
 #: Largest relative error (L2) against float64 with which a contender may be timed.
 ALLOWED = 1e-5
@@ -31,19 +31,26 @@ class ContenderError(Exception):
 
 
 class Worker:
-    """A process that answers orders, one at a time."""
+    """A process that answers orders, one at a time.
 
-    def __init__(self, name: str, threads: int, device: str = "cpu") -> None:
-        environment = dict(os.environ)
+    It runs the code under root, this checkout or a copy of another commit's; shown is what the
+    contender is called in tables, if not by its name.
+    """
+
+    def __init__(
+        self, name: str, threads: int, device: str = "cpu", root: Path = ROOT, shown: str = ""
+    ) -> None:
+        environment = dict(os.environ) | {"PYTHONPATH": str(root)}
+        environment.pop("PVT_REF_OPS", None)  # would choose other operations than a user has
         for library in ("OMP", "OPENBLAS", "MKL"):
             environment[f"{library}_NUM_THREADS"] = str(threads)
-        self.name, self.environment = name, environment
-        self.arguments = [name, device, str(threads)]
+        self.name, self.environment = shown or name, environment
+        self.arguments = [str(root / "benchmarks" / "worker.py"), name, device, str(threads)]
         self.start()
 
     def start(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "worker.py"), *self.arguments],
+            [sys.executable, *self.arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -57,15 +64,14 @@ class Worker:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            status = self.process.wait()
+            self.close()
+            status = self.process.returncode
             self.start()
             raise ContenderError(f"{self.name} ended with status {status}")
         return json.loads(answer)
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()  # no more orders: it ends
 
 
 def say(*words: object) -> None:
@@ -75,27 +81,28 @@ def say(*words: object) -> None:
 def make_weights(name: str, folder: Path) -> Path:
     """Random weights of a variant; no bias is 0 and no norm 1, so that equality means something."""
     rng = np.random.default_rng(7)
-    params = pvt_ref.init_params(VARIANTS[name], rng)
-    params = map_arrays(
-        lambda x: (x + 0.02 * rng.standard_normal(x.shape)).astype(np.float32), params
-    )
+    state = pvt_ref.to_state_dict(pvt_ref.init_params(VARIANTS[name], rng))
     path = folder / f"{name}.safetensors"
-    pvt_ref.save(path, Model(params, VARIANTS[name]))
+    save_file(
+        {
+            key: (x + 0.02 * rng.standard_normal(x.shape)).astype(np.float32)
+            for key, x in state.items()
+        },
+        path,
+    )
     return path
 
 
 def exact_outputs(name: str, weights: Path, size: int, batch: int, train: bool) -> dict:
     """What the readable layers give in float64."""
     config = VARIANTS[name]
-    images, dlogits = inputs(batch, size)
-    params = map_arrays(lambda x: x.astype(np.float64), pvt_ref.load(weights, config).params)
-    logits, cache = pvt_ref.forward_with_cache(params, images, config, ops=pvt_ref.REFERENCE)
-    exact = {"logits": logits}
-    if train:
-        grads, dimages = pvt_ref.backward(params, cache, dlogits.astype(np.float64), config)
-        state = pvt_ref.to_state_dict(grads)
-        exact |= {"dimages": dimages} | {key: state[key] for key in COMPARED}
-    return exact
+    images, dlogits = (x.astype(np.float64) for x in inputs(batch, size))
+    state = pvt_ref.to_state_dict(pvt_ref.load(weights, config).params)
+    state = {key: x.astype(np.float64) for key, x in state.items()}
+    params = pvt_ref.from_state_dict(state, config)
+    if not train:
+        return our_arrays(pvt_ref.forward(params, images, config, ops=READABLE))
+    return our_arrays(our_pass(params, images, dlogits, config, READABLE))
 
 
 def check_equality(workers: list[Worker], orders: list[dict], folder: Path) -> list[dict]:
@@ -107,9 +114,12 @@ def check_equality(workers: list[Worker], orders: list[dict], folder: Path) -> l
         )
         for worker in workers:
             file = folder / "outputs.npz"
-            worker.ask(do="outputs", file=str(file), **order)
+            wanted = exact
+            if "not_run" in worker.ask(do="outputs", file=str(file), **order):
+                wanted = {"logits": exact["logits"]}
+                worker.ask(do="outputs", file=str(file), **order | {"train": False})
             with np.load(file) as found:
-                for key, x in exact.items():
+                for key, x in wanted.items():
                     error = float(np.linalg.norm(found[key] - x) / np.linalg.norm(x))
                     errors.append(
                         {"contender": worker.name, "model": order["model"], "size": order["size"]}
@@ -130,6 +140,7 @@ def time_in_turn(workers: list[Worker], orders: list[dict], rounds: int, seconds
     """Median of each contender in each round, for every order; none where it failed."""
     results = []
     for order in orders:
+        not_run = {}
         medians: dict[str, list[float]] = {worker.name: [] for worker in workers}
         able = list(workers)
         for _ in range(rounds):
@@ -141,9 +152,13 @@ def time_in_turn(workers: list[Worker], orders: list[dict], rounds: int, seconds
                     medians[worker.name] = []
                     able.remove(worker)
                     continue
+                if "not_run" in answer:
+                    not_run[worker.name] = answer["not_run"]
+                    able.remove(worker)
+                    continue
                 medians[worker.name].append(statistics.median(answer["times"]))
         case = {key: order[key] for key in ("model", "size", "batch", "train")}
-        results.append(case | {"seconds": medians})
+        results.append(case | {"seconds": medians} | ({"not_run": not_run} if not_run else {}))
         shown = ", ".join(f"{n} {statistics.median(t) * 1e3:.1f}" for n, t in medians.items() if t)
         what = "forward + backward" if order["train"] else "forward"
         say(f"  {order['model']} {what}, B = {order['batch']}, in ms: {shown}")

@@ -8,8 +8,6 @@ import math
 import statistics
 from pathlib import Path
 
-from pvt_ref.report.tables import text_table
-
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 RIVAL = "PyTorch eager"
 COLOURS = {
@@ -19,6 +17,8 @@ COLOURS = {
     "PyTorch eager, fused attention": "#ff9800",
     "torch.compile": "#795548",
     "transformers": "#9e9e9e",
+    "ONNX Runtime": "#00897b",
+    "OpenVINO": "#8e24aa",
 }
 
 
@@ -40,26 +40,77 @@ def markdown(headers: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def time_tables(result: dict) -> str:
+def spread(values: list[float], digits: int) -> str:
+    """Median, and in brackets the smallest and the largest."""
+    median, low, high = statistics.median(values), min(values), max(values)
+    return f"{median:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def not_run_note(cases: list[dict]) -> str:
+    """What was left out, and why; nothing if nothing was."""
+    reasons = {(n, why): None for case in cases for n, why in case.get("not_run", {}).items()}
+    if not reasons:
+        return ""
+    lines = [f"- {name}: {why}" for name, why in reasons]
+    return "\nNot run, in all cases or in some:\n\n" + "\n".join(lines) + "\n"
+
+
+def times_table(result: dict) -> str:
     names = list(result["times"][0]["seconds"])
-    times, ratios = [], []
+    rows = []
     for case in result["times"]:
-        times.append([label(case)])
-        ratios.append([label(case)])
+        rows.append([label(case)])
         for name in names:
-            each = [1e3 * t for t in case["seconds"][name]]
-            if not each:
-                times[-1].append("failed")
-                ratios[-1].append("")
-                continue
-            times[-1].append(f"{statistics.median(each):.1f} ({min(each):.1f}-{max(each):.1f})")
-            median, low, high = ratio(case, name)
-            ratios[-1].append(f"{median:.2f} ({low:.2f}-{high:.2f})")
+            why = "not run" if name in case.get("not_run", {}) else "failed"
+            seconds = case["seconds"][name]
+            rows[-1].append(spread([1e3 * t for t in seconds], 1) if seconds else why)
     return (
         "Milliseconds: median over the rounds (smallest-largest)\n\n"
-        + markdown(["", *names], times)
-        + f"\nTime of {RIVAL} over the contender's, in the same round: median "
-        "(smallest-largest). Above 1 is faster.\n\n" + markdown(["", *names], ratios)
+        + markdown(["", *names], rows)
+        + not_run_note(result["times"])
+    )
+
+
+def ratio_cell(case: dict, name: str, rival: str = RIVAL) -> str:
+    if not case["seconds"][name]:
+        return ""
+    median, low, high = ratio(case, name, rival)
+    return f"{median:.2f} ({low:.2f}-{high:.2f})"
+
+
+def ratio_table(result: dict, rival: str = RIVAL) -> str:
+    names = list(result["times"][0]["seconds"])
+    rows = [
+        [label(case), *(ratio_cell(case, name, rival) for name in names)]
+        for case in result["times"]
+    ]
+    return (
+        f"Time of {rival} over the contender's, in the same round: median (smallest-largest). "
+        "Above 1 is faster.\n\n" + markdown(["", *names], rows)
+    )
+
+
+def time_tables(result: dict) -> str:
+    return times_table(result) + "\n" + ratio_table(result)
+
+
+def busy_table(result: dict) -> str:
+    """The cases that were timed again beside a process that keeps a core busy."""
+    rows = []
+    for case in result["busy"]:
+        (alone,) = (other for other in result["times"] if label(other) == label(case))
+        for name, seconds in case["seconds"].items():
+            if not (seconds and alone["seconds"][name]):
+                rows.append([label(case), name, "failed", "", "", ""])
+                continue
+            before, now = (statistics.median(c["seconds"][name]) for c in (alone, case))
+            beside = spread([1e3 * t for t in seconds], 1)
+            cells = [f"{1e3 * before:.1f}", beside, f"{now / before:.1f}", ratio_cell(case, name)]
+            rows.append([label(case), name, *cells])
+    headers = ["", "contender", "ms alone", "ms beside it", "times as long", f"{RIVAL}'s / its"]
+    return (
+        "While another process, a Python loop bound to one core, keeps that core busy: median over "
+        "the rounds (smallest-largest).\n\n" + markdown(headers, rows)
     )
 
 
@@ -68,12 +119,11 @@ def summary_table(result: dict, digits: int = 0) -> str:
     rows = []
     for case in result["times"]:
         ours, theirs = (1e3 * statistics.median(case["seconds"][n]) for n in ("pvt_ref", RIVAL))
-        median, low, high = ratio(case, "pvt_ref")
         cells = [
             label(case),
             f"{ours:.{digits}f} ms",
             f"{theirs:.{digits}f} ms",
-            f"{median:.2f} ({low:.2f}-{high:.2f})",
+            ratio_cell(case, "pvt_ref"),
         ]
         rows.append(cells)
     return markdown(["224×224", "pvt_ref", RIVAL, "ratio (smallest-largest)"], rows)
@@ -105,6 +155,7 @@ def large_table(result: dict) -> str:
         "pvt_tiny, forward, B = 1, each in a fresh process. Peak memory is the process's largest "
         "resident set, libraries and weights included.\n\n"
         + markdown([*headers, f"peak / {RIVAL}'s"], rows)
+        + not_run_note(result["large"])
     )
 
 
@@ -128,8 +179,9 @@ def plot_ratios(result: dict, path: Path) -> None:
     axes = figure.subplots()
     height = 0.8 / len(names)
     for k, name in enumerate(names):
-        ys = [i + (k - (len(names) - 1) / 2) * height for i in range(len(cases))]
-        found = [ratio(case, name) for case in cases]
+        ran = [i for i, case in enumerate(cases) if case["seconds"][name]]
+        ys = [i + (k - (len(names) - 1) / 2) * height for i in ran]
+        found = [ratio(cases[i], name) for i in ran]
         middle = [m for m, _, _ in found]
         errors = [[m - low for m, low, _ in found], [high - m for m, _, high in found]]
         axes.barh(ys, middle, height * 0.9, xerr=errors, color=COLOURS[name], label=name,
@@ -177,6 +229,8 @@ def write_report(result: dict, folder: Path) -> None:
     """cpu_tables.md and the pictures; the tables are printed too."""
     parts = [machine_line(result), summary_table(result), time_tables(result)]
     plot_ratios(result, folder / "cpu_ratios.svg")
+    if "busy" in result:
+        parts.append(busy_table(result))
     if "large" in result:
         parts.append(large_table(result))
         plot_large(result, folder / "cpu_large.svg")
@@ -186,11 +240,14 @@ def write_report(result: dict, folder: Path) -> None:
     (folder / "cpu_tables.md").write_text("\n".join([heading, *parts]))
     names = list(result["times"][0]["seconds"])
     rows = [
-        [label(case), *(f"{ratio(case, name)[0]:.2f}" for name in names)]
+        [
+            label(case),
+            *(f"{ratio(case, name)[0]:.2f}" if case["seconds"][name] else "" for name in names),
+        ]
         for case in result["times"]
     ]
     print(f"\nSpeed as a multiple of {RIVAL}'s:\n")
-    print(text_table(["", *names], rows))
+    print(markdown(["", *names], rows))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ The attributes are named like the released weights, so that a state dict loads a
 is either spelled out, as the authors' code does, or PyTorch's fused function.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -52,18 +54,18 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: PVTConfig, i: int, fused: bool) -> None:
         super().__init__()
-        stage, C = config.stage(i), config.embed_dims[i]
-        self.norm1 = nn.LayerNorm(C, eps=stage.norm_eps)
+        C = config.embed_dims[i]
+        self.norm1 = nn.LayerNorm(C, eps=config.norm_eps)
         self.attn = Attention(
             C,
-            stage.num_heads,
-            stage.sr_ratio,
+            config.num_heads[i],
+            config.sr_ratios[i],
             config.qkv_bias,
-            stage.projection_norm_eps,
+            config.projection_norm_eps,
             fused,
         )
-        self.norm2 = nn.LayerNorm(C, eps=stage.norm_eps)
-        self.mlp = MLP(C, stage.hidden_dim)
+        self.norm2 = nn.LayerNorm(C, eps=config.norm_eps)
+        self.mlp = MLP(C, int(C * config.mlp_ratios[i]))
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         x = x + self.attn(self.norm1(x), grid)
@@ -86,12 +88,13 @@ class PVT(nn.Module):
 
     def __init__(self, config: PVTConfig, fused: bool) -> None:
         super().__init__()
-        self.sides = config.table_sides
+        strides = [math.prod(config.patch_sizes[: i + 1]) for i in range(4)]
+        self.sides = [config.img_size // stride for stride in strides]
         channels = [config.in_chans, *config.embed_dims]
         for i in range(4):
             eps, C = config.projection_norm_eps, config.embed_dims[i]
             embed = PatchEmbed(channels[i], C, config.patch_sizes[i], eps)
-            table = torch.empty(1, config.table_sides[i] ** 2 + (i == 3), C)
+            table = torch.empty(1, self.sides[i] ** 2 + (i == 3), C)
             blocks = nn.ModuleList(Block(config, i, fused) for _ in range(config.depths[i]))
             setattr(self, f"patch_embed{i + 1}", embed)
             setattr(self, f"pos_embed{i + 1}", nn.Parameter(table))

@@ -82,6 +82,9 @@ def main() -> None:
             weights = Path(order["weights"])
             model = CONTENDERS[name](weights, config, order["size"], threads, device)
             loaded = key
+        if order["train"] and model.train is None:
+            print(json.dumps({"not_run": "it computes no gradients"}), file=answers, flush=True)
+            continue
         images, dlogits = map(model.prepare, inputs(order["batch"], order["size"]))
 
         def run(model=model, images=images, dlogits=dlogits, order=order):

@@ -4,6 +4,9 @@ The names below are the public interface. Parameters are plain records of arrays
 pure; the same code computes on the CPU with NumPy arrays and on CUDA with CuPy arrays.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from pvt_ref.api import (
     Prepared,
     backward,
@@ -17,22 +20,49 @@ from pvt_ref.api import (
     prepare,
     to_state_dict,
 )
-from pvt_ref.app import Model, Prediction, with_channels, with_new_head
-from pvt_ref.checkpoint import save
-from pvt_ref.data.image import load_image, normalize, pad_to_multiple, preprocess
-from pvt_ref.data.info import ModelInfo, Preprocessing
 from pvt_ref.errors import PVTError
 from pvt_ref.kernels.cpu.table import blocked_ops
 from pvt_ref.layers.cross_entropy import cross_entropy
 from pvt_ref.models.pvt.config import VARIANTS, PVTConfig
 from pvt_ref.models.pvt.params import PVTParams
 from pvt_ref.ops import REFERENCE, Operation, Ops
-from pvt_ref.report.attention import attention_maps
-from pvt_ref.report.cost import VITS, Cost, ViTConfig, count_cost
 from pvt_ref.tree import to_device, to_numpy
-from pvt_ref.zoo import load
+
+if TYPE_CHECKING:
+    from pvt_ref.app import Model, Prediction, with_channels, with_new_head
+    from pvt_ref.checkpoint import save
+    from pvt_ref.data.image import load_image, normalize, pad_to_multiple, preprocess
+    from pvt_ref.data.info import ModelInfo, Preprocessing
+    from pvt_ref.report.attention import attention_maps
+    from pvt_ref.report.cost import VITS, Cost, ViTConfig, count_cost
+    from pvt_ref.zoo import load
 
 __version__ = "0.2.0"
+
+#: Where the names stand that are imported when first asked for: nobody who computes waits for them.
+_LATER = {
+    "app": ("Model", "Prediction", "with_channels", "with_new_head"),
+    "checkpoint": ("save",),
+    "data.image": ("load_image", "normalize", "pad_to_multiple", "preprocess"),
+    "data.info": ("ModelInfo", "Preprocessing"),
+    "report.attention": ("attention_maps",),
+    "report.cost": ("VITS", "Cost", "ViTConfig", "count_cost"),
+    "zoo": ("load",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _LATER.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"pvt_ref.{module}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'pvt_ref' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "REFERENCE",

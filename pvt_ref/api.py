@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -195,6 +196,10 @@ def _common_dtype(state: Mapping[str, Array]) -> str:
     return "float64" if "float64" in names.values() else "float32"
 
 
+#: The configuration that living weights were checked with. A record never changes, so once will do.
+_checked: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
 def check_params(params: Any, config: Any) -> None:
     """Refuses weights that are not of one float dtype on one device, made for config.
 
@@ -205,6 +210,8 @@ def check_params(params: Any, config: Any) -> None:
     """
     row = architecture_of(config)
     check_params_type(params)
+    if _checked.get(params) == config:
+        return
     if type(params) is not row.params_type:
         raise ArrayTypeError(
             f"params is a {type(params).__name__} and config a {type(config).__name__}; they "
@@ -232,6 +239,7 @@ def check_params(params: Any, config: Any) -> None:
                 f"from_state_dict(to_state_dict(params), config) makes the dtype one, "
                 f"to_device(params, ...) the device"
             )
+    _checked[params] = config
 
 
 # What does not depend on the images -------------------------------------------------------------
@@ -631,10 +639,11 @@ def _model_of_cache(params: Any, cache: Any, config: Any) -> Prepared:
 def _check_cache(cache: Any, maker: str, model: Prepared, ops: Ops | None) -> Ops:
     """The table of operations that made cache, once it is sure that it can read it."""
     if not isinstance(cache, ForwardCache) or cache.kind != maker:
-        given = f"that of {cache.kind}" if isinstance(cache, ForwardCache) else None
+        of = isinstance(cache, ForwardCache)
+        given = f"that of {cache.kind}" if of else f"a {type(cache).__name__}"
         raise ArrayTypeError(
-            f"cache is {given or f'a {type(cache).__name__}'}; this backward needs the ForwardCache "
-            f"that {maker} returned beside its result"
+            f"cache is {given}; this backward needs the ForwardCache that {maker} returned beside "
+            f"its result"
         )
     if cache.config != model.config:
         made, given = config_to_dict(cache.config), config_to_dict(model.config)

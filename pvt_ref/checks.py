@@ -30,12 +30,6 @@ TOO_LARGE = 2**31
 def as_size(size: Any) -> tuple[int, int]:
     """(H, W) of an image size that may be given as one side.
 
-    Args:
-        size: whole numbers of pixels: a side, or (H, W).
-
-    Returns:
-        Plain integers, of any sign.
-
     Raises:
         ShapeError: if size is anything else.
     """
@@ -48,18 +42,12 @@ def as_size(size: Any) -> tuple[int, int]:
 
 
 def is_whole(value: object) -> bool:
-    """Whether value is an integer, of Python or of NumPy, and not a truth value.
-
-    Args:
-        value: anything.
-
-    Returns:
-        True or False.
-    """
+    """Whether value is an integer, of Python or of NumPy, and not a truth value."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_real(value: object) -> bool:
+    """Whether value is a real number, and not a truth value."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
@@ -71,12 +59,8 @@ def is_moderate(value: object) -> bool:
 def check_float(name: str, x: Array) -> None:
     """Refuses an array that is not of floats to compute with.
 
-    Args:
-        name: of the array, for the message.
-        x: an array of any shape.
-
     Raises:
-        ArrayTypeError: unless x has dtype float32 or float64.
+        ArrayTypeError: unless x, of any shape, has dtype float32 or float64.
     """
     if dtype_name(x) not in FLOAT_DTYPES:
         raise ArrayTypeError(
@@ -86,15 +70,7 @@ def check_float(name: str, x: Array) -> None:
 
 
 def check_images(images: Array, weight: Array, config: Any) -> Array:
-    """images checked against the weights and config, and cast to the dtype of the weights.
-
-    Args:
-        images: (B, in_chans, H, W) floats.
-        weight: an array of the weights.
-        config: the model.
-
-    Returns:
-        (B, in_chans, H, W) of the weights' dtype; images itself if it has that.
+    """images (B, in_chans, H, W), checked, and cast to the dtype of the weights.
 
     Raises:
         ArrayTypeError: not an array, integers, objects, or on another device than the weights.
@@ -149,16 +125,7 @@ def check_images(images: Array, weight: Array, config: Any) -> Array:
 
 
 def check_cotangent(name: str, dy: Array, shape: tuple[int, ...], like: Array) -> Array:
-    """A gradient that has been checked, cast to the dtype of the weights.
-
-    Args:
-        name: of the gradient, for the message.
-        dy: the gradient, of that shape, float32 or float64.
-        shape: what it must have: that of what the forward returned.
-        like: an array of the weights, of any shape.
-
-    Returns:
-        dy, of the same shape and of like's dtype; dy itself if it has that.
+    """A gradient that has been checked, cast to the dtype of the weight like.
 
     Raises:
         ArrayTypeError: if dy is not an array, lies on another device than like, or is not float32
@@ -185,18 +152,10 @@ def check_cotangent(name: str, dy: Array, shape: tuple[int, ...], like: Array) -
 def check_pyramid_cotangents(
     dmaps: Sequence[Array | None], shapes: Sequence[tuple[int, ...]], like: Array
 ) -> list[Array]:
-    """Four gradients that have been checked, with zeros in the place of None.
-
-    Args:
-        dmaps: dL/dF_1 to dL/dF_4, (B, C_i, H_i, W_i) each, or None.
-        shapes: of the four maps.
-        like: an array of the weights, of any shape.
-
-    Returns:
-        Four arrays of these shapes, of like's library, device and dtype.
+    """A gradient for every map, checked, with zeros of the map's shape in the place of None.
 
     Raises:
-        ShapeError: if dmaps is not a sequence of four, or one has another shape.
+        ShapeError: if dmaps is not a sequence of as many, or one has another shape.
         ArrayTypeError: as :func:`check_cotangent`.
     """
     if not isinstance(dmaps, Sequence) or len(dmaps) != len(shapes):
@@ -217,12 +176,6 @@ def check_pyramid_cotangents(
 def check_stages(stages: Iterable[int]) -> set[int]:
     """The stages as a set, each from 1 to 4.
 
-    Args:
-        stages: whole numbers.
-
-    Returns:
-        Plain integers; empty if stages is.
-
     Raises:
         RangeError: if stages is not iterable, or holds anything but whole numbers from 1 to 4.
     """
@@ -240,14 +193,10 @@ def check_stages(stages: Iterable[int]) -> set[int]:
 
 
 def check_finite(name: str, x: Array, cause: str) -> None:
-    """Refuses a host array that holds NaN or infinity.
+    """Refuses a host array of any shape that holds NaN or infinity.
 
-    Arrays on a device are passed over: looking at them would make the host wait.
-
-    Args:
-        name: of the array, for the message.
-        x: an array of any shape; only one of NumPy floats is looked at.
-        cause: the likely cause and its cure, as sentences for the message.
+    cause ends the message: sentences on the likely cause and its cure. Arrays on a
+    device are passed over: looking at them would make the host wait.
 
     Raises:
         NonFiniteError: if a number in it is NaN or infinite; the message has how many, and where

@@ -267,13 +267,18 @@ class Ops:
             A table for this process and one call at a time.
         """
         wanted = None if only is None else frozenset(only)
-        kept = self._twins
-        if wanted is not None:
-            kept = {k: t for k, t in kept.items() if k in wanted or wanted.isdisjoint(t.absorbs)}
         table = object.__new__(_Watched)
-        table._fill(dict(kept), self.name, self.accepts, self.settings, self.replaced)
+        table._fill(self._twins, self.name, self.accepts, self.settings, self.replaced)
         watch = _Watch(after, before, wanted, named_records(params))
-        object.__setattr__(table, "_watch", watch)
+        base = self if wanted is None else self._asking_for(wanted)
+        object.__setattr__(table, "_watch", (base, watch))
+        return table
+
+    def _asking_for(self, wanted: frozenset[Operation]) -> "Ops":
+        """A table without the twins that would compute one of these themselves."""
+        table = object.__new__(type(self))
+        kept = {k: t for k, t in self._twins.items() if k in wanted or wanted.isdisjoint(t.absorbs)}
+        table._fill(kept, self.name, self.accepts, self.settings, self.replaced)
         return table
 
 
@@ -288,10 +293,15 @@ class _Watch:
 class _Watched(Ops):
     __slots__ = ()
 
+    def _asking_for(self, wanted: frozenset[Operation]) -> Ops:
+        base, watch = self._watch
+        table = super()._asking_for(wanted)
+        object.__setattr__(table, "_watch", (base._asking_for(wanted), watch))
+        return table
+
     def __getitem__(self, op: Operation) -> Operation:
-        twin, watch = self._twins.get(op, op), self._watch
-        if watch.wanted is not None and op not in watch.wanted and not watch.names:
-            return twin
+        base, watch = self._watch
+        twin = base[op]
 
         def run(way: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             # a shared p, such as None, says nothing of the place

@@ -33,7 +33,7 @@ _T = TypeVar("_T")
 def record(cls: type[_T]) -> type[_T]:
     """A frozen dataclass with slots, which shows shapes instead of numbers."""
     cls.__repr__ = short_repr
-    return dataclass(frozen=True, slots=True, eq=False, repr=False)(cls)
+    return dataclass(frozen=True, slots=True, eq=False, repr=False, weakref_slot=True)(cls)
 
 
 @cache

@@ -104,6 +104,29 @@ def pytest_configure(config):
     config.pluginmanager.register(_SeesAllWorkers(config))
 
 
+# The table of operations --------------------------------------------------------------------------
+
+#: Files whose tests compute with the default table: they run with the kernels and with the readable
+#: layers. What the others test does not depend on it.
+WITH_EVERY_TABLE = (
+    *("test_layers.py", "test_properties.py", "test_golden.py", "test_namespaces.py"),
+    *("test_transformers.py", "test_bad_input.py", "test_training.py", "test_training_parts.py"),
+)
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.definition.path.name in WITH_EVERY_TABLE and "PVT_REF_OPS" not in os.environ:
+        metafunc.parametrize("table", ["blocked", "reference"], indirect=True, scope="function")
+
+
+@pytest.fixture(autouse=True)
+def table(request, monkeypatch):
+    """The default table of a test: the kernels, unless the readable layers are asked for."""
+    if hasattr(request, "param"):
+        monkeypatch.setenv("PVT_REF_OPS", request.param)
+    return os.environ.get("PVT_REF_OPS", "blocked")
+
+
 def why_no_gpu() -> str | None:
     """The reason why CuPy cannot compute here, or None if it can."""
     from pvt_ref.arrays import import_cupy

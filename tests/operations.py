@@ -4,8 +4,8 @@ A case has named inputs (x, weights), our forward and backward, and PyTorch's fo
 derivative is autograd's. Nothing in the PyTorch side is written by us beyond naming its functions.
 """
 
-import dataclasses
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,23 +16,69 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from strategies import normal, seeds
 
-from pvt_ref.api import default_ops
+from pvt_ref.blocks import mlp as mlp_file
+from pvt_ref.blocks import sra as sra_file
+from pvt_ref.blocks import transformer
 from pvt_ref.blocks.mlp import MLPParams
-from pvt_ref.blocks.sra import SRAParams
-from pvt_ref.blocks.transformer import BlockParams
+from pvt_ref.blocks.sra import SRAParams, SRASettings
+from pvt_ref.blocks.transformer import BlockParams, BlockSettings
 from pvt_ref.kernels.cpu.table import blocked_ops
+from pvt_ref.layers import attention as attention_file
+from pvt_ref.layers import dropout as dropout_file
+from pvt_ref.layers import gelu as gelu_file
+from pvt_ref.layers import layer_norm as layer_norm_file
+from pvt_ref.layers import linear as linear_file
+from pvt_ref.layers import patch_embed as patch_embed_file
+from pvt_ref.layers import position as position_file
+from pvt_ref.layers import softmax as softmax_file
+from pvt_ref.layers import sum_rows as sum_rows_file
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.layers.patch_embed import PatchEmbedParams
-from pvt_ref.models.pvt.config import StageConfig
-from pvt_ref.ops import REFERENCE
+from pvt_ref.ops import REFERENCE, Operation, Ops
 
 Inputs = dict[str, Any]
-#: The record under test: what PVT_REF_OPS says. With blocks of a few numbers and three threads,
-#: small arrays go every way that large ones go.
-ops = default_ops(np.zeros(1))
-if ops is not REFERENCE:
-    ops = blocked_ops(3, elements=16)
+
+#: The readable operations by name.
+READABLE: dict[str, Operation] = {
+    name: getattr(file, name)
+    for file, names in {
+        linear_file: ["linear"],
+        layer_norm_file: ["layer_norm"],
+        gelu_file: ["gelu"],
+        softmax_file: ["softmax"],
+        sum_rows_file: ["sum_rows"],
+        dropout_file: ["dropout", "drop_path"],
+        patch_embed_file: ["patch_embed"],
+        position_file: ["position"],
+        attention_file: ["attention"],
+        sra_file: ["sra"],
+        mlp_file: ["mlp"],
+        transformer: ["block", "blocks"],
+    }.items()
+    for name in names
+}
+
+
+def table_under_test() -> Ops:
+    """What the fixture ``table`` of conftest.py says, by PVT_REF_OPS.
+
+    With rows of a few numbers and three threads, small arrays go every way that large ones go.
+    """
+    reference = os.environ.get("PVT_REF_OPS") == "reference"
+    return REFERENCE if reference else blocked_ops(3, elements=16)
+
+
+def forward(name: str, p: Any, x: Any, *settings: Any, keep: bool = True) -> Any:
+    """The forward of an operation in the table under test."""
+    table = table_under_test()
+    return table[READABLE[name]].forward(p, x, table, *settings, keep=keep)
+
+
+def backward(name: str, p: Any, cache: Any, dy: Any) -> Any:
+    """Its backward."""
+    table = table_under_test()
+    return table[READABLE[name]].backward(p, cache, dy, table)
 
 
 @dataclass(frozen=True)
@@ -51,22 +97,8 @@ class OpCase:
         return {name: convert(x) for name, x in self.inputs.items()}
 
 
-def stage_config(**changes: Any) -> StageConfig:
-    base = StageConfig(
-        patch_size=2,
-        embed_dim=4,
-        num_heads=2,
-        hidden_dim=8,
-        depth=1,
-        sr_ratio=1,
-        scale=1 / math.sqrt(2),
-        drop_rate=0.0,
-        attn_drop_rate=0.0,
-        drop_path_rates=(0.0,),
-        norm_eps=1e-6,
-        projection_norm_eps=1e-5,
-    )
-    return dataclasses.replace(base, **changes)
+def sra_settings(N: int, scale: float, eps: float) -> SRASettings:
+    return SRASettings(num_heads=N, scale=scale, norm_eps=eps)
 
 
 def _linear(i: Inputs, name: str) -> LinearParams:
@@ -107,16 +139,16 @@ def linear(draw) -> OpCase:
         {"p__bias": (C_out,)} if bias else {}
     )
 
-    def backward(i, cache, dy):
-        dx, d = ops.linear.backward(_linear(i, "p"), cache, dy)
+    def gradients(i, cache, dy):
+        dx, d = backward("linear", _linear(i, "p"), cache, dy)
         return {"x": dx, **_named(d, "p")}
 
     return OpCase(
         "linear",
         f"{shapes}, seed={seed}",
         _random(seed, **shapes),
-        lambda i, keep=True: ops.linear.forward(_linear(i, "p"), i["x"], keep=keep),
-        backward,
+        lambda i, keep=True: forward("linear", _linear(i, "p"), i["x"], keep=keep),
+        gradients,
         lambda i: F.linear(i["x"], i["p.weight"], i.get("p.bias")),
     )
 
@@ -127,16 +159,16 @@ def layer_norm(draw) -> OpCase:
     eps, seed = draw(st.sampled_from([1e-6, 1e-5, 1e-1])), draw(seeds)
     shapes = {"x": (B, n, C), "norm__weight": (C,), "norm__bias": (C,)}
 
-    def backward(i, cache, dy):
-        dx, d = ops.layer_norm.backward(_norm(i, "norm"), cache, dy)
+    def gradients(i, cache, dy):
+        dx, d = backward("layer_norm", _norm(i, "norm"), cache, dy)
         return {"x": dx, **_named(d, "norm")}
 
     return OpCase(
         "layer_norm",
         f"{shapes}, eps={eps}, seed={seed}",
         _random(seed, **shapes),
-        lambda i, keep=True: ops.layer_norm.forward(_norm(i, "norm"), i["x"], eps, keep=keep),
-        backward,
+        lambda i, keep=True: forward("layer_norm", _norm(i, "norm"), i["x"], eps, keep=keep),
+        gradients,
         lambda i: F.layer_norm(i["x"], (C,), i["norm.weight"], i["norm.bias"], eps),
     )
 
@@ -149,8 +181,8 @@ def gelu(draw) -> OpCase:
         "gelu",
         f"{shape}, scale={scale}, seed={seed}",
         {"x": normal(seed, *shape, scale=scale)},
-        lambda i, keep=True: ops.gelu.forward(i["x"], keep=keep),
-        lambda i, cache, dy: {"x": ops.gelu.backward(cache, dy)},
+        lambda i, keep=True: forward("gelu", None, i["x"], keep=keep),
+        lambda i, cache, dy: {"x": backward("gelu", None, cache, dy)[0]},
         lambda i: F.gelu(i["x"]),
     )
 
@@ -163,8 +195,8 @@ def softmax(draw) -> OpCase:
         "softmax",
         f"{shape}, scale={scale}, seed={seed}",
         {"x": normal(seed, *shape, scale=scale)},
-        lambda i, keep=True: ops.softmax.forward(i["x"], keep=keep),
-        lambda i, cache, dy: {"x": ops.softmax.backward(cache, dy)},
+        lambda i, keep=True: forward("softmax", None, i["x"], keep=keep),
+        lambda i, cache, dy: {"x": backward("softmax", None, cache, dy)[0]},
         lambda i: F.softmax(i["x"], dim=-1),
     )
 
@@ -185,8 +217,8 @@ def patch_embed(draw) -> OpCase:
     def params(i):
         return PatchEmbedParams(_linear(i, "proj"), _norm(i, "norm"))
 
-    def backward(i, cache, dy):
-        dx, d = ops.patch_embed.backward(params(i), cache, dy, ops)
+    def gradients(i, cache, dy):
+        dx, d = backward("patch_embed", params(i), cache, dy)
         return {"x": dx, **_named(d.proj, "proj"), **_named(d.norm, "norm")}
 
     def reference(i):
@@ -198,8 +230,8 @@ def patch_embed(draw) -> OpCase:
         "patch_embed",
         f"{shapes}, eps={eps}, seed={seed}",
         _random(seed, **shapes),
-        lambda i, keep=True: ops.patch_embed.forward(params(i), i["x"], ops, eps, keep=keep),
-        backward,
+        lambda i, keep=True: forward("patch_embed", params(i), i["x"], eps, keep=keep),
+        gradients,
         reference,
     )
 
@@ -218,8 +250,8 @@ def position(draw) -> OpCase:
         "table": (1, table_grid[0] * table_grid[1] + in_table, C),
     }
 
-    def backward(i, cache, dy):
-        dx, dtable = ops.position.backward(i["table"], cache, dy)
+    def gradients(i, cache, dy):
+        dx, dtable = backward("position", i["table"], cache, dy)
         return {"x": dx, "table": dtable}
 
     def reference(i):
@@ -235,10 +267,10 @@ def position(draw) -> OpCase:
         "position",
         f"{shapes}, grid={grid}, table_grid={table_grid}, cls={cls}, seed={seed}",
         _random(seed, **shapes),
-        lambda i, keep=True: ops.position.forward(
-            i["table"], i["x"], grid, table_grid, cls=cls, keep=keep
+        lambda i, keep=True: forward(
+            "position", i["table"], i["x"], grid, table_grid, cls, keep=keep
         ),
-        backward,
+        gradients,
         reference,
     )
 
@@ -249,15 +281,15 @@ def attention(draw) -> OpCase:
     scale, seed = draw(st.sampled_from([1 / math.sqrt(d), 0.3, 2.0])), draw(seeds)
     shapes = {"q": (B, N, n, d), "k": (B, N, m, d), "v": (B, N, m, d)}
 
-    def backward(i, cache, dy):
-        return dict(zip("qkv", ops.attention.backward(cache, dy, ops), strict=True))
+    def gradients(i, cache, dy):
+        return dict(zip("qkv", backward("attention", None, cache, dy)[0], strict=True))
 
     return OpCase(
         "attention",
         f"{shapes}, scale={scale}, seed={seed}",
         _random(seed, **shapes),
-        lambda i, keep=True: ops.attention.forward(i["q"], i["k"], i["v"], ops, scale, keep=keep),
-        backward,
+        lambda i, keep=True: forward("attention", None, (i["q"], i["k"], i["v"]), scale, keep=keep),
+        gradients,
         lambda i: F.scaled_dot_product_attention(i["q"], i["k"], i["v"], scale=scale),
     )
 
@@ -338,18 +370,18 @@ def sra(draw) -> OpCase:
     cls = R == 1 and draw(st.booleans())
     shapes = {"x": (B, grid[0] * grid[1] + cls, C), **_sra_shapes(C, R, bias)}
     scale = 1 / math.sqrt(C // N)
-    stage = stage_config(embed_dim=C, num_heads=N, scale=scale, projection_norm_eps=eps)
+    attn = sra_settings(N, scale, eps)
 
-    def backward(i, cache, dy):
-        dx, gradients = ops.sra.backward(_sra_params(i), cache, dy, ops, stage)
-        return {"x": dx, **_sra_gradients(gradients)}
+    def gradients(i, cache, dy):
+        dx, d = backward("sra", _sra_params(i), cache, dy)
+        return {"x": dx, **_sra_gradients(d)}
 
     return OpCase(
         "sra",
         f"{shapes}, grid={grid}, N={N}, R={R}, eps={eps}, seed={seed}",
         _random(seed, **shapes),
-        lambda i, keep=True: ops.sra.forward(_sra_params(i), i["x"], ops, grid, stage, keep=keep),
-        backward,
+        lambda i, keep=True: forward("sra", _sra_params(i), i["x"], grid, attn, keep=keep),
+        gradients,
         lambda i: _torch_sra(i, i["x"], grid, N, eps),
     )
 
@@ -374,8 +406,8 @@ def mlp(draw) -> OpCase:
     def params(i):
         return MLPParams(_linear(i, "fc1"), _linear(i, "fc2"))
 
-    def backward(i, cache, dy):
-        dx, d = ops.mlp.backward(params(i), cache, dy, ops)
+    def gradients(i, cache, dy):
+        dx, d = backward("mlp", params(i), cache, dy)
         return {"x": dx, **_named(d.fc1, "fc1"), **_named(d.fc2, "fc2")}
 
     def reference(i):
@@ -386,8 +418,8 @@ def mlp(draw) -> OpCase:
         "mlp",
         f"{shapes}, seed={seed}",
         _random(seed, **shapes),
-        lambda i, keep=True: ops.mlp.forward(params(i), i["x"], ops, keep=keep),
-        backward,
+        lambda i, keep=True: forward("mlp", params(i), i["x"], keep=keep),
+        gradients,
         reference,
     )
 
@@ -411,13 +443,7 @@ def block(draw) -> OpCase:
         "fc2__bias": (C,),
         **_sra_shapes(C, R, bias, "attn__"),
     }
-    stage = stage_config(
-        embed_dim=C,
-        num_heads=N,
-        scale=1 / math.sqrt(C // N),
-        norm_eps=eps,
-        projection_norm_eps=projection_eps,
-    )
+    block_settings = BlockSettings(eps, sra_settings(N, 1 / math.sqrt(C // N), projection_eps))
 
     def params(i):
         return BlockParams(
@@ -427,8 +453,8 @@ def block(draw) -> OpCase:
             MLPParams(_linear(i, "fc1"), _linear(i, "fc2")),
         )
 
-    def backward(i, cache, dy):
-        dx, g = ops.block.backward(params(i), cache, dy, ops, stage)
+    def gradients(i, cache, dy):
+        dx, g = backward("block", params(i), cache, dy)
         named = {"x": dx, **_named(g.norm1, "norm1"), **_named(g.norm2, "norm2")}
         named |= _named(g.mlp.fc1, "fc1") | _named(g.mlp.fc2, "fc2")
         return named | _sra_gradients(g.attn, "attn.")
@@ -445,9 +471,22 @@ def block(draw) -> OpCase:
         "block",
         f"{shapes}, grid={grid}, N={N}, eps={eps, projection_eps}, seed={seed}",
         _random(seed, **shapes),
-        lambda i, keep=True: ops.block.forward(params(i), i["x"], ops, grid, stage, keep=keep),
-        backward,
+        lambda i, keep=True: forward("block", params(i), i["x"], grid, block_settings, keep=keep),
+        gradients,
         reference,
+    )
+
+
+@st.composite
+def sum_rows(draw) -> OpCase:
+    shape, seed = (draw(st.integers(1, 9)), draw(small)), draw(seeds)
+    return OpCase(
+        "sum_rows",
+        f"{shape}, seed={seed}",
+        {"x": normal(seed, *shape)},
+        lambda i, keep=True: forward("sum_rows", None, i["x"], keep=keep),
+        lambda i, cache, dy: {"x": backward("sum_rows", None, cache, dy)[0]},
+        lambda i: i["x"].sum(dim=0),
     )
 
 
@@ -457,7 +496,7 @@ def dropped(draw) -> OpCase:
     path = draw(st.booleans())
     shape = (draw(st.integers(2, 5)), draw(small), draw(small))
     rate, mask_seed, seed = draw(st.sampled_from([0.0, 0.25, 0.6])), draw(seeds), draw(seeds)
-    op = ops.drop_path if path else ops.dropout
+    name = "drop_path" if path else "dropout"
     mask_shape = (shape[0], 1, 1) if path else shape
 
     def reference(i):
@@ -465,11 +504,13 @@ def dropped(draw) -> OpCase:
         return i["x"] * torch.tensor(kept).to(i["x"].dtype) / (1 - rate)
 
     return OpCase(
-        "drop_path" if path else "dropout",
+        name,
         f"{shape}, rate={rate}, mask_seed={mask_seed}, seed={seed}",
         {"x": normal(seed, *shape)},
-        lambda i, keep=True: op.forward(i["x"], rate, np.random.default_rng(mask_seed)),
-        lambda i, cache, dy: {"x": op.backward(cache, dy)},
+        lambda i, keep=True: forward(
+            name, None, i["x"], rate, np.random.default_rng(mask_seed), keep=keep
+        ),
+        lambda i, cache, dy: {"x": backward(name, None, cache, dy)[0]},
         reference,
     )
 
@@ -485,5 +526,6 @@ OPERATIONS = {
     "sra": sra(),
     "mlp": mlp(),
     "block": block(),
+    "sum_rows": sum_rows(),
     "drop": dropped(),
 }

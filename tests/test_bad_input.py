@@ -21,10 +21,11 @@ from strategies import normal, random_params, rng_of
 
 import pvt_ref
 from pvt_ref import (
-    REFERENCE,
     VARIANTS,
     VITS,
     Model,
+    Operation,
+    Ops,
     PVTConfig,
     PVTError,
     ViTConfig,
@@ -573,8 +574,8 @@ def test_what_looks_wrong_in_a_configuration_and_is_not():
         norm_eps=0,
         drop_rate=np.float32(0.25),
     )
-    assert config.stage(0).scale == 0.0
-    assert config.stage(0).hidden_dim == 96
+    assert config.of_stage(1).scale == 0.0
+    assert config.of_stage(1).hidden_dim == 96
 
 
 # Generators -----------------------------------------------------------------------------------
@@ -703,16 +704,19 @@ def test_a_cache_of_the_other_kind(classified, pyramid):
     ):
         pvt_ref.backward(PARAMS, pyramid_cache, logits, SMALL)
     with refused(
-        ArrayTypeError, "a ClassifierCache", "needs the PyramidCache", "forward_pyramid_with_cache"
+        ArrayTypeError,
+        "that of forward_with_cache",
+        "needs the ForwardCache",
+        "forward_pyramid_with_cache",
     ):
         pvt_ref.backward_pyramid(PARAMS, cache, maps, SMALL)
-    with refused(ArrayTypeError, "a NoneType", "needs the ClassifierCache"):
+    with refused(ArrayTypeError, "a NoneType", "needs the ForwardCache"):
         pvt_ref.backward(PARAMS, None, logits, SMALL)
 
 
 def test_a_cache_made_with_other_operations(classified, pyramid):
     (logits, cache), (maps, pyramid_cache) = classified, pyramid
-    other = replace(REFERENCE, name="faster")
+    other = Ops(name="faster")
     made = f"made with ops '{cache.ops.name}'"
     words = (made, "'faster'", "belongs to the pair", "Leave ops out")
     with refused(ArrayTypeError, *words):
@@ -1111,8 +1115,8 @@ def test_a_cache_of_another_configuration(classified, pyramid):
             pvt_ref.backward_pyramid(params, pyramid_cache, maps, config)
 
 
-@pytest.mark.parametrize("ops", ["reference", 3, REFERENCE.linear])
-def test_ops_are_not_a_record_of_operations(ops, classified):
+@pytest.mark.parametrize("ops", ["reference", 3, Operation(len, len)])
+def test_ops_are_not_a_table_of_operations(ops, classified):
     logits, cache = classified
     for call in (
         lambda: pvt_ref.forward(PARAMS, IMAGES, SMALL, ops=ops),
@@ -1184,8 +1188,21 @@ def test_cost_of_something_that_is_no_configuration(config):
 
 @pytest.mark.parametrize("i", [-1, 4, 1.0, True, "1"])
 def test_a_stage_that_there_is_not(i):
-    with refused(RangeError, f"stage {i!r}", "0 to 3"):
+    with refused(RangeError, f"stage {i!r}", "0 to 3"), pytest.warns(FutureWarning, match="from 1"):
         SMALL.stage(i)
+
+
+@pytest.mark.parametrize("i", [0, 5, 1.0, True, "1"])
+def test_a_stage_that_there_is_not_counted_from_one(i):
+    with refused(RangeError, f"stage {i!r}", "1 to 4"):
+        SMALL.of_stage(i)
+
+
+def test_the_old_names_of_stages_count_from_zero_and_warn():
+    with pytest.warns(FutureWarning, match="of_stage"):
+        assert SMALL.stage(0) == SMALL.of_stage(1)
+    with pytest.warns(FutureWarning, match="of_stage"):
+        assert PARAMS.stage(3).pos_embed is PARAMS.of_stage(4).pos_embed
 
 
 def test_timing_something_that_is_no_configuration():

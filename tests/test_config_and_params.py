@@ -66,7 +66,7 @@ def test_variant(name, C, N, L, parameters):
     else:
         assert count == parameters
     assert [c // n for c, n in zip(C, N, strict=True)] == [64] * 4
-    assert [config.stage(i).scale for i in range(4)] == [1 / 8] * 4
+    assert [config.of_stage(i).scale for i in range(1, 5)] == [1 / 8] * 4
 
 
 def test_there_are_no_other_variants():
@@ -113,7 +113,7 @@ def test_configurations_are_frozen():
     with pytest.raises(FrozenInstanceError):
         SMALL.num_classes = 3
     with pytest.raises(FrozenInstanceError):
-        SMALL.stage(0).depth = 3
+        SMALL.of_stage(1).depth = 3
     with pytest.raises((AttributeError, TypeError)):  # slots: a misspelt field is no new field
         SMALL.num_clases = 3
     with pytest.raises(TypeError):
@@ -154,20 +154,20 @@ def test_stage_reads_off_what_a_stage_needs():
     config = replace(
         SMALL, mlp_ratios=(2, 1.5, 3, 1), qk_scale=0.3, drop_rate=0.1, attn_drop_rate=0.2
     )
-    stage = config.stage(1)
+    stage = config.of_stage(2)
     assert (stage.patch_size, stage.embed_dim, stage.num_heads, stage.hidden_dim) == (2, 8, 2, 12)
     assert (stage.depth, stage.sr_ratio, stage.scale) == (1, 4, 0.3)
     assert (stage.drop_rate, stage.attn_drop_rate) == (0.1, 0.2)
     assert (stage.norm_eps, stage.projection_norm_eps) == (1e-6, 1e-5)
-    assert [SMALL.stage(i).scale for i in range(4)] == [0.5] * 4  # 1 / sqrt(d), d = 4
-    assert replace(SMALL, qk_scale=0).stage(0).scale == 0.0
+    assert [SMALL.of_stage(i).scale for i in range(1, 5)] == [0.5] * 4  # 1 / sqrt(d), d = 4
+    assert replace(SMALL, qk_scale=0).of_stage(1).scale == 0.0
 
 
 @pytest.mark.parametrize("depths", [(2, 2, 2, 2), (3, 4, 6, 3), (1, 1, 1, 1), (1, 5, 2, 1)])
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.4])
 def test_drop_path_rates_grow_linearly_over_all_blocks(depths, rate):
     config = replace(SMALL, depths=depths, drop_path_rate=rate)
-    per_stage = [config.stage(i).drop_path_rates for i in range(4)]
+    per_stage = [config.of_stage(i).drop_path_rates for i in range(1, 5)]
     assert [len(rates) for rates in per_stage] == list(depths)
     np.testing.assert_allclose(
         np.concatenate(per_stage), np.linspace(0, rate, sum(depths)), rtol=1e-14
@@ -177,7 +177,7 @@ def test_drop_path_rates_grow_linearly_over_all_blocks(depths, rate):
 
 
 def test_only_the_last_block_has_the_whole_drop_path_rate():
-    rates = replace(SMALL, drop_path_rate=0.3).stage(3).drop_path_rates
+    rates = replace(SMALL, drop_path_rate=0.3).of_stage(4).drop_path_rates
     assert rates == (0.3,)  # a stage of a single block
 
 
@@ -244,7 +244,7 @@ def test_what_a_configuration_lacks_is_none():
 def test_a_stage_is_a_view_of_the_weights():
     params = random_params(SMALL, 0)
     for i in range(4):
-        stage = params.stage(i)
+        stage = params.of_stage(i + 1)
         assert stage.patch_embed is getattr(params, f"patch_embed{i + 1}")
         assert stage.pos_embed is getattr(params, f"pos_embed{i + 1}")
         assert stage.blocks is getattr(params, f"block{i + 1}")
@@ -546,7 +546,7 @@ def all_kinds_of_trees():
     yield [x, (y, None)]
     yield Pair(x, [y])
     yield {"a": x, "b": {"c": (y,)}, "name": "no array", "count": 3}
-    yield params.stage(0)  # a named tuple of records
+    yield params.of_stage(1)  # a named tuple of records
     yield None
     yield ()
 

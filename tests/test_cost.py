@@ -186,7 +186,7 @@ def records_by_item(params: PVTParams) -> dict[int, tuple[int, str]]:
     """(stage, operation) by the id of each record of weights, and of each block (stage, "")."""
     found = {id(params.norm): (0, "norm"), id(params.head): (0, "head")}
     for i in range(4):
-        stage = params.stage(i)
+        stage = params.of_stage(i + 1)
         found[id(stage.patch_embed.proj)] = (i + 1, "patch_embed")
         found[id(stage.pos_embed)] = (i + 1, "pos_embed")
         for block in stage.blocks:

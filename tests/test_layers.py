@@ -16,15 +16,15 @@ from closeness import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operations import OPERATIONS, OpCase
+from operations import OPERATIONS, READABLE, OpCase
 from oracles import tensor
 from strategies import normal, rng_of, seeds
 
 from pvt_ref import cross_entropy
-from pvt_ref.layers.layer_norm import LayerNormParams
-from pvt_ref.layers.linear import LinearParams
+from pvt_ref.layers.layer_norm import LayerNormParams, layer_norm
+from pvt_ref.layers.linear import LinearParams, linear
 from pvt_ref.layers.patch_embed import kernel_to_matrix, matrix_to_kernel, patchify, unpatchify
-from pvt_ref.layers.position import resize_matrix
+from pvt_ref.layers.position import position, resize_matrix
 from pvt_ref.ops import REFERENCE
 
 
@@ -106,21 +106,21 @@ def test_float32_gradients_of_400000_rows_keep_their_digits():
     wide = dy.astype(np.float64)
 
     p = LinearParams(np.ones((2, 2), np.float32), np.zeros(2, np.float32))
-    _, cache = REFERENCE.linear.forward(p, x)
-    _, grads = REFERENCE.linear.backward(p, cache, dy)
+    _, cache = linear.forward(p, x)
+    _, grads = linear.backward(p, cache, dy)
     assert relative(grads.bias, wide.sum(axis=(0, 1))) < 1e-7
 
     p = LayerNormParams(np.ones(2, np.float32), np.zeros(2, np.float32))
-    _, cache = REFERENCE.layer_norm.forward(p, x, 1e-6)
+    _, cache = layer_norm.forward(p, x, REFERENCE, 1e-6)
     shifted = dataclasses.replace(cache, x_hat=cache.x_hat + np.float32(2))  # sums far from 0
-    _, grads = REFERENCE.layer_norm.backward(p, shifted, dy)
+    _, grads = layer_norm.backward(p, shifted, dy)
     assert relative(grads.bias, wide.sum(axis=(0, 1))) < 1e-7
     assert relative(grads.weight, (wide * shifted.x_hat).sum(axis=(0, 1))) < 1e-7
 
     table = np.zeros((1, 1, 2), np.float32)
     many = dy.reshape(400_000, 1, 2)
-    _, cache = REFERENCE.position.forward(table, many, (1, 1), (1, 1), cls=False)
-    _, dtable = REFERENCE.position.backward(table, cache, many)
+    _, cache = position.forward(table, many, REFERENCE, (1, 1), (1, 1), cls=False)
+    _, dtable = position.backward(table, cache, many)
     assert relative(dtable[0], wide.sum(axis=1)) < 1e-7
 
 
@@ -211,7 +211,7 @@ def test_resize_matrix_equals_interpolate_of_unit_vectors(out_size, in_size):
 
 @pytest.mark.parametrize("name", [n for n in OPERATIONS if n != "drop"])
 def test_a_forward_keeps_its_cache_unless_told_not_to(name):
-    assert signature(getattr(REFERENCE, name).forward).parameters["keep"].default is True
+    assert signature(READABLE[name].forward).parameters["keep"].default is True
 
     @settings(max_examples=3)
     @given(OPERATIONS[name])

@@ -1,20 +1,24 @@
-"""The record of operations: whatever is put into it is what the model uses, everywhere."""
+"""The table of operations: whatever is put into it is what the model uses, or it is refused."""
 
 import copy
 import dataclasses
+import multiprocessing
 import pickle
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
+from operations import READABLE
 from strategies import ModelCase, normal, random_params, rng_of
 
 import pvt_ref
-from pvt_ref import REFERENCE, VARIANTS, Ops
+from pvt_ref import REFERENCE, VARIANTS, Operation, Ops, blocked_ops
 from pvt_ref.api import choose_ops, default_ops
 from pvt_ref.errors import ArrayTypeError, ConfigError, RangeError
-from pvt_ref.kernels.cpu.table import blocked_ops
-from pvt_ref.ops import Operation
+from pvt_ref.layers.gelu import gelu, gelu_forward
+from pvt_ref.models.pvt import PVT
+from pvt_ref.tree import map_arrays, named_arrays
 
 CONFIG = dataclasses.replace(
     VARIANTS["pvt_tiny"],
@@ -27,41 +31,51 @@ CONFIG = dataclasses.replace(
     drop_path_rate=0.2,
 )
 CASE = ModelCase(CONFIG, 2, (32, 64), 1)
-NAMES = [
-    field.name for field in dataclasses.fields(Ops) if field.name not in ("name", "numpy_only")
-]
+TABLES = {"reference": REFERENCE, "blocked": blocked_ops(2)}
+
+#: Asked for in a backward only.
+IN_BACKWARD = {"sum_rows"}
 
 
-def counting(calls: Counter, keeps: list | None = None) -> Ops:
-    """The reference, with every call counted by operation and direction."""
+def counted(op: Operation, calls: Counter, factor: float = 1.0) -> Operation:
+    """The readable operation, counted; its result times a factor, which only tests can want."""
 
-    def spy(name: str, direction: str, function):
-        def called(*args, **kwargs):
-            calls[f"{name}.{direction}"] += 1
-            if keeps is not None and direction == "forward" and "drop" not in name:
-                # attention takes keep as its eighth argument, the others by name
-                keeps.append((name, kwargs["keep"] if "keep" in kwargs else args[7:8]))
-            return function(*args, **kwargs)
+    def forward(*args, **kwargs):
+        calls[f"{op.name}.forward"] += 1
+        y, cache = op.forward(*args, **kwargs)
+        if factor == 1.0:
+            return y, cache
+        return map_arrays(lambda x: x * x.dtype.type(factor), y), cache
 
-        return called
+    def backward(*args, **kwargs):
+        calls[f"{op.name}.backward"] += 1
+        return op.backward(*args, **kwargs)
 
-    operations = {
-        name: Operation(
-            spy(name, "forward", getattr(REFERENCE, name).forward),
-            spy(name, "backward", getattr(REFERENCE, name).backward),
-        )
-        for name in NAMES
-    }
-    return Ops(name="counting", **operations)
+    return Operation(forward, backward)
 
 
-FORWARD = {f"{name}.forward" for name in NAMES}
-BACKWARD = {f"{name}.backward" for name in NAMES}
+def counting(calls: Counter, table: Ops = REFERENCE) -> Ops:
+    """A table with every operation counted."""
+    for op in READABLE.values():
+        table = table.replace(op, counted(op, calls))
+    return table
 
 
-def test_the_classifier_uses_every_operation_of_the_record_it_is_given():
+FORWARD = {f"{name}.forward" for name in READABLE if name not in IN_BACKWARD}
+BACKWARD = {f"{name}.backward" for name in READABLE if name not in IN_BACKWARD} | {
+    "sum_rows.forward"  # what a backward asks for
+}
+
+
+def test_the_operations_of_a_pvt_are_all_there_are():
+    assert set(READABLE.values()) == PVT.operations
+    assert {op.name for op in PVT.operations} == set(READABLE)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_the_classifier_uses_every_operation_of_the_table_it_is_given(table):
     params, images, calls = CASE.params(), CASE.images(), Counter()
-    ops = counting(calls)
+    ops = counting(calls, TABLES[table])
     logits = pvt_ref.forward(params, images, CONFIG, ops=ops)
     assert set(calls) == FORWARD
     np.testing.assert_array_equal(logits, pvt_ref.forward(params, images, CONFIG, ops=REFERENCE))
@@ -69,16 +83,17 @@ def test_the_classifier_uses_every_operation_of_the_record_it_is_given():
     logits, cache = pvt_ref.forward_with_cache(params, images, CONFIG, rng_of(1), ops=ops)
     assert set(calls) == FORWARD
     calls.clear()
-    pvt_ref.backward(params, cache, logits, CONFIG)  # the cache knows its record
+    pvt_ref.backward(params, cache, logits, CONFIG)  # the cache knows its table
     assert set(calls) == BACKWARD
     calls.clear()
     pvt_ref.backward(params, cache, logits, CONFIG, ops=ops)
     assert set(calls) == BACKWARD
 
 
-def test_the_pyramid_uses_every_operation_of_the_record_it_is_given():
+@pytest.mark.parametrize("table", TABLES)
+def test_the_pyramid_uses_every_operation_of_the_table_it_is_given(table):
     params, images, calls = CASE.params(), CASE.images(), Counter()
-    ops = counting(calls)
+    ops = counting(calls, TABLES[table])
     pvt_ref.forward_pyramid(params, images, CONFIG, ops=ops)
     assert set(calls) == FORWARD
     calls.clear()
@@ -89,7 +104,7 @@ def test_the_pyramid_uses_every_operation_of_the_record_it_is_given():
     assert set(calls) == BACKWARD
 
 
-def test_a_model_uses_the_record_it_is_given():
+def test_a_model_uses_the_table_it_is_given():
     model, images, calls = pvt_ref.Model(CASE.params(), CONFIG), CASE.images(), Counter()
     ops = counting(calls)
     logits = model(images, ops=ops)
@@ -102,19 +117,98 @@ def test_a_model_uses_the_record_it_is_given():
         np.testing.assert_array_equal(x, y)
 
 
-def test_attention_maps_use_the_record_they_are_given():
+def test_attention_maps_use_the_table_they_are_given():
     calls = Counter()
     pvt_ref.attention_maps(CASE.params(), CASE.images(), CONFIG, ops=counting(calls))
     assert set(calls) == FORWARD
 
 
-def test_a_replaced_gelu_reaches_the_mlp_inside_a_block():
-    def relu_forward(x, keep=True):
-        return np.maximum(x, 0), x if keep else None
+# Never ignored --------------------------------------------------------------------------------
 
-    ops = dataclasses.replace(
-        REFERENCE, name="relu", gelu=Operation(relu_forward, lambda x, dy: dy * (x > 0))
+
+def classify(ops):
+    logits, cache = pvt_ref.forward_with_cache(CASE.params(), CASE.images(), STILL, ops=ops)
+    grads, dimages = pvt_ref.backward(CASE.params(), cache, logits, STILL)
+    return [logits, dimages, *(x for _, x in named_arrays(grads))]
+
+
+def infer(ops):
+    return [pvt_ref.forward(CASE.params(), CASE.images(), STILL, ops=ops)]
+
+
+def pyramid(ops):
+    maps, cache = pvt_ref.forward_pyramid_with_cache(
+        CASE.params(), CASE.images(), STILL, rng_of(1), ops=ops
     )
+    grads, dimages = pvt_ref.backward_pyramid(CASE.params(), cache, maps, STILL)
+    return [*maps, dimages, *(x for _, x in named_arrays(grads))]
+
+
+def train(ops):
+    logits, cache = pvt_ref.forward_with_cache(
+        CASE.params(), CASE.images(), CONFIG, rng_of(1), ops=ops
+    )
+    loss, dlogits = pvt_ref.cross_entropy(logits, np.array([1, 2]))
+    grads, _ = pvt_ref.backward(CASE.params(), cache, dlogits, CONFIG)
+    return [np.asarray(loss), *(x for _, x in named_arrays(grads))]
+
+
+#: No dropout, so that the kernels compute what they can.
+STILL = dataclasses.replace(CONFIG, drop_rate=0.0, attn_drop_rate=0.0)
+RUNS = {"classify": classify, "infer": infer, "pyramid": pyramid, "train": train}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("name", READABLE)
+@pytest.mark.parametrize("table", TABLES)
+def test_replacing_any_operation_takes_effect(table, name, run):
+    if name in IN_BACKWARD and run == "infer":
+        pytest.skip("this operation is asked for in a backward only")
+    op, calls = READABLE[name], Counter()
+    expected = RUNS[run](TABLES[table])
+    # a counted one is asked for, and computes the same
+    same = RUNS[run](TABLES[table].replace(op, counted(op, calls)))
+    assert calls[f"{name}.forward"] > 0
+    largest = max(np.abs(x).max() for x in expected)
+    for x, y in zip(same, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-10 * largest)
+    # one that gives other numbers changes the result
+    other = RUNS[run](TABLES[table].replace(op, counted(op, calls, factor=1.25)))
+    assert max(np.abs(x - y).max() for x, y in zip(other, expected, strict=True)) > 1e-6 * largest
+
+
+@pytest.mark.parametrize("name", [name for name in READABLE if name not in IN_BACKWARD])
+def test_a_training_step_uses_what_the_environment_names(name, monkeypatch):
+    # train_step names no table: the default one, here with an operation replaced, reaches it
+    from pvt_ref import api
+    from pvt_ref.train import LabelledImages, Recipe, start_training, train_step
+
+    calls, op = Counter(), READABLE[name]
+    pixels = rng_of(0).integers(0, 256, (4, 3, 32, 32)).astype(np.uint8)
+    data = LabelledImages(pixels, np.arange(4), pvt_ref.Preprocessing())
+    state = start_training(CASE.params(), len(data), 0)
+    monkeypatch.setattr(
+        api, "default_ops", lambda x: blocked_ops(2).replace(op, counted(op, calls))
+    )
+    train_step(state, data, CONFIG, Recipe(epochs=1, batch_size=4))
+    assert calls[f"{name}.forward"] > 0
+    assert calls[f"{name}.backward"] > 0
+
+
+def relu_forward(p, x, ops=REFERENCE, keep=True):
+    return np.maximum(x, 0), x if keep else None
+
+
+def relu_backward(p, x, dy, ops=REFERENCE):
+    return dy * (x > 0), None
+
+
+RELU = Operation(relu_forward, relu_backward)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_replaced_gelu_reaches_the_mlp_inside_a_block(table):
+    ops = TABLES[table].replace(gelu, RELU)
     params, images = CASE.params(), CASE.images()
     logits, cache = pvt_ref.forward_with_cache(params, images, CONFIG, ops=ops)
     assert np.abs(logits - pvt_ref.forward(params, images, CONFIG)).max() > 1e-3
@@ -126,14 +220,69 @@ def test_a_replaced_gelu_reaches_the_mlp_inside_a_block():
     np.testing.assert_allclose((up - down).sum() / 2e-6, (dimages * v).sum(), rtol=1e-5)
 
 
+def test_two_replacements_both_take_effect_in_either_order():
+    sra, calls = READABLE["sra"], Counter()
+    for first, second in ((gelu, sra), (sra, gelu)):
+        calls.clear()
+        ops = blocked_ops(2)
+        for op in (first, second):
+            ops = ops.replace(op, counted(op, calls))
+        pvt_ref.forward(CASE.params(), CASE.images(), CONFIG, ops=ops)
+        assert calls["gelu.forward"] == calls["sra.forward"] == sum(CONFIG.depths)
+        assert ops.replaced == {gelu, sra}
+
+
+def test_a_twin_that_absorbs_what_was_replaced_before_is_refused():
+    mlp = READABLE["mlp"]
+    twin = Operation(mlp.forward, mlp.backward, absorbs=(gelu,))
+    with pytest.raises(ConfigError, match="this twin of mlp absorbs gelu, which the table replac"):
+        blocked_ops(2).replace(gelu, RELU).replace(mlp, twin)
+    # the other way round, the twin of the mlp steps aside
+    calls = Counter()
+    ops = blocked_ops(2).replace(mlp, twin).replace(gelu, counted(gelu, calls))
+    pvt_ref.forward(CASE.params(), CASE.images(), CONFIG, ops=ops)
+    assert calls["gelu.forward"] == sum(CONFIG.depths)
+
+
+def test_a_table_made_by_hand_keeps_all_it_is_given_or_is_refused():
+    calls = Counter()
+    ops = Ops({gelu: counted(gelu, calls)}, name="mine")
+    pvt_ref.forward(CASE.params(), CASE.images(), CONFIG, ops=ops)
+    assert calls["gelu.forward"] == sum(CONFIG.depths)
+    with pytest.raises(ConfigError, match=r"this twin of \w+ would have no effect: .*block"):
+        Ops({**blocked_ops(2).twins, gelu: RELU})
+
+
+def test_an_operation_that_no_model_asks_for_is_refused():
+    with pytest.raises(ConfigError, match="is no operation that a model asks for"):
+        REFERENCE.replace(Operation(lambda p, x, ops: (x, None), relu_backward), RELU)
+    with pytest.raises(ConfigError, match="is no operation that a model asks for"):
+        Ops({blocked_ops(2)[gelu]: RELU})  # a twin is no key
+
+
+# relu, this module's own, is readable: it is what this module has under that name
+relu = RELU
+
+
+def test_an_operation_that_this_network_never_asks_for_is_refused():
+    ops = REFERENCE.replace(relu, RELU)
+    with pytest.raises(ConfigError, match="ops replaces relu, which a PVT never asks for"):
+        pvt_ref.forward(CASE.params(), CASE.images(), CONFIG, ops=ops)
+
+
+# Caches, masks, the default -------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("run", ["forward", "forward_pyramid", "attention_maps"])
 def test_inference_asks_no_operation_for_a_cache(run):
-    keeps: list = []
-    ops = counting(Counter(), keeps)
-    getattr(pvt_ref, run)(CASE.params(), CASE.images(), CONFIG, ops=ops)
-    assert {name for name, _ in keeps} == {n for n in NAMES if "drop" not in n}
-    wrong = [(name, keep) for name, keep in keeps if keep is not False and keep != (False,)]
-    assert not wrong
+    keeps = []
+    watched = REFERENCE.watched(lambda call: keeps.append((call.operation.name, call)))
+    getattr(pvt_ref, run)(CASE.params(), CASE.images(), CONFIG, ops=watched)
+    assert {name for name, _ in keeps} == set(READABLE) - IN_BACKWARD
+    for name, call in keeps:
+        # attention and sum_rows get keep by position, the others by name
+        assert call.kwargs.get("keep", call.args[-1]) is False, name
+        assert call.result[1] is None, name
 
 
 def test_without_a_generator_nothing_is_dropped_and_with_one_something_is():
@@ -186,7 +335,7 @@ def test_every_kind_of_drop_happens_where_its_own_rate_says():
     assert shapes_drawn(drop_rate=0.5) == dropout
 
 
-def test_the_default_record_is_that_of_the_environment(monkeypatch):
+def test_the_default_table_is_that_of_the_environment(monkeypatch):
     images = CASE.images()
     for value, ops in (("", blocked_ops()), ("blocked", blocked_ops()), ("reference", REFERENCE)):
         monkeypatch.setenv("PVT_REF_OPS", value)
@@ -205,20 +354,8 @@ def test_arrays_of_other_libraries_get_the_reference():
     strict = pytest.importorskip("array_api_strict")
     images = strict.asarray(CASE.images())
     assert default_ops(images) is REFERENCE
-    with pytest.raises(ArrayTypeError, match="'blocked', which computes on NumPy arrays only"):
+    with pytest.raises(ArrayTypeError, match="'blocked', which does not compute on array_api_str"):
         choose_ops(blocked_ops(), images)
-
-
-def test_records_do_not_change():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        REFERENCE.gelu = None
-
-
-def test_equal_settings_make_equal_records():
-    assert blocked_ops(2, elements=64) == blocked_ops(2, elements=64)
-    assert blocked_ops(2) != blocked_ops(3)
-    assert blocked_ops(2) != REFERENCE
-    assert pickle.loads(pickle.dumps(blocked_ops(2))) == blocked_ops(2)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +365,7 @@ def test_equal_settings_make_equal_records():
         ({"threads": 1.5}, "threads is 1.5"),
         ({"threads": True}, "threads is True"),
         ({"elements": 0}, "elements is 0"),
-        ({"elements": None}, "elements is None"),
+        ({"elements": 2.5}, "elements is 2.5"),
     ],
 )
 def test_settings_of_the_kernels_are_checked(settings, words):
@@ -240,144 +377,145 @@ def test_no_stages_give_no_attention_maps():
     assert pvt_ref.attention_maps(CASE.params(), CASE.images(), CONFIG, stages=[]) == {}
 
 
-# What a kernel computes itself ----------------------------------------------------------------
+# Tables as values -----------------------------------------------------------------------------
 
 
-def ours(x, keep=True):
-    return np.maximum(x, 0), x if keep else None
+def doubled_forward(p, x, ops=REFERENCE, keep=True):
+    y, cache = gelu_forward(p, x, ops, keep)
+    return y + y, cache
 
 
-RELU = Operation(ours, lambda x, dy: dy * (x > 0))
+DOUBLED = Operation(doubled_forward, gelu.backward)
+MANY = {
+    "reference": REFERENCE,
+    "blocked": blocked_ops(2),
+    "replaced": blocked_ops(2).replace(gelu, DOUBLED),
+    "by hand": Ops({gelu: DOUBLED}, name="mine"),
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "absorbing"),
-    [
-        ("linear", ["patch_embed", "mlp", "block"]),
-        ("layer_norm", ["patch_embed", "block"]),
-        ("gelu", ["mlp", "block"]),
-        ("softmax", ["attention", "block"]),
-        ("dropout", ["attention", "mlp", "block"]),
-        ("drop_path", ["block"]),
-        ("patch_embed", ["block"]),
-        ("attention", ["block"]),
-        ("sra", ["block"]),
-        ("mlp", ["block"]),
-        ("position", []),
-        ("block", []),
-    ],
-)
-def test_replacing_what_a_kernel_computes_itself_is_refused(name, absorbing):
-    ops = blocked_ops(2)
-    other = dataclasses.replace(getattr(ops, name), forward=lambda *args, **kwargs: None)
-    readable = {each: getattr(REFERENCE, each) for each in absorbing}
-    if absorbing:
-        with pytest.raises(ConfigError, match=f"another {name} would have no effect") as error:
-            dataclasses.replace(ops, **{name: other})
-        for each in absorbing:
-            assert f"{each}=REFERENCE.{each}" in str(error.value)
-        assert f"dataclasses.replace(REFERENCE, {name}=...)" in str(error.value)
-        if len(absorbing) > 1:  # one of them replaced is not enough
-            with pytest.raises(ConfigError, match=f"another {name} would have no effect"):
-                dataclasses.replace(ops, **{name: other, "block": REFERENCE.block})
-    # with what the message names replaced too, it is asked for
-    replaced = dataclasses.replace(ops, **{name: other} | readable)
-    assert getattr(replaced, name) == other
-
-
-def test_what_the_message_advises_takes_effect():
-    params, images = CASE.params(), CASE.images()
-    expected = pvt_ref.forward(
-        params, images, CONFIG, ops=dataclasses.replace(REFERENCE, gelu=RELU)
-    )
-    ops = dataclasses.replace(blocked_ops(2), gelu=RELU, mlp=REFERENCE.mlp, block=REFERENCE.block)
-    np.testing.assert_allclose(pvt_ref.forward(params, images, CONFIG, ops=ops), expected)
-
-
-def test_every_operation_of_the_kernels_is_asked_for_or_absorbed():
-    # a counted twin of each, alone: if replacing it is allowed, the model calls it
-    params, images = CASE.params(), CASE.images()
-    ops, config = blocked_ops(2), dataclasses.replace(CONFIG, drop_rate=0.0, attn_drop_rate=0.0)
-    allowed = set()
-    for name in NAMES:
-        calls = Counter()
-        operation = getattr(ops, name)
-
-        def spy(*args, calls=calls, operation=operation, **kwargs):
-            calls["forward"] += 1
-            return operation.forward(*args, **kwargs)
-
-        try:
-            spied = dataclasses.replace(ops, **{name: dataclasses.replace(operation, forward=spy)})
-        except ConfigError:
-            continue
-        allowed.add(name)
-        pvt_ref.forward_with_cache(params, images, config, rng_of(1), ops=spied)
-        assert calls["forward"] > 0, name
-    assert allowed == {"position", "block"}
-
-
-def test_records_of_something_else_are_refused():
-    for wrong in (np.tanh, None, "gelu", (ours, ours)):
-        with pytest.raises(ArrayTypeError, match=r"gelu is a .*; it must be an Operation"):
-            dataclasses.replace(REFERENCE, gelu=wrong)
-    with pytest.raises(ArrayTypeError, match="name is a int; it must be a text"):
-        dataclasses.replace(REFERENCE, name=3)
-    with pytest.raises(ArrayTypeError, match="backward is a NoneType; an operation is made of two"):
-        Operation(ours, None)
-    with pytest.raises(ArrayTypeError, match="forward is a int"):
-        Operation(1, ours)
-
-
-def test_a_record_is_hashable_copied_and_pickled_with_what_it_absorbs():
-    ops = blocked_ops(2)
-    for same in (pickle.loads(pickle.dumps(ops)), copy.deepcopy(ops), blocked_ops(2)):
+@pytest.mark.parametrize("name", MANY)
+def test_tables_pickle_copy_and_compare_with_the_same_results(name):
+    ops = MANY[name]
+    expected = infer(ops)[0]
+    for same in (pickle.loads(pickle.dumps(ops)), copy.deepcopy(ops), copy.copy(ops)):
         assert same == ops
         assert hash(same) == hash(ops)
-        with pytest.raises(ConfigError):
-            dataclasses.replace(same, gelu=RELU)
-    assert "absorbed" not in repr(ops)
+        assert same.replaced == ops.replaced
+        assert repr(same) == repr(ops)
+        np.testing.assert_array_equal(infer(same)[0], expected)
+    assert [other for other, table in MANY.items() if table == ops] == [name]
 
 
-@pytest.mark.parametrize(
-    "absorbed",
-    [5, None, ("gelu",), (("gelu", 5),), [("gelu", RELU)], "ab", (("linear", RELU, RELU),), ((),)],
-)
-def test_what_an_operation_absorbs_is_pairs_of_names_and_operations(absorbed):
-    with pytest.raises(ArrayTypeError, match=r"absorbed is .*a tuple of pairs, each a name"):
-        Operation(ours, ours, absorbed)
+def test_tables_and_caches_cross_a_spawned_process_with_the_same_results():
+    params, images = CASE.params(), CASE.images()
+    work = []
+    for ops in MANY.values():
+        logits, cache = pvt_ref.forward_with_cache(params, images, STILL, ops=ops)
+        # in one message, as a caller would send them: the cache refers to these params
+        work.append((ops, pickle.dumps((params, cache, logits)), images))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        for (ops, data, _), (logits, dimages) in zip(work, pool.map(_there, work), strict=True):
+            params_here, cache, dlogits = pickle.loads(data)
+            np.testing.assert_array_equal(logits, pvt_ref.forward(params, images, STILL, ops=ops))
+            expected = pvt_ref.backward(params_here, cache, dlogits, STILL, ops=ops)[1]
+            np.testing.assert_array_equal(dimages, expected)
 
 
-def test_an_operation_that_there_is_not_is_not_absorbed():
-    block = dataclasses.replace(REFERENCE.block, absorbed=(("nope\n", RELU),))
-    with pytest.raises(ConfigError, match=r"block is said to absorb 'nope\\n'; known are linear,"):
-        dataclasses.replace(REFERENCE, block=block)
+def _there(work):
+    ops, data, images = work
+    params, cache, dlogits = pickle.loads(data)
+    dimages = pvt_ref.backward(params, cache, dlogits, STILL, ops=ops)[1]
+    return pvt_ref.forward(params, images, STILL, ops=ops), dimages
 
 
-@pytest.mark.parametrize("wrong", ["no", None, 1])
-def test_whether_a_record_is_numpys_only_is_yes_or_no(wrong):
-    with pytest.raises(ArrayTypeError, match=r"numpy_only is a .*; it must be True or False"):
-        dataclasses.replace(REFERENCE, numpy_only=wrong)
+def test_equal_settings_make_equal_tables():
+    assert blocked_ops(2, elements=64) == blocked_ops(2, elements=64)
+    assert blocked_ops(2) != blocked_ops(3)
+    assert blocked_ops(2, elements=64) != blocked_ops(2, elements=65)
+    assert blocked_ops(2) != REFERENCE
+    assert "threads=2" in repr(blocked_ops(2))
+    assert "another gelu" in repr(blocked_ops(2).replace(gelu, RELU))
 
 
-@pytest.mark.parametrize("way", ["forward", "backward"])
-def test_a_kernel_put_into_another_operation_absorbs_what_it_did(way):
-    ops = blocked_ops(2)
-    functions = {w: getattr(ops.block if w == way else RELU, w) for w in ("forward", "backward")}
-    block = Operation(**functions)
-    assert block.absorbed == ops.block.absorbed
-    with pytest.raises(ConfigError, match="of block, which would go on"):
-        dataclasses.replace(ops, block=block, gelu=RELU, mlp=REFERENCE.mlp)
-    assert Operation(ops.block.forward, ops.block.backward) == ops.block
-    # a function around the kernel says what it absorbs
-    around = Operation(lambda *args, **kwargs: None, ours, ops.block.absorbed)
-    with pytest.raises(ConfigError, match="of block, which would go on"):
-        dataclasses.replace(ops, block=around, gelu=RELU, mlp=REFERENCE.mlp)
+def test_tables_do_not_change():
+    with pytest.raises(AttributeError, match=r"frozen; ops\.replace makes a changed one"):
+        REFERENCE.name = "mine"  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        blocked_ops(2).twins[gelu] = RELU  # type: ignore[index]
 
 
-def test_a_record_shows_its_name_and_settings():
-    assert repr(REFERENCE) == "Ops('reference')"
-    shown = repr(blocked_ops(2))
-    assert shown == "Ops('blocked', Blocking(threads=2, elements=262144))"
-    mixed = dataclasses.replace(blocked_ops(2), name="m\x1b" * 99, position=blocked_ops(3).position)
-    assert len(repr(mixed)) < 400
+def test_tables_of_something_else_are_refused():
+    for wrong in (np.tanh, None, "gelu", (relu_forward, relu_backward)):
+        with pytest.raises(ArrayTypeError, match=r"twin is a .*; it must be an Operation"):
+            REFERENCE.replace(gelu, wrong)
+        with pytest.raises(ArrayTypeError, match=r"op is a .*; it must be an Operation"):
+            REFERENCE.replace(wrong, RELU)
+    with pytest.raises(ArrayTypeError, match="name is a int; it must be a text"):
+        Ops(name=3)
+    with pytest.raises(ArrayTypeError, match="twins is a list; it must map"):
+        Ops([(gelu, RELU)])
+    with pytest.raises(ArrayTypeError, match="backward is a NoneType; an operation is made of two"):
+        Operation(relu_forward, None)
+    with pytest.raises(ArrayTypeError, match="forward is a int"):
+        Operation(1, relu_backward)
+
+
+@pytest.mark.parametrize("absorbs", [5, None, ("gelu",), [gelu], "ab", ((),), (gelu, 5)])
+def test_what_an_operation_absorbs_is_a_tuple_of_operations(absorbs):
+    with pytest.raises(ArrayTypeError, match=r"absorbs is .*a tuple of the readable operations"):
+        Operation(relu_forward, relu_backward, absorbs)
+
+
+# Watching ---------------------------------------------------------------------------------------
+
+
+def test_a_watched_table_computes_the_same_and_tells_where():
+    params, images = CASE.params(), CASE.images()
+    seen, begun = [], []
+    watched = REFERENCE.watched(
+        lambda call: seen.append(call.path), before=lambda call: begun.append(call.path),
+        params=params,
+    )  # fmt: skip
+    logits, cache = pvt_ref.forward_with_cache(params, images, CONFIG, ops=watched)
+    np.testing.assert_array_equal(logits, pvt_ref.forward(params, images, CONFIG, ops=REFERENCE))
+    assert sorted(seen) == sorted(begun)
+    for path in ("patch_embed1.linear", "pos_embed4", "block1.0.attn.q", "block2.1.mlp.gelu",
+                 "block3.0.attn.attention.softmax", "block4.1", "norm", "head"):  # fmt: skip
+        assert path in seen
+    assert begun.index("block1.0") < begun.index("block1.0.norm1")
+    assert seen.index("block1.0") > seen.index("block1.0.mlp.fc2")
+    seen.clear()
+    pvt_ref.backward(params, cache, logits, CONFIG, ops=watched)
+    assert seen.index("head") < seen.index("block4.1.mlp.fc2") < seen.index("patch_embed1")
+
+
+def test_only_lets_the_twins_step_aside_that_would_hide_what_is_watched():
+    params, images, seen = CASE.params(), CASE.images(), []
+    watched = blocked_ops(2).watched(lambda call: seen.append(call.path), params=params)
+    pvt_ref.forward(params, images, CONFIG, ops=watched)
+    assert "block1.0" in seen
+    assert "block1.0.mlp" not in seen  # the block's kernel asks for nothing
+    seen.clear()
+    watched = blocked_ops(2).watched(
+        lambda call: seen.append(call.path), only=[READABLE["mlp"]], params=params
+    )
+    logits = pvt_ref.forward(params, images, CONFIG, ops=watched)
+    assert seen == [f"block{i}.{b}.mlp" for i in (1, 2, 3, 4) for b in (0, 1)]
+    np.testing.assert_allclose(logits, pvt_ref.forward(params, images, CONFIG), rtol=1e-9)
+
+
+def test_an_error_inside_a_watched_call_leaves_the_table_usable():
+    params, images, seen = CASE.params(), CASE.images(), []
+
+    def stop(call):
+        seen.append(call.path)
+        if call.path == "block1.1.mlp.fc1" and len(seen) < 60:
+            raise KeyError("here")
+
+    watched = REFERENCE.watched(stop, params=params)
+    with pytest.raises(KeyError, match="here"):
+        pvt_ref.forward(params, images, CONFIG, ops=watched)
+    pvt_ref.forward(params, images, CONFIG, ops=watched)
+    assert seen[-1] == "head"

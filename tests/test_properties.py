@@ -15,29 +15,64 @@ import pytest
 from closeness import FORWARD, assert_float32_error, assert_near, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operations import OPERATIONS, ops, stage_config
+from operations import OPERATIONS, backward, forward, sra_settings, table_under_test
 from strategies import ModelCase, configs, model_cases, normal, random_params, rng_of, seeds
 
 import pvt_ref
 from pvt_ref import REFERENCE, VARIANTS, cross_entropy
 from pvt_ref.arrays import array_module
-from pvt_ref.blocks.sra import SRAParams
-from pvt_ref.layers.attention import attention_weights
-from pvt_ref.layers.layer_norm import LayerNormParams
+from pvt_ref.blocks.sra import SRAParams, sra
+from pvt_ref.layers.attention import attention, attention_weights
+from pvt_ref.layers.dropout import drop_path
+from pvt_ref.layers.layer_norm import LayerNormParams, layer_norm
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.layers.patch_embed import PatchEmbedParams, patchify, unpatchify
 from pvt_ref.layers.position import resize_matrix, resize_positions, resize_positions_backward
+from pvt_ref.layers.softmax import softmax
 from pvt_ref.tree import map_arrays, named_arrays
 
-# the operations of the record under test
-attention_forward = ops.attention.forward
-drop_backward = ops.dropout.backward
-drop_path_forward, dropout_forward = ops.drop_path.forward, ops.dropout.forward
-gelu_forward = ops.gelu.forward
-layer_norm_forward = ops.layer_norm.forward
-patch_embed_forward = ops.patch_embed.forward
-softmax_forward, softmax_backward = ops.softmax.forward, ops.softmax.backward
-sra_forward = ops.sra.forward
+# The operations of the table under test, without what every call of them repeats.
+
+
+def attention_forward(q, k, v, scale):
+    return forward("attention", None, (q, k, v), scale)
+
+
+def drop_backward(cache, dy):
+    return backward("dropout", None, cache, dy)[0]
+
+
+def drop_path_forward(x, rate, rng):
+    return forward("drop_path", None, x, rate, rng)
+
+
+def dropout_forward(x, rate, rng):
+    return forward("dropout", None, x, rate, rng)
+
+
+def gelu_forward(x):
+    return forward("gelu", None, x)
+
+
+def layer_norm_forward(p, x, eps):
+    return forward("layer_norm", p, x, eps)
+
+
+def patch_embed_forward(p, x, eps):
+    return forward("patch_embed", p, x, eps)
+
+
+def softmax_forward(x):
+    return forward("softmax", None, x)
+
+
+def softmax_backward(cache, dy):
+    return backward("softmax", None, cache, dy)[0]
+
+
+def sra_forward(p, x, grid, attn):
+    return forward("sra", p, x, grid, attn)
+
 
 any_operation = pytest.mark.parametrize("name", OPERATIONS)
 small = st.integers(1, 4)
@@ -138,13 +173,8 @@ def test_07_each_norm_has_its_own_eps():
     )
     seen: list[tuple[int, float]] = []
 
-    def spy(p, x, eps, keep=True):
-        seen.append((x.shape[-1], eps))
-        return layer_norm_forward(p, x, eps, keep)
-
-    # a kernel of a whole block asks for no norm; that its eps are right is tested with "block"
-    spied = dataclasses.replace(
-        REFERENCE, layer_norm=dataclasses.replace(REFERENCE.layer_norm, forward=spy)
+    spied = table_under_test().watched(
+        lambda call: seen.append((call.args[1].shape[-1], call.args[3])), only=[layer_norm]
     )
     params = pvt_ref.init_params(config, rng_of(0), np.float64)
     pvt_ref.forward(params, normal(0, 1, 3, 32, 32), config, ops=spied)
@@ -194,7 +224,7 @@ def test_09_patch_embedding_is_a_strided_convolution_is_a_matrix_product(P, h, w
     product = blocks @ weight.transpose(0, 2, 3, 1).reshape(C, -1).T + bias
     np.testing.assert_allclose(product, convolution.reshape(B, h * w, C), atol=1e-12)
     p = PatchEmbedParams(LinearParams(weight, bias), unit_norm(C))
-    y, _ = patch_embed_forward(p, x, ops, 1e-5)
+    y, _ = patch_embed_forward(p, x, 1e-5)
     expected, _ = layer_norm_forward(unit_norm(C), product, 1e-5)
     np.testing.assert_allclose(y, expected, atol=1e-9)
 
@@ -214,8 +244,8 @@ def test_11_one_pixel_moves_exactly_one_token(P, h, w, seed, data):
     col = data.draw(st.integers(0, w * P - 1))
     moved = x.copy()
     moved[0, row, col, 1] += 0.5
-    before, _ = patch_embed_forward(p, x, ops, 1e-5)
-    after, _ = patch_embed_forward(p, moved, ops, 1e-5)
+    before, _ = patch_embed_forward(p, x, 1e-5)
+    after, _ = patch_embed_forward(p, moved, 1e-5)
     changed = np.flatnonzero((before != after).any(axis=-1)[0])
     assert changed.tolist() == [(row // P) * w + col // P]
 
@@ -224,20 +254,16 @@ def test_11_one_pixel_moves_exactly_one_token(P, h, w, seed, data):
 def test_12_each_key_and_value_depends_on_its_own_block_only(R, h, w, seed, data):
     C, grid, seen = 4, (h * R, w * R), []
 
-    def spy(q, k, v, *rest, **options):
-        seen.append((k.copy(), v.copy()))
-        return attention_forward(q, k, v, *rest, **options)
-
-    spied = dataclasses.replace(
-        REFERENCE, attention=dataclasses.replace(REFERENCE.attention, forward=spy)
+    spied = table_under_test().watched(
+        lambda call: seen.append(tuple(x.copy() for x in call.args[1][1:])), only=[attention]
     )
-    p, stage = random_sra(C, R, seed), stage_config(embed_dim=C, num_heads=2)
+    p, attn = random_sra(C, R, seed), sra_settings(2, 1 / math.sqrt(2), 1e-5)
     x = normal(seed, 1, grid[0] * grid[1], C)
     token = data.draw(st.integers(0, grid[0] * grid[1] - 1))
     moved = x.copy()
     moved[0, token, 1] += 0.5
     for tokens in (x, moved):
-        sra_forward(p, tokens, spied, grid, stage)
+        spied[sra].forward(p, tokens, spied, grid, attn)
     row, col = divmod(token, grid[1])
     own = (row // R) * w + col // R
     for before, after in zip(*seen, strict=True):  # k, then v: (1, N, m, d)
@@ -253,8 +279,7 @@ def test_12_each_key_and_value_depends_on_its_own_block_only(R, h, w, seed, data
 def test_13_sra_with_r_1_is_plain_multi_head_attention(N, n, d, B, seed):
     C = N * d
     p, x = random_sra(C, 1, seed), normal(seed, B, n, C)
-    stage = stage_config(embed_dim=C, num_heads=N, scale=1 / math.sqrt(d))
-    y, _ = sra_forward(p, x, ops, (1, n), stage)
+    y, _ = sra_forward(p, x, (1, n), sra_settings(N, 1 / math.sqrt(d), 1e-5))
     q = x @ p.q.weight.T + p.q.bias
     k = x @ p.kv.weight[:C].T + p.kv.bias[:C]
     v = x @ p.kv.weight[C:].T + p.kv.bias[C:]
@@ -273,7 +298,7 @@ def qkv(seed: int, n: int, m: int, d: int = 3, B: int = 2, N: int = 2):
 
 
 def attend(q, k, v, scale=0.7):
-    return attention_forward(q, k, v, ops, scale)[0]
+    return attention_forward(q, k, v, scale)[0]
 
 
 @given(n=small, m=st.integers(2, 5), seed=seeds)
@@ -294,13 +319,13 @@ def test_15_permuting_queries_or_whole_blocks_permutes_the_outputs(n, m, R, h, w
     )
     # SRA sees no positions: R x R blocks of tokens may change places, with their outputs
     C, grid = 4, (h * R, w * R)
-    p, stage = random_sra(C, R, seed), stage_config(embed_dim=C, num_heads=2)
+    p, attn = random_sra(C, R, seed), sra_settings(2, 1 / math.sqrt(2), 1e-5)
     blocks = patchify(normal(seed, 2, *grid, C), R)  # (B, m, R*R*C)
     order = rng_of(seed).permutation(h * w)
 
     def run(blocks):
         x = unpatchify(blocks, R, (h, w)).reshape(2, -1, C)
-        y, _ = sra_forward(p, x, ops, grid, stage)
+        y, _ = sra_forward(p, x, grid, attn)
         return patchify(y.reshape(2, *grid, C), R)
 
     np.testing.assert_allclose(run(blocks[:, order]), run(blocks)[:, order], atol=1e-11)
@@ -311,7 +336,7 @@ def test_16_permuting_heads_with_all_their_weights_changes_nothing(N, R, seed):
     d, grid = 2, (2 * R, R)
     C = N * d
     p, x = random_sra(C, R, seed), normal(seed, 2, grid[0] * grid[1], C)
-    stage = stage_config(embed_dim=C, num_heads=N)
+    attn = sra_settings(N, 1 / math.sqrt(2), 1e-5)
     heads = rng_of(seed).permutation(N)
     rows = np.concatenate([np.arange(j * d, (j + 1) * d) for j in heads])
     both = np.concatenate([rows, C + rows])
@@ -321,8 +346,8 @@ def test_16_permuting_heads_with_all_their_weights_changes_nothing(N, R, seed):
         kv=LinearParams(p.kv.weight[both], p.kv.bias[both]),
         proj=LinearParams(p.proj.weight[:, rows], p.proj.bias),
     )
-    y, _ = sra_forward(p, x, ops, grid, stage)
-    np.testing.assert_allclose(sra_forward(permuted, x, ops, grid, stage)[0], y, atol=1e-11)
+    y, _ = sra_forward(p, x, grid, attn)
+    np.testing.assert_allclose(sra_forward(permuted, x, grid, attn)[0], y, atol=1e-11)
 
 
 @given(n=small, m=small, seed=seeds)
@@ -455,7 +480,7 @@ def test_22_adjoint_identity_of_the_model(pyramid):
 @any_operation
 def test_23_complex_step_agrees_to_the_last_digits(name):
     # Im f(x + ih v) / h is J v without any cancellation, where f is analytic
-    if ops.numpy_only:
+    if table_under_test() is not REFERENCE:
         pytest.skip("the kernels take real numbers only; PVT_REF_OPS=reference runs this test")
     h = 1e-30
 
@@ -651,16 +676,11 @@ def test_30_dropout_drops_elements_at_its_rate(rate, seed):
 
 def test_30_drop_path_rates_rise_linearly_over_all_blocks():
     config = dataclasses.replace(VARIANTS["pvt_small"], drop_path_rate=0.3, depths=(3, 4, 6, 3))
-    rates = [rate for i in range(4) for rate in config.stage(i).drop_path_rates]
+    rates = [rate for i in range(1, 5) for rate in config.of_stage(i).drop_path_rates]
     np.testing.assert_allclose(rates, np.linspace(0, 0.3, 16), rtol=1e-14)
     seen = []
 
-    def spy(x, rate, rng):
-        seen.append(rate)
-        return drop_path_forward(x, rate, rng)
-
-    drop_path = dataclasses.replace(REFERENCE.drop_path, forward=spy)
-    spied = dataclasses.replace(REFERENCE, drop_path=drop_path)
+    spied = table_under_test().watched(lambda call: seen.append(call.args[3]), only=[drop_path])
     small_config = dataclasses.replace(config, img_size=32)
     params = pvt_ref.init_params(small_config, rng_of(0))
     pvt_ref.forward_with_cache(
@@ -853,14 +873,8 @@ def test_35_float32_error_at_every_depth_is_at_most_twice_pytorchs():
 def test_attention_maps_are_the_weights_the_forward_uses(case):
     seen = []
 
-    def spy(x, keep=True):
-        y, cache = REFERENCE.softmax.forward(x, keep)
-        seen.append(y)
-        return y, cache
-
     config, params, images = case.config, case.params(), case.images()
-    softmax = dataclasses.replace(REFERENCE.softmax, forward=spy)
-    spied = dataclasses.replace(REFERENCE, softmax=softmax)
+    spied = REFERENCE.watched(lambda call: seen.append(call.result[0]), only=[softmax])
     if config.has_classifier:
         pvt_ref.forward(params, images, config, ops=spied)
     else:
@@ -875,7 +889,7 @@ def test_attention_maps_are_the_weights_the_forward_uses(case):
 
 def test_attention_weights_need_no_values():
     q, k, _ = qkv(3, 4, 5)
-    weights = attention_weights(q, k, 0.7, ops)
+    weights = attention_weights(q, k, 0.7, table_under_test())
     np.testing.assert_allclose(weights @ np.ones((5, 1)), 1, rtol=1e-14)
     assert array_module(weights) is np
 

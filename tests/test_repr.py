@@ -41,7 +41,7 @@ def records(tree):
 
 def trees():
     model = Model(PARAMS, SMALL)
-    yield from (PARAMS, PARAMS.stage(1), model, count_cost(SMALL), count_cost(SMALL).of_stage(2))
+    yield from (PARAMS, PARAMS.of_stage(2), model, count_cost(SMALL), count_cost(SMALL).of_stage(2))
     for ops in (blocked_ops(), REFERENCE):
         for rng in (None, np.random.default_rng(0)):
             logits, cache = pvt_ref.forward_with_cache(PARAMS, IMAGES, SMALL, rng, ops=ops)

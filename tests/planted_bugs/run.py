@@ -49,6 +49,7 @@ COPIED = (
     "examples",
     "benchmarks",
     "docs",
+    "tools",
     "pyproject.toml",
     "README.md",
     "CHANGELOG.md",

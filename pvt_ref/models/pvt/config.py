@@ -234,7 +234,17 @@ class PVTConfig:
         return _stages(self)[i - 1]
 
     def stage(self, i: int) -> StageConfig:
-        """The old name of :meth:`of_stage`, which counts from 0. It warns, and will go."""
+        """The old name of :meth:`of_stage`, which counts from 0. It warns, and will go.
+
+        Args:
+            i: 0 to 3.
+
+        Returns:
+            The settings of stage i + 1.
+
+        Raises:
+            RangeError: if i is anything else.
+        """
         warnings.warn(
             "config.stage(i) counts stages from 0; config.of_stage(i) counts them from 1, as the "
             "paper does",

@@ -1,0 +1,35 @@
+"""A process that keeps one core busy, for times as they are on a machine that has other work."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+#: It asks for its parent now and then, and so ends even if the benchmark is killed.
+SPIN = """
+import os, sys
+core, parent = map(int, sys.argv[1:])
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {core})
+print("spinning", flush=True)
+while os.getppid() == parent:
+    for _ in range(1_000_000):
+        pass
+"""
+
+
+@contextmanager
+def busy_core() -> Iterator[subprocess.Popen]:
+    """While this is entered, a Python loop runs on the last of the cores that may be used."""
+    core = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    command = [sys.executable, "-c", SPIN, str(core), str(os.getpid())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()  # from here on it spins
+            yield process
+            if process.poll() is not None:
+                raise RuntimeError(f"the busy process ended early, with status {process.poll()}")
+        finally:
+            process.kill()

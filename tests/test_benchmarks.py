@@ -1,0 +1,294 @@
+"""What a benchmark reports is what it did: who ran, beside what, and which code."""
+
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pvt_ref import REFERENCE, VARIANTS
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_can_be_imported(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+MACHINE = {"date": "2026-01-02", "processor": "a chip", "machine": "x", "system": "y"}
+MACHINE |= {"memory_gib": 1, "threads": 2, "cores": 2, "python": "3", "pvt_ref": "0"}
+MACHINE |= {"commit": "abc", "blas": ["a BLAS"]}
+
+
+def timed(train, not_run, **seconds):
+    case = {"model": "pvt_tiny", "size": 224, "batch": 1, "train": train, "not_run": not_run}
+    names = {"ours": "pvt_ref", "torch": "PyTorch eager", "ort": "ONNX Runtime"}
+    return case | {"seconds": {names[key]: times for key, times in seconds.items()}}
+
+
+def test_tables_tell_who_ran_and_why_others_did_not(tmp_path, capsys):
+    absent = {"OpenVINO": "not installed: openvino"}
+    ours, torch = [0.050, 0.040, 0.060], [0.025, 0.040, 0.030]
+    no_backward = absent | {"ONNX Runtime": "it computes no gradients"}
+    result = {
+        "machine": MACHINE,
+        "versions": {"pvt_ref": "NumPy 2"},
+        "times": [
+            timed(False, absent, ours=ours, torch=torch, ort=[0.020, 0.020, 0.030]),
+            timed(True, no_backward, ours=[0.3] * 3, torch=[0.15] * 3, ort=[]),
+        ],
+        "busy": [timed(False, absent, ours=[0.1] * 3, torch=[0.2, 0.4, 0.3], ort=[])],
+    }
+    import_module("report").write_report(result, tmp_path)
+    lines = (tmp_path / "cpu_tables.md").read_text("utf-8").splitlines()
+    case = "| pvt_tiny, forward, B = 1 "
+    assert f"{case}| 50.0 (40.0-60.0) | 30.0 (25.0-40.0) | 20.0 (20.0-30.0) |" in lines
+    # ratios are taken within each round: 25/50, 40/40, 30/60, and 25/20, 40/20, 30/30
+    assert f"{case}| 0.50 (0.50-1.00) | 1.00 (1.00-1.00) | 1.25 (1.00-2.00) |" in lines
+    train = "| pvt_tiny, forward + backward, B = 1 "
+    assert f"{train}| 300.0 (300.0-300.0) | 150.0 (150.0-150.0) | not run |" in lines
+    assert f"{train}| 0.50 (0.50-0.50) | 1.00 (1.00-1.00) |  |" in lines
+    start = lines.index("Not run, in all cases or in some:") + 2
+    assert lines[start : start + 3] == [
+        "- OpenVINO: not installed: openvino",
+        "- ONNX Runtime: it computes no gradients",
+        "",
+    ]
+    assert f"{case}| pvt_ref | 50.0 | 100.0 (100.0-100.0) | 2.0 | 3.00 (2.00-4.00) |" in lines
+    assert (
+        f"{case}| PyTorch eager | 30.0 | 300.0 (200.0-400.0) | 10.0 | 1.00 (1.00-1.00) |" in lines
+    )
+    assert f"{case}| ONNX Runtime | failed |  |  |  |" in lines
+    assert "nan" not in capsys.readouterr().out
+    assert (tmp_path / "cpu_ratios.svg").stat().st_size > 1000
+
+
+class Answers:
+    """A contender that answers at once; what it was asked is kept."""
+
+    made = ()
+
+    def __init__(self, name, threads=1, trains=True, outputs=None):
+        self.name, self.trains, self.outputs, self.asked = name, trains, outputs, []
+        Answers.made += (name,)
+
+    def ask(self, **order):
+        self.asked.append(order)
+        if order["train"] and not self.trains:
+            return {"not_run": "it computes no gradients"}
+        if self.outputs and order["do"] == "outputs":
+            np.savez(order["file"], **self.outputs)
+        return {"times": [0.25, 0.5, 0.75], "versions": self.name}
+
+    def close(self):
+        pass
+
+
+def test_an_absent_library_is_reported_as_not_run_and_never_asked(tmp_path, monkeypatch, capsys):
+    cpu, contenders = import_module("cpu"), import_module("contenders")
+    needs = dict.fromkeys(contenders.CONTENDERS, ("json",)) | {"OpenVINO": ("json", "no_library")}
+    monkeypatch.setattr(contenders, "NEEDS", needs)
+    monkeypatch.setattr(cpu, "Worker", Answers)
+    monkeypatch.setattr(Answers, "made", ())
+    monkeypatch.setattr(cpu, "check_equality", lambda *_: [])
+    monkeypatch.setattr(cpu, "make_weights", lambda name, folder: folder / name)
+    arguments = ["--quick", "--rounds", "2", "--skip", "transformers", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["cpu.py", *arguments])
+    cpu.main()
+    assert "OpenVINO is not run; not installed: no_library" in capsys.readouterr().out
+    asked = [name for name in contenders.CONTENDERS if name not in ("OpenVINO", "transformers")]
+    assert list(Answers.made) == asked
+    result = json.loads((tmp_path / "cpu.json").read_text())
+    assert (len(result["times"]), len(result["busy"])) == (4, 1)
+    for case in result["times"] + result["busy"]:
+        assert case["seconds"] == {name: [0.5, 0.5] for name in asked}
+        assert case["not_run"] == {"OpenVINO": "not installed: no_library"}
+    assert (result["busy"][0]["batch"], result["busy"][0]["train"]) == (1, False)
+    assert "- OpenVINO: not installed: no_library" in (tmp_path / "cpu_tables.md").read_text(
+        "utf-8"
+    )
+
+
+def test_nothing_is_timed_without_what_all_is_compared_with(monkeypatch, capsys):
+    cpu, contenders = import_module("cpu"), import_module("contenders")
+    monkeypatch.setattr(contenders, "NEEDS", {"PyTorch eager": ("no_library",)})
+    monkeypatch.setattr(sys, "argv", ["cpu.py"])
+    with pytest.raises(SystemExit):
+        cpu.main()
+    assert "PyTorch eager is not installed: no_library" in capsys.readouterr().err
+
+
+def test_a_contender_without_backward_is_not_run_where_there_is_one():
+    can, cannot = Answers("can"), Answers("cannot", trains=False)
+    order = {"model": "m", "size": 224, "batch": 1, "train": True}
+    both = [order, order | {"train": False}]
+    first, second = import_module("in_turn").time_in_turn([can, cannot], both, 3, 0)
+    assert first["seconds"] == {"can": [0.5] * 3, "cannot": []}
+    assert first["not_run"] == {"cannot": "it computes no gradients"}
+    assert second["seconds"] == {"can": [0.5] * 3, "cannot": [0.5] * 3}
+    assert "not_run" not in second
+    assert len(cannot.asked) == 1 + 3
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("wrong", [None, "logits", "dimages"])
+def test_no_contender_is_timed_whose_results_do_not_match(tmp_path, monkeypatch, trains, wrong):
+    in_turn = import_module("in_turn")
+    exact = {"logits": np.array([3.0, 4.0]), "dimages": np.array([1.0, 0.0])}
+    monkeypatch.setattr(in_turn, "exact_outputs", lambda *_: exact)
+    found = {
+        key: x * (1 + 2e-5 * (key == wrong))
+        for key, x in exact.items()
+        if trains or key == "logits"
+    }
+    order = {"model": "m", "weights": "w", "size": 224, "batch": 2, "train": True}
+    worker = Answers("one", trains=trains, outputs=found)
+    if wrong in found:
+        with pytest.raises(SystemExit, match=rf"one is not timed: its {wrong} .* off by 2\.0e-05"):
+            in_turn.check_equality([worker], [order], tmp_path)
+    else:
+        errors = in_turn.check_equality([worker], [order], tmp_path)
+        assert [error["quantity"] for error in errors] == list(found)
+
+
+def test_contenders_give_the_numbers_of_the_readable_layers(tmp_path):
+    in_turn = import_module("in_turn")
+    weights = str(in_turn.make_weights("pvt_tiny", tmp_path))
+    order = {"weights": weights, "model": "pvt_tiny", "size": 64, "batch": 1, "train": True}
+    workers = [in_turn.Worker(name, 1) for name in ("pvt_ref", "PyTorch eager")]
+    errors = in_turn.check_equality(workers, [order], tmp_path)
+    for worker in workers:
+        worker.close()
+        assert worker.process.returncode == 0
+    assert len(errors) == 2 * 5
+    assert all(0 < error["error"] < in_turn.ALLOWED for error in errors)
+
+
+def test_a_contender_of_ours_computes_with_the_operations_of_its_name(monkeypatch):
+    contenders = import_module("contenders")
+    asked = {"load": lambda *_: SimpleNamespace(params=None), "to_device": lambda x, _: x}
+    asked["forward"] = lambda params, images, config, ops: ops
+    for name, function in asked.items():
+        monkeypatch.setattr(contenders.pvt_ref, name, function)
+    arguments = (Path("w"), VARIANTS["pvt_tiny"], 224, 1, "cpu")
+    default, readable = (
+        contenders.CONTENDERS[name](*arguments).forward(None)
+        for name in ("pvt_ref", "pvt_ref, readable layers")
+    )
+    assert default is None
+    assert readable is REFERENCE
+
+
+def test_a_contender_that_dies_is_told_from_the_others_and_starts_again(tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    worker_py = tmp_path / "benchmarks" / "worker.py"
+    worker_py.write_text("import sys\nfor line in sys.stdin:\n    sys.exit(3)\n")
+    in_turn = import_module("in_turn")
+    dies, lives = in_turn.Worker("dies", 1, root=tmp_path), Answers("lives")
+    order = {"model": "m", "size": 224, "batch": 1, "train": False}
+    (case,) = in_turn.time_in_turn([dies, lives], [order], 2, 0)
+    assert case["seconds"] == {"dies": [], "lives": [0.5, 0.5]}
+    assert dies.process.poll() is None
+    with pytest.raises(in_turn.ContenderError, match="dies ended with status 3"):
+        dies.ask(**order)
+    dies.close()
+
+
+def test_a_worker_runs_the_code_that_it_is_given(tmp_path, monkeypatch):
+    (tmp_path / "pvt_ref").mkdir()
+    (tmp_path / "pvt_ref" / "__init__.py").write_text("WHERE = 'the other commit'\n")
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "worker.py").write_text(
+        "import json, os, sys\nimport pvt_ref\nsys.stdin.readline()\n"
+        "print(json.dumps([pvt_ref.WHERE, sys.argv[1:], os.environ.get('PVT_REF_OPS')]))\n"
+    )
+    monkeypatch.setenv("PVT_REF_OPS", "reference")
+    worker = import_module("in_turn").Worker("a", 3, root=tmp_path, shown="a, as it was")
+    assert worker.ask() == ["the other commit", ["a", "cpu", "3"], None]
+    assert worker.name == "a, as it was"
+    worker.close()
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+def test_another_commit_is_taken_out_as_it_was(tmp_path, monkeypatch):
+    compare, repository = import_module("compare_commit"), tmp_path / "repository"
+    monkeypatch.setattr(compare, "ROOT", repository)
+    for folder in ("pvt_ref", "benchmarks", "docs"):
+        (repository / folder).mkdir(parents=True)
+        (repository / folder / "file.py").write_text("old\n")
+    subprocess.run(["git", "init", "-q", repository], check=True)
+    compare.git("add", ".")
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    compare.git(*who, "-c", "commit.gpgsign=false", "commit", "-q", "-m", "old")
+    (repository / "pvt_ref" / "file.py").write_text("new\n")
+    root = compare.take_out("HEAD", tmp_path)
+    files = {str(p.relative_to(root)): p.read_text() for p in root.rglob("*.py")}
+    assert files == {"pvt_ref/file.py": "old\n", "benchmarks/file.py": "old\n"}
+
+
+# The busy core -----------------------------------------------------------------------------------
+
+SPINS = pytest.mark.skipif(sys.platform == "win32", reason="the loop asks for its parent by POSIX")
+
+
+@SPINS
+def test_one_core_is_kept_busy_and_then_let_go():
+    with import_module("busy").busy_core() as process:
+        assert process.poll() is None
+        if hasattr(os, "sched_getaffinity"):
+            (core,) = os.sched_getaffinity(process.pid)
+            assert core in os.sched_getaffinity(0)
+    assert process.returncode == -signal.SIGKILL
+
+
+@SPINS
+def test_the_busy_process_ends_when_the_timing_fails():
+    with pytest.raises(ZeroDivisionError), import_module("busy").busy_core() as process:
+        1 / 0  # noqa: B018
+    assert process.returncode == -signal.SIGKILL
+
+
+@SPINS
+def test_times_beside_a_busy_process_that_had_ended_are_refused():
+    def end_early():
+        with import_module("busy").busy_core() as process:
+            process.terminate()
+            process.wait()
+
+    with pytest.raises(RuntimeError, match="ended early"):
+        end_early()
+
+
+@SPINS
+def test_the_busy_process_ends_with_a_benchmark_that_is_killed():
+    code = (
+        "import os, busy\nwith busy.busy_core() as p:\n    print(p.pid, flush=True)\n    input()\n"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command,
+        cwd=BENCHMARKS,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as benchmark:
+        spinning = int(benchmark.stdout.readline())
+        try:
+            benchmark.kill()
+            benchmark.wait()
+            # both held it open: its end is theirs
+            assert select.select([benchmark.stderr], [], [], 60)[0]
+            assert benchmark.stderr.read() == b""
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(spinning, signal.SIGKILL)
