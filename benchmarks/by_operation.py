@@ -24,7 +24,7 @@ from pvt_ref import REFERENCE, VARIANTS, blocked_ops
 from pvt_ref.kernels.cpu import (
     attention,
     block,
-    blocking,
+    tiling,
     gelu,
     layer_norm,
     linear,
@@ -95,13 +95,13 @@ def watch_kernels(watch: Stopwatch) -> None:
             if hasattr(module, function):
                 timed = timed or watch.time(name, getattr(module, function))
                 setattr(module, function, timed)
-    run_pieces = blocking.run_pieces
+    run_pieces = tiling.run_pieces
 
     def run_watched(work, pieces, threads):
         return run_pieces(watch.time("sums, copies, Python", work), pieces, threads)
 
     # the caller's own time in there is spent starting threads and waiting for them
-    blocking.run_pieces = watch.time("waiting", run_watched)
+    tiling.run_pieces = watch.time("waiting", run_watched)
 
 
 def watch_table(watch: Stopwatch) -> pvt_ref.Ops:

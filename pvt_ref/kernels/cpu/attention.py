@@ -149,9 +149,10 @@ def attention_backward(
             for b, part, _ in by_group(rows, n):
                 if b not in parts:
                     parts[b] = np.zeros((2, *k.shape[1:]), k.dtype)
+                dk, dv = parts[b]
                 attend_backward_rows(
                     q[b, :, part], k[b], v[b], cache.scale, dy[b, :, part], dq[b, :, part],
-                    *parts[b], scratch, tiling,
+                    dk, dv, scratch, tiling,
                 )  # fmt: skip
         return parts
 

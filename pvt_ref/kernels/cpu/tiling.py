@@ -127,7 +127,7 @@ class Tiling:
         pieces = 1
         if sharing > 1:
             # a few for each thread, so that one that is held up can be helped out
-            pieces = sharing * min(4, -(-count // (size * sharing)))
+            pieces = min(count, sharing * min(4, -(-count // (size * sharing))))
         bounds = [count * i // pieces for i in range(pieces + 1)]
         tiles = [list(cut(slice(*ends), size)) for ends in pairwise(bounds)]
         return run_pieces(work, tiles, threads)
