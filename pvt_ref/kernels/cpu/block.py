@@ -62,8 +62,8 @@ from pvt_ref.tree import record
 
 
 @record
-class RowsCache:
-    """What is kept of every token for the backward.
+class KeptCache:
+    """What is kept of every token and key for the backward.
 
     Attributes:
         norm1: of the first norm, over (B*n, C).
@@ -71,6 +71,8 @@ class RowsCache:
         heads: (B*n, C), attention's result before W^O.
         norm2: of the second norm, over (B*n, C).
         hidden: of the MLP, (B*n, E*C).
+        embedded: of the spatial reduction, over (B*m, R*R*C); None if R = 1.
+        reduced: (B*m, C), SR(norm1(x)): keys and values are made of it.
     """
 
     norm1: LayerNormCache
@@ -78,17 +80,6 @@ class RowsCache:
     heads: np.ndarray
     norm2: LayerNormCache
     hidden: HiddenCache
-
-
-@record
-class KeysCache:
-    """What is kept of every key.
-
-    Attributes:
-        embedded: of the spatial reduction, over (B*m, R*R*C); None if R = 1.
-        reduced: (B*m, C), SR(norm1(x)): keys and values are made of it.
-    """
-
     embedded: EmbeddedCache | None
     reduced: np.ndarray
 
@@ -100,8 +91,7 @@ class BlockCache:
     Attributes:
         shape: (B, n, C).
         grid: (H_i, W_i) of the tokens.
-        rows: of every token.
-        keys: of every key.
+        kept: of every token and key.
         kv: (B*m, 2C), keys beside values.
         gains: (B, 1, 1) each, what drop path multiplied attention and MLP by; None where nothing
             was dropped.
@@ -110,27 +100,26 @@ class BlockCache:
 
     shape: tuple[int, int, int]
     grid: tuple[int, int]
-    rows: RowsCache
-    keys: KeysCache
+    kept: KeptCache
     kv: np.ndarray
     gains: tuple[np.ndarray | None, np.ndarray | None]
     settings: BlockSettings
 
 
-def _empty_caches(
+def _empty_cache(
     p: BlockParams, rows: int, keys: int, reduction: Projection | None, dtype: np.dtype
-) -> tuple[RowsCache, KeysCache]:
+) -> KeptCache:
     """Room for so many tokens and keys."""
     C = p.norm1.weight.shape[0]
-    rows_cache = RowsCache(
+    return KeptCache(
         norm1=empty_layer_norm_cache(rows, C, dtype),
         q=np.empty((rows, C), dtype),
         heads=np.empty((rows, C), dtype),
         norm2=empty_layer_norm_cache(rows, C, dtype),
         hidden=empty_hidden(p.mlp, rows, dtype),
+        embedded=None if reduction is None else empty_embedded_cache(keys, reduction),
+        reduced=np.empty((keys, C), dtype),
     )
-    embedded = None if reduction is None else empty_embedded_cache(keys, reduction)
-    return rows_cache, KeysCache(embedded, np.empty((keys, C), dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +206,7 @@ def block_forward(
     if rng is not None and (settings.drop_rate or attn.drop_rate or attn.attn_drop_rate):
         return block.forward(p, x, ops, grid, settings, rng, keep)
     B, n, C = x.shape
+    N, eps = attn.num_heads, settings.norm_eps
     gain1 = _draw_gain(x, settings.drop_path_rate, rng)
     gain2 = _draw_gain(x, settings.drop_path_rate, rng)
     tokens = np.ascontiguousarray(x).reshape(B * n, C)
@@ -226,123 +216,64 @@ def block_forward(
     reduction, sr, sr_norm = None, p.attn.sr, p.attn.norm
     if sr is not None and sr_norm is not None:
         reduction = projection(sr, sr_norm, tiling)
-    rows_cache, keys_cache = None, None
+    kept, norm1, norm2, hidden, embedded = None, None, None, None, None
     if keep:
-        rows_cache, keys_cache = _empty_caches(p, len(y), len(kv), reduction, x.dtype)
-    _sweep_keys(p, tokens, y, kv, lines, reduction, settings, rows_cache, keys_cache, tiling)
-    _sweep_rows(p, tokens, y, kv, x.shape, settings, (gain1, gain2), rows_cache, tiling)
-    y = y.reshape(x.shape)
-    if rows_cache is None or keys_cache is None:
-        return y, None
-    return y, BlockCache(x.shape, grid, rows_cache, keys_cache, kv, (gain1, gain2), settings)
+        kept = _empty_cache(p, len(y), len(kv), reduction, x.dtype)
+        norm1, norm2, hidden, embedded = kept.norm1, kept.norm2, kept.hidden, kept.embedded
 
-
-def _sweep_keys(
-    p: BlockParams,
-    tokens: np.ndarray,
-    normed: np.ndarray,
-    kv: np.ndarray,
-    lines: _Lines,
-    reduction: Projection | None,
-    settings: BlockSettings,
-    rows_cache: RowsCache | None,
-    keys_cache: KeysCache | None,
-    tiling: Tiling,
-) -> None:
-    """normed becomes norm1(x), and kv the keys and values made of SR(normed), of all images."""
-    C = tokens.shape[1]
-    norm1 = None if rows_cache is None else rows_cache.norm1
-
-    def work(tiles: list[slice], scratch: Scratch) -> None:
+    def make_keys(tiles: list[slice], scratch: Scratch) -> None:
+        """y becomes norm1(x), and kv the keys and values made of SR(y)."""
         for part in tiles:
             rows, key_rows = lines.rows(part), lines.key_rows(part)
-            layer_norm_rows(p.norm1, tokens[rows], settings.norm_eps, normed[rows], rows, norm1)
-            if keys_cache is None:
-                reduced = scratch("reduced", key_rows.stop - key_rows.start, C, dtype=kv.dtype)
+            normed = y[rows]
+            layer_norm_rows(p.norm1, tokens[rows], eps, normed, rows, norm1)
+            if kept is None:
+                reduced = scratch("reduced", key_rows.stop - key_rows.start, C, dtype=x.dtype)
             else:
-                reduced = keys_cache.reduced[key_rows]
+                reduced = kept.reduced[key_rows]
             if reduction is None:
-                reduced[...] = normed[rows]
+                reduced[...] = normed
             else:
-                embed_rows(
-                    reduction, [lines.patches(normed[rows])], settings.attn.norm_eps, reduced,
-                    key_rows, None if keys_cache is None else keys_cache.embedded, scratch,
-                )  # fmt: skip
+                patches = [lines.patches(normed)]
+                embed_rows(reduction, patches, attn.norm_eps, reduced, key_rows, embedded, scratch)
             linear_rows(p.attn.kv, reduced, kv[key_rows], scratch)
 
-    lines.run(tiling, work, C)
-
-
-def _sweep_rows(
-    p: BlockParams,
-    tokens: np.ndarray,
-    y: np.ndarray,
-    kv: np.ndarray,
-    shape: tuple[int, int, int],
-    settings: BlockSettings,
-    gains: tuple[np.ndarray | None, np.ndarray | None],
-    cache: RowsCache | None,
-    tiling: Tiling,
-) -> None:
-    """y, norm1(x) so far, becomes the block's result, some rows after the other."""
-    B, n, C = shape
-    N = settings.attn.num_heads
-    kv = kv.reshape(B, -1, 2 * C)
-    norm2, hidden = (None, None) if cache is None else (cache.norm2, cache.hidden)
-
-    def work(tiles: list[slice], scratch: Scratch) -> None:
+    def make_rows(tiles: list[slice], scratch: Scratch) -> None:
+        """y, norm1(x) so far, becomes the block's result."""
         for rows in tiles:
-            x, y_rows = tokens[rows], y[rows]
-            if cache is None:
-                q = scratch("q", *x.shape, dtype=x.dtype)
-                heads = scratch("heads", *x.shape, dtype=x.dtype)
+            x_rows, y_rows = tokens[rows], y[rows]
+            if kept is None:
+                q, heads = (scratch(name, *x_rows.shape, dtype=x.dtype) for name in ("q", "heads"))
                 normed, branch = heads, q  # free again by the time
             else:
-                q, heads = cache.q[rows], cache.heads[rows]
-                normed = scratch("normed", *x.shape, dtype=x.dtype)
-                branch = scratch("branch", *x.shape, dtype=x.dtype)
+                q, heads = kept.q[rows], kept.heads[rows]
+                normed = scratch("normed", *x_rows.shape, dtype=x.dtype)
+                branch = scratch("branch", *x_rows.shape, dtype=x.dtype)
             # x = x + droppath(sra(norm1(x)))
             linear_rows(p.attn.q, y_rows, q, scratch)
             q_heads, y_heads = _per_head(q, N), _per_head(heads, N)
             for b, _, part in by_group(rows, n):
-                k, v = _keys_and_values(kv[b], N)
-                attend_rows(
-                    q_heads[:, part], k, v, settings.attn.scale, y_heads[:, part], scratch, tiling
-                )
+                k, v = _keys_and_values(kv[b * m : (b + 1) * m], N)
+                attend_rows(q_heads[:, part], k, v, attn.scale, y_heads[:, part], scratch, tiling)
             linear_rows(p.attn.proj, heads, y_rows, scratch)
-            _scale_samples(y_rows, gains[0], rows, n)
-            y_rows += x
+            _scale_samples(y_rows, gain1, rows, n)
+            y_rows += x_rows
             # x = x + droppath(mlp(norm2(x)))
-            layer_norm_rows(p.norm2, y_rows, settings.norm_eps, normed, rows, norm2)
+            layer_norm_rows(p.norm2, y_rows, eps, normed, rows, norm2)
             mlp_rows(p.mlp, normed, branch, rows, hidden, scratch)
-            _scale_samples(branch, gains[1], rows, n)
+            _scale_samples(branch, gain2, rows, n)
             y_rows += branch
 
-    tiling.run(work, B * n, tiling.rows(p.mlp.fc1.weight.shape[0]))
+    m = len(kv) // B
+    lines.run(tiling, make_keys, C)
+    tiling.run(make_rows, B * n, tiling.rows(p.mlp.fc1.weight.shape[0]))
+    cache = None
+    if kept is not None:
+        cache = BlockCache(x.shape, grid, kept, kv, (gain1, gain2), settings)
+    return y.reshape(x.shape), cache
 
 
 # Backward -------------------------------------------------------------------------------------
-
-
-@record
-class _RowGradients:
-    """Gradients of every token that the second sweep back, or a weight, needs.
-
-    Attributes:
-        dx: (B*n, C), of what norm2 and its skip were given.
-        dnormed1: (B*n, C), of norm1's result, by way of the queries.
-        dq: (B*n, C).
-        dproj: (B*n, C), of W^O's result; dx itself where nothing was dropped.
-        dfc2: (B*n, C), of fc2's result; dy itself where nothing was dropped.
-        dhidden: (B*n, E*C), of fc1's result.
-    """
-
-    dx: np.ndarray
-    dnormed1: np.ndarray
-    dq: np.ndarray
-    dproj: np.ndarray
-    dfc2: np.ndarray
-    dhidden: np.ndarray
 
 
 def block_backward(
@@ -351,93 +282,77 @@ def block_backward(
     """As :func:`pvt_ref.blocks.transformer.block_backward`."""
     if not isinstance(cache, BlockCache):
         return block.backward(p, cache, dy, ops)
-    dy_rows = np.ascontiguousarray(dy).reshape(-1, dy.shape[-1])
-    g, dkv, row_sums = _sweep_rows_back(p, cache, dy_rows, tiling)
-    dx, dprojected, key_sums = _sweep_keys_back(p, cache, g, dkv, tiling)
-    grads = _weight_gradients(p, cache, g, dkv, dprojected, row_sums, key_sums, tiling)
-    return dx.reshape(dy.shape), grads
+    (B, n, C), kept, kv = cache.shape, cache.kept, cache.kv
+    attn, (gain1, gain2), embedded = cache.settings.attn, cache.gains, cache.kept.embedded
+    N, m, dtype = attn.num_heads, len(kv) // B, dy.dtype
+    dy_rows = np.ascontiguousarray(dy).reshape(-1, C)
+    lines = _Lines.of(p.attn, cache.shape, cache.grid)
+    dx = np.empty_like(dy_rows)  # of what norm2 and its skip were given
+    dq, dnormed1 = np.empty_like(dy_rows), np.empty_like(dy_rows)
+    dproj = dx if gain1 is None else np.empty_like(dy_rows)
+    dfc2 = dy_rows if gain2 is None else np.empty_like(dy_rows)
+    dhidden = np.empty_like(kept.hidden.slope)  # before GELU
+    dprojected = np.empty((0 if embedded is None else len(kv), C), dtype)  # of W^S's result
 
-
-def _sweep_rows_back(
-    p: BlockParams, cache: BlockCache, dy: np.ndarray, tiling: Tiling
-) -> tuple[_RowGradients, np.ndarray, list[Sums]]:
-    """Back through MLP and attention to the queries; dkv (B*m, 2C) beside."""
-    (B, n, C), kept = cache.shape, cache.rows
-    attn, (gain1, gain2) = cache.settings.attn, cache.gains
-    N = attn.num_heads
-    kv = cache.kv.reshape(B, -1, 2 * C)
-    dx = np.empty_like(dy)
-    g = _RowGradients(
-        dx=dx,
-        dnormed1=np.empty_like(dy),
-        dq=np.empty_like(dy),
-        dproj=dx if gain1 is None else np.empty_like(dy),
-        dfc2=dy if gain2 is None else np.empty_like(dy),
-        dhidden=np.empty_like(kept.hidden.slope),
-    )
-
-    def work(tiles: list[slice], scratch: Scratch) -> tuple[Sums, dict[int, np.ndarray]]:
-        sums = Sums()
-        dkvs: dict[int, np.ndarray] = {}  # of the images that the piece has tokens of
+    def back_through_rows(
+        tiles: list[slice], scratch: Scratch
+    ) -> tuple[Sums, dict[int, np.ndarray]]:
+        """Through MLP and attention to the queries; dkv of the images that the tiles belong to."""
+        sums, dkvs = Sums(), {}
         for rows in tiles:
-            dx, dfc2, dproj, dq = g.dx[rows], g.dfc2[rows], g.dproj[rows], g.dq[rows]
+            dx_rows, dfc2_rows, dproj_rows, dq_rows = dx[rows], dfc2[rows], dproj[rows], dq[rows]
             # x = x + droppath(mlp(norm2(x)))
             if gain2 is not None:
-                dfc2[...] = dy[rows]
-                _scale_samples(dfc2, gain2, rows, n)
-            slope, dhidden = kept.hidden.slope[rows], g.dhidden[rows]
-            sums.add("fc2", column_sums(dfc2))
-            sums.add("fc1", mlp_backward_rows(p.mlp, slope, dfc2, dhidden, dx, scratch))
-            layer_norm_backward_rows(p.norm2, kept.norm2, rows, dx, dx, sums, "norm2", scratch)
-            dx += dy[rows]  # branch + skip
+                dfc2_rows[...] = dy_rows[rows]
+                _scale_samples(dfc2_rows, gain2, rows, n)
+            slope = kept.hidden.slope[rows]
+            sums.add("fc2", column_sums(dfc2_rows))
+            dfc1_bias = mlp_backward_rows(p.mlp, slope, dfc2_rows, dhidden[rows], dx_rows, scratch)
+            sums.add("fc1", dfc1_bias)
+            layer_norm_backward_rows(
+                p.norm2, kept.norm2, rows, dx_rows, dx_rows, sums, "norm2", scratch
+            )
+            dx_rows += dy_rows[rows]  # branch + skip
             # x = x + droppath(heads W^O)
             if gain1 is not None:
-                dproj[...] = dx
-                _scale_samples(dproj, gain1, rows, n)
-            sums.add("proj", column_sums(dproj))
-            dheads = scratch("dheads", *dx.shape, dtype=dx.dtype)
-            times_weight_rows(dproj, p.attn.proj, dheads, scratch)
+                dproj_rows[...] = dx_rows
+                _scale_samples(dproj_rows, gain1, rows, n)
+            sums.add("proj", column_sums(dproj_rows))
+            dheads = scratch("dheads", *dx_rows.shape, dtype=dtype)
+            times_weight_rows(dproj_rows, p.attn.proj, dheads, scratch)
             # heads = Attention(q, k, v)
-            q_heads, dq_heads = _per_head(kept.q[rows], N), _per_head(dq, N)
+            q_heads, dq_heads = _per_head(kept.q[rows], N), _per_head(dq_rows, N)
             dy_heads = _per_head(dheads, N)
             for b, _, part in by_group(rows, n):
+                image = kv[b * m : (b + 1) * m]
                 if b not in dkvs:
-                    dkvs[b] = np.zeros_like(kv[b])
+                    dkvs[b] = np.zeros_like(image)
                 attend_backward_rows(
-                    q_heads[:, part], *_keys_and_values(kv[b], N), attn.scale, dy_heads[:, part],
+                    q_heads[:, part], *_keys_and_values(image, N), attn.scale, dy_heads[:, part],
                     dq_heads[:, part], *_keys_and_values(dkvs[b], N), scratch, tiling,
                 )  # fmt: skip
             # q = norm1(x) W^Q
-            sums.add("q", column_sums(dq))
-            times_weight_rows(dq, p.attn.q, g.dnormed1[rows], scratch)
+            sums.add("q", column_sums(dq_rows))
+            times_weight_rows(dq_rows, p.attn.q, dnormed1[rows], scratch)
         return sums, dkvs
 
-    results = tiling.run(work, B * n, tiling.rows(g.dhidden.shape[1]))
+    results = tiling.run(back_through_rows, B * n, tiling.rows(dhidden.shape[1]))
+    row_sums = [sums for sums, _ in results]
     dkv = np.zeros_like(kv)
     for _, dkvs in results:
         for b, part in dkvs.items():
-            dkv[b] += part
-    return g, dkv.reshape(cache.kv.shape), [sums for sums, _ in results]
+            dkv[b * m : (b + 1) * m] += part
 
-
-def _sweep_keys_back(
-    p: BlockParams, cache: BlockCache, g: _RowGradients, dkv: np.ndarray, tiling: Tiling
-) -> tuple[np.ndarray, np.ndarray, list[Sums]]:
-    """Back through keys, values and norm1: dL/dx, and the gradient of W^S's result (B*m, C)."""
-    C, embedded = dkv.shape[1] // 2, cache.keys.embedded
-    lines = _Lines.of(p.attn, cache.shape, cache.grid)
-    dx = g.dnormed1  # becomes norm1's whole gradient, then the sum of branch and skip
-    dprojected = np.empty((0 if embedded is None else len(dkv), C), dkv.dtype)
-
-    def work(tiles: list[slice], scratch: Scratch) -> Sums:
+    def back_through_keys(tiles: list[slice], scratch: Scratch) -> Sums:
+        """Through keys, values and norm1; dnormed1 becomes dL/dx of the block."""
         sums = Sums()
         for part in tiles:
             rows, key_rows = lines.rows(part), lines.key_rows(part)
-            dnormed = dx[rows]  # norm1(x) fed the queries, and these:
+            dnormed, dkv_rows = dnormed1[rows], dkv[key_rows]  # norm1(x) fed the queries, and these
             # kv = reduced W^KV
-            sums.add("kv", column_sums(dkv[key_rows]))
-            dreduced = scratch("dreduced", key_rows.stop - key_rows.start, C, dtype=dkv.dtype)
-            times_weight_rows(dkv[key_rows], p.attn.kv, dreduced, scratch)
+            sums.add("kv", column_sums(dkv_rows))
+            dreduced = scratch("dreduced", len(dkv_rows), C, dtype=dtype)
+            times_weight_rows(dkv_rows, p.attn.kv, dreduced, scratch)
             # reduced = SR(norm1(x))
             if embedded is None:
                 dnormed += dreduced
@@ -448,56 +363,37 @@ def _sweep_keys_back(
                 target = lines.patches(dnormed)
                 target += dpatches.reshape(target.shape)
             layer_norm_backward_rows(
-                p.norm1, cache.rows.norm1, rows, dnormed, dnormed, sums, "norm1", scratch
+                p.norm1, kept.norm1, rows, dnormed, dnormed, sums, "norm1", scratch
             )
-            dnormed += g.dx[rows]  # branch + skip
+            dnormed += dx[rows]  # branch + skip
         return sums
 
-    return dx, dprojected, lines.run(tiling, work, C)
-
-
-def _weight_gradients(
-    p: BlockParams,
-    cache: BlockCache,
-    g: _RowGradients,
-    dkv: np.ndarray,
-    dprojected: np.ndarray,
-    row_sums: list[Sums],
-    key_sums: list[Sums],
-    tiling: Tiling,
-) -> BlockParams:
-    """The gradients of all weights, from those of the rows."""
-    dtype, kept, keys, attn = dkv.dtype, cache.rows, cache.keys, p.attn
+    key_sums = lines.run(tiling, back_through_keys, C)
     biases = {name: add_up(row_sums, name, dtype) for name in ("fc1", "fc2", "proj", "q")}
     biases["kv"] = add_up(key_sums, "kv", dtype)
-    layers = {  # name: dy, x, norm of x
-        "fc1": (g.dhidden, kept.norm2.x_hat, (p.norm2, biases["fc1"])),
-        "fc2": (g.dfc2, kept.hidden.y, None),
-        "q": (g.dq, kept.norm1.x_hat, (p.norm1, biases["q"])),
-        "proj": (g.dproj, kept.heads, None),
-        "kv": (dkv, keys.reduced, None),
+    layers = {  # by name: the gradient of the layer's result, its input, the norm of that
+        "fc1": (dhidden, kept.norm2.x_hat, (p.norm2, biases["fc1"])),
+        "fc2": (dfc2, kept.hidden.y, None),
+        "q": (dq, kept.norm1.x_hat, (p.norm1, biases["q"])),
+        "proj": (dproj, kept.heads, None),
+        "kv": (dkv, kept.reduced, None),
     }
-    if keys.embedded is not None:
-        layers["sr"] = (dprojected, keys.embedded.patches, None)
+    if embedded is not None:
+        layers["sr"] = (dprojected, embedded.patches, None)
     weights = dict(zip(layers, weight_gradients(list(layers.values()), tiling), strict=True))
 
-    def linear(name: str, p: LinearParams) -> LinearParams:
+    def gradients(name: str, p: LinearParams) -> LinearParams:
         return LinearParams(weights[name], None if p.bias is None else biases[name])
 
     dsr, dsr_norm = None, None
-    if attn.sr is not None:
-        dsr, dsr_norm = embed_gradients(attn.sr, weights["sr"], key_sums)
-    return BlockParams(
+    if p.attn.sr is not None:
+        dsr, dsr_norm = embed_gradients(p.attn.sr, weights["sr"], key_sums)
+    dq_params, dkv_params = gradients("q", p.attn.q), gradients("kv", p.attn.kv)
+    return dnormed1.reshape(dy.shape), BlockParams(
         norm1=add_up_norm(key_sums, "norm1", dtype),
-        attn=SRAParams(
-            q=linear("q", attn.q),
-            kv=linear("kv", attn.kv),
-            proj=linear("proj", attn.proj),
-            sr=dsr,
-            norm=dsr_norm,
-        ),
+        attn=SRAParams(dq_params, dkv_params, gradients("proj", p.attn.proj), dsr, dsr_norm),
         norm2=add_up_norm(row_sums, "norm2", dtype),
-        mlp=MLPParams(fc1=linear("fc1", p.mlp.fc1), fc2=linear("fc2", p.mlp.fc2)),
+        mlp=MLPParams(gradients("fc1", p.mlp.fc1), gradients("fc2", p.mlp.fc2)),
     )
 
 
