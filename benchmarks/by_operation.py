@@ -40,7 +40,7 @@ KERNELS = {
     "gelu_rows": "GELU",
     "layer_norm_rows": "layer norm",
     "layer_norm_backward_rows": "layer norm, backward",
-    "linear_columns": "adding biases",
+    "linear_rows": "adding biases",
     "attend_rows": "softmax of attention",
     "attend_backward_rows": "softmax of attention, backward",
     "embed_rows": "cutting patches",

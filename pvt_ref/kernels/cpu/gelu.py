@@ -40,9 +40,19 @@ _COMMON = {
 _AT_ONCE = 2**16
 
 
-def gelu_rows(x: np.ndarray, scratch: Scratch, slope: np.ndarray | None = None) -> None:
-    """x (rows, width) becomes x Phi(x); slope, if given, the derivative Phi(x) + x phi(x)."""
+def gelu_rows(
+    x: np.ndarray,
+    scratch: Scratch,
+    slope: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+) -> None:
+    """x (rows, width), plus a bias (width,) if given, becomes x Phi(x).
+
+    slope, if given, becomes the derivative Phi(x) + x phi(x).
+    """
     for rows in cut(slice(0, len(x)), max(1, _AT_ONCE // x.shape[1])):
+        if bias is not None:
+            x[rows] += bias
         _gelu(x[rows], scratch, None if slope is None else slope[rows])
 
 

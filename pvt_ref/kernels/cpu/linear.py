@@ -13,18 +13,14 @@ from pvt_ref.layers.sum_rows import sum_rows
 from pvt_ref.ops import Ops
 
 
-def linear_columns(p: LinearParams, x: np.ndarray, y: np.ndarray, columns: slice) -> None:
-    """y (rows, columns) becomes those columns of x W^T + b."""
-    np.matmul(x, p.weight[columns].T, out=y)
-    if p.bias is not None:
-        y += p.bias[columns]
-
-
 def linear_rows(p: LinearParams, x: np.ndarray, y: np.ndarray, scratch: Scratch) -> None:
     """y (rows, C_out) becomes x W^T + b."""
 
     def work(columns: slice, scratch: Scratch) -> None:
-        linear_columns(p, x, y[:, columns], columns)
+        part = y[:, columns]
+        np.matmul(x, p.weight[columns].T, out=part)
+        if p.bias is not None:
+            part += p.bias[columns]
 
     share_columns(work, y.shape[1], scratch)
 

@@ -9,7 +9,6 @@ from pvt_ref.kernels.cpu.gelu import gelu_rows
 from pvt_ref.kernels.cpu.linear import (
     bias_gradient,
     column_sums,
-    linear_columns,
     linear_rows,
     times_weight_rows,
     weight_gradients,
@@ -59,8 +58,9 @@ def mlp_rows(
 
     def expand(columns: slice, scratch: Scratch) -> None:
         part = wide[:, columns]
-        linear_columns(p.fc1, x, part, columns)
-        gelu_rows(part, scratch, None if slope is None else slope[:, columns])
+        np.matmul(x, p.fc1.weight[columns].T, out=part)
+        bias = None if p.fc1.bias is None else p.fc1.bias[columns]
+        gelu_rows(part, scratch, None if slope is None else slope[:, columns], bias)
 
     share_columns(expand, wide.shape[1], scratch)
     linear_rows(p.fc2, wide, y, scratch)
