@@ -24,12 +24,12 @@ from pvt_ref import REFERENCE, VARIANTS, blocked_ops
 from pvt_ref.kernels.cpu import (
     attention,
     block,
-    tiling,
     gelu,
     layer_norm,
     linear,
     mlp,
     patch_embed,
+    tiling,
 )
 from pvt_ref.models.pvt import PVT
 from pvt_ref.ops import Operation
