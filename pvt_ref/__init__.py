@@ -25,16 +25,23 @@ from pvt_ref.kernels.cpu.table import blocked_ops
 from pvt_ref.layers.cross_entropy import cross_entropy
 from pvt_ref.models.pvt.config import VARIANTS, PVTConfig
 from pvt_ref.models.pvt.params import PVTParams
+from pvt_ref.models.vit.config import VITS, ViTConfig
 from pvt_ref.ops import REFERENCE, Operation, Ops
 from pvt_ref.tree import to_device, to_numpy
 
 if TYPE_CHECKING:
     from pvt_ref.app import Model, Prediction, with_channels, with_new_head
     from pvt_ref.checkpoint import save
-    from pvt_ref.data.image import load_image, normalize, pad_to_multiple, preprocess
-    from pvt_ref.data.info import ModelInfo, Preprocessing
+    from pvt_ref.data.info import ModelInfo
+    from pvt_ref.data.preprocessing import (
+        Preprocessing,
+        load_image,
+        normalize,
+        pad_to_multiple,
+        preprocess,
+    )
     from pvt_ref.report.attention import attention_maps
-    from pvt_ref.report.cost import VITS, Cost, ViTConfig, count_cost
+    from pvt_ref.report.cost import Cost, count_cost
     from pvt_ref.zoo import load
 
 __version__ = "0.2.0"
@@ -43,10 +50,12 @@ __version__ = "0.2.0"
 _LATER = {
     "app": ("Model", "Prediction", "with_channels", "with_new_head"),
     "checkpoint": ("save",),
-    "data.image": ("load_image", "normalize", "pad_to_multiple", "preprocess"),
-    "data.info": ("ModelInfo", "Preprocessing"),
+    "data.info": ("ModelInfo",),
+    "data.preprocessing": (
+        *("Preprocessing", "load_image", "normalize", "pad_to_multiple", "preprocess"),
+    ),
     "report.attention": ("attention_maps",),
-    "report.cost": ("VITS", "Cost", "ViTConfig", "count_cost"),
+    "report.cost": ("Cost", "count_cost"),
     "zoo": ("load",),
 }
 

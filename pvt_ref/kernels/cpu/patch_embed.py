@@ -1,5 +1,7 @@
 """Patch embedding by lines of patches: cut, flattened, projected and normalised while in cache."""
 
+from typing import Any
+
 import numpy as np
 
 from pvt_ref.kernels.cpu.layer_norm import (
@@ -156,8 +158,10 @@ class PatchEmbedCache:
 
 def patch_embed_forward(
     p: PatchEmbedParams, x: np.ndarray, ops: Ops, eps: float, keep: bool = True, *, tiling: Tiling
-) -> tuple[np.ndarray, PatchEmbedCache | None]:
+) -> tuple[np.ndarray, Any]:
     """As :func:`pvt_ref.layers.patch_embed.patch_embed_forward`."""
+    if p.norm is None:  # what is left is a linear layer, which has a twin of its own
+        return patch_embed.forward(p, x, ops, eps, keep)
     weights = projection(p.proj, p.norm, tiling)
     C_out, width = weights.proj.weight.shape
     source = as_patches(x, weights.P)
@@ -177,9 +181,11 @@ def patch_embed_forward(
 
 
 def patch_embed_backward(
-    p: PatchEmbedParams, cache: PatchEmbedCache, dy: np.ndarray, ops: Ops, *, tiling: Tiling
+    p: PatchEmbedParams, cache: Any, dy: np.ndarray, ops: Ops, *, tiling: Tiling
 ) -> tuple[np.ndarray, PatchEmbedParams]:
     """As :func:`pvt_ref.layers.patch_embed.patch_embed_backward`."""
+    if not isinstance(cache, PatchEmbedCache):
+        return patch_embed.backward(p, cache, dy, ops)
     embedded = cache.embedded
     C_out, width = embedded.projection.proj.weight.shape
     dx = np.empty(cache.map_shape, dy.dtype)
