@@ -21,8 +21,8 @@ import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from pvt_ref.kernels.cpu import threads as threads_module
-from pvt_ref.kernels.cpu.tiling import share_columns
 from pvt_ref.kernels.cpu.threads import default_threads, run_pieces
+from pvt_ref.kernels.cpu.tiling import share_columns
 
 HERE = Path(__file__).parent
 posix = pytest.mark.skipif(os.name != "posix", reason="this system neither forks nor sends signals")
