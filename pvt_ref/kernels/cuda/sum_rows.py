@@ -16,23 +16,22 @@ from pvt_ref.ops import Operation, Ops
 def sum_rows_forward(
     p: None, x: Array, ops: Ops, keep: bool = True
 ) -> tuple[Array, SumRowsCache | None]:
-    """As :func:`pvt_ref.layers.sum_rows.sum_rows_forward`; at most sqrt(rows) terms in x's dtype."""
+    """As the readable one, but with up to sqrt(rows) terms of a sum in x's dtype."""
     xp = array_module(x)
-    rows, C = x.shape
-    group = math.isqrt(rows)
-    whole = rows - rows % max(group, 1)
-    parts = (
-        _sum_of_groups(xp, x[:whole, :], group) if group > 1 else x[:whole, :]
-    )  # (whole/group, C)
-    rest = x[whole:, :]
-    y = sum_in_float64(xp.concat((parts, rest), axis=0) if rest.shape[0] else parts, axis=0)  # (C,)
+    rows = x.shape[0]
+    group = max(math.isqrt(rows), 1)
+    whole = rows - rows % group
+    parts = _sum_of_groups(xp, x[:whole, :], group)
+    if whole < rows:
+        parts = xp.concat((parts, x[whole:, :]), axis=0)
+    y = sum_in_float64(parts, axis=0)
     return y, SumRowsCache(rows) if keep else None
 
 
 def _sum_of_groups(xp: Any, x: Array, group: int) -> Array:
-    """Row i of the result is the sum of rows i, i + n, i + 2n ... with n = rows / group."""
+    """Row i of the result is the sum of rows i, i + n, i + 2n, ... with n = rows / group."""
     rows, C = x.shape
-    wide = xp.reshape(x, (group, rows // group * C))  # the same memory
+    wide = xp.reshape(x, (group, rows // group * C))
     return xp.reshape(xp.ones((1, group), dtype=x.dtype) @ wide, (rows // group, C))
 
 
