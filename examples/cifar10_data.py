@@ -21,7 +21,6 @@ from typing import Any
 from urllib.error import HTTPError
 
 import numpy as np
-from rich.progress import Progress
 
 from pvt_ref import Preprocessing, PVTError
 from pvt_ref.errors import TrainingError, printable
@@ -154,6 +153,8 @@ def _md5() -> Any:
 
 def _download(url: str, path: Path) -> str:
     """Writes what is at url, with a progress bar, and returns its MD5."""
+    from rich.progress import Progress  # only here: reading needs no bar
+
     md5 = _md5()
     with urllib.request.urlopen(url, timeout=60) as answer, path.open("wb") as file:
         length = answer.headers.get("Content-Length")

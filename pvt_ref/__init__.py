@@ -31,8 +31,14 @@ from pvt_ref.tree import to_device, to_numpy
 if TYPE_CHECKING:
     from pvt_ref.app import Model, Prediction, with_channels, with_new_head
     from pvt_ref.checkpoint import save
-    from pvt_ref.data.image import load_image, normalize, pad_to_multiple, preprocess
-    from pvt_ref.data.info import ModelInfo, Preprocessing
+    from pvt_ref.data.info import ModelInfo
+    from pvt_ref.data.preprocessing import (
+        Preprocessing,
+        load_image,
+        normalize,
+        pad_to_multiple,
+        preprocess,
+    )
     from pvt_ref.report.attention import attention_maps
     from pvt_ref.report.cost import VITS, Cost, ViTConfig, count_cost
     from pvt_ref.zoo import load
@@ -43,8 +49,10 @@ __version__ = "0.2.0"
 _LATER = {
     "app": ("Model", "Prediction", "with_channels", "with_new_head"),
     "checkpoint": ("save",),
-    "data.image": ("load_image", "normalize", "pad_to_multiple", "preprocess"),
-    "data.info": ("ModelInfo", "Preprocessing"),
+    "data.info": ("ModelInfo",),
+    "data.preprocessing": (
+        *("Preprocessing", "load_image", "normalize", "pad_to_multiple", "preprocess"),
+    ),
     "report.attention": ("attention_maps",),
     "report.cost": ("VITS", "Cost", "ViTConfig", "count_cost"),
     "zoo": ("load",),

@@ -86,19 +86,19 @@ def init_params(config: Any, rng: np.random.Generator, dtype: Any = np.float32) 
             name = np.dtype(dtype).name
     if name not in FLOAT_DTYPES:
         raise ArrayTypeError(f"dtype is {name}; parameters are float32 or float64")
-    dtype = np.dtype(name)
+    return build(config, lambda leaf: draw_leaf(leaf, rng, np.dtype(name)))
 
-    def draw(leaf: Leaf) -> np.ndarray:
-        if leaf.init == "zeros":
-            return np.zeros(leaf.shape, dtype)
-        if leaf.init == "ones":
-            return np.ones(leaf.shape, dtype)
-        if leaf.init == "normal":
-            return (0.02 * rng.standard_normal(leaf.shape)).astype(dtype)
-        bound = 1 / math.sqrt(leaf.fan_in)
-        return rng.uniform(-bound, bound, leaf.shape).astype(dtype)
 
-    return build(config, draw)
+def draw_leaf(leaf: Leaf, rng: np.random.Generator, dtype: Any) -> np.ndarray:
+    """One array of :func:`init_params`."""
+    if leaf.init == "zeros":
+        return np.zeros(leaf.shape, dtype)
+    if leaf.init == "ones":
+        return np.ones(leaf.shape, dtype)
+    if leaf.init == "normal":
+        return (0.02 * rng.standard_normal(leaf.shape)).astype(dtype)
+    bound = 1 / math.sqrt(leaf.fan_in)
+    return rng.uniform(-bound, bound, leaf.shape).astype(dtype)
 
 
 def to_state_dict(params: Any) -> dict[str, Array]:

@@ -8,23 +8,28 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from pvt_ref.api import check_has_classifier, check_params, forward, forward_pyramid
+from pvt_ref.api import (
+    Prepared,
+    check_has_classifier,
+    check_params,
+    draw_leaf,
+    forward,
+    forward_pyramid,
+    prepare_checked,
+)
 from pvt_ref.arrays import (
     Array,
     array_module,
-    describe_type,
     dtype_name,
     from_host,
     is_array,
-    is_foreign,
-    is_numpy,
     quietly,
     sum_in_float64,
 )
 from pvt_ref.checks import as_size, check_finite, check_rng, is_whole
-from pvt_ref.data.info import UNKNOWN, ModelInfo, Preprocessing
+from pvt_ref.data.info import UNKNOWN, ModelInfo
+from pvt_ref.data.preprocessing import Preprocessing
 from pvt_ref.errors import (
     ArrayTypeError,
     ConfigError,
@@ -35,14 +40,11 @@ from pvt_ref.errors import (
     printable,
     shown,
 )
-from pvt_ref.layers.layer_norm import LayerNormParams
-from pvt_ref.layers.linear import LinearParams
-from pvt_ref.models.pvt.config import NUM_STAGES, PVTConfig, describe
-from pvt_ref.models.pvt.params import PVTParams
+from pvt_ref.models.architecture import Leaf, architecture_of
 from pvt_ref.ops import Ops
 from pvt_ref.report.cost import count_cost
 from pvt_ref.report.tables import format_cost
-from pvt_ref.tree import describe_arrays, named_arrays, to_numpy
+from pvt_ref.tree import describe_arrays, first_array, map_named, named_arrays, to_numpy
 
 #: Images, and pixels of them, that are in memory together in :meth:`Model.predict`.
 _IMAGES_AT_ONCE = 64
@@ -63,8 +65,15 @@ class Prediction(NamedTuple):
     probability: float
 
 
+class _Core:
+    """Room for what is made of the weights once. It is no field, so copies make their own."""
+
+    __slots__ = ("_made",)
+    _made: Prepared
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Model:
+class Model(_Core):
     """Weights and configuration. Frozen, and without state: a call keeps nothing.
 
     Attributes:
@@ -81,24 +90,21 @@ class Model:
         ConfigError: if info names another number of classes than config has.
     """
 
-    params: PVTParams
-    config: PVTConfig
+    params: Any
+    config: Any
     source: str = "made in memory"
     info: ModelInfo = UNKNOWN
 
     def __post_init__(self) -> None:
         check_params(self.params, self.config)
         self._check_info()
+        cause = "The file they came from is damaged, or the training that made them diverged"
         for key, x in named_arrays(self.params):
-            check_finite(
-                key,
-                x,
-                "The file they came from is damaged, or the training that made them diverged",
-            )
+            check_finite(key, x, cause)
 
     def __repr__(self) -> str:
-        arrays = describe_arrays(self.params)
-        return f"Model({describe(self.config)}: {arrays}; {shown(self.source, 120)})"
+        what = architecture_of(self.config).describe(self.config)
+        return f"Model({what}: {describe_arrays(self.params)}; {shown(self.source, 120)})"
 
     def _check_info(self) -> None:
         for name, kind in (("source", str), ("info", ModelInfo)):
@@ -119,12 +125,20 @@ class Model:
         """The names of the num_classes outputs, in order; ``("0", "1", ...)`` if not known."""
         return self.info.classes or tuple(map(str, range(self.config.num_classes)))
 
+    @property
+    def feature_info(self) -> list[dict[str, int]]:
+        """Channels and strides of the maps of :meth:`pyramid`, by timm's names; [] without maps."""
+        config = self.config
+        if architecture_of(config).forward_pyramid is None:
+            return []
+        maps = zip(config.channels, config.strides, strict=True)
+        return [{"num_chs": channels, "reduction": stride} for channels, stride in maps]
+
     def preprocess(self, images: Any, size: int | tuple[int, int] | None = None) -> Array:
         """Pictures as a batch for this model, with the preprocessing of its training.
 
         Args:
-            images: a picture or a list of them: paths, open files, PIL images, or arrays (H, W, 3)
-                or (H, W) of uint8; or an array (B, H, W, 3) of uint8.
+            images: what :class:`Preprocessing` takes, one picture or several.
             size: side of the square, or (h, w), in pixels; None takes config.img_size.
 
         Returns:
@@ -132,25 +146,12 @@ class Model:
 
         Raises:
             ConfigError: if the model has another number of channels than its preprocessing.
-            ImageError: as :func:`pvt_ref.load_image`.
-            MissingFileError: as :func:`pvt_ref.load_image`.
-            ArrayTypeError: as :func:`pvt_ref.load_image`; also for an array of another dtype.
-            ShapeError: as :func:`pvt_ref.load_image`; also for an array of another shape, or no
-                picture at all.
+            PVTError: as :class:`Preprocessing`.
         """
         self._check_channels()
-        several = images if isinstance(images, list | tuple) else [images]
-        for picture in several:
-            usable = is_numpy(picture) or isinstance(picture, Image.Image)
-            if not usable and (is_array(picture) or is_foreign(picture)):
-                raise ArrayTypeError(
-                    f"a picture is {describe_type(picture)}. Pictures are paths, PIL images, or "
-                    f"arrays (H, W, 3) of uint8; images that are normalised already, one array "
-                    f"(B, {self.config.in_chans}, H, W) of floats"
-                )
-        like = self.params.pos_embed1
-        size = self.config.img_size if size is None else size
-        x = from_host(self.info.preprocessing(images, size), like)
+        like = first_array(self.params)
+        pixels = self.config.img_size if size is None else size
+        x = from_host(self.info.preprocessing(images, pixels), like)
         return array_module(like).astype(x, like.dtype, copy=False)
 
     def _check_channels(self) -> None:
@@ -165,10 +166,7 @@ class Model:
     def predict(
         self, images: Any, top: int = 5, size: int | tuple[int, int] | None = None
     ) -> list[list[Prediction]]:
-        """The likeliest classes of each image, likeliest first.
-
-        Of a long list only a few pictures are in memory at a time. :meth:`predict_each` also goes
-        on after one that cannot be read.
+        """The likeliest classes of each image; a few pictures are in memory at a time.
 
         Args:
             images: what :meth:`preprocess` takes, or made: (B, in_chans, H, W) floats.
@@ -176,29 +174,27 @@ class Model:
             size: of what :meth:`preprocess` makes; None takes config.img_size.
 
         Returns:
-            A list of B lists of :class:`Prediction`. Probabilities are Softmax(logits), in float64.
+            B lists of :class:`Prediction`, likeliest first. Probabilities are Softmax(logits), in
+            float64.
 
         Raises:
             RangeError: if top is not a positive whole number, or floats on the host look like
                 pixels that were not normalised: none is negative, and they go up to 1 or beyond 20
-                (calling the model takes them as they are); also as :func:`pvt_ref.forward`.
-            ConfigError: if the model is a bare backbone; also as :meth:`preprocess`.
+                (calling the model takes them as they are).
+            ConfigError: if the model is a bare backbone.
             NonFiniteError: if floats on the host hold NaN or infinity.
-            ImageError: as :meth:`preprocess`.
-            MissingFileError: as :meth:`preprocess`.
-            ArrayTypeError: as :meth:`preprocess` and :func:`pvt_ref.forward`.
-            ShapeError: as :meth:`preprocess` and :func:`pvt_ref.forward`.
+            ShapeError: if there is no picture.
+            PVTError: as :meth:`preprocess` and :func:`pvt_ref.forward`.
         """
         answers: list[list[Prediction]] = []
         if is_array(images) and dtype_name(images).startswith(("float", "bfloat")):
             self._check_top(top)
             self._check_normalised(images)
-            count = self._at_once(tuple(images.shape[2:])) if images.ndim == 4 else 1
-            starts = range(0, images.shape[0], count) if images.ndim == 4 else ()
-            for start in starts or (0,):  # what is no batch goes through too, and is refused
-                part = images
-                if images.ndim == 4:
-                    part = images[start : min(start + count, images.shape[0]), ...]
+            count = self._at_once(tuple(images.shape[2:]))
+            if images.ndim != 4 or not images.shape[0]:
+                self(images)  # which refuses it
+            for start in range(0, images.shape[0], count):
+                part = images[start : min(start + count, images.shape[0]), ...]
                 answers += self._answers(self(part), top)
             return answers
         for answer in self.predict_each(images, top, size):
@@ -212,20 +208,16 @@ class Model:
     def predict_each(
         self, images: Any, top: int = 5, size: int | tuple[int, int] | None = None
     ) -> Iterator[list[Prediction] | PVTError]:
-        """The likeliest classes of pictures one after another, in bounded memory.
-
-        A picture that cannot be read gives its error in its place, and the next one follows.
+        """As :meth:`predict`, picture by picture; one that cannot be read stops no other.
 
         Args:
-            images: what :meth:`preprocess` takes; also an iterator of pictures, which is read a few
-                at a time.
-            top: how many; all if there are fewer classes.
-            size: of what :meth:`preprocess` makes; None takes config.img_size.
+            images: what :meth:`preprocess` takes; also an iterator, read a few pictures at a time.
+            top: as for predict.
+            size: as for predict.
 
         Returns:
-            An iterator: for each picture what :meth:`predict` would return for it, or the
-            :class:`~pvt_ref.PVTError` that it would raise. Any other exception that a picture
-            causes is the ``__cause__`` of an ImageError.
+            An iterator: for each picture what predict would return for it, or the PVTError that it
+            would raise. Any other exception is the ``__cause__`` of an ImageError.
 
         Raises:
             RangeError: if top is not a positive whole number.
@@ -237,8 +229,7 @@ class Model:
         self._check_channels()
         H, W = as_size(self.config.img_size if size is None else size)
         self.config.grids(H, W)
-        readable = hasattr(images, "read")  # an open file is an iterator too: of lines
-        several = isinstance(images, list | tuple | Iterator) and not readable
+        several = isinstance(images, list | tuple | Iterator) and not hasattr(images, "read")
         several = several or (isinstance(images, np.ndarray) and images.ndim == 4)
         return self._predict_each(images if several else [images], top, (H, W))
 
@@ -249,11 +240,10 @@ class Model:
         while batch := list(itertools.islice(rest, self._at_once(size))):
             prepared = [self._preprocess_or_error(picture, size) for picture in batch]
             good = [x for x in prepared if not isinstance(x, PVTError)]  # (1, in_chans, H, W) each
-            answers: Iterator[list[Prediction]] = iter(())
-            if good:
-                answers = iter(self._answers(self(array_module(good[0]).concat(good)), top))
+            logits = [self(array_module(good[0]).concat(good))] if good else []
+            rows = (row for part in logits for row in self._answers(part, top))
             for x in prepared:
-                yield x if isinstance(x, PVTError) else next(answers)
+                yield x if isinstance(x, PVTError) else next(rows)
 
     def _preprocess_or_error(self, picture: Any, size: tuple[int, int]) -> Array | PVTError:
         try:
@@ -307,111 +297,104 @@ class Model:
         ]
 
     def __call__(self, images: Array, *, ops: Ops | None = None) -> Array:
-        """Class logits; see :func:`pvt_ref.forward`.
-
-        Args:
-            images: (B, in_chans, H, W) normalised floats.
-            ops: a record of operations; None takes the default.
-
-        Returns:
-            logits (B, num_classes) of the weights' dtype.
+        """Class logits (B, num_classes) of normalised floats (B, in_chans, H, W).
 
         Raises:
             NonFiniteError: if images on the host hold NaN or infinity, or numbers beyond the dtype
                 of the weights.
-            ArrayTypeError: as :func:`pvt_ref.forward`.
-            ShapeError: as :func:`pvt_ref.forward`.
-            ConfigError: as :func:`pvt_ref.forward`.
-            RangeError: as :func:`pvt_ref.forward`.
+            PVTError: as :func:`pvt_ref.forward`.
         """
-        self._check_images(images)
-        return forward(self.params, images, self.config, ops=ops)
+        return forward(self._core(), self._checked(images), ops=ops)
 
     def pyramid(self, images: Array, *, ops: Ops | None = None) -> list[Array]:
-        """Feature maps for dense prediction; see :func:`pvt_ref.forward_pyramid`.
+        """Feature maps for dense prediction; :attr:`feature_info` describes them.
 
         Args:
             images: (B, in_chans, H, W) normalised floats.
-            ops: a record of operations; None takes the default.
+            ops: a table of operations; None takes the default.
 
         Returns:
-            [F_1, F_2, F_3, F_4], (B, C_i, H_i, W_i) each, of the weights' dtype.
+            [F_1, F_2, ...], (B, C_i, H_i, W_i) each, of the weights' dtype.
 
         Raises:
-            NonFiniteError: if images on the host hold NaN or infinity, or numbers beyond the dtype
-                of the weights.
-            ArrayTypeError: as :func:`pvt_ref.forward_pyramid`.
-            ShapeError: as :func:`pvt_ref.forward_pyramid`.
-            RangeError: as :func:`pvt_ref.forward_pyramid`.
+            NonFiniteError: as calling the model.
+            PVTError: as :func:`pvt_ref.forward_pyramid`.
         """
-        self._check_images(images)
-        return forward_pyramid(self.params, images, self.config, ops=ops)
+        return forward_pyramid(self._core(), self._checked(images), ops=ops)
 
-    def _check_images(self, images: Array) -> None:
-        weight = self.params.pos_embed1
+    def _core(self) -> Prepared:
+        """The weights, which were checked, and what can be made of them once for all calls."""
+        try:
+            return self._made
+        except AttributeError:  # the first call, or that of a copy
+            object.__setattr__(self, "_made", prepare_checked(self.params, self.config))
+            return self._made
+
+    def _checked(self, images: Array) -> Array:
+        """images, cast if they are host floats; what the weights' dtype cannot hold is refused."""
         if isinstance(images, np.ndarray) and images.dtype.kind == "f":
-            # what float32 cannot hold turns infinite, and is refused
-            images = quietly(lambda: images.astype(dtype_name(weight), copy=False))
-        check_finite("images", images, "Check the preprocessing: a division by a zero deviation?")
+            weight = first_array(self.params)
+            if images.dtype != weight.dtype:  # what float32 cannot hold turns infinite
+                images = quietly(lambda: images.astype(dtype_name(weight), copy=False))
+            cause = "Check the preprocessing: a division by a zero deviation?"
+            check_finite("images", images, cause)
+        return images
 
     def summary(self, size: int | tuple[int, int] | None = None) -> str:
-        """Parameters, MACs and memory by stage and operation, as a text table.
+        """Parameters, MACs and memory by stage and operation.
 
         Args:
             size: of the image, (H, W) or a side, in pixels; None takes config.img_size.
 
         Returns:
-            The table, with ``source`` above it: MACs in millions, memory in MiB, for a batch of
-            one.
+            A text table, with ``source`` above it: MACs in millions, memory in MiB, for B = 1.
 
         Raises:
             ShapeError: if the model cannot take that size.
         """
-        report = count_cost(self.config, size)
-        return f"{printable(self.source)}\n\n{format_cost(report)}"
+        return f"{printable(self.source)}\n\n{format_cost(count_cost(self.config, size))}"
 
 
 def with_new_head(model: Model, num_classes: int, rng: np.random.Generator) -> Model:
     """The same model with a fresh head, for fine-tuning on another data set.
 
     Args:
-        model: any model; its arrays are shared, not copied. A bare backbone also gets a fresh cls
-            token, its row of the position table, and a final norm.
+        model: any model; its arrays are shared, not copied. A bare backbone also gets what else a
+            classifier has: a PVT a cls token, its row of the position table, and a final norm.
         num_classes: at least 1.
-        rng: a NumPy generator for the new weights (normal, std 0.02; bias 0); it is advanced.
+        rng: a NumPy generator for the new weights, as of :func:`init_params`; it is advanced.
 
     Returns:
-        A model whose config has num_classes, of the same dtype and on the same device: head weight
-        (num_classes, C_4) and bias (num_classes,).
+        A model whose config has num_classes, of the same dtype and on the same device.
 
     Raises:
         ArrayTypeError: if model is not a Model, or rng not a NumPy generator.
-        ConfigError: if num_classes is not a positive whole number, or stage 4 of a backbone has
-            spatial reduction, which leaves no place for a cls token.
+        ConfigError: if num_classes is not a positive whole number, or the backbone leaves no place
+            for a classifier.
     """
     check_rng(rng)
     _check_model(model)
+    row = architecture_of(model.config)
     config = dataclasses.replace(model.config, num_classes=num_classes)
     if not config.has_classifier:
         raise ConfigError(f"num_classes is {num_classes}; a head needs at least 1")
-    params, C = model.params, config.embed_dims[-1]
-    like = params.pos_embed4
-    xp = array_module(like)
+    old, like = dict(named_arrays(model.params)), first_array(model.params)
+    changed = set()
 
-    def normal(*shape: int) -> Array:
-        return xp.astype(from_host(0.02 * rng.standard_normal(shape), like=like), like.dtype)
+    def make(leaf: Leaf) -> Array:
+        kept = None if leaf.key.startswith(f"{row.head}.") else old.get(leaf.key)
+        if kept is not None and tuple(kept.shape) == leaf.shape:
+            return kept
+        changed.add(leaf.key.split(".")[0])
+        if kept is not None:  # a table of a backbone, which has no row for the cls token yet
+            missing = leaf.shape[1] - kept.shape[1]
+            leaf = leaf._replace(shape=(1, missing, *leaf.shape[2:]))
+        drawn = from_host(draw_leaf(leaf, rng, np.dtype(dtype_name(like))), like=like)
+        return drawn if kept is None else array_module(like).concat((drawn, kept), axis=1)
 
-    def constant(value: float, *shape: int) -> Array:
-        return xp.astype(from_host(np.full(shape, value), like=like), like.dtype)
-
-    changes: dict[str, Any] = {
-        "head": LinearParams(normal(num_classes, C), constant(0.0, num_classes))
-    }
-    if not model.config.has_classifier:
-        changes["cls_token"] = normal(1, 1, C)
-        changes[f"pos_embed{NUM_STAGES}"] = xp.concat((normal(1, 1, C), like), axis=1)
-        changes["norm"] = LayerNormParams(constant(1.0, C), constant(0.0, C))
-    params = dataclasses.replace(params, **changes)
+    built = row.build_params(config, make)
+    changes = {name: getattr(built, name) for name in changed}
+    params = dataclasses.replace(model.params, **changes)
     info = dataclasses.replace(model.info, title="", classes=(), training={})  # not true any more
     return Model(params, config, f"{model.source}; new head for {num_classes} classes", info)
 
@@ -419,42 +402,41 @@ def with_new_head(model: Model, num_classes: int, rng: np.random.Generator) -> M
 def with_channels(model: Model, in_chans: int) -> Model:
     """The same model for images of another number of channels, with its first weights adapted.
 
-    For one channel, the weights are summed over the channels, so a grey image gives what it gave
-    three times over. For others they are repeated in turn and scaled by their number over the new
-    one, so an image whose channels are all alike gives the same as before. (So does timm, in its
-    ``adapt_input_conv``.) It is a start for training, in which the new channels find their own.
+    As timm's ``adapt_input_conv``: for one channel, the weights are summed over the channels; for
+    others, repeated in turn and scaled, so that an image whose channels are all alike gives the
+    same as before. It is a start for training.
 
     Args:
         model: any model; its other arrays are shared, not copied.
         in_chans: at least 1, such as 1 for grey or 4 for colour and infrared.
 
     Returns:
-        A model whose config has in_chans, of the same dtype and on the same device:
-        patch_embed1.proj.weight (C_1, in_chans, P_1, P_1). Between 3 channels and 1, its
-        preprocessing is adapted too; for others ``info`` keeps the old one, which then does not
-        fit: :meth:`Model.preprocess` says so until Model is given the right one.
+        A model whose config has in_chans. Between 3 channels and 1, its preprocessing is adapted
+        too; otherwise ``info`` keeps the old one, and :meth:`Model.preprocess` says that it does
+        not fit.
 
     Raises:
         ArrayTypeError: if model is not a Model.
         ConfigError: if in_chans is not a positive whole number.
     """
     _check_model(model)
-    before = model.config.in_chans
+    row, before = architecture_of(model.config), model.config.in_chans
+    if row.stem is None:
+        raise ConfigError(f"a {row.title} has no first layer that could be adapted")
     config = dataclasses.replace(model.config, in_chans=in_chans)
     if in_chans == before:
         return model
-    params = model.params
-    entry = params.patch_embed1
-    w = entry.proj.weight  # (C_1, before, P_1, P_1)
-    xp = array_module(w)
-    if in_chans == 1:
-        w = xp.expand_dims(sum_in_float64(w, axis=1), axis=1)  # (C_1, 1, P_1, P_1)
-    else:
+
+    def adapt(key: str, w: Array) -> Array:
+        if key != row.stem:
+            return w
+        xp = array_module(w)  # w: (C_out, before, ...)
+        if in_chans == 1:
+            return xp.expand_dims(sum_in_float64(w, axis=1), axis=1)
         times = -(-in_chans // before)  # rounded up
-        w = xp.concat([w] * times, axis=1)[:, :in_chans, ...]  # (C_1, in_chans, P_1, P_1)
-        w = w * (before / in_chans)
-    entry = dataclasses.replace(entry, proj=dataclasses.replace(entry.proj, weight=w))
-    params = dataclasses.replace(params, patch_embed1=entry)
+        return xp.concat([w] * times, axis=1)[:, :in_chans, ...] * (before / in_chans)
+
+    params = map_named(adapt, model.params)
     info = dataclasses.replace(model.info, preprocessing=_adapted(model.info, in_chans))
     source = f"{model.source}; first layer adapted from {before} channels to {in_chans}"
     return Model(params, config, source, info)

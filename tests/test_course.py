@@ -166,6 +166,8 @@ def test_a_lesson_shows_only_what_holds(lesson):
     assert "| `x` | (B, C) | (2, 3) | tokens |" in table
     with pytest.raises(AssertionError, match=r"x is \(2, 3\), the page says C B"):
         lesson.shapes({"B": 2, "C": 3}, x=(x, "C B", "tokens"))
+    with pytest.raises(AssertionError, match="B and n are both 2: change one"):
+        lesson.shapes({"B": 2, "n": 2, "C": 3}, x=(x, "B C", "tokens"), y=(x, "n C", "tokens"))
     assert "less than 1e-03" in lesson.compare("x", x, x + 1e-5, 1e-3)
     with pytest.raises(AssertionError, match=r"1\.0e-02 apart"):
         lesson.compare("x", 1.01 * x, x, 1e-3)

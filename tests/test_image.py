@@ -17,15 +17,16 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_image
 
+import pvt_ref
 import pvt_ref.data.image
 from pvt_ref.arrays import import_cupy
-from pvt_ref.data.image import (
+from pvt_ref.data.image import read_rgb, resize_and_crop
+from pvt_ref.data.preprocessing import (
+    Preprocessing,
     load_image,
     normalize,
     pad_to_multiple,
     preprocess,
-    read_rgb,
-    resize_and_crop,
 )
 from pvt_ref.errors import (
     ArrayTypeError,
@@ -529,6 +530,35 @@ def test_load_image_is_its_parts(tmp_path):
     assert np.array_equal(x, normalize(np.asarray(crop)))
 
 
+def test_there_is_one_way_from_pixels_to_numbers(monkeypatch, tmp_path):
+    image = picture(40, 40)
+    image.save(tmp_path / "a.png")
+    released = Preprocessing("RGB", tuple(MEAN), tuple(STD))
+    pixels = np.asarray(resize_and_crop(image, 32))
+    wanted = released.normalize(pixels.transpose(2, 0, 1)[None], np.empty(0, np.float32))
+    seen = []
+
+    def spy(self, pixels, like):
+        seen.append(pixels.shape)
+        return honest(self, pixels, like)
+
+    honest = Preprocessing.normalize
+    monkeypatch.setattr(Preprocessing, "normalize", spy)
+    model = pvt_ref.load("cifar10")
+    for call, released_too in (
+        (lambda: load_image(tmp_path / "a.png", 32), True),
+        (lambda: preprocess(image, 32), True),
+        (lambda: normalize(pixels), True),
+        (lambda: released([np.asarray(image)], 32), True),
+        (lambda: model.preprocess(image), False),  # CIFAR-10 has its own mean and deviation
+    ):
+        x = call()
+        assert seen.pop() == (1, 3, 32, 32)
+        assert not seen
+        if released_too:
+            np.testing.assert_array_equal(x, wanted)
+
+
 # Padding ------------------------------------------------------------------------------------------
 
 
@@ -710,9 +740,9 @@ def test_long_thin_picture():
 
 
 def test_largest_resize_is_allowed(monkeypatch):
-    monkeypatch.setattr(pvt_ref.image, "MAX_RESIZED_PIXELS", 256 * 512)
+    monkeypatch.setattr(pvt_ref.data.image, "MAX_RESIZED_PIXELS", 256 * 512)
     assert resize_and_crop(picture(10, 20)).size == (224, 224)
-    monkeypatch.setattr(pvt_ref.image, "MAX_RESIZED_PIXELS", 256 * 512 - 1)
+    monkeypatch.setattr(pvt_ref.data.image, "MAX_RESIZED_PIXELS", 256 * 512 - 1)
     with pytest.raises(ImageError, match="more than the 131071 pixels"):
         resize_and_crop(picture(10, 20))
 

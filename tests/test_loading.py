@@ -31,7 +31,7 @@ from pvt_ref.checkpoint import load, save
 from pvt_ref.checkpoint.pth import PthFile
 from pvt_ref.checkpoint.safetensors_file import MAX_HEADER, MAX_RECORD
 from pvt_ref.checkpoint.stated import MAX_JSON
-from pvt_ref.data.image import IMAGENET_MEAN, IMAGENET_STD
+from pvt_ref.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from pvt_ref.errors import ArrayTypeError, CheckpointError, ConfigError, MissingFileError
 from pvt_ref.models.architecture import config_to_dict, param_shapes
 

@@ -117,5 +117,5 @@ def test_terms_of_what_others_made_lie_beside_it():
     weights = (ROOT / "pvt_ref" / "weights" / "README.md").read_text(encoding="utf-8")
     for path in ROOT.glob("pvt_ref/weights/*.safetensors"):
         assert path.name in weights
-    words = (ROOT / "pvt_ref" / "imagenet_classes.LICENSE.txt").read_text(encoding="utf-8")
+    words = (ROOT / "pvt_ref" / "data" / "imagenet_classes.LICENSE.txt").read_text(encoding="utf-8")
     assert "WordNet 3.0 Copyright 2006 by Princeton University" in words

@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from PIL import Image, ImageFile
 
 import pvt_ref
 from pvt_ref.data import picture_file
-from pvt_ref.data.image import load_image, preprocess, read_rgb, resize_and_crop
+from pvt_ref.data.image import read_rgb, resize_and_crop
 from pvt_ref.data.picture_file import FORMATS
+from pvt_ref.data.preprocessing import load_image, preprocess
 from pvt_ref.errors import ArrayTypeError, ImageError, MissingFileError
 
 POSTSCRIPT = b"""%!PS-Adobe-3.0 EPSF-3.0
@@ -157,13 +159,58 @@ def test_one_slow_picture_stops_no_other():
     assert len(results) == 1
 
 
+def test_two_threads_decode_at_the_same_time(monkeypatch):
+    meeting, decode = threading.Barrier(2), ImageFile.ImageFile.load
+    here = threading.local()
+
+    def load(image):
+        if not hasattr(here, "met"):
+            here.met = meeting.wait(60)  # breaks unless the other one is inside, too
+        return decode(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    data = saved(Image.new("RGB", (40, 40), "red"), "JPEG")
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda _: load_image(io.BytesIO(data), 32), range(2)))
+    assert np.array_equal(*results)
+
+
+def test_limits_hold_in_many_threads():
+    good = saved(Image.new("RGB", (40, 40), "red"), "PNG")
+    wanted = load_image(io.BytesIO(good), 32)
+    refused = {
+        "suspiciously large": png(9460, 9460, data=zlib.compress(b"")),
+        "100 scans": jpeg_with_scans(101),
+        "64 profiles": png(8, 8, extra=chunk(b"zTXt", b"t\0\0" + zlib.compress(b"a")) * 65),
+        "PostScript": POSTSCRIPT,
+        "a tile of": tiff_of_tile(22_500),
+        "numbers in its tags": tiff_of_numbers(2**18 + 1),
+    }
+    before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, list(warnings.filters)
+
+    def answer(data):
+        try:
+            return load_image(io.BytesIO(data), 32)
+        except ImageError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(answer, [good, *refused.values()] * 20))
+    for at, got in enumerate(answers):
+        if at % (1 + len(refused)):
+            assert list(refused)[at % (1 + len(refused)) - 1] in got
+        else:
+            assert np.array_equal(got, wanted)
+    assert (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, warnings.filters) == before
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_fork_while_other_threads_read_pictures(tmp_path):
     Image.effect_noise((400, 400), 90).convert("RGB").save(tmp_path / "a.jpg")
     out = run(
         """
 import io, os, signal, sys, threading
-from pvt_ref.image import load_image
+from pvt_ref import load_image
 path = sys.argv[1]
 class Waiting(io.BytesIO):
     def read(self, *arguments):
@@ -240,7 +287,7 @@ def png(width, height, bit_depth=8, color_type=0, extra=b"", data=None):
 
 PEAK = """
 import resource, sys
-from pvt_ref.image import load_image
+from pvt_ref import load_image
 load_image(sys.argv[1], 32)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 load_image(sys.argv[2], 32)
@@ -433,6 +480,12 @@ def test_numbers_in_the_tags_of_a_tiff(order, big):
     with pytest.raises(ImageError) as caught:  # it has no pixels, but that is another matter
         read_rgb(io.BytesIO(tiff_of_numbers(2**18, order, big)))
     assert "numbers" not in str(caught.value)
+
+
+def tiff_of_tile(side):
+    """A TIFF that says that it has one tile of side x side pixels."""
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, side) for tag in (322, 323))
+    return struct.pack("<2sHIH", b"II", 42, 8, 2) + entries + bytes(4)
 
 
 def test_numbers_in_exif():

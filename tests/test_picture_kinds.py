@@ -12,7 +12,8 @@ from test_picture_file import PEAK, chunk, run, saved
 
 import pvt_ref
 from pvt_ref.data import picture_file
-from pvt_ref.data.image import load_image, preprocess, read_rgb, resize_and_crop
+from pvt_ref.data.image import read_rgb, resize_and_crop
+from pvt_ref.data.preprocessing import load_image, preprocess
 from pvt_ref.errors import ArrayTypeError, ImageError
 
 # Tiles --------------------------------------------------------------------------------------------

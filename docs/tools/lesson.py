@@ -37,8 +37,14 @@ def shapes(sizes: dict[str, int], **arrays: tuple[Array, str, str]) -> str:
         arrays: by symbol, the array, its shape in letters (``"B n C"``), and what it is.
 
     Raises:
-        AssertionError: if an array has another shape.
+        AssertionError: if an array has another shape, or if two letters of the table have one size:
+            then one could stand for the other, and nothing would show it.
     """
+    used = {letter for _, letters, _ in arrays.values() for letter in letters.split()}
+    by_size: dict[int, str] = {}
+    for letter in sorted(used):
+        other = by_size.setdefault(sizes[letter], letter)
+        assert other == letter, f"{other} and {letter} are both {sizes[letter]}: change one"
     rows = ["| symbol | shape | here | what it is |", "| --- | --- | --- | --- |"]
     for symbol, (x, letters, meaning) in arrays.items():
         expected = tuple(sizes[letter] for letter in letters.split())

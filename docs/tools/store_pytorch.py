@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +98,7 @@ def softmax() -> dict[str, torch.Tensor]:
 def position() -> dict[str, torch.Tensor]:
     """The draws of docs/course/position.md, in the same order: interpolate, and its gradient."""
     rng = np.random.default_rng(8)
-    h, w, C = 3, 4, 3
+    h, w, C = 3, 4, 7
     table = torch.tensor(rng.standard_normal((1, 1 + h * w, C)), requires_grad=True)
     x = torch.tensor(rng.standard_normal((2, 1 + 5 * 6, C)), requires_grad=True)
     dy = torch.tensor(rng.standard_normal((2, 1 + 5 * 6, C)))
@@ -124,7 +125,7 @@ def position() -> dict[str, torch.Tensor]:
 def sra() -> dict[str, torch.Tensor]:
     """The draws of docs/course/sra.md, in the same order: eq. 1 to 4 with PyTorch's own layers."""
     rng = np.random.default_rng(10)
-    B, H, W, C, N, R = 2, 4, 6, 8, 2, 2
+    B, H, W, C, N, R = 4, 4, 6, 15, 3, 2
     F = torch.nn.functional
 
     def leaf(x: np.ndarray) -> torch.Tensor:
@@ -158,7 +159,7 @@ def sra() -> dict[str, torch.Tensor]:
 def attention() -> dict[str, torch.Tensor]:
     """The draws of docs/course/attention.md, in the same order."""
     rng = np.random.default_rng(9)
-    B, n, m, N, C = 2, 6, 4, 2, 6
+    B, n, m, N, C = 3, 6, 4, 2, 10
     q, k, v = (
         torch.tensor(rng.standard_normal((B, rows, C)), requires_grad=True) for rows in (n, m, m)
     )
@@ -178,9 +179,9 @@ def patch_embed() -> dict[str, torch.Tensor]:
     def draw(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape)
 
-    drawn = [0.5 * draw(5, 3, 2, 2), draw(5), 1 + 0.1 * draw(5), draw(5), draw(2, 4, 6, 3)]
+    drawn = [0.5 * draw(5, 3, 2, 2), draw(5), 1 + 0.1 * draw(5), draw(5), draw(4, 6, 10, 3)]
     weight, bias, gamma, beta, x = (torch.tensor(array, requires_grad=True) for array in drawn)
-    dy = torch.tensor(draw(2, 6, 5))
+    dy = torch.tensor(draw(4, 15, 5))
     projected = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride=2).flatten(2).transpose(1, 2)
     y = F.layer_norm(projected, (5,), gamma, beta, eps=1e-5)
     names = ("dx", "dweight", "dbias", "dgamma", "dbeta")
@@ -203,7 +204,7 @@ def block() -> dict[str, torch.Tensor]:
     """The draws of docs/course/block.md, in the same order; without and with drop path."""
     rng = np.random.default_rng(11)
     F = torch.nn.functional
-    B, H, W, C, E, N, R = 3, 2, 4, 4, 2, 2, 2
+    B, H, W, C, E, N, R = 3, 2, 6, 4, 2, 2, 2
 
     def draw(scale: float, *shape: int) -> torch.Tensor:
         return torch.tensor(scale * rng.standard_normal(shape), requires_grad=True)
@@ -247,7 +248,7 @@ def block() -> dict[str, torch.Tensor]:
     return results
 
 
-def _micro(seed: int, batch: int) -> tuple:
+def _micro(seed: int, images_shape: tuple[int, ...], **sizes: Any) -> tuple:
     """A PVT of four narrow stages: generator, config, weights, images, logits and maps.
 
     The weights are drawn in the order of to_state_dict, the images after them. What is computed
@@ -257,9 +258,8 @@ def _micro(seed: int, batch: int) -> tuple:
     from pvt_ref.models.architecture import param_shapes
 
     config = PVTConfig(
-        img_size=16, num_classes=3, patch_sizes=(2, 2, 2, 2), embed_dims=(4, 8, 8, 8),
         num_heads=(1, 2, 2, 2), mlp_ratios=(2, 2, 2, 2), depths=(1, 2, 1, 1),
-        sr_ratios=(2, 2, 1, 1),
+        sr_ratios=(2, 2, 1, 1), **sizes,
     )  # fmt: skip
     rng = np.random.default_rng(seed)
     F = torch.nn.functional
@@ -271,7 +271,7 @@ def _micro(seed: int, batch: int) -> tuple:
         )
         for key, shape in param_shapes(config).items()
     }
-    images = torch.tensor(rng.standard_normal((batch, 3, 16, 32)), requires_grad=True)
+    images = torch.tensor(rng.standard_normal(images_shape), requires_grad=True)
 
     def linear(key: str, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, w[f"{key}.weight"], w[f"{key}.bias"])
@@ -305,7 +305,7 @@ def _micro(seed: int, batch: int) -> tuple:
         rows = F.interpolate(rows, size=grid, mode="bilinear", align_corners=False)
         rows = rows.flatten(2).transpose(1, 2)
         if with_cls:
-            x = torch.cat((w["cls_token"].expand(batch, -1, -1), x), dim=1)
+            x = torch.cat((w["cls_token"].expand(len(x), -1, -1), x), dim=1)
             rows = torch.cat((table[:, :1], rows), dim=1)
         x = x + rows
         for b in range(config.depths[i]):
@@ -331,7 +331,10 @@ def _micro(seed: int, batch: int) -> tuple:
 @page
 def stages() -> dict[str, torch.Tensor]:
     """The draws of docs/course/stages.md, in the same order: both readings of a small PVT."""
-    rng, _, images, logits, maps = _micro(seed=12, batch=1)
+    rng, _, images, logits, maps = _micro(
+        12, (1, 3, 16, 32), img_size=16, num_classes=3, patch_sizes=(2, 2, 2, 2),
+        embed_dims=(4, 8, 8, 8),
+    )  # fmt: skip
     dlogits = torch.tensor(rng.standard_normal(logits.shape))
     (dimages,) = torch.autograd.grad(logits, images, dlogits)
     named = {f"F{i}": x_map for i, x_map in enumerate(maps, start=1)}
@@ -344,7 +347,10 @@ def whole_backward() -> dict[str, torch.Tensor]:
 
     Of each gradient its norm, and its inner product with a random direction of its shape.
     """
-    rng, w, images, logits, maps = _micro(seed=13, batch=2)
+    rng, w, images, logits, maps = _micro(
+        13, (2, 3, 32, 48), img_size=32, num_classes=9, patch_sizes=(4, 2, 2, 1),
+        embed_dims=(8, 10, 12, 16),
+    )  # fmt: skip
     dmaps = [torch.tensor(rng.standard_normal(x_map.shape)) for x_map in maps]
     leaves = [*w.values(), images]
     directions = [torch.tensor(rng.standard_normal(x.shape)) for x in leaves]

@@ -58,7 +58,7 @@ def mlp_forward(
     """y = drop(fc2(drop(GELU(fc1(x))))), the feed-forward layer of paper section 3.3.
 
     Args:
-        p: fc1, weight (E*C, C) and bias (E*C,), and fc2, weight (C, E*C) and bias (C,).
+        p: fc1.weight (E*C, C), fc1.bias (E*C,), fc2.weight (C, E*C) and fc2.bias (C,).
         x: tokens (B, n, C), of the weights' dtype.
         ops: the table of operations.
         drop_rate: dropout after the GELU and after fc2, in [0, 1).
@@ -88,7 +88,7 @@ def mlp_backward(
         dhidden = ((mask_2 * dy) W_2) * mask_1 * GELU'(fc1(x))      dx = dhidden W_1
 
     Args:
-        p: the forward's weights.
+        p: the forward's weights, fc1.weight (E*C, C).
         cache: from the forward.
         dy: dL/dy (B, n, C).
         ops: the table that the forward was given.

@@ -1,7 +1,7 @@
 """Spatial-reduction attention (paper section 3.3, eq. 1-3): few keys for many queries.
 
 Queries are all n tokens. Keys and values come from SR(x), a patch embedding of the token map with
-R x R blocks, so that there are m = n / R^2 of them and attention costs R^2 times less.
+R x R patches, so that there are m = n / R^2 of them and attention costs R^2 times less.
 """
 
 from dataclasses import dataclass
@@ -107,13 +107,13 @@ def merge_heads(x: Array) -> Array:
     """
     xp = array_module(x)
     B, N, n, d = x.shape
-    return xp.reshape(xp.permute_dims(x, (0, 2, 1, 3)), (B, n, N * d))  # (B, n, C)
+    return xp.reshape(xp.permute_dims(x, (0, 2, 1, 3)), (B, n, N * d))  # (B, n, N*d)
 
 
 def _spatial_reduction(
     p: SRAParams, x: Array, ops: Ops, grid: tuple[int, int], eps: float, keep: bool
 ) -> tuple[Array, Any]:
-    """SR(x) = LN(Reshape(x, R) W^S), eq. 3: tokens (B, n, C) to (B, m, C)."""
+    """SR(x) = LN(Reshape(x, R) W^S), eq. 3: tokens x (B, n, C) on grid (H_i, W_i) to (B, m, C)."""
     if p.sr is None or p.norm is None:  # R = 1: every token is a key
         return x, None
     xp = array_module(x)
@@ -143,11 +143,11 @@ def sra_forward(
     and with eq. 3, SR(x) = LN(Reshape(x, R) W^S).
 
     Args:
-        p: the weights. Where ``p.sr`` is None there is no reduction.
+        p: the weights, sr.weight (C, C, R, R). Where ``p.sr`` is None there is no reduction.
         x: tokens (B, n, C), of the weights' dtype. With R = 1 a cls token may be among them.
         ops: the table of operations.
         grid: (H_i, W_i) of the tokens, multiples of R.
-        settings: heads, scale, eps and dropout rates.
+        settings: num_heads (N), scale, eps and dropout rates.
         rng: source of the dropout masks; None for inference.
         keep: whether a cache for the backward is returned; without it, it is None.
 
@@ -177,8 +177,8 @@ def sra_backward(
     x is used twice, by the queries and by SR, so two gradients meet in dx.
 
     Args:
-        p: the weights.
-        cache: from the forward.
+        p: the weights, sr.weight (C, C, R, R).
+        cache: from the forward, num_heads (N).
         dy: dL/dy (B, n, C).
         ops: the table that the forward was given.
 

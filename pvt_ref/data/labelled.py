@@ -1,18 +1,17 @@
 """Labelled images as a training wants them, and how often the model is right about them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from pvt_ref.api import forward
 from pvt_ref.arrays import Array, from_host
 from pvt_ref.checks import is_whole
-from pvt_ref.data.info import Preprocessing
+from pvt_ref.data.preprocessing import Preprocessing
 from pvt_ref.errors import RangeError, TrainingError
 from pvt_ref.layers.cross_entropy import cross_entropy
-from pvt_ref.models.pvt.config import PVTConfig
-from pvt_ref.models.pvt.params import PVTParams
-from pvt_ref.tree import to_numpy
+from pvt_ref.tree import first_array, to_numpy
 
 #: Pixels that go through the network together in :func:`evaluate`: 256 images of 64x64, say.
 _PIXELS_AT_ONCE = 2**20
@@ -68,11 +67,11 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def check_fits(self, config: PVTConfig, name: str) -> None:
+    def check_fits(self, config: Any, name: str) -> None:
         """Refuses samples that a model cannot be trained on.
 
         Args:
-            config: the model.
+            config: of the model.
             name: of the samples, for the message.
 
         Raises:
@@ -102,48 +101,40 @@ class LabelledImages:
 
         Returns:
             (B, C, H, W) of like's library, device and dtype.
-
-        Raises:
-            IndexError: if there is no sample at a place.
-            ArrayTypeError: if like is not an array.
         """
         return self.preprocessing.normalize(self.images[chosen], like)
 
 
 def evaluate(
-    params: PVTParams, config: PVTConfig, data: LabelledImages, batch_size: int | None = None
+    params: Any, config: Any, data: LabelledImages, batch_size: int | None = None
 ) -> tuple[float, float]:
     """Mean cross-entropy and share of right answers over all of data, without augmentation.
 
-    Of the images, only those of one batch are made floats, so memory does not grow with data.
+    Only the images of one batch are made floats, so memory does not grow with data.
 
     Args:
         params: the weights, NumPy or CuPy.
         config: their configuration.
         data: what to look at.
-        batch_size: samples that go through the network together, at least 1. None takes as many
-            as have 1,048,576 pixels, at most 256.
+        batch_size: samples at once, at least 1. None takes as many as have 1,048,576 pixels, at
+            most 256.
 
     Returns:
-        loss, the mean over the samples without label smoothing, and accuracy, the share of samples
-        whose likeliest class is their label, in [0, 1].
+        loss, without label smoothing, and accuracy in [0, 1].
 
     Raises:
-        RangeError: if a label is no class of the model; also as :func:`pvt_ref.forward`.
-        ShapeError: as :func:`pvt_ref.forward`.
-        ArrayTypeError: as :func:`pvt_ref.forward`.
-        ConfigError: as :func:`pvt_ref.forward`.
-        RangeError: if batch_size is no whole number, or below 1.
+        RangeError: if a label is no class of the model, or batch_size no whole number, or below 1.
+        PVTError: as :func:`pvt_ref.forward`.
     """
     if batch_size is None:
         H, W = data.images.shape[2:]
         batch_size = max(1, min(256, _PIXELS_AT_ONCE // (H * W)))
     if not is_whole(batch_size) or batch_size < 1:
         raise RangeError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1")
-    loss, hits = 0.0, 0
+    loss, hits, like = 0.0, 0, first_array(params)
     for start in range(0, len(data), batch_size):
         chosen = slice(start, start + batch_size)
-        logits = forward(params, data.batch(chosen, params.pos_embed1), config)
+        logits = forward(params, data.batch(chosen, like), config)
         labels = data.labels[chosen]
         targets = from_host(labels.astype(np.int64), like=logits)
         loss += float(cross_entropy(logits, targets, reduction="sum")[0])

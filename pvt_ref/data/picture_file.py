@@ -13,33 +13,19 @@ import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from typing import Any, BinaryIO
 
-# The plugins are imported now: a fork in the middle of an import leaves its lock taken in the child
-from PIL import (  # noqa: F401
-    BmpImagePlugin,
-    GifImagePlugin,
-    Image,
-    ImageFile,
-    JpegImagePlugin,
-    MpoImagePlugin,
-    PngImagePlugin,
-    PpmImagePlugin,
-    TiffImagePlugin,
-    UnidentifiedImageError,
-    WebPImagePlugin,
-)
-
-with suppress(ImportError):  # since Pillow 11.3
-    from PIL import AvifImagePlugin  # noqa: F401
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from pvt_ref.errors import ArrayTypeError, ImageError, MissingFileError, PVTError, shown
 
-_OPENED = tuple(
-    name
-    for name in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
-    if name in Image.OPEN
-)
+# All plugins now: a fork in the middle of an import leaves its lock taken in the child
+_PLUGINS = ("Jpeg", "Png", "WebP", "Avif", "Gif", "Bmp", "Tiff", "Ppm")
+for _name in (*_PLUGINS, "Mpo"):
+    with suppress(ImportError):  # Avif comes with Pillow 11.3
+        import_module(f"PIL.{_name}ImagePlugin")
+_OPENED = tuple(name.upper() for name in _PLUGINS if name.upper() in Image.OPEN)
 
 #: The formats that are read, by Pillow's names: AVIF if Pillow has it; PPM stands for PGM, PBM and
 #: PFM too; MPO is what Pillow calls a JPEG that others follow in the same file.
@@ -47,28 +33,21 @@ FORMATS = (*_OPENED, "MPO")
 
 #: Bytes of a picture file.
 MAX_FILE_BYTES = 2**28
-
 #: Pixels of a picture in a file. Reading takes up to 12 bytes for each, 1 GiB in all.
 #: ``PIL.Image.MAX_IMAGE_PIXELS`` is obeyed too; by default it is the same number.
 MAX_PIXELS = 2**30 // 12
-
 #: Pixels of a WebP or an AVIF: their decoders keep copies. Reading takes up to 20 bytes for each.
 MAX_COPIED_PIXELS = 2**30 // 20
 _COPYING = ("WEBP", "AVIF")
-
 #: Scans of a JPEG: each visits every pixel, however few bytes it has. Usual are 1 to 10.
 MAX_SCANS = 100
-
 #: Bytes of a file, and levels of its pixels, that go through Python one by one: a PNM in digits or
 #: with an odd maximum, a BMP of run lengths. A microsecond each.
 MAX_SLOW_BYTES = 2**24
-
 #: Parts of a file: chunks of a PNG, segments of a JPEG, blocks of a GIF before its first frame.
 MAX_PARTS = 2**17
-
 #: Parts that are unpacked or joined: profiles and packed texts of a PNG, Exif of a JPEG.
 MAX_METADATA_PARTS = 64
-
 #: Numbers that the tags of a TIFF, or of Exif, hold together: each becomes a Python object.
 MAX_TAG_NUMBERS = 2**18
 
@@ -76,12 +55,6 @@ MAX_TAG_NUMBERS = 2**18
 @contextmanager
 def as_image_error(what: str) -> Iterator[None]:
     """Errors of Pillow's plugins, of a dozen types, become ImageError.
-
-    Args:
-        what: is being read, for the message.
-
-    Yields:
-        Nothing.
 
     Raises:
         ImageError: in the place of what Pillow raises.
@@ -115,20 +88,13 @@ def _too_many_pixels(what: str, limit: int) -> ImageError:
         name, own = "MAX_COPIED_PIXELS", MAX_COPIED_PIXELS
     return ImageError(
         f"{what} is suspiciously large: more than the {limit} pixels allowed. If you trust it, "
-        f"shrink it with another program, or raise pvt_ref.picture_file.{name} (now {own}) and "
-        f"PIL.Image.MAX_IMAGE_PIXELS (now {Image.MAX_IMAGE_PIXELS})"
+        f"shrink it with another program, or raise pvt_ref.data.picture_file.{name} (now {own}) "
+        f"and PIL.Image.MAX_IMAGE_PIXELS (now {Image.MAX_IMAGE_PIXELS})"
     )
 
 
 def pixel_limit(format: str | None = None) -> int:
-    """The smaller of :data:`MAX_PIXELS` and Pillow's own limit; for some formats, a lower one.
-
-    Args:
-        format: of the file, by Pillow's name.
-
-    Returns:
-        Pixels.
-    """
+    """The smaller of :data:`MAX_PIXELS` and Pillow's own limit; for some formats, a lower one."""
     pillows = Image.MAX_IMAGE_PIXELS
     own = min(MAX_PIXELS, MAX_COPIED_PIXELS) if format in _COPYING else MAX_PIXELS
     return own if pillows is None else min(own, pillows)
@@ -138,14 +104,7 @@ def pixel_limit(format: str | None = None) -> int:
 
 
 def read_path(path: str | os.PathLike[str], what: str) -> bytes:
-    """All of a regular file.
-
-    Args:
-        path: of the file.
-        what: it is, for messages.
-
-    Returns:
-        Its bytes.
+    """All bytes of a regular file.
 
     Raises:
         MissingFileError: if there is none.
@@ -155,7 +114,8 @@ def read_path(path: str | os.PathLike[str], what: str) -> bytes:
         kind = os.stat(path).st_mode
         if stat.S_ISREG(kind):
             # A pipe that takes the file's place meanwhile must not keep us waiting for ever
-            with open(path, "rb", opener=_open_at_once) as file:
+            flags = getattr(os, "O_NONBLOCK", 0)
+            with open(path, "rb", opener=lambda name, own: os.open(name, own | flags)) as file:
                 kind = os.fstat(file.fileno()).st_mode
                 if stat.S_ISREG(kind):
                     return _read(file, what)
@@ -173,10 +133,6 @@ def read_path(path: str | os.PathLike[str], what: str) -> bytes:
     raise ImageError(f"{what} is no regular file but a pipe or a device; copy the picture into one")
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-
 def _where(name: str) -> str:
     if "://" in name:
         return "Only files are read, not addresses: download it first"
@@ -190,15 +146,11 @@ def _where(name: str) -> str:
     return f"It was looked for at {place}; check the spelling, and the folder that Python runs in"
 
 
+_AS_TEXT = "{} was opened as text; pictures need open(path, 'rb')"
+
+
 def read_file(file: BinaryIO, what: str) -> bytes:
-    """All of an open file, from its start where it has one.
-
-    Args:
-        file: opened in binary mode. It is left open.
-        what: it is, for messages.
-
-    Returns:
-        Its bytes.
+    """All bytes of an open file, from its start where it has one. It is left open.
 
     Raises:
         ImageError: if it is closed, too large, or cannot be read.
@@ -214,7 +166,7 @@ def read_file(file: BinaryIO, what: str) -> bytes:
     except PVTError:
         raise
     except UnicodeDecodeError as error:
-        raise _text(what) from error
+        raise ArrayTypeError(_AS_TEXT.format(what)) from error
     except Exception as error:  # an object with read may raise anything
         name = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
         raise ImageError(
@@ -222,15 +174,11 @@ def read_file(file: BinaryIO, what: str) -> bytes:
         ) from error
 
 
-def _text(what: str) -> ArrayTypeError:
-    return ArrayTypeError(f"{what} was opened as text; pictures need open(path, 'rb')")
-
-
 def _read(file: BinaryIO, what: str) -> bytes:
     parts, size = [], 0
     while part := file.read(2**20):
         if isinstance(part, str):
-            raise _text(what)
+            raise ArrayTypeError(_AS_TEXT.format(what))
         if not isinstance(part, bytes | bytearray | memoryview):
             raise ArrayTypeError(f"{what} gives a {type(part).__name__}; its read must give bytes")
         parts.append(part)
@@ -252,15 +200,13 @@ def _read(file: BinaryIO, what: str) -> bytes:
 
 #: First bytes of what people mistake for pictures, or for pictures of a format that is read.
 _OTHERS = (
-    (b"%!PS", "a PostScript drawing, a program; export it as PNG"),
-    (b"\xc5\xd0\xd3\xc6", "a PostScript drawing, a program; export it as PNG"),
+    ((b"%!PS", b"\xc5\xd0\xd3\xc6"), "a PostScript drawing, a program; export it as PNG"),
     (b"<", "a web page or an SVG drawing; save the picture itself, as PNG or JPEG"),
     (b"%PDF", "a PDF; export the page as PNG"),
     (b"\x93NUMPY", "a NumPy array; numpy.load reads it, pvt_ref.normalize takes its pixels"),
     (b"PK\x03\x04", "a zip archive or a weights file; unpack it, or pvt_ref.load reads weights"),
     (b"version https://git-lfs", "a Git LFS pointer; `git lfs pull` fetches the picture"),
-    (b"\0\0\0\x0cjP  ", "a JPEG 2000; save it as PNG"),
-    (b"\xff\x4f\xff\x51", "a JPEG 2000; save it as PNG"),
+    ((b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"), "a JPEG 2000; save it as PNG"),
     (b"8BPS", "a Photoshop document; export it as PNG"),
     (b"\0\0\1\0", "an icon; save it as PNG"),
 )
@@ -276,14 +222,7 @@ class _Counted(io.BytesIO):
 
 
 def open_picture(data: bytes, what: str) -> Image.Image:
-    """A picture, identified and measured, but not decoded yet.
-
-    Args:
-        data: the whole file.
-        what: it is, for messages.
-
-    Returns:
-        A PIL image, of which size and mode are known.
+    """A picture of which size and mode are known, but which is not decoded yet.
 
     Raises:
         ImageError: if it is in none of :data:`FORMATS`, or beyond a limit.
@@ -322,22 +261,17 @@ def _begins_as(format: str, data: bytes) -> bool:
 _FACTORS = {"L;2": 85, "L;4": 17}
 
 
-def load(image: Image.Image, what: str) -> None:
-    """Decodes a PIL image that is not decoded yet, within the limits.
-
-    Args:
-        image: any; one that is in memory already is left as it is.
-        what: it is, for messages.
+def decode(image: Image.Image, what: str) -> None:
+    """Decodes a PIL image, within the limits; one that is in memory already stays as it is.
 
     Raises:
         ImageError: if its file is in none of :data:`FORMATS`, beyond a limit, closed, or a PNG of
             which Pillow confuses the transparent colour with others.
     """
-    if _is_closed(image):
-        raise _closed(what)
+    has_pixels = _has_pixels(image, what)
     if not isinstance(image, ImageFile.ImageFile):
         return
-    waiting = bool(image.tile) or not _has_pixels(image)
+    waiting = bool(image.tile) or not has_pixels
     if image.format not in FORMATS:
         if waiting:  # decoding could start another program
             raise ImageError(
@@ -353,9 +287,7 @@ def load(image: Image.Image, what: str) -> None:
         if image.width * image.height > limit:
             raise _too_many_pixels(what, limit)
         if not gone:
-            if not isinstance(file, _Counted):
-                _check_parts(_whole(file, what), what)
-            _check_slow(image, _length(file), what)
+            _check_slow(image, _counted_length(file, what), what)
     packing = image.tile[0][3] if image.format == "PNG" and image.tile else None
     if packing == "RGB;16B" and "transparency" in image.info:
         raise ImageError(
@@ -374,14 +306,24 @@ def load(image: Image.Image, what: str) -> None:
         image.info["transparency"] = transparent % (1 + 255 // factor) * factor
 
 
-def _is_closed(image: Image.Image) -> bool:
+def _counted_length(file: Any, what: str) -> int:
+    if isinstance(file, _Counted):
+        return file.getbuffer().nbytes
+    here = file.tell()
+    file.seek(0)
+    data = _read(file, what)
+    file.seek(here)
+    _check_parts(data, what)
+    return len(data)
+
+
+def _has_pixels(image: Image.Image, what: str) -> bool:
     try:
-        _ = image.im.mode
-    except ValueError:  # what image.close() leaves behind
-        return True
-    except Exception:  # no pixels yet
+        return bool(image.im.mode)
+    except ValueError as error:  # what image.close() leaves behind
+        raise _closed(what) from error
+    except Exception:  # what Pillow says if there are none yet differs from release to release
         return False
-    return False
 
 
 def _closed(what: str) -> ImageError:
@@ -390,68 +332,37 @@ def _closed(what: str) -> ImageError:
     )
 
 
-def _has_pixels(image: Image.Image) -> bool:
-    try:
-        return image.im is not None
-    except Exception:  # what Pillow says if there are none differs from release to release
-        return False
-
-
-def _whole(file: Any, what: str) -> bytes:
-    here = file.tell()
-    file.seek(0)
-    data = _read(file, what)
-    file.seek(here)
-    return data
-
-
-def _length(file: Any) -> int:
-    here = file.tell()
-    file.seek(0, os.SEEK_END)
-    length = file.tell()
-    file.seek(here)
-    return length
-
-
 def exif_is_harmless(image: Image.Image) -> bool:
-    """Whether Exif can be read without its numbers filling the memory.
-
-    Args:
-        image: a PIL image.
-
-    Returns:
-        False if there are more than :data:`MAX_TAG_NUMBERS`.
-    """
+    """Whether Exif can be read without its numbers filling the memory."""
     block = image.info.get("exif")
     if not isinstance(block, bytes):
         return True
     while block.startswith(b"Exif\0\0"):  # as Pillow does
         block = block[6:]
-    return _numbers(block) is not None
+    return _has_few_numbers(block)
 
 
 # Limits that can be told without decoding ---------------------------------------------------------
 
+_SLOW = "bytes, each of which is read on its own"
+
+
+def _at_most(limit: str, count: int, things: str, what: str) -> None:
+    """Refuses more things than the limit of that name allows."""
+    if count > globals()[limit]:
+        raise ImageError(
+            f"{what} has more than {globals()[limit]} {things}, far beyond any usual picture: it "
+            f"could take very long. If you trust it, save it anew with another program, or raise "
+            f"pvt_ref.data.picture_file.{limit}"
+        )
+
 
 def _check_parts(data: bytes, what: str) -> None:
-    if data.startswith(b"\xff\xd8"):
-        _check_jpeg(data, what)
-    elif data.startswith(b"\x89PNG"):
-        _check_png(data, what)
-    elif data.startswith(b"GIF8"):
-        _check_gif(data, what)
-    elif data[:2] in (b"II", b"MM"):
-        _check_tiff(data, what)
-    elif data.startswith(b"P") and len(data) > MAX_SLOW_BYTES and not _PNM.match(data[: 2**16]):
-        raise _too_many(what, _SLOW, "MAX_SLOW_BYTES", MAX_SLOW_BYTES)  # a comment of any length
-
-
-def _too_many(what: str, things: str, name: str, limit: int) -> ImageError:
-    return ImageError(
-        f"{what} has more than {limit} {things}, far beyond any usual picture: it could take very "
-        f"long. If you trust it, save it anew with another program, or raise "
-        f"pvt_ref.picture_file.{name}"
-    )
+    checks = {b"\xff\xd8": _check_jpeg, b"\x89PNG": _check_png, b"GIF8": _check_gif}
+    checks |= {b"II": _check_tiff, b"MM": _check_tiff, b"P": _check_pnm}
+    for start, check in checks.items():
+        if data.startswith(start):
+            check(data, what)
 
 
 #: A marker: not a stuffed byte, nor a restart, nor one of the fill bytes before it.
@@ -470,12 +381,9 @@ def _check_jpeg(data: bytes, what: str) -> None:
         parts += 1
         scans += kind == 0xDA
         exifs += kind == 0xE1 and data.startswith(b"Exif\0\0", marker.end() + 2)
-        if parts > MAX_PARTS:
-            raise _too_many(what, "segments", "MAX_PARTS", MAX_PARTS)
-        if scans > MAX_SCANS:
-            raise _too_many(what, "scans", "MAX_SCANS", MAX_SCANS)
-        if exifs > MAX_METADATA_PARTS:
-            raise _too_many(what, "Exif segments", "MAX_METADATA_PARTS", MAX_METADATA_PARTS)
+        _at_most("MAX_PARTS", parts, "segments", what)
+        _at_most("MAX_SCANS", scans, "scans", what)
+        _at_most("MAX_METADATA_PARTS", exifs, "Exif segments", what)
 
 
 def _check_png(data: bytes, what: str) -> None:
@@ -485,12 +393,8 @@ def _check_png(data: bytes, what: str) -> None:
         at += 12 + length
         parts += 1
         packed += kind in (b"iCCP", b"zTXt", b"iTXt")
-        if parts > MAX_PARTS:
-            raise _too_many(what, "chunks", "MAX_PARTS", MAX_PARTS)
-        if packed > MAX_METADATA_PARTS:
-            raise _too_many(
-                what, "profiles and packed texts", "MAX_METADATA_PARTS", MAX_METADATA_PARTS
-            )
+        _at_most("MAX_PARTS", parts, "chunks", what)
+        _at_most("MAX_METADATA_PARTS", packed, "profiles and packed texts", what)
 
 
 def _check_gif(data: bytes, what: str) -> None:
@@ -501,8 +405,7 @@ def _check_gif(data: bytes, what: str) -> None:
     in_extension = False
     while at < len(data) and (in_extension or data[at] not in b",;"):
         parts += 1
-        if parts > MAX_PARTS:
-            raise _too_many(what, "blocks", "MAX_PARTS", MAX_PARTS)
+        _at_most("MAX_PARTS", parts, "blocks", what)
         if in_extension:
             in_extension = data[at] > 0
             at += 1 + data[at]
@@ -517,39 +420,39 @@ _PNM = re.compile(
 )
 
 
-_SLOW = "bytes, each of which is read on its own"
+def _check_pnm(data: bytes, what: str) -> None:
+    if not _PNM.match(data[: 2**16]):  # a comment of any length
+        _at_most("MAX_SLOW_BYTES", len(data), _SLOW, what)
 
 
 def _check_slow(image: ImageFile.ImageFile, length: int, what: str) -> None:
     """Refuses large pictures whose decoder Pillow has written in Python."""
-    if not any(tile[0] in Image.DECODERS for tile in image.tile):
-        return
-    levels = image.width * image.height * len(image.getbands())
-    for count, things in ((length, _SLOW), (levels, "levels, each of which is made on its own")):
-        if count > MAX_SLOW_BYTES:
-            raise _too_many(what, things, "MAX_SLOW_BYTES", MAX_SLOW_BYTES)
+    if any(tile[0] in Image.DECODERS for tile in image.tile):
+        levels = image.width * image.height * len(image.getbands())
+        _at_most("MAX_SLOW_BYTES", length, _SLOW, what)
+        _at_most("MAX_SLOW_BYTES", levels, "levels, each of which is made on its own", what)
 
 
 _TILE_WIDTH, _TILE_HEIGHT, _SAMPLE_FORMAT = 322, 323, 339
 
 
 def _check_tiff(data: bytes, what: str) -> None:
-    if _numbers(data) is None:
-        raise _too_many(what, "numbers in its tags", "MAX_TAG_NUMBERS", MAX_TAG_NUMBERS)
+    if not _has_few_numbers(data):
+        _at_most("MAX_TAG_NUMBERS", MAX_TAG_NUMBERS + 1, "numbers in its tags", what)
     # a tile is unpacked whole, however little of it shows; a strip ends where the picture does
     width, height = (max(_values(data, t), default=0) for t in (_TILE_WIDTH, _TILE_HEIGHT))
     if width * height > pixel_limit():
         raise _too_many_pixels(f"a tile of {what}", pixel_limit())
 
 
-def _numbers(tiff: bytes) -> int | None:
-    """How many numbers the tags of a TIFF's first directory hold; None if they are too many."""
+def _has_few_numbers(tiff: bytes) -> bool:
+    """Whether the tags of a TIFF's first directory hold at most MAX_TAG_NUMBERS numbers."""
     total = 0
     for i, (_, kind, count, _) in enumerate(_entries(tiff)):
         total += count if kind not in (1, 2, 6, 7) else 0  # bytes and texts stay as they are
-        if total > MAX_TAG_NUMBERS or i > MAX_TAG_NUMBERS:
-            return None
-    return total
+        if max(total, i) > MAX_TAG_NUMBERS:
+            return False
+    return True
 
 
 #: Bytes of the kinds of whole numbers.

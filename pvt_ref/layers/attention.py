@@ -20,7 +20,7 @@ class AttentionCache:
         k: keys (B, N, m, d), the forward's own.
         v: values (B, N, m, d), the forward's own.
         scale: the factor on the scores.
-        weights: (B, N, n, m), A after dropout.
+        weights: (B, N, n, m), the attention weights A after dropout.
         softmax: cache of the softmax over the scores (B, N, n, m).
         drop: cache of the dropout on A; None if nothing was dropped.
     """
@@ -35,7 +35,7 @@ class AttentionCache:
 
 
 def attention_weights(q: Array, k: Array, scale: float, ops: Ops) -> Array:
-    """A = Softmax(scale * q k^T) of paper eq. 4: a row is the picture "where does this query look".
+    """A = Softmax(scale * q k^T) of paper eq. 4: how much each query attends to each key.
 
     Args:
         q: queries (B, N, n, d).
@@ -50,6 +50,7 @@ def attention_weights(q: Array, k: Array, scale: float, ops: Ops) -> Array:
 
 
 def _scores(q: Array, k: Array, scale: float) -> Array:
+    """scale * q k^T of queries q (B, N, n, d) and keys k (B, N, m, d)."""
     xp = array_module(q)
     scores = q @ xp.matrix_transpose(k)  # (B, N, n, m)
     scores *= scale
@@ -75,7 +76,7 @@ def attention_forward(
             float32 or float64.
         ops: the table of operations.
         scale: 1 / sqrt(d) in the paper.
-        drop_rate: dropout on the weights, in [0, 1).
+        drop_rate: dropout on the attention weights, in [0, 1).
         rng: source of the dropout mask; None for inference.
         keep: whether a cache for the backward is returned; without it, it is None.
 
@@ -85,7 +86,7 @@ def attention_forward(
     q, k, v = x
     scores = _scores(q, k, scale)  # (B, N, n, m)
     weights, softmax_cache = ops[softmax].forward(None, scores, ops, keep=keep)  # (B, N, n, m)
-    del scores  # not needed while the weights are used
+    del scores  # not needed any more
     weights, drop_cache = ops[dropout].forward(None, weights, ops, drop_rate, rng, keep)
     y = weights @ v  # (B, N, n, d)
     if not keep:
@@ -98,7 +99,7 @@ def attention_backward(
 ) -> tuple[tuple[Array, Array, Array], None]:
     """Gradients of :func:`attention_forward`, paper eq. 4.
 
-    With S the scores, A the weights and A' those that dropout left, per head::
+    With S the scores, A the attention weights and A' those that dropout left, per head::
 
         y  = A' v               dA' = dy v^T          dv = A'^T dy
         A' = Dropout(A)         dA  = Dropout's mask on dA'
@@ -107,7 +108,7 @@ def attention_backward(
 
     Args:
         p: None.
-        cache: from the forward.
+        cache: from the forward, k (B, N, m, d).
         dy: dL/dy (B, N, n, d).
         ops: the table that the forward was given.
 

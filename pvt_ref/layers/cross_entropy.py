@@ -64,27 +64,27 @@ def cross_entropy(
     """
     xp = array_module(logits)
     _check(logits, label_smoothing, reduction, ignore_index)
-    shape, logits = logits.shape, _to_rows(logits)  # (B, K), a row a sample
+    shape, logits = logits.shape, _to_rows(logits)  # (rows, K), a row a sample
     t, counted = _distribution(shape, logits, targets, float(label_smoothing), ignore_index)
     share = 1 / max(counted, 1) if reduction == "mean" else 1.0
-    shifted = logits - xp.max(logits, axis=-1, keepdims=True)  # (B, K)
-    p = xp.exp(shifted)  # (B, K), not yet divided by its sum
-    total = xp.sum(p, axis=-1, keepdims=True)  # (B, 1)
+    shifted = logits - xp.max(logits, axis=-1, keepdims=True)  # (rows, K)
+    p = xp.exp(shifted)  # (rows, K), not yet divided by its sum
+    total = xp.sum(p, axis=-1, keepdims=True)  # (rows, 1)
     p /= total
-    log_p = shifted - xp.log(total)  # (B, K)
+    log_p = shifted - xp.log(total)  # (rows, K)
     log_p = xp.where(t == 0, xp.zeros_like(log_p), log_p)  # 0 log 0 = 0: a masked class costs 0
     loss = -xp.sum(t * log_p) * share  # ()
     # d log_p_k / d logits_j = 1[j = k] - p_j
-    dlogits = (p * xp.sum(t, axis=-1, keepdims=True) - t) * share  # (B, K)
+    dlogits = (p * xp.sum(t, axis=-1, keepdims=True) - t) * share  # (rows, K)
     return loss, _from_rows(dlogits, shape)
 
 
 def _to_rows(x: Array) -> Array:
-    """(B, K) as it is; a map (B, K, H, W) as (B H W, K)."""
+    """x (B, K) as it is; a map x (B, K, H, W) as (B*H*W, K)."""
     if x.ndim == 2:
         return x
     xp = array_module(x)
-    return xp.reshape(xp.permute_dims(x, (0, 2, 3, 1)), (-1, x.shape[1]))  # (B H W, K)
+    return xp.reshape(xp.permute_dims(x, (0, 2, 3, 1)), (-1, x.shape[1]))  # (B*H*W, K)
 
 
 def _from_rows(rows: Array, shape: tuple[int, ...]) -> Array:
@@ -121,7 +121,7 @@ def _distribution(
     smoothing: float,
     ignore_index: int | None,
 ) -> tuple[Array, int]:
-    """Checked and smoothed targets (B, K), and how many rows of logits (B, K) count."""
+    """Smoothed targets as (rows, K) for a shape (B, K) or (B, K, H, W), and how many rows count."""
     shape = tuple(shape)
     cells = (shape[0], *shape[2:])  # (B,) or (B, H, W)
     count, K = logits.shape
@@ -160,11 +160,11 @@ def _distribution(
             f"integer targets have shape {tuple(targets.shape)}; for logits {shape} they must be "
             f"{cells}, one label a sample"
         )
-    labels = xp.reshape(targets, (-1, 1))  # (B, 1)
+    labels = xp.reshape(targets, (-1, 1))  # (rows, 1)
     ignored = None
     limits = xp.iinfo(labels.dtype)
     if ignore_index is not None and limits.min <= ignore_index <= limits.max:
-        ignored = labels == int(ignore_index)  # (B, 1)
+        ignored = labels == int(ignore_index)  # (rows, 1)
         labels = xp.where(ignored, xp.zeros_like(labels), labels)  # any class: its row is cleared
         count -= int(xp.sum(xp.astype(ignored, xp.int64)))
     low, high = int(xp.min(labels)), int(xp.max(labels))

@@ -21,7 +21,7 @@ class DropCache:
 
     Attributes:
         mask: bool, True where x was kept: x's shape (dropout), or (B, 1, ..., 1) (drop path).
-        gain: 1 / (1 - rate), what the rest was multiplied by.
+        gain: 1 / (1 - rate), the factor on what was kept.
     """
 
     mask: Array

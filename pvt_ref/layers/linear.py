@@ -61,7 +61,7 @@ def linear_backward(
 ) -> tuple[Array, LinearParams]:
     """Gradients of :func:`linear_forward`.
 
-    With one row an output y_r = W x_r + b, the chain rule gives::
+    With y_r = W x_r + b for every row r, the chain rule gives::
 
         dL/dW = sum_r dy_r x_r^T      dL/db = sum_r dy_r      dL/dx_r = W^T dy_r
 

@@ -1,7 +1,7 @@
-"""Patch embedding (paper section 3.2): cut a map into blocks, flatten, project, normalise.
+"""Patch embedding (paper section 3.2): cut a map into patches, flatten, project, normalise.
 
 A convolution whose kernel equals its stride never lets two windows overlap. It is therefore no
-more than a rearrangement followed by a matrix product, hence "without convolutions". Spatial
+more than a rearrangement followed by a matrix multiplication, hence "without convolutions". Spatial
 reduction (eq. 3) is the same operation with R for P, and uses this file.
 """
 
@@ -32,9 +32,9 @@ class PatchEmbedCache:
     """What :func:`patch_embed_backward` needs. With n = (H/P)(W/P):
 
     Attributes:
-        linear: of the projection, whose input are the blocks (B, n, P*P*C_in).
+        linear: of the projection, whose input is the patches (B, n, P*P*C_in).
         norm: of the layer norm over (B, n, C_out).
-        grid: (H/P, W/P), where the blocks go back to.
+        grid: (H/P, W/P), where the patches go back to.
     """
 
     linear: Any
@@ -43,14 +43,14 @@ class PatchEmbedCache:
 
 
 def patchify(x: Array, P: int) -> Array:
-    """Cuts a map into P x P blocks, one flattened block a row (paper section 3.2).
+    """Cuts a map into P x P patches, one flattened patch a row (paper section 3.2).
 
     Args:
         x: (B, H, W, C), H and W multiples of P, of any dtype.
-        P: side of a block.
+        P: side of a patch.
 
     Returns:
-        (B, (H/P)(W/P), P*P*C) of x's dtype, new memory. The blocks stand in raster order; within
+        (B, (H/P)(W/P), P*P*C) of x's dtype, new memory. The patches are in raster order; within
         one, rows, then columns, then channels.
     """
     xp = array_module(x)
@@ -58,33 +58,33 @@ def patchify(x: Array, P: int) -> Array:
     x = xp.reshape(x, (B, H // P, P, W // P, P, C))  # (B, H/P, P, W/P, P, C)
     # assigned, not reshaped: where P = 1 a reshape would be a view of the caller's array, and a
     # cache that holds it would change with it
-    blocks = xp.empty((B, H // P, W // P, P, P, C), dtype=x.dtype)
-    blocks[...] = xp.permute_dims(x, (0, 1, 3, 2, 4, 5))  # (B, H/P, W/P, P, P, C)
-    return xp.reshape(blocks, (B, (H // P) * (W // P), P * P * C))  # (B, n, P*P*C)
+    patches = xp.empty((B, H // P, W // P, P, P, C), dtype=x.dtype)
+    patches[...] = xp.permute_dims(x, (0, 1, 3, 2, 4, 5))  # (B, H/P, W/P, P, P, C)
+    return xp.reshape(patches, (B, (H // P) * (W // P), P * P * C))  # (B, n, P*P*C)
 
 
-def unpatchify(blocks: Array, P: int, grid: tuple[int, int]) -> Array:
-    """Puts the blocks back: the inverse of :func:`patchify` and, as a permutation, its transpose.
+def unpatchify(patches: Array, P: int, grid: tuple[int, int]) -> Array:
+    """Puts the patches back: the inverse of :func:`patchify` and, as a permutation, its transpose.
 
     Args:
-        blocks: (B, h*w, P*P*C), of any dtype.
-        P: side of a block.
-        grid: (h, w), blocks per column and row.
+        patches: (B, h*w, P*P*C), of any dtype.
+        P: side of a patch.
+        grid: (h, w), patches per column and row.
 
     Returns:
-        (B, h*P, w*P, C) of the blocks' dtype.
+        (B, h*P, w*P, C) of the patches' dtype.
     """
-    xp = array_module(blocks)
+    xp = array_module(patches)
     h, w = grid
-    B, _, PPC = blocks.shape
+    B, _, PPC = patches.shape
     C = PPC // (P * P)
-    x = xp.reshape(blocks, (B, h, w, P, P, C))  # (B, h, w, P, P, C)
+    x = xp.reshape(patches, (B, h, w, P, P, C))  # (B, h, w, P, P, C)
     x = xp.permute_dims(x, (0, 1, 3, 2, 4, 5))  # (B, h, P, w, P, C)
-    return xp.reshape(x, (B, h * P, w * P, C))  # (B, H, W, C)
+    return xp.reshape(x, (B, h * P, w * P, C))  # (B, h*P, w*P, C)
 
 
 def kernel_to_matrix(weight: Array) -> Array:
-    """A stride-P kernel as the matrix that multiplies block rows.
+    """A stride-P kernel as the matrix that multiplies flattened patches.
 
     Args:
         weight: (C_out, C_in, P, P), as PyTorch's Conv2d stores it.
@@ -116,10 +116,10 @@ def matrix_to_kernel(matrix: Array, shape: tuple[int, ...]) -> Array:
 def patch_embed_forward(
     p: PatchEmbedParams, x: Array, ops: Ops, eps: float, keep: bool = True
 ) -> tuple[Array, PatchEmbedCache | None]:
-    """Tokens of the P x P blocks of a map: LN(blocks W^T + b) (paper section 3.2).
+    """Tokens of the P x P patches of a map: LN(patches W^T + b) (paper section 3.2).
 
     Args:
-        p: projection weight (C_out, C_in, P, P), its bias (C_out,), and the norm.
+        p: proj.weight (C_out, C_in, P, P), proj.bias (C_out,), and the norm.
         x: (B, H, W, C_in), H and W multiples of P, of the weights' dtype. (Channels last: an image
             is permuted first.)
         ops: the table of operations.
@@ -132,9 +132,9 @@ def patch_embed_forward(
     P = p.proj.weight.shape[-1]
     grid = (x.shape[1] // P, x.shape[2] // P)
     matrix = LinearParams(kernel_to_matrix(p.proj.weight), p.proj.bias)  # (C_out, P*P*C_in)
-    blocks = patchify(x, P)  # (B, n, P*P*C_in)
-    y, linear_cache = ops[linear].forward(matrix, blocks, ops, keep=keep)  # (B, n, C_out)
-    del blocks  # not needed while the norm runs
+    patches = patchify(x, P)  # (B, n, P*P*C_in)
+    y, linear_cache = ops[linear].forward(matrix, patches, ops, keep=keep)  # (B, n, C_out)
+    del patches  # not needed while the norm runs
     y, norm_cache = ops[layer_norm].forward(p.norm, y, ops, eps, keep=keep)  # (B, n, C_out)
     return y, PatchEmbedCache(linear_cache, norm_cache, grid) if keep else None
 
@@ -145,11 +145,11 @@ def patch_embed_backward(
     """Gradients of :func:`patch_embed_forward`.
 
     patchify only moves numbers: it is a permutation matrix Pi, y = LN(Pi x W^T + b). A
-    permutation's transpose is its inverse, so dL/dx = Pi^T dL/dblocks is unpatchify.
+    permutation's transpose is its inverse, so dL/dx = Pi^T dL/dpatches is unpatchify.
 
     Args:
-        p: the forward's weights.
-        cache: from the forward.
+        p: the forward's weights, proj.weight (C_out, C_in, P, P).
+        cache: from the forward, grid (H/P, W/P).
         dy: dL/dtokens (B, (H/P)(W/P), C_out).
         ops: the table that the forward was given.
 
@@ -161,11 +161,11 @@ def patch_embed_backward(
     matrix = LinearParams(kernel_to_matrix(p.proj.weight), p.proj.bias)
     # y = LN(y)
     dy, dnorm = ops[layer_norm].backward(p.norm, cache.norm, dy, ops)  # (B, n, C_out)
-    # y = blocks W^T + b
-    dblocks, dmatrix = ops[linear].backward(matrix, cache.linear, dy, ops)  # (B, n, P*P*C_in)
+    # y = patches W^T + b
+    dpatches, dmatrix = ops[linear].backward(matrix, cache.linear, dy, ops)  # (B, n, P*P*C_in)
     dproj = LinearParams(matrix_to_kernel(dmatrix.weight, kernel_shape), dmatrix.bias)
-    # blocks = patchify(x)
-    dx = unpatchify(dblocks, kernel_shape[-1], cache.grid)  # (B, H, W, C_in)
+    # patches = patchify(x)
+    dx = unpatchify(dpatches, kernel_shape[-1], cache.grid)  # (B, H, W, C_in)
     return dx, PatchEmbedParams(dproj, dnorm)
 
 

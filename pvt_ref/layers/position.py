@@ -1,10 +1,10 @@
 """Position embedding: a learned vector per token, resized when the grid is not the table's own.
 
 Attention does not see order, so each stage adds a table with one row a token (paper section 3.1).
-The table belongs to the square grid of the image size it was made for; on any other grid it is resized bilinearly
-(paper section 4.2), half-pixel centres, no antialiasing (PyTorch: ``interpolate(mode="bilinear",
-align_corners=False)``). That is linear and separable, two small matrices around the table,
-A_h P A_w^T, so its transpose is A_h^T dP A_w.
+The table belongs to the square grid of the image size it was made for; on any other grid it is
+resized bilinearly (paper section 4.2), half-pixel centres, no antialiasing (PyTorch:
+``interpolate(mode="bilinear", align_corners=False)``). That is linear and separable, two small
+matrices around the table, A_h P A_w^T, so its transpose is A_h^T dP A_w.
 """
 
 import numpy as np
@@ -91,6 +91,7 @@ def resize_positions_backward(
 
 
 def _matrices(table_grid: tuple[int, int], grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """A_h and A_w, from table_grid (h, w) to grid (H, W)."""
     A_h = resize_matrix(grid[0], table_grid[0])  # (H, h)
     A_w = resize_matrix(grid[1], table_grid[1])  # (W, w)
     return A_h, A_w
@@ -99,7 +100,7 @@ def _matrices(table_grid: tuple[int, int], grid: tuple[int, int]) -> tuple[np.nd
 def _resize(
     rows: Array, old: tuple[int, int], new: tuple[int, int], A_h: np.ndarray, A_w: np.ndarray
 ) -> Array:
-    """Applies A_h along the first axis of the grid and A_w along the second."""
+    """A_h along the first and A_w along the second axis: rows (h*w, C), old (h, w), new (H, W)."""
     xp = array_module(rows)
     C = rows.shape[-1]
     A_h, A_w = (xp.astype(from_host(A, like=rows), rows.dtype) for A in (A_h, A_w))
@@ -168,8 +169,8 @@ def position_backward(
 
     Args:
         p: the forward's table, (1, h*w, C) or (1, 1 + h*w, C).
-        cache: from the forward.
-        dy: dL/dy, x's shape.
+        cache: from the forward, grid (H, W) and table_grid (h, w).
+        dy: dL/dy (B, n, C), x's shape.
         ops: the table of operations; the sum over the batch comes from it.
 
     Returns:
@@ -178,7 +179,7 @@ def position_backward(
     xp = array_module(dy)
     samples = xp.reshape(dy, (dy.shape[0], -1))  # (B, n*C)
     drows, _ = ops[sum_rows].forward(None, samples, ops, keep=False)  # (n*C,)
-    drows = xp.reshape(drows, dy.shape[1:])  # (H*W, C) or (1 + H*W, C)
+    drows = xp.reshape(drows, dy.shape[1:])  # (H*W, C), or (1 + H*W, C)
     # y = x + rows, with rows = [cls row; resized table]
     dpatches = resize_positions_backward(
         drows[1:, :] if cache.cls else drows, cache.table_grid, cache.grid
@@ -187,7 +188,8 @@ def position_backward(
         dpatches = xp.concat((drows[:1, :], dpatches), axis=0)  # (1 + h*w, C)
     elif _cls_rows(p, cache.table_grid):
         dpatches = xp.concat((xp.zeros_like(p[0, :1, :]), dpatches), axis=0)  # (1 + h*w, C)
-    return dy, xp.expand_dims(dpatches, axis=0)  # (1, rows, C)
+    dtable = xp.expand_dims(dpatches, axis=0)  # (1, h*w, C), or (1, 1 + h*w, C)
+    return dy, dtable
 
 
 def _cls_rows(table: Array, table_grid: tuple[int, int]) -> int:

@@ -1,4 +1,4 @@
-"""Softmax over the last axis: how much each query looks at each key (paper eq. 4)."""
+"""Softmax over the last axis: it turns scores into attention weights (paper eq. 4)."""
 
 from pvt_ref.arrays import Array, array_module
 from pvt_ref.ops import REFERENCE, Operation, Ops
@@ -21,7 +21,7 @@ def softmax_forward(
 ) -> tuple[Array, SoftmaxCache | None]:
     """y_j = exp(x_j) / sum_k exp(x_k), over the last axis.
 
-    The row's maximum is taken off first: it cancels in the quotient, and exp cannot overflow.
+    The row's maximum is subtracted first: it cancels in the quotient, and exp cannot overflow.
 
     Args:
         p: None; there are no weights.

@@ -1,4 +1,4 @@
-"""The sum over the rows of a matrix: what the gradients of biases and norms end in."""
+"""The sum over the rows of a matrix: the last step of the gradients of biases and norms."""
 
 from pvt_ref.arrays import Array, array_module, sum_in_float64
 from pvt_ref.ops import REFERENCE, Operation, Ops

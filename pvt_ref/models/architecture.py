@@ -118,6 +118,9 @@ class Architecture:
         operations: all that its passes can ask for, those inside others included.
         place: where the operation with a path stands; None for one inside another.
         describe: a configuration in a few words, ``"pvt_tiny, 1000 classes, 224 px"``.
+        stem: key of the weight that reads the image, (C_out, in_chans, ...); None if there is none
+            that could be adapted to other channels.
+        head: key prefix of the last layer of the classifier.
         variants: published configurations by name.
         aliases: other names of them.
         files: how files of other projects are read: see :mod:`pvt_ref.checkpoint`; None if only
@@ -137,6 +140,8 @@ class Architecture:
     operations: frozenset[Operation]
     place: Callable[[str], Place | None]
     describe: Callable[[Any], str]
+    stem: str | None = None
+    head: str = "head"
     variants: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     files: Any = None

@@ -58,6 +58,7 @@ PVT = Architecture(
     ),  # fmt: skip
     place=place,
     describe=describe,
+    stem="patch_embed1.proj.weight",
     variants=VARIANTS,
     aliases=ALIASES,
 )

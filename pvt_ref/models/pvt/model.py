@@ -102,7 +102,7 @@ def _stage_forward(
     keep: bool,
     constants: Sequence[Array] | None,
 ) -> tuple[Array, StageCache | None, tuple[int, int]]:
-    """A map (B, H_{i-1}, W_{i-1}, C_{i-1}) to tokens (B, n_i, C_i), cls token first if given."""
+    """A map x (B, H_{i-1}, W_{i-1}, C_{i-1}) to tokens (B, n_i, C_i), cls token first if given."""
     xp = array_module(x)
     stage, side = config.of_stage(i), config.table_sides[i - 1]
     grid = (x.shape[1] // stage.patch_size, x.shape[2] // stage.patch_size)
@@ -129,7 +129,7 @@ def _stage_forward(
 def _stage_backward(
     p: StageParams, cache: StageCache, dx: Array, ops: Ops
 ) -> tuple[Array, StageParams, Array | None]:
-    """dL/dtokens to dL/dmap, the stage's gradients, and the cls token's if it has one."""
+    """Back from dx (B, n_i, C_i) or (B, 1 + n_i, C_i), on cache.grid (H_i, W_i), to the map."""
     xp = array_module(dx)
     # x = blocks(x)
     dx, dblocks = ops[blocks].backward(p.blocks, cache.blocks, dx, ops)
@@ -251,11 +251,11 @@ def backward(
         The gradients of the weights, and dL/dimages (B, C_0, H, W).
     """
     xp = array_module(dlogits)
-    B, n, C = cache.tokens_shape
+    B, n, C_4 = cache.tokens_shape
     # logits = head(x[:, 0])
     dcls_row, dhead = ops[linear].backward(params.head, cache.head, dlogits, ops)  # (B, C_4)
     dcls_row = xp.expand_dims(dcls_row, axis=1)  # (B, 1, C_4)
-    unread = xp.zeros_like(xp.broadcast_to(dcls_row, (B, n - 1, C)))  # (B, n_4, C_4)
+    unread = xp.zeros_like(xp.broadcast_to(dcls_row, (B, n - 1, C_4)))  # (B, n_4, C_4)
     dx = xp.concat((dcls_row, unread), axis=1)  # (B, 1 + n_4, C_4)
     # x = norm(x)
     dx, dnorm = ops[layer_norm].backward(params.norm, cache.norm, dx, ops)

@@ -1,6 +1,8 @@
 """What people pass to Model and its neighbours by mistake, and first layers for other channels."""
 
+import copy
 import math
+import pickle
 from dataclasses import replace
 
 import array_api_strict
@@ -15,6 +17,7 @@ from strategies import normal, random_params, rng_of
 import pvt_ref
 from pvt_ref import VARIANTS, Model, ModelInfo, Preprocessing, PVTConfig, with_channels
 from pvt_ref.errors import ArrayTypeError, ConfigError, RangeError, ShapeError
+from pvt_ref.models.architecture import architecture_of, param_shapes
 from pvt_ref.tree import map_arrays, named_arrays
 
 SMALL = replace(
@@ -211,3 +214,79 @@ def test_the_preprocessing_of_other_channels():
             with_channels(MODEL, wrong)  # type: ignore[arg-type]
     with pytest.raises(ArrayTypeError, match="model is a PVTParams"):
         with_channels(PARAMS, 1)  # type: ignore[arg-type]
+
+
+# Made once ------------------------------------------------------------------------------------
+
+
+def test_weights_are_checked_when_a_model_is_made_and_not_when_it_is_called(monkeypatch):
+    images = normal(0, 1, 3, 32, 32)
+    wanted = MODEL(images), MODEL.pyramid(images)
+
+    def refuse(*_):
+        raise AssertionError("checked again")
+
+    model = Model(PARAMS, SMALL)
+    monkeypatch.setattr("pvt_ref.api.check_params", refuse)
+    np.testing.assert_array_equal(model(images), wanted[0])
+    for ours, theirs in zip(model.pyramid(images), wanted[1], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), replace]
+)
+def test_a_model_that_was_called_can_be_copied(copied):
+    images = normal(0, 1, 3, 32, 32)
+    model = Model(PARAMS, SMALL, "from somewhere", ModelInfo(title="small"))
+    wanted = model(images)
+    again = copied(model)
+    np.testing.assert_array_equal(again(images), wanted)
+    assert (again.source, again.info, again.config) == (model.source, model.info, SMALL)
+    other = replace(model, params=map_arrays(lambda x: 2 * x, PARAMS))
+    assert not np.array_equal(other(images), wanted)
+
+
+def test_weights_that_are_written_to_are_seen_by_the_next_call():
+    params = random_params(SMALL, 1)
+    model, images = Model(params, SMALL), normal(0, 1, 3, 32, 32)
+    before = model(images)
+    for _, x in named_arrays(params):
+        x *= 2
+    np.testing.assert_array_equal(model(images), pvt_ref.forward(params, images, SMALL))
+    assert not np.array_equal(model(images), before)
+
+
+# What a network says of itself ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, num_classes=0, patch_sizes=(2, 2, 1, 2))])
+def test_feature_info_describes_the_maps(config):
+    model = Model(random_params(config, 0), config)
+    maps = model.pyramid(normal(0, 1, 3, 64, 128))
+    assert [info["num_chs"] for info in model.feature_info] == [m.shape[1] for m in maps]
+    assert [info["reduction"] for info in model.feature_info] == [64 // m.shape[2] for m in maps]
+
+
+def with_row(monkeypatch, **changes):
+    """A PVT whose row in the table of networks is another."""
+    row = replace(architecture_of(SMALL), **changes)
+    monkeypatch.setattr("pvt_ref.app.architecture_of", lambda config: row)
+
+
+def test_a_network_without_what_is_asked_for(monkeypatch):
+    with_row(monkeypatch, forward_pyramid=None)
+    assert MODEL.feature_info == []
+    with_row(monkeypatch, stem=None)
+    with pytest.raises(ConfigError, match="a PVT has no first layer that could be adapted"):
+        with_channels(MODEL, 1)
+
+
+def test_the_row_names_the_head_and_the_first_weight():
+    row = architecture_of(SMALL)
+    shapes = param_shapes(SMALL)
+    assert shapes[row.stem][1] == SMALL.in_chans
+    changed = {k for k, s in param_shapes(replace(SMALL, in_chans=4)).items() if s != shapes[k]}
+    assert changed == {row.stem}
+    changed = {k for k, s in param_shapes(replace(SMALL, num_classes=6)).items() if s != shapes[k]}
+    assert changed == {k for k in shapes if k.startswith(f"{row.head}.")}

@@ -1,0 +1,396 @@
+"""From a picture to the array that a network was trained on: the one door, :class:`Preprocessing`.
+
+With the constants of the authors' released code it is what :func:`load_image`, :func:`preprocess`
+and :func:`normalize` call. Dense prediction keeps the whole picture instead, and
+:func:`pad_to_multiple` makes its size fit.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pvt_ref.arrays import (
+    Array,
+    array_module,
+    describe_type,
+    dtype_name,
+    from_host,
+    is_array,
+    is_foreign,
+    is_numpy,
+)
+from pvt_ref.checks import TOO_LARGE, is_whole
+from pvt_ref.data.image import Source, read_rgb, resize_and_crop, resize_and_crop_bands
+from pvt_ref.errors import ArrayTypeError, ConfigError, RangeError, ShapeError, shown
+
+#: Mean and standard deviation of the training pixels, red, green, blue, on a scale of 0 to 1.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+#: Channels that a mode makes; of bands there are as many as means.
+_CHANNELS = {"RGB": 3, "L": 1, "bands": None}
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """From a picture to numbers: ``(x / 255 - mean) / std`` per channel, after resizing.
+
+    Attributes:
+        mode: ``"RGB"``; ``"L"`` for grey (one channel); or ``"bands"`` for any number of channels
+            that are no colours, which only arrays can hold.
+        mean: of the training pixels on a scale of 0 to 1, one number a channel.
+        std: their standard deviation, one number a channel, above 0.
+
+    Raises:
+        ConfigError: if they do not fit together.
+    """
+
+    mode: str = "RGB"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mode, str) or self.mode not in _CHANNELS:
+            raise ConfigError(
+                f"mode is {shown(self.mode)}; it must be 'RGB', 'L' (grey), or 'bands' (any number "
+                f"of channels, given as arrays)"
+            )
+        mean, std = _numbers(self.mean), _numbers(self.std)
+        channels = _CHANNELS[self.mode] or (len(mean) if mean else 0)
+        if mean is None or len(mean) != channels or not channels:
+            few = f"{channels}" if channels else "at least one"
+            raise ConfigError(
+                f"mean is {shown(self.mean)}; mode {self.mode!r} needs {few} finite numbers"
+            )
+        if std is None or len(std) != channels or min(std) <= 0:
+            raise ConfigError(
+                f"std is {shown(self.std)}; mode {self.mode!r} needs {channels} finite numbers "
+                f"above 0" + ", as many as mean has" * (self.mode == "bands")
+            )
+        object.__setattr__(self, "mean", mean)
+        object.__setattr__(self, "std", std)
+
+    def __repr__(self) -> str:
+        mean, std = shown_tuple(self.mean), shown_tuple(self.std)
+        return f"Preprocessing(mode={self.mode!r}, mean={mean}, std={std})"
+
+    @property
+    def channels(self) -> int:
+        """3 for colours, 1 for grey, of bands as many as there are."""
+        return len(self.mean)
+
+    def pixels(self, pictures: Sequence[Any], size: int | tuple[int, int]) -> np.ndarray:
+        """Pictures of any kind and size, resized and cut.
+
+        Args:
+            pictures: a list of paths, open files, PIL images, or arrays (H, W, 3) or (H, W) of
+                uint8. In mode bands a list of arrays (H, W, C) of uint8; also (H, W) if C = 1.
+            size: side of a square, or (H, W), in pixels, as for :func:`load_image`.
+
+        Returns:
+            (B, H, W, C) uint8, C = :attr:`channels`.
+
+        Raises:
+            ShapeError: if there is no picture, an array has another shape, or size is not one or
+                two positive whole numbers.
+            ArrayTypeError: if a picture is none of these, or an array not uint8.
+            PVTError: as :func:`pvt_ref.load_image`.
+        """
+        if not isinstance(pictures, list | tuple | np.ndarray):
+            raise ArrayTypeError(
+                f"pictures are a {type(pictures).__name__}; they must be a list. One picture is "
+                f"prepared by calling the preprocessing: preprocessing(picture, size)"
+            )
+        if len(pictures) == 0:
+            raise ShapeError("the list of images is empty; a batch needs at least one")
+        return np.stack([self._prepared(picture, size) for picture in pictures])
+
+    def _prepared(self, picture: Any, size: int | tuple[int, int]) -> np.ndarray:
+        """One picture as (H, W, C) uint8."""
+        self._check_kind(picture)
+        if self.mode == "bands":
+            if picture.ndim == 2 and self.channels == 1:
+                picture = picture[:, :, None]
+            self._check_shape(picture)
+            return resize_and_crop_bands(picture, size)
+        if isinstance(picture, np.ndarray):
+            self._check_shape(picture)
+            picture = Image.fromarray(picture)
+        rgb = resize_and_crop(read_rgb(picture), size)
+        return np.asarray(rgb.convert("L"))[:, :, None] if self.mode == "L" else np.asarray(rgb)
+
+    def _check_kind(self, picture: Any) -> None:
+        C, usable = self.channels, is_numpy(picture) or isinstance(picture, Image.Image)
+        if not usable and (is_array(picture) or is_foreign(picture)):
+            raise ArrayTypeError(
+                f"a picture is {describe_type(picture)}. Pictures are paths, PIL images, or arrays "
+                f"(H, W, 3) of uint8; images that are normalised already, one array (B, {C}, H, W) "
+                f"of floats"
+            )
+        if self.mode == "bands" and not isinstance(picture, np.ndarray):
+            raise ArrayTypeError(
+                f"a picture is a {type(picture).__name__}; this preprocessing has {C} bands, which "
+                f"no picture file names: give arrays (H, W, {C}) of uint8, 0 to 255. "
+                f"numpy.asarray(image) makes one of a PIL image with {C} channels"
+            )
+        if isinstance(picture, np.ndarray) and picture.dtype != np.uint8:
+            raise ArrayTypeError(
+                f"a picture has dtype {picture.dtype}; arrays of raw pixels are uint8, 0 to 255. "
+                f"numpy.rint(255 * x).astype('uint8') makes it of floats in 0 to 1"
+            )
+
+    def _check_shape(self, picture: np.ndarray) -> None:
+        C, shape = self.channels, picture.shape
+        if self.mode == "bands":
+            if len(shape) != 3 or shape[2] != C or 0 in shape:
+                hint = ""
+                if len(shape) == 3 and shape[0] == C:
+                    hint = ". It looks channels-first: picture.transpose(1, 2, 0)"
+                raise ShapeError(
+                    f"a picture has shape {shape}; of {C} bands it must be (H, W, {C}){hint}"
+                )
+        elif len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] != 3) or 0 in shape:
+            raise ShapeError(
+                f"a picture has shape {shape}; an array of raw pixels is (H, W, 3), red, green, "
+                f"blue, or (H, W) for grey. Of other channels: a model whose info has "
+                f"Preprocessing('bands', mean, std)"
+            )
+
+    def normalize(self, pixels: Array, like: Array) -> Array:
+        """Raw pixels as normalised floats, with the bits of torchvision's ToTensor and Normalize.
+
+        Args:
+            pixels: (B, C, H, W) uint8, on the host.
+            like: an array of float32 or float64, of any shape.
+
+        Returns:
+            (B, C, H, W) of like's library, device and dtype.
+
+        Raises:
+            ArrayTypeError: if like is not an array.
+            ShapeError: if pixels are not (B, C, H, W) with C = :attr:`channels`.
+        """
+        shape = tuple(getattr(pixels, "shape", ()))
+        if len(shape) != 4 or shape[1] != self.channels:
+            raise ShapeError(
+                f"pixels have shape {shape}; they must be (B, {self.channels}, H, W), as mode "
+                f"{self.mode!r} has {self.channels} channels"
+            )
+        xp = array_module(like)
+        x = xp.astype(from_host(pixels, like=like), like.dtype)
+        mean, std = (
+            xp.astype(from_host(np.asarray(v)[:, None, None], like=like), like.dtype)
+            for v in (self.mean, self.std)
+        )
+        x /= 255
+        x -= mean
+        x /= std
+        return x
+
+    def __call__(self, pictures: Any, size: int | tuple[int, int]) -> np.ndarray:
+        """Pictures as a batch: :meth:`pixels`, then :meth:`normalize`.
+
+        Args:
+            pictures: one picture or a list of them, of the kinds that :meth:`pixels` takes, or an
+                array (B, H, W, C) of uint8.
+            size: side of a square, or (H, W), in pixels.
+
+        Returns:
+            (B, C, H, W) float32, normalised.
+
+        Raises:
+            PVTError: as :meth:`pixels`.
+        """
+        several = isinstance(pictures, list | tuple) or getattr(pictures, "ndim", 0) == 4
+        return self._normalized(self.pixels(list(pictures) if several else [pictures], size))
+
+    def _normalized(self, pixels: np.ndarray) -> np.ndarray:
+        """(B, H, W, C) uint8 as (B, C, H, W) float32, C-contiguous."""
+        channels_first = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))  # (B, C, H, W)
+        return self.normalize(channels_first, like=np.empty(0, np.float32))
+
+
+def shown_tuple(values: tuple[Any, ...]) -> str:
+    """A tuple for a repr: the first of a long one, and how many there are."""
+    if len(values) <= 4:
+        return f"({', '.join(shown(v, 30) for v in values)}{',' * (len(values) == 1)})"
+    return f"({', '.join(shown(v, 30) for v in values[:3])}, ... {len(values)} in all)"
+
+
+def _numbers(values: Any) -> tuple[float, ...] | None:
+    """Finite floats of a list of them, else None."""
+    if not isinstance(values, Sequence) or not all(isinstance(v, Real) for v in values):
+        return None
+    try:
+        numbers = tuple(float(v) for v in values)
+    except OverflowError:  # a whole number beyond any float
+        return None
+    return numbers if all(map(math.isfinite, numbers)) else None
+
+
+# For the released weights -------------------------------------------------------------------------
+
+IMAGENET = Preprocessing()
+
+
+def load_image(source: Source, size: int | tuple[int, int] = 224) -> np.ndarray:
+    """One picture, prepared for the classifier as the released weights expect.
+
+    Args:
+        source: a path, a file opened in binary mode, or a PIL image; see
+            :func:`pvt_ref.data.image.read_rgb`.
+        size: side of the square, or (H, W), in pixels; see
+            :func:`pvt_ref.data.image.resize_and_crop`.
+
+    Returns:
+        (1, 3, H, W) float32, normalised. numpy.concatenate makes a batch of several.
+
+    Raises:
+        MissingFileError: if there is no file at the path.
+        ImageError: if it is not a picture, is damaged, or cannot be brought to that size.
+        ArrayTypeError: if source is none of the three.
+        ShapeError: if size is not one or two positive whole numbers.
+    """
+    return IMAGENET(read_rgb(source), size)
+
+
+def preprocess(
+    images: Image.Image | Sequence[Image.Image], size: int | tuple[int, int] = 224
+) -> np.ndarray:
+    """PIL images, of any modes and sizes, as one batch for the classifier.
+
+    Args:
+        images: a PIL image, or a list or tuple of them.
+        size: side of the square, or (H, W), in pixels, as for :func:`load_image`.
+
+    Returns:
+        (B, 3, H, W) float32, normalised.
+
+    Raises:
+        ImageError: if a picture is damaged, or cannot be brought to that size.
+        ShapeError: if size is not one or two positive whole numbers, or there is no picture.
+        ArrayTypeError: if something is not a PIL image.
+    """
+    batch: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
+    for image in batch:
+        if not isinstance(image, Image.Image):
+            hint = "load_image(path) reads a file"
+            if is_array(image):
+                hint = "normalize(pixels) takes raw pixels"
+            raise ArrayTypeError(
+                f"images hold a {type(image).__name__}; preprocess takes PIL images. pvt_ref.{hint}"
+            )
+    return IMAGENET(batch, size)
+
+
+def normalize(pixels: np.ndarray) -> np.ndarray:
+    """Raw pixels as the network's input: ``(x / 255 - mean) / std`` per colour.
+
+    Args:
+        pixels: (H, W, 3) or (B, H, W, 3) uint8, red, green, blue; of any size, which stays.
+
+    Returns:
+        (B, 3, H, W) float32, C-contiguous; B is 1 for a single picture.
+
+    Raises:
+        ArrayTypeError: if pixels are not a NumPy array of uint8.
+        ShapeError: if the shape is another, or has a zero.
+    """
+    _check_pixels(pixels)
+    return IMAGENET._normalized(pixels if pixels.ndim == 4 else pixels[None])
+
+
+def _check_pixels(pixels: Any) -> None:
+    if not isinstance(pixels, np.ndarray):
+        hint = "numpy.stack(list_of_pictures) makes a batch"
+        if isinstance(pixels, Image.Image):
+            hint = "pvt_ref.preprocess(image) takes PIL images"
+        elif is_array(pixels):
+            hint = "pvt_ref.to_numpy(pixels) brings it to the host"
+        raise ArrayTypeError(
+            f"pixels are a {type(pixels).__name__}; they must be a NumPy array (H, W, 3) or "
+            f"(B, H, W, 3) of uint8. {hint}"
+        )
+    shape = pixels.shape
+    if pixels.dtype != np.uint8:
+        hint = "numpy.rint(255 * pixels).astype('uint8') if they lie in 0 to 1"
+        if pixels.dtype.kind == "f":
+            hint += "; if they are normalised already, the model takes them as (B, 3, H, W)"
+        elif pixels.dtype == np.uint16:
+            hint = "numpy.rint(pixels / 257).astype('uint8') scales 16 bits to 8"
+        elif pixels.dtype.kind in "iu":
+            hint = "pixels.astype('uint8') if they lie in 0 to 255"
+        raise ArrayTypeError(
+            f"pixels have dtype {pixels.dtype}; normalize takes raw uint8, 0 to 255. {hint}"
+        )
+    if len(shape) not in (3, 4) or shape[-1] != 3:
+        hint = ""
+        if len(shape) == 2:
+            hint = ". For grey: numpy.stack([pixels] * 3, axis=-1)"
+        elif len(shape) in (3, 4) and shape[-3] == 3:
+            axes = "1, 2, 0" if len(shape) == 3 else "0, 2, 3, 1"
+            hint = f". It looks channels-first: pixels.transpose({axes})"
+        elif len(shape) == 3:
+            hint = ". pvt_ref.preprocess(PIL.Image.fromarray(pixels)) takes grey and alpha"
+        raise ShapeError(f"pixels have shape {shape}; it must be (H, W, 3) or (B, H, W, 3){hint}")
+    if 0 in shape:
+        raise ShapeError(f"pixels have shape {shape}: there is nothing in them")
+
+
+def pad_to_multiple(images: Array, multiple: int) -> Array:
+    """Images enlarged at the right and bottom until H and W are multiples, for dense prediction.
+
+    The new pixels are 0, after :func:`normalize` the mean colour. No pixel moves, so ``F_i[:, :,
+    :ceil(H / stride_i), :ceil(W / stride_i)]`` are the tokens that stand for the picture. Attention
+    is global: all tokens see the padding, so padded and unpadded results differ a little.
+
+    Args:
+        images: (B, C, H, W) normalised floats, of NumPy, CuPy or another array API library.
+        multiple: of what H and W must be multiples; ``config.size_multiple`` (32 as published).
+
+    Returns:
+        (B, C, H', W'), the smallest such size, of images' dtype and on its device. images itself,
+        not a copy, if it fits already.
+
+    Raises:
+        ArrayTypeError: if images are not an array of floats.
+        ShapeError: if they are not (B, C, H, W), or have a zero there.
+        RangeError: if multiple is not a positive whole number.
+    """
+    if not is_whole(multiple) or not 0 < multiple < TOO_LARGE:
+        raise RangeError(
+            f"multiple is {shown(multiple)}; it must be a whole number of pixels, at least 1 and "
+            f"below 2**31, such as config.size_multiple"
+        )
+    xp = array_module(images)
+    name = dtype_name(images)
+    if not name.startswith(("float", "bfloat", "complex")):
+        raise ArrayTypeError(
+            f"images have dtype {name}; pad normalised floats, whose 0 is the mean colour (in raw "
+            f"pixels it is black). Normalise first: pvt_ref.normalize(pixels)"
+        )
+    shape = tuple(images.shape)
+    if len(shape) != 4:
+        hint = ". A single image needs a batch axis: images[None]" if len(shape) == 3 else ""
+        raise ShapeError(f"images have shape {shape}; they must be (B, C, H, W){hint}")
+    B, C, H, W = shape
+    if W == 3 and C != 3:
+        raise ShapeError(
+            f"looks channels-last: {shape}; images are (B, C, H, W). "
+            f"images.transpose(0, 3, 1, 2) turns them"
+        )
+    if 0 in shape:
+        raise ShapeError(f"images have shape {shape}: there is nothing in them")
+    multiple = int(multiple)  # a NumPy uint8 would wrap round
+    below, beside = -H % multiple, -W % multiple
+    zero = xp.zeros_like(images[:, :, :1, :1])  # (B, C, 1, 1)
+    if below:
+        images = xp.concat((images, xp.broadcast_to(zero, (B, C, below, W))), axis=2)
+    if beside:
+        images = xp.concat((images, xp.broadcast_to(zero, (B, C, H + below, beside))), axis=3)
+    return images  # (B, C, H', W')
