@@ -225,7 +225,8 @@ def test_every_public_name_is_in_the_reference_with_its_source():
     assert all(found.startswith("pvt_ref.errors.") for found in errors)  # each is listed once
     for full, thing in names.items():
         source = (SITE / ids[full]).read_text("utf-8")
-        assert f"{thing.__module__.replace('.', '/')}.py" in source, full
+        path = Path(sys.modules[thing.__module__].__file__).relative_to(ROOT).as_posix()
+        assert path in source, full
 
 
 def test_a_product_in_a_docstring_is_not_taken_for_emphasis():
