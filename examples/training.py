@@ -100,19 +100,9 @@ def finish(
 ) -> Path:
     """Writes a model in half precision, with what was measured of it as it is there.
 
-    Args:
-        done: a finished run.
-        model: what came of it.
-        held_out: the samples that the epochs were compared on.
-        test: what no choice was made on, if that is another part; measured once, here.
-        about: further entries for the file, such as the data set's name.
-        args: the program's options.
-
-    Returns:
-        The file, model.safetensors in the folder of the run.
-
-    Raises:
-        TrainingError: if there is such a file of another run, or one that was edited.
+    The epochs were compared on what is held out. On test, if that is another part, no choice was
+    made: it is measured once, here. The file also gets what about says, such as the data set's
+    name. A file that is there must be this run's.
     """
     path = done.folder / MODEL
     rounded = map_arrays(lambda w: w.astype(np.float16).astype(np.float32), model.params)
@@ -121,7 +111,7 @@ def finish(
         "seed": args.seed,
         "epochs": args.epochs,
         "steps": done.state.step,
-        "samples": len(done.state.order),
+        "samples": done.state.samples,
         "held_out_samples": len(held_out),
     }
     if path.exists():  # resumed after the end: what was measured once stays

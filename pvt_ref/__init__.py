@@ -25,6 +25,7 @@ from pvt_ref.kernels.cpu.table import blocked_ops
 from pvt_ref.layers.cross_entropy import cross_entropy
 from pvt_ref.models.pvt.config import VARIANTS, PVTConfig
 from pvt_ref.models.pvt.params import PVTParams
+from pvt_ref.models.vit.config import VITS, ViTConfig
 from pvt_ref.ops import REFERENCE, Operation, Ops
 from pvt_ref.tree import to_device, to_numpy
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
         preprocess,
     )
     from pvt_ref.report.attention import attention_maps
-    from pvt_ref.report.cost import VITS, Cost, ViTConfig, count_cost
+    from pvt_ref.report.cost import Cost, count_cost
     from pvt_ref.zoo import load
 
 __version__ = "0.2.0"
@@ -54,7 +55,7 @@ _LATER = {
         *("Preprocessing", "load_image", "normalize", "pad_to_multiple", "preprocess"),
     ),
     "report.attention": ("attention_maps",),
-    "report.cost": ("VITS", "Cost", "ViTConfig", "count_cost"),
+    "report.cost": ("Cost", "count_cost"),
     "zoo": ("load",),
 }
 

@@ -14,10 +14,11 @@ from typing import Any
 from pvt_ref import __version__
 from pvt_ref.app import Prediction
 from pvt_ref.checkpoint import save
+from pvt_ref.checks import as_size
 from pvt_ref.data.picture_file import SUFFIXES
 from pvt_ref.errors import CheckpointError, ImageError, PVTError, printable, shown
-from pvt_ref.models.pvt.config import VARIANTS, PVTConfig
-from pvt_ref.report.cost import VITS, ViTConfig, count_cost
+from pvt_ref.models.architecture import known_variants
+from pvt_ref.report.cost import count_cost
 from pvt_ref.report.tables import format_cost, one_line, text_table
 from pvt_ref.zoo import RELEASED, SHIPPED, load
 
@@ -80,12 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     summary = commands.add_parser(
         "summary",
         parents=[of_file, of_size],
-        help="parameters, MACs and memory by stage and operation, as a table",
+        help="parameters, MACs, memory and cache by stage and operation, as a table",
     )
     summary.add_argument(
         "model",
-        help=f"{', '.join(VARIANTS)}; {', '.join(VITS)} to compare; {', '.join(SHIPPED)}; or a "
-        f"weights file",
+        help=f"{', '.join(known_variants())}; {', '.join(SHIPPED)}; or a weights file",
     )
     summary.add_argument("--batch", type=int, default=1, help="images at once (default 1)")
     summary.add_argument(
@@ -175,7 +175,7 @@ def _classify(args: argparse.Namespace) -> int:
     model = load(args.weights, **_asked_of_file(args))
     size = _size(args)
     if size is not None:
-        count_cost(model.config, size)  # refuses what the model cannot take, once for all
+        model.config.grids(*as_size(size))  # refuses what the model cannot take, once for all
     inputs = list(_pictures(args.images))
     paths = (path for path, error in inputs if error is None)
     answers = model.predict_each(paths, args.top, size)
@@ -208,8 +208,7 @@ def _as_json(path: str, weights: str, answer: list[Prediction] | PVTError) -> st
 
 
 def _summary(args: argparse.Namespace) -> int:
-    known: dict[str, PVTConfig | ViTConfig] = {**VARIANTS, **VITS}
-    heading = ""
+    known, heading = known_variants(), ""
     if args.model in known:
         if _asked_of_file(args):
             raise CheckpointError(

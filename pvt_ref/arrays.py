@@ -154,13 +154,16 @@ def quietly(function: Callable[..., Any], *args: Any) -> Any:
 def erf(x: Array) -> Array:
     """The error function, the one special function that the array API standard lacks.
 
-    scipy.special.erf hands a CuPy array to cupyx by itself.
+    scipy.special.erf hands a CuPy array to cupyx by itself. A library that is neither NumPy nor
+    CuPy may offer its own.
     """
+    plain = isinstance(x, np.ndarray | np.generic) or is_cupy(x)
+    own = None if plain else getattr(array_module(x), "erf", None)
+    if own is not None:
+        return own(x)
     import scipy.special  # slow to import: where nothing is computed, nothing waits for it
 
-    if isinstance(x, np.ndarray | np.generic) or is_cupy(x):
-        return scipy.special.erf(x)
-    return from_host(scipy.special.erf(np.asarray(x)), like=x)
+    return scipy.special.erf(x) if plain else from_host(scipy.special.erf(np.asarray(x)), like=x)
 
 
 def import_cupy() -> ModuleType:

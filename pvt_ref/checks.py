@@ -4,6 +4,7 @@ Inside, arrays are trusted: what a caller can get wrong about them is caught her
 was given, what is needed, the likely cause and the fix in one message.
 """
 
+import sys
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -25,6 +26,9 @@ from pvt_ref.errors import ArrayTypeError, NonFiniteError, RangeError, ShapeErro
 
 #: Numbers from here on are refused: no array is so large, and floats lose their last digits.
 TOO_LARGE = 2**31
+
+#: Of whole numbers. A seed may have as many bits as NumPy's own.
+_LARGEST_WHOLE = 2**128
 
 
 def as_size(size: Any) -> tuple[int, int]:
@@ -54,6 +58,61 @@ def is_real(value: object) -> bool:
 def is_moderate(value: object) -> bool:
     """A number that is neither NaN, infinite, nor beyond all use."""
     return is_real(value) and -TOO_LARGE < value < TOO_LARGE  # type: ignore[operator]
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    whole: bool = False,
+) -> Any:
+    """value as a plain int or float: NumPy's scalars would widen float32 arrays.
+
+    Raises:
+        RangeError: unless it is a finite (whole) number within the bounds.
+    """
+    if isinstance(value, np.generic):  # which would compare bounds in float32
+        value = value.item()
+    number: Any = value
+    limit = _LARGEST_WHOLE if whole else sys.float_info.max
+    good = (
+        (is_whole(number) if whole else is_real(number))
+        and -limit <= number <= limit
+        and (least is None or number >= least)
+        and (above is None or number > above)
+        and (most is None or number <= most)
+        and (below is None or number < below)
+    )
+    if not good:
+        bounds = (("at least", least), ("above", above), ("at most", most), ("below", below))
+        limits = " and ".join(f"{word} {limit:g}" for word, limit in bounds if limit is not None)
+        kind = "a whole number" if whole else "a number"
+        raise RangeError(f"{name} is {shown(value)}; it must be {kind} {limits}".rstrip())
+    return int(number) if whole else float(number)
+
+
+def settle(record: Any, name: str, **bounds: Any) -> None:
+    """In a frozen record's __post_init__: a field becomes the number that check_number returns."""
+    object.__setattr__(record, name, check_number(name, getattr(record, name), **bounds))
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuses what is neither True nor False. Raises: RangeError."""
+    if not isinstance(value, bool):
+        raise RangeError(f"{name} is {shown(value)}; it must be True or False")
+
+
+def check_type(name: str, value: object, kind: type, advice: str = "") -> None:
+    """Refuses another kind; the advice says how to get the right one. Raises: ArrayTypeError."""
+    if not isinstance(value, kind):
+        raise ArrayTypeError(
+            f"{name} is a {type(value).__name__}; it must be a {kind.__name__}"
+            + (f", {advice}" if advice else "")
+        )
 
 
 def check_float(name: str, x: Array) -> None:
@@ -173,21 +232,21 @@ def check_pyramid_cotangents(
     ]
 
 
-def check_stages(stages: Iterable[int]) -> set[int]:
-    """The stages as a set, each from 1 to 4.
+def check_stages(stages: Iterable[int], count: int) -> set[int]:
+    """The stages as a set, each from 1 to count.
 
     Raises:
-        RangeError: if stages is not iterable, or holds anything but whole numbers from 1 to 4.
+        RangeError: if stages is not iterable, or holds anything but whole numbers from 1 to count.
     """
     wanted: list[Any]
     try:
         wanted = list(stages)
     except TypeError:  # not iterable, which arrays without an axis find out only now
         wanted = [None]
-    if not all(is_whole(s) and 1 <= s <= 4 for s in wanted):
+    if not all(is_whole(s) and 1 <= s <= count for s in wanted):
         raise RangeError(
-            f"stages are {shown(stages)}; they must be a list of numbers from 1 to 4, such as "
-            f"[1, 4]"
+            f"stages are {shown(stages)}; they must be a list of numbers from 1 to {count}, such "
+            f"as {sorted({1, count})}"
         )
     return {int(s) for s in wanted}
 

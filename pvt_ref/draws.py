@@ -1,25 +1,35 @@
 """Random numbers of training by counter.
 
 A generator that is carried along makes every draw depend on all draws before it. Here each place
-that draws makes its own generator of the numbers that name the place: seed, step, micro-batch, what
-is drawn, and where. Ranks, micro-batches, restarts and devices then draw the same, in any order,
-and no generator has to be saved.
+that draws makes its own generator from the numbers that name the place. Ranks, micro-batches,
+restarts and devices then draw the same, in any order, and no generator has to be saved.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
+from numbers import Integral
 
 import numpy as np
 
+from pvt_ref.errors import RangeError, shown
+
 
 class What(IntEnum):
-    """What is drawn. Part of the key, so a number is never given twice."""
+    """What is drawn, and the numbers that name its place beside the seed."""
 
-    ORDER = 0
-    AUGMENTATION = 1
-    MIXUP = 2
-    STAGE_DROPOUT = 3
-    BLOCK = 4
+    FIRST_WEIGHTS = 1  # none
+    ORDER = 2  # epoch
+    AUGMENTATION = 3  # epoch, sample: the batch that it is in does not matter
+    MIXUP = 4  # step, micro-batch
+    STAGE_DROPOUT = 5  # step, micro-batch, stage
+    BLOCK = 6  # step, micro-batch, block
+
+
+def generator(seed: int, what: What, *where: int) -> np.random.Generator:
+    """The generator of one place."""
+    # NumPy fills up with zeros, so no two kinds may share a number, whatever their places are
+    return np.random.default_rng([seed, what, *where])
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +40,42 @@ class Draws:
         seed: of the training.
         step: steps done before.
         micro_batch: of the step, counted over all ranks.
+
+    Raises:
+        RangeError: unless all are whole numbers of at least 0.
     """
 
     seed: int
     step: int
     micro_batch: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("seed", "step", "micro_batch"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < 0:
+                raise RangeError(f"{name} is {shown(value)}; it must be a whole number at least 0")
+
     def at(self, what: What, where: int = 0) -> np.random.Generator:
-        """The generator of one place: of a block, a stage or a sample, by its number."""
-        return np.random.default_rng([self.seed, self.step, self.micro_batch, what, where])
+        """The generator of one place: of a block or a stage, by its number."""
+        return generator(self.seed, what, self.step, self.micro_batch, where)
+
+
+class SampleDraws:
+    """The generators of some samples, asked together as one is: each draws a number of its own."""
+
+    def __init__(self, seed: int, epoch: int, samples: Iterable[int]) -> None:
+        self._each = [generator(seed, What.AUGMENTATION, epoch, int(i)) for i in samples]
+
+    def __len__(self) -> int:
+        return len(self._each)
+
+    def integers(self, low: int, high: int, size: int) -> np.ndarray:
+        """(size,) integers in [low, high); size is the number of samples."""
+        return np.array([rng.integers(low, high) for rng in self._each])
+
+    def random(self, size: int) -> np.ndarray:
+        """(size,) floats in [0, 1); size is the number of samples."""
+        return np.array([rng.random() for rng in self._each])
 
 
 def generator_at(

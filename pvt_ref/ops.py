@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, Protocol
 
 from pvt_ref.arrays import Array
 from pvt_ref.errors import ArrayTypeError, ConfigError, shown
-from pvt_ref.tree import named_records
+from pvt_ref.tree import branches, named_records
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +253,7 @@ class Ops:
         before: Callable[[Call], Any] | None = None,
         only: Iterable[Operation] | None = None,
         params: Any = None,
+        unseen: Iterable[Operation] = (),
     ) -> "Ops":
         """A table that computes the same and reports every operation that is asked for.
 
@@ -262,6 +263,8 @@ class Ops:
             only: report these, and let the twins that absorb one of them step aside; None reports
                 whatever this table asks for.
             params: the weights of the model, from which paths take their keys.
+            unseen: these are called as without a watch, which holds the arguments of an operation
+                as long as it runs.
 
         Returns:
             A table for this process and one call at a time.
@@ -269,7 +272,7 @@ class Ops:
         wanted = None if only is None else frozenset(only)
         table = object.__new__(_Watched)
         table._fill(self._twins, self.name, self.accepts, self.settings, self.replaced)
-        watch = _Watch(after, before, wanted, named_records(params))
+        watch = _Watch(after, before, wanted, named_records(params), frozenset(unseen))
         base = self if wanted is None else self._asking_for(wanted)
         object.__setattr__(table, "_watch", (base, watch))
         return table
@@ -285,9 +288,19 @@ class Ops:
 class _Watch:
     """The state of one watched table: who reports, and which operations are under way."""
 
-    def __init__(self, after: Any, before: Any, wanted: Any, names: Mapping[int, str]) -> None:
+    def __init__(
+        self, after: Any, before: Any, wanted: Any, names: Mapping[int, str], unseen: Any
+    ) -> None:
         self.after, self.before, self.wanted, self.names = after, before, wanted, names
+        self.unseen = unseen
         self.inside: list[str] = []
+
+    def name_of(self, p: Any) -> str | None:
+        """The key of weights, or of the first part of weights that were put together for a call."""
+        if p is None:  # shared by all that have no weights: it says nothing of the place
+            return None
+        first = next(iter(branches(p)), None)
+        return self.names.get(id(p)) or (first and self.names.get(id(first[1])))
 
 
 class _Watched(Ops):
@@ -302,10 +315,11 @@ class _Watched(Ops):
     def __getitem__(self, op: Operation) -> Operation:
         base, watch = self._watch
         twin = base[op]
+        if op in watch.unseen:
+            return twin
 
         def run(way: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            # a shared p, such as None, says nothing of the place
-            own = watch.names.get(id(args[0])) if args and args[0] is not None else None
+            own = watch.name_of(args[0]) if args else None
             outer = watch.inside[-1] if watch.inside else ""
             path = own or (f"{outer}.{op.name}" if outer else op.name)
             reported = watch.wanted is None or op in watch.wanted

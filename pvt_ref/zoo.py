@@ -5,50 +5,35 @@ released models are large and lie on the Hugging Face Hub; they are fetched when
 or taken from a folder where somebody has put them.
 """
 
-import difflib
 import hashlib
 import json
-import logging
 import os
 import re
 import sys
-import urllib.parse
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pvt_ref.app import Model
 from pvt_ref.checkpoint import load as load_file
-from pvt_ref.checkpoint.files import Eps, cut_path, read_model
-from pvt_ref.checkpoint.stated import read_json
-from pvt_ref.checkpoint.whole_file import write_whole
+from pvt_ref.checkpoint.files import Eps, FilePath, cut_path
 from pvt_ref.errors import ArrayTypeError, CheckpointError, DownloadError, MissingFileError, shown
-from pvt_ref.models.pvt.config import VARIANTS, PVTConfig
+from pvt_ref.models.architecture import architectures, known_variants
 
-#: Names whose weights are in the package.
-SHIPPED = ("digits", "cifar10")
-
+SHIPPED = ("digits", "cifar10")  # in the package
+_FILES = [row.files for row in architectures() if row.files]
 #: Where the authors' ImageNet weights are, converted to Hugging Face's layout: name to repository.
-RELEASED = {name: f"Zetatech/{name.replace('_', '-')}-224" for name in list(VARIANTS)[:4]}
-
-#: The authors' own files, by name.
-_AUTHORS_URL = "https://github.com/whai362/PVT/releases/download/v2/{name}.pth"
-
+RELEASED = {name: repository for files in _FILES for name, repository in files.hub.items()}
+#: The authors' own files.
+_URLS = {name: files.url.format(name=name) for files in _FILES for name in files.hub}
 _FILE = "model.safetensors"
 _SUFFIXES = (".safetensors", ".pth", ".bin")
-
-#: The authors trained with these; Hugging Face's port, whose layout the files have, with others.
-_AUTHORS_EPS = (1e-6, 1e-5)
-
-
-#: In the weights folder: commit and SHA-256 of what was fetched first, by name.
-_RECORD = "fetched.json"
-
+_RECORD = "fetched.json"  # in the weights folder: what each name meant when it was fetched first
 _SECONDS = 5  # that a server may take for its first answer
 
 
 def load(
-    name: str | os.PathLike[str],
-    config: PVTConfig | str | os.PathLike[str] | None = None,
+    name: FilePath,
+    config: Any = None,
     *,
     entry: str | None = None,
     eps: Eps | None = None,
@@ -76,22 +61,20 @@ def load(
         mirror: address of a server that answers like huggingface.co, to fetch from instead.
 
     Returns:
-        The model, float32 or float64 as stored, on the host, with class names and preprocessing in
-        its ``info`` if they are known.
+        The model, on the host, with class names and preprocessing in ``info`` if they are known.
 
     Raises:
-        DownloadError: if it has to be fetched and cannot be, which is known after some seconds; the
-            message says what to download by hand, and where to put it. Also if what was fetched is
-            not what it was the first time.
+        DownloadError: if it has to be fetched and cannot be, which is known after some seconds, or
+            is not what it was the first time; the message says how to get it by hand.
         MissingFileError: if there is no file at the path; the message has the known names.
         CheckpointError: if the file is damaged, unsafe, of an unknown kind, or does not fit.
-        ArrayTypeError: if name, config, entry or mirror is of another type, config or entry comes
-            with a known name, or mirror with what is not fetched.
-        ConfigError: if eps is not one or two numbers that can be one, or config a PVT that cannot
-            be built.
+        ArrayTypeError: if an argument is of another type, config or entry comes with a known name,
+            or mirror with what is not fetched.
+        ConfigError: if eps or config is one that no model can have.
     """
     known = name if isinstance(name, str) else ""
-    if known in (*SHIPPED, *VARIANTS):
+    variants = known_variants()
+    if known in SHIPPED or known in variants:
         if config is not None or entry is not None:
             raise ArrayTypeError(
                 f"{'entry' if config is None else 'config'} was given with {known!r}, which brings "
@@ -100,9 +83,9 @@ def load(
         if known in SHIPPED:
             return load_file(Path(__file__).with_name("weights") / f"{known}.safetensors", eps=eps)
         path, origin = _find(known, mirror)
-        return read_model(
-            path, VARIANTS[known], eps=_AUTHORS_EPS if eps is None else eps, released=origin
-        )
+        from pvt_ref.checkpoint.reading import read_model
+
+        return read_model(path, variants[known], eps=eps, released=origin)
     if mirror is not None:
         raise ArrayTypeError(
             f"mirror was given with {shown(name)}, which is not fetched. Known names are "
@@ -123,6 +106,8 @@ def load(
 
 def _known_names(given: str) -> str:
     """The names, and which of them somebody may have meant."""
+    import difflib
+
     names = (*SHIPPED, *RELEASED)
     last = given.rstrip("/").rpartition("/")[2].lower().replace("-", "_")
     last = re.sub(r"(_224)?(\.\w+)?$", "", last)
@@ -132,19 +117,15 @@ def _known_names(given: str) -> str:
 
 
 def weights_folder() -> Path:
-    """Where files of released models are looked for before they are fetched.
-
-    Returns:
-        What the environment variable PVT_REF_WEIGHTS names, or ``~/.cache/pvt_ref``.
-    """
-    named = os.environ.get("PVT_REF_WEIGHTS")
-    return Path(os.path.expanduser(named or "~/.cache/pvt_ref"))
+    """Where files of released models are looked for first; PVT_REF_WEIGHTS in the environment."""
+    return Path(os.path.expanduser(os.environ.get("PVT_REF_WEIGHTS") or "~/.cache/pvt_ref"))
 
 
 def _find(name: str, mirror: str | None) -> tuple[Path, str]:
     """The file of a released model, fetched if it has to be, and where it is from."""
-    for suffix in _SUFFIXES:
-        path = weights_folder() / f"{name}{suffix}"
+    variants = known_variants()
+    names = [name, *(x for x in variants if variants[x] is variants[name] and x != name)]
+    for path in (weights_folder() / f"{x}{suffix}" for x in names for suffix in _SUFFIXES):
         if path.exists():
             return path, f"{path.name} of the weights folder"
     if name not in RELEASED:
@@ -152,54 +133,48 @@ def _find(name: str, mirror: str | None) -> tuple[Path, str]:
             f"{name}: its weights were not released. If you have some, name the file: "
             f"pvt_ref.load('path/to/file'), or put it at {weights_folder() / name}.pth"
         )
-    if mirror is not None:
-        scheme = urllib.parse.urlsplit(mirror).scheme if isinstance(mirror, str) else ""
-        if scheme not in ("http", "https"):
-            raise ArrayTypeError(
-                f"mirror is {shown(mirror)}; it must be an address such as 'https://my.server'. "
-                f"For a file on this machine: pvt_ref.load('path/to/file')"
-            )
+    address = "https:" if mirror is None else mirror
+    if not isinstance(address, str) or not re.match("https?:", address, re.IGNORECASE):
+        raise ArrayTypeError(
+            f"mirror is {shown(mirror)}; it must be an address such as 'https://my.server'. "
+            f"For a file on this machine: pvt_ref.load('path/to/file')"
+        )
     first = _read_record().get(name)
-    path, commit, announced = _fetch(name, mirror, first.commit if first else None)
+    path, commit, announced = _fetch(name, mirror, first["commit"] if first else None)
     try:
         with path.open("rb") as file:
-            found = _Fetched(commit, hashlib.file_digest(file, "sha256").hexdigest())
+            found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
+        what = f"{type(error).__name__}: {error.strerror or error}"
         raise DownloadError(
-            f"{name}: what was fetched cannot be read from {path} ({type(error).__name__}: "
-            f"{error.strerror or error}). {_by_hand(name)}"
+            f"{name}: what was fetched cannot be read from {path} ({what}). {_by_hand(name)}"
         ) from error
-    if re.fullmatch("[0-9a-f]{64}", announced) and announced != found.sha256:
+    if re.fullmatch("[0-9a-f]{64}", announced) and announced != found:
         raise DownloadError(
-            f"{name}: {path} has the SHA-256 {found.sha256[:12]}..., and the server announced "
+            f"{name}: {path} has the SHA-256 {found[:12]}..., and the server announced "
             f"{announced[:12]}...: it is damaged. Delete that file, and try again"
         )
-    if first and first.sha256 != found.sha256:
+    if first and first["sha256"] != found:
         raise DownloadError(
-            f"{name}: {path} has the SHA-256 {found.sha256[:12]}..., and what was fetched first "
-            f"had {first.sha256[:12]}...: it was damaged or exchanged. Delete it, and try again; "
-            f"if you want what is there now, delete the entry {name!r} in "
-            f"{weights_folder() / _RECORD}"
+            f"{name}: {path} has the SHA-256 {found[:12]}..., and what was fetched first had "
+            f"{first['sha256'][:12]}...: it was damaged or exchanged. Delete it, and try again; if "
+            f"you want what is there now, delete the entry {name!r} in {weights_folder() / _RECORD}"
         )
     if first is None:
-        _write_record(name, found)
+        entry = {"repository": RELEASED[name], "commit": commit, "sha256": found}
+        _write_record(_read_record() | {name: entry})  # another may have been fetched meanwhile
     at = f" at commit {commit[:12]}" if commit else ""
-    return path, f"from {RELEASED[name]}{at}, SHA-256 {found.sha256[:12]}..."
+    return path, f"from {RELEASED[name]}{at}, SHA-256 {found[:12]}..."
 
 
-class _Fetched(NamedTuple):
-    """What a name meant when it was fetched first."""
+def _read_record() -> dict[str, Any]:
+    """What each name meant when it was fetched first: its repository, commit and SHA-256."""
+    from pvt_ref.checkpoint.stated import read_json
 
-    commit: str | None
-    sha256: str
-
-
-def _read_record() -> dict[str, _Fetched]:
     path = weights_folder() / _RECORD
-    if not path.exists():
-        return {}
     try:
-        return {name: _Fetched(x["commit"], x["sha256"]) for name, x in _entries(path).items()}
+        record = read_json(path, path.name) if path.exists() else {}
+        return {k: {**x, "commit": x["commit"], "sha256": x["sha256"]} for k, x in record.items()}
     except (CheckpointError, TypeError, KeyError) as error:
         raise DownloadError(
             f"{path}, which says what was fetched, cannot be read ({type(error).__name__}: "
@@ -207,17 +182,13 @@ def _read_record() -> dict[str, _Fetched]:
         ) from error
 
 
-def _entries(path: Path) -> dict[str, Any]:
-    return read_json(path, path.name)
+def _write_record(record: dict[str, Any]) -> None:
+    from pvt_ref.checkpoint.whole_file import write_whole
 
-
-def _write_record(name: str, fetched: _Fetched) -> None:
     path = weights_folder() / _RECORD
-    entries = _entries(path) if path.exists() else {}
-    entries[name] = {"repository": RELEASED[name], **fetched._asdict()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, f"{json.dumps(entries, indent=1)}\n".encode())
+        write_whole(path, f"{json.dumps(record, indent=1)}\n".encode())
     except OSError as error:
         print(f"{path} could not be written ({error.strerror or error})", file=sys.stderr)
 
@@ -236,6 +207,8 @@ def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str
             f"{name}: fetching it needs the package huggingface_hub: pip install huggingface_hub. "
             f"{_by_hand(name)}"
         ) from error
+    import logging
+
     options: dict[str, Any] = {"endpoint": mirror} if mirror else {}
     log = logging.getLogger("huggingface_hub")
     level = log.level
@@ -247,7 +220,7 @@ def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str
             where = mirror or "the Hugging Face Hub"
             print(f"{name}: fetching {repository} from {where}", file=sys.stderr, flush=True)
             url = hf_hub_url(repository, _FILE, revision=commit, **options)
-            answer = get_hf_file_metadata(url, timeout=_SECONDS)  # once: a download tries for long
+            answer = get_hf_file_metadata(url, timeout=_SECONDS)  # a download tries for long
             commit, announced = answer.commit_hash or commit, answer.etag or ""
             kept = hf_hub_download(
                 repository, _FILE, revision=commit, etag_timeout=_SECONDS, **options
@@ -270,7 +243,7 @@ def _by_hand(name: str) -> str:
     hub = f"https://huggingface.co/{RELEASED[name]}/resolve/main/{_FILE}"
     folder = weights_folder()
     return (
-        f"By hand: download {_AUTHORS_URL.format(name=name)} to {folder / name}.pth, or {hub} to "
+        f"By hand: download {_URLS[name]} to {folder / name}.pth, or {hub} to "
         f"{folder / name}.safetensors; either is then found by its name. (Or keep it anywhere, and "
         f"load it by its path.)"
     )

@@ -4,8 +4,8 @@
     python tests/kill_training.py --rounds 5 --wait 8      waits 8 times as long before each kill
 
 A child process trains; the parent ends it with SIGKILL after a random time and starts the next one
-with resume. After every kill what was saved must load. In the end weights, moments, averages,
-generator and metrics must be those of a run that nobody touched. With --full-disk, the file
+with resume. After every kill what was saved must load. In the end weights, moments, averages
+and metrics must be those of a run that nobody touched. With --full-disk, the file
 system refuses larger files instead (as a full disk does), and what was saved before must be whole.
 
 Children are forked, so that a round costs no start of Python; this needs a POSIX system.
@@ -52,9 +52,9 @@ def fingerprint(state: TrainState) -> dict[str, bytes | str]:
         for name, tree in trees.items()
         for key, x in named_arrays(tree)
     }
-    bits["order"] = state.order.tobytes()
     numbers = (state.step, state.optimizer.t, state.epoch_loss, state.epoch_hits)
-    rest = (numbers, state.best_accuracy, state.best_epoch, state.best_sha256, state.rng)
+    rest = (numbers, state.best_accuracy, state.best_epoch, state.best_sha256)
+    rest += (state.seed, state.samples)
     bits["rest"] = json.dumps(rest, sort_keys=True)
     return bits
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pvt_ref import PVTConfig, PVTParams, from_state_dict, to_state_dict
+from pvt_ref.draws import Draws, What, generator_at
 
 torch.set_num_threads(1)  # NumPy's threads and PyTorch's disturb each other
 
@@ -35,7 +36,7 @@ class MaskedDrop(nn.Module):
         return x * torch.tensor(kept).to(x.dtype) / (1 - self.rate)
 
 
-def build(config: PVTConfig, rng: np.random.Generator | None, pyramid: bool):
+def build(config: PVTConfig, rng: np.random.Generator | Draws | None, pyramid: bool):
     from transformers import PvtConfig, PvtForImageClassification
 
     settings = PvtConfig(
@@ -63,15 +64,17 @@ def build(config: PVTConfig, rng: np.random.Generator | None, pyramid: bool):
     if pyramid:
         encoder.patch_embeddings[3].cls_token = None
     if rng is not None:
-        rates = iter(np.linspace(0, config.drop_path_rate, sum(config.depths)))
+        rates = enumerate(np.linspace(0, config.drop_path_rate, sum(config.depths)))
         for i in range(4):
-            encoder.patch_embeddings[i].dropout = MaskedDrop(config.drop_rate, rng, False)
+            entry = generator_at(rng, What.STAGE_DROPOUT, i + 1)
+            encoder.patch_embeddings[i].dropout = MaskedDrop(config.drop_rate, entry, False)
             for block in encoder.block[i]:
-                attention = block.attention
-                attention.self.dropout = MaskedDrop(config.attn_drop_rate, rng, False)
-                attention.output.dropout = MaskedDrop(config.drop_rate, rng, False)
-                block.drop_path = MaskedDrop(float(next(rates)), rng, True)
-                block.mlp.dropout = MaskedDrop(config.drop_rate, rng, False)
+                number, rate = next(rates)
+                own, attention = generator_at(rng, What.BLOCK, number), block.attention
+                attention.self.dropout = MaskedDrop(config.attn_drop_rate, own, False)
+                attention.output.dropout = MaskedDrop(config.drop_rate, own, False)
+                block.drop_path = MaskedDrop(float(rate), own, True)
+                block.mlp.dropout = MaskedDrop(config.drop_rate, own, False)
     return model.eval()  # the drops above do not ask whether they train
 
 
@@ -134,7 +137,7 @@ def transformers_forward(
     params: PVTParams,
     images: np.ndarray,
     config: PVTConfig,
-    rng: np.random.Generator | None = None,
+    rng: np.random.Generator | Draws | None = None,
     pyramid: bool = False,
 ):
     """Outputs (a list of one, or the four maps) as tensors, and the leaves that made them."""

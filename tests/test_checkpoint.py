@@ -29,22 +29,19 @@ from hypothesis import strategies as st
 from strategies import assert_all_drawn, configs, float_dtypes
 
 import pvt_ref
-from pvt_ref import VARIANTS, Model, PVTConfig, from_state_dict, to_state_dict
+from pvt_ref import VARIANTS, Model, ModelInfo, PVTConfig, from_state_dict, to_state_dict
 from pvt_ref.checkpoint import files as files_module
 from pvt_ref.checkpoint import load, save
-from pvt_ref.checkpoint.key_maps import (
-    AUTHORS,
-    AUTHORS_DENSE,
-    HUGGING_FACE,
-    MMDETECTION,
-    foreign_shapes,
-    to_foreign,
-    to_native,
-)
+from pvt_ref.checkpoint.key_maps import foreign_shapes, pieces, to_native
 from pvt_ref.checkpoint.pth import PthFile
-from pvt_ref.checkpoint.safetensors_file import METADATA_KEY, to_bytes
+from pvt_ref.checkpoint.safetensors_file import METADATA_KEY, digest, to_bytes
+from pvt_ref.checkpoint.stated import from_argument
 from pvt_ref.errors import ArrayTypeError, CheckpointError, ConfigError, MissingFileError
-from pvt_ref.models.architecture import param_shapes
+from pvt_ref.layers.linear import LinearParams
+from pvt_ref.models import architecture
+from pvt_ref.models.architecture import Leaf, config_to_dict, param_shapes
+from pvt_ref.models.layouts import Files, Layout
+from pvt_ref.models.pvt.files import AUTHORS, AUTHORS_DENSE, HUGGING_FACE, MMDETECTION
 
 TINY = PVTConfig(
     img_size=32,
@@ -71,6 +68,18 @@ def random_state(config, dtype=np.float32, seed=0):
         .astype(dtype)
         for key, shape in param_shapes(config).items()
     }
+
+
+def to_foreign(state, layout, config):
+    """A native state by the keys of a layout: the pieces read the other way."""
+    foreign = {}
+    for piece in pieces(layout, config):
+        x = state[piece.key]
+        if piece.foreign not in foreign:
+            foreign[piece.foreign] = np.zeros(piece.foreign_shape, x.dtype)
+        target = foreign[piece.foreign][piece.foreign_region]
+        target[...] = x[piece.region].reshape(target.shape)
+    return foreign
 
 
 def as_torch(state):
@@ -956,7 +965,9 @@ def test_the_same_model_gives_the_same_bytes(tmp_path):
     assert (tmp_path / "c.safetensors").read_bytes() == data
     with safetensors.safe_open(tmp_path / "a.safetensors", "np") as file:
         assert list(file.metadata()) == [METADATA_KEY]
-        assert set(json.loads(file.metadata()[METADATA_KEY])) == {"format", "config", "sha256"}
+        record = json.loads(file.metadata()[METADATA_KEY])
+    assert record.keys() == {"architecture", "config", "format", "sha256"}
+    assert record["architecture"] == "pvt"
     other = dataclasses.replace(TINY, drop_rate=0.1)
     save(tmp_path / "d.safetensors", make_model(other))
     assert (tmp_path / "d.safetensors").read_bytes() != data
@@ -1020,7 +1031,7 @@ def test_a_changed_own_file_is_refused(tmp_path):
     for change in (lambda r: r.pop("sha256"), lambda r: r.pop("config")):
         assert "cannot be read" in refusal(own_file(path, change), None)
     assert "newer version" in refusal(
-        own_file(path, lambda r: r.update(format="pvt_ref weights 2")), None
+        own_file(path, lambda r: r.update(format="pvt_ref weights 3")), None
     )
 
     def swap(state):
@@ -1060,7 +1071,7 @@ def test_a_changed_own_file_is_refused(tmp_path):
 )
 def test_an_own_file_with_an_impossible_configuration(tmp_path, monkeypatch, fields):
     """Signed with a right digest, so that only the checks of the configuration stand."""
-    plain = pvt_ref.models.pvt.config.config_to_dict(TINY) | fields
+    plain = config_to_dict(TINY) | fields
     monkeypatch.setattr("pvt_ref.checkpoint.safetensors_file.config_to_dict", lambda config: plain)
     (tmp_path / "m.safetensors").write_bytes(to_bytes(random_state(TINY), TINY))
     monkeypatch.undo()
@@ -1216,3 +1227,192 @@ def test_save_takes_every_name_that_the_file_system_takes(tmp_path):
     path = tmp_path / ("n" * 243 + ".safetensors")
     save(path, make_model())
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+# --- another network ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeanConfig:
+    """A network of two arrays, of which files of other projects are not known."""
+
+    width: int
+    img_size: int = 8
+    in_chans: int = 3
+    num_classes: int = 2
+    drop_path_rate: float = 0.0
+
+    has_classifier = True
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanParams:
+    first: np.ndarray
+    head: LinearParams
+
+
+def build_mean(config, make):
+    C, K = config.width, config.num_classes
+    return MeanParams(
+        make(Leaf("first", (C, config.in_chans), "normal")),
+        LinearParams(
+            make(Leaf("head.weight", (K, C), "normal")), make(Leaf("head.bias", (K,), "zeros"))
+        ),
+    )
+
+
+@pytest.fixture
+def mean_network(monkeypatch):
+    def none(*args):
+        raise AssertionError("no file needs a pass")
+
+    row = architecture.Architecture(
+        name="mean",
+        title="mean network",
+        config_type=MeanConfig,
+        params_type=MeanParams,
+        build_params=build_mean,
+        prepare=none,
+        forward=none,
+        backward=none,
+        operations=frozenset(),
+        place=none,
+        describe=lambda config: f"mean network of width {config.width}",
+        variants={"mean_5": MeanConfig(width=5)},
+    )
+    monkeypatch.setitem(architecture._rows, MeanConfig, row)
+    return row
+
+
+def test_a_network_without_layouts_has_our_own_files(tmp_path, mean_network):
+    config = MeanConfig(width=4)
+    state = random_state(config)
+    model = Model(from_state_dict(state, config), config)
+    path = tmp_path / "m.safetensors"
+    save(path, model)
+    for said in (None, config, dataclasses.replace(config, drop_path_rate=0.5)):
+        again = load(path, said)
+        assert_same_state(again, state)
+        assert again.config == (said or config)
+    assert again.source.startswith("pvt_ref file, mean network of width 4")
+    assert "eps" not in again.source
+    assert "width is 4 in the file and 5 in config" in refusal(path, "mean_5")
+    assert "it holds a mean network, and config is a PVTConfig" in refusal(path, TINY)
+    assert "a mean network has 0" in refusal(path, config, eps=1e-6)
+
+
+def test_a_state_dict_of_a_network_without_layouts(tmp_path, mean_network):
+    config = MeanConfig(width=5)
+    state = random_state(config)
+    path = write_pth(tmp_path / "m.pth", {"model": as_torch(state), "epoch": 3})
+    (tmp_path / "c.json").write_text(json.dumps(config_to_dict(config)))
+    for said in (config, "mean_5", tmp_path / "c.json"):
+        model = load(path, said)
+        assert_same_state(model, state)
+        assert model.config == config
+        assert model.source.startswith(
+            "mean network state dict (under 'model'), mean network of width 5"
+        )
+    assert "are of no known layout" in refusal(path, None)
+    assert "are of no known layout" in refusal(path, TINY)
+    other = dataclasses.replace(config, num_classes=3)
+    assert "mis-shaped: head.weight is (2, 5), the configuration needs (3, 5)" in refusal(
+        path, other
+    )
+    missing = {key: x for key, x in as_torch(state).items() if key != "head.bias"}
+    write_pth(path, {"backbone." + key: x for key, x in missing.items()})
+    assert "missing: backbone.head.bias (2,)" in refusal(path, config)
+    pvt = write_pth(tmp_path / "pvt.pth", as_torch(random_state(TINY)))
+    assert "it holds a PVT, and config is a MeanConfig" in refusal(pvt, config)
+
+
+def test_a_file_says_of_which_network_it_is(tmp_path, mean_network, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    config = MeanConfig(width=4)
+    save(path, Model(from_state_dict(random_state(config), config), config))
+    monkeypatch.delitem(architecture._rows, MeanConfig)
+    message = refusal(path, None)
+    assert "of the architecture 'mean'; this version knows 'pvt'" in message
+    changes = (lambda r: r.pop("architecture"), lambda r: r.update(architecture="mean"))
+    for change in changes:
+        assert "SHA-256" in refusal(own_file(path, change), None)
+
+
+def test_files_of_the_first_format_are_a_pvts(tmp_path):
+    """As version 0.1 wrote them: no architecture, and the digest over a list."""
+    state, config = random_state(TINY), json.loads(json.dumps(config_to_dict(TINY)))
+    for info in ({}, {"info": ModelInfo(title="t").to_dict()}):
+        record = {"format": "pvt_ref weights 1", "config": config, **info}
+        record["sha256"] = digest(state, list(record.values()))
+        path = tmp_path / "m.safetensors"
+        safetensors.numpy.save_file(state, path, {METADATA_KEY: json.dumps(record)})
+        model = load(path)
+        assert_same_state(model, state)
+        assert model.config == TINY
+        assert model.info.title == ("t" if info else "")
+        record["architecture"] = "pvt"
+        record["config"] = config | {"drop_rate": 0.5}
+        safetensors.numpy.save_file(state, path, {METADATA_KEY: json.dumps(record)})
+        assert "SHA-256" in refusal(path, None)
+
+
+def test_an_alias_is_a_name():
+    assert from_argument("pvt_v1_huge") == dataclasses.replace(
+        from_argument("pvt_huge_v2"), origin="pvt_v1_huge"
+    )
+    assert from_argument("pvt_v1_huge").config is VARIANTS["pvt_huge_v2"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MarkedParams:
+    pos_embed1: np.ndarray
+    extra: np.ndarray
+
+
+def test_a_mark_tells_layouts_apart_that_share_a_probe(tmp_path, mean_network, monkeypatch):
+    """As depth-wise convolutions will tell the files of PVT v2, with many keys of a PVT's."""
+
+    def build(config, make):
+        shape = (1, 4, config.width)
+        return MarkedParams(
+            make(Leaf("pos_embed1", shape, "ones")), make(Leaf("extra", (2,), "ones"))
+        )
+
+    files = Files(
+        readable="marked files",
+        layouts=(Layout(name="marked layout", marks=("extra",)),),
+        probes=("pos_embed1",),
+        bare=lambda layout, state, wanted: (layout, ""),
+        model_type="marked",
+        telling=frozenset(),
+        hugging_face=dict,
+        partial=lambda values: MeanConfig(**{"width": 1, **values}),
+        fit=lambda config, shapes, layout: config,
+        shown=lambda shapes, layout: {"width": shapes["pos_embed1"][2]},
+        widths="width",
+        blocks=lambda config: 1,
+    )
+    row = dataclasses.replace(
+        mean_network, build_params=build, params_type=MarkedParams, files=files
+    )
+    monkeypatch.setitem(architecture._rows, MeanConfig, row)
+    param_shapes.cache_clear()
+    try:
+        config = MeanConfig(width=5)
+        state = random_state(config)
+        path = write_pth(tmp_path / "m.pth", as_torch(state))
+        for said in (None, config):
+            model = load(path, said)
+            assert_same_state(model, state)
+            assert model.source.startswith("marked layout, mean network of width 5")
+        (tmp_path / "c.json").write_text('{"num_classes": 2}')  # fits a PVT's fields as well
+        assert load(path, tmp_path / "c.json").config == config
+        write_pth(path, as_torch(state | {"pos_embed1": np.ones((1, 4, 6), "float32")}))
+        message = refusal(path, None)
+        assert "Its shapes show MeanConfig(width=6, num_heads=unknown)" in message
+        assert "marked layout, but none of mean_5" in message
+        pvt = random_state(TINY)
+        assert_same_state(load(write_pth(tmp_path / "p.pth", as_torch(pvt)), TINY), pvt)
+        assert "it holds a PVT, and config is a MeanConfig" in refusal(tmp_path / "p.pth", config)
+    finally:
+        param_shapes.cache_clear()

@@ -15,6 +15,7 @@ from strategies import rng_of
 import pvt_ref
 from pvt_ref import VARIANTS
 from pvt_ref.__main__ import main
+from pvt_ref.models.architecture import known_variants
 
 
 def run(capsys, *argv: str) -> tuple[int, str, str]:
@@ -45,6 +46,52 @@ def test_summary_of_a_vit_a_square_and_the_pyramid(capsys):
         ]
     )
     assert "classifier" not in run(capsys, "summary", "pvt_tiny", "--pyramid")[1]
+
+
+@pytest.mark.parametrize("name", known_variants())
+def test_summary_knows_the_published_variants_of_all_networks_and_their_aliases(name, capsys):
+    status, out, err = run(capsys, "summary", name)
+    assert (status, err) == (0, "")
+    cost = pvt_ref.count_cost(known_variants()[name])
+    assert out.startswith(f"{name}, image 224x224, batch 1, float32\n")
+    total = out.splitlines()[-1]
+    assert total.split()[-4:] == [
+        f"{cost.parameters:,}",
+        f"{cost.macs / 1e6:,.2f}",
+        f"{cost.peak_bytes / 2**20:,.2f}",
+        f"{cost.cache_bytes / 2**20:,.2f}",
+    ]
+
+
+def test_an_alias_is_the_variant_that_it_stands_for(capsys):
+    alias, name = (run(capsys, "summary", n)[1] for n in ("pvt_v1_huge", "pvt_huge_v2"))
+    assert alias.partition(",")[2] == name.partition(",")[2]
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_summary_of_what_is_shipped_and_of_its_file(name, capsys, tmp_path):
+    model = pvt_ref.load(name)
+    path = str(tmp_path / "own.safetensors")
+    pvt_ref.save(path, model)
+    tables = [run(capsys, "summary", of)[1] for of in (name, path)]
+    (first, second) = (text[text.index("stage 1") :] for text in tables)
+    assert first == second
+    cost = pvt_ref.count_cost(model.config)
+    assert f"{cost.parameters:,}" in first
+    assert first.split()[-1] == f"{cost.cache_bytes / 2**20:,.2f}"
+
+
+def test_the_pyramid_of_a_network_without_one_is_refused(capsys):
+    status, out, err = run(capsys, "summary", "vit_s_16", "--pyramid")
+    assert (status, out) == (2, "")
+    assert "no pyramid" in err
+
+
+def test_help_names_every_variant(capsys):
+    with pytest.raises(SystemExit):
+        main(["summary", "--help"])
+    text = capsys.readouterr().out.replace("\n", " ")
+    assert all(name in text for name in known_variants())
 
 
 def test_summary_of_an_impossible_size_says_what_fits(capsys):

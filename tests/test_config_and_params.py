@@ -523,10 +523,11 @@ def test_summary_names_source_and_totals(size):
     assert text.startswith("read from weights.pth\n")
     total = next(line for line in text.splitlines() if line.startswith("total"))
     parameters = sum(x.size for _, x in named_arrays(model.params))
-    assert total.split()[-3:] == [
+    assert total.split()[-4:] == [
         f"{parameters:,}",
         f"{cost.macs / 1e6:,.2f}",
         f"{cost.peak_bytes / 2**20:,.2f}",
+        f"{cost.cache_bytes / 2**20:,.2f}",
     ]
     height, width = cost.size
     assert f"image {height}x{width}, batch 1" in text

@@ -14,6 +14,14 @@ from strategies import configs, normal, random_params
 
 import pvt_ref
 from pvt_ref import REFERENCE, VARIANTS, VITS, Model, PVTConfig, PVTParams, ViTConfig, count_cost
+from pvt_ref.blocks.transformer import block
+from pvt_ref.layers.attention import attention
+from pvt_ref.layers.gelu import gelu
+from pvt_ref.layers.layer_norm import layer_norm
+from pvt_ref.layers.linear import linear
+from pvt_ref.layers.patch_embed import patch_embed
+from pvt_ref.layers.position import position
+from pvt_ref.ops import Operation, Ops
 from pvt_ref.report.tables import format_cost, text_table
 from pvt_ref.tree import named_arrays
 
@@ -185,18 +193,18 @@ def test_a_pyramid_is_not_billed_for_what_it_does_not_use(config):
 def records_by_item(params: PVTParams) -> dict[int, tuple[int, str]]:
     """(stage, operation) by the id of each record of weights, and of each block (stage, "")."""
     found = {id(params.norm): (0, "norm"), id(params.head): (0, "head")}
-    for i in range(4):
-        stage = params.of_stage(i + 1)
-        found[id(stage.patch_embed.proj)] = (i + 1, "patch_embed")
-        found[id(stage.pos_embed)] = (i + 1, "pos_embed")
-        for block in stage.blocks:
-            found[id(block)] = (i + 1, "")
+    for i in range(1, 5):
+        stage = params.of_stage(i)
+        found[id(stage.patch_embed.proj)] = (i, "patch_embed")
+        found[id(stage.pos_embed)] = (i, "pos_embed")
+        for p in stage.blocks:
+            found[id(p)] = (i, "")
             for name in ("norm1", "norm2"):
-                found[id(getattr(block, name))] = (i + 1, name)
+                found[id(getattr(p, name))] = (i, name)
             for name in ("q", "kv", "proj", "sr"):
-                found[id(getattr(block.attn, name))] = (i + 1, f"attn.{name}")
+                found[id(getattr(p.attn, name))] = (i, f"attn.{name}")
             for name in ("fc1", "fc2"):
-                found[id(getattr(block.mlp, name))] = (i + 1, f"mlp.{name}")
+                found[id(getattr(p.mlp, name))] = (i, f"mlp.{name}")
     found.pop(id(None))  # what the model lacks
     return found
 
@@ -216,26 +224,20 @@ def spied(params: PVTParams, before, after):
             after(item, args)
             return y
 
-        return replace(op, forward=forward)
+        return Operation(forward, op.backward)
 
     def enter_block(p, *args, **options):
         in_block[0] = item_by_id[id(p)][0]
-        return REFERENCE.block.forward(p, *args, **options)
+        return block.forward(p, *args, **options)
 
     def by_record(args):
         return item_by_id.get(id(args[0]))
 
-    return replace(
-        REFERENCE,
-        name="spied",
-        block=replace(REFERENCE.block, forward=enter_block),
-        linear=watch(REFERENCE.linear, by_record),
-        layer_norm=watch(REFERENCE.layer_norm, by_record),
-        position=watch(REFERENCE.position, by_record),
-        patch_embed=watch(REFERENCE.patch_embed, lambda args: item_by_id.get(id(args[0].proj))),
-        attention=watch(REFERENCE.attention, lambda args: (in_block[0], "attn.weights")),
-        gelu=watch(REFERENCE.gelu, lambda args: (in_block[0], "mlp.gelu")),
-    )
+    twins = {op: watch(op, by_record) for op in (linear, layer_norm, position)}
+    twins[patch_embed] = watch(patch_embed, lambda args: item_by_id.get(id(args[0].proj)))
+    twins[attention] = watch(attention, lambda args: (in_block[0], "attn.weights"))
+    twins[gelu] = watch(gelu, lambda args: (in_block[0], "mlp.gelu"))
+    return Ops({**twins, block: Operation(enter_block, block.backward)}, name="spied")
 
 
 def counted_macs(params, images, config, pyramid) -> Counter:
@@ -246,7 +248,7 @@ def counted_macs(params, images, config, pyramid) -> Counter:
     def count(item, args):
         stage, operation = item
         if operation == "attn.weights":
-            q, k, _ = args[:3]
+            q, k, _ = args[1]
             B, N, n, d = q.shape
             n, m = n - (stage in cls), k.shape[2] - (stage in cls)  # patch tokens only
             macs[item] += 2 * B * n * m * N * d
@@ -530,7 +532,7 @@ def test_inference_leaves_nothing_but_its_result(pyramid):
 
 
 def cells(line: str) -> list[str]:
-    return line.split()[-3:]
+    return line.split()[-4:]
 
 
 @pytest.mark.parametrize("config", [TINY, MICRO, REDUCED, VITS["deit_s_16"]])
@@ -547,6 +549,7 @@ def test_the_text_holds_every_item_and_the_totals(config, batch):
             f"{sum(i.parameters for i in items):,}",
             f"{sum(i.macs for i in items) / 1e6:,.2f}",
             f"{max(i.peak_bytes for i in items) / 2**20:,.2f}",
+            f"{sum(i.cache_bytes for i in items) / 2**20:,.2f}",
         ]
 
     total = [line for line in lines if line.startswith("total")]

@@ -14,16 +14,17 @@ from test_checkpoint import (
     make_model,
     random_state,
     refusal,
+    to_foreign,
     write_pth,
 )
 
 import pvt_ref
 from pvt_ref import VARIANTS, ModelInfo, Preprocessing, PVTConfig
 from pvt_ref.checkpoint import load, save
-from pvt_ref.checkpoint.key_maps import HUGGING_FACE, to_foreign
 from pvt_ref.errors import CheckpointError, ConfigError, MissingFileError
 from pvt_ref.models.architecture import config_to_dict, param_shapes
 from pvt_ref.models.pvt.config import MAX_DEPTH
+from pvt_ref.models.pvt.files import HUGGING_FACE
 
 #: As wide as the variants from pvt_tiny to pvt_large, and otherwise none of them.
 WIDE = PVTConfig(
@@ -301,8 +302,8 @@ def test_depths_are_bounded(tmp_path):
         with pytest.raises(ConfigError, match=f"depths is .*; each must be at most {MAX_DEPTH}"):
             PVTConfig(depths=depths)
     deep = PVTConfig(depths=(MAX_DEPTH, 2, 2, 2), drop_path_rate=0.5)
-    assert len(deep.stage(0).drop_path_rates) == MAX_DEPTH
-    assert deep.stage(3).drop_path_rates == (0.5 * 1004 / 1005, 0.5)
+    assert len(deep.of_stage(1).drop_path_rates) == MAX_DEPTH
+    assert deep.of_stage(4).drop_path_rates == (0.5 * 1004 / 1005, 0.5)
 
 
 def test_a_configuration_of_more_blocks_than_tensors(tmp_path, monkeypatch):
@@ -321,11 +322,13 @@ def test_a_configuration_of_more_blocks_than_tensors(tmp_path, monkeypatch):
 
 def test_a_stage_is_described_once_for_all_its_blocks(monkeypatch):
     asked = []
-    stage = PVTConfig.stage
-    monkeypatch.setattr(PVTConfig, "stage", lambda self, i: (asked.append(i), stage(self, i))[1])
+    of_stage = PVTConfig.of_stage
+    monkeypatch.setattr(
+        PVTConfig, "of_stage", lambda self, i: (asked.append(i), of_stage(self, i))[1]
+    )
     shapes = param_shapes.__wrapped__(dataclasses.replace(TINY, depths=(9, 9, 9, 9)))
     assert "block4.8.mlp.fc2.bias" in shapes
-    assert asked == [0, 1, 2, 3]
+    assert asked == [1, 2, 3, 4]
 
 
 class TimeIsUpError(Exception):

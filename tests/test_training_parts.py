@@ -19,6 +19,7 @@ from strategies import float_dtypes, normal, random_params, rng_of, seeds
 
 from pvt_ref import VARIANTS, Preprocessing, cross_entropy, forward, init_params, to_state_dict
 from pvt_ref.arrays import array_module
+from pvt_ref.draws import Draws, What, generator
 from pvt_ref.errors import ConfigError, PVTError, RangeError, ShapeError, TrainingError
 from pvt_ref.models.architecture import param_shapes
 from pvt_ref.train import (
@@ -46,7 +47,7 @@ from pvt_ref.train import (
     train_step,
     warmup_cosine,
 )
-from pvt_ref.train.step import draw_batch, generator
+from pvt_ref.train.step import draw_batch, order_of_epoch
 from pvt_ref.tree import map_named, named_arrays
 
 
@@ -222,7 +223,7 @@ def test_drop_path_is_reset_between_epochs():
     seen = [config_of_epoch(config, epoch, 4).drop_path_rate for epoch in range(6)]
     assert seen == pytest.approx([0, 0.025, 0.05, 0.075, 0.1, 0.1])
     half = config_of_epoch(config, 2, 4)
-    rates = [r for i in range(4) for r in half.stage(i).drop_path_rates]
+    rates = [b.drop_path_rate for i in range(1, 5) for b in half.of_stage(i).blocks]
     np.testing.assert_allclose(rates, np.linspace(0, 0.05, 16), atol=1e-15)
     assert dataclasses.replace(half, drop_path_rate=0.1) == config  # nothing else changed
     assert drop_path_of_epoch(0, 0.1, 0) == 0.1
@@ -313,18 +314,19 @@ def test_cutout_reaches_every_place_of_an_oblong_image():
 
 def test_a_batch_is_changed_as_the_recipe_says():
     recipe, params = small_training.without_chance(RECIPE), params_of(0)
-    rng, chosen = rng_of(2), np.array([4, 1, 7])
-    before = rng.bit_generator.state
-    images, targets = draw_batch(params, DATA, chosen, 3, recipe, rng)
-    assert rng.bit_generator.state == before  # nothing random, nothing drawn
+    draws, chosen, epoch = Draws(2, 9, 1), np.array([4, 1, 7]), 3
+    images, targets = draw_batch(params, DATA, chosen, CONFIG, recipe, epoch, draws)
     expected = (DATA.images[chosen] / 255 - 0.5) / 0.25
     np.testing.assert_allclose(images, expected, rtol=1e-12, atol=1e-12)
     assert targets.tolist() == DATA.labels[chosen].tolist()
     everything = dataclasses.replace(RECIPE, mixup_alpha=0.5)
-    images, targets = draw_batch(params, DATA, chosen, 3, everything, rng_of(2))
-    rng = rng_of(2)
-    expected = random_flip(random_crop(expected, 2, rng), rng)
-    expected = mixup(cutout(expected, 4, rng), np.eye(3)[DATA.labels[chosen]], 0.5, rng)
+    images, targets = draw_batch(params, DATA, chosen, CONFIG, everything, epoch, draws)
+    changed = []
+    for image, sample in zip(expected, chosen, strict=True):
+        rng = generator(2, What.AUGMENTATION, epoch, sample)
+        changed.append(cutout(random_flip(random_crop(image[None], 2, rng), rng), 4, rng))
+    rng = draws.at(What.MIXUP)
+    expected = mixup(np.concatenate(changed), np.eye(3)[DATA.labels[chosen]], 0.5, rng)
     np.testing.assert_allclose(images, expected[0], rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(targets, expected[1], rtol=1e-12)
 
@@ -336,8 +338,9 @@ def test_a_hit_is_the_class_with_the_larger_share():
     for seed in range(4):
         state = start_training(params_of(seed), 27, seed=seed)
         _, report = train_step(state, DATA, config, recipe)
-        rng = generator(state.rng)
-        images, targets = draw_batch(state.params, DATA, rng.permutation(27), 3, recipe, rng)
+        order = order_of_epoch(seed, 0, 27)
+        draws = Draws(seed, 0)
+        images, targets = draw_batch(state.params, DATA, order, config, recipe, 0, draws)
         answers = forward(state.params, images, config).argmax(axis=1)
         assert report.hits == np.sum(answers == targets.argmax(axis=1))
         assert report.loss == pytest.approx(

@@ -225,7 +225,7 @@ def test_an_interrupt_while_a_fork_waits_for_the_lock_hangs_no_child():
 import faulthandler, os, signal, sys, threading, time
 faulthandler.dump_traceback_later(200, exit=True)
 sys.unraisablehook = lambda _: print("said")  # Python's word on an interrupt in a hook
-from pvt_ref.kernels import threads
+from pvt_ref.kernels.cpu import threads
 from pvt_ref.train import lock
 def square(i, scratch):
     return i * i

@@ -37,7 +37,7 @@ from pvt_ref.errors import (
     ShapeError,
 )
 from pvt_ref.train import evaluate
-from pvt_ref.tree import named_arrays
+from pvt_ref.tree import map_arrays, named_arrays
 from pvt_ref.zoo import RELEASED, SHIPPED, weights_folder
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -270,7 +270,7 @@ def test_half_precision_is_half_the_size(tmp_path):
         np.testing.assert_array_equal(x, y)  # these came from float16
     with pytest.raises(ArrayTypeError, match="dtype is 'int8'"):
         pvt_ref.save(half, model, dtype="int8")
-    large = Model(pvt_ref.arrays.map_arrays(lambda x: x * 1e5, model.params), model.config)
+    large = Model(map_arrays(lambda x: x * 1e5, model.params), model.config)
     with pytest.raises(CheckpointError, match="beyond 65504"):
         pvt_ref.save(half, large, dtype="float16")
     low = copy.deepcopy(model)
@@ -462,8 +462,17 @@ def test_without_the_hubs_client_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(DownloadError, match=r"pip install huggingface_hub\..*By hand"):
         pvt_ref.load("pvt_tiny")
-    with pytest.raises(DownloadError, match="were not released"):
-        pvt_ref.load("pvt_huge_v2")
+    for name in ("pvt_huge_v2", "pvt_v1_huge"):  # the second is an alias
+        with pytest.raises(DownloadError, match=f"^{name}: its weights were not released"):
+            pvt_ref.load(name)
+    for file in ("pvt_huge_v2.pth", "pvt_v1_huge.bin"):
+        path = weights_folder() / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+        for name in ("pvt_huge_v2", "pvt_v1_huge"):
+            with pytest.raises(CheckpointError, match=f"{file}: the file is empty"):
+                pvt_ref.load(name)
+        path.unlink()
 
 
 def test_info_of_other_files():

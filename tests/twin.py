@@ -1,7 +1,7 @@
 """The same training done by PyTorch: its optimiser, schedulers, clipping, loss and autograd.
 
 The network is transformers' PVT (see oracles.py). Weights, batches and drop-path masks are those of
-this project: both sides draw from generators of the same state.
+this project: both sides draw from the same counters.
 """
 
 import dataclasses
@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from oracles import tensor, transformers_forward
 
 from pvt_ref import PVTConfig, PVTParams, from_state_dict, to_state_dict
+from pvt_ref.draws import Draws
 from pvt_ref.train import LabelledImages, Recipe, train_step
-from pvt_ref.train.step import TrainState, draw_batch, generator
+from pvt_ref.train.step import TrainState, draw_batch, order_of_epoch
 
 
 def our_losses(
@@ -59,24 +60,23 @@ def twin_losses(
         ),
     )
     average = [x.detach().clone() for x in leaves.values()]
-    rng = generator(state.rng)
     losses = []
     for step in range(steps):
         epoch, index = divmod(step, per_epoch)
-        if index == 0:
-            order = rng.permutation(len(data))
+        order = order_of_epoch(state.seed, epoch, len(data))
         ramp = recipe.drop_path_ramp_epochs
         share = min(1.0, epoch / ramp) if ramp else 1.0
         of_epoch = dataclasses.replace(config, drop_path_rate=share * config.drop_path_rate)
         chosen = order[index * recipe.batch_size : (index + 1) * recipe.batch_size]
         optimizer.zero_grad()
         total_loss = 0.0
-        images, targets = draw_batch(state.params, data, chosen, config.num_classes, recipe, rng)
-        for part in np.array_split(np.arange(len(chosen)), recipe.accumulate):
+        for number, part in enumerate(np.array_split(chosen, recipe.accumulate)):
+            draws = Draws(state.seed, step, number)
+            images, targets = draw_batch(state.params, data, part, config, recipe, epoch, draws)
             params = current(leaves, config)
-            (logits,), used, _ = transformers_forward(params, images[part], of_epoch, rng)
+            (logits,), used, _ = transformers_forward(params, images, of_epoch, draws)
             loss = F.cross_entropy(
-                logits, torch.tensor(targets[part]), label_smoothing=recipe.label_smoothing
+                logits, torch.tensor(targets), label_smoothing=recipe.label_smoothing
             ) * (len(part) / len(chosen))
             loss.backward()
             for key, leaf in leaves.items():  # the forward made leaves of its own

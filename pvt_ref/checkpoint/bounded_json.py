@@ -14,17 +14,9 @@ MAX_DIGITS = 4300
 
 
 def parse_json(text: str | bytes, what: str, limit: int = 2**20) -> Any:
-    """The values in a JSON text.
+    """The values in a JSON text (bytes are UTF-8) of at most limit characters, or bytes.
 
     Memory is at most some 30 times the limit, whatever the text says: empty lists take the most.
-
-    Args:
-        text: the JSON; bytes are UTF-8.
-        what: names the text in messages, such as ``"its metadata"``.
-        limit: characters, or bytes, that are read.
-
-    Returns:
-        Dicts, lists, texts, finite numbers, truth values and None.
 
     Raises:
         CheckpointError: if it is longer than limit, nested deeper than MAX_DEPTH, no JSON, or holds

@@ -1,126 +1,53 @@
-"""From a weights file to a model, and back."""
+"""From a weights file to a model, and back: the two doors. What is behind them is imported late."""
 
-import contextlib
-import dataclasses
 import os
-import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from pvt_ref.api import from_state_dict, to_state_dict
+from pvt_ref.api import to_state_dict
 from pvt_ref.app import Model
-from pvt_ref.arrays import dtype_name
-from pvt_ref.checkpoint.key_maps import (
-    AUTHORS,
-    AUTHORS_EPS,
-    HUGGING_FACE,
-    HUGGING_FACE_BARE,
-    OWN,
-    Layout,
-    foreign_shapes,
-    to_native,
-)
-from pvt_ref.checkpoint.legacy import is_legacy
-from pvt_ref.checkpoint.other_kinds import refuse_other_kind
-from pvt_ref.checkpoint.pth import open_pth
-from pvt_ref.checkpoint.recognise import (
-    LAYOUTS_READ,
-    Found,
-    as_backbone,
-    check_state,
-    choose_model,
-    complete,
-    describe,
-    find_models,
-    recognise_config,
-    without_counters,
-)
-from pvt_ref.checkpoint.safetensors_file import (
-    METADATA_KEY,
-    TRAINING_KEY,
-    check_foreign_metadata,
-    own_header,
-    read_tensors,
-    to_bytes,
-    widen,
-)
-from pvt_ref.checkpoint.stated import (
-    CONFIG_FILE,
-    PREPROCESSOR_FILE,
-    Stated,
-    describes_pvt,
-    from_argument,
-    read_config,
-    read_json,
-    read_preprocessing,
-)
-from pvt_ref.checkpoint.whole_file import write_whole
 from pvt_ref.checks import check_finite
-from pvt_ref.data.imagenet import released_info
-from pvt_ref.data.info import UNKNOWN, ModelInfo
-from pvt_ref.errors import (
-    ArrayTypeError,
-    CheckpointError,
-    ConfigError,
-    MissingFileError,
-    PVTError,
-    printable,
-    shown,
-)
-from pvt_ref.models.architecture import config_to_dict
-from pvt_ref.models.pvt.config import PVTConfig
+from pvt_ref.data.info import UNKNOWN
+from pvt_ref.errors import ArrayTypeError, CheckpointError, shown
 from pvt_ref.tree import to_numpy
 
 _SUFFIX = ".safetensors"
-_SUFFIXES = {_SUFFIX, ".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar", ".th"}  # .pth.tar is common
-_INDEX = ".index.json"
-_HALVES = {"float16", "bfloat16"}
-
-#: What a folder of save_pretrained can have, the first that is there.
-_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
-_MAX_SHARDS = 1000
-
-_WHOLE = 200  # characters of an entry's name that messages show
+_WHOLE = 200  # characters of a name that messages show
 _WHOLE_PATH = 400
 
+FilePath = str | os.PathLike[str]
 Eps = float | tuple[float, float]
 
 
 def load(
-    path: str | os.PathLike[str],
-    config: PVTConfig | str | os.PathLike[str] | None = None,
-    *,
-    entry: str | None = None,
-    eps: Eps | None = None,
+    path: FilePath, config: Any = None, *, entry: str | None = None, eps: Eps | None = None
 ) -> Model:
     """A model from a weights file, whose kind and configuration are recognised by content.
 
     Reads the authors' .pth files (without PyTorch, and without running anything in them), training
     checkpoints with the weights in any entry, Hugging Face PvtForImageClassification and PvtModel
-    (.safetensors or .bin, one file or several, or the folder of ``save_pretrained``), PVT backbones
-    of MMDetection and of the authors' own detectors, and files of :func:`save`. Files without a
-    head become bare backbones.
+    (.safetensors or .bin, one file or several), PVT backbones of MMDetection and of the authors'
+    own detectors, and files of :func:`save`. Files without a head become bare backbones.
 
     What the weights do not tell is read from what lies beside them (Hugging Face's config.json and
     preprocessor_config.json), chosen by an argument, or assumed; ``source`` says which.
 
     Args:
         path: the file, a folder of ``save_pretrained``, or the index.json of several files.
-        config: the model in it: a PVTConfig; a variant's name, such as ``"pvt_small"``, which
-            leaves class count, channels and image size to the file; or the path of a JSON file with
-            Hugging Face's or this project's configuration, of which what it lacks is read off the
-            shapes. Needed where there is no config.json and the shapes are not those of a variant:
-            the number of heads leaves no trace in any shape. For a file of :func:`save`, only eps
-            and drop rates may differ from what it says.
+        config: the model in it: a configuration of any network; a variant's name, such as
+            ``"pvt_small"``, which leaves class count, channels and image size to the file; or the
+            path of a JSON file with Hugging Face's or this project's configuration, of which what
+            it lacks is read off the shapes. Needed where there is no config.json and the shapes are
+            not those of a variant: the number of heads leaves no trace in any shape. For a file of
+            :func:`save`, only eps and drop rates may differ from what it says.
         entry: which model of several, by the name of its dict, of its prefix or of both:
             ``"model_ema"``, ``"teacher.backbone"``. None takes the only one, or that at the top,
             under ``model`` or under ``state_dict``.
         eps: epsilon of the layer norms, which weights do not tell: one number, or
             ``(norm_eps, projection_norm_eps)``. None takes what a JSON file says; else what config
-            says, if it is not PVTConfig's default; else what was saved, for files of :func:`save`,
+            says, if it is not the default; else what was saved, for files of :func:`save`,
             or what the code that made the file uses: ``(1e-6, 1e-5)`` for the authors' files, 1e-6
             everywhere for Hugging Face and MMDetection. (Hugging Face's published weights were
             trained by the authors, with their two numbers.)
@@ -133,487 +60,16 @@ def load(
     Raises:
         MissingFileError: if there is no such file.
         CheckpointError: if it is damaged, unsafe, of an unknown kind, contradicts what is said of
-            it, holds several models, or does not fit; keys that are missing, unexpected or
-            mis-shaped are listed together.
+            it, holds several models, or does not fit; all keys in question are listed together.
         ArrayTypeError: if path, config or entry is of another type.
-        ConfigError: if eps is not one or two numbers that can be one, or config a PVT that cannot
-            be built.
+        ConfigError: if eps or config is one that no model can have.
     """
+    from pvt_ref.checkpoint.reading import read_model
+
     return read_model(path, config, entry, eps)
 
 
-def read_model(
-    path: str | os.PathLike[str],
-    config: PVTConfig | str | os.PathLike[str] | None = None,
-    entry: str | None = None,
-    eps: Eps | None = None,
-    released: str = "",
-) -> Model:
-    """:func:`load`, also for weights whose origin is known.
-
-    Args:
-        path: as for load.
-        config: as for load.
-        entry: as for load.
-        eps: as for load.
-        released: if given, the file holds weights that the authors released, as this text says for
-            ``source``; what lies beside it is not asked.
-
-    Returns:
-        As load.
-
-    Raises:
-        MissingFileError: as load.
-        CheckpointError: as load.
-        ArrayTypeError: as load.
-        ConfigError: as load.
-    """
-    path = _as_path(path)
-    stated = from_argument(config)
-    if not isinstance(entry, str | None):
-        raise ArrayTypeError(
-            f"entry is a {type(entry).__name__}; it must be the name of an entry, such as "
-            f"'model_ema'"
-        )
-    norm_eps = None if eps is None else _parse_eps(eps)
-    try:
-        if not _is_there(path):
-            raise MissingFileError(_missing(path))
-        if re.search(r"-\d{5}-of-(?!00001)\d{5}\.", path.name):
-            raise CheckpointError(f"one of several files; load their folder, {path.parent}")
-        with contextlib.ExitStack() as stack:
-            return _load(_open(path, stack), stated, entry, norm_eps, released)
-    except MissingFileError:
-        raise
-    except CheckpointError as error:
-        raise CheckpointError(f"{cut_path(path)}: {error}") from error.__cause__
-    except (PVTError, OSError) as error:
-        raise CheckpointError(f"{cut_path(path)}: {_with_kind(error)}") from error
-
-
-class _Opened(NamedTuple):
-    """A file, or several that belong together, before the weights are read."""
-
-    path: Path
-    tree: Any  # arrays, or tensors that are not read yet, in dicts
-    metadata: dict[str, str]
-    read: Callable[[dict[str, Any]], dict[str, np.ndarray]]
-    notes: tuple[str, ...] = ()
-
-
-def _open(path: Path, stack: contextlib.ExitStack) -> _Opened:
-    if path.is_dir():
-        opened = _open(_file_in(path), stack)
-        return opened._replace(notes=(f"read from {opened.path.name}", *opened.notes))
-    if not path.is_file():  # reading a pipe could wait for ever
-        raise CheckpointError("not a regular file; copy the weights into one")
-    if path.name.endswith(_INDEX):
-        return _open_shards(path, stack)
-    if path.suffix == ".json":
-        raise CheckpointError(
-            f"a JSON file, which holds no weights. Name the weights, or the folder of both; "
-            f"load(weights, config={path.name!r}) reads a configuration from it"
-        )
-    file = stack.enter_context(path.open("rb"))
-    if _recognise_format(file) == "safetensors":
-        tensors, metadata = read_tensors(file)
-        return _Opened(path, tensors, metadata, widen)
-    pth = open_pth(file)
-    notes = []
-    if pth.foreign:
-        some = ", ".join(shown(name, 60) for name in pth.foreign[:3])
-        more = f" and {len(pth.foreign) - 3} more" if len(pth.foreign) > 3 else ""
-        notes.append(f"objects beside the weights were not made: {some}{more}")
-    if not pth.checksummed:
-        notes.append("the file has no checksums")
-    return _Opened(path, pth.tree, {}, pth.read, tuple(notes))  # read only what will be used
-
-
-def _is_there(path: Path) -> bool:
-    """As path.exists(), which from Python 3.14 on says no where it cannot be known."""
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
-
-
-def _file_in(folder: Path) -> Path:
-    for name in (x for file in _IN_FOLDER for x in (file, file + _INDEX)):
-        if (folder / name).exists():
-            return folder / name
-    if (folder / "data.pkl").exists():
-        raise CheckpointError(
-            f"the folder of a PyTorch file that was unpacked. Load the original file, or pack the "
-            f"folder again, from the one above it: zip -0 -r model.pth {shown(folder.name)}"
-        )
-    near = ", ".join(shown(p.name) for p in _siblings(folder)[:5])
-    raise CheckpointError(
-        f"a directory without {' or '.join(_IN_FOLDER)}, as save_pretrained writes them; needed is "
-        f"the weights file in it ({f'there are: {near}' if near else 'there is none'})"
-    )
-
-
-def _open_shards(path: Path, stack: contextlib.ExitStack) -> _Opened:
-    """All files that an index names, as if they were one."""
-    places = read_json(path, path.name).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise CheckpointError(f"{path.name} has no weight_map from keys to file names")
-    names = sorted(set(places.values()))
-    if not 0 < len(names) <= _MAX_SHARDS:
-        raise CheckpointError(f"{path.name} names {len(names)} files; 1 to {_MAX_SHARDS} are read")
-    tree: dict[str, Any] = {}
-    readers = {}
-    notes: list[str] = []
-    for name in names:
-        if re.search(r"[/\\:\0]", name) or name.endswith(_INDEX) or name in ("", ".", ".."):
-            raise CheckpointError(
-                f"{path.name} names the file {shown(name)}; only names in its own folder are read"
-            )
-        if not (path.parent / name).is_file():
-            raise CheckpointError(
-                f"{path.name} names the file {shown(name)}, which is not beside it. Copy all of "
-                f"its {len(names)} files into one folder"
-            )
-    for name in names:
-        shard = _open(path.parent / name, stack)
-        said = {key for key, place in places.items() if place == name}
-        if not isinstance(shard.tree, dict) or shard.tree.keys() != said:
-            raise CheckpointError(
-                f"{path.name} and {shown(name)} name different weights: they do not belong together"
-            )
-        check_foreign_metadata(shard.metadata)
-        tree |= shard.tree
-        readers |= {id(x): (name, shard.read) for x in shard.tree.values()}
-        notes += [note for note in shard.notes if note not in notes]
-
-    def read(state: dict[str, Any]) -> dict[str, np.ndarray]:
-        arrays: dict[str, np.ndarray] = {}
-        for name in names:
-            part = {key: x for key, x in state.items() if readers[id(x)][0] == name}
-            if part:
-                arrays |= readers[id(next(iter(part.values())))][1](part)
-        return {key: arrays[key] for key in state}
-
-    return _Opened(path, {key: tree[key] for key in places}, {}, read, tuple(notes))
-
-
-def _load(
-    opened: _Opened,
-    stated: Stated | None,
-    entry: str | None,
-    eps: tuple[float, float] | None,
-    released: str,
-) -> Model:
-    notes = [released] if released else list(opened.notes)  # for `source`
-    assumed: list[str] = []
-    stored, info, folder = None, None, None
-    if METADATA_KEY in opened.metadata or TRAINING_KEY in opened.metadata:
-        stored, info = own_header(opened.tree, opened.metadata)
-    if stored:
-        if entry is not None:
-            raise CheckpointError("a pvt_ref file, which holds one model: leave entry out")
-        model = Found("", "", OWN, dict(opened.tree))
-        used = _as_stored(stated, stored, notes)
-    else:
-        model = _choose(opened, stated, entry, notes)
-        if stated and stated.origin != "config" and not released:
-            notes.append(f"configuration from {printable(stated.origin)}")
-        if model.layout in (HUGGING_FACE, HUGGING_FACE_BARE) and not released:
-            folder = opened.path.parent
-            stated = _ask_beside(folder / CONFIG_FILE, stated, eps, notes)
-        if stated is None:
-            used = recognise_config(model.state, model.layout, model.prefix)
-            assumed.append(f"heads as in {describe(used).partition(',')[0]}")
-        else:
-            used = complete(stated, model.state, model.layout)
-            assumed += _unsaid(used, stated, eps)
-    check_state(model.state, model.layout, used, model.prefix, stated.origin if stated else "")
-    if eps is None:
-        eps = _choose_eps(used, stated, stored, model.layout, assumed)
-    used = dataclasses.replace(used, norm_eps=eps[0], projection_norm_eps=eps[1])
-    wanted = foreign_shapes(model.layout, used)
-    state = {key: x for key, x in model.state.items() if key in wanted}
-    rest = sorted(model.prefix + key for key in model.state.keys() - state.keys())
-    if rest:
-        notes.append(f"left out, since there is no head: {', '.join(rest)}")
-    params = from_state_dict(to_native(opened.read(state), model.layout, used), used)
-    if not (stored and info):
-        info = _info(used, stored, stated, folder, released, notes, assumed)
-    under = f" (under {shown(model.name, _WHOLE)})" if model.name else ""
-    halves = " and ".join(sorted({dtype_name(x) for x in state.values()} & _HALVES))
-    made = f", {halves} made float32" if halves and params.pos_embed1.itemsize == 4 else ""
-    if assumed:
-        notes.append(f"assumed: {', '.join(assumed)}")
-    what = f"{model.layout.name}{under}, {describe(used)}{made}; {_describe_eps(used)}"
-    return Model(params, used, "; ".join((what, *notes)), info)
-
-
-def _unsaid(config: PVTConfig, stated: Stated, eps: tuple[float, float] | None) -> list[str]:
-    """What a JSON file should say, does not say, and no shape shows, for ``source``."""
-    names = ["num_heads", "qk_scale"]
-    if stated.says_eps and eps is None:  # it says one of the two
-        names += ["norm_eps", "projection_norm_eps"]
-    unsaid = [f"{name} {getattr(config, name)}" for name in names if name in stated.left_open]
-    said = f", since {printable(stated.origin)} does not say"
-    lines = [" and ".join(unsaid) + said] if unsaid else []
-    if stated.task:
-        lines.append(
-            f"one class per picture, by softmax, though problem_type is {printable(stated.task)}: "
-            f"take probabilities from the logits yourself"
-        )
-    return lines
-
-
-def _choose(opened: _Opened, stated: Stated | None, entry: str | None, notes: list[str]) -> Found:
-    """The model that is meant, in the layout that it will be read in."""
-    chosen, others = choose_model(find_models(opened.tree), entry)
-    if chosen.layout is AUTHORS:
-        check_foreign_metadata(opened.metadata)
-    if opened.metadata.keys() - {"format"}:
-        notes.append("metadata of another program is ignored")
-    if others:
-        some = ", ".join(f"entry={shown(model.name, _WHOLE)}" for model in others[:3])
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        notes.append(f"other weights in the file: {some}{more}")
-    bare = bool(
-        stated and not stated.config.has_classifier and "num_classes" not in stated.left_open
-    )
-    model, counters = without_counters(as_backbone(chosen, bare))
-    if model.layout is HUGGING_FACE_BARE and chosen.layout is HUGGING_FACE:
-        notes.append("the classifier is left out, as config asks")
-    if chosen.beside:
-        some = ", ".join(shown(key, 60) for key in chosen.beside[:3])
-        more = f" and {len(chosen.beside) - 3} more" if len(chosen.beside) > 3 else ""
-        notes.append(f"left out: {some}{more}")
-    if counters:
-        notes.append(f"counters beside the weights are ignored: {', '.join(counters)}")
-    return model
-
-
-def _ask_beside(
-    path: Path, stated: Stated | None, eps: tuple[float, float] | None, notes: list[str]
-) -> Stated | None:
-    """What config.json says, and what was said before: both, or an error where they differ."""
-    if not path.exists():
-        return stated
-    origin = f"{path.name} beside it"
-    if stated is None:
-        try:
-            if not describes_pvt(read_json(path, origin)):
-                notes.append(f"not used: {origin}, which does not describe a PVT")
-                return None
-            said = read_config(path, origin)
-        except PVTError as error:
-            raise CheckpointError(
-                f"{str(error).rstrip('.')}. If it belongs to other weights, pass "
-                f"config=PVTConfig(...) for these, or a variant's name"
-            ) from error
-        notes.append(f"configuration from {origin}")
-        return said
-    try:
-        said = read_config(path, origin)
-    except PVTError as error:
-        notes.append(f"not used: {' '.join(str(error).split())[:200]}")
-        return stated
-    both = ("norm_eps", "projection_norm_eps")
-    differ = [("num_heads", "")]
-    if stated.says_eps and eps is None:
-        differ += [(name, "; eps= decides") for name in both]
-    for name, advice in differ:
-        given, written = (
-            "not said" if name in x.left_open else getattr(x.config, name) for x in (stated, said)
-        )
-        if written not in (given, "not said"):
-            raise CheckpointError(
-                f"{name} is {given} in {stated.origin} and {written} in {origin}{advice}. Leave "
-                f"config out, correct {path.name}, or move the weights away from it if it belongs "
-                f"to others"
-            )
-    found: dict[str, Any] = {}
-    if said.says_eps:
-        found = {name: getattr(said.config, name) for name in both if name not in said.left_open}
-    notes.append(f"{'eps and ' if found else ''}labels from {origin}")
-    return dataclasses.replace(
-        stated,
-        config=dataclasses.replace(stated.config, **found),
-        left_open=tuple(name for name in stated.left_open if name not in found),
-        says_eps=stated.says_eps or said.says_eps,
-        classes=said.classes,
-        num_labels=said.num_labels,
-        task=said.task,
-    )
-
-
-def _choose_eps(
-    config: PVTConfig,
-    stated: Stated | None,
-    stored: PVTConfig | None,
-    layout: Layout,
-    assumed: list[str],
-) -> tuple[float, float]:
-    """Epsilons when the caller gives none: what somebody chose, or else what fits the file."""
-    if stated and stated.says_eps:
-        return _eps(config)
-    if stored:
-        return _eps(stored)
-    if (
-        stated is None or "norm_eps" in stated.left_open or _eps(config) != layout.eps
-    ):  # a port's number, though its weights may be authors'
-        hint = " (pass eps=(1e-6, 1e-5) for the authors' training setting)"
-        assumed.append(f"eps of this layout's code{'' if layout.eps == AUTHORS_EPS else hint}")
-    return layout.eps
-
-
-def _info(
-    config: PVTConfig,
-    stored: PVTConfig | None,
-    stated: Stated | None,
-    folder: Path | None,
-    released: str,
-    notes: list[str],
-    assumed: list[str],
-) -> ModelInfo:
-    """Class names and preprocessing, as somebody says them or as they are assumed."""
-    info = UNKNOWN if stored else released_info(config)
-    if stated and stated.classes and config.has_classifier:
-        info = ModelInfo(classes=stated.classes)
-    elif info.classes and not released:
-        assumed.append("ImageNet's class names")
-    if folder and (folder / PREPROCESSOR_FILE).exists():
-        preprocessing, said = read_preprocessing(folder / PREPROCESSOR_FILE, config)
-        notes.append(said)
-        if preprocessing:
-            return dataclasses.replace(info, preprocessing=preprocessing)
-    if config.in_chans != info.preprocessing.channels:
-        notes.append(f"no preprocessing is known for in_chans={config.in_chans}")
-    elif not released:
-        assumed.append("ImageNet's preprocessing")
-    return info
-
-
-def _as_stored(stated: Stated | None, stored: PVTConfig, notes: list[str]) -> PVTConfig:
-    """What a file of save says, with the eps and drop rates of a given configuration."""
-    if stated is None:
-        return stored
-    changes = {name: getattr(stored, name) for name in stated.left_open}
-    config = dataclasses.replace(stated.config, **changes)
-    if stated.num_labels not in (None, stored.num_classes):
-        raise CheckpointError(
-            f"{stated.origin} says {stated.num_labels} labels, and the file num_classes="
-            f"{stored.num_classes}. Leave config out: the file brings its own"
-        )
-    _check_same_model(config, stored)
-    if not stated.says_eps and _eps(config) != _eps(stored):
-        notes.append("eps as it was saved, since config has the defaults")
-    return config
-
-
-def _check_same_model(config: PVTConfig, stored: PVTConfig) -> None:
-    """Raises unless config is what a file of save says, up to fields that no weight depends on."""
-    free = ("norm_eps", "projection_norm_eps", "drop_rate", "attn_drop_rate", "drop_path_rate")
-    given, written = config_to_dict(config), config_to_dict(stored)
-    wrong = [
-        f"{name} is {written[name]} in the file and {given[name]} in config"
-        for name in written
-        if name not in free and written[name] != given[name]
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"a pvt_ref file of another model than config: {'; '.join(wrong)}. Leave config out: "
-            f"the file brings its own"
-        )
-
-
-def _describe_eps(config: PVTConfig) -> str:
-    a, b = _eps(config)
-    return f"eps {a:g} in every norm" if a == b else f"eps {a:g}, and {b:g} in the projection norms"
-
-
-def _eps(config: PVTConfig) -> tuple[float, float]:
-    return config.norm_eps, config.projection_norm_eps
-
-
-def _recognise_format(file: BinaryIO) -> str:
-    """``"pth"`` or ``"safetensors"``, by the first bytes."""
-    size = os.fstat(file.fileno()).st_size
-    head = file.read(64)
-    if head.startswith(b"PK\x03\x04") or is_legacy(head):
-        return "pth"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
-        return "safetensors"
-    raise refuse_other_kind(file, LAYOUTS_READ)
-
-
-def _parse_eps(eps: Any) -> tuple[float, float]:
-    pair: tuple[Any, ...] = (eps, eps)
-    if isinstance(eps, Sequence) and not isinstance(eps, str):
-        pair = tuple(eps)
-    if len(pair) != 2:
-        raise ConfigError(
-            f"eps is {eps!r}; it must be one number, or (norm_eps, projection_norm_eps)"
-        )
-    checked = PVTConfig(norm_eps=pair[0], projection_norm_eps=pair[1])  # refuses what is no eps
-    return checked.norm_eps, checked.projection_norm_eps
-
-
-def _as_path(path: Any) -> Path:
-    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
-        raise ArrayTypeError(
-            f"path is a {type(path).__name__}; it must be a str or pathlib.Path, the first "
-            f"argument of load(path) and of save(path, model)"
-        )
-    if not os.fspath(path):
-        raise CheckpointError("the path is empty; it must name a weights file")
-    if "\0" in os.fspath(path):
-        raise CheckpointError(f"path {shown(os.fspath(path), _WHOLE)} holds a NUL character")
-    return Path(path)
-
-
-def cut_path(path: str | Path) -> str:
-    """A path or address for a message: whole, unless it is one that nobody typed.
-
-    Args:
-        path: any.
-
-    Returns:
-        Its first characters, and ``...`` if it has more.
-    """
-    text = str(path)
-    return text if len(text) <= _WHOLE_PATH else f"{text[:_WHOLE_PATH]}..."
-
-
-def _missing(path: Path) -> str:
-    near = [shown(p.name) for p in _siblings(path.parent)]
-    there = f"weights files there: {', '.join(near[:5])}" if near else "no weights files there"
-    if not path.parent.is_dir():
-        there = f"nor is there a directory {cut_path(path.parent)}"
-    return (
-        f"{cut_path(path)}: there is no such file ({there}). Check the spelling, and the directory "
-        f"it is relative to, which is {_working_folder()}"
-    )
-
-
-def _working_folder() -> str:
-    try:
-        return os.getcwd()
-    except OSError:
-        return "deleted"
-
-
-def _siblings(directory: Path) -> list[Path]:
-    with contextlib.suppress(OSError):
-        return sorted(p for p in directory.iterdir() if p.suffix in _SUFFIXES)
-    return []
-
-
-def _with_kind(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return f"cannot be read: {type(error).__name__}: {error.strerror or error}"
-    return str(error)
-
-
-def save(path: str | os.PathLike[str], model: Model, dtype: str | None = None) -> None:
+def save(path: FilePath, model: Model, dtype: str | None = None) -> None:
     """Writes a model to a .safetensors file, with its configuration and a SHA-256 of both.
 
     The file appears complete or not at all: it is written beside its place under another name,
@@ -633,7 +89,10 @@ def save(path: str | os.PathLike[str], model: Model, dtype: str | None = None) -
         NonFiniteError: if a weight is NaN or infinite.
         ArrayTypeError: if model is not a Model, or dtype is another.
     """
-    path = _as_path(path)
+    from pvt_ref.checkpoint.safetensors_file import to_bytes
+    from pvt_ref.checkpoint.whole_file import write_whole
+
+    path = as_path(path)
     if not isinstance(model, Model):
         raise ArrayTypeError(
             f"model is a {type(model).__name__}; it must be a Model: save(path, "
@@ -679,3 +138,23 @@ def _narrow(path: Path, state: dict[str, np.ndarray], dtype: Any) -> dict[str, n
                 f"float16. Leave dtype out"
             )
     return {key: x.astype(np.float16) for key, x in state.items()}
+
+
+def as_path(path: Any) -> Path:
+    """A path that somebody gave. Raises: ArrayTypeError or CheckpointError for what is none."""
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise ArrayTypeError(
+            f"path is a {type(path).__name__}; it must be a str or pathlib.Path, the first "
+            f"argument of load(path) and of save(path, model)"
+        )
+    if not os.fspath(path):
+        raise CheckpointError("the path is empty; it must name a weights file")
+    if "\0" in os.fspath(path):
+        raise CheckpointError(f"path {shown(os.fspath(path), _WHOLE)} holds a NUL character")
+    return Path(path)
+
+
+def cut_path(path: str | Path) -> str:
+    """A path or address for a message: whole, unless it is one that nobody typed."""
+    text = str(path)
+    return text if len(text) <= _WHOLE_PATH else f"{text[:_WHOLE_PATH]}..."

@@ -26,23 +26,12 @@ _VERSION = 1001
 
 
 def is_legacy(head: bytes) -> bool:
-    """Whether a file begins as this format does.
-
-    Args:
-        head: its first 64 bytes.
-    """
+    """Whether the first 64 bytes of a file are those of this format."""
     return any(magic in head[:32] for magic in _MAGIC_BYTES)
 
 
 class LegacyFile(StoredFile):
-    """An open file of the older format.
-
-    Args:
-        file: opened in binary mode, seekable; it must stay open while tensors are read.
-
-    Raises:
-        CheckpointError: if it is damaged, cut off, or holds a program.
-    """
+    """An open file of the older format, seekable; CheckpointError if it is damaged."""
 
     checksummed = False
 

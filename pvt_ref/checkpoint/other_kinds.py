@@ -41,15 +41,7 @@ _MAGIC = (
 
 
 def refuse_other_kind(file: BinaryIO, readable: str) -> CheckpointError:
-    """The refusal of a file that is neither of PyTorch's formats nor .safetensors.
-
-    Args:
-        file: opened in binary mode, seekable.
-        readable: what can be read, in words.
-
-    Returns:
-        An error that names the kind of the file, where its first or last bytes tell it.
-    """
+    """The refusal of a file that is neither of PyTorch's formats nor .safetensors, by its kind."""
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
     head = file.read(HEAD)

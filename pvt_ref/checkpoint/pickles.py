@@ -22,60 +22,36 @@ from pvt_ref.checkpoint.stored import (
     DAMAGED,
     MAX_RANK,
     STORAGE_DTYPES,
-    UNREADABLE,
     Storage,
     StoredTensor,
-    describe,
+    refuse_damage,
 )
 from pvt_ref.errors import CheckpointError, shown
 
 #: What instructions can spend for each byte of the pickle, beside FREE_BYTES.
 BYTES_PER_BYTE = 48  # PyTorch's own files spend 18 to 33
 FREE_BYTES = 2**20
-
 _MAX_FOREIGN, _MAX_NAME = 100, 200
 
+_BUILTINS = "bytearray bytes complex frozenset object set"
+_TENSORS = "Tensor nn.parameter.Parameter nn.parameter.Buffer"
+_DANGEROUS = "__import__ breakpoint compile eval exec execfile open"
 _DICTS = {"collections.OrderedDict", "collections.defaultdict"}
+_TENSOR_CLASSES = {f"torch.{name}" for name in _TENSORS.split()}
 #: Names of plain data, which nobody needs to hear of.
 _PLAIN = {
-    "argparse.Namespace",
-    "collections.Counter",
-    "copyreg._reconstructor",
-    "torch.Size",
-    "torch.Tensor",
-    "torch.device",
-    "torch.nn.parameter.Parameter",
-    "torch.nn.parameter.Buffer",
-    "torch.nn.parameter.UninitializedParameter",
-    "torch.serialization._get_layout",
-    "_codecs.encode",
-    *(
-        f"builtins.{name}"
-        for name in ("bytearray", "bytes", "complex", "frozenset", "object", "set")
-    ),
-}
-_TENSOR_CLASSES = {
-    "torch.Tensor",
-    "torch.nn.parameter.Parameter",
-    "torch.nn.parameter.Buffer",
+    *("argparse.Namespace", "collections.Counter", "copyreg._reconstructor", "_codecs.encode"),
+    *("torch.Size", "torch.device", "torch.serialization._get_layout"),
+    *("torch.nn.parameter.UninitializedParameter", *_TENSOR_CLASSES),
+    *(f"builtins.{name}" for name in _BUILTINS.split()),
 }
 _PROGRAM_MODULES = {"nt", "os", "posix", "pty", "runpy", "shutil", "socket", "subprocess", "sys"}
 _PROGRAMS = {
-    "_io.open",
-    "importlib.import_module",
-    "io.open",
-    "webbrowser.open",
-    *(
-        f"builtins.{name}"
-        for name in ("__import__", "breakpoint", "compile", "eval", "exec", "execfile", "open")
-    ),
+    *("_io.open", "importlib.import_module", "io.open", "webbrowser.open"),
+    *(f"builtins.{name}" for name in _DANGEROUS.split()),
 }
-_PYTHON_2 = {  # so written up to protocol 2
-    "__builtin__": "builtins",
-    "commands": "subprocess",
-    "copy_reg": "copyreg",
-}
-
+#: So written up to protocol 2.
+_PYTHON_2 = {"__builtin__": "builtins", "commands": "subprocess", "copy_reg": "copyreg"}
 _ATTACK = (
     "Weights need nothing of the kind: the likely cause is an attack. Do not open this file with "
     "torch.load(weights_only=False) or pickle; get the weights from their publisher, as "
@@ -85,70 +61,38 @@ _ATTACK = (
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A name that the pickle uses. Only a label: nothing is imported.
-
-    Attributes:
-        name: module and name, joined by a dot.
-    """
+    """A name that the pickle uses, ``"module.name"``. Only a label: nothing is imported."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """An object that was not made; what it would have been made of is not kept.
-
-    Attributes:
-        name: of its class, or of the function that would have made it.
-    """
+    """An object that was not made: the name of its class, or of what would have made it."""
 
     name: str
 
 
 class Pickle(NamedTuple):
-    """What a pickle says.
+    """What a pickle says."""
 
-    Attributes:
-        tree: dicts, lists, tuples, numbers, texts, :class:`Record`, and
-            :class:`~pvt_ref.checkpoint.stored.StoredTensor` for every tensor.
-        foreign: names of what is neither data nor a tensor, sorted; the first 100.
-        storages: by key, the first reference to each block of numbers.
-    """
-
-    tree: Any
-    foreign: tuple[str, ...]
-    storages: dict[str, Storage]
+    tree: Any  # as StoredFile's
+    foreign: tuple[str, ...]  # names of what is neither data nor a tensor, sorted; the first 100
+    storages: dict[str, Storage]  # by key, the first reference to each block of numbers
 
 
 def read_pickle(file: BinaryIO) -> Pickle:
-    """What a pickle written by torch.save says, by the rules in the head of this file.
-
-    Args:
-        file: at the pickle's first byte; it is left after the last.
-
-    Returns:
-        The tree, and what is worth knowing of it.
+    """What a pickle written by torch.save says, from the file's place to its last byte.
 
     Raises:
         CheckpointError: if it names a program, is damaged, or is made to take much memory.
     """
-    try:
+    with refuse_damage("its pickle cannot be read"):  # a wrong one can fail anywhere, in any way
         return _Machine(file)._run()
-    except CheckpointError:
-        raise
-    except UNREADABLE as error:  # a wrong program can fail at any instruction, in any way
-        raise CheckpointError(
-            f"its pickle cannot be read ({describe(error)}). {DAMAGED}"
-        ) from error
 
 
 def whole_object(name: str, where: str = "what was saved") -> CheckpointError:
-    """The refusal of an object that lies in the place of weights.
-
-    Args:
-        name: of a Record.
-        where: what it is in the file.
-    """
+    """The refusal of an object called name that lies, where the file says, in place of weights."""
     if name.startswith("numpy.") and "multiarray." in name:
         return CheckpointError(
             f"no tensors in it: {where} is a NumPy array, an object that only running the file "
@@ -242,40 +186,23 @@ class _Machine:
                 case "TUPLE":
                     items = self._pop_mark()
                     self.stack.append(tuple(items))
-                case "TUPLE1":
-                    stack[-1:] = [(stack[-1],)]
-                case "TUPLE2":
-                    stack[-2:] = [(stack[-2], stack[-1])]
-                case "TUPLE3":
-                    stack[-3:] = [(stack[-3], stack[-2], stack[-1])]
+                case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    items = [stack.pop() for _ in range(int(name[-1]))]
+                    stack.append(tuple(reversed(items)))
                 case "REDUCE" | "NEWOBJ":
                     args, function = stack.pop(), stack.pop()
                     stack.append(self._make(function, _expect(args, tuple)))
                 case "BINPERSID":
                     stack.append(self._refer(stack.pop()))
-                case "NEWFALSE":
-                    stack.append(False)
-                case "NEWTRUE":
-                    stack.append(True)
-                case "NONE":
-                    stack.append(None)
-                case "EMPTY_TUPLE":
-                    stack.append(())
-                case "EMPTY_LIST":
-                    stack.append([])
-                case "EMPTY_DICT":
-                    stack.append({})
-                case "SETITEM":
-                    value, key = stack.pop(), stack.pop()
-                    self._set_items(stack[-1], [key, value])
-                case "SETITEMS":
-                    items = self._pop_mark()
+                case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE":
+                    stack.append(_CONSTANTS[name])
+                case "EMPTY_LIST" | "EMPTY_DICT":
+                    stack.append([] if name == "EMPTY_LIST" else {})
+                case "SETITEM" | "SETITEMS":
+                    items = self._pop_mark() if name[-1] == "S" else [stack.pop(-2), stack.pop()]
                     self._set_items(self.stack[-1], items)
-                case "APPEND":
-                    value = stack.pop()
-                    self._extend(stack[-1], [value])
-                case "APPENDS" | "ADDITEMS":
-                    items = self._pop_mark()
+                case "APPEND" | "APPENDS" | "ADDITEMS":
+                    items = self._pop_mark() if name[-1] == "S" else [stack.pop()]
                     self._extend(self.stack[-1], items)
                 case "GLOBAL":
                     stack.append(self._label(*arg.split(" ", 1)))
@@ -285,9 +212,9 @@ class _Machine:
                 case "BUILD":
                     stack.pop()  # attributes are not needed
                     _expect(stack[-1], Record | dict)
+                case "STOP":
+                    return Pickle(stack.pop(), self._foreign(), self.storages)
                 case _:
-                    if name == "STOP":
-                        return Pickle(stack.pop(), self._foreign(), self.storages)
                     self._run_rare(name, arg)
         raise CheckpointError(f"its pickle has no end. {DAMAGED}")
 
@@ -297,12 +224,8 @@ class _Machine:
         match name:
             case "PROTO" | "FRAME":
                 pass
-            case "BINFLOAT" | "FLOAT" | "INT" | "LONG" | "LONG1" | "LONG4":
-                stack.append(arg)
-            case "UNICODE" | "BINUNICODE8" | "STRING" | "BINSTRING" | "SHORT_BINSTRING":
+            case _ if name in _VALUES:
                 stack.append(arg)  # pickletools decodes Python 2's strings as latin-1
-            case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
-                stack.append(arg)
             case "LIST":
                 items = self._pop_mark()
                 self.stack.append(items)
@@ -324,12 +247,9 @@ class _Machine:
             case "NEWOBJ_EX":
                 _, args, function = stack.pop(), stack.pop(), stack.pop()
                 stack.append(self._record(_expect(function, Global).name))
-            case "POP":
-                if stack:
-                    stack.pop()
-                else:
-                    self._pop_mark()
-            case "POP_MARK":
+            case "POP" if stack:
+                stack.pop()
+            case "POP" | "POP_MARK":
                 self._pop_mark()
             case "DUP":
                 stack.append(stack[-1])
@@ -447,6 +367,11 @@ class _Machine:
 
 
 _UNSET = object()
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_VALUES = {
+    *("BINFLOAT", "FLOAT", "INT", "LONG", "LONG1", "LONG4", "UNICODE", "BINUNICODE8", "STRING"),
+    *("BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+}
 _REBUILD = "torch._utils._rebuild_"
 
 
@@ -466,16 +391,13 @@ def _expect(value: Any, kind: Any) -> Any:
 
 
 def _as_text(key: Any, place: int) -> str:
-    """A dict's key as a text.
+    """A dict's key as a text, since the hashes of texts cannot be chosen.
 
-    Texts only, because their hashes cannot be chosen: whole numbers can be made to collide, and
-    nested tuples take exponential time to hash.
+    Whole numbers can be made to collide, and nested tuples take exponential time to hash.
     """
     if isinstance(key, str):
         return key
-    if key is None or isinstance(key, float | bool):
-        return repr(key)
-    if isinstance(key, int) and abs(key) < 2**64:
+    if key is None or isinstance(key, float | bool) or (isinstance(key, int) and abs(key) < 2**64):
         return repr(key)
     return f"<{type(key).__name__} {place}>"
 
@@ -500,9 +422,7 @@ def _make_tensor(how: str, args: tuple[Any, ...]) -> StoredTensor | None:
     metadata: Any = None
     unread = ""
     match how, args:
-        case "parameter", (data, _, _):
-            return _expect(data, StoredTensor)
-        case "parameter_with_state", (data, _, _, _):
+        case ("parameter", (data, _, _)) | ("parameter_with_state", (data, _, _, _)):
             return _expect(data, StoredTensor)
         case "device_tensor_from_cpu_tensor", (data, dtype, _, _):  # XLA's
             _expect(data, StoredTensor)

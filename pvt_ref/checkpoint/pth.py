@@ -21,23 +21,16 @@ from pvt_ref.checkpoint.pickles import Record, read_pickle, whole_object
 from pvt_ref.checkpoint.stored import (
     DAMAGED,
     SAFE_LOAD,
-    UNREADABLE,
     Storage,
     StoredFile,
     StoredTensor,
-    describe,
+    refuse_damage,
 )
 from pvt_ref.errors import CheckpointError, shown
 
 
 def open_pth(file: BinaryIO) -> StoredFile:
-    """The reader of a file of PyTorch's, by its first bytes.
-
-    Args:
-        file: opened in binary mode, seekable; it must stay open while tensors are read.
-
-    Returns:
-        A :class:`PthFile` or :class:`~pvt_ref.checkpoint.legacy.LegacyFile`.
+    """The reader of a file of PyTorch's, which must stay open while tensors are read.
 
     Raises:
         CheckpointError: if it is damaged, or holds a program or a whole object.
@@ -67,29 +60,16 @@ def _check_not_an_object(opened: StoredFile) -> None:
 
 
 class PthFile(StoredFile):
-    """An open file of PyTorch's zip format.
-
-    Args:
-        file: opened in binary mode, seekable; it must stay open while tensors are read.
-
-    Raises:
-        CheckpointError: if it is damaged, or holds a program.
-    """
+    """An open file of PyTorch's zip format, seekable; CheckpointError if it is damaged."""
 
     def __init__(self, file: BinaryIO):
         self._size = file.seek(0, 2)
-        try:
+        with refuse_damage("not a whole zip archive"):
             self._zip = zipfile.ZipFile(file)
             self._entries = _list_entries(self._zip, self._size)
             self.checksummed = _use_checksums(self._entries)
             self._order: Literal["<", ">"] = self._read_byte_order()
             pickled = self._read_entry("data.pkl")
-        except CheckpointError:
-            raise
-        except UNREADABLE as error:
-            raise CheckpointError(
-                f"not a whole zip archive ({describe(error)}). {DAMAGED}"
-            ) from error
         self.tree, self.foreign, _ = read_pickle(io.BytesIO(pickled))
 
     def _read_block(self, storage: Storage) -> bytes:

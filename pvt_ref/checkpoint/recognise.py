@@ -1,106 +1,58 @@
-"""What a file holds: which entry, which layout, which model, told from its keys and shapes."""
+"""What a file holds: which entry, network, layout and model, told from keys and shapes."""
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import pvt_ref.models  # noqa: F401 (enters the networks)
 from pvt_ref.arrays import FLOAT_DTYPES, dtype_name
-from pvt_ref.checkpoint.key_maps import (
-    AUTHORS,
-    AUTHORS_DENSE,
-    HUGGING_FACE,
-    HUGGING_FACE_BARE,
-    MMDETECTION,
-    Layout,
-    Shape,
-    foreign_shapes,
-)
+from pvt_ref.checkpoint.key_maps import foreign_shapes
 from pvt_ref.checkpoint.pickles import Record, whole_object
 from pvt_ref.checkpoint.stated import SHOWN_BY_SHAPES, Stated
 from pvt_ref.checkpoint.stored import SAFE_LOAD
-from pvt_ref.errors import CheckpointError, ConfigError, key_name, shown
-from pvt_ref.models.pvt.config import NUM_STAGES, VARIANTS, PVTConfig, describe
+from pvt_ref.errors import CheckpointError, key_name, shown
+from pvt_ref.models.architecture import Architecture, architectures, param_shapes
+from pvt_ref.models.layouts import Layout, Shape
 
 READABLE_DTYPES = ("float16", "bfloat16", *FLOAT_DTYPES)
-
-#: Entries that are taken before others; "" is the top.
-STATE_ENTRIES = ("", "model", "state_dict")
-
+STATE_ENTRIES = ("", "model", "state_dict")  # that are taken before others; "" is the top
 #: Entries whose object, if it is none of data, was a whole model.
 _WHOLE_MODELS = {"model", "state_dict", "net", "network", "module", "ema", "model_ema"}
-
-#: Dicts inside one another that are looked into, and characters of a name on the way there.
-_MAX_DEPTH, _MAX_NAME = 4, 200
-
-#: Keys that every PVT has; one of them is enough to know a layout.
-_PROBES = ("patch_embed1.proj.weight", "pos_embed1", "block1.0.norm1.weight")
-_LAYOUT_OF = {
-    str(layout.rename(probe)): layout
-    for layout in (HUGGING_FACE_BARE, MMDETECTION, AUTHORS)
-    for probe in _PROBES
-}
-
-_ENDINGS = tuple(_LAYOUT_OF)
-
 #: One number each, not of the model: the counters of the profiler thop, and of batch norms.
 _COUNTERS = ("total_ops", "total_params", "num_batches_tracked")
-
-_MAX_LINES = 20  # of a list of problems
-
 _WRONG_DTYPE = "wrong dtype:"
-
+_MAX_DEPTH = 4  # of dicts inside one another that are looked into
+_MAX_NAME = 200  # characters of a name on the way there
+_MAX_LINES = 20  # of a list of problems
 _FEW = 100  # blocks of a configuration, whose missing keys can be listed whatever the file has
 
-LAYOUTS_READ = (
-    "the authors' .pth files, training checkpoints, Hugging Face PvtForImageClassification and "
-    "PvtModel, MMDetection PVT backbones, and this project's own .safetensors"
-)
 
-
-class Entry(Protocol):
-    """A tensor of a file, read (an array) or not yet read."""
-
-    @property
-    def shape(self) -> Any:
-        """Sizes."""
-        ...
-
-    @property
-    def dtype(self) -> Any:
-        """A dtype, or its name."""
-        ...
+def layouts_read() -> str:
+    """Which files are read, for messages."""
+    others = [row.files.readable for row in architectures() if row.files]
+    return f"{', '.join(others)}, and this project's own .safetensors"
 
 
 def is_entry(value: object) -> bool:
-    """Whether value is a tensor rather than a number, list or dict beside it.
-
-    Args:
-        value: anything.
-
-    Returns:
-        True if it has a shape and a dtype.
-    """
+    """Whether value is a tensor, read or not, rather than a number, list or dict beside it."""
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
+def _shapes(state: Mapping[str, Any]) -> dict[str, Shape]:
+    return {key: tuple(x.shape) for key, x in state.items() if is_entry(x)}
+
+
 class Found(NamedTuple):
-    """One PVT among all that a file holds.
+    """One model among all that a file holds."""
 
-    Attributes:
-        entry: names of the dicts that it lies in, joined by dots; "" for the top.
-        prefix: of its keys there, with the dot at its end; "" if there is none.
-        layout: how its keys are named.
-        state: what stands under each of its keys, these without the prefix.
-        beside: keys of the tensors in the same dict that belong to no PVT, such as a head's.
-    """
-
-    entry: str
-    prefix: str
+    row: Architecture  # of its network
+    entry: str  # names of the dicts that it lies in, joined by dots; "" for the top
+    prefix: str  # of its keys there, with the dot at its end; "" if there is none
     layout: Layout
-    state: dict[str, Any]
-    beside: tuple[str, ...] = ()
+    state: dict[str, Any]  # what stands under each of its keys, these without the prefix
+    beside: tuple[str, ...] = ()  # keys of the other tensors in the same dict, such as a head's
 
     @property
     def name(self) -> str:
@@ -108,28 +60,44 @@ class Found(NamedTuple):
         return ".".join(name for name in (self.entry, self.prefix.removesuffix(".")) if name)
 
 
-def find_models(tree: Any) -> list[Found]:
-    """Every PVT in what a file holds, told from key names alone.
+class _Sign(NamedTuple):
+    """A key that shows a network and a layout, if one of the marks is there besides."""
 
-    A detector's checkpoint holds it under ``backbone.``, beside its neck and heads; a training can
-    hold it twice, as ``model`` and ``model_ema``.
+    probe: str
+    marks: tuple[str, ...]
+    row: Architecture
+    layout: Layout
 
-    Args:
-        tree: what the file holds.
 
-    Returns:
-        At least one.
+def _signs(config: Any) -> list[_Sign]:
+    """Of all networks; and of config's, if that has only the keys of its own parameters."""
+    signs = []
+    for row in architectures():
+        if row.files:
+            for layout in row.files.layouts:
+                marks = tuple(layout.rename(key) or "" for key in layout.marks)
+                probes = (layout.rename(key) or "" for key in row.files.probes)
+                signs += [_Sign(probe, marks, row, layout) for probe in probes]
+        elif type(config) is row.config_type:
+            layout = Layout(name=f"{row.title} state dict")
+            signs.append(_Sign(next(iter(param_shapes(config))), (), row, layout))
+    return sorted(signs, key=lambda sign: not sign.marks)
 
-    Raises:
-        CheckpointError: if there is none.
+
+def find_models(tree: Any, config: Any = None) -> list[Found]:
+    """Every model in what a file holds, told from key names; of config's network if there are any.
+
+    A detector's checkpoint holds one under ``backbone.``, beside its neck and heads; a training can
+    hold two, as ``model`` and ``model_ema``. Raises: CheckpointError if there is none.
     """
+    signs = _signs(config)
     found = [
         model
         for entry, mapping in _mappings(tree)
-        for model in _models_in(".".join(entry), mapping)
+        for model in _models_in(".".join(entry), mapping, signs)
     ]
     if found:
-        return found
+        return [model for model in found if type(config) is model.row.config_type] or found
     if isinstance(tree, Mapping):
         for name in sorted(_WHOLE_MODELS & tree.keys()):
             if isinstance(tree[name], Record):
@@ -138,8 +106,8 @@ def find_models(tree: Any) -> list[Found]:
         if states:
             keys = [str(key) for key in max(states, key=len)]
             raise CheckpointError(
-                f"its {len(keys)} keys are of no known layout: {_some(keys)}. {_other_model(keys)}"
-                f"Needed is one of: {LAYOUTS_READ}"
+                f"its {len(keys)} keys are of no known layout: {_some(keys)}. {_advice(keys)}"
+                f"Needed is one of: {layouts_read()}"
             )
         holds = f"a dict with the entries {_some(tree)}"
     else:
@@ -168,23 +136,25 @@ def _mappings(tree: Any) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
         level = inner
 
 
-def _models_in(entry: str, mapping: Mapping[Any, Any]) -> list[Found]:
-    """The PVTs among the keys of one dict, apart by their prefixes."""
-    layouts: dict[str, Layout] = {}
+def _models_in(entry: str, mapping: Mapping[Any, Any], signs: list[_Sign]) -> list[Found]:
+    """The models among the keys of one dict, apart by their prefixes."""
+    endings = tuple(sign.probe for sign in signs)
+    found: dict[str, _Sign] = {}
     for key, value in mapping.items():
-        if isinstance(key, str) and key.endswith(_ENDINGS) and is_entry(value):
-            for probe, layout in _LAYOUT_OF.items():
-                prefix = key.removesuffix(probe)
-                if key.endswith(probe) and prefix[-1:] in ("", ".") and len(prefix) <= _MAX_NAME:
-                    layouts.setdefault(prefix, layout)
-    for prefix in [p for p, layout in layouts.items() if layout is HUGGING_FACE_BARE]:
-        whole = prefix.removesuffix("pvt.")
-        if whole != prefix and any(f"{whole}classifier.{x}" in mapping for x in ("weight", "bias")):
-            del layouts[prefix]
-            layouts[whole] = HUGGING_FACE
-    states: dict[str, dict[str, Any]] = {prefix: {} for prefix in layouts}
+        if isinstance(key, str) and key.endswith(endings) and is_entry(value):
+            for sign in signs:
+                prefix = key.removesuffix(sign.probe)
+                if (
+                    key.endswith(sign.probe)
+                    and prefix[-1:] in ("", ".")
+                    and len(prefix) <= _MAX_NAME
+                    and (not sign.marks or any(prefix + mark in mapping for mark in sign.marks))
+                ):
+                    found.setdefault(prefix, sign)
+                    break
+    states: dict[str, dict[str, Any]] = {prefix: {} for prefix in found}
     beside = []
-    for key, value in mapping.items() if layouts else ():
+    for key, value in mapping.items() if found else ():
         name = str(key)
         dots = [i + 1 for i, c in enumerate(name[:_MAX_NAME]) if c == "."]
         own = next((name[:i] for i in reversed([0, *dots]) if name[:i] in states), None)
@@ -193,24 +163,16 @@ def _models_in(entry: str, mapping: Mapping[Any, Any]) -> list[Found]:
         elif is_entry(value) and not _is_counter(name, value):  # of a neck, a head, another model
             beside.append(name)
     return [
-        Found(entry, prefix, layouts[prefix], state, tuple(beside))
+        Found(found[prefix].row, entry, prefix, found[prefix].layout, state, tuple(beside))
         for prefix, state in states.items()
     ]
 
 
 def choose_model(models: Sequence[Found], entry: str | None) -> tuple[Found, list[Found]]:
-    """One of the models in a file.
+    """The model called entry, and those that hold other weights.
 
-    Args:
-        models: all of them.
-        entry: the name of one, or the beginning of its name, or its prefix; None takes the only
-            one, or the only one at the top, under ``model`` or under ``state_dict``.
-
-    Returns:
-        It, and those that hold other weights.
-
-    Raises:
-        CheckpointError: if there is none or more than one.
+    Without entry, the only model, or the only one at the top, under ``model`` or ``state_dict``.
+    Raises: CheckpointError if there is none, or more than one.
     """
     names = "; ".join(f"entry={shown(model.name, _MAX_NAME)}" for model in models[:8])
     names += f"; and {len(models) - 8} more" if len(models) > 8 else ""
@@ -257,34 +219,20 @@ def _different(models: Sequence[Found]) -> list[Found]:
 
 def _same(a: Found, b: Found) -> bool:
     """Whether two models are the same tensors of the file, or the same objects."""
-    if a.state.keys() != b.state.keys():
-        return False
-    return all(
-        x is y or (hasattr(x, "storage") and hasattr(y, "storage") and _place(x) == _place(y))
-        for x, y in zip(a.state.values(), (b.state[key] for key in a.state), strict=True)
+
+    def place(x: Any) -> Any:
+        return (x.storage, x.offset, x.shape, x.strides) if hasattr(x, "storage") else id(x)
+
+    return a.state.keys() == b.state.keys() and all(
+        x is b.state[key] or place(x) == place(b.state[key]) for key, x in a.state.items()
     )
 
 
-def _place(x: Any) -> tuple[Any, ...]:
-    return x.storage, x.offset, x.shape, x.strides
-
-
 def without_counters(model: Found) -> tuple[Found, list[str]]:
-    """The model without single numbers that profilers and batch norms leave beside weights.
-
-    Args:
-        model: any.
-
-    Returns:
-        It, and the names of what was left out.
-    """
-    state, names = {}, []
-    for key, x in model.state.items():
-        if _is_counter(key, x):
-            names.append(key.rpartition(".")[2])
-        else:
-            state[key] = x
-    return model._replace(state=state), sorted(set(names))
+    """The model without single numbers that profilers and batch norms leave, and their names."""
+    counters = {key for key, x in model.state.items() if _is_counter(key, x)}
+    state = {key: x for key, x in model.state.items() if key not in counters}
+    return model._replace(state=state), sorted({key.rpartition(".")[2] for key in counters})
 
 
 def _is_counter(key: str, x: Any) -> bool:
@@ -292,34 +240,18 @@ def _is_counter(key: str, x: Any) -> bool:
 
 
 def as_backbone(model: Found, wanted: bool) -> Found:
-    """The model in the layout of a bare backbone, if it has no head or none is wanted.
-
-    Args:
-        model: any.
-        wanted: whether the classifier shall be left out where there is one.
-
-    Returns:
-        It, or the same keys in another layout.
-    """
-    layout, state = model.layout, model.state
-    if layout is AUTHORS:
-        rows = getattr(state.get(f"pos_embed{NUM_STAGES}"), "shape", ())
-        has_cls_row = len(rows) == 3 and math.isqrt(rows[1]) ** 2 != rows[1]
-        if has_cls_row and (wanted or not any(f"head.{x}" in state for x in ("weight", "bias"))):
-            return model._replace(layout=AUTHORS_DENSE)
-    if layout is HUGGING_FACE and wanted:
-        base = {k.removeprefix("pvt."): x for k, x in state.items() if k.startswith("pvt.")}
-        return model._replace(layout=HUGGING_FACE_BARE, prefix=f"{model.prefix}pvt.", state=base)
-    return model
+    """The model in the layout of a bare backbone, if it has no head or none is wanted."""
+    if not model.row.files:
+        return model
+    layout, base = model.row.files.bare(model.layout, model.state, wanted)
+    state = {k.removeprefix(base): x for k, x in model.state.items() if k.startswith(base)}
+    return model._replace(layout=layout, prefix=model.prefix + base, state=state)
 
 
-def _other_model(keys: list[str]) -> str:
-    if any("dwconv" in key for key in keys):
-        return (
-            "Depth-wise convolutions (dwconv) belong to PVT version 2, another architecture, which "
-            "this project does not have. "
-        )
-    return ""
+def _advice(keys: Iterable[str]) -> str:
+    """What keys that do not fit suggest, as far as a network knows."""
+    files = (row.files for row in architectures() if row.files)
+    return next((advice for x in files if (advice := x.advice(keys))), "")
 
 
 def _some(names: Any, count: int = 4) -> str:
@@ -327,77 +259,50 @@ def _some(names: Any, count: int = 4) -> str:
     return ", ".join(some[:count]) + (", ..." if len(some) > count else "") or "none"
 
 
-def list_problems(
-    state: Mapping[str, Any], layout: Layout, config: PVTConfig, prefix: str = ""
-) -> list[str]:
-    """Every key of state that is missing, unexpected, mis-shaped or not of floats.
-
-    In the names of the file, with its prefix, so that a reader can find them there.
-
-    Args:
-        state: key, without the prefix, to tensor.
-        layout: how the file names and cuts the weights.
-        config: the model that the file should hold.
-        prefix: of the keys in the file.
-
-    Returns:
-        A line for each problem; empty if there is none.
-    """
-    shapes = foreign_shapes(layout, config)
-    problems = [
-        f"missing: {key_name(prefix + k)} {shape}" for k, shape in shapes.items() if k not in state
-    ]
-    for key, x in state.items():
-        name = key_name(prefix + key)
-        if key in layout.unused:
+def _problems(model: Found, config: Any) -> list[str]:
+    """Every key that is missing, unexpected, mis-shaped or not of floats, as the file names it."""
+    shapes = foreign_shapes(model.layout, config)
+    names = {key: key_name(model.prefix + key) for key in (*shapes, *model.state)}
+    problems = [f"missing: {names[k]} {shapes[k]}" for k in shapes if k not in model.state]
+    for key, x in model.state.items():
+        if key in model.layout.unused:
             continue
         if not is_entry(x):
             kind = shown(x.name) if isinstance(x, Record) else type(x).__name__
-            problems.append(f"unexpected: {name} ({kind}, not a tensor)")
+            problems.append(f"unexpected: {names[key]} ({kind}, not a tensor)")
         elif key not in shapes:
-            problems.append(f"unexpected: {name} {tuple(x.shape)}")
+            problems.append(f"unexpected: {names[key]} {tuple(x.shape)}")
         elif tuple(x.shape) != shapes[key]:
             problems.append(
-                f"mis-shaped: {name} is {tuple(x.shape)}, the configuration needs {shapes[key]}"
+                f"mis-shaped: {names[key]} is {tuple(x.shape)}, the configuration needs "
+                f"{shapes[key]}"
             )
         elif dtype_name(x) not in READABLE_DTYPES:
-            problems.append(f"{_WRONG_DTYPE} {name} is {dtype_name(x)}, weights are floats")
+            problems.append(f"{_WRONG_DTYPE} {names[key]} is {dtype_name(x)}, weights are floats")
     return problems
 
 
-def check_state(
-    state: Mapping[str, Any], layout: Layout, config: PVTConfig, prefix: str = "", origin: str = ""
-) -> None:
-    """Refuses a state that is not the model's.
-
-    Args:
-        state: key, without the prefix, to tensor.
-        layout: how the file names and cuts the weights.
-        config: the model that the file should hold.
-        prefix: of the keys in the file.
-        origin: where config comes from, for the message.
-
-    Raises:
-        CheckpointError: with the problems of state, the first twenty in full.
-    """
+def check_state(model: Found, config: Any, origin: str = "") -> None:
+    """Refuses what is not the model of config, which origin says. Raises: CheckpointError."""
+    layout, state = model.layout, model.state
     if layout.has_classifier is False and config.has_classifier:
         raise CheckpointError(
             f"it is a bare backbone ({layout.name}: it has no head), and the configuration has "
             f"num_classes={config.num_classes}. Pass dataclasses.replace(config, num_classes=0); "
             f"with_new_head(model, ...) adds a head"
         )
-    blocks = sum(config.depths)
+    blocks = model.row.files.blocks(config) if model.row.files else 0
     if blocks > max(len(state), _FEW):  # before anything is built for each of them
         raise CheckpointError(
             f"the configuration{f' from {origin}' if origin else ''} has {blocks} blocks, and the "
-            f"file only {len(state)} tensors. depths is {config.depths}: correct it"
+            f"file only {len(state)} tensors. Correct its depth"
         )
-    problems = list_problems(state, layout, config, prefix)
+    problems = _problems(model, config)
     if problems:
         source = f" from {origin}" if origin not in ("", "config") else ""
         raise CheckpointError(
             f"{layout.name}, but it does not fit the configuration{source} "
-            f"({describe(config)}):{_lines(problems)}\n{_other_model(list(state))}The likely cause "
+            f"({model.row.describe(config)}):{_lines(problems)}\n{_advice(state)}The likely cause "
             f"is a configuration of another variant, class count or image size; "
             f"dataclasses.replace(config, ...) changes one"
         )
@@ -409,170 +314,79 @@ def _lines(problems: list[str]) -> str:
     return "".join(f"\n  - {problem}" for problem in shown_lines)
 
 
-def complete(stated: Stated, state: Mapping[str, Any], layout: Layout) -> PVTConfig:
-    """A stated configuration with the fields that it leaves open.
+def complete(stated: Stated, model: Found) -> Any:
+    """A stated configuration, with what it leaves open read off the shapes.
 
-    They are read off the shapes; head counts, which these do not show, are those of the variant
-    with the same widths.
-
-    Args:
-        stated: what is said of the model.
-        state: key, without the prefix, to tensor.
-        layout: how the file names and cuts the weights.
-
-    Returns:
-        The configuration that the file should fit.
-
-    Raises:
-        CheckpointError: if the file has another number of classes than is said, or head counts are
-            neither said nor a variant's.
-        ConfigError: if such a PVT cannot be built.
+    Head counts, which these do not show, are those of the variant with the same widths. Raises:
+    CheckpointError if there is none, or if the file has another number of classes than is said.
     """
-    shapes = {key: tuple(x.shape) for key, x in state.items() if is_entry(x)}
-    seen = _like_variant(stated.config, shapes, layout)
+    files, kind = model.row.files, model.row.config_type.__name__
+    if not files:
+        return stated.config
+    shapes = _shapes(model.state)
+    seen = files.fit(stated.config, shapes, model.layout)
     if seen.has_classifier and stated.num_labels not in (None, seen.num_classes):
         raise CheckpointError(
             f"{stated.origin} says {stated.num_labels} labels, and the head in the file has "
             f"{seen.num_classes} outputs. They belong to different models, or labels were changed "
-            f"afterwards: correct {stated.origin}, or pass config=PVTConfig(...)"
+            f"afterwards: correct {stated.origin}, or pass config={kind}(...)"
         )
     fields = {name: getattr(seen, name) for name in SHOWN_BY_SHAPES}
     if not set(stated.left_open) <= fields.keys():
-        fields |= _shown_fields(shapes, layout) | {"num_classes": seen.num_classes}
+        fields |= files.shown(shapes, model.layout) | {"num_classes": seen.num_classes}
     changes = {name: fields[name] for name in stated.left_open if name in fields}
     if "num_heads" in stated.left_open:
-        widths = changes.get("embed_dims", stated.config.embed_dims)
-        heads = [x.num_heads for x in VARIANTS.values() if x.embed_dims == widths]
+        widths = changes.get(files.widths, getattr(stated.config, files.widths))
+        known = model.row.variants.values()
+        heads = [x.num_heads for x in known if getattr(x, files.widths) == widths]
         if not heads:
             raise CheckpointError(
                 f"{stated.origin} does not say how many heads the model has, which no shape shows, "
-                f"and embed_dims {widths} are those of no variant. Write num_heads into it "
-                f"(num_attention_heads in Hugging Face's config.json), or pass "
-                f"config=PVTConfig(...)"
+                f"and {files.widths} {widths} are those of no variant. Write num_heads into it "
+                f"(num_attention_heads in Hugging Face's config.json), or pass config={kind}(...)"
             )
         changes["num_heads"] = heads[0]
     return dataclasses.replace(stated.config, **changes)
 
 
-def recognise_config(state: Mapping[str, Any], layout: Layout, prefix: str = "") -> PVTConfig:
-    """The published variant whose keys and shapes are exactly those of state.
+def recognise_config(model: Found) -> Any:
+    """The published variant whose keys and shapes are exactly those of a model.
 
     Class count, channels and image size are read off. Head counts leave no trace in any shape, so
-    every other model needs its configuration from the caller.
-
-    Args:
-        state: key, without the prefix, to tensor.
-        layout: how the file names and cuts the weights.
-        prefix: of the keys in the file.
-
-    Returns:
-        The variant, with class count, channels and image size of the file.
-
-    Raises:
-        CheckpointError: if it is no variant; with the differences from the nearest.
+    every other model is refused. Raises: CheckpointError with what differs from the nearest.
     """
-    shapes = {key: tuple(x.shape) for key, x in state.items() if is_entry(x)}
+    row, layout, state = model.row, model.layout, model.state
+    assert row.files is not None  # or nobody would have found it without a configuration
+    shapes = _shapes(state)
     count = math.inf
-    for candidate, variant in VARIANTS.items():
-        fitted = _like_variant(variant, shapes, layout)
-        found = list_problems(state, layout, fitted, prefix)
+    for candidate, variant in row.variants.items():
+        fitted = row.files.fit(variant, shapes, layout)
+        found = _problems(model, fitted)
         if not found:
             return fitted
         if all(problem.startswith(_WRONG_DTYPE) for problem in found):
             raise CheckpointError(
-                f"{layout.name}, {describe(fitted)}, but {len(found)} of its {len(state)} tensors "
-                f"are not of {', '.join(READABLE_DTYPES)}:{_lines(found)}\nQuantized weights are "
-                f"no substitute: get the plain ones from the publisher, or save v.float() of each "
-                f"tensor v, times its scale if it has one"
+                f"{layout.name}, {row.describe(fitted)}, but {len(found)} of its {len(state)} "
+                f"tensors are not of {', '.join(READABLE_DTYPES)}:{_lines(found)}\nQuantized "
+                f"weights are no substitute: get the plain ones from the publisher, or save "
+                f"v.float() of each tensor v, times its scale if it has one"
             )
         if len(found) < count:
             count, name, config, problems = len(found), candidate, fitted, found
+    kind = row.config_type.__name__
     advice = (
-        "If it is another model, pass its configuration, load(path, config=PVTConfig(...)) or "
-        "config='path/to/config.json': head counts (num_heads) cannot be read off shapes, so only "
-        "the published variants are recognised without"
+        f"If it is another model, pass its configuration, load(path, config={kind}(...)) or "
+        f"config='path/to/config.json': head counts (num_heads) cannot be read off shapes, so only "
+        f"the published variants are recognised without"
     )
     if count <= len(shapes) // 4:  # a variant with faults, or a variant changed a little
         raise CheckpointError(
-            f"{layout.name}; nearest is {name} ({describe(config)}), but "
+            f"{layout.name}; nearest is {name} ({row.describe(config)}), but "
             f"{'1 key differs' if count == 1 else f'{count} keys differ'}:{_lines(problems)}\n"
-            f"{_other_model(list(state))}{advice}"
+            f"{_advice(state)}{advice}"
         )
+    fields = ", ".join(f"{k}={value}" for k, value in row.files.shown(shapes, layout).items())
+    read_off = f"Its shapes show {kind}({fields}, num_heads=unknown). " if fields else ""
     raise CheckpointError(
-        f"{layout.name}, but none of {', '.join(VARIANTS)}. {_other_model(list(state))}"
-        f"{_read_off(shapes, layout)}{advice}"
+        f"{layout.name}, but none of {', '.join(row.variants)}. {_advice(state)}{read_off}{advice}"
     )
-
-
-def _like_variant(variant: PVTConfig, shapes: Mapping[str, Shape], layout: Layout) -> PVTConfig:
-    """variant with class count, channels and image size of a file, where these can be read."""
-
-    def first(*keys: str) -> Shape:
-        return next((s for k in keys if (s := shapes.get(layout.rename(k) or ""))), ())
-
-    num_classes, in_chans = variant.num_classes, variant.in_chans
-    head = first("head.weight", "head.bias")
-    if layout.has_classifier is False:
-        num_classes = 0
-    elif head:
-        num_classes = head[0]
-    elif not first("cls_token", "norm.weight"):
-        num_classes = 0
-    kernel, table = first("patch_embed1.proj.weight"), first("pos_embed1")
-    if len(kernel) == 4:
-        in_chans = kernel[1]
-    side = math.isqrt(table[1]) * variant.patch_sizes[0] if len(table) == 3 else variant.img_size
-    for img_size in (side, variant.img_size):
-        try:
-            return dataclasses.replace(
-                variant, num_classes=num_classes, in_chans=in_chans, img_size=img_size
-            )
-        except ConfigError:
-            continue  # no such image size: the table is what is wrong
-    return variant
-
-
-def _read_off(shapes: Mapping[str, Shape], layout: Layout) -> str:
-    """The configuration as far as shapes show it, as a line to complete; "" if they do not."""
-    fields = _shown_fields(shapes, layout)
-    text = ", ".join(f"{name}={value}" for name, value in fields.items())
-    return f"Its shapes show PVTConfig({text}, num_heads=unknown). " if fields else ""
-
-
-def _shown_fields(shapes: Mapping[str, Shape], layout: Layout) -> dict[str, Any]:
-    """The fields of PVTConfig that shapes show; {} if these are not a whole model's."""
-
-    def shape(key: str) -> Shape:
-        return shapes[layout.rename(key) or ""]
-
-    def present(key: str) -> bool:
-        return layout.rename(key) in shapes
-
-    def ratio(i: int) -> float:
-        hidden, C_i = shape(f"block{i}.0.mlp.fc1.weight")[:2]
-        return hidden / C_i if hidden % C_i else hidden // C_i
-
-    stages = range(1, NUM_STAGES + 1)
-    try:
-        P = [shape(f"patch_embed{i}.proj.weight")[2] for i in stages]
-        return {
-            "img_size": math.isqrt(shape("pos_embed1")[1]) * P[0],
-            "in_chans": shape("patch_embed1.proj.weight")[1],
-            "num_classes": shape("head.weight")[0] if present("head.weight") else 0,
-            "patch_sizes": tuple(P),
-            "embed_dims": tuple(shape(f"pos_embed{i}")[2] for i in stages),
-            "mlp_ratios": tuple(ratio(i) for i in stages),
-            "qkv_bias": present("block1.0.attn.q.bias"),
-            "depths": tuple(
-                next(b for b in itertools.count() if not present(f"block{i}.{b}.norm1.weight"))
-                for i in stages
-            ),
-            "sr_ratios": tuple(
-                shape(f"block{i}.0.attn.sr.weight")[2]
-                if present(f"block{i}.0.attn.sr.weight")
-                else 1
-                for i in stages
-            ),
-        }
-    except (KeyError, IndexError, ValueError, ZeroDivisionError):
-        return {}

@@ -11,47 +11,28 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
-import ml_dtypes  # also teaches NumPy, and so safetensors, the name bfloat16
 import numpy as np
-import safetensors.numpy
 
 from pvt_ref.checkpoint.bounded_json import parse_json
 from pvt_ref.data.info import ModelInfo
 from pvt_ref.errors import CheckpointError, PVTError, shown
-from pvt_ref.models.architecture import config_to_dict
-from pvt_ref.models.pvt.config import PVTConfig
+from pvt_ref.models.architecture import architecture_of, architectures, config_to_dict
 
 METADATA_KEY = "pvt_ref"
-FORMAT = "pvt_ref weights 1"
+FORMAT = "pvt_ref weights 2"
+_FIRST_FORMAT = "pvt_ref weights 1"  # of version 0.1: all files were of a PVT, and none said so
 TRAINING_KEY = "pvt_ref_training"  # of the files of train/
 
-#: Bytes of a header that are read. That of the largest variant with its training has a million.
-MAX_HEADER = 4 * 2**20
-
-#: Characters of the JSON text in this project's metadata entry.
-MAX_RECORD = 2**20
-
+MAX_HEADER = 4 * 2**20  # bytes; the largest variant's, with its training, has a million
+MAX_RECORD = 2**20  # characters of the JSON text in our metadata entry
 _MAX_RANK = 8  # more than any weight has, fewer than NumPy's limit
-
-_DTYPES: dict[str, Any] = {
-    "F64": "<f8",
-    "F32": "<f4",
-    "F16": "<f2",
-    "BF16": ml_dtypes.bfloat16,
-    "I64": "<i8",
-    "I32": "<i4",
-    "I16": "<i2",
-    "I8": "i1",
-    "U64": "<u8",
-    "U32": "<u4",
-    "U16": "<u2",
-    "U8": "u1",
-    "BOOL": "?",
-    "C64": "<c8",
+_DTYPES = {
+    **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bfloat16", "C64": "<c8", "BOOL": "?"},
+    **{"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1"},
+    **{"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1"},
 }
-
 #: What a text of this project's metadata entry holds, and a text of another program hardly.
 _OWN_MARKS = (METADATA_KEY, "projection_norm_eps")
 
@@ -59,20 +40,10 @@ _DAMAGED = (
     "The likely cause is an interrupted or faulty download or copy: fetch the file again, or save "
     "the model again"
 )
-
-
 #: What JSON of other kinds than expected raises. Not Exception, which a signal's handler can raise.
 _UNREADABLE = (PVTError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-
-
-class _Span(NamedTuple):
-    """Where a tensor lies, as the header says."""
-
-    start: int  # in bytes, after the header
-    stop: int
-    key: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
+#: Where a tensor lies: first and last byte after the header, key, dtype and shape.
+_Span = tuple[int, int, str, np.dtype, tuple[int, ...]]
 
 
 class _NumberTypeError(ValueError):
@@ -80,43 +51,27 @@ class _NumberTypeError(ValueError):
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Every tensor of the file, and the metadata.
-
-    Args:
-        path: the file.
-
-    Returns:
-        As :func:`read_tensors`.
-
-    Raises:
-        CheckpointError: as :func:`read_tensors`; also if the file cannot be read.
-    """
+    """As :func:`read_tensors`, of a path. Raises: CheckpointError, also if it cannot be read."""
     try:
         with path.open("rb") as file:
             return read_tensors(file)
     except OSError as error:
-        raise CheckpointError(
-            f"cannot be read ({type(error).__name__}: {error.strerror or error})"
-        ) from error
+        what = f"{type(error).__name__}: {error.strerror or error}"
+        raise CheckpointError(f"cannot be read ({what})") from error
 
 
 def read_tensors(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Every tensor of an open file, and the metadata.
+    """Every tensor of an open file, and the metadata as texts by name.
 
     The tensors are read into their own memory, one after the other: a file that is mapped instead
     kills the process if somebody shortens it meanwhile.
-
-    Args:
-        file: opened in binary mode, seekable.
-
-    Returns:
-        Key to array, of any shape and dtype, and the metadata as texts by name; {} if there is
-        none.
 
     Raises:
         CheckpointError: if it is damaged, or holds a dtype that NumPy does not have.
         OSError: if reading fails.
     """
+    import ml_dtypes  # noqa: F401 (teaches NumPy the name bfloat16)
+
     size = file.seek(0, 2)
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
@@ -125,8 +80,8 @@ def read_tensors(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, str]]
     if length > MAX_HEADER:
         raise CheckpointError(
             f"a .safetensors file whose header has {length} bytes; at most {MAX_HEADER} are read, "
-            f"several times what a PVT needs. It is damaged, of another kind of model, or made to "
-            f"exhaust memory"
+            f"several times what a network needs. It is damaged, of another kind of model, or made "
+            f"to exhaust memory"
         )
     try:
         header = parse_json(file.read(length), "the header", MAX_HEADER)
@@ -178,10 +133,10 @@ def _parse_header(header: Any, size: int) -> tuple[dict[str, str], list[_Span]]:
             raise ValueError(f"{shown(key)} has the shape {shown(shape)}, too large for an array")
         if stop - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{shown(key)}, {shown(shape)}, does not have {stop - start} bytes")
-        spans.append(_Span(start, stop, key, dtype, tuple(shape)))
+        spans.append((start, stop, key, dtype, tuple(shape)))
     spans.sort(key=lambda span: span[:2])
-    ends = [0, *(span.stop for span in spans)]
-    if [span.start for span in spans] != ends[:-1] or ends[-1] != size:
+    ends = [0, *(span[1] for span in spans)]
+    if [span[0] for span in spans] != ends[:-1] or ends[-1] != size:
         raise ValueError("its tensors leave gaps, overlap, or do not end where the file ends")
     return metadata, spans
 
@@ -191,31 +146,16 @@ def _is_count(value: Any) -> bool:
 
 
 def widen(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same arrays, with bfloat16 as float32.
-
-    Args:
-        state: key to array, of any shape.
-
-    Returns:
-        Key to array of the same shape; what is not bfloat16 is not copied.
-    """
-    return {
-        key: x.astype(np.float32) if x.dtype == ml_dtypes.bfloat16 else x
-        for key, x in state.items()
-    }
+    """The same arrays, with bfloat16 as float32."""
+    return {k: x.astype(np.float32) if x.dtype.name == "bfloat16" else x for k, x in state.items()}
 
 
 def own_header(
     state: Mapping[str, np.ndarray], metadata: Mapping[str, str]
-) -> tuple[PVTConfig | None, ModelInfo | None]:
+) -> tuple[Any, ModelInfo | None]:
     """Configuration and info in a file of this project, once the digest has been verified.
 
-    Args:
-        state: all tensors of the file, of any shapes.
-        metadata: that of the file.
-
-    Returns:
-        (None, None) if the file was written by somebody else; no info if none was saved.
+    (None, None) if the file was written by somebody else; no info if none was saved.
 
     Raises:
         CheckpointError: if anything in it differs from what was written.
@@ -229,14 +169,14 @@ def own_header(
         return None, None
     try:
         record = parse_json(metadata[METADATA_KEY], "the metadata entry", MAX_RECORD)
-        written, expected = record["format"], record["sha256"]
-        found = digest(state, _stated(record["config"], record.get("info")))
+        written, expected, fields = record["format"], record["sha256"], record["config"]
+        found = digest(state, _sealed(record))
     except _UNREADABLE as error:
         raise CheckpointError(
             f"a pvt_ref file whose metadata cannot be read ({type(error).__name__}: "
             f"{str(error)[:200]}). {_DAMAGED}"
         ) from error
-    if written != FORMAT:
+    if written not in (FORMAT, _FIRST_FORMAT):
         raise CheckpointError(
             f"a pvt_ref file of format {shown(written)}; this version reads {FORMAT!r}. It was "
             f"written by a newer version, or is damaged. Update pvt_ref, or save the model again"
@@ -246,18 +186,28 @@ def own_header(
             f"a pvt_ref file whose content does not match its SHA-256 ({found[:12]}..., written as "
             f"{shown(expected, 12)}): at least one bit has changed. {_DAMAGED}"
         )
+    name = "pvt" if written == _FIRST_FORMAT else record.get("architecture")
+    rows = {row.name: row for row in architectures()}
+    if name not in tuple(rows):
+        raise CheckpointError(
+            f"a pvt_ref file of the architecture {shown(name)}; this version knows "
+            f"{', '.join(map(repr, rows))}. It was probably written by another version: update "
+            f"pvt_ref"
+        )
+    row = rows[name]
     try:
-        config = PVTConfig(**record["config"])
+        config = row.config_type(**fields)
         info = ModelInfo.from_dict(record["info"]) if "info" in record else None
     except _UNREADABLE as error:  # TypeError, too: for fields that this version does not know
         raise CheckpointError(
             f"a pvt_ref file with a configuration or info that this version does not accept: "
             f"{str(error)[:500]}. It was probably written by another version: update pvt_ref"
         ) from error
-    if sum(config.depths) > len(state):
+    blocks = row.files.blocks(config) if row.files else 0
+    if blocks > len(state):
         raise CheckpointError(
-            f"a pvt_ref file whose configuration has {sum(config.depths)} blocks and whose tensors "
-            f"are only {len(state)}. It was not written by this project: save the model again"
+            f"a pvt_ref file whose configuration has {blocks} blocks and whose tensors are only "
+            f"{len(state)}. It was not written by this project: save the model again"
         )
     return config, info
 
@@ -266,16 +216,12 @@ def check_foreign_metadata(metadata: Mapping[str, str]) -> None:
     """Refuses a file with this project's key names if its metadata are this project's, damaged.
 
     Otherwise damage to the name of the metadata entry would hide the digest. One damage cannot
-    reach the entry's name and its text, which are two texts of the header's JSON.
-
-    Args:
-        metadata: that of the file, without an entry METADATA_KEY.
-
-    Raises:
-        CheckpointError: if an entry's name or text is like that of a file of :func:`to_bytes`.
+    reach the entry's name and its text, which are two texts of the header's JSON. Raises:
+    CheckpointError if an entry's name or text is like that of a file of :func:`to_bytes`.
     """
+    begins = ('{"architecture": "', '{"config": {"')
     for name, text in metadata.items():
-        sealed = text.startswith('{"config": {"') or ('"sha256"' in text and '"config"' in text)
+        sealed = text.startswith(begins) or ('"sha256"' in text and '"config"' in text)
         if sealed or any(mark in name or mark in text for mark in _OWN_MARKS):
             raise CheckpointError(
                 f"a pvt_ref file whose metadata entry {METADATA_KEY!r} is damaged (it is called "
@@ -283,45 +229,28 @@ def check_foreign_metadata(metadata: Mapping[str, str]) -> None:
             )
 
 
-def to_bytes(
-    state: Mapping[str, np.ndarray], config: PVTConfig, info: ModelInfo | None = None
-) -> bytes:
-    """A file of this project: the same weights, configuration and info give the same bytes.
-
-    Args:
-        state: our key to array, of the shapes of config, on the host.
-        config: the model.
-        info: what else is known of it; None leaves it out.
-
-    Returns:
-        The whole file.
-
-    Raises:
-        CheckpointError: as :func:`pack`.
-    """
-    record = {"format": FORMAT, "config": config_to_dict(config)}
+def to_bytes(state: Mapping[str, np.ndarray], config: Any, info: ModelInfo | None = None) -> bytes:
+    """A file of this project: the same host arrays, configuration and info give the same bytes."""
+    record = {
+        "architecture": architecture_of(config).name,
+        "config": config_to_dict(config),
+        "format": FORMAT,
+    }
     if info is not None:
         record["info"] = info.to_dict()
     record = json.loads(json.dumps(record))  # tuples as lists, as it will be read
-    record["sha256"] = digest(state, _stated(record["config"], record.get("info")))
-    return pack(state, METADATA_KEY, record)
+    return pack(state, METADATA_KEY, record | {"sha256": digest(state, _sealed(record))})
 
 
 def pack(state: Mapping[str, np.ndarray], entry: str, record: Mapping[str, Any]) -> bytes:
-    """A .safetensors file with one metadata entry, a JSON text.
-
-    Args:
-        state: key to array of any shape, on the host.
-        entry: name of the metadata entry.
-        record: what it says, fit for JSON.
-
-    Returns:
-        The whole file.
+    """A .safetensors file of host arrays with one metadata entry, the record as JSON.
 
     Raises:
         TypeError: if record holds what JSON does not.
         CheckpointError: if record holds NaN or infinity, or is too long or deep to be read again.
     """
+    import safetensors.numpy
+
     text = json.dumps(record, sort_keys=True)
     parse_json(text, "what is saved beside the weights", MAX_RECORD)
     # safetensors takes the memory as it lies, and would scramble any other order silently
@@ -329,24 +258,17 @@ def pack(state: Mapping[str, np.ndarray], entry: str, record: Mapping[str, Any])
     return safetensors.numpy.save(contiguous, {entry: text})
 
 
-def _stated(config: Any, info: Any) -> list[Any]:
+def _sealed(record: Mapping[str, Any]) -> Any:
     """What the digest of a weights file covers besides the tensors."""
-    return [FORMAT, config] if info is None else [FORMAT, config, info]
+    if record["format"] == _FIRST_FORMAT:
+        return [record[name] for name in ("format", "config", "info") if name in record]
+    return {name: record[name] for name in record if name != "sha256"}
 
 
 def digest(state: Mapping[str, np.ndarray], stated: Any) -> str:
     """SHA-256 over every tensor's name, dtype, shape and bytes, and over plain values.
 
-    Args:
-        state: key to array of any shape, on the host. The order of keys does not matter, nor the
-            byte order.
-        stated: plain values, fit for JSON.
-
-    Returns:
-        64 hexadecimal digits.
-
-    Raises:
-        TypeError: if stated holds what JSON does not.
+    The order of keys does not matter, nor the byte order.
     """
     sha256 = hashlib.sha256()
     sha256.update(json.dumps(stated, sort_keys=True).encode())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pvt_ref.checkpoint.bounded_json import parse_json
-from pvt_ref.checks import TOO_LARGE, is_whole
+from pvt_ref.checks import is_whole
 from pvt_ref.data.info import Preprocessing
 from pvt_ref.errors import (
     ArrayTypeError,
@@ -24,207 +24,130 @@ from pvt_ref.errors import (
     PVTError,
     shown,
 )
-from pvt_ref.models.pvt.config import NUM_STAGES, VARIANTS, PVTConfig
+from pvt_ref.models.architecture import Architecture, architectures, known_variants
 
-CONFIG_FILE = "config.json"
+MAX_JSON = 2 * 2**20  # bytes that are read: 20,000 class names, twice, and some more
 PREPROCESSOR_FILE = "preprocessor_config.json"
-
-#: Bytes of a JSON file beside weights that are read: 20,000 class names, twice, and some more.
-MAX_JSON = 2 * 2**20
-
+#: Fields of it that change pictures, and are not followed here.
+_NOT_FOLLOWED = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "crop_pct")
+#: Fields by which a config.json without a model_type is known for Hugging Face's.
+_HUGGING_FACE = {"model_type", "hidden_sizes", "hidden_size"}
 #: Fields that the shapes of a file show, and a variant's name leaves open.
 SHOWN_BY_SHAPES = ("img_size", "in_chans", "num_classes")
-
-_DEFAULT = PVTConfig()
-_FIELDS = tuple(field.name for field in dataclasses.fields(PVTConfig))
-
-#: Fields of a preprocessor_config.json that change pictures, and are not followed here.
-_NOT_FOLLOWED = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "crop_pct")
-
-#: Fields of Hugging Face's PvtConfig that mean the same here.
-_SAME = {
-    "num_channels": "in_chans",
-    "hidden_sizes": "embed_dims",
-    "num_attention_heads": "num_heads",
-    "patch_sizes": "patch_sizes",
-    "mlp_ratios": "mlp_ratios",
-    "depths": "depths",
-    "sequence_reduction_ratios": "sr_ratios",
-    "qkv_bias": "qkv_bias",
-    "hidden_dropout_prob": "drop_rate",
-    "attention_probs_dropout_prob": "attn_drop_rate",
-    "drop_path_rate": "drop_path_rate",
-}
 
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """A configuration, and how much of it was really said.
+    """A configuration, and how much of it was really said."""
 
-    Attributes:
-        config: the model.
-        origin: who says it, for messages.
-        left_open: fields of config that are not said: what stands there means nothing.
-        says_eps: whether its eps were chosen by somebody.
-        classes: names of the outputs; empty if they are not said.
-        num_labels: how many outputs there are; None if that is not said.
-        task: what the outputs mean, and who says so, if they are not one class per picture; else
-            empty.
-    """
-
-    config: PVTConfig
-    origin: str
-    left_open: tuple[str, ...] = ()
-    says_eps: bool = False
-    classes: tuple[str, ...] = ()
-    num_labels: int | None = None
-    task: str = ""
+    config: Any
+    origin: str  # who says it, for messages
+    left_open: tuple[str, ...] = ()  # fields that are not said: what stands there means nothing
+    says_eps: bool = False  # whether its eps were chosen by somebody
+    classes: tuple[str, ...] = ()  # names of the outputs, if they are said
+    num_labels: int | None = None  # how many outputs there are, if that is said
+    task: str = ""  # what the outputs mean, and who says so, if not one class per picture
 
 
-def from_argument(config: Any) -> Stated | None:
-    """What the argument ``config`` of load says.
+def eps_of(config: Any) -> dict[str, float]:
+    """The epsilons of a configuration by field."""
+    names = (field.name for field in dataclasses.fields(config))
+    return {name: getattr(config, name) for name in names if name.endswith("norm_eps")}
 
-    Args:
-        config: a PVTConfig, the name of a variant, the path of a JSON file or of a folder with a
-            config.json, or None.
 
-    Returns:
-        What it says. A PVTConfig is taken to have chosen its eps if they are not the defaults.
+def from_argument(config: Any, row: Architecture | None = None) -> Stated | None:
+    """What load's argument ``config`` says, of row's network if a JSON file does not tell.
 
-    Raises:
-        ArrayTypeError: if config is none of these.
-        MissingFileError: if there is no such file.
-        CheckpointError: if the file cannot be read or is no configuration.
-        ConfigError: if it says a PVT that cannot be built.
+    A configuration is taken to have chosen its eps if they are not the defaults. Raises: as load,
+    ArrayTypeError, MissingFileError, CheckpointError and ConfigError.
     """
     if config is None:
         return None
-    if isinstance(config, PVTConfig):
-        return Stated(config, "config", says_eps=_eps(config) != _eps(_DEFAULT))
-    if isinstance(config, str) and config in VARIANTS:
-        return Stated(VARIANTS[config], config, SHOWN_BY_SHAPES)
+    kinds, variants = [row.config_type for row in architectures()], known_variants()
+    if type(config) in kinds:
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
+        says_eps = any(eps != defaults[name] for name, eps in eps_of(config).items())
+        return Stated(config, "config", says_eps=says_eps)
+    if isinstance(config, str) and config in variants:
+        return Stated(variants[config], config, SHOWN_BY_SHAPES)
     if not isinstance(config, str | os.PathLike) or not isinstance(os.fspath(config), str):
         raise ArrayTypeError(
-            f"config is a {type(config).__name__}; it must be a PVTConfig, a variant's name "
-            f"({', '.join(VARIANTS)}), or the path of a JSON file such as config.json"
+            f"config is a {type(config).__name__}; it must be a "
+            f"{' or '.join(kind.__name__ for kind in kinds)}, a variant's name "
+            f"({', '.join(variants)}), or the path of a JSON file such as config.json"
         )
     text = os.fspath(config)
-    path = Path(text) / CONFIG_FILE if os.path.isdir(text) else Path(text)
+    path = Path(text) / "config.json" if os.path.isdir(text) else Path(text)
     if "\0" in text or not os.path.exists(path):
         raise MissingFileError(
-            f"config is {shown(text, 200)}: neither a variant ({', '.join(VARIANTS)}) nor a file"
+            f"config is {shown(text, 200)}: neither a variant ({', '.join(variants)}) nor a file"
         )
-    return read_config(path, str(path))
+    return read_config(path, str(path), row)
 
 
-def read_config(path: Path, origin: str) -> Stated:
-    """A configuration in a JSON file: Hugging Face's, or this project's own fields.
+def _fields(row: Architecture) -> dict[str, Any]:
+    return {field.name: field for field in dataclasses.fields(row.config_type)}
 
-    Args:
-        path: the file.
-        origin: its name in messages.
 
-    Returns:
-        What it says.
+def _network(fields: Mapping[str, Any]) -> Architecture:
+    """The network that a JSON file seems to be about: the first of several, or of all."""
+    rows, kind = list(architectures()), fields.get("model_type")
+    by_kind = [row for row in rows if row.files and row.files.model_type == kind]
+    return [*by_kind, *(row for row in rows if fields.keys() <= _fields(row).keys()), *rows][0]
 
-    Raises:
-        CheckpointError: if it cannot be read, or is of another kind of model.
-        ConfigError: if it says a PVT that cannot be built.
+
+def read_config(path: Path, origin: str, row: Architecture | None = None) -> Stated:
+    """A configuration in a JSON file, called origin: Hugging Face's, or a network's own fields.
+
+    Raises: CheckpointError if it is of another kind, ConfigError if it cannot be built.
     """
     fields = read_json(path, origin)
+    row = row or _network(fields)
+    known, files = _fields(row), row.files
     try:
-        if "model_type" in fields or "hidden_sizes" in fields:
-            return _hugging_face(fields, origin)
-        known = set(_FIELDS)
-        if not fields or not fields.keys() <= known:
-            raise CheckpointError(
-                f"it is neither Hugging Face's config.json (which has a model_type) nor a "
-                f"configuration of this project; unknown fields are "
-                f"{shown(sorted(fields.keys() - known))}, known ones {', '.join(sorted(known))}"
-            )
-        says_eps = bool(fields.keys() & {"norm_eps", "projection_norm_eps"})
-        return Stated(_partial(fields), origin, _unsaid(fields), says_eps)
-    except ConfigError as error:
-        raise ConfigError(f"{origin}: {str(error)[:2000]}") from error
-    except CheckpointError as error:
-        raise CheckpointError(f"{origin}: {error}") from error
+        if files and fields.keys() & _HUGGING_FACE:
+            kind = fields.get("model_type", files.model_type)
+            if kind != files.model_type:
+                raise CheckpointError(
+                    f"it is of another model: model_type is {shown(kind)}, not {files.model_type!r}"
+                )
+            values = files.hugging_face(fields)
+            labels, count, task = _outputs(fields)
+            other = f"{shown(task)} in {origin}" if task else ""
+        else:
+            if not fields or not fields.keys() <= known.keys():
+                raise CheckpointError(
+                    f"it is neither Hugging Face's config.json (which has a model_type) nor a "
+                    f"configuration of this project; unknown fields are "
+                    f"{shown(sorted(fields.keys() - known.keys()))}, known ones "
+                    f"{', '.join(sorted(known))}"
+                )
+            values, labels, count, other = fields, (), None, ""
+        config = files.partial(values) if files else row.config_type(**values)
+    except (ConfigError, CheckpointError, TypeError) as error:  # a TypeError: a field is missing
+        kind = ConfigError if isinstance(error, ConfigError) else CheckpointError
+        raise kind(f"{origin}: {str(error)[:2000]}") from error
+    says_eps = any(name.endswith("norm_eps") for name in values)
+    left_open = tuple(name for name in known if name not in values)
+    return Stated(config, origin, left_open, says_eps, labels, count, other)
 
 
-def describes_pvt(fields: Mapping[str, Any]) -> bool:
-    """Whether a config.json is about a PVT or claims to be about a model, rather than a training.
-
-    Args:
-        fields: what it holds.
-    """
-    structure = {"model_type", "embed_dims", "hidden_sizes", "depths", "num_heads"}
-    structure |= {"num_attention_heads", "sr_ratios", "sequence_reduction_ratios", "patch_sizes"}
-    return bool(fields) and (fields.keys() <= set(_FIELDS) or bool(fields.keys() & structure))
+def describes_model(fields: Mapping[str, Any], row: Architecture) -> bool:
+    """Whether a config.json is about a model of row's network or claims to be about any model."""
+    telling = {"model_type"} | (row.files.telling if row.files else set())
+    return bool(fields) and (fields.keys() <= _fields(row).keys() or not telling.isdisjoint(fields))
 
 
-def _unsaid(values: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(name for name in _FIELDS if name not in values)
-
-
-def _partial(values: dict[str, Any]) -> PVTConfig:
-    """A configuration with some fields, and in the others what fits any of these."""
-    ones = (1,) * NUM_STAGES
-    filled: dict[str, Any] = {
-        "num_heads": ones,
-        "embed_dims": values.get("num_heads", ones),
-        "mlp_ratios": ones,
-        "patch_sizes": ones,
-        "sr_ratios": ones,
-        "num_classes": 0,
-        **values,
-    }
-    if "img_size" not in values:
-        sizes = [filled["patch_sizes"], filled["sr_ratios"]]
-        factors = [n for size in sizes if isinstance(size, list) for n in size[:NUM_STAGES]]
-        multiple = math.prod(n for n in factors if is_whole(n) and 0 < n < TOO_LARGE)
-        filled["img_size"] = multiple if multiple < TOO_LARGE else _DEFAULT.img_size
-    return PVTConfig(**filled)
-
-
-def _hugging_face(fields: Mapping[str, Any], origin: str) -> Stated:
-    kind = fields.get("model_type", "pvt")
-    if kind != "pvt":
-        raise CheckpointError(f"it is of another model: model_type is {shown(kind)}, not 'pvt'")
-    if fields.get("num_encoder_blocks", NUM_STAGES) != NUM_STAGES:
-        raise CheckpointError(
-            f"num_encoder_blocks is {shown(fields['num_encoder_blocks'])}; a PVT here has four"
-        )
-    if fields.get("hidden_act", "gelu") != "gelu":
-        raise CheckpointError(
-            f"hidden_act is {shown(fields['hidden_act'])}; this project computes 'gelu' only"
-        )
-    patches = fields.get("patch_sizes", list(_DEFAULT.patch_sizes))
-    if fields.get("strides", patches) != patches:  # its kernels have the strides' size
-        raise CheckpointError(
-            f"patch_sizes {shown(patches)} and strides {shown(fields['strides'])} differ: its "
-            f"patches overlap, and those of this project do not"
-        )
-    values = {ours: fields[theirs] for theirs, ours in _SAME.items() if theirs in fields}
-    if "image_size" in fields:
-        side = fields["image_size"]
-        if isinstance(side, list):
-            if len(side) != 2 or side[0] != side[1]:
-                raise CheckpointError(f"image_size is {shown(side)}; tables here are square")
-            side = side[0]
-        values["img_size"] = side
-    says_eps = "layer_norm_eps" in fields
-    if says_eps:
-        values |= dict.fromkeys(("norm_eps", "projection_norm_eps"), fields["layer_norm_eps"])
-    config = _partial(values)
-    left_open = _unsaid({**values, "qk_scale": None})  # its code has no such thing
+def _outputs(fields: Mapping[str, Any]) -> tuple[tuple[str, ...], int | None, str]:
+    """Class names, how many outputs, and what they mean if that is not one class per picture."""
     labels = _labels(fields.get("id2label"))
     count = fields.get("num_labels") if labels is None else len(labels)
     if count is not None and not is_whole(count):
         raise CheckpointError(f"num_labels is {shown(count)}; it must be a whole number")
-    named = labels is not None and not all(re.fullmatch(r"LABEL_\d+", name) for name in labels)
-    classes = tuple(labels) if labels and named else ()  # others are placeholders
+    if all(re.fullmatch(r"LABEL_\d+", name) for name in labels or ()):
+        labels = None  # placeholders
     task = fields.get("problem_type") or "single_label_classification"
-    other = "" if task == "single_label_classification" else f"{shown(task)} in {origin}"
-    return Stated(config, origin, left_open, says_eps, classes, count, other)
+    return tuple(labels or ()), count, "" if task == "single_label_classification" else task
 
 
 def _labels(id2label: Any) -> list[str] | None:
@@ -240,43 +163,23 @@ def _labels(id2label: Any) -> list[str] | None:
 
 
 def read_json(path: Path, origin: str) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Args:
-        path: the file.
-        origin: its name in messages.
-
-    Returns:
-        Its values by name.
-
-    Raises:
-        CheckpointError: if it cannot be read, is too long, or is no JSON object.
-    """
+    """The object in a JSON file, called origin in messages. Raises: CheckpointError."""
     try:
         if not path.is_file():  # reading a pipe could wait for ever
             raise CheckpointError(f"{origin}: not a regular file")
         with path.open("rb") as file:
             data = file.read(MAX_JSON + 1)
     except OSError as error:
-        raise CheckpointError(
-            f"{origin}: cannot be read ({type(error).__name__}: {error.strerror or error})"
-        ) from error
+        what = f"{type(error).__name__}: {error.strerror or error}"
+        raise CheckpointError(f"{origin}: cannot be read ({what})") from error
     values = parse_json(data, origin, MAX_JSON)
     if not isinstance(values, dict):
         raise CheckpointError(f"{origin}: it holds a {type(values).__name__}, not an object")
     return values
 
 
-def read_preprocessing(path: Path, config: PVTConfig) -> tuple[Preprocessing | None, str]:
-    """Mean and std of a preprocessor_config.json, as far as they can be had here.
-
-    Args:
-        path: the file.
-        config: of the model, for channels and size.
-
-    Returns:
-        The preprocessing, or None, and a sentence on it for ``source``.
-    """
+def read_preprocessing(path: Path, config: Any) -> tuple[Preprocessing | None, str]:
+    """Mean and std of a preprocessor_config.json as far as they can be had here, and a sentence."""
     try:
         fields = read_json(path, PREPROCESSOR_FILE)
         preprocessing = _preprocessing(fields, config.in_chans)
@@ -319,7 +222,3 @@ def _preprocessing(fields: Mapping[str, Any], channels: int) -> Preprocessing:
     if math.isclose(scale, 1, rel_tol=1e-6):
         scale = 1
     return Preprocessing(mode, tuple(m / scale for m in mean), tuple(s / scale for s in std))
-
-
-def _eps(config: PVTConfig) -> tuple[float, float]:
-    return config.norm_eps, config.projection_norm_eps

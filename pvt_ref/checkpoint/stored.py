@@ -1,58 +1,36 @@
 """Tensors that lie in a file of PyTorch's: where, in which dtype, and how they become arrays."""
 
+import contextlib
 import math
 import struct
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from pvt_ref.errors import CheckpointError, shown
 
 #: Classes of typed storages, and the dtype of their numbers.
 STORAGE_DTYPES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "ComplexDoubleStorage": "complex128",
-    "ComplexFloatStorage": "complex64",
-    "UntypedStorage": "uint8",  # bytes; the tensor brings the dtype
-    "QInt8Storage": "qint8",
-    "QUInt8Storage": "quint8",
-    "QInt32Storage": "qint32",
-    "QUInt4x2Storage": "quint4x2",
-    "QUInt2x4Storage": "quint2x4",
+    **{"DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16"},
+    **{"BFloat16Storage": "bfloat16", "LongStorage": "int64", "IntStorage": "int32"},
+    **{"ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8"},
+    **{"BoolStorage": "bool", "UntypedStorage": "uint8"},  # bytes; the tensor brings the dtype
+    **{"ComplexDoubleStorage": "complex128", "ComplexFloatStorage": "complex64"},
+    **{f"{x}Storage": x.lower() for x in ("QInt8", "QUInt8", "QInt32", "QUInt4x2", "QUInt2x4")},
 }
-
-_QUANTIZED = {"qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1}  # bytes
-_NARROW_FLOATS = {  # those that NumPy does not have; read as float32, which holds each exactly
-    "bfloat16": ml_dtypes.bfloat16,
-    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
-    "float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
-    "float8_e5m2": ml_dtypes.float8_e5m2,
-    "float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
-    "float8_e8m0fnu": ml_dtypes.float8_e8m0fnu,
-}
-_NUMPY_DTYPES = {"uint16", "uint32", "uint64", *STORAGE_DTYPES.values()} - {
-    *_QUANTIZED,
-    *_NARROW_FLOATS,
-}
-
+_FLOATS_8 = ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")
+#: Bytes of the dtypes that NumPy does not have. Narrow floats become float32, which holds each.
+_NARROW_FLOATS = {"bfloat16": 2, **{f"float8_{name}": 1 for name in _FLOATS_8}}
+_QUANTIZED = {"qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1}
+_FOREIGN_SIZES = {**_NARROW_FLOATS, **_QUANTIZED}
+_NUMPY_DTYPES = {"uint16", "uint32", "uint64", *STORAGE_DTYPES.values()} - _FOREIGN_SIZES.keys()
 MAX_RANK = 8  # more than any weight has, fewer than NumPy's limit
-
 DAMAGED = (
     "The likely cause is an interrupted or faulty download or copy: fetch the file again, and "
     "compare its size and checksum with those of the publisher"
@@ -60,38 +38,22 @@ DAMAGED = (
 #: What bytes of any kind raise where a zip, a pickle or numbers are expected. Not Exception, which
 #: a signal's handler can raise.
 UNREADABLE = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
+    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, TypeError, ValueError),
     RuntimeError,  # of zipfile; NotImplementedError and RecursionError are such
-    TypeError,
-    ValueError,
     Warning,  # of pickletools, where warnings are errors
-    struct.error,
-    zipfile.BadZipFile,
-    zipfile.LargeZipFile,
-    zlib.error,
+    *(struct.error, zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error),
 )
 #: Loading that runs nothing, for advice.
 SAFE_LOAD = "state = torch.load(path, weights_only=True, map_location='cpu')"
 
 
 class Storage(NamedTuple):
-    """A reference to one block of raw numbers.
+    """A reference to one block of raw numbers."""
 
-    Attributes:
-        key: name of the block: in a zip, of the entry under ``data/``.
-        dtype: its name in NumPy, ml_dtypes or, where neither has it, PyTorch.
-        numel: how many numbers the block has.
-        view: the part that is meant, (first, count); None is the whole.
-    """
-
-    key: str
-    dtype: str
-    numel: int
-    view: tuple[int, int] | None = None
+    key: str  # in a zip, of the entry under data/
+    dtype: str  # its name in NumPy, ml_dtypes or, where neither has it, PyTorch
+    numel: int  # of the block
+    view: tuple[int, int] | None = None  # the part that is meant, (first, count); None is all
 
     @property
     def nbytes(self) -> int:
@@ -101,27 +63,16 @@ class Storage(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor:
-    """A tensor that has not been read yet.
-
-    Attributes:
-        storage: where its numbers are.
-        offset: of the first, in elements.
-        shape: its sizes.
-        strides: from one to the next along each axis, in elements.
-        dtype: its name, as in :class:`Storage`.
-        negated: whether PyTorch's negative bit is set: the values are those stored, times -1.
-        conjugated: the same for complex conjugates.
-        unread: why its values cannot be had from the stored numbers; empty if they can.
-    """
+    """A tensor that has not been read yet."""
 
     storage: Storage
-    offset: int
+    offset: int  # of the first number, in elements
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: str
-    negated: bool = False
-    conjugated: bool = False
-    unread: str = ""
+    strides: tuple[int, ...]  # in elements
+    dtype: str  # as in Storage
+    negated: bool = False  # PyTorch's negative bit: the values are those stored, times -1
+    conjugated: bool = False  # the same for complex conjugates
+    unread: str = ""  # why its values cannot be had from the stored numbers, if they cannot
 
     @property
     def nbytes(self) -> int:
@@ -130,32 +81,17 @@ class StoredTensor:
 
 
 def itemsize(dtype: str) -> int:
-    """Bytes of one number; 1 where it is not known.
-
-    Args:
-        dtype: a name, as in :class:`Storage`.
-    """
-    if dtype in _NARROW_FLOATS:
-        return np.dtype(_NARROW_FLOATS[dtype]).itemsize
-    return np.dtype(dtype).itemsize if dtype in _NUMPY_DTYPES else _QUANTIZED.get(dtype, 1)
+    """Bytes of one number; 1 where it is not known."""
+    known = dtype in _NUMPY_DTYPES
+    return np.dtype(dtype).itemsize if known else _FOREIGN_SIZES.get(dtype, 1)
 
 
 class StoredFile(ABC):
-    """An open file of PyTorch's, in either format.
+    """An open file of PyTorch's, in either format."""
 
-    Attributes:
-        tree: what was saved: dicts, lists, tuples, numbers, texts, with :class:`StoredTensor` for
-            every tensor and :class:`~pvt_ref.checkpoint.pickles.Record` for every other object.
-            Keys of dicts are texts (a number's is its repr).
-        foreign: sorted names of the classes and functions that are not part of PyTorch's tensors,
-            for which records stand in the tree; at most 100, each of at most 200 characters.
-        checksummed: whether checksums covered what was read; without them, a changed bit in the
-            numbers goes unnoticed.
-    """
-
-    tree: Any
-    foreign: tuple[str, ...]
-    checksummed: bool
+    tree: Any  # of dicts, lists, tuples, numbers, texts, StoredTensors, and Records for all else
+    foreign: tuple[str, ...]  # names for which Records stand in the tree, sorted; the first 100
+    checksummed: bool  # or a changed bit in the numbers goes unnoticed
     _size: int
     _order: Literal["<", ">"]
 
@@ -164,14 +100,7 @@ class StoredFile(ABC):
         """The whole block, of ``storage.nbytes`` bytes, or CheckpointError."""
 
     def read(self, tensors: Mapping[str, StoredTensor]) -> dict[str, np.ndarray]:
-        """The named tensors as contiguous arrays of their own.
-
-        Args:
-            tensors: some of those in ``tree``, by name.
-
-        Returns:
-            Arrays of the tensors' shapes, by the same names, of their dtypes; bfloat16 and the
-            8-bit floats as float32.
+        """The named tensors as arrays of their own; bfloat16 and the 8-bit floats as float32.
 
         Raises:
             CheckpointError: if a storage is missing or damaged, a tensor reaches outside its
@@ -191,7 +120,8 @@ class StoredFile(ABC):
             by_block[x.storage.key].append(name)
         arrays = {}
         for names in by_block.values():
-            raw = self._read_named(names[0], tensors[names[0]].storage)
+            with refuse_damage(f"the storage of {shown(names[0])} is damaged"):
+                raw = self._read_block(tensors[names[0]].storage)
             for name in names:
                 storage = tensors[name].storage
                 if len(raw) != storage.nbytes:
@@ -201,16 +131,6 @@ class StoredFile(ABC):
                     )
                 arrays[name] = _cut(raw, tensors[name], self._order)
         return {name: arrays[name] for name in tensors}
-
-    def _read_named(self, name: str, storage: Storage) -> bytes:
-        try:
-            return self._read_block(storage)
-        except CheckpointError:
-            raise
-        except UNREADABLE as error:
-            raise CheckpointError(
-                f"the storage of {shown(name)} is damaged ({describe(error)}). {DAMAGED}"
-            ) from error
 
 
 _COPIES = (
@@ -247,25 +167,21 @@ def _check_bounds(name: str, x: StoredTensor) -> None:
                 f"its {x.storage.numel} numbers. {DAMAGED}"
             )
     last = x.offset + sum((n - 1) * s for n, s in zip(x.shape, x.strides, strict=True))
+    what = f"tensor {shown(name)} of shape {x.shape} is"
     if not numel:
-        raise CheckpointError(
-            f"tensor {shown(name)} of shape {x.shape} is empty; no weight is. {DAMAGED}"
-        )
+        raise CheckpointError(f"{what} empty; no weight is. {DAMAGED}")
     if last >= stored:
         raise CheckpointError(
             f"tensor {shown(name)} (shape {x.shape}, strides {x.strides}, offset {x.offset}) "
             f"reaches outside its storage of {stored} numbers. {DAMAGED}"
         )
     if numel > stored:
-        raise CheckpointError(
-            f"tensor {shown(name)} of shape {x.shape} is an expanded view of {stored} numbers. "
-            f"{_COPIES}"
-        )
+        raise CheckpointError(f"{what} an expanded view of {stored} numbers. {_COPIES}")
 
 
 def _cut(raw: bytes, x: StoredTensor, order: Literal["<", ">"]) -> np.ndarray:
     """One tensor out of the bytes of its storage."""
-    narrow = _NARROW_FLOATS.get(x.dtype)
+    narrow = x.dtype in _NARROW_FLOATS
     size = itemsize(x.dtype)
     stored = np.dtype(f"u{size}" if narrow else x.dtype).newbyteorder(order)
     first = x.storage.view[0] * itemsize(x.storage.dtype) if x.storage.view else 0
@@ -278,7 +194,9 @@ def _cut(raw: bytes, x: StoredTensor, order: Literal["<", ">"]) -> np.ndarray:
     )
     array = np.array(view, dtype=stored.newbyteorder("="), order="C")
     if narrow:
-        array = array.view(narrow).astype(np.float32)
+        import ml_dtypes
+
+        array = array.view(getattr(ml_dtypes, x.dtype)).astype(np.float32)
     if x.conjugated:
         np.conjugate(array, out=array)
     if x.negated:
@@ -286,14 +204,18 @@ def _cut(raw: bytes, x: StoredTensor, order: Literal["<", ">"]) -> np.ndarray:
     return array
 
 
+@contextlib.contextmanager
+def refuse_damage(what: str) -> Iterator[None]:
+    """For code that reads damaged bytes, which raise anything. Raises: CheckpointError instead."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except UNREADABLE as error:
+        raise CheckpointError(f"{what} ({describe(error)}). {DAMAGED}") from error
+
+
 def describe(error: Exception) -> str:
-    """An error that something else raised, for a message.
-
-    Args:
-        error: the exception.
-
-    Returns:
-        Its type and what it says, on one line, cut.
-    """
+    """An error that something else raised, for a message: its type and what it says, cut."""
     text = " ".join(str(error)[:200].split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

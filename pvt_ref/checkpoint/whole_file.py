@@ -15,12 +15,7 @@ def write_whole(path: Path, data: bytes) -> None:
     """Writes beside the place under another name, flushes to the disk, and renames.
 
     An older file of that name stays whole until then, and the new one gets its permissions. A link
-    stays a link: what it points to is written. Killed in between, a hidden ``.tmp`` file is all
-    that is left.
-
-    Args:
-        path: the file; its directory exists.
-        data: all that it shall hold.
+    stays a link: what it points to is written. Killed in between, a hidden ``.tmp`` file is left.
 
     Raises:
         OSError: if it cannot be written; nothing is left behind. Also if what is there is read-only

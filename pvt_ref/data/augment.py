@@ -1,18 +1,23 @@
 """Random changes of a batch that do not change what it shows: crop, flip, cutout; and mixup.
 
 Every function takes and returns a batch (B, C, H, W) of NumPy or CuPy arrays. The random numbers
-come from a NumPy generator on the host, so a seed means the same on every device.
+come from a NumPy generator on the host, so a seed means the same on every device; a training gives
+every sample a generator of its own (:class:`~pvt_ref.draws.SampleDraws`), so that what happens to a
+sample does not depend on its batch.
 """
 
 import numpy as np
 
 from pvt_ref.arrays import Array, array_module, from_host
-from pvt_ref.checks import check_rng
+from pvt_ref.checks import check_number, check_rng
+from pvt_ref.draws import SampleDraws
 from pvt_ref.errors import ArrayTypeError, ShapeError
-from pvt_ref.train.checks import check_number
+
+#: What the changes of a batch are drawn from.
+Source = np.random.Generator | SampleDraws
 
 
-def random_crop(images: Array, padding: int, rng: np.random.Generator) -> Array:
+def random_crop(images: Array, padding: int, rng: Source) -> Array:
     """Each image moved by up to padding pixels in both directions; what comes in is 0.
 
     That is: a border of zeros around it, and an H x W piece cut out anywhere.
@@ -47,7 +52,7 @@ def random_crop(images: Array, padding: int, rng: np.random.Generator) -> Array:
     return padded[b, c, i, j]  # (B, C, H, W)
 
 
-def random_flip(images: Array, rng: np.random.Generator) -> Array:
+def random_flip(images: Array, rng: Source) -> Array:
     """Each image mirrored, left to right, with probability one half.
 
     Args:
@@ -67,7 +72,7 @@ def random_flip(images: Array, rng: np.random.Generator) -> Array:
     return xp.where(turned, xp.flip(images, axis=-1), images)
 
 
-def cutout(images: Array, side: int, rng: np.random.Generator) -> Array:
+def cutout(images: Array, side: int, rng: Source) -> Array:
     """A square of each image set to 0, its centre anywhere (DeVries and Taylor, arXiv 1708.04552).
 
     At the border, part of the square lies outside.
@@ -124,6 +129,7 @@ def mixup(
         ArrayTypeError: if images are not an array, or rng is not a NumPy generator.
     """
     alpha = check_number("alpha", alpha, least=0)
+    check_rng(rng)  # one for all: pairs are of the batch
     B = _shape(images, rng)[0]
     shape = tuple(getattr(targets, "shape", ()))
     if not shape or shape[0] != B:
@@ -169,12 +175,15 @@ def one_hot(labels: np.ndarray, classes: int, like: Array) -> Array:
     return array_module(like).astype(from_host(host, like=like), like.dtype)
 
 
-def _shape(images: Array, rng: np.random.Generator) -> tuple[int, int, int, int]:
+def _shape(images: Array, rng: Source) -> tuple[int, int, int, int]:
     """B, C, H, W, if these are images and that is a source of random numbers."""
-    check_rng(rng)
+    if not isinstance(rng, SampleDraws):
+        check_rng(rng)
     array_module(images)  # refuses what is not an array
     shape = tuple(images.shape)
     if len(shape) != 4:
         raise ShapeError(f"images have shape {shape}; they must be (B, C, H, W)")
     B, C, H, W = shape
+    if isinstance(rng, SampleDraws) and len(rng) != B:
+        raise ShapeError(f"there are {B} images and the generators of {len(rng)} samples")
     return B, C, H, W

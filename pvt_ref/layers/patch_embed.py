@@ -20,11 +20,11 @@ class PatchEmbedParams:
 
     Attributes:
         proj: weight (C_out, C_in, P, P) and bias (C_out,).
-        norm: weight and bias, (C_out,) each.
+        norm: weight and bias, (C_out,) each; None if there is none.
     """
 
     proj: LinearParams
-    norm: LayerNormParams
+    norm: LayerNormParams | None
 
 
 @record
@@ -33,7 +33,7 @@ class PatchEmbedCache:
 
     Attributes:
         linear: of the projection, whose input is the patches (B, n, P*P*C_in).
-        norm: of the layer norm over (B, n, C_out).
+        norm: of the layer norm over (B, n, C_out); None if there is none.
         grid: (H/P, W/P), where the patches go back to.
     """
 
@@ -119,7 +119,7 @@ def patch_embed_forward(
     """Tokens of the P x P patches of a map: LN(patches W^T + b) (paper section 3.2).
 
     Args:
-        p: proj.weight (C_out, C_in, P, P), proj.bias (C_out,), and the norm.
+        p: proj.weight (C_out, C_in, P, P), proj.bias (C_out,), and the norm, which may be absent.
         x: (B, H, W, C_in), H and W multiples of P, of the weights' dtype. (Channels last: an image
             is permuted first.)
         ops: the table of operations.
@@ -135,7 +135,9 @@ def patch_embed_forward(
     patches = patchify(x, P)  # (B, n, P*P*C_in)
     y, linear_cache = ops[linear].forward(matrix, patches, ops, keep=keep)  # (B, n, C_out)
     del patches  # not needed while the norm runs
-    y, norm_cache = ops[layer_norm].forward(p.norm, y, ops, eps, keep=keep)  # (B, n, C_out)
+    norm_cache = None
+    if p.norm is not None:
+        y, norm_cache = ops[layer_norm].forward(p.norm, y, ops, eps, keep=keep)  # (B, n, C_out)
     return y, PatchEmbedCache(linear_cache, norm_cache, grid) if keep else None
 
 
@@ -160,7 +162,9 @@ def patch_embed_backward(
     kernel_shape = p.proj.weight.shape
     matrix = LinearParams(kernel_to_matrix(p.proj.weight), p.proj.bias)
     # y = LN(y)
-    dy, dnorm = ops[layer_norm].backward(p.norm, cache.norm, dy, ops)  # (B, n, C_out)
+    dnorm = None
+    if p.norm is not None:
+        dy, dnorm = ops[layer_norm].backward(p.norm, cache.norm, dy, ops)  # (B, n, C_out)
     # y = patches W^T + b
     dpatches, dmatrix = ops[linear].backward(matrix, cache.linear, dy, ops)  # (B, n, P*P*C_in)
     dproj = LinearParams(matrix_to_kernel(dmatrix.weight, kernel_shape), dmatrix.bias)

@@ -68,7 +68,7 @@ def resize_positions(rows: Array, table_grid: tuple[int, int], grid: tuple[int, 
     """
     if grid == table_grid:
         return rows
-    return _resize(rows, table_grid, grid, *_matrices(table_grid, grid))
+    return _resize(rows, table_grid, grid, *_matrices(rows, table_grid, grid))
 
 
 def resize_positions_backward(
@@ -86,14 +86,17 @@ def resize_positions_backward(
     """
     if grid == table_grid:
         return drows
-    A_h, A_w = _matrices(table_grid, grid)
+    A_h, A_w = _matrices(drows, table_grid, grid)
     return _resize(drows, grid, table_grid, A_h.T, A_w.T)
 
 
-def _matrices(table_grid: tuple[int, int], grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def _matrices(
+    like: Array, table_grid: tuple[int, int], grid: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
     """A_h and A_w, from table_grid (h, w) to grid (H, W)."""
-    A_h = resize_matrix(grid[0], table_grid[0])  # (H, h)
-    A_w = resize_matrix(grid[1], table_grid[1])  # (W, w)
+    make = getattr(array_module(like), "resize_matrix", resize_matrix)  # shapes need no numbers
+    A_h = make(grid[0], table_grid[0])  # (H, h)
+    A_w = make(grid[1], table_grid[1])  # (W, w)
     return A_h, A_w
 
 

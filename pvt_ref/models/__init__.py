@@ -2,5 +2,7 @@
 
 from pvt_ref.models.architecture import register
 from pvt_ref.models.pvt import PVT
+from pvt_ref.models.vit import VIT
 
 register(PVT)
+register(VIT)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkab
 
 from pvt_ref.arrays import Array
 from pvt_ref.errors import ArrayTypeError, shown
+from pvt_ref.models.layouts import Files
 from pvt_ref.ops import Operation, Ops
 
 
@@ -123,8 +124,8 @@ class Architecture:
         head: key prefix of the last layer of the classifier.
         variants: published configurations by name.
         aliases: other names of them.
-        files: how files of other projects are read: see :mod:`pvt_ref.checkpoint`; None if only
-            this project's own are.
+        files: how files of other projects are read; None if only this project's own are, and state
+            dicts by our keys.
     """
 
     name: str
@@ -144,7 +145,7 @@ class Architecture:
     head: str = "head"
     variants: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
-    files: Any = None
+    files: Files | None = None
 
 
 _rows: dict[type, Architecture] = {}

@@ -1,6 +1,7 @@
 """Where every query looks: attention weights of a watched forward pass."""
 
 from collections.abc import Sequence
+from types import EllipsisType
 from typing import Any
 
 from pvt_ref.api import choose_ops, forward, forward_pyramid
@@ -15,26 +16,26 @@ def attention_maps(
     params: Any,
     images: Array,
     config: Any,
-    stages: Sequence[int] = (1, 2, 3, 4),
+    stages: Sequence[int] | EllipsisType = ...,
     *,
     ops: Ops | None = None,
 ) -> dict[tuple[int, int], Array]:
     """Where every query looks, in every block of the stages named: A of paper eq. 4.
 
-    Stage 4 of a classifier includes the cls token, as query and key 0; a backbone has none.
+    The last stage of a classifier includes the cls token, as query and key 0; a backbone has none.
 
     Args:
         params: the weights, NumPy or CuPy, float32 or float64; they may lack a classifier.
         images: (B, in_chans, H, W) normalised floats, as for :func:`pvt_ref.forward`.
         config: the configuration of the weights.
-        stages: numbers of stages, from 1.
+        stages: numbers of stages, from 1; by default, all of the network.
         ops: a table of operations; None takes the default.
 
     Returns:
         By (stage, block), the attention weights (B, N_i, n_i, m_i) of every head, query and key, of
         params' dtype, rows summing to 1. Stages count from 1, blocks from 0, as in the keys of the
         weights. Keys are the m_i tokens after spatial reduction, in raster order. With a cls token,
-        stage 4 has 1 + n_4 queries and keys.
+        the last stage has one query and one key more.
 
     Raises:
         RangeError: if a stage is not a number of one, or PVT_REF_OPS names no table, as for
@@ -43,7 +44,8 @@ def attention_maps(
         ShapeError: as :func:`pvt_ref.forward`.
     """
     row = architecture_of(config)
-    wanted = check_stages(stages)
+    count = len(config.channels)
+    wanted = set(range(1, count + 1)) if stages is ... else check_stages(stages, count)
     table = choose_ops(ops, images, row)
     maps: dict[tuple[int, int], Array] = {}
 

@@ -1,26 +1,38 @@
 """What a model costs: parameters, multiply-accumulates (MACs) and memory, item by item.
 
+Nothing is known of networks here: a network runs once on arrays without numbers
+(:mod:`pvt_ref.report.shapes`), and its operations are watched.
+
 MACs, by the rule that reproduces the paper's GFLOPs: every linear and convolution weight counts
 once per token it is applied to, the cls token included; the two products of attention count
-2 n m C per block, patch tokens only; norms, softmax, GELU and biases are free.
+2 n m C per block, patch tokens only; norms, softmax, GELU, biases and resizing are free.
 
 Memory is what inference with the reference operations holds at its fullest: the image, and every
-array alive at the same moment, weights not counted. The formulas follow layers/ line by line, and
-a test holds them against what Python really allocates.
-
-A columnar ViT (Dosovitskiy et al. 2021) is counted by the same code, since it is one stage with
-R = 1: that is the comparison the paper makes.
+array alive at the same moment, weights not counted. A test holds it against what Python really
+allocates.
 """
 
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from pvt_ref.arrays import FLOAT_DTYPES
-from pvt_ref.checks import TOO_LARGE, as_size, is_whole
-from pvt_ref.errors import ArrayTypeError, ConfigError, RangeError, ShapeError, shown
-from pvt_ref.models.pvt.config import NUM_STAGES, PVTConfig
+from pvt_ref.api import choose_ops, default_ops
+from pvt_ref.arrays import FLOAT_DTYPES, Array, is_array
+from pvt_ref.blocks.transformer import BlockSettings
+from pvt_ref.checks import as_size, is_whole
+from pvt_ref.errors import ConfigError, RangeError, shown
+from pvt_ref.layers.attention import attention
+from pvt_ref.layers.linear import linear
+from pvt_ref.layers.position import position
+from pvt_ref.models.architecture import Architecture, Place, architecture_of, param_shapes
+from pvt_ref.ops import REFERENCE, Call, Operation, Ops
+from pvt_ref.report.items import Items
+from pvt_ref.report.shapes import ShapeArray, Shapes
+from pvt_ref.tree import branches, map_arrays, to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +40,14 @@ class CostItem:
     """One operation of one stage, all its repetitions together.
 
     Attributes:
-        stage: 1 to 4; 0 is the classifier.
+        stage: from 1; 0 is the classifier.
         operation: named like the weights: ``"patch_embed"``, ``"attn.q"``, ``"mlp.fc1"`` and so on.
         repeats: blocks it occurs in.
         parameters: numbers in its weights, over all repeats.
         macs: multiply-accumulates, over all repeats and the whole batch.
         peak_bytes: bytes of the arrays alive while it runs, image included, weights not.
+        cache_bytes: bytes that a backward needs of it, over all repeats, weights not included. What
+            several operations need counts for the first. Without dropout, which adds its masks.
     """
 
     stage: int
@@ -42,6 +56,7 @@ class CostItem:
     parameters: int
     macs: int
     peak_bytes: int
+    cache_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +64,18 @@ class StageShape:
     """What one stage works on.
 
     Attributes:
-        stage: 1 to 4.
+        stage: from 1.
         grid: (H_i, W_i).
         channels: C_i.
         tokens: n_i, patch tokens; the cls token is not among them.
-        keys: m_i = n_i / R_i^2.
+        keys: m_i, patch tokens that attention looks at, n_i / R_i^2; 0 without attention.
     """
 
     stage: int
-    grid: tuple[int, int]  # (H_i, W_i)
-    channels: int  # C_i
-    tokens: int  # n_i, patch tokens
-    keys: int  # m_i
+    grid: tuple[int, int]
+    channels: int
+    tokens: int
+    keys: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +119,16 @@ class Cost:
         """Largest sum of arrays alive at once in inference, image included, weights not."""
         return max(item.peak_bytes for item in self.items)
 
+    @property
+    def cache_bytes(self) -> int:
+        """What a forward keeps for its backward, weights and result not included."""
+        return sum(item.cache_bytes for item in self.items)
+
     def of_stage(self, stage: int) -> "Cost":
         """The part of one stage.
 
         Args:
-            stage: 1 to 4; 0 is the classifier.
+            stage: from 1; 0 is the classifier.
 
         Returns:
             A bill with the items of that stage only.
@@ -121,95 +141,29 @@ class Cost:
             raise RangeError(
                 f"stage is {shown(stage)}; this bill has {known} (0 is the classifier)"
             )
-        return Cost(
-            self.size,
-            self.batch,
-            self.dtype,
-            tuple(s for s in self.stages if s.stage == stage),
-            tuple(item for item in self.items if item.stage == stage),
+        return replace(
+            self,
+            stages=tuple(s for s in self.stages if s.stage == stage),
+            items=tuple(item for item in self.items if item.stage == stage),
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ViTConfig:
-    """A columnar ViT: one stage, plain attention, a cls token.
-
-    Dosovitskiy et al. 2021, arXiv 2010.11929; DeiT is the same network.
-
-    Attributes:
-        patch_size: P, in pixels.
-        embed_dim: C.
-        depth: blocks.
-        num_heads: N; must divide C.
-        mlp_ratio: E.
-        img_size: side in pixels of the square image that the position table is made for.
-        in_chans: channels of the image.
-        num_classes: outputs of the classifier.
-
-    Raises:
-        ConfigError: if a field is no positive whole number, the patch does not divide img_size, or
-            the heads do not divide the width.
-    """
-
-    patch_size: int
-    embed_dim: int = 384
-    depth: int = 12
-    num_heads: int = 6
-    mlp_ratio: int = 4
-    img_size: int = 224
-    in_chans: int = 3
-    num_classes: int = 1000
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not is_whole(value) or not 1 <= value < TOO_LARGE:
-                raise ConfigError(
-                    f"{field.name} is {shown(value)}; it must be a positive whole number below "
-                    f"2**31"
-                )
-        if self.img_size % self.patch_size:
-            raise ConfigError(
-                f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}"
-            )
-        if self.embed_dim % self.num_heads:
-            raise ConfigError(
-                f"num_heads {self.num_heads} does not divide embed_dim {self.embed_dim}"
-            )
-
-
-_VIT_SMALL = {"embed_dim": 768, "depth": 8, "num_heads": 8, "mlp_ratio": 3}
-
-#: Columnar models to compare with: DeiT-Small (deit_s_16 is in the paper's Table 2), the same on
-#: other patches, and the paper's ViT-Small (vit_s_16 in Table 2, the other two in Table 8).
-VITS: dict[str, ViTConfig] = {
-    "deit_s_32": ViTConfig(patch_size=32),
-    "deit_s_16": ViTConfig(patch_size=16),
-    "deit_s_4": ViTConfig(patch_size=4),
-    "vit_s_32": ViTConfig(patch_size=32, **_VIT_SMALL),
-    "vit_s_16": ViTConfig(patch_size=16, **_VIT_SMALL),
-    "vit_s_4": ViTConfig(patch_size=4, **_VIT_SMALL),
-}
-
-
 def count_cost(
-    config: PVTConfig | ViTConfig,
+    config: Any,
     size: int | tuple[int, int] | None = None,
     batch: int = 1,
     dtype: str = "float32",
     pyramid: bool = False,
 ) -> Cost:
-    """Parameters, MACs and peak activation bytes of a forward pass.
-
-    MACs are counted by the rule in the head of this file, which reproduces the paper's Table 2.
+    """Parameters, MACs, and bytes of the reference operations in a forward pass.
 
     Args:
-        config: a PVT or a ViT.
+        config: of any network: a PVTConfig, a ViTConfig.
         size: (H, W) of the image, or a side, in pixels; None takes config.img_size.
         batch: B.
         dtype: ``"float32"`` or ``"float64"``.
         pyramid: count the dense pyramid instead of the classifier: no cls token, final norm or
-            head, and all four maps stay alive.
+            head, and all maps stay alive.
 
     Returns:
         The bill. Parameters do not depend on size; the weights that a pyramid leaves unused are
@@ -217,16 +171,80 @@ def count_cost(
 
     Raises:
         ShapeError: if size is not one or two whole numbers, or the model cannot take it.
-        ArrayTypeError: if config is neither a PVTConfig nor a ViTConfig.
+        ArrayTypeError: if config is no configuration.
         RangeError: if batch is not a positive whole number, dtype another, or pyramid neither
             True nor False.
-        ConfigError: if the pyramid of a ViT is asked for.
+        ConfigError: if the pyramid of a network without one is asked for.
     """
-    if not isinstance(config, PVTConfig | ViTConfig):
-        raise ArrayTypeError(
-            f"config is a {type(config).__name__}; it must be a PVTConfig or ViTConfig, such as "
-            f"VARIANTS['pvt_tiny'] or VITS['deit_s_16']"
-        )
+    run = _checked_run(config, size, batch, dtype, pyramid)
+    bill = _Bill(run)
+    kept: Counter[tuple[int, str]] = Counter()
+    for place, amount in _kept_bytes(run, REFERENCE).items():
+        kept[place.stage, place.part] += amount
+    items = tuple(
+        CostItem(*key, s.repeats, s.parameters, s.macs, s.peak, kept[key])
+        for key, s in bill.lines.items()
+    )
+    stages = tuple(
+        StageShape(i, grid, channels, math.prod(grid), bill.keys.get(i, 0))
+        for i, (grid, channels) in enumerate(zip(run.grids, config.channels, strict=True), start=1)
+    )
+    return Cost(run.size, run.batch, dtype, stages, items)
+
+
+def cache_bytes(
+    config: Any,
+    size: int | tuple[int, int] | None = None,
+    batch: int = 1,
+    dtype: str = "float32",
+    pyramid: bool = False,
+    *,
+    ops: Ops | None = None,
+) -> dict[Place, int]:
+    """Bytes that the backward's cache holds, by stage, block and operation.
+
+    Arguments as for :func:`count_cost`; ops None takes the default table for NumPy arrays. Of the
+    readable operations bytes are read off shapes. A twin keeps what it likes: it runs once for
+    every shape that it meets, on zeros, one block a stage. What several operations need counts for
+    the first; what holds nothing is left out.
+    """
+    run = _checked_run(config, size, batch, dtype, pyramid)
+    table = default_ops(np.empty(0, dtype)) if ops is None else choose_ops(ops, None, run.row)
+    return _kept_bytes(run, table)
+
+
+# A watched run ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A forward on shapes."""
+
+    row: Architecture
+    config: Any
+    size: tuple[int, int]
+    batch: int
+    dtype: str
+    pyramid: bool
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        return self.config.grids(*self.size)
+
+    def arrays(self, xp: Shapes) -> tuple[Any, ShapeArray]:
+        """Weights and images; of these, the images count."""
+        params = self.row.build_params(self.config, lambda leaf: xp.empty(leaf.shape, self.dtype))
+        images = xp.empty((self.batch, self.config.in_chans, *self.size), self.dtype)
+        xp.alive = xp.peak = images.nbytes
+        return params, images
+
+    def forward(self, params: Any, images: ShapeArray, ops: Ops, keep: bool) -> Any:
+        core: Any = self.row.forward_pyramid if self.pyramid else self.row.forward
+        return core(params, images, self.config, ops, None, keep, None)
+
+
+def _checked_run(config: Any, size: Any, batch: Any, dtype: Any, pyramid: Any) -> _Run:
+    row = architecture_of(config)
     if not is_whole(batch) or batch < 1:
         raise RangeError(f"batch is {shown(batch)}; it must be a whole number, 1 or more")
     if not isinstance(dtype, str) or dtype not in FLOAT_DTYPES:
@@ -234,213 +252,148 @@ def count_cost(
     if not isinstance(pyramid, bool | np.bool_):
         raise RangeError(f"pyramid is {shown(pyramid)}; it must be True or False")
     height, width = as_size(config.img_size if size is None else size)
-    scalar = np.dtype(dtype).itemsize
-    batch = int(batch)
-    if isinstance(config, ViTConfig):
-        if pyramid:
-            raise ConfigError("a columnar ViT has one scale and no pyramid; leave pyramid=False")
-        stages, items = _count_vit(config, height, width, batch, scalar)
-    else:
-        with_classifier = config.has_classifier and not pyramid
-        stages, items = _count_pvt(config, height, width, batch, scalar, with_classifier)
-    return Cost((height, width), batch, dtype, tuple(stages), tuple(items))
+    config.grids(height, width)  # refuses sizes that would lose pixels
+    pyramid = bool(pyramid) or not config.has_classifier
+    if pyramid and row.forward_pyramid is None:
+        raise ConfigError(f"a {row.title} has one scale and no pyramid; leave pyramid=False")
+    return _Run(row, config, (height, width), int(batch), dtype, pyramid)
 
 
-def _count_pvt(
-    config: PVTConfig, height: int, width: int, batch: int, scalar: int, with_classifier: bool
-) -> tuple[list[StageShape], list[CostItem]]:
-    grids = config.grids(height, width)
-    stages: list[StageShape] = []
-    items: list[CostItem] = []
-    held = batch * config.in_chans * height * width * scalar  # the image, for the whole pass
-    C_in = config.in_chans
-    before = 0  # bytes of F_{i-1}, or of all earlier maps in a pyramid
-    for i in range(NUM_STAGES):
-        stage, grid = config.stage(i), grids[i]
-        cls = with_classifier and i == NUM_STAGES - 1
-        count = _StageCount(
-            stage=i + 1,
-            C_in=C_in,
-            P=stage.patch_size,
-            C=stage.embed_dim,
-            N=stage.num_heads,
-            hidden=stage.hidden_dim,
-            depth=stage.depth,
-            R=stage.sr_ratio,
-            grid=grid,
-            table_side=config.table_sides[i],
-            cls=cls,
-            qkv_bias=config.qkv_bias,
-            patch_norm=True,
-            batch=batch,
-            scalar=scalar,
-            held=held + before,
-        )
-        stages.append(count.shape())
-        items += count.items()
-        before = count.token_bytes if with_classifier else before + count.token_bytes
-        C_in = stage.embed_dim
-    if with_classifier:
-        items += _count_head(batch, scalar, held, grids[-1], C_in, config.num_classes)
-    return stages, items
+def _arrays(tree: Any) -> Iterator[Array]:
+    """All arrays of a cache, of whatever it is made."""
+    if is_array(tree):
+        yield tree
+    for _, branch in branches(tree):
+        yield from _arrays(branch)
 
 
-def _count_vit(
-    config: ViTConfig, height: int, width: int, batch: int, scalar: int
-) -> tuple[list[StageShape], list[CostItem]]:
-    P, C = config.patch_size, config.embed_dim
-    if height < 1 or width < 1 or height % P or width % P:
-        raise ShapeError(
-            f"image size {height}x{width} must be positive multiples of the patch size {P}"
-        )
-    held = batch * config.in_chans * height * width * scalar
-    grid = (height // P, width // P)
-    count = _StageCount(
-        stage=1,
-        C_in=config.in_chans,
-        P=P,
-        C=C,
-        N=config.num_heads,
-        hidden=config.mlp_ratio * C,
-        depth=config.depth,
-        R=1,
-        grid=grid,
-        table_side=config.img_size // P,
-        cls=True,
-        qkv_bias=True,
-        patch_norm=False,
-        batch=batch,
-        scalar=scalar,
-        held=held,
+@dataclass(slots=True)
+class _Line:
+    """What is added up for one item; after is the fullest moment before the next one begins."""
+
+    repeats: int = 0
+    parameters: int = 0
+    macs: int = 0
+    peak: int = 0
+    after: int = 0
+
+
+class _Bill:
+    """A forward on shapes, its items added up, all blocks of a stage together."""
+
+    def __init__(self, run: _Run) -> None:
+        self.tokens = dict(enumerate(map(math.prod, run.grids), start=1))
+        self.lines: defaultdict[tuple[int, str], _Line] = defaultdict(_Line)
+        self.keys: dict[int, int] = {}
+        self._xp, outside = Shapes(), _Line()
+        self._last = outside
+        self._paid: set[Any] = set()  # memory of weights that were counted
+        params, images = run.arrays(self._xp)
+        items = Items(run.row, REFERENCE, self._begin, self._end, self._inner)
+        run.forward(params, images, items.watched(params), False)
+        self._last.after = max(self._last.after, self._xp.peak)
+        if run.config.has_classifier != run.pyramid:  # every weight serves
+            every = sum(map(math.prod, param_shapes(run.config).values()))
+            rest = every - sum(line.parameters for line in self.lines.values())
+            if rest:  # used outside of operations
+                self.lines[0, "other"] = _Line(1, rest, 0, images.nbytes, outside.after)
+        # between two items, as where branch and skip are added, it is seldom as full as in one
+        fullest = max(self.lines.values(), key=lambda line: line.after)
+        if fullest.after > max(line.peak for line in self.lines.values()):
+            fullest.peak = fullest.after
+
+    def _begin(self, place: Place) -> None:
+        self._last.after = max(self._last.after, self._xp.peak)
+        self._xp.peak = self._xp.alive
+
+    def _inner(self, place: Place, call: Call) -> None:
+        """MACs, where there are some."""
+        key = place.stage, place.part
+        if call.operation == linear:
+            p, x = call.args[:2]
+            self.lines[key].macs += math.prod(x.shape[:-1]) * p.weight.size
+        elif call.operation == attention:
+            q, k, _ = call.args[1]
+            B, N, n, d = q.shape
+            cls = max(n - self.tokens.get(place.stage, n), 0)  # patch tokens count only
+            self.keys[place.stage] = k.shape[2] - cls
+            self.lines[key].macs += 2 * B * N * (n - cls) * (k.shape[2] - cls) * d
+
+    def _end(self, place: Place, call: Call) -> None:
+        if call.result[0] is call.args[1]:
+            return  # a dropout that dropped nothing
+        line = self._last = self.lines[place.stage, place.part]
+        line.repeats += 1
+        line.peak = max(line.peak, self._xp.peak)
+        self._xp.peak = self._xp.alive
+        if call.operation == position:  # with a cls token, its row, and the token itself
+            table, (h, w), cls = call.args[0], call.args[4], call.args[5]
+            line.parameters += (h * w + 2 * cls) * table.shape[-1]
+            return
+        for x in _arrays(call.args[0]):
+            if x.memory not in self._paid:
+                self._paid.add(x.memory)
+                line.parameters += x.size
+
+
+def _kept_bytes(run: _Run, ops: Ops) -> dict[Place, int]:
+    xp, kept = Shapes(), Counter[Place]()
+    params, images = run.arrays(xp)
+    counted = {x.memory for x in _arrays((params, images))}
+
+    def end(place: Place, call: Call) -> None:
+        new = {x.memory for x in _arrays(call.result[1])} - counted
+        counted.update(new)
+        kept[place] += sum(memory.bytes for memory in new)
+
+    results: dict[Any, Any] = {}
+    twins = {op: _stand_in(op, twin, ops, results) for op, twin in ops.twins.items()}
+    table = Ops(parts=twins, name=ops.name)
+    run.forward(
+        params, images, Items(run.row, table, lambda place: None, end).watched(params), True
     )
-    head = _count_head(batch, scalar, held, grid, C, config.num_classes)
-    return [count.shape()], [*count.items(), *head]
+    return {place: amount for place, amount in kept.items() if amount}
 
 
-def _count_head(
-    batch: int, scalar: int, held: int, grid: tuple[int, int], C: int, classes: int
-) -> list[CostItem]:
-    rows = batch * (1 + grid[0] * grid[1])
-    tokens = rows * C * scalar
-    logits = batch * classes * scalar
-    return [
-        CostItem(0, "norm", 1, 2 * C, 0, held + 3 * tokens + rows * scalar),
-        CostItem(0, "head", 1, classes * (C + 1), batch * classes * C, held + tokens + logits),
-    ]
+def _stand_in(op: Operation, twin: Operation, ops: Ops, results: dict[Any, Any]) -> Operation:
+    """A twin for shapes: what the readable operation gives, and a cache as large as the twin's."""
 
+    def real(x: ShapeArray) -> Array:
+        zeros = np.zeros(x.shape, x.dtype)
+        return zeros if ops.accepts is None or ops.accepts(zeros) else to_device(zeros)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _StageCount:
-    """Counts one stage. Capital letters are the paper's; held is what outlives the stage."""
+    def roots(tree: Any) -> dict[int, Array]:
+        """The arrays whose memory those of a tree are views of, by identity."""
+        found = {}
+        for x in _arrays(tree):
+            while isinstance(x.base, type(x)):
+                x = x.base
+            found[id(x)] = x
+        return found
 
-    stage: int
-    C_in: int
-    P: int
-    C: int
-    N: int
-    hidden: int
-    depth: int
-    R: int
-    grid: tuple[int, int]
-    table_side: int
-    cls: bool
-    qkv_bias: bool
-    patch_norm: bool
-    batch: int
-    scalar: int
-    held: int
+    def measure(p: Any, x: Any, args: Any, kwargs: Any) -> tuple[list[int], bool, int]:
+        """Which arrays of x the cache holds, whether it holds the result, and other bytes."""
+        p, x = map_arrays(real, (p, x))
+        with ops.scope():
+            y, cache = twin.forward(p, x, ops, *args, **kwargs)
+        held, given = roots(cache), roots((p, x, y))
+        inputs = [i for i, a in enumerate(_arrays(x)) if not held.keys().isdisjoint(roots(a))]
+        other = sum(a.nbytes for key, a in held.items() if key not in given)
+        return inputs, not held.keys().isdisjoint(roots(y)), other
 
-    @property
-    def n(self) -> int:
-        return self.grid[0] * self.grid[1]
+    def forward(p: Any, x: Any, table: Ops, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        y, _ = op.forward(p, x, REFERENCE, *args, **kwargs)
+        # blocks of a stage are alike but for their number and a rate that drops nothing here
+        alike = [
+            replace(a, number=0, drop_path_rate=0.0) if isinstance(a, BlockSettings) else a
+            for a in args
+        ]
+        key = (op, *(a.shape for a in _arrays((p, x))), repr((alike, kwargs)))
+        if key not in results:
+            results[key] = measure(p, x, args, kwargs)
+        inputs, result, other = results[key]
+        xp = y.memory.shapes
+        held = [a for i, a in enumerate(_arrays(x)) if i in inputs]
+        return y, (*held, *([y] if result else []), xp.empty((other,), np.uint8))
 
-    @property
-    def m(self) -> int:
-        return self.n // self.R**2
-
-    @property
-    def token_bytes(self) -> int:
-        """One (B, n, C) array, the cls token included."""
-        return self.batch * (self.n + self.cls) * self.C * self.scalar
-
-    def shape(self) -> StageShape:
-        return StageShape(self.stage, self.grid, self.C, self.n, self.m)
-
-    def items(self) -> Iterator[CostItem]:
-        yield from self._entry()
-        yield from self._block()
-
-    def _item(self, operation: str, parameters: int, macs_per_image: int, live: int) -> CostItem:
-        repeats = self.depth if operation not in ("patch_embed", "pos_embed") else 1
-        return CostItem(
-            self.stage,
-            operation,
-            repeats,
-            repeats * parameters,
-            repeats * self.batch * macs_per_image,
-            self.held + live,
-        )
-
-    def _entry(self) -> Iterator[CostItem]:
-        C, n, scalar = self.C, self.n, self.scalar
-        kernel = self.C_in * self.P**2 * C
-        rows = self.batch * n * scalar  # one number a token
-        T = rows * C  # tokens without cls
-        blocks = rows * self.C_in * self.P**2
-        norm = 2 * C if self.patch_norm else 0
-        in_norm = 3 * T + rows if self.patch_norm else 0  # tokens, centred, squared, variance
-        live = kernel * scalar + max(blocks + T, in_norm)
-        yield self._item("patch_embed", kernel + C + norm, n * kernel, live)
-
-        table = self.table_side**2 + self.cls  # rows, the cls token's own included
-        resized = self.grid != (self.table_side, self.table_side)
-        P_rows = (n + self.cls) * C * scalar if resized or self.cls else 0
-        # resizing holds the two matrices, the table with its rows done, twice (in two orders), and
-        # the result; then the result, twice
-        matrices = sum(self.grid) * self.table_side * (np.float64().itemsize + scalar)
-        across = self.grid[0] * self.table_side * C * scalar
-        resizing = matrices + n * C * scalar + max(2 * across, n * C * scalar) if resized else 0
-        adding = 2 * self.token_bytes + P_rows  # before, after, and the table
-        concat = (T + self.token_bytes) if self.cls else 0
-        live = max(adding, self.token_bytes + resizing, concat)
-        cls_token = C if self.cls else 0  # the token itself, beside its row of the table
-        yield self._item("pos_embed", table * C + cls_token, 0, live)
-
-    def _block(self) -> Iterator[CostItem]:
-        C, R, scalar, batch = self.C, self.R, self.scalar, self.batch
-        n_all, m_all = self.n + self.cls, self.m + self.cls
-        bias = C if self.qkv_bias else 0
-        rows = batch * n_all * scalar
-        T = self.token_bytes  # one (B, n, C)
-        M = batch * m_all * C * scalar  # one (B, m, C)
-        S = batch * self.N * n_all * m_all * scalar  # scores
-        U = batch * n_all * self.hidden * scalar  # hidden units
-
-        # first half: alive are the block's input x, then norm1(x), then q beside them, T each
-        yield self._item("norm1", 2 * C, 0, 3 * T + rows)
-        yield self._item("attn.q", C * C + bias, n_all * C * C, 3 * T)
-        x_norm_q = 3 * T
-        reduced = 0
-        if R > 1:
-            kernel = R * R * C * C
-            live = x_norm_q + kernel * scalar + T + M  # the norm over M needs less
-            yield self._item("attn.sr", kernel + C + 2 * C, self.m * kernel, live)
-            reduced = M
-        kv = 2 * M
-        attending = x_norm_q + reduced + kv
-        yield self._item("attn.kv", 2 * (C * C + bias), 2 * m_all * C * C, attending)
-        live = attending + max(3 * S, S + T)  # scores, shifted, exponential; then A and A v
-        yield self._item("attn.weights", 0, 2 * self.n * self.m * C, live)
-        merged = T if self.N > 1 else 0  # one head needs no reordering
-        yield self._item("attn.proj", C * C + C, n_all * C * C, attending + 2 * T + merged)
-
-        # second half: the block's input, the sum x, and the branch
-        yield self._item("norm2", 2 * C, 0, 5 * T + rows)
-        x_sum_norm = 3 * T
-        yield self._item(
-            "mlp.fc1", C * self.hidden + self.hidden, n_all * C * self.hidden, x_sum_norm + U
-        )
-        yield self._item("mlp.gelu", 0, 0, x_sum_norm + 3 * U)  # hidden, its multiple, erf of that
-        yield self._item(
-            "mlp.fc2", self.hidden * C + C, n_all * C * self.hidden, x_sum_norm + U + T
-        )
+    return Operation(forward, twin.backward, twin.absorbs)

@@ -8,31 +8,17 @@ from pvt_ref.report.cost import Cost, CostItem
 
 
 def one_line(text: str) -> str:
-    r"""A stranger's name or label as text on one line; see :func:`~pvt_ref.errors.printable`.
-
-    Args:
-        text: a label, a file name, a title.
-
-    Returns:
-        The text, with ``\n`` for a newline and escapes for what a terminal could obey.
-    """
+    """A stranger's name or label as text on one line; see :func:`~pvt_ref.errors.printable`."""
     return printable(text).replace("\n", r"\n")
 
 
 def text_table(
     columns: Iterable[str], rows: Iterable[Iterable[str]], total: Iterable[str] | None = None
 ) -> str:
-    """An aligned table; the first column to the left, numbers to the right.
+    """An aligned table in ASCII; the first column to the left, numbers to the right.
 
-    Cells are shown as text: neither brackets nor control characters in them do anything.
-
-    Args:
-        columns: headings.
-        rows: cells, as many a row as there are columns.
-        total: a last row under a rule.
-
-    Returns:
-        Lines of ASCII rules and cells, without a newline at the end.
+    Cells are shown as text: neither brackets nor control characters in them do anything. A total
+    stands under a rule.
     """
     from rich.box import Box  # slow to import, and needed only when something is printed
     from rich.console import Console
@@ -58,14 +44,7 @@ def text_table(
 
 
 def format_cost(cost: Cost) -> str:
-    """Parameters, MACs and memory by stage and operation, with totals.
-
-    Args:
-        cost: the bill, from :func:`pvt_ref.count_cost`.
-
-    Returns:
-        Two lines on size and units, and the table: MACs in millions, memory in MiB.
-    """
+    """The bill as a table by stage and operation, with totals."""
     height, width = cost.size
 
     def row(name: str, items: list[CostItem]) -> list[str]:
@@ -74,28 +53,25 @@ def format_cost(cost: Cost) -> str:
             f"{sum(item.parameters for item in items):,}",
             f"{sum(item.macs for item in items) / 1e6:,.2f}",
             f"{max(item.peak_bytes for item in items) / 2**20:,.2f}",
+            f"{sum(item.cache_bytes for item in items) / 2**20:,.2f}",
         ]
 
     rows: list[list[str]] = []
-    shapes = {s.stage: s for s in cost.stages}
+    titles = {
+        s.stage: f"stage {s.stage}: grid {s.grid[0]}x{s.grid[1]}, {s.channels} channels, "
+        f"{s.tokens} tokens, {s.keys} keys"
+        for s in cost.stages
+    }
     for stage in sorted({item.stage for item in cost.items}, key=lambda s: (s == 0, s)):
         items = [item for item in cost.items if item.stage == stage]
-        if stage in shapes:
-            s = shapes[stage]
-            title = (
-                f"stage {stage}: grid {s.grid[0]}x{s.grid[1]}, {s.channels} channels, "
-                f"{s.tokens} tokens, {s.keys} keys"
-            )
-        else:
-            title = "classifier"
-        rows.append(row(title, items))
+        rows.append(row(titles.get(stage, "classifier"), items))
         for item in items:
             times = f" x{item.repeats}" if item.repeats > 1 else ""
             rows.append(row(f"  {item.operation}{times}", [item]))
-    total = row("total (memory: the largest)", list(cost.items))
+    total = row("total (peak: the largest)", list(cost.items))
     heading = (
         f"image {height}x{width}, batch {cost.batch}, {cost.dtype}\n"
-        f"MACs as the paper counts them; memory is the arrays alive at once in inference with the "
-        f"reference operations\n\n"
+        f"MACs as the paper counts them. Memory of the reference operations, weights not counted: "
+        f"peak is what\nlives at once in inference, cache what a forward keeps for its backward\n\n"
     )
-    return heading + text_table(["", "parameters", "MMACs", "peak MiB"], rows, total)
+    return heading + text_table(["", "parameters", "MMACs", "peak MiB", "cache MiB"], rows, total)

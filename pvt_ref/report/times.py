@@ -1,72 +1,82 @@
-"""How long each stage takes, on whatever device the arrays are."""
+"""How long stages and operations take, on whatever device the arrays are."""
 
-import dataclasses
 import itertools
 import statistics
 import time
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from pvt_ref.api import choose_ops, forward, forward_pyramid
 from pvt_ref.arrays import Array, synchronize
 from pvt_ref.checks import is_whole
 from pvt_ref.errors import RangeError, shown
-from pvt_ref.models.architecture import architecture_of as check_config
-from pvt_ref.models.pvt.config import NUM_STAGES, PVTConfig
-from pvt_ref.models.pvt.params import PVTParams
-from pvt_ref.ops import Ops
+from pvt_ref.models.architecture import Place, architecture_of
+from pvt_ref.ops import Call, Ops
+from pvt_ref.report.items import Items
 
 
 def time_stages(
-    params: PVTParams,
-    images: Array,
-    config: PVTConfig,
-    repeats: int = 5,
-    *,
-    ops: Ops | None = None,
+    params: Any, images: Array, config: Any, repeats: int = 5, *, ops: Ops | None = None
 ) -> list[float]:
-    """Median time of each stage in a forward pass, and of what follows the last block.
+    """Median seconds of every stage in a forward, and last of what follows the last block.
 
-    Args:
-        params: the weights, NumPy or CuPy.
-        images: (B, in_chans, H, W) normalised floats, as for :func:`pvt_ref.forward`.
-        config: the configuration of the weights. Without a classifier the pyramid is run.
-        repeats: timed passes, after one that warms up.
-        ops: a record of operations; None takes the default.
-
-    Returns:
-        Five times in seconds: stages 1 to 4, each with its patch embedding, and the classifier.
-
-    Raises:
-        RangeError: if repeats is no positive whole number; also as :func:`pvt_ref.forward`.
-        ArrayTypeError: as :func:`pvt_ref.forward`.
-        ShapeError: as :func:`pvt_ref.forward`.
+    Without a classifier the pyramid is run. Raises as :func:`pvt_ref.forward`, and a RangeError if
+    repeats is no positive whole number. A first pass warms up.
     """
+    row, table, run = _run(params, images, config, repeats, ops)
+    ends = [0.0] * (len(config.channels) + 1)  # of each stage; from 0, the beginning
+
+    def after(call: Call) -> None:
+        place = row.place(call.path)
+        if place is not None and place.stage:
+            ends[place.stage] = _now(images)
+
+    watched = table.watched(after, params=params)
+    passes = []
+    for _ in range(repeats + 1):
+        ends[0] = _now(images)
+        run(watched)
+        passes.append([b - a for a, b in itertools.pairwise([*ends, _now(images)])])
+    return [statistics.median(times) for times in zip(*passes[1:], strict=True)]
+
+
+def time_operations(
+    params: Any, images: Array, config: Any, repeats: int = 5, *, ops: Ops | None = None
+) -> dict[tuple[int, str], float]:
+    """Median seconds by stage and operation, named as the items of :func:`pvt_ref.count_cost` are.
+
+    Of the default table one kernel may do the work of a whole block; REFERENCE tells its parts.
+    """
+    row, table, run = _run(params, images, config, repeats, ops)
+    passes: list[Counter[tuple[int, str]]] = []
+    begun = 0.0
+
+    def begin(place: Place) -> None:
+        nonlocal begun
+        begun = _now(images)
+
+    def end(place: Place, call: Call) -> None:
+        passes[-1][place.stage, place.part] += _now(images) - begun  # type: ignore[assignment]
+
+    watched = Items(row, table, begin, end).watched(params)
+    for _ in range(repeats + 1):
+        passes.append(Counter())
+        run(watched)
+    return {key: statistics.median(times[key] for times in passes[1:]) for key in passes[0]}
+
+
+def _now(images: Array) -> float:
+    synchronize(images)
+    return time.perf_counter()
+
+
+def _run(
+    params: Any, images: Array, config: Any, repeats: int, ops: Ops | None
+) -> tuple[Any, Ops, Callable[[Ops], Any]]:
+    """Row of the network, table of operations, and the pass of a table that is watched."""
     if not is_whole(repeats) or repeats < 1:
         raise RangeError(f"repeats is {shown(repeats)}; it must be a whole number, at least 1")
-    check_config(config)
-    ops = choose_ops(ops, images)
-    ends: list[float] = []  # when each block was done
-
-    def timed_block(*args: Any, **kwargs: Any) -> Any:
-        result = ops.block.forward(*args, **kwargs)
-        synchronize(images)
-        ends.append(time.perf_counter())
-        return result
-
-    timed = dataclasses.replace(ops, block=dataclasses.replace(ops.block, forward=timed_block))
+    row = architecture_of(config)
     run = forward if config.has_classifier else forward_pyramid
-    passes: list[list[float]] = []
-    for _ in range(repeats + 1):
-        ends.clear()
-        synchronize(images)
-        marks = [time.perf_counter()]
-        run(params, images, config, ops=timed)
-        synchronize(images)
-        finish = time.perf_counter()
-        done = 0
-        for i in range(NUM_STAGES):
-            done += config.depths[i]
-            marks.append(ends[done - 1])  # a stage ends with its last block
-        marks.append(finish)
-        passes.append([b - a for a, b in itertools.pairwise(marks)])
-    return [statistics.median(times) for times in zip(*passes[1:], strict=True)]
+    return row, choose_ops(ops, images, row), lambda ops: run(params, images, config, ops=ops)

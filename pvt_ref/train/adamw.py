@@ -1,10 +1,10 @@
 """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101): Adam with weight decay kept apart.
 
-With g the gradient of step t (counted from 1), and everything by element::
+With g the gradient of step t (counted from 1), and everything elementwise::
 
     m_t = beta_1 m_{t-1} + (1 - beta_1) g                    running mean
     v_t = beta_2 v_{t-1} + (1 - beta_2) g^2                  running mean square
-    m^  = m_t / (1 - beta_1^t),  v^ = v_t / (1 - beta_2^t)   both began at 0: this undoes it
+    m^  = m_t / (1 - beta_1^t),  v^ = v_t / (1 - beta_2^t)   bias correction: both began at 0
     w_t = w_{t-1} - lr lambda w_{t-1} - lr m^ / (sqrt(v^) + eps)
 
 The decay lambda w is not part of g: it is not divided by sqrt(v^), so it shrinks all weights alike.
@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pvt_ref.arrays import Array, array_module, describe_type, is_array
+from pvt_ref.checks import check_flag, check_number, check_type, settle
 from pvt_ref.errors import ArrayTypeError
-from pvt_ref.models.pvt.params import PVTParams
-from pvt_ref.train.checks import check_alike, check_flag, check_number, check_record, check_type
-from pvt_ref.tree import map_arrays, map_named
-from pvt_ref.tree import zeros_like as zeros_like_params
+from pvt_ref.train.checks import check_alike, check_record
+from pvt_ref.tree import map_arrays, map_named, record, zeros_like
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,18 +45,14 @@ class AdamW:
     decay_positions: bool = False
 
     def __post_init__(self) -> None:
-        bounds: dict[str, dict[str, Any]] = {
-            "beta1": {"least": 0, "below": 1},
-            "beta2": {"least": 0, "below": 1},
-            "eps": {"above": 0},
-            "weight_decay": {"least": 0},
-        }
-        for name, limits in bounds.items():
-            object.__setattr__(self, name, check_number(name, getattr(self, name), **limits))
+        for name in ("beta1", "beta2"):
+            settle(self, name, least=0, below=1)
+        settle(self, "eps", above=0)
+        settle(self, "weight_decay", least=0)
         check_flag("decay_positions", self.decay_positions)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@record
 class AdamWState:
     """What the method remembers from step to step.
 
@@ -67,12 +62,12 @@ class AdamWState:
         v: running mean of their squares, in the shapes of the weights.
     """
 
-    t: int  # steps done
-    m: PVTParams  # running mean of the gradients
-    v: PVTParams  # running mean of their squares
+    t: int
+    m: Any
+    v: Any
 
 
-def adamw_init(params: PVTParams) -> AdamWState:
+def adamw_init(params: Any) -> AdamWState:
     """The state before the first step.
 
     Args:
@@ -85,7 +80,7 @@ def adamw_init(params: PVTParams) -> AdamWState:
         ArrayTypeError: if params is no record of arrays.
     """
     check_record("params", params)
-    return AdamWState(0, zeros_like_params(params), zeros_like_params(params))
+    return AdamWState(0, zeros_like(params), zeros_like(params))
 
 
 def is_decayed(key: str, x: Array, decay_positions: bool = False) -> bool:
@@ -116,8 +111,8 @@ def is_decayed(key: str, x: Array, decay_positions: bool = False) -> bool:
 
 
 def adamw_step(
-    params: PVTParams, grads: PVTParams, state: AdamWState, lr: float, settings: AdamW
-) -> tuple[PVTParams, AdamWState]:
+    params: Any, grads: Any, state: AdamWState, lr: float, settings: AdamW
+) -> tuple[Any, AdamWState]:
     """One step, by the equations in the head of this file. What is passed in stays as it was.
 
     Args:

@@ -5,8 +5,10 @@ The weights of single steps dance around where they are heading. Their average o
 of Polyak and Juditsky (1992, SIAM J. Control Optim. 30, 838-855), who average all steps alike.
 """
 
-from pvt_ref.models.pvt.params import PVTParams
-from pvt_ref.train.checks import check_alike, check_number
+from typing import Any
+
+from pvt_ref.checks import check_number
+from pvt_ref.train.checks import check_alike
 from pvt_ref.tree import map_arrays
 
 
@@ -31,7 +33,7 @@ def ema_decay_of_step(step: int, decay: float) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
-def ema_step(average: PVTParams, params: PVTParams, decay: float) -> PVTParams:
+def ema_step(average: Any, params: Any, decay: float) -> Any:
     """The average after a step: ``decay * average + (1 - decay) * params``.
 
     Args:

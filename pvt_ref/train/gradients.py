@@ -5,16 +5,16 @@ import math
 from typing import Any
 
 from pvt_ref.arrays import Array, array_module, describe_type, dtype_name, is_array
+from pvt_ref.checks import check_number
 from pvt_ref.errors import ArrayTypeError
-from pvt_ref.models.pvt.params import PVTParams
-from pvt_ref.train.checks import check_alike, check_number, check_record
+from pvt_ref.train.checks import check_alike, check_record
 from pvt_ref.tree import map_arrays, named_arrays
 
 #: Added to the norm before it divides, as PyTorch's clip_grad_norm_ does.
 _TINY = 1e-6
 
 
-def global_norm(grads: PVTParams) -> float:
+def global_norm(grads: Any) -> float:
     """``sqrt(sum of g^2)`` over all numbers of all arrays, added up in double precision.
 
     Reading it makes the host wait for the device. NaN or infinity in any array shows in it.
@@ -46,7 +46,7 @@ def global_norm(grads: PVTParams) -> float:
     return math.sqrt(float(total)) if total is not None else 0.0
 
 
-def clip_by_global_norm(grads: PVTParams, max_norm: float) -> tuple[PVTParams, float]:
+def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, float]:
     """All gradients by one factor, so that their common norm is at most max_norm.
 
     One factor for all keeps the direction of the step (Pascanu et al. 2013, arXiv 1211.5063,
@@ -75,7 +75,7 @@ def clip_by_global_norm(grads: PVTParams, max_norm: float) -> tuple[PVTParams, f
     return map_arrays(lambda g: g * factor, grads), norm
 
 
-def add_gradients(total: PVTParams | None, grads: PVTParams, share: float) -> PVTParams:
+def add_gradients(total: Any, grads: Any, share: float) -> Any:
     """``total + share * grads``: gradient accumulation over parts of a batch.
 
     The loss of a batch is the mean over its samples, so a part of b samples out of B has the share
@@ -101,5 +101,4 @@ def add_gradients(total: PVTParams | None, grads: PVTParams, share: float) -> PV
         check_alike("total", total, grads)
     if total is None:
         return grads if share == 1 else map_arrays(lambda g: g * share, grads)
-    added: Any = map_arrays(lambda a, g: a + share * g, total, grads)
-    return added
+    return map_arrays(lambda a, g: a + share * g, total, grads)

@@ -20,16 +20,12 @@ class Interrupts:
 
     :meth:`install` and :meth:`restore` go into the ``try`` and the ``finally`` of one function.
     (The ``__exit__`` of a context manager could itself be interrupted before it does anything.)
-
-    Attributes:
-        received: numbers of the signals so far.
     """
 
     def __init__(self) -> None:
-        self.received: list[int] = []
+        self.received: list[int] = []  # numbers of the signals
         self._before: dict[int, Any] = {}
-        self._allowed = False
-        self._urgent = False
+        self._allowed = self._urgent = False
         self._process = os.getpid()
 
     def __bool__(self) -> bool:
@@ -53,18 +49,7 @@ class Interrupts:
             signal.signal(number, handler)
 
     def allow(self, work: Callable[..., T], *args: Any) -> T:
-        """Does some work that a second Ctrl-C may break off.
-
-        Args:
-            work: what to call; it keeps nothing that could be left half done.
-            args: for it.
-
-        Returns:
-            What work returned.
-
-        Raises:
-            KeyboardInterrupt: at a second Ctrl-C, also one that came just before.
-        """
+        """work(*args), which keeps nothing half done: a second Ctrl-C breaks it off."""
         self._allowed = True
         try:
             if self._urgent:

@@ -13,9 +13,12 @@ import stat
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from pvt_ref.errors import TrainingError
 from pvt_ref.kernels.cpu.threads import at_fork, holding
+from pvt_ref.train.checks import reason
 
 LOCK = "run.lock"
 
@@ -43,16 +46,10 @@ else:
 
 
 class RunLock:
-    """The lock of a run's folder, which no other process or thread then gets.
+    """The lock of a run's folder, an absolute path, which no other process or thread then gets.
 
     :meth:`acquire` and :meth:`release` go into the ``try`` and the ``finally`` of one function; a
     signal's handler may break either off, and :meth:`release` may be called again.
-
-    Args:
-        folder: of the run, an absolute path; it exists when the lock is acquired.
-
-    Attributes:
-        path: of the file that is locked.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -61,15 +58,14 @@ class RunLock:
         self._locked = False
 
     def acquire(self) -> None:
-        """Takes the lock.
-
-        Raises:
-            TrainingError: if another training holds it, or it cannot be locked.
-        """
+        """Takes it. Raises: TrainingError if another training holds it, or it cannot be locked."""
         while True:
-            fd = _opened(self)
-            _lock(self.path, fd)
-            if _is_at(self.path, fd):
+            fd = holding(_opening, self._open)
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+                raise self._not_ours()
+            self._lock(fd)
+            if self._is_at(fd):
                 break
             self.release()  # its last owner removed the file before we had it: there is a new one
         self._locked = True
@@ -79,17 +75,13 @@ class RunLock:
             os.write(fd, f"process {os.getpid()} on {platform.node()}\n".encode("ascii", "replace"))
 
     def check(self) -> None:
-        """To be called before every writing into the folder.
-
-        Raises:
-            TrainingError: if the folder is no longer this training's.
-        """
+        """Before every writing. Raises: TrainingError if the folder is not ours any more."""
         if self._fd is None:
             raise TrainingError(
                 f"{self.path.parent}: this process was forked from the one that trains here, and "
                 f"does not hold the folder: only that one goes on"
             )
-        if not _is_at(self.path, self._fd):
+        if not self._is_at(self._fd):
             raise TrainingError(
                 f"{self.path.parent}: the folder was moved, or another run has taken it: the "
                 f"{LOCK} of this one is not there any more. Nothing further is written. What was "
@@ -102,7 +94,7 @@ class RunLock:
         if self._fd is None:
             _OPEN.discard(self)  # the file could not be opened
             return
-        if self._locked and _is_at(self.path, self._fd):
+        if self._locked and self._is_at(self._fd):
             with contextlib.suppress(OSError):  # first: the name is ours while the lock is
                 self.path.unlink()
         with contextlib.suppress(OSError):
@@ -111,19 +103,65 @@ class RunLock:
         fd, self._fd, self._locked = self._fd, None, False
         os.close(fd)
 
+    def _open(self) -> int:
+        if os.path.islink(self.path):  # where there is no O_NOFOLLOW
+            raise self._not_ours()
+        # a link must not be followed to a file that is not ours, nor a pipe be waited for
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        _OPEN.add(self)
+        try:
+            self._fd = os.open(self.path, flags, 0o666)  # programs that are started do not inherit
+        except OSError as error:
+            raise self._failed(error) from error
+        return self._fd
+
+    def _lock(self, fd: int) -> None:
+        try:
+            _try_lock(fd)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+                raise self._failed(error) from error
+            raise TrainingError(
+                f"{self.path.parent}: another training runs in this folder{_holder(fd)}. Two would "
+                f"destroy each other's files. Wait for its end, stop it, or name another folder. "
+                f"(There is no need to delete {LOCK}: a process that has ended, or was killed, "
+                f"locks nothing)"
+            ) from error
+
+    def _is_at(self, fd: int) -> bool:
+        try:
+            return os.path.samestat(os.lstat(self.path), os.fstat(fd))
+        except OSError:  # there is nothing, or no folder any more
+            return False
+
+    def _not_ours(self) -> TrainingError:
+        return TrainingError(
+            f"{self.path} is not a regular file of this folder alone (it is a link, a pipe or the "
+            f"like), so it cannot be locked. Move it away"
+        )
+
+    def _failed(self, error: OSError) -> TrainingError:
+        return TrainingError(
+            f"{self.path}: the folder of the run cannot be locked ({reason(error)}), so nothing "
+            f"would keep a second training out of it. Name a folder that may be written to, on a "
+            f"file system with locks, such as a local disk"
+        )
+
+
+def _holder(fd: int) -> str:
+    with contextlib.suppress(OSError):
+        os.lseek(fd, 0, os.SEEK_SET)
+        text = os.read(fd, 100).decode("ascii", "replace")
+        if hint := re.match(r"process \d{1,10} on [\w.-]{1,64}", text):
+            return f" ({hint[0]})"
+    return ""
+
 
 #: Those whose file is open in this process. A child of fork is not their owner.
 _OPEN: set[RunLock] = set()
 
-
-class _Opening:
-    """No fork comes between the opening of a file and the note that it must be closed there."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-
-
-_opening = _Opening()
+#: No fork comes between the opening of a file and the note that it must be closed there.
+_opening: Any = SimpleNamespace(lock=threading.RLock())
 
 
 def _disown() -> None:
@@ -136,68 +174,3 @@ def _disown() -> None:
 
 
 at_fork(_opening, _disown)
-
-
-def _opened(held: RunLock) -> int:
-    holding(_opening, _open, held)
-    assert held._fd is not None
-    status = os.fstat(held._fd)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        raise _not_ours(held.path)
-    return held._fd
-
-
-def _open(held: RunLock) -> None:
-    if os.path.islink(held.path):  # where there is no O_NOFOLLOW
-        raise _not_ours(held.path)
-    # a link must not be followed to a file that is not ours, nor a pipe be waited for
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    _OPEN.add(held)
-    try:
-        held._fd = os.open(held.path, flags, 0o666)  # the programs that are started do not inherit
-    except OSError as error:
-        raise _failed(held.path, error) from error
-
-
-def _not_ours(path: Path) -> TrainingError:
-    return TrainingError(
-        f"{path} is not a regular file of this folder alone (it is a link, a pipe or the like), so "
-        f"it cannot be locked. Move it away"
-    )
-
-
-def _lock(path: Path, fd: int) -> None:
-    try:
-        _try_lock(fd)
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
-            raise _failed(path, error) from error
-        raise TrainingError(
-            f"{path.parent}: another training runs in this folder{_holder(fd)}. Two would destroy "
-            f"each other's files. Wait for its end, stop it, or name another folder. (There is no "
-            f"need to delete {LOCK}: a process that has ended, or was killed, locks nothing)"
-        ) from error
-
-
-def _is_at(path: Path, fd: int) -> bool:
-    try:
-        return os.path.samestat(os.lstat(path), os.fstat(fd))
-    except OSError:  # there is nothing, or no folder any more
-        return False
-
-
-def _holder(fd: int) -> str:
-    with contextlib.suppress(OSError):
-        os.lseek(fd, 0, os.SEEK_SET)
-        text = os.read(fd, 100).decode("ascii", "replace")
-        if hint := re.match(r"process \d{1,10} on [\w.-]{1,64}", text):
-            return f" ({hint[0]})"
-    return ""
-
-
-def _failed(path: Path, error: OSError) -> TrainingError:
-    return TrainingError(
-        f"{path}: the folder of the run cannot be locked ({type(error).__name__}: "
-        f"{error.strerror or error}), so nothing would keep a second training out of it. Name a "
-        f"folder that may be written to, on a file system with locks, such as a local disk"
-    )

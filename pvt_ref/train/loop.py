@@ -15,19 +15,20 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from pvt_ref.api import init_params
+from pvt_ref.api import default_ops, init_params
 from pvt_ref.app import Model
 from pvt_ref.arrays import array_module, dtype_name, quietly
 from pvt_ref.checkpoint import load, save
+from pvt_ref.checks import check_flag, check_number, check_type
 from pvt_ref.data.info import ModelInfo
 from pvt_ref.data.labelled import LabelledImages, evaluate
+from pvt_ref.draws import What, generator
 from pvt_ref.errors import (
     CheckpointError,
     DeviceError,
@@ -36,10 +37,9 @@ from pvt_ref.errors import (
     TrainingError,
     shown,
 )
-from pvt_ref.models.pvt.config import PVTConfig
-from pvt_ref.models.pvt.params import PVTParams
+from pvt_ref.kernels.cpu.threads import default_threads
 from pvt_ref.report.diagnosis import first_non_finite
-from pvt_ref.train.checks import check_flag, check_number, check_path, check_type
+from pvt_ref.train.checks import check_path, reason
 from pvt_ref.train.interrupts import Interrupts
 from pvt_ref.train.lock import RunLock
 from pvt_ref.train.metrics import Metrics, draw_curves
@@ -53,13 +53,13 @@ from pvt_ref.train.saved import (
     weights_sha256,
 )
 from pvt_ref.train.step import TrainState, check_samples, diverged, start_training, train_step
-from pvt_ref.tree import named_arrays, to_device, to_numpy
+from pvt_ref.tree import first_array, named_arrays, record, to_device, to_numpy
 
 STATE, BEST = "training.safetensors", "best.safetensors"
 METRICS, CURVES = "metrics.jsonl", "curves.png"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@record
 class Run:
     """What :func:`fit` leaves behind.
 
@@ -75,14 +75,14 @@ class Run:
 
 
 def fit(
-    config: PVTConfig,
+    config: Any,
     recipe: Recipe,
     data: LabelledImages,
     held_out: LabelledImages,
     folder: str | os.PathLike[str],
     *,
     info: ModelInfo | None = None,
-    first: PVTParams | None = None,
+    first: Any = None,
     resume: bool = False,
     device: str = "cpu",
     save_seconds: float = 120.0,
@@ -95,7 +95,8 @@ def fit(
     Ctrl-C (or SIGTERM, or the terminal closed) ends it after the step in progress, saved; a second
     Ctrl-C ends it at once, unless a file is just being written, and what was saved last stays.
     Signals that are ignored stay ignored, as nohup has it. Resumed on the same machine, with the
-    same device and number of threads, it ends with the same bits as if it had never stopped.
+    same device, table of operations and number of threads, it ends with the same bits as if it had
+    never stopped. With others it goes on, says so, and the last bits may differ.
 
     Until it ends, however it ends, the folder is locked: a second training there is refused. A run
     whose folder is moved or removed meanwhile writes nothing further, and ends with an error.
@@ -150,11 +151,13 @@ def fit(
             f"cupy.cuda.Device(1):`"
         )
     said = first is not None or not resume  # whether the first weights must be those of the run
-    if first is None:  # of its own stream: what the steps draw does not depend on the model's size
-        first = init_params(config, np.random.default_rng([recipe.seed, 1]))
+    if first is None:
+        first = init_params(config, generator(recipe.seed, What.FIRST_WEIGHTS))
     Model(to_numpy(first), config, info=job.info)  # refuses what is not finite or does not fit
-    params: PVTParams = to_device(first, device)
+    params: Any = to_device(first, device)
     run = describe_run(config, recipe, data, held_out, first if said else None)
+    table = f"{default_ops(first_array(params))!r}, {default_threads()} threads"
+    run["operations"] = {"table": table}  # they decide the last bits
 
     interrupts, report = Interrupts(), None
     try:
@@ -162,8 +165,14 @@ def fit(
         _make_folder(job.place, resume)
         job.lock.acquire()
         if resume:
-            state, run = load_state_and_run(job.place / STATE, config, run, params.pos_embed1)
+            state, saved = load_state_and_run(job.place / STATE, config, run, first_array(params))
             _check_resumed(job, state)
+            then = saved.get("operations", {}).get("table")
+            if then != table:
+                job.say(
+                    f"saved with {shown(then, 200)}, goes on with {table}: last bits may differ"
+                )
+            run = saved | {"operations": run["operations"]}  # saved may know the first weights
         else:
             _check_unused(job.place)
             state = start_training(params, len(data), recipe.seed)
@@ -220,18 +229,18 @@ def fit(
     return Run(state, state.step == last, job.place)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@record
 class _Job:
-    """What stays the same from the first step to the last."""
+    """What stays the same from the first step to the last; steps are those of an epoch."""
 
-    config: PVTConfig
+    config: Any
     recipe: Recipe
     samples: int
     held_out: LabelledImages
     info: ModelInfo
     place: Path
     lock: RunLock
-    steps: int  # an epoch
+    steps: int
     console: Console | None
 
     def say(self, text: str) -> None:
@@ -239,13 +248,7 @@ class _Job:
 
 
 def _job(
-    config: PVTConfig,
-    recipe: Recipe,
-    data: LabelledImages,
-    held_out: LabelledImages,
-    folder: str | os.PathLike[str],
-    info: ModelInfo | None,
-    console: Console | None,
+    config: Any, recipe: Recipe, data: Any, held_out: Any, folder: Any, info: Any, console: Any
 ) -> _Job:
     for name, samples in (("the samples to learn from", data), ("held out", held_out)):
         check_samples(samples, name, config, recipe)
@@ -266,17 +269,10 @@ def _job(
             f"{place}: there is no working directory any more, so no place for the folder of the "
             f"run. Name one by its whole path, or go to another directory"
         ) from error
-    return _Job(
-        config=config,
-        recipe=recipe,
-        samples=len(data),
-        held_out=held_out,
-        info=dataclasses.replace(info or ModelInfo(), preprocessing=data.preprocessing),
-        place=place,
-        lock=RunLock(place),
-        steps=recipe.steps_per_epoch(len(data)),
-        console=console,
-    )
+    info = dataclasses.replace(info or ModelInfo(), preprocessing=data.preprocessing)
+    steps = recipe.steps_per_epoch(len(data))
+    lock = RunLock(place)
+    return _Job(config, recipe, len(data), held_out, info, place, lock, steps, console)
 
 
 def _end(lock: RunLock, interrupts: Interrupts) -> None:
@@ -301,8 +297,7 @@ def _make_folder(place: Path, resume: bool) -> None:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(
-            f"{place}: the folder of the run cannot be made ({type(error).__name__}: "
-            f"{error.strerror or error}). Name another"
+            f"{place}: the folder of the run cannot be made ({reason(error)}). Name another"
         ) from error
 
 
@@ -318,7 +313,7 @@ def _check_unused(place: Path) -> None:
 def _check_resumed(job: _Job, state: TrainState) -> None:
     """Refuses a state that this run cannot have left, and best weights that are not its own."""
     done = (state.step - 1) % job.steps + 1 if state.step else 0  # steps of the epoch
-    most_loss = done * float(np.finfo(dtype_name(state.params.pos_embed1)).max)
+    most_loss = done * float(np.finfo(dtype_name(first_array(state.params))).max)
     for name, most in (
         ("step", job.recipe.epochs * job.steps),
         ("best_epoch", state.step // job.steps),
@@ -334,8 +329,9 @@ def _check_resumed(job: _Job, state: TrainState) -> None:
         raise _edited(job, f"best_accuracy is {accuracy}, which is no share of {shown_to} samples")
     if not state.best_epoch and state.step >= job.steps:
         raise _edited(job, f"best_epoch is 0 after step {state.step}")
-    if len(state.order) != job.samples:
-        raise _edited(job, f"order has {len(state.order)} samples, and the run {job.samples}")
+    for name, of_run in (("samples", job.samples), ("seed", job.recipe.seed)):
+        if getattr(state, name) != of_run:
+            raise _edited(job, f"{name} is {getattr(state, name)}, and {of_run} in the run")
     # right after the best epoch, the process may have ended before it wrote the weights
     if state.best_epoch and state.step == state.best_epoch * job.steps and _best_fault(job, state):
         _save_best(job, state)
@@ -355,19 +351,16 @@ def _measure(job: _Job, state: TrainState, lr: float) -> tuple[float, float]:
     loss, accuracy = quietly(evaluate, state.average, config, held_out)
     if not math.isfinite(loss):
         what = f"the loss on what is held out is {loss}"
-        images = held_out.batch(slice(0, 64), like=state.average.pos_embed1)
+        images = held_out.batch(slice(0, 64), like=first_array(state.average))
         culprit = first_non_finite(state.average, images, config)
-        done = state.step - 1  # the steps before the one that did it
-        raise diverged(what, done, done // job.steps, lr, culprit)
+        raise diverged(what, state.step - 1, job.steps, lr, culprit)
     return loss, accuracy
 
 
 def _with_best(state: TrainState, epoch: int, accuracy: float) -> TrainState:
     if accuracy > state.best_accuracy:
-        digest = weights_sha256(state.average)
-        return dataclasses.replace(
-            state, best_accuracy=accuracy, best_epoch=epoch, best_sha256=digest
-        )
+        best = {"best_accuracy": accuracy, "best_epoch": epoch}
+        return dataclasses.replace(state, **best, best_sha256=weights_sha256(state.average))
     return state
 
 
@@ -438,9 +431,8 @@ def _check_weights(job: _Job, state: TrainState, lr: float) -> None:
         for key, w in named_arrays(tree, prefix):
             xp = array_module(w)
             if not bool(xp.all(xp.isfinite(w))):
-                done = state.step - 1  # the steps before the one that did it
                 culprit = f"The first array that is not finite is {key}"
-                raise diverged("the weights are not finite", done, done // job.steps, lr, culprit)
+                raise diverged("the weights are not finite", state.step - 1, job.steps, lr, culprit)
 
 
 def _draw(job: _Job) -> None:

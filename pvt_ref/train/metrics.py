@@ -12,45 +12,32 @@ import numpy as np
 
 from pvt_ref.checkpoint.bounded_json import parse_json
 from pvt_ref.checkpoint.whole_file import write_whole
+from pvt_ref.checks import check_number
 from pvt_ref.errors import CheckpointError, MissingFileError, PVTError, TrainingError, shown
-from pvt_ref.train.checks import check_number, check_path
+from pvt_ref.train.checks import check_path, reason
 from pvt_ref.train.step import TrainState
 
 _LONGEST = 2**16  # bytes of a line that are read; ours have some 400
 _PICTURES = (".png", ".svg", ".pdf")
 
 #: What a line says, and within which bounds. Lines of epochs have all of _EPOCH.
-_BOUNDS: dict[str, dict[str, Any]] = {
-    "step": {"least": 1, "most": 2**53, "whole": True},
-    "epoch": {"least": 0},
-    "lr": {"least": 0},
-    "images_per_second": {"least": 0},
-    "loss": {},
-    "grad_norm": {"least": 0},
-}
-_EPOCH: dict[str, dict[str, Any]] = {
-    "epoch": {"least": 1, "most": 2**53, "whole": True},
-    "train_loss": {},
-    "train_accuracy": {"least": 0, "most": 1},
-    "held_out_loss": {},
-    "held_out_accuracy": {"least": 0, "most": 1},
-    "best_accuracy": {"least": 0, "most": 1},
-    "best_epoch": {"least": 1, "most": 2**53, "whole": True},
-}
+_COUNT: dict[str, Any] = {"least": 1, "most": 2**53, "whole": True}
+_SHARE: dict[str, Any] = {"least": 0, "most": 1}
+_AT_LEAST_0: dict[str, Any] = {"least": 0}
+_LINE: dict[str, dict[str, Any]] = {"step": _COUNT, "loss": {}} | dict.fromkeys(
+    ("epoch", "lr", "images_per_second", "grad_norm"), _AT_LEAST_0
+)
+_EPOCH: dict[str, dict[str, Any]] = (
+    {"epoch": _COUNT, "best_epoch": _COUNT, "train_loss": {}, "held_out_loss": {}}
+    | dict.fromkeys(("train_accuracy", "held_out_accuracy", "best_accuracy"), _SHARE)
+)  # fmt: skip
 
 
 class Metrics:
     """Lines of JSON in a file; each is in the file once it has been written.
 
-    Args:
-        path: the file.
-        state: where the run stands. Lines of later steps are dropped: they belong to steps that
-            were not saved, and will be done again.
-        steps: those of an epoch.
-
-    Attributes:
-        path: the file.
-        epochs: those that it had lines of at the beginning.
+    Lines of later steps than the state's are dropped at the beginning: they belong to steps that
+    were not saved, and will be done again. The epochs are those that had lines before.
 
     Raises:
         CheckpointError: if there is one that is no metrics file or not of this run, or it cannot
@@ -70,16 +57,7 @@ class Metrics:
             raise self._failed(error) from error
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Adds a line.
-
-        Args:
-            line: plain values by name, fit for JSON; ``step`` is among them.
-
-        Raises:
-            CheckpointError: if it cannot be written.
-            ValueError: if a number is NaN or infinite.
-            TypeError: if a value is not fit for JSON.
-        """
+        """Adds a line of finite numbers, or raises CheckpointError if it cannot be written."""
         try:
             with _open_file(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, "ab") as file:
                 file.write((json.dumps(line, allow_nan=False) + "\n").encode())
@@ -90,9 +68,8 @@ class Metrics:
 
     def _failed(self, error: OSError) -> CheckpointError:
         return CheckpointError(
-            f"{self.path}: the metrics could not be written ({type(error).__name__}: "
-            f"{error.strerror or error}). What was saved of the training is whole: make room, and "
-            f"resume"
+            f"{self.path}: the metrics could not be written ({reason(error)}). What was saved of "
+            f"the training is whole: make room, and resume"
         )
 
 
@@ -127,7 +104,7 @@ def _check_run(path: Path, lines: list[dict[str, Any]], state: TrainState, steps
 
 
 def _check_best(line: dict[str, Any], before: dict[str, Any]) -> None:
-    """The best so far, in the line of an epoch; before is that of the epoch before, if any."""
+    """The best so far in the line of an epoch; before is that of the epoch before, if any."""
     found = (line["best_accuracy"], line["best_epoch"])
     best = found if line["epoch"] > 1 else (-1.0, 0)  # before the first line nothing is known
     if before:
@@ -142,16 +119,15 @@ def _check_best(line: dict[str, Any], before: dict[str, Any]) -> None:
 
 def _check_last(line: dict[str, Any], state: TrainState, steps: int) -> None:
     """The line of the last epoch that the state has done."""
-    said: list[tuple[str, float, float]] = [
-        ("epoch", line["epoch"], state.step // steps),
-        ("best_epoch", line["best_epoch"], state.best_epoch),
-        ("best_accuracy", line["best_accuracy"], state.best_accuracy),
-    ]
+    said = {"epoch": state.step // steps}
+    said |= {"best_epoch": state.best_epoch, "best_accuracy": state.best_accuracy}
     if line["step"] == state.step:
-        said.append(("train_loss", line["train_loss"], state.epoch_loss / steps))
-    for name, found, saved in said:
-        if found != saved:
-            raise CheckpointError(f"the last {name} is {found}, and {saved} in the saved state")
+        said["train_loss"] = state.epoch_loss / steps
+    for name, saved in said.items():
+        if line[name] != saved:
+            raise CheckpointError(
+                f"the last {name} is {line[name]}, and {saved} in the saved state"
+            )
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -193,9 +169,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             f"{path}: there is no such file. A run's is metrics.jsonl"
         ) from error
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read: {type(error).__name__}: {error.strerror or error}"
-        ) from error
+        raise CheckpointError(f"{path}: cannot be read: {reason(error)}") from error
     except PVTError as error:
         raise CheckpointError(
             f"{path}, line {number}: {error}. It was edited or damaged. Mend the line, or delete "
@@ -210,7 +184,7 @@ def _verified(text: bytes, last: int) -> dict[str, Any]:
     if not isinstance(line, dict) or "step" not in line:
         raise CheckpointError("needed is a JSON object with a step")
     is_epoch = any(name in line for name in _EPOCH if name != "epoch")
-    for name, bounds in (_BOUNDS | _EPOCH if is_epoch else _BOUNDS).items():
+    for name, bounds in (_LINE | _EPOCH if is_epoch else _LINE).items():
         if name in line:
             try:
                 check_number(name, line[name], **bounds)
@@ -244,7 +218,7 @@ def draw_curves(metrics: str | os.PathLike[str], picture: str | os.PathLike[str]
     Needs matplotlib, the extra ``plots``. The picture appears complete or not at all.
 
     Args:
-        metrics: a file of :class:`Metrics`.
+        metrics: ``metrics.jsonl`` of a run.
         picture: ends in .png, .svg or .pdf.
 
     Raises:
@@ -266,9 +240,7 @@ def draw_curves(metrics: str | os.PathLike[str], picture: str | os.PathLike[str]
     try:
         write_whole(Path(os.path.realpath(target)), drawn.getvalue())
     except OSError as error:
-        raise CheckpointError(
-            f"{target} could not be written: {type(error).__name__}: {error.strerror or error}"
-        ) from error
+        raise CheckpointError(f"{target} could not be written: {reason(error)}") from error
 
 
 def _draw(lines: list[dict[str, Any]], file: BinaryIO, form: str) -> None:
@@ -294,6 +266,6 @@ def _draw(lines: list[dict[str, Any]], file: BinaryIO, form: str) -> None:
         accuracy.set_title(
             f"accuracy (held out, best: {best['held_out_accuracy']:.4f} in epoch {best['epoch']})"
         )
-    loss.legend()
+    loss.legend(loc="upper right")  # "best" warns where looking for it takes a second
     undated = {"Date": None} if form == "svg" else None  # the same run gives the same file
     figure.savefig(file, format=form, dpi=120, metadata=undated)

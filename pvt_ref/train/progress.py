@@ -1,8 +1,8 @@
 """What a person sees of a training: a bar in a terminal, a line an epoch anywhere."""
 
+import contextlib
 import time
-from collections.abc import Mapping
-from types import TracebackType
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -20,46 +20,31 @@ from pvt_ref.train.step import StepReport
 
 
 def show(console: Console | None, text: str) -> None:
-    """A line for a person. What cannot be shown ends no training.
-
-    Args:
-        console: where; None shows nothing.
-        text: what; characters that the console cannot write appear as escapes.
-    """
+    """A line for a person, or nothing without a console. What cannot be shown ends no training."""
     if console is not None:
-        with _Shown():
+        with _shown():
             code = console.encoding
             text = printable(text).encode(code, "backslashreplace").decode(code)
             console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-class _Shown:
-    """Where something is shown: a terminal or file that was closed, or a reader that left."""
-
-    def __enter__(self) -> None:
+@contextlib.contextmanager
+def _shown() -> Iterator[None]:
+    """Where something is shown: a terminal or file may be closed, or a reader have left."""
+    try:
+        yield
+    except (OSError, ValueError):
         pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool:
-        # rich ends the program if nobody reads its output any more
-        left = isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError)
-        return left or isinstance(error, OSError | ValueError)
+    except SystemExit as error:  # rich ends the program if nobody reads its output any more
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
 
 
 class Progress:
-    """A progress bar with loss, accuracy, images a second and the time left.
+    """A progress bar with loss, accuracy, images a second and the time left, until it is closed.
 
-    Args:
-        console: where; None shows nothing. Where it is no terminal, only the epochs' lines appear.
-        total: steps of the whole training.
-        done: steps that were done before.
-
-    Attributes:
-        images_per_second: smoothed over the last ten steps or so; 0 before the first.
+    Where the console is no terminal, only the epochs' lines appear; without one, nothing. All
+    figures are smoothed over the last ten steps or so.
     """
 
     def __init__(self, console: Console | None, total: int, done: int) -> None:
@@ -82,26 +67,16 @@ class Progress:
         self._clock = time.monotonic()
 
     def __enter__(self) -> "Progress":
-        with _Shown():
+        with _shown():
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with _Shown():
+    def __exit__(self, *_: object) -> None:
+        with _shown():
             self._bar.stop()
 
     def step(self, report: StepReport, batch_size: int) -> None:
-        """After every step. What is shown is smoothed over the last ten or so.
-
-        Args:
-            report: how the step went.
-            batch_size: samples of the step.
-        """
+        """After every step."""
         now = time.monotonic()
         rate, self._clock = batch_size / max(now - self._clock, 1e-9), now
         self.images_per_second = _smooth(self.images_per_second or None, rate)
@@ -115,11 +90,7 @@ class Progress:
         )
 
     def epoch(self, line: Mapping[str, Any]) -> None:
-        """After every epoch: one line that stays.
-
-        Args:
-            line: that of the metrics, with losses, accuracies and images_per_second.
-        """
+        """After every epoch, with its line of the metrics: a line that stays."""
         text = (
             f"epoch {line['epoch']:>3}  loss {line['train_loss']:.4f}  "
             f"acc {line['train_accuracy']:.4f}  held out: loss {line['held_out_loss']:.4f}  "

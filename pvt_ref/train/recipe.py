@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pvt_ref.checks import check_flag, check_number, settle
 from pvt_ref.errors import RangeError, TrainingError
 from pvt_ref.train.adamw import AdamW
-from pvt_ref.train.checks import check_flag, check_number
 from pvt_ref.train.schedule import warmup_cosine
 
 
@@ -18,7 +18,8 @@ class Recipe:
     Attributes:
         epochs: passes through the data.
         batch_size: samples a step. What is left over at the end of an epoch is left out of it.
-        accumulate: parts that a batch is computed in, to save memory; drop path is drawn by part.
+        accumulate: micro-batches that a batch is computed in, to save memory. Mixup, dropout and
+            drop path are drawn by micro-batch.
         lr: the learning rate at its peak.
         lr_floor: the learning rate at the end.
         warmup_epochs: epochs in which it rises; may be a fraction.
@@ -34,7 +35,7 @@ class Recipe:
         cutout: side of the square that is blanked, in pixels; 0 leaves it out.
         ema_decay: how slowly the averaged weights forget; with 0 they are the last ones.
         drop_path_ramp_epochs: epochs until config.drop_path_rate is reached.
-        seed: of the generator that all batches and masks come from, and of one for first weights.
+        seed: of all random numbers; see :mod:`pvt_ref.draws`.
 
     Raises:
         RangeError: if a number is outside its range.
@@ -62,21 +63,21 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
-            self._settle(name, least=1, whole=True)
+            settle(self, name, least=1, whole=True)
         for name in ("drop_path_ramp_epochs", "seed"):
-            self._settle(name, least=0, whole=True)
+            settle(self, name, least=0, whole=True)
         for name in ("crop_padding", "cutout"):  # more than any image has
-            self._settle(name, least=0, most=2**15, whole=True)
+            settle(self, name, least=0, most=2**15, whole=True)
         for name in ("decay_positions", "flip"):
             check_flag(name, getattr(self, name))
-        self._settle("lr", above=0)
-        self._settle("lr_floor", least=0, most=self.lr)
-        self._settle("warmup_epochs", least=0, most=self.epochs)
-        self._settle("label_smoothing", least=0, most=1)
-        self._settle("mixup_alpha", least=0)
-        self._settle("ema_decay", least=0, below=1)
+        settle(self, "lr", above=0)
+        settle(self, "lr_floor", least=0, most=self.lr)
+        settle(self, "warmup_epochs", least=0, most=self.epochs)
+        settle(self, "label_smoothing", least=0, most=1)
+        settle(self, "mixup_alpha", least=0)
+        settle(self, "ema_decay", least=0, below=1)
         if self.clip_norm is not None:
-            self._settle("clip_norm", above=0)
+            settle(self, "clip_norm", above=0)
         for name in ("weight_decay", "beta1", "beta2"):  # their bounds are the optimiser's
             object.__setattr__(self, name, getattr(self.optimizer, name))
         if self.accumulate > self.batch_size:
@@ -84,22 +85,14 @@ class Recipe:
                 f"accumulate is {self.accumulate}, but a batch has only {self.batch_size} samples"
             )
 
-    def _settle(self, name: str, **bounds: Any) -> None:
-        """Frozen: only __post_init__ may turn a field into a plain number."""
-        object.__setattr__(self, name, check_number(name, getattr(self, name), **bounds))
-
     @property
     def optimizer(self) -> AdamW:
         """The optimiser's constants."""
-        return AdamW(
-            beta1=self.beta1,
-            beta2=self.beta2,
-            weight_decay=self.weight_decay,
-            decay_positions=self.decay_positions,
-        )
+        names = ("beta1", "beta2", "weight_decay", "decay_positions")
+        return AdamW(**{name: getattr(self, name) for name in names})
 
     def steps_per_epoch(self, samples: int) -> int:
-        """Full batches in so many samples.
+        """Full batches in an epoch.
 
         Args:
             samples: how many there are to learn from.
@@ -120,7 +113,7 @@ class Recipe:
         return samples // self.batch_size
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of a step, by :func:`~pvt_ref.train.schedule.warmup_cosine`.
+        """The learning rate of a step, by :func:`pvt_ref.train.warmup_cosine`.
 
         Args:
             step: counted from 0 over all epochs.
@@ -137,9 +130,5 @@ class Recipe:
         return warmup_cosine(step, total, warmup, self.lr, self.lr_floor)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by field name, fit for JSON.
-
-        Returns:
-            Numbers, truth values and None; ``Recipe(**values)`` is this recipe again.
-        """
+        """Plain values by field name, fit for JSON; ``Recipe(**values)`` is this recipe again."""
         return asdict(self)

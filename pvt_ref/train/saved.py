@@ -25,20 +25,27 @@ from pvt_ref.errors import (
     TrainingError,
     shown,
 )
-from pvt_ref.models.architecture import architecture_of as check_config
-from pvt_ref.models.architecture import check_params_type
-from pvt_ref.models.pvt.config import PVTConfig
-from pvt_ref.models.pvt.params import PVTParams
+from pvt_ref.models.architecture import architecture_of, check_params_type, config_to_dict
 from pvt_ref.train.adamw import AdamWState
-from pvt_ref.train.checks import check_path, check_type
+from pvt_ref.train.checks import check_path, reason
 from pvt_ref.train.recipe import Recipe
 from pvt_ref.train.step import TrainState, check_state
 from pvt_ref.tree import to_numpy
 
-FORMAT = "pvt_ref training 2"
+FORMAT = "pvt_ref training 3"
+
+#: What to do with a file of another format; 0.1.0 carried one generator from step to step.
+_OTHER_FORMATS = {
+    "pvt_ref training 2": "It is of version 0.1.0, whose random numbers this version does not "
+    "draw. Go on with version 0.1.0, or start anew in another folder; "
+    "first=pvt_ref.load('.../best.safetensors').params begins with the best weights so far"
+}
 
 _TREES = ("params", "m", "v", "average")
-_NUMBERS = ("step", "epoch_loss", "epoch_hits", "best_accuracy", "best_epoch", "best_sha256")
+_NUMBERS = (
+    *("step", "seed", "samples", "epoch_loss", "epoch_hits"),
+    *("best_accuracy", "best_epoch", "best_sha256"),
+)
 
 
 def save_state(path: str | os.PathLike[str], state: TrainState, run: Mapping[str, Any]) -> None:
@@ -49,8 +56,7 @@ def save_state(path: str | os.PathLike[str], state: TrainState, run: Mapping[str
     Args:
         path: the file.
         state: what to save; arrays on a device are copied to the host.
-        run: plain values by part and name, fit for JSON, that tell one run from another; see
-            :func:`describe_run`.
+        run: plain values by part and name, fit for JSON, that tell one run from another.
 
     Raises:
         CheckpointError: if it cannot be written.
@@ -59,8 +65,7 @@ def save_state(path: str | os.PathLike[str], state: TrainState, run: Mapping[str
         RangeError: if a field of state is outside its range.
     """
     path = check_path("path", path)
-    check_type("state", state, TrainState)
-    check_state(state, len(state.order) if isinstance(state.order, np.ndarray) else 0)
+    check_state(state)
     optimizer = state.optimizer
     trees = zip(_TREES, (state.params, optimizer.m, optimizer.v, state.average), strict=True)
     tensors = {
@@ -68,15 +73,9 @@ def save_state(path: str | os.PathLike[str], state: TrainState, run: Mapping[str
         for name, tree in trees
         for key, x in to_state_dict(to_numpy(tree)).items()
     }
-    tensors["order"] = state.order
-    record = {
-        "format": FORMAT,
-        "run": _as_run(run),
-        "rng": state.rng,
-        "t": optimizer.t,
-        **{name: getattr(state, name) for name in _NUMBERS},
-    }
-    # tuples as lists, and NumPy's numbers as plain ones, as it will be read
+    numbers = {name: getattr(state, name) for name in _NUMBERS}
+    record = {"format": FORMAT, "run": _as_run(run), "t": optimizer.t, **numbers}
+    # NumPy's numbers as plain ones, as they will be read
     record = json.loads(json.dumps(record, default=lambda number: number.item()))
     record["sha256"] = digest(tensors, record)
     data = pack(tensors, TRAINING_KEY, record)
@@ -84,10 +83,9 @@ def save_state(path: str | os.PathLike[str], state: TrainState, run: Mapping[str
         write_whole(path.resolve(), data)  # through a link, which stays a link
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
         raise CheckpointError(
-            f"{path}: the training could not be saved ({type(error).__name__}: "
-            f"{getattr(error, 'strerror', None) or error}). What was saved before is whole, and "
-            f"resuming goes on from it. Check that the folder may be written to, and that the disk "
-            f"has {len(data)} bytes free"
+            f"{path}: the training could not be saved ({reason(error)}). What was saved before is "
+            f"whole, and resuming goes on from it. Check that the folder may be written to, and "
+            f"that the disk has {len(data)} bytes free"
         ) from error
 
 
@@ -109,14 +107,15 @@ def _as_run(run: Any) -> dict[str, dict[str, Any]]:
 
 
 def load_state(
-    path: str | os.PathLike[str], config: PVTConfig, run: Mapping[str, Any], like: Array
+    path: str | os.PathLike[str], config: Any, run: Mapping[str, Any], like: Array
 ) -> TrainState:
     """The state in a file of :func:`save_state`.
 
     Args:
         path: the file.
         config: the model.
-        run: must be equal to what was saved, except that it need not say the first weights.
+        run: must be equal to what was saved, except that it need not say the first weights, and
+            that the table of operations may be another.
         like: an array of any shape that says on which device the weights shall lie.
 
     Returns:
@@ -133,27 +132,15 @@ def load_state(
 
 
 def load_state_and_run(
-    path: str | os.PathLike[str], config: PVTConfig, run: Mapping[str, Any], like: Array
+    path: str | os.PathLike[str], config: Any, run: Mapping[str, Any], like: Array
 ) -> tuple[TrainState, dict[str, Any]]:
-    """:func:`load_state`, with all that the file says of its run.
-
-    Args:
-        path: the file.
-        config: the model.
-        run: must be equal to what was saved, except that it need not say the first weights.
-        like: an array of any shape that says on which device the weights shall lie.
-
-    Returns:
-        The state, and the run as it was saved.
+    """:func:`load_state`, and the run as it was saved; like may have any shape.
 
     Raises:
-        MissingFileError: as :func:`load_state`.
-        CheckpointError: as :func:`load_state`.
-        TrainingError: as :func:`load_state`.
-        ArrayTypeError: as :func:`load_state`.
+        ArrayTypeError, MissingFileError, CheckpointError, TrainingError: as :func:`load_state`.
     """
     path = check_path("path", path)
-    check_config(config)
+    architecture_of(config)
     given = _as_run(run)
     if not is_array(like):
         raise ArrayTypeError(f"like is a {type(like).__name__}; it must be an array")
@@ -185,21 +172,21 @@ def _record(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> d
     """What the file says beside its tensors, once the digest has been verified."""
     text = metadata.get(TRAINING_KEY, "{}")
     record = parse_json(text, f"its metadata entry {TRAINING_KEY!r}")
-    fields = {"format", "sha256", "run", "rng", "t", *_NUMBERS}
+    fields = {"format", "sha256", "run", "t", *_NUMBERS}
     if not isinstance(record, dict) or "format" not in record:
         raise CheckpointError(
             "not the saved state of a training. It is damaged, or another kind of file"
         )
     if record["format"] != FORMAT:
+        advice = _OTHER_FORMATS.get(str(record["format"]), "Go on with the version that began it")
         raise CheckpointError(
-            f"a training of format {shown(record['format'])}; this version reads {FORMAT!r}. Go on "
-            f"with the version that began it"
+            f"a training of format {shown(record['format'])}; this version reads {FORMAT!r}. "
+            f"{advice}"
         )
-    if record.keys() != fields or "order" not in tensors:
-        different = sorted(record.keys() ^ fields) or ["order"]
+    if record.keys() != fields:
         raise CheckpointError(
-            f"not the whole state of a training: {shown(different[0])} is missing or unknown. It "
-            f"is damaged, or was edited"
+            f"not the whole state of a training: {shown(min(record.keys() ^ fields))} is missing "
+            f"or unknown. It is damaged, or was edited"
         )
     expected = record.pop("sha256")
     if digest(tensors, record) != expected:
@@ -211,14 +198,12 @@ def _record(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> d
 
 
 def _state(
-    tensors: Mapping[str, np.ndarray], record: Mapping[str, Any], config: PVTConfig, like: Array
+    tensors: Mapping[str, np.ndarray], record: Mapping[str, Any], config: Any, like: Array
 ) -> TrainState:
     trees: dict[str, dict[str, Array]] = {name: {} for name in _TREES}
-    dtype = dtype_name(tensors.get("params.pos_embed1", np.empty(0)))
+    dtype = next((dtype_name(x) for key, x in tensors.items() if key.startswith("params.")), "")
     for key, x in tensors.items():
         name, _, rest = key.partition(".")
-        if key == "order":
-            continue
         if name not in trees:
             raise CheckpointError(f"there is an unknown tensor, {shown(key)}")
         if dtype_name(x) != dtype or dtype not in ("float32", "float64"):
@@ -230,33 +215,26 @@ def _state(
         if name == "v" and (x < 0).any():
             raise CheckpointError(f"{shown(key)} is a mean of squares, and is below 0 somewhere")
         trees[name][rest] = from_host(x, like=like)
-    params, m, v, average = [_tree(name, tree, config) for name, tree in trees.items()]
+    records = {}
+    for name, tree in trees.items():
+        try:
+            records[name] = from_state_dict(tree, config)
+        except PVTError as error:
+            raise CheckpointError(f"its {name}: {error}") from error
+    params, m, v, average = records.values()
     numbers = {name: record[name] for name in _NUMBERS}
-    state = TrainState(
-        params=params,
-        optimizer=AdamWState(record["t"], m, v),
-        average=average,
-        rng=record["rng"],
-        order=tensors["order"],
-        **numbers,
-    )
-    check_state(state, len(np.atleast_1d(state.order)))
+    optimizer = AdamWState(record["t"], m, v)
+    state = TrainState(params=params, optimizer=optimizer, average=average, **numbers)
+    check_state(state)
     return state
 
 
-def _tree(name: str, tree: Mapping[str, Array], config: PVTConfig) -> PVTParams:
-    try:
-        return from_state_dict(tree, config)
-    except PVTError as error:
-        raise CheckpointError(f"its {name}: {error}") from error
-
-
 def _check_same_run(path: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    parts = saved.keys() | given.keys()
+    parts = (saved.keys() | given.keys()) - {"operations"}  # said by fit, which goes on
     if "first" not in given:  # nothing is said of the first weights, so nothing contradicts
         parts -= {"first"}
     differences = [
-        f"{part}.{name} is {shown(old.get(name))} there and {shown(new.get(name))} here"
+        f"\n  - {part}.{name} is {shown(old.get(name))} there and {shown(new.get(name))} here"
         for part in sorted(parts)
         for old, new in [(saved.get(part, {}), given.get(part, {}))]
         for name in sorted({*old, *new})
@@ -264,68 +242,31 @@ def _check_same_run(path: Path, saved: Mapping[str, Any], given: Mapping[str, An
     ]
     if differences:
         raise TrainingError(
-            f"{path} belongs to another run:\n  - "
-            + "\n  - ".join(differences)
-            + "\nGo on with the settings it was begun with, or start anew in another folder"
+            f"{path} belongs to another run:{''.join(differences)}\nGo on with the settings it was "
+            f"begun with, or start anew in another folder"
         )
 
 
 def describe_run(
-    config: PVTConfig,
-    recipe: Recipe,
-    data: LabelledImages,
-    held_out: LabelledImages,
-    first: PVTParams | None = None,
+    config: Any, recipe: Recipe, data: LabelledImages, held_out: LabelledImages, first: Any = None
 ) -> dict[str, Any]:
-    """What must stay the same for a training to go on: model, recipe, samples, first weights.
-
-    Args:
-        config: the model.
-        recipe: how it is trained.
-        data: what it learns from.
-        held_out: what its epochs are compared on.
-        first: the first weights; None says nothing of them.
-
-    Returns:
-        Plain values, fit for JSON: config, recipe, and a SHA-256 of either set of samples and of
-        the first weights.
-    """
-    run = {
-        "config": dataclasses.asdict(config),
-        "recipe": recipe.to_dict(),
-        "data": _describe(data),
-        "held_out": _describe(held_out),
-    }
+    """What must stay the same for a training to go on: model, recipe, samples, first weights."""
+    run = {"model": {"architecture": architecture_of(config).name}}
+    run |= {"config": config_to_dict(config), "recipe": recipe.to_dict()}
+    run |= {"data": _describe(data), "held_out": _describe(held_out)}
     return run if first is None else run | {"first": {"sha256": weights_sha256(first)}}
 
 
-def weights_sha256(params: PVTParams) -> str:
-    """By which weights are known again, wherever they are.
-
-    Args:
-        params: the weights, NumPy or CuPy.
-
-    Returns:
-        64 hexadecimal digits.
-
-    Raises:
-        ArrayTypeError: if params is not a PVTParams.
-    """
+def weights_sha256(params: Any) -> str:
+    """By which weights are known again, wherever they are: 64 hexadecimal digits."""
     check_params_type(params)
     return digest(to_state_dict(to_numpy(params)), "weights")
 
 
-def different_fields(model: Model, config: PVTConfig, info: ModelInfo) -> str:
-    """In what a model differs from what it should be, beside its weights.
-
-    Args:
-        model: of a file.
-        config: what its config should be.
-        info: what its info should be.
-
-    Returns:
-        The fields' names, with commas; empty if all are equal.
-    """
+def different_fields(model: Model, config: Any, info: ModelInfo) -> str:
+    """Names of the fields, beside weights, in which a model differs from what it should be."""
+    if type(model.config) is not type(config):
+        return "architecture"
     return ", ".join(
         field.name
         for found, wanted in ((model.config, config), (model.info, info))

@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
+from typing import Any
 
-from pvt_ref.models.architecture import architecture_of as check_config
-from pvt_ref.models.pvt.config import PVTConfig
-from pvt_ref.train.checks import check_number
+from pvt_ref.checks import check_number
+from pvt_ref.models.architecture import architecture_of
 
 
 def warmup_cosine(
@@ -69,7 +69,7 @@ def drop_path_of_epoch(epoch: int, peak: float, ramp_epochs: int) -> float:
     return peak * epoch / ramp_epochs
 
 
-def config_of_epoch(config: PVTConfig, epoch: int, ramp_epochs: int) -> PVTConfig:
+def config_of_epoch(config: Any, epoch: int, ramp_epochs: int) -> Any:
     """config with the drop-path rates of an epoch, reset for all blocks.
 
     The authors' class does the same with ``reset_drop_path``; here it is another config, and the
@@ -84,9 +84,9 @@ def config_of_epoch(config: PVTConfig, epoch: int, ramp_epochs: int) -> PVTConfi
         config with another drop_path_rate.
 
     Raises:
-        ArrayTypeError: if config is not a PVTConfig.
+        ArrayTypeError: if config is no configuration.
         RangeError: as :func:`drop_path_of_epoch`.
     """
-    check_config(config)
+    architecture_of(config)
     rate = drop_path_of_epoch(epoch, config.drop_path_rate, ramp_epochs)
     return dataclasses.replace(config, drop_path_rate=rate)

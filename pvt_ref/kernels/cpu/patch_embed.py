@@ -21,7 +21,12 @@ from pvt_ref.kernels.cpu.linear import (
 from pvt_ref.kernels.cpu.threads import Scratch
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
-from pvt_ref.layers.patch_embed import PatchEmbedParams, kernel_to_matrix, matrix_to_kernel
+from pvt_ref.layers.patch_embed import (
+    PatchEmbedParams,
+    kernel_to_matrix,
+    matrix_to_kernel,
+    patch_embed,
+)
 from pvt_ref.ops import Ops
 from pvt_ref.tree import record
 
@@ -165,7 +170,7 @@ def patch_embed_forward(
     Args:
         p: projection weight (C_out, C_in, P, P), its bias (C_out,), and the norm.
         x: (B, H, W, C_in), H and W multiples of P.
-        ops: not asked for anything.
+        ops: asked for a projection without a norm.
         eps: of the norm.
         keep: whether a cache for the backward is returned; without it, it is None.
         blocking: the settings.
@@ -173,7 +178,9 @@ def patch_embed_forward(
     Returns:
         tokens (B, (H/P)(W/P), C_out) and the cache.
     """
-    del ops  # nothing smaller is asked for
+    norm = p.norm
+    if norm is None:  # what is left is a linear layer, which has a kernel of its own
+        return patch_embed.forward(p, x, ops, eps, keep)
     proj = LinearParams(kernel_to_matrix(p.proj.weight), p.proj.bias)
     C_out, width = proj.weight.shape
     source = as_blocks(x, p.proj.weight.shape[-1])
@@ -185,7 +192,7 @@ def patch_embed_forward(
         for lines in pieces:
             rows = slice(lines.start * w, lines.stop * w)
             sources = [source[b, part] for b, part, _ in by_group(lines, h)]
-            embed_rows(proj, p.norm, sources, eps, y[rows], rows, embedded, scratch)
+            embed_rows(proj, norm, sources, eps, y[rows], rows, embedded, scratch)
 
     blocking.run(work, B * h, blocking.rows(width) // w or 1, tokens=w)
     cache = None if embedded is None else PatchEmbedCache(embedded, x.shape)
@@ -208,7 +215,9 @@ def patch_embed_backward(
         dx (B, H, W, C_in) and the gradients of projection, (C_out, C_in, P, P) and (C_out,), and
         norm, (C_out,) twice.
     """
-    del ops
+    norm = p.norm
+    if norm is None:
+        return patch_embed.backward(p, cache, dy, ops)
     proj = LinearParams(kernel_to_matrix(p.proj.weight), p.proj.bias)
     C_out, width = proj.weight.shape
     dx = np.empty(cache.map_shape, dy.dtype)
@@ -218,11 +227,11 @@ def patch_embed_backward(
     dprojected = np.empty(dy_rows.shape, dy.dtype)
 
     def work(pieces: list[slice], scratch: Scratch) -> tuple[np.ndarray, LayerNormParams]:
-        dbias, norm_sums = np.zeros(C_out), zero_sums(p.norm)
+        dbias, norm_sums = np.zeros(C_out), zero_sums(norm)
         for lines in pieces:
             rows = slice(lines.start * w, lines.stop * w)
             dblocks = embed_backward_rows(
-                proj, p.norm, cache.embedded, rows, dy_rows[rows], dprojected[rows], dbias,
+                proj, norm, cache.embedded, rows, dy_rows[rows], dprojected[rows], dbias,
                 norm_sums, scratch,
             )  # fmt: skip
             dblocks = dblocks.reshape(-1, *target.shape[2:])

@@ -17,6 +17,7 @@ from pvt_ref.layers.sum_rows import sum_rows
 from pvt_ref.models.architecture import Architecture, Place
 from pvt_ref.models.pvt import model
 from pvt_ref.models.pvt.config import ALIASES, VARIANTS, PVTConfig, describe
+from pvt_ref.models.pvt.files import FILES
 from pvt_ref.models.pvt.params import PVTParams, build_params
 
 
@@ -61,4 +62,5 @@ PVT = Architecture(
     stem="patch_embed1.proj.weight",
     variants=VARIANTS,
     aliases=ALIASES,
+    files=FILES,
 )

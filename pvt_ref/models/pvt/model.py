@@ -111,8 +111,8 @@ def _stage_forward(
     )  # (B, n_i, C_i)
     cls = cls_token is not None
     if cls_token is not None:
-        first = xp.broadcast_to(cls_token, (x.shape[0], 1, x.shape[-1]))  # (B, 1, C_i)
-        x = xp.concat((first, x), axis=1)  # (B, 1 + n_i, C_i)
+        token = xp.broadcast_to(cls_token, (x.shape[0], 1, x.shape[-1]))  # (B, 1, C_i)
+        x = xp.concat((token, x), axis=1)  # (B, 1 + n_i, C_i)
     # resized beforehand, the table's grid is that of the tokens
     table, table_grid = p.pos_embed, (side, side)
     if constants is not None:
@@ -120,7 +120,11 @@ def _stage_forward(
     x, position_cache = ops[position].forward(table, x, ops, grid, table_grid, cls, keep=keep)
     entry_rng = generator_at(rng, What.STAGE_DROPOUT, i)
     x, drop_cache = ops[dropout].forward(None, x, ops, stage.drop_rate, entry_rng, keep=keep)
-    x, blocks_cache = ops[blocks].forward(p.blocks, x, ops, grid, stage.blocks, rng, keep=keep)
+    first = [x]
+    del x  # or these tokens would live as long as the blocks compute
+    x, blocks_cache = ops[blocks].forward(
+        p.blocks, first.pop(), ops, grid, stage.blocks, rng, keep=keep
+    )  # (B, n_i, C_i), or (B, 1 + n_i, C_i)
     if not keep:
         return x, None, grid
     return x, StageCache(embed_cache, position_cache, drop_cache, blocks_cache, grid, cls), grid

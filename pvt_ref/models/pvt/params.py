@@ -5,14 +5,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pvt_ref.arrays import Array
-from pvt_ref.blocks.mlp import MLPParams
-from pvt_ref.blocks.sra import SRAParams
 from pvt_ref.blocks.transformer import BlockParams
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.layers.patch_embed import PatchEmbedParams
+from pvt_ref.models import parts
 from pvt_ref.models.architecture import Leaf
-from pvt_ref.models.pvt.config import NUM_STAGES, PVTConfig, StageConfig
+from pvt_ref.models.pvt.config import NUM_STAGES, PVTConfig
 from pvt_ref.tree import record
 
 
@@ -91,43 +90,6 @@ class PVTParams:
 
 def build_params(config: PVTConfig, make: Callable[[Leaf], Array]) -> PVTParams:
     """A record of parameters, every array made by ``make(leaf)``, in the authors' order."""
-
-    def linear(key: str, C_out: int, C_in: int, bias: bool = True) -> LinearParams:
-        return LinearParams(
-            make(Leaf(f"{key}.weight", (C_out, C_in), "normal")),
-            make(Leaf(f"{key}.bias", (C_out,), "zeros")) if bias else None,
-        )
-
-    def projection(key: str, C_out: int, C_in: int, P: int) -> LinearParams:
-        fan_in = C_in * P * P
-        return LinearParams(
-            make(Leaf(f"{key}.weight", (C_out, C_in, P, P), "uniform", fan_in)),
-            make(Leaf(f"{key}.bias", (C_out,), "uniform", fan_in)),
-        )
-
-    def norm(key: str, C: int) -> LayerNormParams:
-        return LayerNormParams(
-            make(Leaf(f"{key}.weight", (C,), "ones")), make(Leaf(f"{key}.bias", (C,), "zeros"))
-        )
-
-    def block(key: str, s: StageConfig) -> BlockParams:
-        C, R = s.embed_dim, s.sr_ratio
-        return BlockParams(
-            norm1=norm(f"{key}.norm1", C),
-            attn=SRAParams(
-                q=linear(f"{key}.attn.q", C, C, config.qkv_bias),
-                kv=linear(f"{key}.attn.kv", 2 * C, C, config.qkv_bias),
-                proj=linear(f"{key}.attn.proj", C, C),
-                sr=projection(f"{key}.attn.sr", C, C, R) if R > 1 else None,
-                norm=norm(f"{key}.attn.norm", C) if R > 1 else None,
-            ),
-            norm2=norm(f"{key}.norm2", C),
-            mlp=MLPParams(
-                fc1=linear(f"{key}.mlp.fc1", s.hidden_dim, C),
-                fc2=linear(f"{key}.mlp.fc2", C, s.hidden_dim),
-            ),
-        )
-
     has_cls = config.has_classifier
     C_4 = config.embed_dims[-1]
     tree: dict[str, Any] = {}
@@ -138,9 +100,13 @@ def build_params(config: PVTConfig, make: Callable[[Leaf], Array]) -> PVTParams:
     tree["cls_token"] = make(Leaf("cls_token", (1, 1, C_4), "normal")) if has_cls else None
     for i, C_in in enumerate((config.in_chans, *config.embed_dims[:-1])):
         key, C, P = f"patch_embed{i + 1}", config.embed_dims[i], config.patch_sizes[i]
-        tree[key] = PatchEmbedParams(projection(f"{key}.proj", C, C_in, P), norm(f"{key}.norm", C))
-        key, stage = f"block{i + 1}", config.of_stage(i + 1)  # once: it is as long as the stage
-        tree[key] = tuple(block(f"{key}.{b}", stage) for b in range(stage.depth))
-    tree["norm"] = norm("norm", C_4) if has_cls else None
-    tree["head"] = linear("head", config.num_classes, C_4) if has_cls else None
+        proj = parts.projection(make, f"{key}.proj", C, C_in, P)
+        tree[key] = PatchEmbedParams(proj, parts.norm(make, f"{key}.norm", C))
+        key, s = f"block{i + 1}", config.of_stage(i + 1)  # once: it is as long as the stage
+        tree[key] = tuple(
+            parts.block(make, f"{key}.{b}", C, s.hidden_dim, s.sr_ratio, config.qkv_bias)
+            for b in range(s.depth)
+        )
+    tree["norm"] = parts.norm(make, "norm", C_4) if has_cls else None
+    tree["head"] = parts.linear(make, "head", config.num_classes, C_4) if has_cls else None
     return PVTParams(**tree)

@@ -1,0 +1,465 @@
+"""From a weights file to a model."""
+
+import contextlib
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pvt_ref.api import from_state_dict
+from pvt_ref.app import Model
+from pvt_ref.arrays import dtype_name
+from pvt_ref.checkpoint import recognise
+from pvt_ref.checkpoint import safetensors_file as own
+from pvt_ref.checkpoint.files import Eps, FilePath, as_path, cut_path
+from pvt_ref.checkpoint.key_maps import foreign_shapes, to_native
+from pvt_ref.checkpoint.legacy import is_legacy
+from pvt_ref.checkpoint.other_kinds import refuse_other_kind
+from pvt_ref.checkpoint.pth import open_pth
+from pvt_ref.checkpoint.recognise import Found
+from pvt_ref.checkpoint.stated import (
+    Stated,
+    describes_model,
+    eps_of,
+    from_argument,
+    read_config,
+    read_json,
+    read_preprocessing,
+)
+from pvt_ref.checks import is_moderate
+from pvt_ref.data.imagenet import released_info
+from pvt_ref.data.info import UNKNOWN, ModelInfo
+from pvt_ref.errors import (
+    ArrayTypeError,
+    CheckpointError,
+    ConfigError,
+    MissingFileError,
+    PVTError,
+    printable,
+    shown,
+)
+from pvt_ref.models.architecture import Architecture, architecture_of, known_variants
+from pvt_ref.models.layouts import Layout, same_key
+from pvt_ref.tree import first_array
+
+_SUFFIXES = {".safetensors", ".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar", ".th"}
+_INDEX = ".index.json"
+_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")  # of save_pretrained: the first is taken
+_MAX_SHARDS = 1000
+_HALVES = {"float16", "bfloat16"}
+_WHOLE = 200  # characters of an entry's name that messages show
+
+
+def read_model(
+    path: FilePath,
+    config: Any,
+    entry: str | None = None,
+    eps: Eps | None = None,
+    released: str = "",
+) -> Model:
+    """:func:`load`; if released says so, of weights that the authors released.
+
+    What lies beside these is not asked, and released stands in ``source``. Raises: as load,
+    ArrayTypeError, MissingFileError, CheckpointError and ConfigError.
+    """
+    path = as_path(path)
+    stated = from_argument(config)
+    if not isinstance(entry, str | None):
+        raise ArrayTypeError(
+            f"entry is a {type(entry).__name__}; it must be the name of an entry, such as "
+            f"'model_ema'"
+        )
+    eps = None if eps is None else _parse_eps(eps)
+    try:
+        try:  # path.exists() says no from Python 3.14 on where it cannot be known
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise MissingFileError(_missing(path)) from None
+        if re.search(r"-\d{5}-of-(?!00001)\d{5}\.", path.name):
+            raise CheckpointError(f"one of several files; load their folder, {path.parent}")
+        with contextlib.ExitStack() as stack:
+            return _load(_open(path, stack), config, stated, entry, eps, released)
+    except MissingFileError:
+        raise
+    except CheckpointError as error:
+        raise CheckpointError(f"{cut_path(path)}: {error}") from error.__cause__
+    except (PVTError, OSError) as error:
+        what = str(error)
+        if isinstance(error, OSError):
+            what = f"cannot be read: {type(error).__name__}: {error.strerror or error}"
+        raise CheckpointError(f"{cut_path(path)}: {what}") from error
+
+
+class _Opened(NamedTuple):
+    """A file, or several that belong together, before the weights are read."""
+
+    path: Path
+    tree: Any  # arrays, or tensors that are not read yet, in dicts
+    metadata: dict[str, str]
+    read: Callable[[dict[str, Any]], dict[str, np.ndarray]]
+    notes: tuple[str, ...] = ()
+
+
+def _open(path: Path, stack: contextlib.ExitStack) -> _Opened:
+    if path.is_dir():
+        opened = _open(_file_in(path), stack)
+        return opened._replace(notes=(f"read from {opened.path.name}", *opened.notes))
+    if not path.is_file():  # reading a pipe could wait for ever
+        raise CheckpointError("not a regular file; copy the weights into one")
+    if path.name.endswith(_INDEX):
+        return _open_shards(path, stack)
+    if path.suffix == ".json":
+        raise CheckpointError(
+            f"a JSON file, which holds no weights. Name the weights, or the folder of both; "
+            f"load(weights, config={path.name!r}) reads a configuration from it"
+        )
+    file = stack.enter_context(path.open("rb"))
+    size = os.fstat(file.fileno()).st_size
+    head = file.read(64)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        return _Opened(path, *own.read_tensors(file), own.widen)
+    if not head.startswith(b"PK\x03\x04") and not is_legacy(head):
+        raise refuse_other_kind(file, recognise.layouts_read())
+    pth = open_pth(file)
+    notes = []
+    if pth.foreign:
+        notes.append(f"objects beside the weights were not made: {_few(pth.foreign)}")
+    if not pth.checksummed:
+        notes.append("the file has no checksums")
+    return _Opened(path, pth.tree, {}, pth.read, tuple(notes))  # read only what will be used
+
+
+def _few(names: Sequence[str], show: Any = lambda name: shown(name, 60)) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(show, names[:3])) + more
+
+
+def _file_in(folder: Path) -> Path:
+    for name in (x for file in _IN_FOLDER for x in (file, file + _INDEX)):
+        if (folder / name).exists():
+            return folder / name
+    if (folder / "data.pkl").exists():
+        raise CheckpointError(
+            f"the folder of a PyTorch file that was unpacked. Load the original file, or pack the "
+            f"folder again, from the one above it: zip -0 -r model.pth {shown(folder.name)}"
+        )
+    near = ", ".join(shown(p.name) for p in _siblings(folder)[:5])
+    raise CheckpointError(
+        f"a directory without {' or '.join(_IN_FOLDER)}, as save_pretrained writes them; needed is "
+        f"the weights file in it ({f'there are: {near}' if near else 'there is none'})"
+    )
+
+
+def _open_shards(path: Path, stack: contextlib.ExitStack) -> _Opened:
+    """All files that an index names, as if they were one."""
+    places = read_json(path, path.name).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{path.name} has no weight_map from keys to file names")
+    names = sorted(set(places.values()))
+    if not 0 < len(names) <= _MAX_SHARDS:
+        raise CheckpointError(f"{path.name} names {len(names)} files; 1 to {_MAX_SHARDS} are read")
+    tree: dict[str, Any] = {}
+    readers = {}
+    notes: list[str] = []
+    for name in names:
+        if re.search(r"[/\\:\0]", name) or name.endswith(_INDEX) or name in ("", ".", ".."):
+            raise CheckpointError(
+                f"{path.name} names the file {shown(name)}; only names in its own folder are read"
+            )
+        if not (path.parent / name).is_file():
+            raise CheckpointError(
+                f"{path.name} names the file {shown(name)}, which is not beside it. Copy all of "
+                f"its {len(names)} files into one folder"
+            )
+    for name in names:
+        shard = _open(path.parent / name, stack)
+        said = {key for key, place in places.items() if place == name}
+        if not isinstance(shard.tree, dict) or shard.tree.keys() != said:
+            raise CheckpointError(
+                f"{path.name} and {shown(name)} name different weights: they do not belong together"
+            )
+        own.check_foreign_metadata(shard.metadata)
+        tree |= shard.tree
+        readers |= {id(x): (name, shard.read) for x in shard.tree.values()}
+        notes += [note for note in shard.notes if note not in notes]
+
+    def read(state: dict[str, Any]) -> dict[str, np.ndarray]:
+        arrays: dict[str, np.ndarray] = {}
+        for name in names:
+            part = {key: x for key, x in state.items() if readers[id(x)][0] == name}
+            if part:
+                arrays |= readers[id(next(iter(part.values())))][1](part)
+        return {key: arrays[key] for key in state}
+
+    return _Opened(path, {key: tree[key] for key in places}, {}, read, tuple(notes))
+
+
+def _load(
+    opened: _Opened, config: Any, stated: Stated | None, entry: str | None, eps: Any, released: str
+) -> Model:
+    notes = [released] if released else list(opened.notes)  # for `source`
+    assumed: list[str] = []
+    stored, info, folder = None, None, None
+    if not opened.metadata.keys().isdisjoint((own.METADATA_KEY, own.TRAINING_KEY)):
+        stored, info = own.own_header(opened.tree, opened.metadata)
+    if stored:
+        if entry is not None:
+            raise CheckpointError("a pvt_ref file, which holds one model: leave entry out")
+        row = architecture_of(stored)
+        model = Found(row, "", "", Layout(name="pvt_ref file"), dict(opened.tree))
+        stated = _of_network(row, config, stated)
+        used = _as_stored(stated, stored, notes)
+    else:
+        model = _choose(opened, stated, entry, notes)
+        row = model.row
+        stated = _of_network(row, config, stated)
+        if stated and stated.origin != "config" and not released:
+            notes.append(f"configuration from {printable(stated.origin)}")
+        if model.layout.config_beside and not released:
+            folder = opened.path.parent
+            stated = _ask_beside(folder / "config.json", stated, row, eps, notes)
+        if stated is None:
+            used = recognise.recognise_config(model)
+            assumed.append(f"heads as in {row.describe(used).partition(',')[0]}")
+        else:
+            used = recognise.complete(stated, model)
+            assumed += _unsaid(used, stated, eps)
+    recognise.check_state(model, used, stated.origin if stated else "")
+    chosen = eps_of(used)  # and those of released weights, whatever layout they are in
+    if eps is not None:
+        if len(set(eps)) > len(chosen):
+            raise CheckpointError(f"eps is {eps}; a {row.title} has {len(chosen)}")
+        chosen = dict(zip(chosen, eps, strict=False))
+    elif not released:
+        chosen = _choose_eps(used, stated, stored, model.layout, assumed)
+    used = dataclasses.replace(used, **chosen)
+    wanted = foreign_shapes(model.layout, used)
+    state = {key: x for key, x in model.state.items() if key in wanted}
+    rest = sorted(model.prefix + key for key in model.state.keys() - state.keys())
+    if rest:
+        notes.append(f"left out, since there is no head: {', '.join(rest)}")
+    params = from_state_dict(to_native(opened.read(state), model.layout, used), used)
+    if not (stored and info):
+        info, more = _info(used, stored, stated, folder, released, notes)
+        assumed += more
+    under = f" (under {shown(model.name, _WHOLE)})" if model.name else ""
+    halves = " and ".join(sorted({dtype_name(x) for x in state.values()} & _HALVES))
+    made = f", {halves} made float32" if halves and first_array(params).itemsize == 4 else ""
+    if assumed:
+        notes.append(f"assumed: {', '.join(assumed)}")
+    what = f"{model.layout.name}{under}, {row.describe(used)}{made}"
+    return Model(params, used, "; ".join((what, *_describe_eps(used), *notes)), info)
+
+
+def _of_network(row: Architecture, config: Any, stated: Stated | None) -> Stated | None:
+    """What the argument config says, once the file has told its network."""
+    if stated is None or type(stated.config) is row.config_type:
+        return stated
+    if not isinstance(config, str | os.PathLike) or config in known_variants():
+        raise CheckpointError(
+            f"it holds a {row.title}, and config is a {type(stated.config).__name__}. Leave config "
+            f"out, or pass a {row.config_type.__name__}"
+        )
+    return from_argument(config, row)  # a JSON file, whose fields may fit several networks
+
+
+def _unsaid(config: Any, stated: Stated, eps: tuple[float, ...] | None) -> list[str]:
+    """What a JSON file should say, does not say, and no shape shows, for ``source``."""
+    names = [name for name in ("num_heads", "qk_scale") if hasattr(config, name)]
+    if stated.says_eps and eps is None:  # it says one of the two
+        names += eps_of(config)
+    unsaid = [f"{name} {getattr(config, name)}" for name in names if name in stated.left_open]
+    said = f", since {printable(stated.origin)} does not say"
+    lines = [" and ".join(unsaid) + said] if unsaid else []
+    if stated.task:
+        lines.append(
+            f"one class per picture, by softmax, though problem_type is {printable(stated.task)}: "
+            f"take probabilities from the logits yourself"
+        )
+    return lines
+
+
+def _choose(opened: _Opened, stated: Stated | None, entry: str | None, notes: list[str]) -> Found:
+    """The model that is meant, in the layout that it will be read in."""
+    config = stated.config if stated else None
+    chosen, others = recognise.choose_model(recognise.find_models(opened.tree, config), entry)
+    if chosen.layout.rename is same_key:  # as files of save have it
+        own.check_foreign_metadata(opened.metadata)
+    if opened.metadata.keys() - {"format"}:
+        notes.append("metadata of another program is ignored")
+    if others:
+        names = [f"entry={shown(model.name, _WHOLE)}" for model in others]
+        notes.append(f"other weights in the file: {_few(names, str)}")
+    bare = bool(
+        stated and not stated.config.has_classifier and "num_classes" not in stated.left_open
+    )
+    model, counters = recognise.without_counters(recognise.as_backbone(chosen, bare))
+    if chosen.layout.has_classifier and not model.layout.has_classifier:
+        notes.append("the classifier is left out, as config asks")
+    if chosen.beside:
+        notes.append(f"left out: {_few(chosen.beside)}")
+    if counters:
+        notes.append(f"counters beside the weights are ignored: {', '.join(counters)}")
+    return model
+
+
+def _ask_beside(
+    path: Path, stated: Stated | None, row: Architecture, eps: Any, notes: list[str]
+) -> Stated | None:
+    """What config.json says, and what was said before: both, or an error where they differ."""
+    if not path.exists():
+        return stated
+    origin = f"{path.name} beside it"
+    try:
+        if stated is None and not describes_model(read_json(path, origin), row):
+            notes.append(f"not used: {origin}, which does not describe a {row.title}")
+            return None
+        said = read_config(path, origin, row)
+    except PVTError as error:
+        if stated is not None:
+            notes.append(f"not used: {' '.join(str(error).split())[:200]}")
+            return stated
+        raise CheckpointError(
+            f"{str(error).rstrip('.')}. If it belongs to other weights, pass "
+            f"config={row.config_type.__name__}(...) for these, or a variant's name"
+        ) from error
+    if stated is None:
+        notes.append(f"configuration from {origin}")
+        return said
+    both = eps_of(said.config)
+    differ = [("num_heads", "")]
+    if stated.says_eps and eps is None:
+        differ += [(name, "; eps= decides") for name in both]
+    for name, advice in differ:
+        given, written = (
+            "not said" if name in x.left_open else getattr(x.config, name) for x in (stated, said)
+        )
+        if written not in (given, "not said"):
+            raise CheckpointError(
+                f"{name} is {given} in {stated.origin} and {written} in {origin}{advice}. Leave "
+                f"config out, correct {path.name}, or move the weights away from it if it belongs "
+                f"to others"
+            )
+    found: dict[str, Any] = {}
+    if said.says_eps:
+        found = {name: eps for name, eps in both.items() if name not in said.left_open}
+    notes.append(f"{'eps and ' if found else ''}labels from {origin}")
+    return dataclasses.replace(
+        stated,
+        config=dataclasses.replace(stated.config, **found),
+        left_open=tuple(name for name in stated.left_open if name not in found),
+        says_eps=stated.says_eps or said.says_eps,
+        classes=said.classes,
+        num_labels=said.num_labels,
+        task=said.task,
+    )
+
+
+def _choose_eps(
+    config: Any, stated: Stated | None, stored: Any, layout: Layout, assumed: list[str]
+) -> dict[str, float]:
+    """Epsilons when the caller gives none: what somebody chose, or else what fits the file."""
+    said = eps_of(config)
+    if stored and not (stated and stated.says_eps):
+        return eps_of(stored)
+    if (stated and stated.says_eps) or not layout.eps:
+        return said
+    usual = dict(zip(said, layout.eps, strict=True))
+    # a port's number, though its weights may be authors'
+    if stated is None or not said.keys().isdisjoint(stated.left_open) or said != usual:
+        hint = f" ({layout.eps_advice})" if layout.eps_advice else ""
+        assumed.append(f"eps of this layout's code{hint}")
+    return usual
+
+
+def _info(
+    config: Any, stored: Any, stated: Stated | None, folder: Path | None, released: str, notes: Any
+) -> tuple[ModelInfo, list[str]]:
+    """Class names and preprocessing, and which of them are assumed."""
+    assumed = []
+    info = UNKNOWN if stored else released_info(config)
+    if stated and stated.classes and config.has_classifier:
+        info = ModelInfo(classes=stated.classes)
+    elif info.classes and not released:
+        assumed.append("ImageNet's class names")
+    if folder and (folder / "preprocessor_config.json").exists():
+        preprocessing, said = read_preprocessing(folder / "preprocessor_config.json", config)
+        notes.append(said)
+        if preprocessing:
+            return dataclasses.replace(info, preprocessing=preprocessing), assumed
+    if config.in_chans != info.preprocessing.channels:
+        notes.append(f"no preprocessing is known for in_chans={config.in_chans}")
+    elif not released:
+        assumed.append("ImageNet's preprocessing")
+    return info, assumed
+
+
+def _as_stored(stated: Stated | None, stored: Any, notes: list[str]) -> Any:
+    """What a file of save says, with the eps and drop rates of a given configuration."""
+    if stated is None:
+        return stored
+    changes = {name: getattr(stored, name) for name in stated.left_open}
+    config = dataclasses.replace(stated.config, **changes)
+    if stated.num_labels not in (None, stored.num_classes):
+        raise CheckpointError(
+            f"{stated.origin} says {stated.num_labels} labels, and the file num_classes="
+            f"{stored.num_classes}. Leave config out: the file brings its own"
+        )
+    given, written = dataclasses.asdict(config), dataclasses.asdict(stored)
+    free = ("norm_eps", "drop_rate", "drop_path_rate")  # and what ends so: no weight depends on it
+    wrong = [
+        f"{name} is {written[name]} in the file and {given[name]} in config"
+        for name in written
+        if not name.endswith(free) and written[name] != given[name]
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"a pvt_ref file of another model than config: {'; '.join(wrong)}. Leave config out: "
+            f"the file brings its own"
+        )
+    if not stated.says_eps and eps_of(config) != eps_of(stored):
+        notes.append("eps as it was saved, since config has the defaults")
+    return config
+
+
+def _describe_eps(config: Any) -> list[str]:
+    eps = [f"{x:g}" for x in eps_of(config).values()]
+    if len(set(eps)) < 2:
+        return [f"eps {eps[0]} in every norm"] if eps else []
+    return [f"eps {eps[0]}, and {eps[1]} in the projection norms"]
+
+
+def _parse_eps(eps: Any) -> tuple[float, float]:
+    pair: tuple[Any, ...] = (eps, eps)
+    if isinstance(eps, Sequence) and not isinstance(eps, str):
+        pair = tuple(eps)
+    if len(pair) != 2 or not all(is_moderate(x) and x >= 0 for x in pair):
+        raise ConfigError(
+            f"eps is {shown(eps)}; it must be one number, or (norm_eps, projection_norm_eps), "
+            f"finite and 0 or more"
+        )
+    return float(pair[0]), float(pair[1])
+
+
+def _missing(path: Path) -> str:
+    near = [shown(p.name) for p in _siblings(path.parent)]
+    there = f"weights files there: {', '.join(near[:5])}" if near else "no weights files there"
+    if not path.parent.is_dir():
+        there = f"nor is there a directory {cut_path(path.parent)}"
+    here = "deleted"
+    with contextlib.suppress(OSError):
+        here = os.getcwd()
+    return (
+        f"{cut_path(path)}: there is no such file ({there}). Check the spelling, and the directory "
+        f"it is relative to, which is {here}"
+    )
+
+
+def _siblings(directory: Path) -> list[Path]:
+    with contextlib.suppress(OSError):
+        return sorted(p for p in directory.iterdir() if p.suffix in _SUFFIXES)
+    return []

@@ -1,0 +1,284 @@
+"""A PVT in the files of other projects: four layouts, and Hugging Face's config.json."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pvt_ref.checks import TOO_LARGE, is_whole
+from pvt_ref.errors import CheckpointError, ConfigError, shown
+from pvt_ref.models.layouts import WHOLE, Files, Layout, Piece, Shape, renaming, same_pieces
+from pvt_ref.models.pvt.config import NUM_STAGES, VARIANTS, PVTConfig
+
+# Layouts ----------------------------------------------------------------------------------------
+
+_BASE = "pvt."  # of every key but the classifier's: what transformers calls a base model
+_HF, _HF_PATCH = "pvt.encoder.block.{j}.{b}.", "pvt.encoder.patch_embeddings.{j}."
+_MM = "layers.{j}.1.{c}."  # element 0 of this list is the position table
+
+#: Our templates, Hugging Face's and MMDetection's, which has no classifier.
+_KEYS = {
+    "patch_embed{i}.proj": (_HF_PATCH + "projection", "layers.{j}.0.projection"),
+    "patch_embed{i}.norm": (_HF_PATCH + "layer_norm", "layers.{j}.0.norm"),
+    "pos_embed{i}": (_HF_PATCH + "position_embeddings", "layers.{j}.1.0.pos_embed"),
+    "cls_token": ("pvt.encoder.patch_embeddings.3.cls_token",),
+    "block{i}.{b}.norm1": (_HF + "layer_norm_1", _MM + "norm1"),
+    "block{i}.{b}.attn.q": (_HF + "attention.self.query", _MM + "attn.attn.in_proj_{leaf}"),
+    # and attention.self.value: see below
+    "block{i}.{b}.attn.kv": (_HF + "attention.self.key", _MM + "attn.attn.in_proj_{leaf}"),
+    "block{i}.{b}.attn.proj": (_HF + "attention.output.dense", _MM + "attn.attn.out_proj"),
+    "block{i}.{b}.attn.sr": (_HF + "attention.self.sequence_reduction", _MM + "attn.sr"),
+    "block{i}.{b}.attn.norm": (_HF + "attention.self.layer_norm", _MM + "attn.norm"),
+    "block{i}.{b}.norm2": (_HF + "layer_norm_2", _MM + "norm2"),
+    "block{i}.{b}.mlp.fc1": (_HF + "mlp.dense1", _MM + "ffn.layers.0"),
+    "block{i}.{b}.mlp.fc2": (_HF + "mlp.dense2", _MM + "ffn.layers.3"),
+    "norm": ("pvt.encoder.layer_norm",),
+    "head": ("classifier",),
+}
+
+_LAST_TABLE = f"pos_embed{NUM_STAGES}"
+_hugging_face_name = renaming({ours: theirs[0] for ours, theirs in _KEYS.items()})
+_bare_name = renaming({ours: theirs[0].removeprefix(_BASE) for ours, theirs in _KEYS.items()})
+_mmdetection_name = renaming({k: theirs[1] for k, theirs in _KEYS.items() if len(theirs) > 1})
+
+
+def _authors_dense(key: str, shape: Shape, config: PVTConfig) -> list[Piece]:
+    if key == _LAST_TABLE:  # the released backbones keep the cls row and skip it
+        _, n, C = shape
+        return [Piece(key, WHOLE, key, (slice(None), slice(1, None)), (1, n + 1, C))]
+    return same_pieces(key, shape, config)
+
+
+def _hugging_face(key: str, shape: Shape, config: PVTConfig) -> list[Piece]:
+    name = _hugging_face_name(key)
+    assert name is not None, key
+    if ".attn.kv." in key:  # (2C, ...): keys above values
+        C = shape[0] // 2
+        half = (C, *shape[1:])
+        return [
+            Piece(key, (slice(0, C),), name, WHOLE, half),
+            Piece(key, (slice(C, 2 * C),), name.replace(".key.", ".value."), WHOLE, half),
+        ]
+    return [Piece(key, WHOLE, name, WHOLE, shape)]
+
+
+def _hugging_face_bare(key: str, shape: Shape, config: PVTConfig) -> list[Piece]:
+    if key == _LAST_TABLE:  # a PvtModel keeps the cls token
+        (piece,) = _authors_dense(key, shape, config)
+        return [piece._replace(foreign=_bare_name(key) or "")]
+    found = _hugging_face(key, shape, config)
+    return [piece._replace(foreign=piece.foreign.removeprefix(_BASE)) for piece in found]
+
+
+def _mmdetection(key: str, shape: Shape, config: PVTConfig) -> list[Piece]:
+    name = _mmdetection_name(key)
+    if name is None or (key.endswith("attn.proj.bias") and not config.qkv_bias):
+        return []
+    if ".attn.q." in key or ".attn.kv." in key:  # glued: (3C, ...), q above k above v
+        C = config.embed_dims[int(key[len("block")]) - 1]
+        rows = slice(0, C) if ".attn.q." in key else slice(C, 3 * C)
+        return [Piece(key, WHOLE, name, (rows,), (3 * C, *shape[1:]))]
+    if ".mlp." in key and key.endswith(".weight"):  # a linear layer written as 1x1 convolution
+        return [Piece(key, WHOLE, name, WHOLE, (*shape, 1, 1))]
+    return [Piece(key, WHOLE, name, WHOLE, shape)]
+
+
+_CLASSIFIER = ("cls_token", "norm.weight", "norm.bias", "head.weight", "head.bias")
+_PORT: Any = {
+    "eps": (1e-6, 1e-6),
+    "eps_advice": "pass eps=(1e-6, 1e-5) for the authors' training setting",
+}
+
+AUTHORS = Layout(name="authors' layout", eps=(1e-6, 1e-5))
+AUTHORS_DENSE = Layout(
+    name="authors' dense-prediction layout",
+    pieces_of=_authors_dense,
+    eps=(1e-6, 1e-5),
+    has_classifier=False,
+    unused=_CLASSIFIER,
+)
+HUGGING_FACE = Layout(
+    name="Hugging Face layout",
+    rename=_hugging_face_name,
+    pieces_of=_hugging_face,
+    marks=("head.weight", "head.bias"),
+    has_classifier=True,
+    config_beside=True,
+    **_PORT,
+)
+HUGGING_FACE_BARE = Layout(
+    name="Hugging Face layout without classifier",
+    rename=_bare_name,
+    pieces_of=_hugging_face_bare,
+    has_classifier=False,
+    unused=tuple(_bare_name(key) or "" for key in _CLASSIFIER[:3]),
+    config_beside=True,
+    **_PORT,
+)
+MMDETECTION = Layout(
+    name="MMDetection layout",
+    rename=_mmdetection_name,
+    pieces_of=_mmdetection,
+    has_classifier=False,
+    **_PORT,
+)
+
+
+def _bare(layout: Layout, state: Mapping[str, Any], wanted: bool) -> tuple[Layout, str]:
+    if layout is AUTHORS:
+        rows = getattr(state.get(_LAST_TABLE), "shape", ())
+        has_cls_row = len(rows) == 3 and math.isqrt(rows[1]) ** 2 != rows[1]
+        has_head = "head.weight" in state or "head.bias" in state
+        if has_cls_row and (wanted or not has_head):
+            return AUTHORS_DENSE, ""
+    return (HUGGING_FACE_BARE, _BASE) if layout is HUGGING_FACE and wanted else (layout, "")
+
+
+# What shapes show -------------------------------------------------------------------------------
+
+
+def _fit(config: PVTConfig, shapes: Mapping[str, Shape], layout: Layout) -> PVTConfig:
+    def first(*keys: str) -> Shape:
+        return next((s for k in keys if (s := shapes.get(layout.rename(k) or ""))), ())
+
+    num_classes, in_chans = config.num_classes, config.in_chans
+    head = first("head.weight", "head.bias")
+    if layout.has_classifier is False or not (head or first("cls_token", "norm.weight")):
+        num_classes = 0
+    elif head:
+        num_classes = head[0]
+    kernel, table = first("patch_embed1.proj.weight"), first("pos_embed1")
+    if len(kernel) == 4:
+        in_chans = kernel[1]
+    side = math.isqrt(table[1]) * config.patch_sizes[0] if len(table) == 3 else config.img_size
+    changes = {"num_classes": num_classes, "in_chans": in_chans}
+    for img_size in (side, config.img_size):
+        try:
+            return dataclasses.replace(config, **changes, img_size=img_size)
+        except ConfigError:
+            continue  # no such image size: the table is what is wrong
+    return config
+
+
+def _shown(shapes: Mapping[str, Shape], layout: Layout) -> dict[str, Any]:
+    def shape(key: str) -> Shape:
+        return shapes[layout.rename(key) or ""]
+
+    def present(key: str) -> bool:
+        return layout.rename(key) in shapes
+
+    def ratio(i: int) -> float:
+        hidden, C_i = shape(f"block{i}.0.mlp.fc1.weight")[:2]
+        return hidden / C_i if hidden % C_i else hidden // C_i
+
+    def depth(i: int) -> int:
+        return next(b for b in itertools.count() if not present(f"block{i}.{b}.norm1.weight"))
+
+    def reduction(i: int) -> int:
+        key = f"block{i}.0.attn.sr.weight"
+        return shape(key)[2] if present(key) else 1
+
+    stages = range(1, NUM_STAGES + 1)
+    try:
+        P = [shape(f"patch_embed{i}.proj.weight")[2] for i in stages]
+        return {
+            "img_size": math.isqrt(shape("pos_embed1")[1]) * P[0],
+            "in_chans": shape("patch_embed1.proj.weight")[1],
+            "num_classes": shape("head.weight")[0] if present("head.weight") else 0,
+            "patch_sizes": tuple(P),
+            "embed_dims": tuple(shape(f"pos_embed{i}")[2] for i in stages),
+            "mlp_ratios": tuple(map(ratio, stages)),
+            "qkv_bias": present("block1.0.attn.q.bias"),
+            "depths": tuple(map(depth, stages)),
+            "sr_ratios": tuple(map(reduction, stages)),
+        }
+    except (KeyError, IndexError, ValueError, ZeroDivisionError):
+        return {}
+
+
+def _advice(keys: Iterable[str]) -> str:
+    advice = (
+        "Depth-wise convolutions (dwconv) belong to PVT version 2, another architecture, which "
+        "this project does not have. "
+    )
+    return advice if any("dwconv" in key for key in keys) else ""
+
+
+# What a JSON file says --------------------------------------------------------------------------
+
+_DEFAULT = PVTConfig()
+#: Fields of Hugging Face's PvtConfig that mean the same here.
+_SAME = {
+    **{"num_channels": "in_chans", "hidden_sizes": "embed_dims"},
+    **{"num_attention_heads": "num_heads", "sequence_reduction_ratios": "sr_ratios"},
+    **{"hidden_dropout_prob": "drop_rate", "attention_probs_dropout_prob": "attn_drop_rate"},
+    **{name: name for name in ("patch_sizes", "mlp_ratios", "depths", "qkv_bias")},
+    "drop_path_rate": "drop_path_rate",
+}
+
+_STRUCTURE = ("hidden_sizes", "num_attention_heads", "sequence_reduction_ratios", "patch_sizes")
+_TELLING = frozenset((*_STRUCTURE, "embed_dims", "depths", "num_heads", "sr_ratios"))
+
+
+def _from_hugging_face(fields: Mapping[str, Any]) -> dict[str, Any]:
+    if fields.get("num_encoder_blocks", NUM_STAGES) != NUM_STAGES:
+        raise CheckpointError(
+            f"num_encoder_blocks is {shown(fields['num_encoder_blocks'])}; a PVT here has four"
+        )
+    if fields.get("hidden_act", "gelu") != "gelu":
+        raise CheckpointError(
+            f"hidden_act is {shown(fields['hidden_act'])}; this project computes 'gelu' only"
+        )
+    patches = fields.get("patch_sizes", list(_DEFAULT.patch_sizes))
+    if fields.get("strides", patches) != patches:  # its kernels have the strides' size
+        raise CheckpointError(
+            f"patch_sizes {shown(patches)} and strides {shown(fields['strides'])} differ: its "
+            f"patches overlap, and those of this project do not"
+        )
+    values = {ours: fields[theirs] for theirs, ours in _SAME.items() if theirs in fields}
+    if "image_size" in fields:
+        side = fields["image_size"]
+        sides = side if isinstance(side, list) else [side, side]
+        if len(sides) != 2 or sides[0] != sides[1]:
+            raise CheckpointError(f"image_size is {shown(side)}; tables here are square")
+        values["img_size"] = sides[0]
+    if "layer_norm_eps" in fields:
+        values |= dict.fromkeys(("norm_eps", "projection_norm_eps"), fields["layer_norm_eps"])
+    return {**values, "qk_scale": None}  # its code has no such thing
+
+
+def _partial(values: dict[str, Any]) -> PVTConfig:
+    ones = (1,) * NUM_STAGES
+    filled: dict[str, Any] = {
+        **dict.fromkeys(("num_heads", "mlp_ratios", "patch_sizes", "sr_ratios"), ones),
+        "embed_dims": values.get("num_heads", ones),
+        "num_classes": 0,
+        **values,
+    }
+    if "img_size" not in values:
+        sizes = [filled["patch_sizes"], filled["sr_ratios"]]
+        factors = [n for size in sizes if isinstance(size, list) for n in size[:NUM_STAGES]]
+        multiple = math.prod(n for n in factors if is_whole(n) and 0 < n < TOO_LARGE)
+        filled["img_size"] = multiple if multiple < TOO_LARGE else _DEFAULT.img_size
+    return PVTConfig(**filled)
+
+
+FILES = Files(
+    readable="the authors' .pth files, training checkpoints, Hugging Face "
+    "PvtForImageClassification and PvtModel, MMDetection PVT backbones",
+    layouts=(HUGGING_FACE, HUGGING_FACE_BARE, MMDETECTION, AUTHORS),
+    probes=("patch_embed1.proj.weight", "pos_embed1", "block1.0.norm1.weight"),
+    bare=_bare,
+    model_type="pvt",
+    telling=_TELLING,
+    hugging_face=_from_hugging_face,
+    partial=_partial,
+    fit=_fit,
+    shown=_shown,
+    widths="embed_dims",
+    blocks=lambda config: sum(config.depths),
+    advice=_advice,
+    hub={name: f"Zetatech/{name.replace('_', '-')}-224" for name in list(VARIANTS)[:4]},
+    url="https://github.com/whai362/PVT/releases/download/v2/{name}.pth",
+)

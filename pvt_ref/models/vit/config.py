@@ -1,0 +1,126 @@
+"""The shape of a columnar ViT: one scale, plain attention, a cls token."""
+
+import functools
+import math
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import ClassVar
+
+from pvt_ref.blocks.sra import SRASettings
+from pvt_ref.blocks.transformer import BlockSettings
+from pvt_ref.checks import TOO_LARGE, is_whole
+from pvt_ref.errors import ConfigError, ShapeError, shown
+
+#: Epsilon of all norms, as in the released code of both.
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViTConfig:
+    """A columnar ViT (Dosovitskiy et al. 2021, arXiv 2010.11929); DeiT is the same network.
+
+    Attributes:
+        patch_size: P, in pixels.
+        embed_dim: C.
+        depth: blocks.
+        num_heads: N; must divide C.
+        mlp_ratio: E.
+        img_size: side in pixels of the square image that the position table is made for.
+        in_chans: channels of the image.
+        num_classes: outputs of the classifier.
+
+    Raises:
+        ConfigError: if a field is no positive whole number, the patch does not divide img_size, or
+            the heads do not divide the width.
+    """
+
+    patch_size: int
+    embed_dim: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mlp_ratio: int = 4
+    img_size: int = 224
+    in_chans: int = 3
+    num_classes: int = 1000
+    drop_path_rate: ClassVar[float] = 0.0  # nothing is dropped
+    has_classifier: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not is_whole(value) or not 1 <= value < TOO_LARGE:
+                raise ConfigError(
+                    f"{field.name} is {shown(value)}; it must be a positive whole number below "
+                    f"2**31"
+                )
+        if self.img_size % self.patch_size:
+            raise ConfigError(
+                f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        if self.embed_dim % self.num_heads:
+            raise ConfigError(
+                f"num_heads {self.num_heads} does not divide embed_dim {self.embed_dim}"
+            )
+
+    @property
+    def size_multiple(self) -> int:
+        """Number of which H and W must be multiples for no pixel to be lost."""
+        return self.patch_size
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """(C,), of its one scale."""
+        return (self.embed_dim,)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """(P,), pixels per side of a token."""
+        return (self.patch_size,)
+
+    @property
+    def table_grid(self) -> tuple[int, int]:
+        """The grid that the position table belongs to."""
+        return self.grids(self.img_size, self.img_size)[0]
+
+    def grids(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
+        """The token grid of an image, as the only one of a tuple.
+
+        Raises:
+            ShapeError: if a border of the image would fall outside the last whole patch.
+        """
+        P = self.patch_size
+        if height < 1 or width < 1 or height % P or width % P:
+            raise ShapeError(
+                f"image size {height}x{width} must be positive multiples of the patch size {P}"
+            )
+        return ((height // P, width // P),)
+
+
+@functools.lru_cache(maxsize=64)  # every forward asks
+def block_settings(config: ViTConfig) -> tuple[BlockSettings, ...]:
+    """What each block is told."""
+    scale = 1 / math.sqrt(config.embed_dim // config.num_heads)
+    attn = SRASettings(config.num_heads, scale, NORM_EPS)
+    return tuple(BlockSettings(NORM_EPS, attn, number=k) for k in range(config.depth))
+
+
+_VIT_SMALL = {"embed_dim": 768, "depth": 8, "num_heads": 8, "mlp_ratio": 3}
+
+#: Columnar models to compare with: DeiT-Small (deit_s_16 is in the paper's Table 2), the same on
+#: other patches, and the paper's ViT-Small (vit_s_16 in Table 2, the other two in Table 8).
+VITS: dict[str, ViTConfig] = {
+    "deit_s_32": ViTConfig(patch_size=32),
+    "deit_s_16": ViTConfig(patch_size=16),
+    "deit_s_4": ViTConfig(patch_size=4),
+    "vit_s_32": ViTConfig(patch_size=32, **_VIT_SMALL),
+    "vit_s_16": ViTConfig(patch_size=16, **_VIT_SMALL),
+    "vit_s_4": ViTConfig(patch_size=4, **_VIT_SMALL),
+}
+
+
+def describe(config: ViTConfig) -> str:
+    """A configuration in a few words: its variant or shape, classes and image size."""
+    shape = attrgetter("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "in_chans")
+    fits = (name for name, vit in VITS.items() if shape(vit) == shape(config))
+    name = next(fits, f"ViT of {config.depth} blocks, {config.embed_dim} channels")
+    return f"{name}, {config.num_classes} classes, {config.img_size} px"
