@@ -24,12 +24,12 @@ from pvt_ref import REFERENCE, VARIANTS, blocked_ops
 from pvt_ref.kernels.cpu import (
     attention,
     block,
-    blocking,
     gelu,
     layer_norm,
     linear,
     mlp,
     patch_embed,
+    tiling,
 )
 from pvt_ref.models.pvt import PVT
 from pvt_ref.ops import Operation
@@ -40,7 +40,7 @@ KERNELS = {
     "gelu_rows": "GELU",
     "layer_norm_rows": "layer norm",
     "layer_norm_backward_rows": "layer norm, backward",
-    "linear_columns": "adding biases",
+    "linear_rows": "adding biases",
     "attend_rows": "softmax of attention",
     "attend_backward_rows": "softmax of attention, backward",
     "embed_rows": "cutting patches",
@@ -95,13 +95,13 @@ def watch_kernels(watch: Stopwatch) -> None:
             if hasattr(module, function):
                 timed = timed or watch.time(name, getattr(module, function))
                 setattr(module, function, timed)
-    run_pieces = blocking.run_pieces
+    run_pieces = tiling.run_pieces
 
     def run_watched(work, pieces, threads):
         return run_pieces(watch.time("sums, copies, Python", work), pieces, threads)
 
     # the caller's own time in there is spent starting threads and waiting for them
-    blocking.run_pieces = watch.time("waiting", run_watched)
+    tiling.run_pieces = watch.time("waiting", run_watched)
 
 
 def watch_table(watch: Stopwatch) -> pvt_ref.Ops:

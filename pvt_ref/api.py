@@ -71,8 +71,7 @@ def init_params(config: Any, rng: np.random.Generator, dtype: Any = np.float32) 
         dtype: float32 or float64. Both draw the same numbers, rounded.
 
     Returns:
-        A record of NumPy arrays, a :class:`PVTParams` for a PVTConfig;
-        :func:`pvt_ref.to_device` moves them.
+        A record of NumPy arrays; :func:`pvt_ref.to_device` moves them.
 
     Raises:
         ArrayTypeError: if config is no configuration or rng not a NumPy generator, or for another
@@ -231,7 +230,7 @@ def check_params(params: Any, config: Any) -> None:
     first_key, first = next(iter(arrays.items()))
     check_float(first_key, first)
     for key, x in arrays.items():
-        if x.dtype != first.dtype or not same_library(x, first):
+        if not same_library(x, first) or x.dtype != first.dtype:
             check_float(key, x)
             raise ArrayTypeError(
                 f"params mix {library_and_dtype(first)} ({first_key}) and {library_and_dtype(x)} "
@@ -266,7 +265,14 @@ class Prepared:
     constants: Any
 
     def constants_for(self, images: Array) -> Any:
-        """The constants, if they are of that size."""
+        """The constants, if they are of that size.
+
+        Args:
+            images: (B, in_chans, H, W).
+
+        Returns:
+            None for images of another size.
+        """
         return self.constants if tuple(images.shape[2:]) == self.size else None
 
 

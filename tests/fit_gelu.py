@@ -1,4 +1,4 @@
-"""Makes the coefficients that pvt_ref/kernels/gelu.py computes GELU with in float32.
+"""Makes the coefficients that pvt_ref/kernels/cpu/gelu.py computes GELU with in float32.
 
     python tests/fit_gelu.py
 

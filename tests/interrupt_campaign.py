@@ -35,7 +35,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import pvt_ref
 from pvt_ref import VARIANTS, Model
-from pvt_ref.kernels.cpu import blocking, threads
+from pvt_ref.kernels.cpu import threads, tiling
 from pvt_ref.tree import named_arrays
 
 CONFIG = replace(
@@ -55,7 +55,7 @@ _helpers: set[int] = set()  # that are at work in this moment
 
 def watch_helpers() -> None:
     """From now on every piece that another thread than its caller has is entered in _helpers."""
-    run_pieces = blocking.run_pieces
+    run_pieces = tiling.run_pieces
 
     def watched(work, pieces, threads):
         caller = threading.get_ident()
@@ -72,7 +72,7 @@ def watch_helpers() -> None:
 
         return run_pieces(entered, pieces, threads)
 
-    blocking.run_pieces = watched
+    tiling.run_pieces = watched
 
 
 def blas_threads() -> list[int]:

@@ -651,14 +651,14 @@ def test_dlogits_of_another_type(classified, dlogits):
 @pytest.mark.parametrize("count", [0, 3, 5])
 def test_wrong_count_of_dmaps(pyramid, count):
     maps, cache = pyramid
-    with refused(ShapeError, "a list of four arrays", "dL/dF_1 to dL/dF_4", f"got {count}"):
+    with refused(ShapeError, "a list of 4 arrays", "dL/dF_1 to dL/dF_4", f"got {count}"):
         pvt_ref.backward_pyramid(PARAMS, cache, (maps * 2)[:count], SMALL)
 
 
 @pytest.mark.parametrize("dmaps", [None, 3, np.ones((4, 2, 4, 8, 8)), {0: None}])
 def test_dmaps_are_not_a_list(pyramid, dmaps):
     _, cache = pyramid
-    with refused(ShapeError, "a list of four arrays", "None where", type(dmaps).__name__):
+    with refused(ShapeError, "a list of 4 arrays", "None where", type(dmaps).__name__):
         pvt_ref.backward_pyramid(PARAMS, cache, dmaps, SMALL)
 
 
@@ -700,7 +700,10 @@ def test_none_among_the_dmaps_means_zeros(pyramid):
 def test_a_cache_of_the_other_kind(classified, pyramid):
     (logits, cache), (maps, pyramid_cache) = classified, pyramid
     with refused(
-        ArrayTypeError, "a PyramidCache", "needs the ClassifierCache", "forward_with_cache"
+        ArrayTypeError,
+        "that of forward_pyramid_with_cache",
+        "that forward_with_cache returned",
+        "forward_with_cache",
     ):
         pvt_ref.backward(PARAMS, pyramid_cache, logits, SMALL)
     with refused(

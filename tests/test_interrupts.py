@@ -21,8 +21,8 @@ import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from pvt_ref.kernels.cpu import threads as threads_module
-from pvt_ref.kernels.cpu.blocking import share_columns
 from pvt_ref.kernels.cpu.threads import default_threads, run_pieces
+from pvt_ref.kernels.cpu.tiling import share_columns
 
 HERE = Path(__file__).parent
 posix = pytest.mark.skipif(os.name != "posix", reason="this system neither forks nor sends signals")
@@ -298,7 +298,7 @@ COMMON = """
 import os, sys, threading, time, signal
 import numpy as np
 from threadpoolctl import threadpool_info, threadpool_limits
-from pvt_ref.kernels.threads import default_threads, run_pieces
+from pvt_ref.kernels.cpu.threads import default_threads, run_pieces
 limits = threadpool_limits(3, user_api="blas")
 def blas():
     return {i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"}

@@ -1,9 +1,8 @@
 """The kernels: what the suite under PVT_REF_OPS=blocked does not ask of them.
 
-Every test of operations, properties, golden numbers and transformers runs with the kernels too
-(operations.py chooses the record by the environment). Here: every kernel against its readable twin
-for several thread counts and block sizes, the fitted GELU, memory, and manners towards the threads
-and settings of others.
+Every test of operations, properties, golden numbers and transformers runs with the kernels too.
+Here: every kernel against its readable twin for several thread counts and tile sizes, tiles by the
+size of the cache, the fitted GELU, memory, and manners towards the threads and settings of others.
 """
 
 import gc
@@ -27,14 +26,19 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import pvt_ref
 from pvt_ref import REFERENCE, VARIANTS, blocked_ops, count_cost
-from pvt_ref.blocks.mlp import MLPParams
+from pvt_ref.blocks.mlp import MLPParams, mlp
 from pvt_ref.kernels.cpu import threads as threads_module
-from pvt_ref.kernels.cpu.blocking import Blocking, by_group, cut, share_columns
+from pvt_ref.kernels.cpu import tiling
 from pvt_ref.kernels.cpu.gelu import TANH_FIT, gelu_rows
 from pvt_ref.kernels.cpu.linear import column_sums
 from pvt_ref.kernels.cpu.threads import Scratch, default_threads, run_pieces
-from pvt_ref.layers.layer_norm import LayerNormParams
-from pvt_ref.layers.linear import LinearParams
+from pvt_ref.kernels.cpu.tiling import Tiling, by_group, cut, elements_for, share_columns
+from pvt_ref.layers.attention import attention
+from pvt_ref.layers.gelu import gelu
+from pvt_ref.layers.layer_norm import LayerNormParams, layer_norm
+from pvt_ref.layers.linear import LinearParams, linear
+from pvt_ref.layers.sum_rows import sum_rows
+from pvt_ref.ops import Operation
 from pvt_ref.tree import named_arrays
 
 CONFIG = replace(
@@ -60,8 +64,8 @@ def blas_threads() -> list[int]:
 def test_kernel_equals_its_readable_twin(name, threads, elements, monkeypatch):
     ops = blocked_ops(threads, elements=elements)
 
-    def compute(record, case, dy):
-        monkeypatch.setattr(operations, "ops", record)
+    def compute(table, case, dy):
+        monkeypatch.setattr(operations, "table_under_test", lambda: table)
         y, cache = case.forward(case.inputs)
         without_cache, _ = case.forward(case.inputs, keep=False)
         np.testing.assert_array_equal(y, without_cache)
@@ -122,20 +126,20 @@ def test_dropout_alone_on_attention_and_mlp_is_the_readable_one():
     ops = blocked_ops(2, elements=16)
     q, k, v = (normal(i, 2, 3, 5, 4) for i in range(3))
     dy = normal(4, 2, 3, 5, 4)
-    for record in (REFERENCE, ops):
-        y, cache = record.attention.forward(q, k, v, record, 0.5, 0.3, rng_of(1))
-        grads = record.attention.backward(cache, dy, record)
-        if record is REFERENCE:
+    for table in (REFERENCE, ops):
+        y, cache = table[attention].forward(None, (q, k, v), table, 0.5, 0.3, rng_of(1))
+        grads, _ = table[attention].backward(None, cache, dy, table)
+        if table is REFERENCE:
             expected, expected_grads = y, grads
     np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-14)
     for g, e in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(g, e, rtol=1e-11, atol=1e-13)
     block = CASE.params().block1[0].mlp
     x = normal(5, 2, 6, 8)
-    for record in (REFERENCE, ops):
-        y, cache = record.mlp.forward(block, x, record, 0.3, rng_of(1))
-        dx, _ = record.mlp.backward(block, cache, x, record)
-        if record is REFERENCE:
+    for table in (REFERENCE, ops):
+        y, cache = table[mlp].forward(block, x, table, 0.3, rng_of(1))
+        dx, _ = table[mlp].backward(block, cache, x, table)
+        if table is REFERENCE:
             expected, expected_dx = y, dx
     np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(dx, expected_dx, rtol=1e-12, atol=1e-14)
@@ -152,10 +156,10 @@ def test_the_number_of_helpers_does_not_change_a_bit():
 
 def test_many_keys_err_in_float32_no_more_than_pytorch_does_twice():
     q, k, v = (normal(i, 1, 2, n, 64) for i, n in enumerate((300, 4096, 4096)))
-    exact, _ = REFERENCE.attention.forward(q, k, v, REFERENCE, 0.125)
+    exact, _ = attention.forward(None, (q, k, v), REFERENCE, 0.125)
     q, k, v = (x.astype(np.float32) for x in (q, k, v))
     ops = blocked_ops(2)
-    ours, _ = ops.attention.forward(q, k, v, ops, 0.125, keep=False)
+    ours, _ = ops[attention].forward(None, (q, k, v), ops, 0.125, keep=False)
     theirs = F.scaled_dot_product_attention(*(torch.tensor(x) for x in (q, k, v)), scale=0.125)
     assert relative(ours, exact) <= 2 * relative(theirs.numpy(), exact)
 
@@ -166,22 +170,22 @@ def test_sums_of_many_rows_are_as_exact_as_the_readable_ones():
     assert relative(column_sums(x), exact) < 1.5e-7
     p = LinearParams(np.eye(8, dtype=np.float32), np.zeros(8, np.float32))
     ops = blocked_ops(2)
-    _, cache = ops.linear.forward(p, x)
-    _, grads = ops.linear.backward(p, cache, x)
+    _, cache = ops[linear].forward(p, x, ops)
+    _, grads = ops[linear].backward(p, cache, x, ops)
     assert grads.bias.dtype == np.float32
     assert relative(grads.bias, exact) < 1.5e-7
 
 
-def test_sums_over_many_blocks_are_in_double_precision():
+def test_sums_over_many_tiles_are_in_double_precision():
     x, dy = normal(1, 6000, 3), np.abs(normal(2, 6000, 3))
     p = LayerNormParams(np.ones(3), np.zeros(3))
-    _, cache = REFERENCE.layer_norm.forward(p, x, 1e-6)
+    _, cache = layer_norm.forward(p, x, REFERENCE, 1e-6)
     dy = np.abs(dy) * np.sign(cache.x_hat)  # the shares of dweight do not cancel
-    _, exact = REFERENCE.layer_norm.backward(p, cache, dy)
+    _, exact = layer_norm.backward(p, cache, dy, REFERENCE)
     ops = blocked_ops(1, elements=1)
     narrow = LayerNormParams(*(w.astype(np.float32) for w in (p.weight, p.bias)))
-    _, cache = ops.layer_norm.forward(narrow, x.astype(np.float32), 1e-6)
-    _, grads = ops.layer_norm.backward(narrow, cache, dy.astype(np.float32))
+    _, cache = ops[layer_norm].forward(narrow, x.astype(np.float32), ops, 1e-6)
+    _, grads = ops[layer_norm].backward(narrow, cache, dy.astype(np.float32), ops)
     assert relative(grads.weight, exact.weight) < 2e-7
 
 
@@ -189,8 +193,8 @@ def test_where_there_is_no_bias_there_is_no_gradient_of_one():
     ops, block = blocked_ops(2, elements=64), CASE.params().block1[0]
     bare = MLPParams(*(LinearParams(fc.weight, None) for fc in (block.mlp.fc1, block.mlp.fc2)))
     x = normal(5, 2, 6, 8)
-    _, cache = ops.mlp.forward(bare, x, ops)
-    _, grads = ops.mlp.backward(bare, cache, x, ops)
+    _, cache = ops[mlp].forward(bare, x, ops)
+    _, grads = ops[mlp].backward(bare, cache, x, ops)
     assert grads.fc1.bias is None
     assert grads.fc2.bias is None
 
@@ -198,9 +202,9 @@ def test_where_there_is_no_bias_there_is_no_gradient_of_one():
 # GELU -----------------------------------------------------------------------------------------
 
 
-def gelu(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def fitted_gelu(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     y, slope = x.copy(), np.empty_like(x)
-    gelu_rows(y, Scratch(), slope)
+    gelu_rows(y[None], Scratch(), slope[None])
     return y, slope
 
 
@@ -230,7 +234,7 @@ def test_gelu_in_float32_errs_no_more_than_pytorch():
     their_y.sum().backward()
     assert leaf.grad is not None
     theirs = their_y.detach().numpy(), leaf.grad.numpy()
-    for ours, their, exact in zip(gelu(x), theirs, exact_gelu(x), strict=True):
+    for ours, their, exact in zip(fitted_gelu(x), theirs, exact_gelu(x), strict=True):
         assert np.abs(ours - exact).max() <= np.abs(their - exact).max()
         z = slice(None, None, 7)
         assert relative(ours[z], exact[z]) <= 2 * relative(their[z], exact[z])
@@ -239,18 +243,19 @@ def test_gelu_in_float32_errs_no_more_than_pytorch():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_gelu_far_out(dtype):
     x = np.array([0, -0.0, 1e-40, -1e-40, 30, -30, 1e19, -1e19, 1e30, -1e30], dtype)
-    y, slope = gelu(x)
+    y, slope = fitted_gelu(x)
     np.testing.assert_allclose(y, np.maximum(x, 0) * (np.abs(x) > 1) + x / 2 * (np.abs(x) < 1))
     np.testing.assert_allclose(slope, np.where(np.abs(x) < 1, 0.5, x > 0), atol=1e-30)
-    assert np.isnan(gelu(np.array([np.nan], dtype))[0]).all()
+    assert np.isnan(fitted_gelu(np.array([np.nan], dtype))[0]).all()
 
 
 def test_gelu_of_a_single_number():
     ops = blocked_ops(2)
-    y, cache = ops.gelu.forward(np.array(1.0))
+    y, cache = ops[gelu].forward(None, np.array(1.0), ops)
     assert y.shape == ()
     np.testing.assert_allclose(y, 0.8413447460685429, rtol=1e-15)
-    np.testing.assert_allclose(ops.gelu.backward(cache, np.array(1.0)), 1.0833154705876864)
+    dx, _ = ops[gelu].backward(None, cache, np.array(1.0), ops)
+    np.testing.assert_allclose(dx, 1.0833154705876864)
 
 
 # Memory ---------------------------------------------------------------------------------------
@@ -482,23 +487,111 @@ def test_parts_are_even_and_leave_nothing_out(rows, size):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize(("count", "block"), [(1, 5), (7, 2), (100, 9), (1000, 64)])
-def test_work_is_shared_without_gap_or_overlap(threads, count, block):
-    pieces = Blocking(threads, elements=1).run(lambda blocks, scratch: blocks, count, block)
-    rows = [i for blocks in pieces for b in blocks for i in range(b.start, b.stop)]
+@pytest.mark.parametrize(("count", "size"), [(1, 5), (7, 2), (100, 9), (1000, 64)])
+def test_work_is_shared_without_gap_or_overlap(threads, count, size):
+    pieces = Tiling(threads, elements=1).run(lambda tiles, scratch: tiles, count, size)
+    rows = [i for tiles in pieces for tile in tiles for i in range(tile.start, tile.stop)]
     assert rows == list(range(count))
-    assert max(b.stop - b.start for blocks in pieces for b in blocks) <= block
+    assert max(tile.stop - tile.start for tiles in pieces for tile in tiles) <= size
     assert len(pieces) >= min(threads, count)
+    assert all(pieces)  # nobody is called for nothing
 
 
 def test_few_rows_are_shared_by_columns():
     seen = []
 
-    def work(blocks, scratch):
+    def work(tiles, scratch):
         assert scratch.threads == 3
         seen.extend(share_columns(lambda columns, scratch: columns, 100, scratch))
 
-    Blocking(3).run(work, 10, 100)
+    Tiling(3).run(work, 10, 100)
     assert [(c.start, c.stop) for c in seen] == [(0, 33), (33, 66), (66, 100)]
     assert share_columns(lambda columns, scratch: columns, 40, Scratch(3)) == [slice(0, 40)]
     assert share_columns(lambda columns, scratch: columns, 400, Scratch(1)) == [slice(0, 400)]
+
+
+# Tiles by the size of the cache --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cache", "elements"),
+    [
+        (2**20, 2**18),  # 1 to 2 MiB: what the size was tuned for
+        (5 * 2**18, 2**18),
+        (2**21, 2**18),
+        (2**24, 2**18),
+        (2**19, 2**17),
+        (2**20 - 1, 2**17),
+        (2**18, 2**16),
+        (1, 2**15),
+    ],
+)
+def test_a_tile_is_as_large_as_the_cache_but_not_larger_than_it_needs(cache, elements):
+    assert elements_for(cache) == elements
+
+
+@pytest.fixture
+def fresh_cache():
+    tiling.cache_size.cache_clear()
+    yield
+    tiling.cache_size.cache_clear()
+
+
+def test_the_size_of_the_cache_is_read_where_linux_tells_it(tmp_path, monkeypatch, fresh_cache):
+    told = [("1", "48K"), ("1", "32K"), ("2", "512K"), ("3", "32768K")]
+    for i, (level, size) in enumerate(told):
+        folder = tmp_path / f"index{i}"
+        folder.mkdir()
+        (folder / "level").write_text(level + "\n")
+        (folder / "size").write_text(size + "\n")
+    (tmp_path / "index9").mkdir()  # tells nothing
+    monkeypatch.setattr(tiling, "_CACHES", tmp_path)
+    assert tiling.cache_size() == 2**19
+    assert blocked_ops(2).settings == Tiling(2, 2**17)
+    assert "elements=131072" in repr(blocked_ops(2))
+    assert blocked_ops(2, elements=2**18).settings == Tiling(2, 2**18)  # as said, whatever is here
+
+
+@pytest.mark.parametrize(
+    ("told", "size"), [(2**22, 2**22), (0, 2**20), (ValueError, 2**20), (None, 2**20)]
+)
+def test_where_linux_tells_nothing_posix_does_or_it_is_the_usual(
+    told, size, tmp_path, monkeypatch, fresh_cache
+):
+    def sysconf(name):
+        assert name == "SC_LEVEL2_CACHE_SIZE"
+        if told is ValueError:
+            raise ValueError("unrecognized configuration name")
+        return told
+
+    monkeypatch.setattr(tiling, "_CACHES", tmp_path / "none")
+    if told is None:
+        monkeypatch.delattr(tiling.os, "sysconf", raising=False)
+    else:
+        monkeypatch.setattr(tiling.os, "sysconf", sysconf, raising=False)
+    assert tiling.cache_size() == size
+
+
+# Replacing ------------------------------------------------------------------------------------
+
+
+def test_sums_over_rows_are_asked_for_by_the_small_twins():
+    # so that another way of summing lets none of these step aside
+    table = blocked_ops(2, elements=16).replace(sum_rows, Operation(summed, sum_rows.backward))
+    assert {linear, layer_norm, mlp, attention} <= set(table.twins)
+    x, dy = normal(1, 3, 4, 8), normal(2, 3, 4, 8)
+    p = CASE.params().block1[0]
+    for op, params, further in (
+        (linear, p.attn.q, ()),
+        (layer_norm, p.norm1, (1e-6,)),
+        (mlp, p.mlp, ()),
+    ):
+        _, cache = table[op].forward(params, x, table, *further)
+        _, grads = table[op].backward(params, cache, dy, table)
+        for key, gradient in named_arrays(grads):
+            replaced = key.endswith("bias") or op is layer_norm
+            assert (gradient == 7).all() == replaced, (op, key)
+
+
+def summed(p, x, ops, keep=True):
+    return np.full(x.shape[1], 7.0), None

@@ -83,7 +83,12 @@ def test_only_arrays_knows_cupy_and_nothing_knows_torch():
         assert "cupy" not in used or path.name == "arrays.py", path
 
 
-PUBLIC = {*pvt_ref.__all__, *pvt_ref.train.__all__}
+#: What a user calls, and where it stands.
+PUBLIC = {
+    (getattr(getattr(home, name), "__module__", ""), name)
+    for home in (pvt_ref, pvt_ref.train)
+    for name in home.__all__
+}
 
 
 def public_functions():
@@ -94,13 +99,14 @@ def public_functions():
     for path in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         operations = path.parent.name in ("layers", "blocks")
+        module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         for home in (tree, *(n for n in tree.body if isinstance(n, ast.ClassDef))):
             for node in home.body:
                 if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
                     continue
-                of_class = isinstance(home, ast.ClassDef) and home.name in PUBLIC
+                of_class = isinstance(home, ast.ClassDef) and (module, home.name) in PUBLIC
                 operation = operations and re.search("_(forward|backward)$", node.name)
-                if of_class or operation or (home is tree and node.name in PUBLIC):
+                if of_class or operation or (home is tree and (module, node.name) in PUBLIC):
                     where = f"{path.relative_to(PACKAGE)}: {node.name}"
                     yield where, node, ast.get_docstring(node) or ""
 
@@ -138,10 +144,10 @@ def test_every_docstring_names_the_errors_that_its_function_raises():
     for where, node, docstring in public_functions():
         for raised in (x.exc for x in ast.walk(node) if isinstance(x, ast.Raise)):
             made = raised.func if isinstance(raised, ast.Call) else raised
-            if isinstance(made, ast.Name) and made.id.endswith("Error"):
+            if isinstance(made, ast.Name) and re.match(r"[A-Z]\w*Error$", made.id):
                 assert re.search(rf"Raises:.*\b{made.id}\b", docstring, re.DOTALL), where
                 named += 1
-    assert named > 100
+    assert named > 45
 
 
 def test_every_docstring_gives_the_shapes_of_arrays():
@@ -153,7 +159,7 @@ def test_every_docstring_gives_the_shapes_of_arrays():
             shaped = r"\((\.\.\.|[A-Z]\w*|[hnmd]|\d)(,[^)]*)?\)|\bshape|\bany array|\barrays\b"
             assert re.search(shaped, docstring), where
             described += 1
-    assert described > 70
+    assert described > 50
 
 
 def test_every_forward_has_its_backward_below_it():

@@ -157,7 +157,7 @@ def test_it_learns_stops_and_goes_on(tmp_path):
     labels = rng.integers(0, 4, 40)
     pixels = (60 * labels[:, None, None, None] + rng.integers(0, 40, (40, 3, 8, 8))).astype("uint8")
     data = LabelledImages(pixels, labels, Preprocessing())
-    recipe = Recipe(epochs=4, batch_size=10, lr=3e-2, accumulate=2, warmup_epochs=0, flip=False)
+    recipe = Recipe(epochs=12, batch_size=10, lr=3e-2, accumulate=2, warmup_epochs=0, flip=False)
     run = fit(CONFIG, recipe, data, data, tmp_path / "run", info=INFO)
     assert run.finished
     assert run.state.best_accuracy > 0.5

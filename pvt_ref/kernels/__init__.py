@@ -1,8 +1,8 @@
-"""Faster twins of the operations for NumPy arrays: the same mathematics, cut into blocks.
+"""Faster twins of the operations: the same mathematics, cut into tiles.
 
 Nothing here is needed to understand the model: layers/ says what is computed, these files only how
-it is done fast. ``*_rows`` functions compute a block of rows, writing where they are told;
+it is done fast. ``*_rows`` functions compute a tile of rows, writing where they are told;
 ``*_forward`` and ``*_backward`` have the signatures of the readable operations, whose docstrings
-hold for them too. All arrays are NumPy's, float32 or float64; results have the dtype of what came
-in. Nothing is checked: shapes that do not fit end in an error of NumPy's, or in nonsense.
+hold for them too. In cpu/ all arrays are NumPy's, float32 or float64; results have the dtype of
+what came in. Nothing is checked: shapes that do not fit end in an error of NumPy's, or in nonsense.
 """

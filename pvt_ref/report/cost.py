@@ -158,7 +158,7 @@ def count_cost(
     """Parameters, MACs, and bytes of the reference operations in a forward pass.
 
     Args:
-        config: of any network: a PVTConfig, a ViTConfig.
+        config: of any network.
         size: (H, W) of the image, or a side, in pixels; None takes config.img_size.
         batch: B.
         dtype: ``"float32"`` or ``"float64"``.

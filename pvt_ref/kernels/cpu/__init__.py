@@ -1,1 +1,1 @@
-"""..."""
+"""Kernels for NumPy arrays on the cores of a processor."""

@@ -1,4 +1,4 @@
-"""Attention whose scores are made, used and forgotten block by block of queries.
+"""Attention whose scores are made, used and forgotten tile by tile of queries.
 
 No array of all n x m scores exists, so memory grows with the number of tokens, not with its square.
 The backward makes the scores again rather than remember them: one product more, much less memory.
@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from pvt_ref.kernels.cpu.blocking import Blocking, by_group, cut
 from pvt_ref.kernels.cpu.linear import ones
 from pvt_ref.kernels.cpu.threads import Scratch
-from pvt_ref.layers import attention as readable
+from pvt_ref.kernels.cpu.tiling import Kernel, Tiling, by_group, cut
+from pvt_ref.layers.attention import attention
+from pvt_ref.layers.dropout import dropout
+from pvt_ref.layers.softmax import softmax
 from pvt_ref.ops import Ops
 from pvt_ref.tree import record
 
@@ -35,10 +37,10 @@ def _weights(q: np.ndarray, k: np.ndarray, scale: float, scratch: Scratch) -> np
     return weights
 
 
-def _queries(q: np.ndarray, k: np.ndarray, blocking: Blocking) -> list[slice]:
-    """Blocks of queries whose scores may be held at once."""
+def _queries(q: np.ndarray, k: np.ndarray, tiling: Tiling) -> list[slice]:
+    """Tiles of queries whose scores may be held at once."""
     row = k.shape[0] * k.shape[1]  # scores of a query, all heads
-    return list(cut(slice(0, q.shape[1]), max(1, blocking.elements // row)))
+    return list(cut(slice(0, q.shape[1]), max(1, tiling.elements // row)))
 
 
 def attend_rows(
@@ -48,20 +50,13 @@ def attend_rows(
     scale: float,
     y: np.ndarray,
     scratch: Scratch,
-    blocking: Blocking,
+    tiling: Tiling,
 ) -> None:
-    """y becomes Softmax(scale * q k^T) v (paper eq. 4), for some queries of one image.
+    """y (N, queries, d) becomes Softmax(scale * q k^T) v (paper eq. 4), for queries of one image.
 
-    Args:
-        q: (N, queries, d).
-        k: (N, m, d), all keys of the image.
-        v: (N, m, d), all values of the image.
-        scale: 1 / sqrt(d) in the paper.
-        y: (N, queries, d), written.
-        scratch: memory of this thread.
-        blocking: the settings.
+    k and v are (N, m, d), those of the whole image.
     """
-    for part in _queries(q, k, blocking):
+    for part in _queries(q, k, tiling):
         weights = _weights(q[:, part], k, scale, scratch)
         np.matmul(weights.transpose(0, 2, 1), v, out=y[:, part])
 
@@ -76,25 +71,13 @@ def attend_backward_rows(
     dk: np.ndarray,
     dv: np.ndarray,
     scratch: Scratch,
-    blocking: Blocking,
+    tiling: Tiling,
 ) -> None:
-    """dq becomes the gradient of some queries of one image; dk and dv grow by what they add.
+    """dq (N, queries, d) becomes the gradient; dk and dv (N, m, d) grow by what these queries add.
 
     The equations are those of :func:`pvt_ref.layers.attention.attention_backward`.
-
-    Args:
-        q: (N, queries, d).
-        k: (N, m, d), all keys of the image.
-        v: (N, m, d), all values of the image.
-        scale: as in :func:`attend_rows`.
-        dy: dL/dy (N, queries, d).
-        dq: (N, queries, d), written.
-        dk: (N, m, d), added to.
-        dv: (N, m, d), added to.
-        scratch: memory of this thread.
-        blocking: the settings.
     """
-    for part in _queries(q, k, blocking):
+    for part in _queries(q, k, tiling):
         weights = _weights(q[:, part], k, scale, scratch)
         dv += np.matmul(weights, dy[:, part])
         dscores = scratch("attention.dscores", *weights.shape, dtype=dy.dtype)
@@ -112,15 +95,11 @@ class AttentionCache:
     """What the scores are made from again.
 
     Attributes:
-        q: queries (B, N, n, d).
-        k: keys (B, N, m, d).
-        v: values (B, N, m, d).
+        qkv: queries (B, N, n, d), keys (B, N, m, d) and values (B, N, m, d), the forward's own.
         scale: the factor on the scores.
     """
 
-    q: np.ndarray  # (B, N, n, d)
-    k: np.ndarray  # (B, N, m, d)
-    v: np.ndarray  # (B, N, m, d)
+    qkv: tuple[np.ndarray, np.ndarray, np.ndarray]
     scale: float
 
 
@@ -133,76 +112,55 @@ def attention_forward(
     rng: np.random.Generator | None = None,
     keep: bool = True,
     *,
-    blocking: Blocking,
+    tiling: Tiling,
 ) -> tuple[np.ndarray, Any]:
-    """As :func:`pvt_ref.layers.attention.attention_forward`.
+    """As :func:`pvt_ref.layers.attention.attention_forward`, which computes where there is dropout.
 
-    Dropout on the weights wants all of them: then the readable function computes.
-
-    Args:
-        q: queries (B, N, n, d).
-        k: keys (B, N, m, d).
-        v: values (B, N, m, d).
-        ops: the record of operations, for the readable function.
-        scale: 1 / sqrt(d) in the paper.
-        drop_rate: dropout on the weights, in [0, 1).
-        rng: source of the dropout mask; None for inference.
-        keep: whether a cache for the backward is returned; without it, it is None.
-        blocking: the settings.
-
-    Returns:
-        (B, N, n, d), whose memory lies as (B, n, N, d), and the cache.
+    Dropout on the attention weights needs all of them at once.
     """
     if rng is not None and drop_rate > 0.0:
-        return readable.attention_forward(p, x, ops, scale, drop_rate, rng, keep)
+        return attention.forward(p, x, ops, scale, drop_rate, rng, keep)
     q, k, v = x
     B, N, n, d = q.shape
     y = np.empty((B, n, N, d), q.dtype).transpose(0, 2, 1, 3)  # (B, N, n, d), ready to be merged
 
-    def work(blocks: list[slice], scratch: Scratch) -> None:
-        for rows in blocks:
+    def work(tiles: list[slice], scratch: Scratch) -> None:
+        for rows in tiles:
             for b, part, _ in by_group(rows, n):
-                attend_rows(q[b, :, part], k[b], v[b], scale, y[b, :, part], scratch, blocking)
+                attend_rows(q[b, :, part], k[b], v[b], scale, y[b, :, part], scratch, tiling)
 
-    blocking.run(work, B * n, blocking.rows(N * (d + k.shape[2])))
-    return y, AttentionCache(q, k, v, scale) if keep else None
+    tiling.run(work, B * n, tiling.rows(N * (d + k.shape[2])))
+    return y, AttentionCache(x, scale) if keep else None
 
 
 def attention_backward(
-    p: None, cache: Any, dy: np.ndarray, ops: Ops, *, blocking: Blocking
+    p: None, cache: Any, dy: np.ndarray, ops: Ops, *, tiling: Tiling
 ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], None]:
-    """As :func:`pvt_ref.layers.attention.attention_backward`.
-
-    Args:
-        cache: from the forward.
-        dy: dL/dy (B, N, n, d).
-        ops: the record of operations, for the readable function.
-        blocking: the settings.
-
-    Returns:
-        dq (B, N, n, d), dk (B, N, m, d) and dv (B, N, m, d).
-    """
+    """As :func:`pvt_ref.layers.attention.attention_backward`."""
     if not isinstance(cache, AttentionCache):
-        return readable.attention_backward(p, cache, dy, ops)
-    q, k, v = cache.q, cache.k, cache.v
+        return attention.backward(p, cache, dy, ops)
+    q, k, v = cache.qkv
     B, N, n, d = q.shape
     dq = np.empty(q.shape, q.dtype)
 
-    def work(blocks: list[slice], scratch: Scratch) -> dict[int, np.ndarray]:
+    def work(tiles: list[slice], scratch: Scratch) -> dict[int, np.ndarray]:
         parts: dict[int, np.ndarray] = {}  # of the images that the piece has queries of
-        for rows in blocks:
+        for rows in tiles:
             for b, part, _ in by_group(rows, n):
                 if b not in parts:
                     parts[b] = np.zeros((2, *k.shape[1:]), k.dtype)
                 dk, dv = parts[b]
                 attend_backward_rows(
                     q[b, :, part], k[b], v[b], cache.scale, dy[b, :, part], dq[b, :, part],
-                    dk, dv, scratch, blocking,
+                    dk, dv, scratch, tiling,
                 )  # fmt: skip
         return parts
 
     dkv = np.zeros((2, *k.shape), k.dtype)
-    for parts in blocking.run(work, B * n, blocking.rows(N * (d + k.shape[2]))):
+    for parts in tiling.run(work, B * n, tiling.rows(N * (d + k.shape[2]))):
         for b, part in parts.items():
             dkv[:, b] += part
     return (dq, dkv[0], dkv[1]), None
+
+
+attention_kernel = Kernel(attention, attention_forward, attention_backward, (softmax, dropout))

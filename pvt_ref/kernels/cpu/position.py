@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from pvt_ref.kernels.cpu.blocking import Blocking, by_group
 from pvt_ref.kernels.cpu.threads import Scratch
-from pvt_ref.layers.position import PositionCache, positions
+from pvt_ref.kernels.cpu.tiling import Kernel, Tiling, by_group
+from pvt_ref.layers.position import PositionCache, position, positions
 from pvt_ref.ops import Ops
 
 
@@ -17,31 +17,27 @@ def position_forward(
     cls: bool,
     keep: bool = True,
     *,
-    blocking: Blocking,
+    tiling: Tiling,
 ) -> tuple[np.ndarray, PositionCache | None]:
-    """As :func:`pvt_ref.layers.position.position_forward`, which makes the rows to be added.
-
-    Args:
-        table: (1, h*w, C), or (1, 1 + h*w, C) with a cls row.
-        x: tokens (B, H*W, C), or (B, 1 + H*W, C) with the cls token first.
-        grid: (H, W) of the tokens.
-        table_grid: (h, w) of the table.
-        cls: whether x starts with the cls token.
-        keep: whether a cache for the backward is returned; without it, it is None.
-        blocking: the settings.
-
-    Returns:
-        y, x's shape, and the cache.
-    """
+    """As :func:`pvt_ref.layers.position.position_forward`."""
     B, n, C = x.shape
     rows = positions(p, grid, table_grid, cls)  # (n, C)
     y = np.empty(x.shape, x.dtype)
 
-    def work(blocks: list[slice], scratch: Scratch) -> None:
-        del scratch
-        for block in blocks:
-            for b, part, _ in by_group(block, n):
+    def work(tiles: list[slice], scratch: Scratch) -> None:
+        for tile in tiles:
+            for b, part, _ in by_group(tile, n):
                 np.add(x[b, part], rows[part], out=y[b, part])
 
-    blocking.run(work, B * n, blocking.rows(C))
+    tiling.run(work, B * n, tiling.rows(C))
     return y, PositionCache(grid, table_grid, cls) if keep else None
+
+
+def position_backward(
+    p: np.ndarray, cache: PositionCache, dy: np.ndarray, ops: Ops, *, tiling: Tiling
+) -> tuple[np.ndarray, np.ndarray]:
+    """The readable one: it only sums over the batch."""
+    return position.backward(p, cache, dy, ops)
+
+
+position_kernel = Kernel(position, position_forward, position_backward)

@@ -13,6 +13,7 @@ or not at all, or may be done again, and is, until it was done to its end.
 import _thread
 import contextvars
 import functools
+import math
 import operator
 import os
 import queue
@@ -27,13 +28,10 @@ from threadpoolctl import ThreadpoolController
 
 
 class Scratch:
-    """What belongs to one thread.
-
-    Memory, used again from piece to piece under a name for each purpose; and the right to call on
-    other threads, if the work was too little to be shared as a whole.
+    """Memory of one thread, used again from piece to piece under a name for each purpose.
 
     Attributes:
-        threads: how many threads may share a step of the work; 1 if all have pieces of their own.
+        threads: how many may share a step of the work; 1 if all threads have pieces of their own.
     """
 
     def __init__(self, threads: int = 1) -> None:
@@ -41,37 +39,21 @@ class Scratch:
         self._buffers: dict[str, np.ndarray] = {}
 
     def __call__(self, name: str, *shape: int, dtype: Any) -> np.ndarray:
-        """An array with arbitrary values. It is lent until the same name is asked for again.
-
-        Args:
-            name: what it is for.
-            shape: its sizes.
-            dtype: its dtype.
-
-        Returns:
-            (shape), C-contiguous, of dtype.
-        """
-        size = 1
-        for length in shape:
-            size *= length
+        """An array with arbitrary values, lent until the same name is asked for again."""
+        size = math.prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.size < size or buffer.dtype != dtype:
             buffer = self._buffers[name] = np.empty(size, dtype)
-        return buffer[:size].reshape(shape)
+        return np.reshape(buffer[:size], shape, copy=False)
 
 
 def run_pieces(
     work: Callable[[Any, Scratch], Any], pieces: Sequence[Any], threads: int
 ) -> list[Any]:
-    """work(piece, scratch) for every piece, on several threads of which the caller's is one.
+    """work(piece, scratch) for every piece, on up to so many threads, the caller's among them.
 
-    Args:
-        work: must write only what belongs to its piece; who gets which piece is left to chance.
-        pieces: what there is to do. A single piece gets the right to call on the threads.
-        threads: at most so many at once, 1 or more.
-
-    Returns:
-        The results in the order of the pieces.
+    The results come in the order of the pieces; who computes which is left to chance. A single
+    piece gets the right to call on the threads.
 
     Raises:
         BaseException: what work raises, or an interrupt of the caller, once no thread is at work
@@ -252,16 +234,7 @@ class HasLock(Protocol):
 
 
 def holding(owner: HasLock, function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function while this thread has owner.lock.
-
-    Args:
-        owner: of the lock.
-        function: may be broken off anywhere.
-        args: for it.
-
-    Returns:
-        What function returns.
-    """
+    """function(*args), which may be broken off anywhere, while this thread has owner.lock."""
     # not "with": in Python 3.14 an interrupt can come between its taking the lock and its block
     lock = owner.lock  # a child forked by function has another
     try:
@@ -278,11 +251,8 @@ def at_fork(owner: HasLock, in_child: Callable[[], None]) -> None:
     """Lets no fork happen while another thread has owner.lock; the child gets a new one.
 
     Python prints what a hook of fork raises, and forks all the same. So an interrupt is held back
-    until the lock is taken, and again until it is released.
-
-    Args:
-        owner: of the lock.
-        in_child: called there, where no other thread is. May be called twice.
+    until the lock is taken, and again until it is released. In the child, where no other thread is,
+    in_child is called, perhaps twice.
     """
     taken: dict[int, list[bool]] = {}  # by thread: an entry each time that the lock was taken
 
@@ -356,16 +326,14 @@ class _Limit:
         A signal's handler may compute too, amid this: what it changed is looked at afterwards.
         """
         change(weakref.ref(call))
-        libraries = _libraries(of_one_thread=False)
-        now, chosen = _get(libraries), self.before
         under_way = [call for call in [call() for call in list(self.calls)] if call is not None]
-        if under_way:
-            asked_for = sum([len(call.turns) for call in under_way])
-            self.most_helpers = max(self.most_helpers, asked_for)
-            if self.before is None:
-                self.before = now  # first: from here on there is something to undo
+        asked_for = sum([len(call.turns) for call in under_way])
+        self.most_helpers = max(self.most_helpers, asked_for)
+        libraries, chosen = _libraries(of_one_thread=False), self.before
+        if under_way and chosen is None:
+            self.before = _get(libraries)  # first: from here on there is something to undo
             _set(libraries, [1] * len(libraries))
-        elif chosen is not None:
+        elif chosen is not None and not under_way:
             _set(libraries, chosen)
             self.before = None
 
@@ -374,13 +342,8 @@ _limit = _Limit()
 
 
 def default_threads() -> int:
-    """As many threads as NumPy's matrix products would use: the cores available, or fewer.
-
-    Fewer if the user said so, by ``OPENBLAS_NUM_THREADS``, ``OMP_NUM_THREADS`` or
-    ``threadpoolctl.threadpool_limits``.
-
-    Returns:
-        At least 1.
+    """As many as NumPy's matrix products would use: the cores available, or fewer if the user said
+    so, by ``OPENBLAS_NUM_THREADS``, ``OMP_NUM_THREADS`` or ``threadpoolctl.threadpool_limits``.
     """
     chosen = _limit.chosen_by_user() + _get(_libraries(of_one_thread=True))
     if chosen:

@@ -56,7 +56,7 @@ PVT = Architecture(
             ),
             *(attention, sra, mlp, block, blocks),
         }
-    ),  # fmt: skip
+    ),
     place=place,
     describe=describe,
     stem="patch_embed1.proj.weight",

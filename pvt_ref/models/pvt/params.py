@@ -12,7 +12,7 @@ from pvt_ref.layers.patch_embed import PatchEmbedParams
 from pvt_ref.models import parts
 from pvt_ref.models.architecture import Leaf
 from pvt_ref.models.pvt.config import NUM_STAGES, PVTConfig
-from pvt_ref.tree import record
+from pvt_ref.tree import record, short_repr
 
 
 class StageParams(NamedTuple):
@@ -27,6 +27,8 @@ class StageParams(NamedTuple):
     patch_embed: PatchEmbedParams
     pos_embed: Array
     blocks: tuple[BlockParams, ...]
+
+    __repr__ = short_repr
 
 
 @record
@@ -70,7 +72,14 @@ class PVTParams:
     head: LinearParams | None
 
     def of_stage(self, i: int) -> StageParams:
-        """The weights of stage i, 1 to 4: the same arrays, not copies."""
+        """The weights of one stage.
+
+        Args:
+            i: 1 to 4, as in the paper.
+
+        Returns:
+            The same arrays, not copies.
+        """
         return StageParams(
             getattr(self, f"patch_embed{i}"),
             getattr(self, f"pos_embed{i}"),
@@ -78,7 +87,14 @@ class PVTParams:
         )
 
     def stage(self, i: int) -> StageParams:
-        """The old name of :meth:`of_stage`, which counts from 0. It warns, and will go."""
+        """The old name of :meth:`of_stage`, which counts from 0. It warns, and will go.
+
+        Args:
+            i: 0 to 3.
+
+        Returns:
+            The weights of stage i + 1.
+        """
         warnings.warn(
             "params.stage(i) counts stages from 0; params.of_stage(i) counts them from 1, as the "
             "paper does",

@@ -85,6 +85,13 @@ class ViTConfig:
     def grids(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
         """The token grid of an image, as the only one of a tuple.
 
+        Args:
+            height: H, in pixels.
+            width: W, in pixels.
+
+        Returns:
+            ((H / P, W / P),).
+
         Raises:
             ShapeError: if a border of the image would fall outside the last whole patch.
         """

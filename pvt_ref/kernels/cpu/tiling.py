@@ -1,0 +1,158 @@
+"""How the rows of an operation are cut into tiles that stay in cache, and shared among threads."""
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pvt_ref.kernels.cpu.threads import Scratch, default_threads, run_pieces
+from pvt_ref.ops import Operation
+
+#: Fewer columns of a matrix product are not worth another thread.
+_COLUMNS_WORTH_A_THREAD = 32
+
+#: Where Linux describes the caches of the first core; the others have the same, or nearly.
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+#: The second-level cache of a core where the system does not tell its size.
+_USUAL_CACHE = 2**20
+
+
+def cut(rows: slice, size: int) -> Iterator[slice]:
+    """Consecutive parts of rows, as equal as can be, none longer than size."""
+    length = rows.stop - rows.start
+    parts = -(-length // size)
+    for i in range(parts):
+        yield slice(rows.start + length * i // parts, rows.start + length * (i + 1) // parts)
+
+
+def by_group(rows: slice, size: int) -> Iterator[tuple[int, slice, slice]]:
+    """Rows split where a new group (an image) of size rows starts.
+
+    Yields (group, rows within the group, rows counted from the start of the given ones).
+    """
+    start = rows.start
+    while start < rows.stop:
+        group = start // size
+        stop = min(rows.stop, (group + 1) * size)
+        within = slice(start - group * size, stop - group * size)
+        yield group, within, slice(start - rows.start, stop - rows.start)
+        start = stop
+
+
+def share_columns(work: Callable[[slice, Scratch], Any], width: int, scratch: Scratch) -> list[Any]:
+    """work(columns, scratch) for columns that make up ``slice(0, width)``; its results, in order.
+
+    All at once where every thread has its own rows; in parts, on several threads, where the rows
+    were too few to be shared.
+    """
+    parts = max(1, min(scratch.threads, width // _COLUMNS_WORTH_A_THREAD))
+    if parts == 1:
+        return [work(slice(0, width), scratch)]
+    return run_pieces(work, list(cut(slice(0, width), -(-width // parts))), parts)
+
+
+@functools.cache
+def cache_size() -> int:
+    """Bytes of a core's second-level cache: Linux tells, or POSIX; else 1 MiB, the usual."""
+    for index in sorted(_CACHES.glob("index*")):
+        try:
+            level, size = ((index / name).read_text().strip() for name in ("level", "size"))
+        except OSError:
+            continue
+        if level == "2" and size.endswith("K") and size[:-1].isdecimal():
+            return int(size[:-1]) * 1024
+    try:
+        size = os.sysconf("SC_LEVEL2_CACHE_SIZE")
+    except (AttributeError, ValueError, OSError):  # no POSIX, or no such name
+        return _USUAL_CACHE
+    return size if size > 0 else _USUAL_CACHE
+
+
+def elements_for(cache: int) -> int:
+    """How many numbers the widest array of a tile has, for a second-level cache of so many bytes.
+
+    2^18 numbers, 1 MiB of float32, where the cache holds them; in a smaller one the largest power
+    of two that it holds, but at least 2^15. More than 2^18 gain nothing: products are at their full
+    speed, and what else a tile needs wants room too. The number decides how sums are rounded, so
+    it comes from the cache's size, and not from a timing.
+    """
+    return min(2**18, max(2**15, 2 ** (max(1, cache // 4).bit_length() - 1)))
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Settings of the kernels.
+
+    Attributes:
+        threads: at most so many; None for as many as NumPy's matrix products would use.
+        elements: numbers in the widest array of a tile of rows, if a row has no more than 1,024; of
+            wider ones, a tile has as many rows as if it had 1,024. Larger tiles leave the cache;
+            smaller ones make slow matrix products, and threads that wait for each other: they take
+            turns at the interpreter between any two NumPy calls.
+    """
+
+    threads: int | None = None
+    elements: int = 2**18
+
+    def scope(self) -> AbstractContextManager[None]:
+        """Nothing to set up.
+
+        The number of BLAS threads is set around the work that is shared (3 microseconds), not
+        around the whole call: readable and replaced operations keep the threads of their products.
+        """
+        return nullcontext()
+
+    def rows(self, width: int) -> int:
+        """How many rows a tile has, if its widest array has so many numbers in a row."""
+        return max(1, self.elements // min(width, 1024))
+
+    def run(
+        self, work: Callable[[list[slice], Scratch], Any], count: int, size: int, tokens: int = 1
+    ) -> list[Any]:
+        """work(tiles, scratch) for pieces that make up ``slice(0, count)``, on the threads.
+
+        A piece comes as consecutive tiles of at most size rows. What is shared may be lines instead
+        of rows: tokens says what one is worth. Returns what work returned, in order of the pieces.
+        """
+        threads = self.threads or default_threads()
+        # a thread needs some rows for its products to be fast; fewer rows are shared by columns,
+        # product by product (share_columns)
+        worth_a_thread = max(1, self.elements // 2048)
+        sharing = min(threads, count, count * tokens // worth_a_thread)
+        pieces = 1
+        if sharing > 1:
+            # a few for each thread, so that one that is held up can be helped out
+            pieces = min(count, sharing * min(4, -(-count // (size * sharing))))
+        bounds = [count * i // pieces for i in range(pieces + 1)]
+        tiles = [list(cut(slice(*ends), size)) for ends in pairwise(bounds)]
+        return run_pieces(work, tiles, threads)
+
+
+@dataclass(frozen=True, slots=True)
+class _WithTiling:
+    """A function and its settings; equal to another of the same, so that tables can be compared."""
+
+    function: Callable[..., Any]
+    tiling: Tiling
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs, tiling=self.tiling)
+
+
+class Kernel(NamedTuple):
+    """A twin whose functions take their settings by name."""
+
+    readable: Operation
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    absorbs: tuple[Operation, ...] = ()
+
+    def with_tiling(self, tiling: Tiling) -> Operation:
+        """The twin as the table has it."""
+        forward, backward = (_WithTiling(f, tiling) for f in (self.forward, self.backward))
+        return Operation(forward, backward, self.absorbs)
