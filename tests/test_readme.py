@@ -33,7 +33,7 @@ def test_the_code_on_the_training_page_runs(tmp_path, monkeypatch, capsys):
         exec(code, names)
     assert names["losses"][-1] < 0.7 * names["losses"][0]
     assert names["run"].finished
-    assert capsys.readouterr().out.splitlines()[1].split()[0] == "True"
+    assert "True" in [line.split()[0] for line in capsys.readouterr().out.splitlines()]
 
 
 def test_the_agreement_in_the_readme_is_that_of_the_full_table():
