@@ -84,8 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         help="parameters, MACs, memory and cache by stage and operation, as a table",
     )
     summary.add_argument(
-        "model",
-        help=f"{', '.join(known_variants())}; {', '.join(SHIPPED)}; or a weights file",
+        "model", help=f"{', '.join(known_variants())}; {', '.join(SHIPPED)}; or a weights file"
     )
     summary.add_argument("--batch", type=int, default=1, help="images at once (default 1)")
     summary.add_argument(

@@ -14,17 +14,10 @@ _LONGEST_PATH = 4096
 
 
 def check_path(name: str, value: object) -> Path:
-    """A path that the system can be asked about. Nothing need be there.
-
-    Raises:
-        ArrayTypeError: unless it is a text or a path of texts.
-        TrainingError: if no file can be called so.
-    """
+    """A path that the system can be asked about. Raises: ArrayTypeError or TrainingError."""
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(text, str):
-        raise ArrayTypeError(
-            f"{name} is a {type(value).__name__}; it must be a str or pathlib.Path"
-        )
+        raise ArrayTypeError(f"{name} is a {type(value).__name__}; it must be a str or Path")
     try:
         usable = "\0" not in os.fsencode(text).decode("latin-1")
     except UnicodeEncodeError:
@@ -37,11 +30,6 @@ def check_path(name: str, value: object) -> Path:
     return Path(text)
 
 
-def reason(error: OSError | RuntimeError) -> str:
-    """What the system said, for a message."""
-    return f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
-
-
 def check_record(name: str, tree: object) -> None:
     """Refuses what is no record of arrays. Raises: ArrayTypeError."""
     if next(named_arrays(tree), None) is None:
@@ -52,13 +40,7 @@ def check_record(name: str, tree: object) -> None:
 
 
 def check_alike(name: str, tree: object, params: Any) -> None:
-    """Refuses gradients, moments or averages that do not belong to some weights.
-
-    Raises:
-        ArrayTypeError: if one of the two is no record of arrays, or they are of two types, or an
-            array of the tree is of another library, device or dtype than the weight in its place.
-        ShapeError: if a key is absent from one of them, or an array has another shape.
-    """
+    """Refuses what does not belong to the weights params. Raises: ArrayTypeError or ShapeError."""
     check_record("params", params)
     check_type(name, tree, type(params), "with an array for each weight of params")
     arrays, weights = dict(named_arrays(tree)), dict(named_arrays(params))

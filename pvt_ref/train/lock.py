@@ -16,9 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from pvt_ref.errors import TrainingError
+from pvt_ref.errors import TrainingError, reason
 from pvt_ref.kernels.cpu.threads import at_fork, holding
-from pvt_ref.train.checks import reason
 
 LOCK = "run.lock"
 
@@ -49,7 +48,7 @@ class RunLock:
     """The lock of a run's folder, an absolute path, which no other process or thread then gets.
 
     :meth:`acquire` and :meth:`release` go into the ``try`` and the ``finally`` of one function; a
-    signal's handler may break either off, and :meth:`release` may be called again.
+    signal's handler may break either off.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -78,8 +77,8 @@ class RunLock:
         """Before every writing. Raises: TrainingError if the folder is not ours any more."""
         if self._fd is None:
             raise TrainingError(
-                f"{self.path.parent}: this process was forked from the one that trains here, and "
-                f"does not hold the folder: only that one goes on"
+                f"{self.path.parent}: this process was forked from the one that trains here: only "
+                f"that one goes on"
             )
         if not self._is_at(self._fd):
             raise TrainingError(

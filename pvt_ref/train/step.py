@@ -1,8 +1,7 @@
 """One step of a training: from the state after s steps to the state after s + 1.
 
 A state holds all that the rest of the training depends on, and random numbers come from counters:
-so a step is a function, a training can be stopped after any of them, and going on from a saved one
-gives the same bits.
+so a training can be stopped after any step, and going on from a saved one gives the same bits.
 """
 
 import dataclasses
@@ -30,6 +29,11 @@ from pvt_ref.train.gradients import add_gradients, clip_by_global_norm
 from pvt_ref.train.recipe import Recipe
 from pvt_ref.train.schedule import config_of_epoch
 from pvt_ref.tree import first_array, record, to_numpy
+
+#: For those who start anew.
+BEST_SO_FAR = (
+    "first=pvt_ref.load('.../best.safetensors').params begins with the best weights so far"
+)
 
 
 @record
@@ -119,12 +123,9 @@ def train_step(
         TrainingError: if the loss or a gradient is not finite; the message has the step, the
             learning rate, and the first layer whose output was not. The state passed in is whole.
             Also if there are fewer samples than a batch has, or they do not fit the model.
-        RangeError: if a number in state is outside its range, or images would be moved by more
-            than their size.
+        RangeError: if a number in state is outside its range, or crop_padding exceeds the images.
         ShapeError: if state is of another model, or of another number of samples.
-        ArrayTypeError: for an argument of another type.
-        ConfigError: for a bare backbone.
-        PVTError: as :func:`pvt_ref.forward_with_cache`.
+        ArrayTypeError, ConfigError, PVTError: as :func:`pvt_ref.forward_with_cache`.
     """
     check_samples(data, "data", config, recipe)
     check_state(state)
@@ -172,16 +173,9 @@ def _step(
     # the loop looks at weights before it keeps them
     params, optimizer = adamw_step(state.params, grads, state.optimizer, lr, recipe.optimizer)
     average = ema_step(state.average, params, decay)
-    following = dataclasses.replace(
-        state,
-        step=state.step + 1,
-        params=params,
-        optimizer=optimizer,
-        average=average,
-        epoch_loss=state.epoch_loss + loss,
-        epoch_hits=state.epoch_hits + hits,
-    )
-    return following, StepReport(loss, hits, lr, norm)
+    changes = {"step": state.step + 1, "params": params, "optimizer": optimizer, "average": average}
+    totals = {"epoch_loss": state.epoch_loss + loss, "epoch_hits": state.epoch_hits + hits}
+    return dataclasses.replace(state, **changes, **totals), StepReport(loss, hits, lr, norm)
 
 
 @functools.lru_cache(maxsize=2)  # every step asks
@@ -204,10 +198,7 @@ def draw_batch(
     """A micro-batch: the chosen samples, changed at random as the recipe says.
 
     Crop, flip and cutout of a sample depend on seed and epoch only, mixup on the micro-batch.
-
-    Returns:
-        images (B, C, H, W) of params' dtype, and targets: int64 labels (B,), or with mixup
-        distributions (B, K) of params' dtype.
+    Returns images (B, C, H, W) and int64 labels (B,), or with mixup distributions (B, K).
     """
     like = first_array(params)
     rng = SampleDraws(draws.seed, epoch, chosen)
@@ -238,18 +229,12 @@ def check_samples(data: LabelledImages, name: str, config: Any, recipe: Recipe) 
     side = max(data.images.shape[2:])
     if recipe.crop_padding > side:
         raise RangeError(
-            f"crop_padding is {recipe.crop_padding}, and images have only {side} pixels a side: "
-            f"some would be moved out of sight"
+            f"crop_padding is {recipe.crop_padding}, and images have only {side} pixels a side"
         )
 
 
 def check_state(state: TrainState) -> None:
-    """Refuses a state that no training can be in. (Its weights are checked where they are used.)
-
-    Raises:
-        ArrayTypeError: if it is of another type.
-        RangeError: if a field of it is outside its range; the message names it.
-    """
+    """Refuses a state that no training can be in. Raises: ArrayTypeError or RangeError."""
     check_type("state", state, TrainState, "from start_training or the step before")
     check_type("state.optimizer", state.optimizer, AdamWState)
     check_params_type(state.params)
@@ -277,6 +262,5 @@ def diverged(what: str, step: int, steps: int, lr: float, culprit: str) -> Train
         f"{what} at step {step + 1} (epoch {step // steps + 1}), with learning rate {lr:.3g}. "
         f"{culprit}. What was saved before is whole, but resuming would end here again. Likely "
         f"causes: a learning rate too high, a warm-up too short, no clipping of gradients. Start "
-        f"anew in another folder with a smaller one; "
-        f"first=pvt_ref.load('.../best.safetensors').params begins with the best weights so far"
+        f"anew in another folder with a smaller one; {BEST_SO_FAR}"
     )
