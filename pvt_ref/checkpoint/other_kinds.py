@@ -58,10 +58,7 @@ def refuse_other_kind(file: BinaryIO, readable: str) -> CheckpointError:
     if file.read(8) == b"\x57\xfb\x80\x8b\x24\x75\x47\xdb":
         return CheckpointError(f"the index of a TensorFlow checkpoint. {_NEEDED}")
     if head.lstrip()[:1] == b"<":
-        return CheckpointError(
-            f"an HTML or XML page, not weights: the link led to a web page, such as a login or an "
-            f"error. {_DOWNLOAD}"
-        )
+        return CheckpointError(f"an HTML or XML page, not weights, such as a login. {_DOWNLOAD}")
     return CheckpointError(
         f"neither a zip archive (.pth, .bin) nor .safetensors: it has {size} bytes and begins with "
         f"{head[:8]!r}. It is damaged or of another kind. {_DOWNLOAD}. This project reads "

@@ -3,11 +3,8 @@
 A pickle is a program for a small stack machine, and Python's own machine will call whatever the
 program names. In the machine here a name is a label: nothing is imported, nothing is called. Labels
 of tensors and storages give records of where numbers lie, those of OrderedDict and defaultdict
-give dicts, and every other one gives an inert :class:`Record` that remembers the name and nothing
-else. So there is nothing to run.
-
-A few names have no place beside weights at all (``os.system``, ``builtins.eval``): a file that has
-one is refused. That is courtesy, not protection; the protection is that no name is ever looked up.
+give dicts, and every other one gives an inert :class:`Record`. So there is nothing to run. A file
+that names what has no place beside weights (``os.system``) is refused; that is courtesy.
 
 Every instruction has a price, about the bytes of memory that it can take, and a pickle can spend
 :data:`BYTES_PER_BYTE` for each of its bytes; so memory and time grow with what was really read.
@@ -18,14 +15,8 @@ import pickletools
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
-from pvt_ref.checkpoint.stored import (
-    DAMAGED,
-    MAX_RANK,
-    STORAGE_DTYPES,
-    Storage,
-    StoredTensor,
-    refuse_damage,
-)
+from pvt_ref.checkpoint import stored
+from pvt_ref.checkpoint.stored import MAX_RANK, Storage, StoredTensor, damaged
 from pvt_ref.errors import CheckpointError, shown
 
 #: What instructions can spend for each byte of the pickle, beside FREE_BYTES.
@@ -82,12 +73,8 @@ class Pickle(NamedTuple):
 
 
 def read_pickle(file: BinaryIO) -> Pickle:
-    """What a pickle written by torch.save says, from the file's place to its last byte.
-
-    Raises:
-        CheckpointError: if it names a program, is damaged, or is made to take much memory.
-    """
-    with refuse_damage("its pickle cannot be read"):  # a wrong one can fail anywhere, in any way
+    """What a pickle of torch.save says, from the file's place on. Raises: CheckpointError."""
+    with stored.refuse_damage("its pickle cannot be read"):  # a wrong one fails anywhere
         return _Machine(file)._run()
 
 
@@ -109,8 +96,6 @@ def whole_object(name: str, where: str = "what was saved") -> CheckpointError:
         f"torch.save(model.state_dict(), new_path)"
     )
 
-
-# --- the stack machine -------------------------------------------------------------------------
 
 _CONTAINER = 80  # an empty list or dict and its place on the stack
 _ITEM = 96  # of a dict, while it grows
@@ -141,8 +126,6 @@ class _NoMoreThanThereIs:
 
 
 class _Machine:
-    """One run over one pickle."""
-
     def __init__(self, file: BinaryIO):
         self.file: Any = file if isinstance(file, io.BytesIO) else _NoMoreThanThereIs(file)
         self.stack: list[Any] = []
@@ -156,12 +139,11 @@ class _Machine:
         self.storages: dict[str, Storage] = {}
 
     def _spend(self, price: int) -> None:
-        """Raises CheckpointError where more was spent than the bytes so far allow."""
         self.spent += price
         if self.spent > FREE_BYTES + BYTES_PER_BYTE * self.read:
-            raise CheckpointError(
-                f"its pickle would unpack to more than {BYTES_PER_BYTE} times its own "
-                f"size; it was made to exhaust memory, or it is damaged. {DAMAGED}"
+            raise damaged(
+                f"its pickle would unpack to more than {BYTES_PER_BYTE} times its own size; it was "
+                f"made to exhaust memory, or it is damaged"
             )
 
     def _run(self) -> Pickle:
@@ -175,7 +157,9 @@ class _Machine:
                 case "LONG_BINPUT" | "BINPUT" | "PUT":
                     self._remember(arg)
                 case "BINGET" | "LONG_BINGET" | "GET":
-                    stack.append(self._recall(arg))
+                    stack.append(self.memo[arg])
+                    if stack[-1] is _UNSET:
+                        raise ValueError(f"nothing was put into memo slot {arg}")
                 case "BINUNICODE" | "BININT1" | "BININT2" | "BININT" | "SHORT_BINUNICODE":
                     stack.append(arg)
                 case "MEMOIZE":
@@ -203,7 +187,8 @@ class _Machine:
                     self._set_items(self.stack[-1], items)
                 case "APPEND" | "APPENDS" | "ADDITEMS":
                     items = self._pop_mark() if name[-1] == "S" else [stack.pop()]
-                    self._extend(self.stack[-1], items)
+                    if not isinstance(self.stack[-1], Record):
+                        _expect(self.stack[-1], list).extend(items)
                 case "GLOBAL":
                     stack.append(self._label(*arg.split(" ", 1)))
                 case "STACK_GLOBAL":
@@ -213,10 +198,11 @@ class _Machine:
                     stack.pop()  # attributes are not needed
                     _expect(stack[-1], Record | dict)
                 case "STOP":
-                    return Pickle(stack.pop(), self._foreign(), self.storages)
+                    names = sorted({x[:_MAX_NAME] for x in self.labels if not _is_known(x)})
+                    return Pickle(stack.pop(), tuple(names[:_MAX_FOREIGN]), self.storages)
                 case _:
                     self._run_rare(name, arg)
-        raise CheckpointError(f"its pickle has no end. {DAMAGED}")
+        raise damaged("its pickle has no end")
 
     def _run_rare(self, name: str, arg: Any) -> None:
         """What other protocols than 2 write, and the objects of Python 2."""
@@ -254,10 +240,7 @@ class _Machine:
             case "DUP":
                 stack.append(stack[-1])
             case _:  # EXT1 and so on, PERSID, NEXT_BUFFER: what they mean is not in the file
-                raise CheckpointError(
-                    f"its pickle holds the instruction {name}, which torch.save does not write. "
-                    f"{DAMAGED}"
-                )
+                raise damaged(f"its pickle has the instruction {name}, which torch.save never has")
 
     def _remember(self, slot: int) -> None:
         memo = self.memo
@@ -266,19 +249,9 @@ class _Machine:
             memo.extend([_UNSET] * (slot - len(memo) + 1))
         memo[slot] = self.stack[-1]
 
-    def _recall(self, slot: int) -> Any:
-        value = self.memo[slot]
-        if value is _UNSET:
-            raise ValueError(f"nothing was put into memo slot {slot}")
-        return value
-
     def _pop_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.below.pop()
         return items
-
-    def _extend(self, target: Any, items: list[Any]) -> None:
-        if not isinstance(target, Record):
-            _expect(target, list).extend(items)
 
     def _set_items(self, target: Any, items: list[Any]) -> None:
         if len(items) % 2:
@@ -290,7 +263,7 @@ class _Machine:
         for key, value in zip(items[::2], items[1::2], strict=True):
             name = _as_text(key, len(target))
             if name in target:
-                raise CheckpointError(f"its pickle has the key {shown(name)} twice. {DAMAGED}")
+                raise damaged(f"its pickle has the key {shown(name)} twice")
             target[name] = value
 
     def _label(self, module: Any, attribute: Any) -> Global:
@@ -309,18 +282,12 @@ class _Machine:
             self.labels[name] = Global(name)
         return self.labels[name]
 
-    def _foreign(self) -> tuple[str, ...]:
-        names = {name[:_MAX_NAME] for name in self.labels if not _is_known(name)}
-        return tuple(sorted(names)[:_MAX_FOREIGN])
-
     def _make(self, function: Any, args: tuple[Any, ...]) -> Any:
         if isinstance(function, Record):  # a function that would have been found or made
             return function
         name = _expect(function, Global).name
-        if name in _DICTS:
-            if name.endswith("defaultdict"):
-                args = args[1:]  # without its factory
-            return self._make_dict(*args)
+        if name in _DICTS:  # a defaultdict without its factory
+            return self._make_dict(*args[name.endswith("defaultdict") :])
         if name.startswith(_REBUILD):
             self._spend(_TENSOR)
             return _make_tensor(name.removeprefix(_REBUILD), args) or self._record(name)
@@ -358,7 +325,10 @@ class _Machine:
         if kind != "storage" or len(rest) > 1 or not name.endswith("Storage"):
             raise ValueError("a reference that is not to a storage")
         storage = Storage(
-            _expect(key, str), STORAGE_DTYPES.get(name) or name[:_MAX_NAME], _count(numel), view
+            _expect(key, str),
+            stored.STORAGE_DTYPES.get(name) or name[:_MAX_NAME],
+            _count(numel),
+            view,
         )
         if storage.key not in self.storages:
             self._spend(_ITEM)
@@ -379,7 +349,7 @@ def _is_known(name: str) -> bool:
     return (
         name in _PLAIN
         or name in _DICTS
-        or name.startswith(("torch._utils._rebuild_", "torch._tensor._rebuild_from_type"))
+        or name.startswith((_REBUILD, "torch._tensor._rebuild_from_type"))
         or (name.startswith("torch.") and (name.count(".") == 1 or name.endswith("Storage")))
     )
 
@@ -391,10 +361,7 @@ def _expect(value: Any, kind: Any) -> Any:
 
 
 def _as_text(key: Any, place: int) -> str:
-    """A dict's key as a text, since the hashes of texts cannot be chosen.
-
-    Whole numbers can be made to collide, and nested tuples take exponential time to hash.
-    """
+    """A dict's key as a text: other hashes can be made to collide, or to take for ever."""
     if isinstance(key, str):
         return key
     if key is None or isinstance(key, float | bool) or (isinstance(key, int) and abs(key) < 2**64):
@@ -415,10 +382,7 @@ def _counts(values: Any) -> tuple[int, ...]:
 
 
 def _make_tensor(how: str, args: tuple[Any, ...]) -> StoredTensor | None:
-    """The tensor that torch._utils._rebuild_<how> would make of args; None for kinds unknown here.
-
-    Sparse, nested and meta tensors are such kinds.
-    """
+    """What torch._utils._rebuild_<how> makes of args; None for kinds that are unknown here."""
     metadata: Any = None
     unread = ""
     match how, args:
@@ -457,10 +421,7 @@ def _dtype(value: Any) -> str:
 
 
 def _read_metadata(metadata: Any, dtype: str) -> tuple[bool, bool, str]:
-    """PyTorch's negative and conjugate bits, and what else makes the values others than stored."""
-    if metadata is None:
-        return False, False, ""
-    bits = _expect(metadata, dict)
+    bits = {} if metadata is None else _expect(metadata, dict)
     unknown = next((k for k, v in bits.items() if k not in ("neg", "conj") or v is not True), None)
     if unknown is not None:
         return False, False, f"it has {shown(unknown)} in its metadata, which is not known here"

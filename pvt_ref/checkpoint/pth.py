@@ -3,12 +3,8 @@
 Since PyTorch 1.6 such a file is a zip of uncompressed entries under one folder: ``data.pkl``, a
 pickle of the saved object in which every tensor is a reference (storage, offset, shape, strides);
 ``data/0``, ``data/1`` and so on, the raw storages; ``byteorder``; and a few that do not matter
-here. The older format, which some tools still write, is in :mod:`pvt_ref.checkpoint.legacy`, and
-how pickles are read without running them in :mod:`pvt_ref.checkpoint.pickles`. Memory is taken in
-proportion to the file, whatever sizes the file claims.
-
-The zip's checksums are verified for everything that is used (PyTorch does not look at them), unless
-it was saved without any.
+here. Older files are read in :mod:`pvt_ref.checkpoint.legacy`. Memory is taken in proportion to the
+file, whatever sizes it claims. The zip's checksums are verified for everything that is used.
 """
 
 import io
@@ -16,25 +12,15 @@ import zipfile
 from collections import deque
 from typing import Any, BinaryIO, Literal
 
+from pvt_ref.checkpoint import stored
 from pvt_ref.checkpoint.legacy import LegacyFile, is_legacy
 from pvt_ref.checkpoint.pickles import Record, read_pickle, whole_object
-from pvt_ref.checkpoint.stored import (
-    DAMAGED,
-    SAFE_LOAD,
-    Storage,
-    StoredFile,
-    StoredTensor,
-    refuse_damage,
-)
+from pvt_ref.checkpoint.stored import SAFE_LOAD, Storage, StoredFile, StoredTensor, damaged
 from pvt_ref.errors import CheckpointError, shown
 
 
 def open_pth(file: BinaryIO) -> StoredFile:
-    """The reader of a file of PyTorch's, which must stay open while tensors are read.
-
-    Raises:
-        CheckpointError: if it is damaged, or holds a program or a whole object.
-    """
+    """The reader of a file of PyTorch's, which stays open meanwhile. Raises: CheckpointError."""
     file.seek(0)
     opened = LegacyFile(file) if is_legacy(file.read(64)) else PthFile(file)
     _check_not_an_object(opened)
@@ -64,7 +50,7 @@ class PthFile(StoredFile):
 
     def __init__(self, file: BinaryIO):
         self._size = file.seek(0, 2)
-        with refuse_damage("not a whole zip archive"):
+        with stored.refuse_damage("not a whole zip archive"):
             self._zip = zipfile.ZipFile(file)
             self._entries = _list_entries(self._zip, self._size)
             self.checksummed = _use_checksums(self._entries)
@@ -85,11 +71,11 @@ class PthFile(StoredFile):
 
     def _read_entry(self, name: str) -> bytes:
         if name not in self._entries:
-            raise CheckpointError(f"the zip archive has no entry {shown(name)}. {DAMAGED}")
+            raise damaged(f"the zip archive has no entry {shown(name)}")
         info = self._entries[name]
         data = self._zip.read(info)  # verifies the CRC
         if len(data) != info.file_size:
-            raise CheckpointError(f"entry {shown(name)} is shorter than announced. {DAMAGED}")
+            raise damaged(f"entry {shown(name)} is shorter than announced")
         return data
 
 
@@ -106,7 +92,7 @@ def _list_entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipI
     for info in infos:
         name = info.filename.removeprefix(prefix)
         if name in entries:
-            raise CheckpointError(f"entry {shown(name)} comes twice in the zip archive. {DAMAGED}")
+            raise damaged(f"entry {shown(name)} comes twice in the zip archive")
         entries[name] = info
     if "constants.pkl" in entries:
         raise CheckpointError(
@@ -123,7 +109,7 @@ def _list_entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipI
                 f"torch.save(state, new_path)"
             )
     if sum(info.file_size for info in infos) > size:  # also keeps every later read below this
-        raise CheckpointError(f"the zip's entries claim more bytes than the file has. {DAMAGED}")
+        raise damaged("the zip's entries claim more bytes than the file has")
     for info in infos:
         archive.open(info).close()  # the name stands twice in the file: both must agree
     return entries
@@ -160,13 +146,8 @@ def _other_archive(names: list[str]) -> str:
 
 
 def _use_checksums(entries: dict[str, zipfile.ZipInfo]) -> bool:
-    """Whether the archive has any; if not, zipfile is told so.
-
-    PyTorch with set_crc32_options(False) writes 0 for every entry. One such entry among others is
-    damage.
-    """
-    if any(info.CRC for info in entries.values()):
-        return True
-    for info in entries.values():
+    """Whether there are any: set_crc32_options(False) of PyTorch writes 0 for every entry."""
+    checksummed = any(info.CRC for info in entries.values())
+    for info in () if checksummed else entries.values():
         info.CRC = None  # type: ignore[assignment]  # zipfile then compares nothing
-    return False
+    return checksummed

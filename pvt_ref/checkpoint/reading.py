@@ -15,21 +15,14 @@ from pvt_ref.app import Model
 from pvt_ref.arrays import dtype_name
 from pvt_ref.checkpoint import recognise
 from pvt_ref.checkpoint import safetensors_file as own
+from pvt_ref.checkpoint import stated as statements
 from pvt_ref.checkpoint.files import Eps, FilePath, as_path, cut_path
 from pvt_ref.checkpoint.key_maps import foreign_shapes, to_native
 from pvt_ref.checkpoint.legacy import is_legacy
 from pvt_ref.checkpoint.other_kinds import refuse_other_kind
 from pvt_ref.checkpoint.pth import open_pth
 from pvt_ref.checkpoint.recognise import Found
-from pvt_ref.checkpoint.stated import (
-    Stated,
-    describes_model,
-    eps_of,
-    from_argument,
-    read_config,
-    read_json,
-    read_preprocessing,
-)
+from pvt_ref.checkpoint.stated import PREPROCESSOR_FILE, Stated, eps_of, from_argument, read_json
 from pvt_ref.checks import is_moderate
 from pvt_ref.data.imagenet import released_info
 from pvt_ref.data.info import UNKNOWN, ModelInfo
@@ -40,6 +33,7 @@ from pvt_ref.errors import (
     MissingFileError,
     PVTError,
     printable,
+    reason,
     shown,
 )
 from pvt_ref.models.architecture import Architecture, architecture_of, known_variants
@@ -63,16 +57,12 @@ def read_model(
 ) -> Model:
     """:func:`load`; if released says so, of weights that the authors released.
 
-    What lies beside these is not asked, and released stands in ``source``. Raises: as load,
-    ArrayTypeError, MissingFileError, CheckpointError and ConfigError.
+    What lies beside these is not asked, and released stands in ``source``.
     """
     path = as_path(path)
     stated = from_argument(config)
     if not isinstance(entry, str | None):
-        raise ArrayTypeError(
-            f"entry is a {type(entry).__name__}; it must be the name of an entry, such as "
-            f"'model_ema'"
-        )
+        raise ArrayTypeError(f"entry is a {type(entry).__name__}; it must be a name as 'model_ema'")
     eps = None if eps is None else _parse_eps(eps)
     try:
         try:  # path.exists() says no from Python 3.14 on where it cannot be known
@@ -88,9 +78,7 @@ def read_model(
     except CheckpointError as error:
         raise CheckpointError(f"{cut_path(path)}: {error}") from error.__cause__
     except (PVTError, OSError) as error:
-        what = str(error)
-        if isinstance(error, OSError):
-            what = f"cannot be read: {type(error).__name__}: {error.strerror or error}"
+        what = f"cannot be read: {reason(error)}" if isinstance(error, OSError) else error
         raise CheckpointError(f"{cut_path(path)}: {what}") from error
 
 
@@ -114,7 +102,7 @@ def _open(path: Path, stack: contextlib.ExitStack) -> _Opened:
         return _open_shards(path, stack)
     if path.suffix == ".json":
         raise CheckpointError(
-            f"a JSON file, which holds no weights. Name the weights, or the folder of both; "
+            f"a JSON file, which holds no weights. Name these, or the folder of both; "
             f"load(weights, config={path.name!r}) reads a configuration from it"
         )
     file = stack.enter_context(path.open("rb"))
@@ -155,16 +143,12 @@ def _file_in(folder: Path) -> Path:
 
 
 def _open_shards(path: Path, stack: contextlib.ExitStack) -> _Opened:
-    """All files that an index names, as if they were one."""
     places = read_json(path, path.name).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError(f"{path.name} has no weight_map from keys to file names")
     names = sorted(set(places.values()))
     if not 0 < len(names) <= _MAX_SHARDS:
         raise CheckpointError(f"{path.name} names {len(names)} files; 1 to {_MAX_SHARDS} are read")
-    tree: dict[str, Any] = {}
-    readers = {}
-    notes: list[str] = []
     for name in names:
         if re.search(r"[/\\:\0]", name) or name.endswith(_INDEX) or name in ("", ".", ".."):
             raise CheckpointError(
@@ -175,8 +159,9 @@ def _open_shards(path: Path, stack: contextlib.ExitStack) -> _Opened:
                 f"{path.name} names the file {shown(name)}, which is not beside it. Copy all of "
                 f"its {len(names)} files into one folder"
             )
-    for name in names:
-        shard = _open(path.parent / name, stack)
+    shards = {name: _open(path.parent / name, stack) for name in names}
+    tree: dict[str, Any] = {}
+    for name, shard in shards.items():
         said = {key for key, place in places.items() if place == name}
         if not isinstance(shard.tree, dict) or shard.tree.keys() != said:
             raise CheckpointError(
@@ -184,18 +169,16 @@ def _open_shards(path: Path, stack: contextlib.ExitStack) -> _Opened:
             )
         own.check_foreign_metadata(shard.metadata)
         tree |= shard.tree
-        readers |= {id(x): (name, shard.read) for x in shard.tree.values()}
-        notes += [note for note in shard.notes if note not in notes]
+    place_of = {id(tree[key]): name for key, name in places.items()}
 
     def read(state: dict[str, Any]) -> dict[str, np.ndarray]:
         arrays: dict[str, np.ndarray] = {}
-        for name in names:
-            part = {key: x for key, x in state.items() if readers[id(x)][0] == name}
-            if part:
-                arrays |= readers[id(next(iter(part.values())))][1](part)
+        for name, shard in shards.items():
+            arrays |= shard.read({k: x for k, x in state.items() if place_of[id(x)] == name})
         return {key: arrays[key] for key in state}
 
-    return _Opened(path, {key: tree[key] for key in places}, {}, read, tuple(notes))
+    notes = tuple(dict.fromkeys(note for shard in shards.values() for note in shard.notes))
+    return _Opened(path, {key: tree[key] for key in places}, {}, read, notes)
 
 
 def _load(
@@ -256,7 +239,6 @@ def _load(
 
 
 def _of_network(row: Architecture, config: Any, stated: Stated | None) -> Stated | None:
-    """What the argument config says, once the file has told its network."""
     if stated is None or type(stated.config) is row.config_type:
         return stated
     if not isinstance(config, str | os.PathLike) or config in known_variants():
@@ -273,13 +255,12 @@ def _unsaid(config: Any, stated: Stated, eps: tuple[float, ...] | None) -> list[
     if stated.says_eps and eps is None:  # it says one of the two
         names += eps_of(config)
     unsaid = [f"{name} {getattr(config, name)}" for name in names if name in stated.left_open]
-    said = f", since {printable(stated.origin)} does not say"
-    lines = [" and ".join(unsaid) + said] if unsaid else []
+    lines = []
+    if unsaid:
+        lines.append(f"{' and '.join(unsaid)}, since {printable(stated.origin)} does not say")
     if stated.task:
-        lines.append(
-            f"one class per picture, by softmax, though problem_type is {printable(stated.task)}: "
-            f"take probabilities from the logits yourself"
-        )
+        task = printable(stated.task)
+        lines.append(f"one class per picture, by softmax, though problem_type is {task}")
     return lines
 
 
@@ -315,10 +296,10 @@ def _ask_beside(
         return stated
     origin = f"{path.name} beside it"
     try:
-        if stated is None and not describes_model(read_json(path, origin), row):
+        if stated is None and not statements.describes_model(read_json(path, origin), row):
             notes.append(f"not used: {origin}, which does not describe a {row.title}")
             return None
-        said = read_config(path, origin, row)
+        said = statements.read_config(path, origin, row)
     except PVTError as error:
         if stated is not None:
             notes.append(f"not used: {' '.join(str(error).split())[:200]}")
@@ -344,18 +325,14 @@ def _ask_beside(
                 f"config out, correct {path.name}, or move the weights away from it if it belongs "
                 f"to others"
             )
-    found: dict[str, Any] = {}
-    if said.says_eps:
-        found = {name: eps for name, eps in both.items() if name not in said.left_open}
+    found = {name: x for name, x in both.items() if said.says_eps and name not in said.left_open}
     notes.append(f"{'eps and ' if found else ''}labels from {origin}")
     return dataclasses.replace(
-        stated,
+        said,
         config=dataclasses.replace(stated.config, **found),
+        origin=stated.origin,
         left_open=tuple(name for name in stated.left_open if name not in found),
         says_eps=stated.says_eps or said.says_eps,
-        classes=said.classes,
-        num_labels=said.num_labels,
-        task=said.task,
     )
 
 
@@ -386,8 +363,8 @@ def _info(
         info = ModelInfo(classes=stated.classes)
     elif info.classes and not released:
         assumed.append("ImageNet's class names")
-    if folder and (folder / "preprocessor_config.json").exists():
-        preprocessing, said = read_preprocessing(folder / "preprocessor_config.json", config)
+    if folder and (path := folder / PREPROCESSOR_FILE).exists():
+        preprocessing, said = statements.read_preprocessing(path, config)
         notes.append(said)
         if preprocessing:
             return dataclasses.replace(info, preprocessing=preprocessing), assumed
@@ -409,12 +386,12 @@ def _as_stored(stated: Stated | None, stored: Any, notes: list[str]) -> Any:
             f"{stated.origin} says {stated.num_labels} labels, and the file num_classes="
             f"{stored.num_classes}. Leave config out: the file brings its own"
         )
-    given, written = dataclasses.asdict(config), dataclasses.asdict(stored)
+    given = dataclasses.asdict(config)
     free = ("norm_eps", "drop_rate", "drop_path_rate")  # and what ends so: no weight depends on it
     wrong = [
-        f"{name} is {written[name]} in the file and {given[name]} in config"
-        for name in written
-        if not name.endswith(free) and written[name] != given[name]
+        f"{name} is {written} in the file and {given[name]} in config"
+        for name, written in dataclasses.asdict(stored).items()
+        if not name.endswith(free) and written != given[name]
     ]
     if wrong:
         raise CheckpointError(
@@ -434,9 +411,8 @@ def _describe_eps(config: Any) -> list[str]:
 
 
 def _parse_eps(eps: Any) -> tuple[float, float]:
-    pair: tuple[Any, ...] = (eps, eps)
-    if isinstance(eps, Sequence) and not isinstance(eps, str):
-        pair = tuple(eps)
+    several = isinstance(eps, Sequence) and not isinstance(eps, str)
+    pair: tuple[Any, ...] = tuple(eps) if several else (eps, eps)
     if len(pair) != 2 or not all(is_moderate(x) and x >= 0 for x in pair):
         raise ConfigError(
             f"eps is {shown(eps)}; it must be one number, or (norm_eps, projection_norm_eps), "
@@ -450,13 +426,11 @@ def _missing(path: Path) -> str:
     there = f"weights files there: {', '.join(near[:5])}" if near else "no weights files there"
     if not path.parent.is_dir():
         there = f"nor is there a directory {cut_path(path.parent)}"
-    here = "deleted"
-    with contextlib.suppress(OSError):
+    try:
         here = os.getcwd()
-    return (
-        f"{cut_path(path)}: there is no such file ({there}). Check the spelling, and the directory "
-        f"it is relative to, which is {here}"
-    )
+    except OSError:
+        here = "deleted"
+    return f"{cut_path(path)}: there is no such file ({there}). The working directory is {here}"
 
 
 def _siblings(directory: Path) -> list[Path]:

@@ -1,9 +1,8 @@
 """Reading and writing .safetensors: a JSON header, then the raw numbers.
 
-The format has no checksum. So this project's own files carry, in their one metadata entry, a JSON
-text with the configuration, what else is known of the model, and a SHA-256 over both and over every
-tensor's name, dtype, shape and bytes; what fails it is refused. One entry and not three, because
-safetensors writes several in random order, and the same model should give the same file.
+The format has no checksum. So this project's own files carry, in their one metadata entry (the
+library writes several in random order), a JSON text with the configuration, what else is known of
+the model, and a SHA-256 over both and all tensors; what fails it is refused.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ import numpy as np
 
 from pvt_ref.checkpoint.bounded_json import parse_json
 from pvt_ref.data.info import ModelInfo
-from pvt_ref.errors import CheckpointError, PVTError, shown
+from pvt_ref.errors import CheckpointError, PVTError, reason, shown
 from pvt_ref.models.architecture import architecture_of, architectures, config_to_dict
 
 METADATA_KEY = "pvt_ref"
@@ -36,10 +35,8 @@ _DTYPES = {
 #: What a text of this project's metadata entry holds, and a text of another program hardly.
 _OWN_MARKS = (METADATA_KEY, "projection_norm_eps")
 
-_DAMAGED = (
-    "The likely cause is an interrupted or faulty download or copy: fetch the file again, or save "
-    "the model again"
-)
+_DAMAGED = "The likely cause is a faulty download or copy: fetch the file again, or save it again"
+_UPDATE = "It was probably written by another version: update pvt_ref"
 #: What JSON of other kinds than expected raises. Not Exception, which a signal's handler can raise.
 _UNREADABLE = (PVTError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 #: Where a tensor lies: first and last byte after the header, key, dtype and shape.
@@ -56,19 +53,14 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
         with path.open("rb") as file:
             return read_tensors(file)
     except OSError as error:
-        what = f"{type(error).__name__}: {error.strerror or error}"
-        raise CheckpointError(f"cannot be read ({what})") from error
+        raise CheckpointError(f"cannot be read ({reason(error)})") from error
 
 
 def read_tensors(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Every tensor of an open file, and the metadata as texts by name.
 
-    The tensors are read into their own memory, one after the other: a file that is mapped instead
-    kills the process if somebody shortens it meanwhile.
-
-    Raises:
-        CheckpointError: if it is damaged, or holds a dtype that NumPy does not have.
-        OSError: if reading fails.
+    They are read, not mapped: a mapped file kills the process if somebody shortens it meanwhile.
+    Raises: CheckpointError if it is damaged, or holds a dtype that NumPy lacks; OSError.
     """
     import ml_dtypes  # noqa: F401 (teaches NumPy the name bfloat16)
 
@@ -79,9 +71,8 @@ def read_tensors(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, str]]
         raise CheckpointError(f"not a whole .safetensors file: the header is cut off. {_DAMAGED}")
     if length > MAX_HEADER:
         raise CheckpointError(
-            f"a .safetensors file whose header has {length} bytes; at most {MAX_HEADER} are read, "
-            f"several times what a network needs. It is damaged, of another kind of model, or made "
-            f"to exhaust memory"
+            f"a .safetensors file whose header has {length} bytes; at most {MAX_HEADER} are read. "
+            f"It is damaged, of another kind of model, or made to exhaust memory"
         )
     try:
         header = parse_json(file.read(length), "the header", MAX_HEADER)
@@ -155,15 +146,12 @@ def own_header(
 ) -> tuple[Any, ModelInfo | None]:
     """Configuration and info in a file of this project, once the digest has been verified.
 
-    (None, None) if the file was written by somebody else; no info if none was saved.
-
-    Raises:
-        CheckpointError: if anything in it differs from what was written.
+    (None, None) if somebody else wrote it; no info if none was saved. Raises: CheckpointError.
     """
     if TRAINING_KEY in metadata:
         raise CheckpointError(
-            "the saved state of a training, which holds more than one set of weights. Go on with "
-            "it (--resume), or load the model beside it: best.safetensors"
+            "the saved state of a training. Go on with it (--resume), or load the model beside it: "
+            "best.safetensors"
         )
     if METADATA_KEY not in metadata:
         return None, None
@@ -191,8 +179,7 @@ def own_header(
     if name not in tuple(rows):
         raise CheckpointError(
             f"a pvt_ref file of the architecture {shown(name)}; this version knows "
-            f"{', '.join(map(repr, rows))}. It was probably written by another version: update "
-            f"pvt_ref"
+            f"{', '.join(map(repr, rows))}. {_UPDATE}"
         )
     row = rows[name]
     try:
@@ -201,7 +188,7 @@ def own_header(
     except _UNREADABLE as error:  # TypeError, too: for fields that this version does not know
         raise CheckpointError(
             f"a pvt_ref file with a configuration or info that this version does not accept: "
-            f"{str(error)[:500]}. It was probably written by another version: update pvt_ref"
+            f"{str(error)[:500]}. {_UPDATE}"
         ) from error
     blocks = row.files.blocks(config) if row.files else 0
     if blocks > len(state):
@@ -213,11 +200,9 @@ def own_header(
 
 
 def check_foreign_metadata(metadata: Mapping[str, str]) -> None:
-    """Refuses a file with this project's key names if its metadata are this project's, damaged.
+    """Refuses a file whose metadata are this project's under a damaged name, which hides a digest.
 
-    Otherwise damage to the name of the metadata entry would hide the digest. One damage cannot
-    reach the entry's name and its text, which are two texts of the header's JSON. Raises:
-    CheckpointError if an entry's name or text is like that of a file of :func:`to_bytes`.
+    One damage cannot reach both the entry's name and its text. Raises: CheckpointError.
     """
     begins = ('{"architecture": "', '{"config": {"')
     for name, text in metadata.items():
@@ -243,12 +228,7 @@ def to_bytes(state: Mapping[str, np.ndarray], config: Any, info: ModelInfo | Non
 
 
 def pack(state: Mapping[str, np.ndarray], entry: str, record: Mapping[str, Any]) -> bytes:
-    """A .safetensors file of host arrays with one metadata entry, the record as JSON.
-
-    Raises:
-        TypeError: if record holds what JSON does not.
-        CheckpointError: if record holds NaN or infinity, or is too long or deep to be read again.
-    """
+    """A .safetensors file of host arrays with one metadata entry, the record as JSON."""
     import safetensors.numpy
 
     text = json.dumps(record, sort_keys=True)
@@ -266,10 +246,7 @@ def _sealed(record: Mapping[str, Any]) -> Any:
 
 
 def digest(state: Mapping[str, np.ndarray], stated: Any) -> str:
-    """SHA-256 over every tensor's name, dtype, shape and bytes, and over plain values.
-
-    The order of keys does not matter, nor the byte order.
-    """
+    """SHA-256 over plain values and every tensor's name, dtype, shape and bytes, in any order."""
     sha256 = hashlib.sha256()
     sha256.update(json.dumps(stated, sort_keys=True).encode())
     for key in sorted(state):

@@ -22,6 +22,7 @@ from pvt_ref.errors import (
     ConfigError,
     MissingFileError,
     PVTError,
+    reason,
     shown,
 )
 from pvt_ref.models.architecture import Architecture, architectures, known_variants
@@ -56,11 +57,7 @@ def eps_of(config: Any) -> dict[str, float]:
 
 
 def from_argument(config: Any, row: Architecture | None = None) -> Stated | None:
-    """What load's argument ``config`` says, of row's network if a JSON file does not tell.
-
-    A configuration is taken to have chosen its eps if they are not the defaults. Raises: as load,
-    ArrayTypeError, MissingFileError, CheckpointError and ConfigError.
-    """
+    """What load's argument ``config`` says, of row's network if a JSON file does not tell."""
     if config is None:
         return None
     kinds, variants = [row.config_type for row in architectures()], known_variants()
@@ -97,10 +94,7 @@ def _network(fields: Mapping[str, Any]) -> Architecture:
 
 
 def read_config(path: Path, origin: str, row: Architecture | None = None) -> Stated:
-    """A configuration in a JSON file, called origin: Hugging Face's, or a network's own fields.
-
-    Raises: CheckpointError if it is of another kind, ConfigError if it cannot be built.
-    """
+    """A configuration in a JSON file, called origin: Hugging Face's, or a network's own fields."""
     fields = read_json(path, origin)
     row = row or _network(fields)
     known, files = _fields(row), row.files
@@ -140,26 +134,19 @@ def describes_model(fields: Mapping[str, Any], row: Architecture) -> bool:
 
 def _outputs(fields: Mapping[str, Any]) -> tuple[tuple[str, ...], int | None, str]:
     """Class names, how many outputs, and what they mean if that is not one class per picture."""
-    labels = _labels(fields.get("id2label"))
-    count = fields.get("num_labels") if labels is None else len(labels)
+    labels, count, names = fields.get("id2label"), fields.get("num_labels"), ()
+    if labels is not None:
+        if not isinstance(labels, dict) or labels.keys() != set(map(str, range(len(labels)))):
+            raise CheckpointError("id2label does not map the numbers from 0 to names")
+        count, names = len(labels), tuple(labels[str(k)] for k in range(len(labels)))
+        if not all(isinstance(name, str) for name in names):
+            raise CheckpointError("id2label holds something else than names")
     if count is not None and not is_whole(count):
         raise CheckpointError(f"num_labels is {shown(count)}; it must be a whole number")
-    if all(re.fullmatch(r"LABEL_\d+", name) for name in labels or ()):
-        labels = None  # placeholders
+    if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
+        names = ()  # placeholders
     task = fields.get("problem_type") or "single_label_classification"
-    return tuple(labels or ()), count, "" if task == "single_label_classification" else task
-
-
-def _labels(id2label: Any) -> list[str] | None:
-    if id2label is None:
-        return None
-    numbers = [str(k) for k in range(len(id2label))] if isinstance(id2label, dict) else None
-    if numbers is None or id2label.keys() != set(numbers):
-        raise CheckpointError("id2label does not map the numbers from 0 to names")
-    names = [id2label[k] for k in numbers]
-    if not all(isinstance(name, str) for name in names):
-        raise CheckpointError("id2label holds something else than names")
-    return names
+    return names, count, "" if task == "single_label_classification" else task
 
 
 def read_json(path: Path, origin: str) -> dict[str, Any]:
@@ -170,8 +157,7 @@ def read_json(path: Path, origin: str) -> dict[str, Any]:
         with path.open("rb") as file:
             data = file.read(MAX_JSON + 1)
     except OSError as error:
-        what = f"{type(error).__name__}: {error.strerror or error}"
-        raise CheckpointError(f"{origin}: cannot be read ({what})") from error
+        raise CheckpointError(f"{origin}: cannot be read ({reason(error)})") from error
     values = parse_json(data, origin, MAX_JSON)
     if not isinstance(values, dict):
         raise CheckpointError(f"{origin}: it holds a {type(values).__name__}, not an object")
@@ -184,8 +170,8 @@ def read_preprocessing(path: Path, config: Any) -> tuple[Preprocessing | None, s
         fields = read_json(path, PREPROCESSOR_FILE)
         preprocessing = _preprocessing(fields, config.in_chans)
     except (PVTError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-        reason = " ".join(str(error).removeprefix(f"{PREPROCESSOR_FILE}: ").split())[:200]
-        return None, f"{PREPROCESSOR_FILE} is not used: {reason}"
+        why = " ".join(str(error).removeprefix(f"{PREPROCESSOR_FILE}: ").split())[:200]
+        return None, f"{PREPROCESSOR_FILE} is not used: {why}"
     said = f"mean and std from {PREPROCESSOR_FILE}"
     other = [name for name in _NOT_FOLLOWED if fields.get(name) is not None]
     if other:
@@ -218,7 +204,5 @@ def _preprocessing(fields: Mapping[str, Any], channels: int) -> Preprocessing:
     if len(mean) != channels:
         raise CheckpointError(f"it has {len(mean)} means, and the model {channels} channels")
     mode = {1: "L", 3: "RGB"}.get(channels, "bands")
-    scale = 255 * factor
-    if math.isclose(scale, 1, rel_tol=1e-6):
-        scale = 1
+    scale = 1 if math.isclose(255 * factor, 1, rel_tol=1e-6) else 255 * factor
     return Preprocessing(mode, tuple(m / scale for m in mean), tuple(s / scale for s in std))
