@@ -1,8 +1,7 @@
 """Weights by name: those that come with the package, and those the authors released.
 
 ``digits`` and ``cifar10`` were trained with this package's gradients and lie in its wheel. The
-released models are large and lie on the Hugging Face Hub; they are fetched when they are asked for,
-or taken from a folder where somebody has put them.
+released models are fetched from the Hugging Face Hub, or taken from a folder.
 """
 
 import hashlib
@@ -64,13 +63,10 @@ def load(
         The model, on the host, with class names and preprocessing in ``info`` if they are known.
 
     Raises:
-        DownloadError: if it has to be fetched and cannot be, which is known after some seconds, or
-            is not what it was the first time; the message says how to get it by hand.
+        DownloadError: if it has to be fetched and cannot be, or is not what it was the first time.
         MissingFileError: if there is no file at the path; the message has the known names.
         CheckpointError: if the file is damaged, unsafe, of an unknown kind, or does not fit.
-        ArrayTypeError: if an argument is of another type, config or entry comes with a known name,
-            or mirror with what is not fetched.
-        ConfigError: if eps or config is one that no model can have.
+        ArrayTypeError, ConfigError: if an argument is of another type, or no model can have it.
     """
     known = name if isinstance(name, str) else ""
     variants = known_variants()
@@ -93,8 +89,8 @@ def load(
         )
     if re.match(r"[A-Za-z][\w+.-]*://", known):
         raise MissingFileError(
-            f"{cut_path(known)} is an address, and load reads files. Download it, and load the "
-            f"file that came: pvt_ref.load('path/to/file'). {_known_names(known)}"
+            f"{cut_path(known)} is an address. Download it, and load the file that came: "
+            f"pvt_ref.load('path/to/file'). {_known_names(known)}"
         )
     try:
         return load_file(name, config, entry=entry, eps=eps)
@@ -110,8 +106,7 @@ def _known_names(given: str) -> str:
 
     names = (*SHIPPED, *RELEASED)
     last = given.rstrip("/").rpartition("/")[2].lower().replace("-", "_")
-    last = re.sub(r"(_224)?(\.\w+)?$", "", last)
-    near = difflib.get_close_matches(last, names, 1)
+    near = difflib.get_close_matches(re.sub(r"(_224)?(\.\w+)?$", "", last), names, 1)
     meant = f". Did you mean {near[0]!r}?" if near else ""
     return f"Names that are known without a file: {', '.join(names)}{meant}"
 
@@ -145,20 +140,19 @@ def _find(name: str, mirror: str | None) -> tuple[Path, str]:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        what = f"{type(error).__name__}: {error.strerror or error}"
-        raise DownloadError(
-            f"{name}: what was fetched cannot be read from {path} ({what}). {_by_hand(name)}"
-        ) from error
+        what = f"what was fetched cannot be read from {path} ({type(error).__name__}: {error})"
+        raise DownloadError(f"{name}: {what}. {_by_hand(name)}") from error
+    has = f"{name}: {path} has the SHA-256 {found[:12]}..., and"
     if re.fullmatch("[0-9a-f]{64}", announced) and announced != found:
         raise DownloadError(
-            f"{name}: {path} has the SHA-256 {found[:12]}..., and the server announced "
-            f"{announced[:12]}...: it is damaged. Delete that file, and try again"
+            f"{has} the server announced {announced[:12]}...: it is damaged. Delete that file, and "
+            f"try again"
         )
     if first and first["sha256"] != found:
         raise DownloadError(
-            f"{name}: {path} has the SHA-256 {found[:12]}..., and what was fetched first had "
-            f"{first['sha256'][:12]}...: it was damaged or exchanged. Delete it, and try again; if "
-            f"you want what is there now, delete the entry {name!r} in {weights_folder() / _RECORD}"
+            f"{has} what was fetched first had {first['sha256'][:12]}...: it was damaged or "
+            f"exchanged. Delete it, and try again; if you want what is there now, delete the entry "
+            f"{name!r} in {weights_folder() / _RECORD}"
         )
     if first is None:
         entry = {"repository": RELEASED[name], "commit": commit, "sha256": found}
@@ -168,7 +162,6 @@ def _find(name: str, mirror: str | None) -> tuple[Path, str]:
 
 
 def _read_record() -> dict[str, Any]:
-    """What each name meant when it was fetched first: its repository, commit and SHA-256."""
     from pvt_ref.checkpoint.stated import read_json
 
     path = weights_folder() / _RECORD
@@ -196,17 +189,10 @@ def _write_record(record: dict[str, Any]) -> None:
 def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str | None, str]:
     """From the Hub's cache or the Hub: the file, its commit, and the SHA-256 announced for it."""
     try:
-        from huggingface_hub import (
-            get_hf_file_metadata,
-            hf_hub_download,
-            hf_hub_url,
-            try_to_load_from_cache,
-        )
+        import huggingface_hub as hub
     except ImportError as error:
-        raise DownloadError(
-            f"{name}: fetching it needs the package huggingface_hub: pip install huggingface_hub. "
-            f"{_by_hand(name)}"
-        ) from error
+        needed = "fetching it needs huggingface_hub: pip install huggingface_hub"
+        raise DownloadError(f"{name}: {needed}. {_by_hand(name)}") from error
     import logging
 
     options: dict[str, Any] = {"endpoint": mirror} if mirror else {}
@@ -215,22 +201,19 @@ def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str
     log.setLevel(logging.ERROR)  # it reports every retry; the end is told below, once
     repository, announced = RELEASED[name], ""
     try:
-        kept = try_to_load_from_cache(repository, _FILE, revision=commit)  # asks no network
+        kept = hub.try_to_load_from_cache(repository, _FILE, revision=commit)  # asks no network
         if not isinstance(kept, str):
             where = mirror or "the Hugging Face Hub"
             print(f"{name}: fetching {repository} from {where}", file=sys.stderr, flush=True)
-            url = hf_hub_url(repository, _FILE, revision=commit, **options)
-            answer = get_hf_file_metadata(url, timeout=_SECONDS)  # a download tries for long
+            url = hub.hf_hub_url(repository, _FILE, revision=commit, **options)
+            answer = hub.get_hf_file_metadata(url, timeout=_SECONDS)  # a download tries for long
             commit, announced = answer.commit_hash or commit, answer.etag or ""
-            kept = hf_hub_download(
-                repository, _FILE, revision=commit, etag_timeout=_SECONDS, **options
-            )
+            options |= {"revision": commit, "etag_timeout": _SECONDS}
+            kept = hub.hf_hub_download(repository, _FILE, **options)
     except Exception as error:  # many kinds, of several libraries: all mean that it is not here
-        reason = " ".join(str(error).split())[:300]
-        raise DownloadError(
-            f"{name}: {mirror or 'the Hugging Face Hub'} did not give it "
-            f"({type(error).__name__}: {reason}). {_by_hand(name)}"
-        ) from error
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        where = mirror or "the Hugging Face Hub"
+        raise DownloadError(f"{name}: {where} did not give it ({why}). {_by_hand(name)}") from error
     finally:
         log.setLevel(level)
     folder = Path(kept).parent.name  # the cache has one for each commit
@@ -241,9 +224,8 @@ def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str
 
 def _by_hand(name: str) -> str:
     hub = f"https://huggingface.co/{RELEASED[name]}/resolve/main/{_FILE}"
-    folder = weights_folder()
+    place = weights_folder() / name
     return (
-        f"By hand: download {_URLS[name]} to {folder / name}.pth, or {hub} to "
-        f"{folder / name}.safetensors; either is then found by its name. (Or keep it anywhere, and "
-        f"load it by its path.)"
+        f"By hand: download {_URLS[name]} to {place}.pth, or {hub} to {place}.safetensors; either "
+        f"is then found by its name, and anywhere else by its path"
     )
