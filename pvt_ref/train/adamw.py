@@ -65,16 +65,13 @@ class AdamWState:
 
 
 def adamw_init(params: Any) -> AdamWState:
-    """The state before the first step.
+    """The state before the first step. Raises: ArrayTypeError if params is no record of arrays.
 
     Args:
         params: the weights, NumPy or CuPy.
 
     Returns:
         t = 0, and m and v full of zeros, of params' shapes and dtypes and on their device.
-
-    Raises:
-        ArrayTypeError: if params is no record of arrays.
     """
     check_record("params", params)
     return AdamWState(0, zeros_like(params), zeros_like(params))
@@ -82,6 +79,7 @@ def adamw_init(params: Any) -> AdamWState:
 
 def is_decayed(key: str, x: Array, decay_positions: bool = False) -> bool:
     """Whether weight decay applies: to matrices, not to biases, norms and the cls token.
+    Raises: ArrayTypeError, RangeError if an argument is of another type.
 
     Args:
         key: name of a weight, as :func:`pvt_ref.to_state_dict` has it.
@@ -90,9 +88,6 @@ def is_decayed(key: str, x: Array, decay_positions: bool = False) -> bool:
 
     Returns:
         True or False.
-
-    Raises:
-        ArrayTypeError, RangeError: if an argument is of another type.
     """
     check_type("key", key, str)
     check_flag("decay_positions", decay_positions)

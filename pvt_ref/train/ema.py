@@ -14,6 +14,7 @@ from pvt_ref.tree import map_arrays
 
 def ema_decay_of_step(step: int, decay: float) -> float:
     """Decay at a step, as TensorFlow has it: ``min(decay, (1 + step) / (10 + step))``.
+    Raises: RangeError if a number is outside its range.
 
     A young average forgets faster, or it would remember the random first weights for long.
 
@@ -23,9 +24,6 @@ def ema_decay_of_step(step: int, decay: float) -> float:
 
     Returns:
         The decay of this step, in [0, 1).
-
-    Raises:
-        RangeError: if a number is outside its range.
     """
     step = check_number("step", step, least=0, whole=True)
     decay = check_number("decay", decay, least=0, below=1)

@@ -16,15 +16,13 @@ _TINY = 1e-6
 
 def global_norm(grads: Any) -> float:
     """``sqrt(sum of g^2)`` over all arrays, added up in double precision; the host waits for it.
+    Raises: ArrayTypeError if grads is no record, tuple or array, or not of numbers.
 
     Args:
         grads: gradients of a model, or any record of arrays.
 
     Returns:
         The norm; 0 if there is no array, NaN or infinity if there is one in it.
-
-    Raises:
-        ArrayTypeError: if grads is no record, tuple or array, or not of numbers.
     """
     if not (dataclasses.is_dataclass(grads) or isinstance(grads, tuple) or is_array(grads)):
         raise ArrayTypeError(

@@ -12,6 +12,7 @@ def warmup_cosine(
     step: int, total_steps: int, warmup_steps: int, peak: float, floor: float = 0.0
 ) -> float:
     """Learning rate of a step: up in a line, down in half a cosine.
+    Raises: RangeError if a number is below 0, or a number of steps not whole.
 
     With w warm-up steps out of T (Loshchilov and Hutter 2017, arXiv 1608.03983, eq. 5, without
     restarts)::
@@ -30,9 +31,6 @@ def warmup_cosine(
 
     Returns:
         The learning rate.
-
-    Raises:
-        RangeError: if a number is below 0, or a number of steps not whole.
     """
     steps = {"step": step, "total_steps": total_steps, "warmup_steps": warmup_steps}
     step, total_steps, warmup_steps = (
@@ -47,6 +45,7 @@ def warmup_cosine(
 
 def drop_path_of_epoch(epoch: int, peak: float, ramp_epochs: int) -> float:
     """Drop-path rate of the last block in an epoch: up in a line from 0 to the peak.
+    Raises: RangeError if a number is outside its range, or a number of epochs not whole.
 
     Dropping blocks keeps a model from learning its data by heart, which it does not do at first.
 
@@ -57,9 +56,6 @@ def drop_path_of_epoch(epoch: int, peak: float, ramp_epochs: int) -> float:
 
     Returns:
         The rate, from 0 to peak.
-
-    Raises:
-        RangeError: if a number is outside its range, or a number of epochs not whole.
     """
     epoch = check_number("epoch", epoch, least=0, whole=True)
     peak = check_number("peak", peak, least=0, below=1)
