@@ -83,10 +83,8 @@ def load(
 
         return read_model(path, variants[known], eps=eps, released=origin)
     if mirror is not None:
-        raise ArrayTypeError(
-            f"mirror was given with {shown(name)}, which is not fetched. Known names are "
-            f"{', '.join((*SHIPPED, *RELEASED))}"
-        )
+        names = ", ".join((*SHIPPED, *RELEASED))
+        raise ArrayTypeError(f"mirror goes with known names ({names}), and not with {shown(name)}")
     if re.match(r"[A-Za-z][\w+.-]*://", known):
         raise MissingFileError(
             f"{cut_path(known)} is an address. Download it, and load the file that came: "
@@ -144,10 +142,8 @@ def _find(name: str, mirror: str | None) -> tuple[Path, str]:
         raise DownloadError(f"{name}: {what}. {_by_hand(name)}") from error
     has = f"{name}: {path} has the SHA-256 {found[:12]}..., and"
     if re.fullmatch("[0-9a-f]{64}", announced) and announced != found:
-        raise DownloadError(
-            f"{has} the server announced {announced[:12]}...: it is damaged. Delete that file, and "
-            f"try again"
-        )
+        said = f"the server announced {announced[:12]}...: it is damaged"
+        raise DownloadError(f"{has} {said}. Delete that file, and try again")
     if first and first["sha256"] != found:
         raise DownloadError(
             f"{has} what was fetched first had {first['sha256'][:12]}...: it was damaged or "

@@ -88,9 +88,7 @@ def save(path: FilePath, model: Model, dtype: str | None = None) -> None:
 
     path = as_path(path)
     if not isinstance(model, Model):
-        raise ArrayTypeError(
-            f"model is a {type(model).__name__}; it must be a Model. The path comes first"
-        )
+        raise ArrayTypeError(f"model is a {type(model).__name__}, no Model. The path comes first")
     if path.suffix != _SUFFIX:
         raise CheckpointError(
             f"{cut_path(path)}: models are saved as {_SUFFIX} files only, because a .pth file is a "
@@ -119,25 +117,19 @@ def save(path: FilePath, model: Model, dtype: str | None = None) -> None:
 def _narrow(path: Path, state: dict[str, np.ndarray], dtype: Any) -> dict[str, np.ndarray]:
     """Every array as float16, once it is sure that none overflows."""
     if not isinstance(dtype, str) or dtype != "float16":
-        raise ArrayTypeError(
-            f"dtype is {shown(dtype)}; files hold the weights as they are (None) or as 'float16'"
-        )
+        raise ArrayTypeError(f"dtype is {shown(dtype)}; it must be None (as they are) or 'float16'")
     largest = float(np.finfo(np.float16).max)
     for key, x in state.items():
         if not np.abs(x).max(initial=0.0) <= largest:
-            raise CheckpointError(
-                f"{cut_path(path)}: {key} holds numbers beyond {largest:g}, the largest of "
-                f"float16. Leave dtype out"
-            )
+            what = f"{key} holds numbers beyond {largest:g}, the largest of float16"
+            raise CheckpointError(f"{cut_path(path)}: {what}. Leave dtype out")
     return {key: x.astype(np.float16) for key, x in state.items()}
 
 
 def as_path(path: Any) -> Path:
     """A path that somebody gave. Raises: ArrayTypeError or CheckpointError for what is none."""
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
-        raise ArrayTypeError(
-            f"path is a {type(path).__name__}; it must be a str or Path, and the first argument"
-        )
+        raise ArrayTypeError(f"path is a {type(path).__name__}; it must be a str or Path")
     if not os.fspath(path):
         raise CheckpointError("the path is empty; it must name a weights file")
     if "\0" in os.fspath(path):

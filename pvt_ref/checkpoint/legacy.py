@@ -39,10 +39,8 @@ class LegacyFile(StoredFile):
         file.seek(0)
         magic, version, machine = (read_pickle(file).tree for _ in range(3))
         if magic != _MAGIC or version != _VERSION or not isinstance(machine, dict):
-            raise damaged(
-                f"its head is not that of PyTorch's format from before 1.6: version "
-                f"{shown(version)}, where {_VERSION} is needed"
-            )
+            needed = f"version {shown(version)}, where {_VERSION} is needed"
+            raise damaged(f"its head is not that of PyTorch's format from before 1.6: {needed}")
         self.tree, self.foreign, storages = read_pickle(file)
         self._blocks = _find_blocks(file, self._size, read_pickle(file).tree, storages)
 
@@ -63,10 +61,7 @@ def _find_blocks(
     for key in keys:
         storage = storages.get(key) if isinstance(key, str) else None
         if storage is None or key in blocks:
-            raise damaged(
-                f"its list of storages has {shown(key)}, which no tensor refers to or which comes "
-                f"twice"
-            )
+            raise damaged(f"its list of storages has {shown(key)}, unknown or for the second time")
         if storage.dtype not in STORAGE_DTYPES.values():
             raise CheckpointError(
                 f"a storage is of the kind {shown(storage.dtype)}, of unknown size; what follows "
@@ -76,14 +71,9 @@ def _find_blocks(
         numel = int.from_bytes(file.read(8), "little")
         end = at + 8 + numel * itemsize(storage.dtype)
         if end > size:
-            raise damaged(
-                f"not a whole file: storage {shown(key)} would end at byte {end}, and the file has "
-                f"{size}"
-            )
+            raise damaged(f"not a whole file: storage {shown(key)} would end at {end} of {size}")
         if numel != storage.numel:
-            raise damaged(
-                f"storage {shown(key)} has {numel} numbers; its tensors need {storage.numel}"
-            )
+            raise damaged(f"storage {shown(key)} has {numel} numbers; needed are {storage.numel}")
         blocks[key] = storage, at + 8
         at = end
     if at != size or len(blocks) != len(storages):

@@ -45,8 +45,7 @@ _PROGRAMS = {
 _PYTHON_2 = {"__builtin__": "builtins", "commands": "subprocess", "copy_reg": "copyreg"}
 _ATTACK = (
     "Weights need nothing of the kind: the likely cause is an attack. Do not open this file with "
-    "torch.load(weights_only=False) or pickle; get the weights from their publisher, as "
-    ".safetensors if there is one"
+    "torch.load(weights_only=False) or pickle; get the weights from their publisher"
 )
 
 
@@ -141,10 +140,8 @@ class _Machine:
     def _spend(self, price: int) -> None:
         self.spent += price
         if self.spent > FREE_BYTES + BYTES_PER_BYTE * self.read:
-            raise damaged(
-                f"its pickle would unpack to more than {BYTES_PER_BYTE} times its own size; it was "
-                f"made to exhaust memory, or it is damaged"
-            )
+            times = f"{BYTES_PER_BYTE} times its own size"
+            raise damaged(f"its pickle would unpack to more than {times}, to exhaust memory")
 
     def _run(self) -> Pickle:
         arg: Any
@@ -274,10 +271,8 @@ class _Machine:
         name = f"{module}.{attribute}"
         if name not in self.labels:
             if module.partition(".")[0] in _PROGRAM_MODULES or name in _PROGRAMS:
-                raise CheckpointError(
-                    f"its pickle asks for {shown(name)}, which is refused; nothing was run. "
-                    f"{_ATTACK}"
-                )
+                what = f"its pickle asks for {shown(name)}, which is refused; nothing was run"
+                raise CheckpointError(f"{what}. {_ATTACK}")
             self._spend(2 * len(name) + 2 * _ITEM)
             self.labels[name] = Global(name)
         return self.labels[name]

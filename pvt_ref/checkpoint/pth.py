@@ -104,9 +104,8 @@ def _list_entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipI
     for name, info in entries.items():
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             raise CheckpointError(
-                f"entry {shown(name)} is compressed; torch.save never compresses, so the archive "
-                f"was packed again by another program. Save it again, with PyTorch: {SAFE_LOAD}; "
-                f"torch.save(state, new_path)"
+                f"entry {shown(name)} is compressed, which torch.save never does. Save it again, "
+                f"with PyTorch: {SAFE_LOAD}; torch.save(state, new_path)"
             )
     if sum(info.file_size for info in infos) > size:  # also keeps every later read below this
         raise damaged("the zip's entries claim more bytes than the file has")
@@ -131,17 +130,13 @@ def _other_archive(names: list[str]) -> str:
     if any(name.endswith(("model.weights.h5", "keras_metadata.pb")) for name in names):
         return "a Keras model. PVT's weights are needed as PyTorch or safetensors has them"
     if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
-        return (
-            "an exported program (torch.export), not a state dict. Save one from the model that it "
-            "was exported from: torch.save(model.state_dict(), new_path)"
-        )
+        return "an exported program (torch.export). Save torch.save(model.state_dict(), new_path)"
     if inner:
         return f"a zip archive around other files. Unzip it and load {shown(inner[0])}"
     first = ", ".join(shown(name, 40) for name in names[:3]) or "none"
     return (
         f"a zip archive, but not one that PyTorch wrote: {len(names)} entries and no data.pkl in a "
-        f"folder (first entries: {first}). A .pth file made by torch.save is needed; is this a "
-        f"folder zipped by hand?"
+        f"folder (first entries: {first}). Is this a folder zipped by hand?"
     )
 
 

@@ -150,15 +150,11 @@ def _open_shards(path: Path, stack: contextlib.ExitStack) -> _Opened:
     if not 0 < len(names) <= _MAX_SHARDS:
         raise CheckpointError(f"{path.name} names {len(names)} files; 1 to {_MAX_SHARDS} are read")
     for name in names:
+        what = f"{path.name} names the file {shown(name)}"
         if re.search(r"[/\\:\0]", name) or name.endswith(_INDEX) or name in ("", ".", ".."):
-            raise CheckpointError(
-                f"{path.name} names the file {shown(name)}; only names in its own folder are read"
-            )
+            raise CheckpointError(f"{what}; only names in its own folder are read")
         if not (path.parent / name).is_file():
-            raise CheckpointError(
-                f"{path.name} names the file {shown(name)}, which is not beside it. Copy all of "
-                f"its {len(names)} files into one folder"
-            )
+            raise CheckpointError(f"{what}, which is not beside it, as all {len(names)} must be")
     shards = {name: _open(path.parent / name, stack) for name in names}
     tree: dict[str, Any] = {}
     for name, shard in shards.items():
@@ -234,8 +230,12 @@ def _load(
     made = f", {halves} made float32" if halves and first_array(params).itemsize == 4 else ""
     if assumed:
         notes.append(f"assumed: {', '.join(assumed)}")
-    what = f"{model.layout.name}{under}, {row.describe(used)}{made}"
-    return Model(params, used, "; ".join((what, *_describe_eps(used), *notes)), info)
+    what = [f"{model.layout.name}{under}, {row.describe(used)}{made}"]
+    if numbers := [f"{x:g}" for x in eps_of(used).values()]:
+        several = len(set(numbers)) > 1
+        where = f", and {numbers[1]} in the projection norms" if several else " in every norm"
+        what.append(f"eps {numbers[0]}{where}")
+    return Model(params, used, "; ".join((*what, *notes)), info)
 
 
 def _of_network(row: Architecture, config: Any, stated: Stated | None) -> Stated | None:
@@ -275,9 +275,9 @@ def _choose(opened: _Opened, stated: Stated | None, entry: str | None, notes: li
     if others:
         names = [f"entry={shown(model.name, _WHOLE)}" for model in others]
         notes.append(f"other weights in the file: {_few(names, str)}")
-    bare = bool(
-        stated and not stated.config.has_classifier and "num_classes" not in stated.left_open
-    )
+    bare = False
+    if stated and "num_classes" not in stated.left_open:
+        bare = not stated.config.has_classifier
     model, counters = recognise.without_counters(recognise.as_backbone(chosen, bare))
     if chosen.layout.has_classifier and not model.layout.has_classifier:
         notes.append("the classifier is left out, as config asks")
@@ -322,8 +322,7 @@ def _ask_beside(
         if written not in (given, "not said"):
             raise CheckpointError(
                 f"{name} is {given} in {stated.origin} and {written} in {origin}{advice}. Leave "
-                f"config out, correct {path.name}, or move the weights away from it if it belongs "
-                f"to others"
+                f"config out, or correct {path.name}"
             )
     found = {name: x for name, x in both.items() if said.says_eps and name not in said.left_open}
     notes.append(f"{'eps and ' if found else ''}labels from {origin}")
@@ -394,30 +393,19 @@ def _as_stored(stated: Stated | None, stored: Any, notes: list[str]) -> Any:
         if not name.endswith(free) and written != given[name]
     ]
     if wrong:
-        raise CheckpointError(
-            f"a pvt_ref file of another model than config: {'; '.join(wrong)}. Leave config out: "
-            f"the file brings its own"
-        )
+        what = f"a pvt_ref file of another model than config: {'; '.join(wrong)}"
+        raise CheckpointError(f"{what}. Leave config out: the file brings its own")
     if not stated.says_eps and eps_of(config) != eps_of(stored):
         notes.append("eps as it was saved, since config has the defaults")
     return config
-
-
-def _describe_eps(config: Any) -> list[str]:
-    eps = [f"{x:g}" for x in eps_of(config).values()]
-    if len(set(eps)) < 2:
-        return [f"eps {eps[0]} in every norm"] if eps else []
-    return [f"eps {eps[0]}, and {eps[1]} in the projection norms"]
 
 
 def _parse_eps(eps: Any) -> tuple[float, float]:
     several = isinstance(eps, Sequence) and not isinstance(eps, str)
     pair: tuple[Any, ...] = tuple(eps) if several else (eps, eps)
     if len(pair) != 2 or not all(is_moderate(x) and x >= 0 for x in pair):
-        raise ConfigError(
-            f"eps is {shown(eps)}; it must be one number, or (norm_eps, projection_norm_eps), "
-            f"finite and 0 or more"
-        )
+        form = "one number, or (norm_eps, projection_norm_eps), finite and 0 or more"
+        raise ConfigError(f"eps is {shown(eps)}; it must be {form}")
     return float(pair[0]), float(pair[1])
 
 

@@ -10,6 +10,7 @@ import pvt_ref.models  # noqa: F401 (enters the networks)
 from pvt_ref.arrays import FLOAT_DTYPES, dtype_name
 from pvt_ref.checkpoint.key_maps import foreign_shapes
 from pvt_ref.checkpoint.pickles import Record, whole_object
+from pvt_ref.checkpoint.safetensors_file import QUANTIZED
 from pvt_ref.checkpoint.stated import SHOWN_BY_SHAPES, Stated
 from pvt_ref.checkpoint.stored import SAFE_LOAD
 from pvt_ref.errors import CheckpointError, key_name, shown
@@ -104,10 +105,8 @@ def find_models(tree: Any, config: Any = None) -> list[Found]:
         states = [state for _, state in _mappings(tree) if any(map(is_entry, state.values()))]
         if states:
             keys = [str(key) for key in max(states, key=len)]
-            raise CheckpointError(
-                f"its {len(keys)} keys are of no known layout: {_some(keys)}. {_advice(keys)}"
-                f"Needed is one of: {layouts_read()}"
-            )
+            what = f"its {len(keys)} keys are of no known layout: {_some(keys)}. {_advice(keys)}"
+            raise CheckpointError(f"{what}Needed is one of: {layouts_read()}")
     is_dict = isinstance(tree, Mapping)
     holds = f"a dict with the entries {_some(tree)}" if is_dict else f"a {type(tree).__name__}"
     raise CheckpointError(
@@ -183,14 +182,11 @@ def choose_model(models: Sequence[Found], entry: str | None) -> tuple[Found, lis
             asked = f"entry is {shown(entry, _MAX_NAME)}"
             if len(fitting) > 1 and {model.name for model in fitting} == {fitting[0].name}:
                 raise CheckpointError(
-                    f"{asked}, and {len(fitting)} models in it have exactly this name. Save the "
-                    f"one that is meant alone, with PyTorch: {SAFE_LOAD}; "
-                    f"torch.save(state[...], new_path)"
+                    f"{asked}, and {len(fitting)} models in it have exactly this name. Save one "
+                    f"alone, with PyTorch: {SAFE_LOAD}; torch.save(state[...], new_path)"
                 )
-            raise CheckpointError(
-                f"{asked}, and {'several' if fitting else 'none'} of the models in it are called "
-                f"so. There are: {names}"
-            )
+            many = "several" if fitting else "none"
+            raise CheckpointError(f"{asked}, and {many} in it are called so. There are: {names}")
     else:
         fitting = models = _different(models)
         if len(models) > 1:
@@ -276,9 +272,8 @@ def check_state(model: Found, config: Any, origin: str = "") -> None:
     layout, state = model.layout, model.state
     if layout.has_classifier is False and config.has_classifier:
         raise CheckpointError(
-            f"it is a bare backbone ({layout.name}: it has no head), and the configuration has "
-            f"num_classes={config.num_classes}. Pass dataclasses.replace(config, num_classes=0); "
-            f"with_new_head(model, ...) adds a head"
+            f"it is a bare backbone ({layout.name}), and the configuration has num_classes="
+            f"{config.num_classes}, not 0. with_new_head(model, ...) adds a head to what is loaded"
         )
     blocks = model.row.files.blocks(config) if model.row.files else 0
     if blocks > max(len(state), _FEW):  # before anything is built for each of them
@@ -292,8 +287,7 @@ def check_state(model: Found, config: Any, origin: str = "") -> None:
         raise CheckpointError(
             f"{layout.name}, but it does not fit the configuration{source} "
             f"({model.row.describe(config)}):{_lines(problems)}\n{_advice(state)}The likely cause "
-            f"is a configuration of another variant, class count or image size; "
-            f"dataclasses.replace(config, ...) changes one"
+            f"is a configuration of another variant, class count or image size"
         )
 
 
@@ -346,9 +340,7 @@ def recognise_config(model: Found) -> Any:
         if all(problem.startswith(_WRONG_DTYPE) for problem in found):
             raise CheckpointError(
                 f"{layout.name}, {row.describe(fitted)}, but {len(found)} of its {len(state)} "
-                f"tensors are not of {', '.join(READABLE_DTYPES)}:{_lines(found)}\nQuantized "
-                f"weights are no substitute: get the plain ones from the publisher, or save "
-                f"v.float() of each tensor v, times its scale if it has one"
+                f"tensors are not of {', '.join(READABLE_DTYPES)}:{_lines(found)}\n{QUANTIZED}"
             )
         if len(found) < count:
             count, name, config, problems = len(found), candidate, fitted, found

@@ -36,6 +36,11 @@ _DTYPES = {
 _OWN_MARKS = (METADATA_KEY, "projection_norm_eps")
 
 _DAMAGED = "The likely cause is a faulty download or copy: fetch the file again, or save it again"
+#: For weights in numbers that are no floats.
+QUANTIZED = (
+    "Quantized weights are no substitute: get the plain ones from the publisher, or save v.float() "
+    "of each tensor v, times its scale if it has one"
+)
 _UPDATE = "It was probably written by another version: update pvt_ref"
 #: What JSON of other kinds than expected raises. Not Exception, which a signal's handler can raise.
 _UNREADABLE = (PVTError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -79,9 +84,7 @@ def read_tensors(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, str]]
         metadata, spans = _parse_header(header, size - 8 - length)
     except _NumberTypeError as error:
         raise CheckpointError(
-            f"{error}, which is not read; read are {', '.join(_DTYPES)}. Numbers of 8 bits and "
-            f"fewer belong to quantized weights: get the plain ones from the publisher, or make "
-            f"them with PyTorch, v.float() of each tensor v, times its scale if it has one"
+            f"{error}, which is not read; read are {', '.join(_DTYPES)}. {QUANTIZED}"
         ) from error
     except (CheckpointError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(
@@ -91,10 +94,8 @@ def read_tensors(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, str]]
     for start, stop, key, dtype, shape in spans:
         raw = np.empty(stop - start, np.uint8)
         if file.readinto(raw.data) != len(raw):  # type: ignore[attr-defined]
-            raise CheckpointError(
-                f"not a whole .safetensors file: it ends before {shown(key)}. It became shorter "
-                f"while it was being read. {_DAMAGED}"
-            )
+            what = f"it ends before {shown(key)}, and became shorter while it was being read"
+            raise CheckpointError(f"not a whole .safetensors file: {what}. {_DAMAGED}")
         x = raw.view(dtype).reshape(shape)
         tensors[key] = x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
     return {key: tensors[key] for key in header if key in tensors}, metadata
@@ -149,10 +150,8 @@ def own_header(
     (None, None) if somebody else wrote it; no info if none was saved. Raises: CheckpointError.
     """
     if TRAINING_KEY in metadata:
-        raise CheckpointError(
-            "the saved state of a training. Go on with it (--resume), or load the model beside it: "
-            "best.safetensors"
-        )
+        what = "the saved state of a training. Go on with it (--resume)"
+        raise CheckpointError(f"{what}, or load the model beside it: best.safetensors")
     if METADATA_KEY not in metadata:
         return None, None
     try:
@@ -160,15 +159,11 @@ def own_header(
         written, expected, fields = record["format"], record["sha256"], record["config"]
         found = digest(state, _sealed(record))
     except _UNREADABLE as error:
-        raise CheckpointError(
-            f"a pvt_ref file whose metadata cannot be read ({type(error).__name__}: "
-            f"{str(error)[:200]}). {_DAMAGED}"
-        ) from error
+        what = f"a pvt_ref file whose metadata cannot be read ({type(error).__name__}: "
+        raise CheckpointError(f"{what}{str(error)[:200]}). {_DAMAGED}") from error
     if written not in (FORMAT, _FIRST_FORMAT):
-        raise CheckpointError(
-            f"a pvt_ref file of format {shown(written)}; this version reads {FORMAT!r}. It was "
-            f"written by a newer version, or is damaged. Update pvt_ref, or save the model again"
-        )
+        what = f"a pvt_ref file of format {shown(written)}; this version reads {FORMAT!r}"
+        raise CheckpointError(f"{what}. {_UPDATE}")
     if found != expected or len(metadata) != 1:
         raise CheckpointError(
             f"a pvt_ref file whose content does not match its SHA-256 ({found[:12]}..., written as "
@@ -186,16 +181,12 @@ def own_header(
         config = row.config_type(**fields)
         info = ModelInfo.from_dict(record["info"]) if "info" in record else None
     except _UNREADABLE as error:  # TypeError, too: for fields that this version does not know
-        raise CheckpointError(
-            f"a pvt_ref file with a configuration or info that this version does not accept: "
-            f"{str(error)[:500]}. {_UPDATE}"
-        ) from error
+        what = "a pvt_ref file with a configuration or info that this version does not accept"
+        raise CheckpointError(f"{what}: {str(error)[:500]}. {_UPDATE}") from error
     blocks = row.files.blocks(config) if row.files else 0
     if blocks > len(state):
-        raise CheckpointError(
-            f"a pvt_ref file whose configuration has {blocks} blocks and whose tensors are only "
-            f"{len(state)}. It was not written by this project: save the model again"
-        )
+        what = f"a pvt_ref file whose configuration has {blocks} blocks"
+        raise CheckpointError(f"{what}, and only {len(state)} tensors. {_DAMAGED}")
     return config, info
 
 
@@ -216,11 +207,8 @@ def check_foreign_metadata(metadata: Mapping[str, str]) -> None:
 
 def to_bytes(state: Mapping[str, np.ndarray], config: Any, info: ModelInfo | None = None) -> bytes:
     """A file of this project: the same host arrays, configuration and info give the same bytes."""
-    record = {
-        "architecture": architecture_of(config).name,
-        "config": config_to_dict(config),
-        "format": FORMAT,
-    }
+    name = architecture_of(config).name
+    record = {"architecture": name, "config": config_to_dict(config), "format": FORMAT}
     if info is not None:
         record["info"] = info.to_dict()
     record = json.loads(json.dumps(record))  # tuples as lists, as it will be read

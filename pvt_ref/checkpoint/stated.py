@@ -76,9 +76,8 @@ def from_argument(config: Any, row: Architecture | None = None) -> Stated | None
     text = os.fspath(config)
     path = Path(text) / "config.json" if os.path.isdir(text) else Path(text)
     if "\0" in text or not os.path.exists(path):
-        raise MissingFileError(
-            f"config is {shown(text, 200)}: neither a variant ({', '.join(variants)}) nor a file"
-        )
+        kinds = f"neither a variant ({', '.join(variants)}) nor a file"
+        raise MissingFileError(f"config is {shown(text, 200)}: {kinds}")
     return read_config(path, str(path), row)
 
 
@@ -113,8 +112,7 @@ def read_config(path: Path, origin: str, row: Architecture | None = None) -> Sta
                 raise CheckpointError(
                     f"it is neither Hugging Face's config.json (which has a model_type) nor a "
                     f"configuration of this project; unknown fields are "
-                    f"{shown(sorted(fields.keys() - known.keys()))}, known ones "
-                    f"{', '.join(sorted(known))}"
+                    f"{shown(sorted(fields.keys() - known.keys()))}, known ones {', '.join(known)}"
                 )
             values, labels, count, other = fields, (), None, ""
         config = files.partial(values) if files else row.config_type(**values)

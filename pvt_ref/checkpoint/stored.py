@@ -109,8 +109,7 @@ class StoredFile(ABC):
         if total > self._size:
             raise CheckpointError(
                 f"its tensors unpack to {total} bytes, more than the whole file has "
-                f"({self._size}): several overlap in one storage, or one is an expanded view. "
-                f"{_COPIES}"
+                f"({self._size}): some overlap in one storage, or are expanded views. {_COPIES}"
             )
         by_block: dict[str, list[str]] = defaultdict(list)  # each is read only once
         for name, x in tensors.items():
@@ -148,10 +147,8 @@ def _check(name: str, x: StoredTensor) -> None:
         first, count = (n * itemsize(x.storage.dtype) for n in x.storage.view)
         stored = count // size
         if sum(x.storage.view) > x.storage.numel or first % size:
-            raise damaged(
-                f"the storage of {shown(name)} is a view, {x.storage.view}, that reaches outside "
-                f"its {x.storage.numel} numbers"
-            )
+            what = f"the storage of {shown(name)} is a view, {x.storage.view}, that reaches"
+            raise damaged(f"{what} outside its {x.storage.numel} numbers")
     last = x.offset + sum((n - 1) * s for n, s in zip(x.shape, x.strides, strict=True))
     what = f"tensor {shown(name)} of shape {x.shape} is"
     if not numel:

@@ -34,8 +34,7 @@ def check_record(name: str, tree: object) -> None:
     """Refuses what is no record of arrays. Raises: ArrayTypeError."""
     if next(named_arrays(tree), None) is None:
         raise ArrayTypeError(
-            f"{name} is a {type(tree).__name__}; it must be the parameters of a model, or a record "
-            f"of arrays as their parts are"
+            f"{name} is a {type(tree).__name__}; it must be the parameters of a model, or a part"
         )
 
 
@@ -44,18 +43,14 @@ def check_alike(name: str, tree: object, params: Any) -> None:
     check_record("params", params)
     check_type(name, tree, type(params), "with an array for each weight of params")
     arrays, weights = dict(named_arrays(tree)), dict(named_arrays(params))
+    what = f"{name} and params are of different models"
     for key in sorted(arrays.keys() ^ weights.keys()):
-        there = name if key in arrays else "params"
-        raise ShapeError(f"{name} and params are of different models: only {there} has {key}")
+        raise ShapeError(f"{what}: only {name if key in arrays else 'params'} has {key}")
     for key, x in arrays.items():
         w = weights[key]
         if x.shape != w.shape:
-            raise ShapeError(
-                f"{name} and params are of different models: {key} is {tuple(x.shape)} in {name} "
-                f"and {tuple(w.shape)} in params"
-            )
+            both = f"{tuple(x.shape)} in {name} and {tuple(w.shape)} in params"
+            raise ShapeError(f"{what}: {key} is {both}")
         if x.dtype != w.dtype or not same_library(x, w):
-            raise ArrayTypeError(
-                f"{key} is {library_and_dtype(x)} in {name} and {library_and_dtype(w)} in params; "
-                f"both must be alike"
-            )
+            both = f"{library_and_dtype(x)} in {name} and {library_and_dtype(w)} in params"
+            raise ArrayTypeError(f"{key} is {both}; both must be alike")

@@ -25,16 +25,11 @@ def global_norm(grads: Any) -> float:
         The norm; 0 if there is no array, NaN or infinity if there is one in it.
     """
     if not (dataclasses.is_dataclass(grads) or isinstance(grads, tuple) or is_array(grads)):
-        raise ArrayTypeError(
-            f"grads is {describe_type(grads)}. It must be a record of gradients, as backward "
-            f"returns it"
-        )
+        raise ArrayTypeError(f"grads is {describe_type(grads)}. Needed is a record of gradients")
     total: Array | None = None
     for key, g in named_arrays(grads):
         if not dtype_name(g).startswith(("float", "bfloat", "int", "uint")):
-            raise ArrayTypeError(
-                f"{key or 'grads'} has dtype {dtype_name(g)}; it must be of floats"
-            )
+            raise ArrayTypeError(f"{key or 'grads'} has dtype {dtype_name(g)}; needed are floats")
         xp = array_module(g)
         wide = xp.astype(g, xp.float64)  # float32 squares could overflow, and sums would drift
         square = xp.sum(wide * wide)

@@ -76,16 +76,13 @@ class RunLock:
     def check(self) -> None:
         """Before every writing. Raises: TrainingError if the folder is not ours any more."""
         if self._fd is None:
-            raise TrainingError(
-                f"{self.path.parent}: this process was forked from the one that trains here: only "
-                f"that one goes on"
-            )
+            what = "this process was forked from the one that trains here"
+            raise TrainingError(f"{self.path.parent}: {what}: only that one goes on")
         if not self._is_at(self._fd):
             raise TrainingError(
                 f"{self.path.parent}: the folder was moved, or another run has taken it: the "
-                f"{LOCK} of this one is not there any more. Nothing further is written. What was "
-                f"saved before is whole, wherever it is now: go on from there (resume=True, on the "
-                f"command line --resume)"
+                f"{LOCK} of this one is not there any more. What was saved before is whole, "
+                f"wherever it is now: resume there"
             )
 
     def release(self) -> None:
@@ -121,10 +118,9 @@ class RunLock:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
                 raise self._failed(error) from error
             raise TrainingError(
-                f"{self.path.parent}: another training runs in this folder{_holder(fd)}. Two would "
-                f"destroy each other's files. Wait for its end, stop it, or name another folder. "
-                f"(There is no need to delete {LOCK}: a process that has ended, or was killed, "
-                f"locks nothing)"
+                f"{self.path.parent}: another training runs in this folder{_holder(fd)}. Wait for "
+                f"its end, stop it, or name another folder. (There is no need to delete {LOCK}: a "
+                f"process that has ended locks nothing)"
             ) from error
 
     def _is_at(self, fd: int) -> bool:

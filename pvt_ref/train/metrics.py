@@ -106,9 +106,8 @@ def _check_best(line: dict[str, Any], before: dict[str, Any]) -> None:
     if line["held_out_accuracy"] > best[0]:
         best = (line["held_out_accuracy"], line["epoch"])
     if found != best:
-        raise CheckpointError(
-            f"the best accuracy is {found[0]} in epoch {found[1]}, not {best[0]} in {best[1]}"
-        )
+        right = f"{best[0]} in {best[1]}"
+        raise CheckpointError(f"the best accuracy is {found[0]} in epoch {found[1]}, not {right}")
 
 
 def _check_last(line: dict[str, Any], state: TrainState, steps: int) -> None:
@@ -243,9 +242,8 @@ def _draw(lines: list[dict[str, Any]], file: BinaryIO, form: str) -> None:
         ax.grid(alpha=0.3)
     if lines:
         best = max(lines, key=lambda line: line["held_out_accuracy"])
-        accuracy.set_title(
-            f"accuracy (held out, best: {best['held_out_accuracy']:.4f} in epoch {best['epoch']})"
-        )
+        where = f"{best['held_out_accuracy']:.4f} in epoch {best['epoch']}"
+        accuracy.set_title(f"accuracy (held out, best: {where})")
     loss.legend(loc="upper right")  # "best" warns where looking for it takes a second
     undated = {"Date": None} if form == "svg" else None  # the same run gives the same file
     figure.savefig(file, format=form, dpi=120, metadata=undated)

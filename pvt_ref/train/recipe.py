@@ -78,9 +78,8 @@ class Recipe:
         for name in ("weight_decay", "beta1", "beta2"):  # their bounds are the optimiser's
             object.__setattr__(self, name, getattr(self.optimizer, name))
         if self.accumulate > self.batch_size:
-            raise RangeError(
-                f"accumulate is {self.accumulate}, but a batch has only {self.batch_size} samples"
-            )
+            samples = f"{self.batch_size} samples"
+            raise RangeError(f"accumulate is {self.accumulate}, but a batch has only {samples}")
 
     @property
     def optimizer(self) -> AdamW:
@@ -103,10 +102,8 @@ class Recipe:
         """
         samples = check_number("samples", samples, least=0, whole=True)
         if samples < self.batch_size:
-            raise TrainingError(
-                f"there are {samples} samples, fewer than one batch of {self.batch_size}. Choose "
-                f"a smaller batch_size"
-            )
+            there = f"there are {samples} samples, fewer than one batch of {self.batch_size}"
+            raise TrainingError(f"{there}. Choose a smaller batch_size")
         return samples // self.batch_size
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:

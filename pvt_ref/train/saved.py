@@ -81,8 +81,7 @@ def save_state(path: str | os.PathLike[str], state: TrainState, run: Mapping[str
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
         raise CheckpointError(
             f"{path}: the training could not be saved ({reason(error)}). What was saved before is "
-            f"whole: see that the folder may be written to and the disk has {len(data)} bytes "
-            f"free, and resume"
+            f"whole. Are {len(data)} bytes free on the disk, and may the folder be written to?"
         ) from error
 
 
@@ -130,10 +129,8 @@ def load_state_and_run(
     if not is_array(like):
         raise ArrayTypeError(f"like is a {type(like).__name__}; it must be an array")
     if not os.path.lexists(path):
-        raise MissingFileError(
-            f"{path}: there is no saved training to go on with. Start one without resume=True "
-            f"(on the command line, --resume)"
-        )
+        what = "there is no saved training to go on with. Start one without resume=True"
+        raise MissingFileError(f"{path}: {what} (on the command line, --resume)")
     if not os.path.isfile(path):  # reading a pipe could wait for ever
         raise CheckpointError(f"{path}: not a regular file, so no saved training. Move it away")
     try:
@@ -159,20 +156,15 @@ def _record(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> d
         raise CheckpointError("not the saved state of a training. It is damaged, or another kind")
     if record["format"] != FORMAT:
         advice = _OTHER_FORMATS.get(str(record["format"]), "Go on with the version that began it")
-        raise CheckpointError(
-            f"a training of format {shown(record['format'])}; this version reads {FORMAT!r}. "
-            f"{advice}"
-        )
+        what = f"a training of format {shown(record['format'])}"
+        raise CheckpointError(f"{what}; this version reads {FORMAT!r}. {advice}")
     if strange := record.keys() ^ {"format", "sha256", "run", "t", *_NUMBERS}:
-        raise CheckpointError(
-            f"not the whole state of a training: {shown(min(strange))} is missing or unknown"
-        )
+        what = f"{shown(min(strange))} is missing or unknown"
+        raise CheckpointError(f"not the whole state of a training: {what}")
     expected = record.pop("sha256")
     if digest(tensors, record) != expected:
-        raise CheckpointError(
-            f"the content does not match its SHA-256: at least one bit has changed since it was "
-            f"written. Copy it again, {_ANEW}"
-        )
+        what = "the content does not match its SHA-256: at least one bit has changed"
+        raise CheckpointError(f"{what}. Copy it again, {_ANEW}")
     return record
 
 
@@ -186,9 +178,8 @@ def _state(
         if name not in trees:
             raise CheckpointError(f"there is an unknown tensor, {shown(key)}")
         if dtype_name(x) != dtype or dtype not in ("float32", "float64"):
-            raise CheckpointError(
-                f"{shown(key)} has dtype {dtype_name(x)}; all must be float32, or all float64"
-            )
+            what = f"{shown(key)} has dtype {dtype_name(x)}"
+            raise CheckpointError(f"{what}; all must be float32, or all float64")
         if not np.isfinite(x).all():
             raise CheckpointError(f"{shown(key)} holds NaN or infinity")
         if name == "v" and (x < 0).any():
@@ -220,10 +211,8 @@ def _check_same_run(path: Path, saved: Mapping[str, Any], given: Mapping[str, An
         if old.get(name) != new.get(name)
     ]
     if differences:
-        raise TrainingError(
-            f"{path} belongs to another run:{''.join(differences)}\nGo on with the settings it was "
-            f"begun with, {_ANEW}"
-        )
+        what = f"{path} belongs to another run:{''.join(differences)}"
+        raise TrainingError(f"{what}\nGo on with the settings it was begun with, {_ANEW}")
 
 
 def describe_run(

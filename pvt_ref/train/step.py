@@ -31,9 +31,7 @@ from pvt_ref.train.schedule import config_of_epoch
 from pvt_ref.tree import first_array, record, to_numpy
 
 #: For those who start anew.
-BEST_SO_FAR = (
-    "first=pvt_ref.load('.../best.safetensors').params begins with the best weights so far"
-)
+BEST_SO_FAR = "first=pvt_ref.load('.../best.safetensors').params begins with the best so far"
 
 
 @record
@@ -229,7 +227,7 @@ def check_samples(data: LabelledImages, name: str, config: Any, recipe: Recipe) 
     side = max(data.images.shape[2:])
     if recipe.crop_padding > side:
         raise RangeError(
-            f"crop_padding is {recipe.crop_padding}, and images have only {side} pixels a side"
+            f"crop_padding is {recipe.crop_padding}, and images are {side} pixels wide"
         )
 
 
