@@ -286,8 +286,8 @@ def _save(job: _Job, state: TrainState, run: Mapping[str, Any]) -> None:
 def _make_folder(place: Path, resume: bool) -> None:
     if resume and not os.path.isdir(place):  # a name that was mistyped leaves nothing behind
         raise MissingFileError(
-            f"{place}: there is no such folder, so no training to go on with. Start one without "
-            f"resume=True (on the command line, --resume)"
+            f"{place}: there is no such folder, so no training to go on with. Start one, without "
+            f"resume=True, on the command line without --resume"
         )
     try:
         place.mkdir(parents=True, exist_ok=True)

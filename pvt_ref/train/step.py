@@ -226,9 +226,7 @@ def check_samples(data: LabelledImages, name: str, config: Any, recipe: Recipe) 
     data.check_fits(config, name)
     side = max(data.images.shape[2:])
     if recipe.crop_padding > side:
-        raise RangeError(
-            f"crop_padding is {recipe.crop_padding}, and images are {side} pixels wide"
-        )
+        raise RangeError(f"crop_padding is {recipe.crop_padding}, and images have {side} a side")
 
 
 def check_state(state: TrainState) -> None:
