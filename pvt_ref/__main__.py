@@ -168,10 +168,8 @@ def _summary(args: argparse.Namespace) -> int:
     known, heading = known_variants(), ""
     if args.model in known:
         if _asked_of_file(args):
-            raise CheckpointError(
-                f"--config and --entry say what is in a weights file; {args.model} is a known "
-                f"name. A file called so is ./{args.model}"
-            )
+            what = f"{args.model} is a known name, and a file called so ./{args.model}"
+            raise CheckpointError(f"--config and --entry say what is in a weights file; {what}")
         config = known[args.model]
     else:
         model = load(args.model, **_asked_of_file(args))
@@ -185,10 +183,10 @@ def _summary(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     into_folder = os.path.isdir(args.dst)
     if len(args.src) > 1 and not into_folder:
-        raise CheckpointError(
-            f"there are {len(args.src)} files to convert, and {shown(args.dst, 400)} is no folder. "
-            f"Make it first, or convert one at a time"
+        what = (
+            f"there are {len(args.src)} files to convert, and {shown(args.dst, 400)} is no folder"
         )
+        raise CheckpointError(f"{what}. Make it first, or convert one at a time")
     eps = _one_or_all(args.eps)
     failed, written = 0, set()
     for src in args.src:
@@ -240,12 +238,6 @@ def _run(argv: Sequence[str] | None) -> int:
         return _NONE
 
 
-def _forget_output() -> None:
-    """What could not be written is not tried again at exit."""
-    assert sys.stdout is not None
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
@@ -265,13 +257,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
-    except BrokenPipeError:
-        _forget_output()
-        return _PIPE_CLOSED
-    except OSError as error:  # a full disk, noticed by the last flush
-        _say(f"error: {error}")
-        _forget_output()
-        return _NONE
+    except OSError as error:  # the reader left, or the last flush noticed a full disk
+        closed = isinstance(error, BrokenPipeError)
+        if not closed:
+            _say(f"error: {error}")
+        assert sys.stdout is not None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or exit tries once more
+        return _PIPE_CLOSED if closed else _NONE
     except KeyboardInterrupt:
         return _INTERRUPTED
 

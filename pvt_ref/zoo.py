@@ -15,6 +15,8 @@ from typing import Any
 from pvt_ref.app import Model
 from pvt_ref.checkpoint import load as load_file
 from pvt_ref.checkpoint.files import Eps, FilePath, cut_path
+from pvt_ref.checkpoint.stated import read_json
+from pvt_ref.checkpoint.whole_file import write_whole
 from pvt_ref.errors import ArrayTypeError, CheckpointError, DownloadError, MissingFileError, shown
 from pvt_ref.models.architecture import architectures, known_variants
 
@@ -72,10 +74,8 @@ def load(
     variants = known_variants()
     if known in SHIPPED or known in variants:
         if config is not None or entry is not None:
-            raise ArrayTypeError(
-                f"{'entry' if config is None else 'config'} was given with {known!r}, which brings "
-                f"its own. Leave it out, or name a file: './{known}'"
-            )
+            what = f"{'entry' if config is None else 'config'} was given with {known!r}"
+            raise ArrayTypeError(f"{what}, which brings its own. A file is './{known}'")
         if known in SHIPPED:
             return load_file(Path(__file__).with_name("weights") / f"{known}.safetensors", eps=eps)
         path, origin = _find(known, mirror)
@@ -122,16 +122,12 @@ def _find(name: str, mirror: str | None) -> tuple[Path, str]:
         if path.exists():
             return path, f"{path.name} of the weights folder"
     if name not in RELEASED:
-        raise DownloadError(
-            f"{name}: its weights were not released. If you have some, name the file: "
-            f"pvt_ref.load('path/to/file'), or put it at {weights_folder() / name}.pth"
-        )
+        what = f"{name}: its weights were not released. If you have some, put them at"
+        raise DownloadError(f"{what} {weights_folder() / name}.pth, or load them by their path")
     address = "https:" if mirror is None else mirror
     if not isinstance(address, str) or not re.match("https?:", address, re.IGNORECASE):
-        raise ArrayTypeError(
-            f"mirror is {shown(mirror)}; it must be an address such as 'https://my.server'. "
-            f"For a file on this machine: pvt_ref.load('path/to/file')"
-        )
+        what = f"mirror is {shown(mirror)}; it must be an address such as 'https://my.server'"
+        raise ArrayTypeError(f"{what}. For a file on this machine: pvt_ref.load('path/to/file')")
     first = _read_record().get(name)
     path, commit, announced = _fetch(name, mirror, first["commit"] if first else None)
     try:
@@ -152,14 +148,18 @@ def _find(name: str, mirror: str | None) -> tuple[Path, str]:
         )
     if first is None:
         entry = {"repository": RELEASED[name], "commit": commit, "sha256": found}
-        _write_record(_read_record() | {name: entry})  # another may have been fetched meanwhile
+        record = _read_record() | {name: entry}  # another may have been fetched meanwhile
+        place = weights_folder() / _RECORD
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(place, f"{json.dumps(record, indent=1)}\n".encode())
+        except OSError as error:
+            print(f"{place} could not be written ({error.strerror or error})", file=sys.stderr)
     at = f" at commit {commit[:12]}" if commit else ""
     return path, f"from {RELEASED[name]}{at}, SHA-256 {found[:12]}..."
 
 
 def _read_record() -> dict[str, Any]:
-    from pvt_ref.checkpoint.stated import read_json
-
     path = weights_folder() / _RECORD
     try:
         record = read_json(path, path.name) if path.exists() else {}
@@ -169,17 +169,6 @@ def _read_record() -> dict[str, Any]:
             f"{path}, which says what was fetched, cannot be read ({type(error).__name__}: "
             f"{error}). Delete it: what is fetched next is then taken as it comes"
         ) from error
-
-
-def _write_record(record: dict[str, Any]) -> None:
-    from pvt_ref.checkpoint.whole_file import write_whole
-
-    path = weights_folder() / _RECORD
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, f"{json.dumps(record, indent=1)}\n".encode())
-    except OSError as error:
-        print(f"{path} could not be written ({error.strerror or error})", file=sys.stderr)
 
 
 def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str | None, str]:

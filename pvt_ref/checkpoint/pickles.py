@@ -96,9 +96,8 @@ def whole_object(name: str, where: str = "what was saved") -> CheckpointError:
     )
 
 
-_CONTAINER = 80  # an empty list or dict and its place on the stack
+_CONTAINER, _TENSOR = 80, 144  # with the place on the stack
 _ITEM = 96  # of a dict, while it grows
-_TENSOR = 144
 _VALUE = 64  # a number or a short text, beside its bytes
 _PRICES = {  # every other instruction is a _VALUE
     **dict.fromkeys(("EMPTY_LIST", "EMPTY_DICT", "MARK", "LIST", "DICT", "TUPLE"), _CONTAINER),
@@ -164,9 +163,9 @@ class _Machine:
                 case "MARK":
                     self.below.append(stack)
                     self.stack = []
-                case "TUPLE":
+                case "TUPLE" | "LIST":
                     items = self._pop_mark()
-                    self.stack.append(tuple(items))
+                    self.stack.append(tuple(items) if name == "TUPLE" else items)
                 case "TUPLE1" | "TUPLE2" | "TUPLE3":
                     items = [stack.pop() for _ in range(int(name[-1]))]
                     stack.append(tuple(reversed(items)))
@@ -197,47 +196,36 @@ class _Machine:
                 case "STOP":
                     names = sorted({x[:_MAX_NAME] for x in self.labels if not _is_known(x)})
                     return Pickle(stack.pop(), tuple(names[:_MAX_FOREIGN]), self.storages)
-                case _:
-                    self._run_rare(name, arg)
+                # what other protocols than 2 write, and the objects of Python 2
+                case "PROTO" | "FRAME":
+                    pass
+                case _ if name in _VALUES:
+                    stack.append(arg)  # pickletools decodes Python 2's strings as latin-1
+                case "DICT":
+                    items = self._pop_mark()
+                    self.stack.append({})
+                    self._set_items(self.stack[-1], items)
+                case "EMPTY_SET":
+                    stack.append(self._record("builtins.set"))
+                case "FROZENSET":
+                    self._pop_mark()
+                    self.stack.append(self._record("builtins.frozenset"))
+                case "OBJ" | "INST":
+                    args = self._pop_mark()
+                    function = args.pop(0) if name == "OBJ" else self._label(*arg.split(" ", 1))
+                    self.stack.append(self._make(function, tuple(args)))
+                case "NEWOBJ_EX":
+                    _, args, function = stack.pop(), stack.pop(), stack.pop()
+                    stack.append(self._record(_expect(function, Global).name))
+                case "POP" if stack:
+                    stack.pop()
+                case "POP" | "POP_MARK":
+                    self._pop_mark()
+                case "DUP":
+                    stack.append(stack[-1])
+                case _:  # EXT1 and so on, PERSID, NEXT_BUFFER: what they mean is not in the file
+                    raise damaged(f"its pickle has the instruction {name}, unknown to torch.save")
         raise damaged("its pickle has no end")
-
-    def _run_rare(self, name: str, arg: Any) -> None:
-        """What other protocols than 2 write, and the objects of Python 2."""
-        stack = self.stack
-        match name:
-            case "PROTO" | "FRAME":
-                pass
-            case _ if name in _VALUES:
-                stack.append(arg)  # pickletools decodes Python 2's strings as latin-1
-            case "LIST":
-                items = self._pop_mark()
-                self.stack.append(items)
-            case "DICT":
-                items = self._pop_mark()
-                self.stack.append({})
-                self._set_items(self.stack[-1], items)
-            case "EMPTY_SET":
-                stack.append(self._record("builtins.set"))
-            case "FROZENSET":
-                self._pop_mark()
-                self.stack.append(self._record("builtins.frozenset"))
-            case "OBJ":
-                function, *args = self._pop_mark()
-                self.stack.append(self._make(function, tuple(args)))
-            case "INST":
-                args = self._pop_mark()
-                self.stack.append(self._make(self._label(*arg.split(" ", 1)), tuple(args)))
-            case "NEWOBJ_EX":
-                _, args, function = stack.pop(), stack.pop(), stack.pop()
-                stack.append(self._record(_expect(function, Global).name))
-            case "POP" if stack:
-                stack.pop()
-            case "POP" | "POP_MARK":
-                self._pop_mark()
-            case "DUP":
-                stack.append(stack[-1])
-            case _:  # EXT1 and so on, PERSID, NEXT_BUFFER: what they mean is not in the file
-                raise damaged(f"its pickle has the instruction {name}, which torch.save never has")
 
     def _remember(self, slot: int) -> None:
         memo = self.memo
@@ -319,12 +307,8 @@ class _Machine:
             view = (_count(first), _count(count))
         if kind != "storage" or len(rest) > 1 or not name.endswith("Storage"):
             raise ValueError("a reference that is not to a storage")
-        storage = Storage(
-            _expect(key, str),
-            stored.STORAGE_DTYPES.get(name) or name[:_MAX_NAME],
-            _count(numel),
-            view,
-        )
+        dtype = stored.STORAGE_DTYPES.get(name) or name[:_MAX_NAME]
+        storage = Storage(_expect(key, str), dtype, _count(numel), view)
         if storage.key not in self.storages:
             self._spend(_ITEM)
             self.storages[storage.key] = storage
@@ -378,8 +362,7 @@ def _counts(values: Any) -> tuple[int, ...]:
 
 def _make_tensor(how: str, args: tuple[Any, ...]) -> StoredTensor | None:
     """What torch._utils._rebuild_<how> makes of args; None for kinds that are unknown here."""
-    metadata: Any = None
-    unread = ""
+    metadata, unread = None, ""
     match how, args:
         case ("parameter", (data, _, _)) | ("parameter_with_state", (data, _, _, _)):
             return _expect(data, StoredTensor)
@@ -406,9 +389,8 @@ def _make_tensor(how: str, args: tuple[Any, ...]) -> StoredTensor | None:
     if len(shape) != len(strides):
         raise ValueError(f"shape {len(shape)} and strides {len(strides)} long")
     negated, conjugated, problem = _read_metadata(metadata, dtype)
-    return StoredTensor(
-        storage, _count(offset), shape, strides, dtype, negated, conjugated, unread or problem
-    )
+    where = (storage, _count(offset), shape, strides, dtype)
+    return StoredTensor(*where, negated, conjugated, unread or problem)
 
 
 def _dtype(value: Any) -> str:

@@ -103,10 +103,8 @@ def _list_entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipI
         )
     for name, info in entries.items():
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            raise CheckpointError(
-                f"entry {shown(name)} is compressed, which torch.save never does. Save it again, "
-                f"with PyTorch: {SAFE_LOAD}; torch.save(state, new_path)"
-            )
+            what = f"entry {shown(name)} is compressed, which torch.save never does. Save it again"
+            raise CheckpointError(f"{what}, with PyTorch: {SAFE_LOAD}; torch.save(state, new_path)")
     if sum(info.file_size for info in infos) > size:  # also keeps every later read below this
         raise damaged("the zip's entries claim more bytes than the file has")
     for info in infos:

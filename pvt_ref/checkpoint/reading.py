@@ -44,6 +44,7 @@ _SUFFIXES = {".safetensors", ".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar", ".t
 _INDEX = ".index.json"
 _IN_FOLDER = ("model.safetensors", "pytorch_model.bin")  # of save_pretrained: the first is taken
 _MAX_SHARDS = 1000
+_OWN_CONFIG = "Leave config out: the file brings its own"
 _HALVES = {"float16", "bfloat16"}
 _WHOLE = 200  # characters of an entry's name that messages show
 
@@ -242,10 +243,8 @@ def _of_network(row: Architecture, config: Any, stated: Stated | None) -> Stated
     if stated is None or type(stated.config) is row.config_type:
         return stated
     if not isinstance(config, str | os.PathLike) or config in known_variants():
-        raise CheckpointError(
-            f"it holds a {row.title}, and config is a {type(stated.config).__name__}. Leave config "
-            f"out, or pass a {row.config_type.__name__}"
-        )
+        what = f"it holds a {row.title}, and config is a {type(stated.config).__name__}"
+        raise CheckpointError(f"{what}. Leave config out, or pass a {row.config_type.__name__}")
     return from_argument(config, row)  # a JSON file, whose fields may fit several networks
 
 
@@ -259,8 +258,9 @@ def _unsaid(config: Any, stated: Stated, eps: tuple[float, ...] | None) -> list[
     if unsaid:
         lines.append(f"{' and '.join(unsaid)}, since {printable(stated.origin)} does not say")
     if stated.task:
-        task = printable(stated.task)
-        lines.append(f"one class per picture, by softmax, though problem_type is {task}")
+        wanted = f"though problem_type is {printable(stated.task)}"
+        advice = "take probabilities from the logits yourself"
+        lines.append(f"one class per picture, by softmax, {wanted}: {advice}")
     return lines
 
 
@@ -304,10 +304,9 @@ def _ask_beside(
         if stated is not None:
             notes.append(f"not used: {' '.join(str(error).split())[:200]}")
             return stated
-        raise CheckpointError(
-            f"{str(error).rstrip('.')}. If it belongs to other weights, pass "
-            f"config={row.config_type.__name__}(...) for these, or a variant's name"
-        ) from error
+        advice = f"pass config={row.config_type.__name__}(...) for these, or a variant's name"
+        what = f"{str(error).rstrip('.')}. If it belongs to other weights, {advice}"
+        raise CheckpointError(what) from error
     if stated is None:
         notes.append(f"configuration from {origin}")
         return said
@@ -381,10 +380,8 @@ def _as_stored(stated: Stated | None, stored: Any, notes: list[str]) -> Any:
     changes = {name: getattr(stored, name) for name in stated.left_open}
     config = dataclasses.replace(stated.config, **changes)
     if stated.num_labels not in (None, stored.num_classes):
-        raise CheckpointError(
-            f"{stated.origin} says {stated.num_labels} labels, and the file num_classes="
-            f"{stored.num_classes}. Leave config out: the file brings its own"
-        )
+        what = f"{stated.origin} says {stated.num_labels} labels, and the file"
+        raise CheckpointError(f"{what} num_classes={stored.num_classes}. {_OWN_CONFIG}")
     given = dataclasses.asdict(config)
     free = ("norm_eps", "drop_rate", "drop_path_rate")  # and what ends so: no weight depends on it
     wrong = [
@@ -394,7 +391,7 @@ def _as_stored(stated: Stated | None, stored: Any, notes: list[str]) -> Any:
     ]
     if wrong:
         what = f"a pvt_ref file of another model than config: {'; '.join(wrong)}"
-        raise CheckpointError(f"{what}. Leave config out: the file brings its own")
+        raise CheckpointError(f"{what}. {_OWN_CONFIG}")
     if not stated.says_eps and eps_of(config) != eps_of(stored):
         notes.append("eps as it was saved, since config has the defaults")
     return config

@@ -91,11 +91,9 @@ def find_models(tree: Any, config: Any = None) -> list[Found]:
     Raises: CheckpointError if there is none.
     """
     signs = _signs(config)
-    found = [
-        model
-        for entry, mapping in _mappings(tree)
-        for model in _models_in(".".join(entry), mapping, signs)
-    ]
+    found: list[Found] = []
+    for entry, mapping in _mappings(tree):
+        found += _models_in(".".join(entry), mapping, signs)
     if found:
         return [model for model in found if type(config) is model.row.config_type] or found
     if isinstance(tree, Mapping):
@@ -277,10 +275,9 @@ def check_state(model: Found, config: Any, origin: str = "") -> None:
         )
     blocks = model.row.files.blocks(config) if model.row.files else 0
     if blocks > max(len(state), _FEW):  # before anything is built for each of them
-        raise CheckpointError(
-            f"the configuration{f' from {origin}' if origin else ''} has {blocks} blocks, and the "
-            f"file only {len(state)} tensors. Correct its depth"
-        )
+        whose = f" from {origin}" if origin else ""
+        what = f"the configuration{whose} has {blocks} blocks, and the file {len(state)} tensors"
+        raise CheckpointError(f"{what}. Correct its depth")
     problems = _problems(model, config)
     if problems:
         source = f" from {origin}" if origin not in ("", "config") else ""

@@ -117,7 +117,8 @@ def _parse_header(header: Any, size: int) -> tuple[dict[str, str], list[_Span]]:
         name, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         if name not in _DTYPES:
             raise _NumberTypeError(f"{shown(key)} has the number type {shown(name)}")
-        if len(shape) > _MAX_RANK or not all(_is_count(n) for n in (*shape, start, stop)):
+        counts = (*shape, start, stop)
+        if len(shape) > _MAX_RANK or not all(type(n) is int and 0 <= n < 2**63 for n in counts):
             raise ValueError(f"{shown(key)} has the shape {shown(shape)} at {start} to {stop}")
         dtype = np.dtype(_DTYPES[name])
         # NumPy counts like this, too: an array without numbers can still be too large for it
@@ -131,10 +132,6 @@ def _parse_header(header: Any, size: int) -> tuple[dict[str, str], list[_Span]]:
     if [span[0] for span in spans] != ends[:-1] or ends[-1] != size:
         raise ValueError("its tensors leave gaps, overlap, or do not end where the file ends")
     return metadata, spans
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
 
 
 def widen(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -172,10 +169,8 @@ def own_header(
     name = "pvt" if written == _FIRST_FORMAT else record.get("architecture")
     rows = {row.name: row for row in architectures()}
     if name not in tuple(rows):
-        raise CheckpointError(
-            f"a pvt_ref file of the architecture {shown(name)}; this version knows "
-            f"{', '.join(map(repr, rows))}. {_UPDATE}"
-        )
+        what = f"a pvt_ref file of the architecture {shown(name)}"
+        raise CheckpointError(f"{what}; this version knows {', '.join(map(repr, rows))}. {_UPDATE}")
     row = rows[name]
     try:
         config = row.config_type(**fields)

@@ -23,10 +23,8 @@ def check_path(name: str, value: object) -> Path:
     except UnicodeEncodeError:
         usable = False
     if not 0 < len(text) <= _LONGEST_PATH or not usable:
-        raise TrainingError(
-            f"{name} is {shown(text)}, which no file can be called: it is empty, too long, or "
-            f"holds a NUL or half a character. Name another"
-        )
+        why = "it is empty, too long, or holds a NUL or half a character"
+        raise TrainingError(f"{name} is {shown(text)}, which no file can be called: {why}")
     return Path(text)
 
 

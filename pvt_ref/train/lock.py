@@ -117,8 +117,14 @@ class RunLock:
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
                 raise self._failed(error) from error
+            holder = None
+            with contextlib.suppress(OSError):
+                os.lseek(fd, 0, os.SEEK_SET)
+                text = os.read(fd, 100).decode("ascii", "replace")
+                holder = re.match(r"process \d{1,10} on [\w.-]{1,64}", text)
+            hint = f" ({holder[0]})" if holder else ""
             raise TrainingError(
-                f"{self.path.parent}: another training runs in this folder{_holder(fd)}. Wait for "
+                f"{self.path.parent}: another training runs in this folder{hint}. Wait for "
                 f"its end, stop it, or name another folder. (There is no need to delete {LOCK}: a "
                 f"process that has ended locks nothing)"
             ) from error
@@ -130,26 +136,14 @@ class RunLock:
             return False
 
     def _not_ours(self) -> TrainingError:
-        return TrainingError(
-            f"{self.path} is not a regular file of this folder alone (it is a link, a pipe or the "
-            f"like), so it cannot be locked. Move it away"
-        )
+        what = f"{self.path} is not a regular file of this folder alone, but a link or the like"
+        return TrainingError(f"{what}, so it cannot be locked. Move it away")
 
     def _failed(self, error: OSError) -> TrainingError:
         return TrainingError(
-            f"{self.path}: the folder of the run cannot be locked ({reason(error)}), so nothing "
-            f"would keep a second training out of it. Name a folder that may be written to, on a "
-            f"file system with locks, such as a local disk"
+            f"{self.path}: the folder of the run cannot be locked ({reason(error)}). Name one that "
+            f"may be written to, on a file system with locks, such as a local disk"
         )
-
-
-def _holder(fd: int) -> str:
-    with contextlib.suppress(OSError):
-        os.lseek(fd, 0, os.SEEK_SET)
-        text = os.read(fd, 100).decode("ascii", "replace")
-        if hint := re.match(r"process \d{1,10} on [\w.-]{1,64}", text):
-            return f" ({hint[0]})"
-    return ""
 
 
 #: Those whose file is open in this process. A child of fork is not their owner.

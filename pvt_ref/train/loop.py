@@ -138,10 +138,8 @@ def fit(
     if stop_at_step is not None:
         end = min(last, check_number("stop_at_step", stop_at_step, least=0, whole=True))
     if not isinstance(device, str) or device not in ("cpu", "cuda"):
-        raise DeviceError(
-            f"device is {shown(device)}; a training runs on 'cpu' or 'cuda', the current CUDA "
-            f"device. For another GPU: CUDA_VISIBLE_DEVICES=1"
-        )
+        cuda = "'cuda', the current CUDA device (for another GPU: CUDA_VISIBLE_DEVICES=1)"
+        raise DeviceError(f"device is {shown(device)}; a training runs on 'cpu' or {cuda}")
     said = first is not None or not resume  # whether the first weights must be those of the run
     if first is None:
         first = init_params(config, generator(recipe.seed, What.FIRST_WEIGHTS))
@@ -251,10 +249,8 @@ def _job(
     check_samples(data, "the samples to learn from", config, recipe)
     check_samples(held_out, "held out", config, recipe)
     if data.preprocessing != held_out.preprocessing:
-        raise TrainingError(
-            f"the samples to learn from have {data.preprocessing}, those held out have "
-            f"{held_out.preprocessing}; both must be prepared alike"
-        )
+        what = f"the samples to learn from have {data.preprocessing}, those held out have"
+        raise TrainingError(f"{what} {held_out.preprocessing}; both must be prepared alike")
     if info is not None:
         check_type("info", info, ModelInfo, "or None")
     if console is not None:
@@ -285,10 +281,8 @@ def _save(job: _Job, state: TrainState, run: Mapping[str, Any]) -> None:
 
 def _make_folder(place: Path, resume: bool) -> None:
     if resume and not os.path.isdir(place):  # a name that was mistyped leaves nothing behind
-        raise MissingFileError(
-            f"{place}: there is no such folder, so no training to go on with. Start one, without "
-            f"resume=True, on the command line without --resume"
-        )
+        what = f"{place}: there is no such folder, so no training to go on with"
+        raise MissingFileError(f"{what}. Start one: on the command line without --resume")
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -83,41 +83,33 @@ def _check_run(path: Path, lines: list[dict[str, Any]], state: TrainState, steps
             ):
                 raise CheckpointError(f"the line of epoch {epoch} is missing")
             if "held_out_accuracy" in line:
-                _check_best(line, before)
+                found = (line["best_accuracy"], line["best_epoch"])
+                best = found if line["epoch"] > 1 else (-1.0, 0)  # before the first line: unknown
+                if before:
+                    best = (before["best_accuracy"], before["best_epoch"])
+                if line["held_out_accuracy"] > best[0]:
+                    best = (line["held_out_accuracy"], line["epoch"])
+                if found != best:
+                    right = f"{found[0]} in epoch {found[1]}, not {best[0]} in {best[1]}"
+                    raise CheckpointError(f"the best accuracy is {right}")
                 before, epoch = line, epoch + 1
         if lines and epoch <= state.step // steps:
             raise CheckpointError(f"after it, the line of epoch {epoch} is missing")
         if before:
             number = lines.index(before) + 1
-            _check_last(before, state, steps)
+            said = {"epoch": state.step // steps}
+            said |= {"best_epoch": state.best_epoch, "best_accuracy": state.best_accuracy}
+            if before["step"] == state.step:
+                said["train_loss"] = state.epoch_loss / steps
+            for name, saved in said.items():
+                if before[name] != saved:
+                    what = f"the last {name} is {before[name]}, and {saved} in the saved state"
+                    raise CheckpointError(what)
     except CheckpointError as error:
         raise CheckpointError(
             f"{path}, line {number}: {error}. With {steps} steps an epoch, this run has written "
             f"something else: the file is another run's, or was edited. Put back a copy, {_AWAY}"
         ) from error
-
-
-def _check_best(line: dict[str, Any], before: dict[str, Any]) -> None:
-    """The best so far in the line of an epoch; before is that of the epoch before, if any."""
-    found = (line["best_accuracy"], line["best_epoch"])
-    best = found if line["epoch"] > 1 else (-1.0, 0)  # before the first line nothing is known
-    if before:
-        best = (before["best_accuracy"], before["best_epoch"])
-    if line["held_out_accuracy"] > best[0]:
-        best = (line["held_out_accuracy"], line["epoch"])
-    if found != best:
-        right = f"{best[0]} in {best[1]}"
-        raise CheckpointError(f"the best accuracy is {found[0]} in epoch {found[1]}, not {right}")
-
-
-def _check_last(line: dict[str, Any], state: TrainState, steps: int) -> None:
-    said = {"epoch": state.step // steps}
-    said |= {"best_epoch": state.best_epoch, "best_accuracy": state.best_accuracy}
-    if line["step"] == state.step:
-        said["train_loss"] = state.epoch_loss / steps
-    for name, saved in said.items():
-        if line[name] != saved:
-            raise CheckpointError(f"the last {name} is {line[name]}, and {saved} in the state")
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

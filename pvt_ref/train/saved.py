@@ -129,8 +129,8 @@ def load_state_and_run(
     if not is_array(like):
         raise ArrayTypeError(f"like is a {type(like).__name__}; it must be an array")
     if not os.path.lexists(path):
-        what = "there is no saved training to go on with. Start one, without resume=True"
-        raise MissingFileError(f"{path}: {what}, on the command line without --resume")
+        what = f"{path}: there is no saved training to go on with"
+        raise MissingFileError(f"{what}. Start one: on the command line without --resume")
     if not os.path.isfile(path):  # reading a pipe could wait for ever
         raise CheckpointError(f"{path}: not a regular file, so no saved training. Move it away")
     try:

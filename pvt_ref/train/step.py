@@ -119,8 +119,7 @@ def train_step(
 
     Raises:
         TrainingError: if the loss or a gradient is not finite; the message has the step, the
-            learning rate, and the first layer whose output was not. The state passed in is whole.
-            Also if there are fewer samples than a batch has, or they do not fit the model.
+            learning rate, and the first layer whose output was not. Also if data do not suit.
         RangeError: if a number in state is outside its range, or crop_padding exceeds the images.
         ShapeError: if state is of another model, or of another number of samples.
         ArrayTypeError, ConfigError, PVTError: as :func:`pvt_ref.forward_with_cache`.

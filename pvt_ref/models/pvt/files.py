@@ -217,10 +217,8 @@ def _from_hugging_face(fields: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"hidden_act is {shown(fields['hidden_act'])}; known is 'gelu' only")
     patches = fields.get("patch_sizes", list(_DEFAULT.patch_sizes))
     if fields.get("strides", patches) != patches:  # its kernels have the strides' size
-        raise CheckpointError(
-            f"patch_sizes {shown(patches)} and strides {shown(fields['strides'])} differ: its "
-            f"patches overlap, and those of this project do not"
-        )
+        what = f"patch_sizes {shown(patches)} and strides {shown(fields['strides'])} differ"
+        raise CheckpointError(f"{what}: its patches overlap, and those of this project do not")
     values = {ours: fields[theirs] for theirs, ours in _SAME.items() if theirs in fields}
     if "image_size" in fields:
         side = fields["image_size"]
