@@ -147,9 +147,8 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {reason(error)}") from error
     except PVTError as error:
-        raise CheckpointError(
-            f"{path}, line {number}: {error}. It was edited or damaged. Mend or delete it, {_AWAY}"
-        ) from error
+        what = f"{path}, line {number}: {error}. It was edited or damaged"
+        raise CheckpointError(f"{what}. Mend the line, or delete it, {_AWAY}") from error
     return lines
 
 
