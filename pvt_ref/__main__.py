@@ -183,9 +183,7 @@ def _summary(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     into_folder = os.path.isdir(args.dst)
     if len(args.src) > 1 and not into_folder:
-        what = (
-            f"there are {len(args.src)} files to convert, and {shown(args.dst, 400)} is no folder"
-        )
+        what = f"there are {len(args.src)} files, and {shown(args.dst, 400)} is no folder"
         raise CheckpointError(f"{what}. Make it first, or convert one at a time")
     eps = _one_or_all(args.eps)
     failed, written = 0, set()

@@ -99,7 +99,14 @@ def save(path: FilePath, model: Model, dtype: str | None = None) -> None:
     for key, x in state.items():  # a Model does not look at arrays on a device
         check_finite(key, x, "The training that made them diverged; such a file would be refused")
     if dtype is not None:
-        state = _narrow(path, state, dtype)
+        if not isinstance(dtype, str) or dtype != "float16":
+            raise ArrayTypeError(f"dtype is {shown(dtype)}; it must be None or 'float16'")
+        largest = float(np.finfo(np.float16).max)
+        for key, x in state.items():
+            if not np.abs(x).max(initial=0.0) <= largest:
+                what = f"{key} holds numbers beyond {largest:g}, the largest of float16"
+                raise CheckpointError(f"{cut_path(path)}: {what}. Leave dtype out")
+        state = {key: x.astype(np.float16) for key, x in state.items()}
     try:
         data = to_bytes(state, model.config, None if model.info == UNKNOWN else model.info)
     except CheckpointError as error:
@@ -112,18 +119,6 @@ def save(path: FilePath, model: Model, dtype: str | None = None) -> None:
             f"there was one, is as it was. Check that the directory exists, that it may be written "
             f"to, and that the disk has {len(data)} bytes free"
         ) from error
-
-
-def _narrow(path: Path, state: dict[str, np.ndarray], dtype: Any) -> dict[str, np.ndarray]:
-    """Every array as float16, once it is sure that none overflows."""
-    if not isinstance(dtype, str) or dtype != "float16":
-        raise ArrayTypeError(f"dtype is {shown(dtype)}; it must be None (as they are) or 'float16'")
-    largest = float(np.finfo(np.float16).max)
-    for key, x in state.items():
-        if not np.abs(x).max(initial=0.0) <= largest:
-            what = f"{key} holds numbers beyond {largest:g}, the largest of float16"
-            raise CheckpointError(f"{cut_path(path)}: {what}. Leave dtype out")
-    return {key: x.astype(np.float16) for key, x in state.items()}
 
 
 def as_path(path: Any) -> Path:

@@ -269,8 +269,14 @@ class _Machine:
         if isinstance(function, Record):  # a function that would have been found or made
             return function
         name = _expect(function, Global).name
-        if name in _DICTS:  # a defaultdict without its factory
-            return self._make_dict(*args[name.endswith("defaultdict") :])
+        if name in _DICTS:  # of nothing, or of the pairs that Python 2 wrote
+            self._spend(_CONTAINER)
+            result: dict[str, Any] = {}
+            (pairs,) = args[name.endswith("defaultdict") :] or ((),)  # without the factory
+            for pair in _expect(pairs, list | tuple):
+                key, value = _expect(pair, list | tuple)
+                self._set_items(result, [key, value])
+            return result
         if name.startswith(_REBUILD):
             self._spend(_TENSOR)
             return _make_tensor(name.removeprefix(_REBUILD), args) or self._record(name)
@@ -284,15 +290,6 @@ class _Machine:
 
     def _record(self, name: str) -> Record:
         return self.records.setdefault(name, Record(name))
-
-    def _make_dict(self, pairs: Any = ()) -> dict[str, Any]:
-        """An OrderedDict as Python 2 wrote it, from a list of pairs, or an empty one."""
-        self._spend(_CONTAINER)
-        result: dict[str, Any] = {}
-        for pair in _expect(pairs, list | tuple):
-            key, value = _expect(pair, list | tuple)
-            self._set_items(result, [key, value])
-        return result
 
     def _refer(self, reference: Any) -> Any:
         """A storage for its persistent id, or the class that a whole pickled model refers to."""

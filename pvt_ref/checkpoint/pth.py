@@ -23,26 +23,21 @@ def open_pth(file: BinaryIO) -> StoredFile:
     """The reader of a file of PyTorch's, which stays open meanwhile. Raises: CheckpointError."""
     file.seek(0)
     opened = LegacyFile(file) if is_legacy(file.read(64)) else PthFile(file)
-    _check_not_an_object(opened)
-    return opened
-
-
-def _check_not_an_object(opened: StoredFile) -> None:
-    """Raises CheckpointError if there is no tensor, and an object where there could be some."""
     queue: deque[tuple[str, Any]] = deque([("", opened.tree)])
     objects, seen = [], set()
     while queue:
         name, value = queue.popleft()
         if isinstance(value, StoredTensor):
-            return
+            return opened
         if isinstance(value, Record) and value.name in opened.foreign:
             objects.append((name, value.name))
         elif isinstance(value, dict) and id(value) not in seen:
             seen.add(id(value))
             queue.extend(value.items())
-    if objects:
+    if objects:  # and no tensor
         name, kind = objects[0]
         raise whole_object(kind, f"the entry {shown(name)}" if name else "what was saved")
+    return opened
 
 
 class PthFile(StoredFile):
@@ -53,21 +48,20 @@ class PthFile(StoredFile):
         with stored.refuse_damage("not a whole zip archive"):
             self._zip = zipfile.ZipFile(file)
             self._entries = _list_entries(self._zip, self._size)
-            self.checksummed = _use_checksums(self._entries)
-            self._order: Literal["<", ">"] = self._read_byte_order()
+            # set_crc32_options(False) of PyTorch writes 0 for every entry
+            self.checksummed = any(info.CRC for info in self._entries.values())
+            for info in () if self.checksummed else self._entries.values():
+                info.CRC = None  # type: ignore[assignment]  # zipfile then compares nothing
+            # PyTorch before 2.1 did not say; those files are little-endian
+            order = self._read_entry("byteorder") if "byteorder" in self._entries else b"little"
+            if order not in (b"little", b"big"):
+                raise CheckpointError(f"byteorder is {order[:20]!r}, not b'little' or b'big'")
+            self._order: Literal["<", ">"] = "<" if order == b"little" else ">"
             pickled = self._read_entry("data.pkl")
         self.tree, self.foreign, _ = read_pickle(io.BytesIO(pickled))
 
     def _read_block(self, storage: Storage) -> bytes:
         return self._read_entry(f"data/{storage.key}")
-
-    def _read_byte_order(self) -> Literal["<", ">"]:
-        if "byteorder" not in self._entries:
-            return "<"  # PyTorch before 2.1 did not say; those files are little-endian
-        name = self._read_entry("byteorder")
-        if name not in (b"little", b"big"):
-            raise CheckpointError(f"byteorder is {name[:20]!r}; it must be b'little' or b'big'")
-        return "<" if name == b"little" else ">"
 
     def _read_entry(self, name: str) -> bytes:
         if name not in self._entries:
@@ -136,11 +130,3 @@ def _other_archive(names: list[str]) -> str:
         f"a zip archive, but not one that PyTorch wrote: {len(names)} entries and no data.pkl in a "
         f"folder (first entries: {first}). Is this a folder zipped by hand?"
     )
-
-
-def _use_checksums(entries: dict[str, zipfile.ZipInfo]) -> bool:
-    """Whether there are any: set_crc32_options(False) of PyTorch writes 0 for every entry."""
-    checksummed = any(info.CRC for info in entries.values())
-    for info in () if checksummed else entries.values():
-        info.CRC = None  # type: ignore[assignment]  # zipfile then compares nothing
-    return checksummed

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pvt_ref import errors
 from pvt_ref.api import from_state_dict
 from pvt_ref.app import Model
 from pvt_ref.arrays import dtype_name
@@ -26,16 +27,7 @@ from pvt_ref.checkpoint.stated import PREPROCESSOR_FILE, Stated, eps_of, from_ar
 from pvt_ref.checks import is_moderate
 from pvt_ref.data.imagenet import released_info
 from pvt_ref.data.info import UNKNOWN, ModelInfo
-from pvt_ref.errors import (
-    ArrayTypeError,
-    CheckpointError,
-    ConfigError,
-    MissingFileError,
-    PVTError,
-    printable,
-    reason,
-    shown,
-)
+from pvt_ref.errors import CheckpointError, PVTError, printable, shown
 from pvt_ref.models.architecture import Architecture, architecture_of, known_variants
 from pvt_ref.models.layouts import Layout, same_key
 from pvt_ref.tree import first_array
@@ -63,23 +55,24 @@ def read_model(
     path = as_path(path)
     stated = from_argument(config)
     if not isinstance(entry, str | None):
-        raise ArrayTypeError(f"entry is a {type(entry).__name__}; it must be a name as 'model_ema'")
+        kind = type(entry).__name__
+        raise errors.ArrayTypeError(f"entry is a {kind}; it must be a name, as 'model_ema'")
     eps = None if eps is None else _parse_eps(eps)
     try:
         try:  # path.exists() says no from Python 3.14 on where it cannot be known
             path.stat()
         except (FileNotFoundError, NotADirectoryError):
-            raise MissingFileError(_missing(path)) from None
+            raise errors.MissingFileError(_missing(path)) from None
         if re.search(r"-\d{5}-of-(?!00001)\d{5}\.", path.name):
             raise CheckpointError(f"one of several files; load their folder, {path.parent}")
         with contextlib.ExitStack() as stack:
             return _load(_open(path, stack), config, stated, entry, eps, released)
-    except MissingFileError:
+    except errors.MissingFileError:
         raise
     except CheckpointError as error:
         raise CheckpointError(f"{cut_path(path)}: {error}") from error.__cause__
     except (PVTError, OSError) as error:
-        what = f"cannot be read: {reason(error)}" if isinstance(error, OSError) else error
+        what = f"cannot be read: {errors.reason(error)}" if isinstance(error, OSError) else error
         raise CheckpointError(f"{cut_path(path)}: {what}") from error
 
 
@@ -402,7 +395,7 @@ def _parse_eps(eps: Any) -> tuple[float, float]:
     pair: tuple[Any, ...] = tuple(eps) if several else (eps, eps)
     if len(pair) != 2 or not all(is_moderate(x) and x >= 0 for x in pair):
         form = "one number, or (norm_eps, projection_norm_eps), finite and 0 or more"
-        raise ConfigError(f"eps is {shown(eps)}; it must be {form}")
+        raise errors.ConfigError(f"eps is {shown(eps)}; it must be {form}")
     return float(pair[0]), float(pair[1])
 
 

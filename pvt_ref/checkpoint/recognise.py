@@ -157,8 +157,8 @@ def _models_in(entry: str, mapping: Mapping[Any, Any], signs: list[_Sign]) -> li
         elif is_entry(value) and not _is_counter(name, value):  # of a neck, a head, another model
             beside.append(name)
     return [
-        Found(found[prefix].row, entry, prefix, found[prefix].layout, state, tuple(beside))
-        for prefix, state in states.items()
+        Found(sign.row, entry, prefix, sign.layout, states[prefix], tuple(beside))
+        for prefix, sign in found.items()
     ]
 
 

@@ -13,18 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pvt_ref import errors
 from pvt_ref.checkpoint.bounded_json import parse_json
 from pvt_ref.checks import is_whole
 from pvt_ref.data.info import Preprocessing
-from pvt_ref.errors import (
-    ArrayTypeError,
-    CheckpointError,
-    ConfigError,
-    MissingFileError,
-    PVTError,
-    reason,
-    shown,
-)
+from pvt_ref.errors import CheckpointError, ConfigError, PVTError, reason, shown
 from pvt_ref.models.architecture import Architecture, architectures, known_variants
 
 MAX_JSON = 2 * 2**20  # bytes that are read: 20,000 class names, twice, and some more
@@ -68,7 +61,7 @@ def from_argument(config: Any, row: Architecture | None = None) -> Stated | None
     if isinstance(config, str) and config in variants:
         return Stated(variants[config], config, SHOWN_BY_SHAPES)
     if not isinstance(config, str | os.PathLike) or not isinstance(os.fspath(config), str):
-        raise ArrayTypeError(
+        raise errors.ArrayTypeError(
             f"config is a {type(config).__name__}; it must be a "
             f"{' or '.join(kind.__name__ for kind in kinds)}, a variant's name "
             f"({', '.join(variants)}), or the path of a JSON file such as config.json"
@@ -77,7 +70,7 @@ def from_argument(config: Any, row: Architecture | None = None) -> Stated | None
     path = Path(text) / "config.json" if os.path.isdir(text) else Path(text)
     if "\0" in text or not os.path.exists(path):
         kinds = f"neither a variant ({', '.join(variants)}) nor a file"
-        raise MissingFileError(f"config is {shown(text, 200)}: {kinds}")
+        raise errors.MissingFileError(f"config is {shown(text, 200)}: {kinds}")
     return read_config(path, str(path), row)
 
 
@@ -85,17 +78,14 @@ def _fields(row: Architecture) -> dict[str, Any]:
     return {field.name: field for field in dataclasses.fields(row.config_type)}
 
 
-def _network(fields: Mapping[str, Any]) -> Architecture:
-    """The network that a JSON file seems to be about: the first of several, or of all."""
-    rows, kind = list(architectures()), fields.get("model_type")
-    by_kind = [row for row in rows if row.files and row.files.model_type == kind]
-    return [*by_kind, *(row for row in rows if fields.keys() <= _fields(row).keys()), *rows][0]
-
-
 def read_config(path: Path, origin: str, row: Architecture | None = None) -> Stated:
     """A configuration in a JSON file, called origin: Hugging Face's, or a network's own fields."""
     fields = read_json(path, origin)
-    row = row or _network(fields)
+    if row is None:  # the network that it seems to be about: the first of several, or of all
+        rows, kind = list(architectures()), fields.get("model_type")
+        by_kind = [row for row in rows if row.files and row.files.model_type == kind]
+        by_fields = [row for row in rows if fields.keys() <= _fields(row).keys()]
+        row = [*by_kind, *by_fields, *rows][0]
     known, files = _fields(row), row.files
     try:
         if files and fields.keys() & _HUGGING_FACE:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from pvt_ref.arrays import Array, array_module, describe_type, dtype_name, is_array
+from pvt_ref.arrays import array_module, describe_type, dtype_name, is_array
 from pvt_ref.checks import check_number
 from pvt_ref.errors import ArrayTypeError
 from pvt_ref.train.checks import check_alike, check_record
@@ -26,15 +26,15 @@ def global_norm(grads: Any) -> float:
     """
     if not (dataclasses.is_dataclass(grads) or isinstance(grads, tuple) or is_array(grads)):
         raise ArrayTypeError(f"grads is {describe_type(grads)}. Needed is a record of gradients")
-    total: Array | None = None
+    squares = []
     for key, g in named_arrays(grads):
         if not dtype_name(g).startswith(("float", "bfloat", "int", "uint")):
             raise ArrayTypeError(f"{key or 'grads'} has dtype {dtype_name(g)}; needed are floats")
         xp = array_module(g)
         wide = xp.astype(g, xp.float64)  # float32 squares could overflow, and sums would drift
         square = xp.sum(wide * wide)
-        total = square if total is None else total + square
-    return math.sqrt(float(total)) if total is not None else 0.0
+        squares.append(square)
+    return math.sqrt(float(sum(squares)))
 
 
 def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, float]:

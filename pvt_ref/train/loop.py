@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from pvt_ref import errors
 from pvt_ref.api import default_ops, init_params
 from pvt_ref.app import Model
 from pvt_ref.arrays import array_module, dtype_name, quietly
@@ -29,15 +30,7 @@ from pvt_ref.checks import check_flag, check_number, check_type
 from pvt_ref.data.info import ModelInfo
 from pvt_ref.data.labelled import LabelledImages, evaluate
 from pvt_ref.draws import What, generator
-from pvt_ref.errors import (
-    CheckpointError,
-    DeviceError,
-    MissingFileError,
-    PVTError,
-    TrainingError,
-    reason,
-    shown,
-)
+from pvt_ref.errors import PVTError, TrainingError, reason, shown
 from pvt_ref.kernels.cpu.threads import default_threads
 from pvt_ref.report.diagnosis import first_non_finite
 from pvt_ref.train.checks import check_path
@@ -139,7 +132,7 @@ def fit(
         end = min(last, check_number("stop_at_step", stop_at_step, least=0, whole=True))
     if not isinstance(device, str) or device not in ("cpu", "cuda"):
         cuda = "'cuda', the current CUDA device (for another GPU: CUDA_VISIBLE_DEVICES=1)"
-        raise DeviceError(f"device is {shown(device)}; a training runs on 'cpu' or {cuda}")
+        raise errors.DeviceError(f"device is {shown(device)}; a training runs on 'cpu' or {cuda}")
     said = first is not None or not resume  # whether the first weights must be those of the run
     if first is None:
         first = init_params(config, generator(recipe.seed, What.FIRST_WEIGHTS))
@@ -282,7 +275,7 @@ def _save(job: _Job, state: TrainState, run: Mapping[str, Any]) -> None:
 def _make_folder(place: Path, resume: bool) -> None:
     if resume and not os.path.isdir(place):  # a name that was mistyped leaves nothing behind
         what = f"{place}: there is no such folder, so no training to go on with"
-        raise MissingFileError(f"{what}. Start one: on the command line without --resume")
+        raise errors.MissingFileError(f"{what}. Start one: on the command line without --resume")
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -319,9 +312,9 @@ def _check_resumed(job: _Job, state: TrainState) -> None:
     _check_best(job, state)
 
 
-def _edited(job: _Job, what: str) -> CheckpointError:
+def _edited(job: _Job, what: str) -> errors.CheckpointError:
     advice = "the file was edited. Put back a copy, or start anew in another folder"
-    return CheckpointError(f"{job.place / STATE}: {what}: {advice}")
+    return errors.CheckpointError(f"{job.place / STATE}: {what}: {advice}")
 
 
 def _measure(job: _Job, state: TrainState, lr: float) -> tuple[float, float]:
@@ -383,10 +376,8 @@ def _best_fault(job: _Job, state: TrainState) -> str:
     except PVTError as error:
         return f"cannot be read ({error})"
     if other := different_fields(model, job.config, job.info):
-        return (
-            f"has another {other} than this run: it was edited, is of another run, or fit was "
-            f"given another info than when the run began"
-        )
+        why = "it was edited, is of another run, or fit was given another info than at first"
+        return f"has another {other} than this run: {why}"
     if found == state.best_sha256:
         return ""
     best = f"the weights of epoch {state.best_epoch}, which did best"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pvt_ref import errors
 from pvt_ref.api import from_state_dict, to_state_dict
 from pvt_ref.app import Model
 from pvt_ref.arrays import Array, dtype_name, from_host, is_array
@@ -17,15 +18,7 @@ from pvt_ref.checkpoint.safetensors_file import TRAINING_KEY, digest, pack, read
 from pvt_ref.checkpoint.whole_file import write_whole
 from pvt_ref.data.info import ModelInfo
 from pvt_ref.data.labelled import LabelledImages
-from pvt_ref.errors import (
-    ArrayTypeError,
-    CheckpointError,
-    MissingFileError,
-    PVTError,
-    TrainingError,
-    reason,
-    shown,
-)
+from pvt_ref.errors import CheckpointError, PVTError, TrainingError, reason, shown
 from pvt_ref.models.architecture import architecture_of, check_params_type, config_to_dict
 from pvt_ref.train.adamw import AdamWState
 from pvt_ref.train.checks import check_path
@@ -127,10 +120,10 @@ def load_state_and_run(
     architecture_of(config)
     given = _as_run(run)
     if not is_array(like):
-        raise ArrayTypeError(f"like is a {type(like).__name__}; it must be an array")
+        raise errors.ArrayTypeError(f"like is a {type(like).__name__}; it must be an array")
     if not os.path.lexists(path):
         what = f"{path}: there is no saved training to go on with"
-        raise MissingFileError(f"{what}. Start one: on the command line without --resume")
+        raise errors.MissingFileError(f"{what}. Start one: on the command line without --resume")
     if not os.path.isfile(path):  # reading a pipe could wait for ever
         raise CheckpointError(f"{path}: not a regular file, so no saved training. Move it away")
     try:

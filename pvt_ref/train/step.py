@@ -158,7 +158,10 @@ def _step(
         share = len(part) / len(chosen)
         grads = add_gradients(grads, part_grads, share)
         loss += share * value
-        hits += _count_hits(logits, targets)
+        xp = array_module(logits)
+        if targets.ndim == 2:  # mixed: the class with the larger share
+            targets = xp.argmax(targets, axis=1)
+        hits += int(to_numpy(xp.sum(xp.argmax(logits, axis=1) == targets)))
     max_norm = math.inf if recipe.clip_norm is None else recipe.clip_norm
     grads, norm = clip_by_global_norm(grads, max_norm)
     largest = float(np.finfo(dtype_name(first_array(state.params))).max)
@@ -210,13 +213,6 @@ def draw_batch(
     return mixup(images, targets, recipe.mixup_alpha, draws.at(What.MIXUP))
 
 
-def _count_hits(logits: Array, targets: Array) -> int:
-    xp = array_module(logits)
-    if targets.ndim == 2:  # mixed: the class with the larger share
-        targets = xp.argmax(targets, axis=1)
-    return int(to_numpy(xp.sum(xp.argmax(logits, axis=1) == targets)))
-
-
 def check_samples(data: LabelledImages, name: str, config: Any, recipe: Recipe) -> None:
     """Refuses samples that do not suit a model and a recipe. Raises: RangeError and others."""
     check_has_classifier(config)
@@ -245,10 +241,8 @@ def check_state(state: TrainState) -> None:
     if accuracy < 0 and not (none and accuracy == -1):
         raise RangeError(f"state.best_accuracy is {accuracy}; it must be from 0 to 1, or -1 before")
     if not isinstance(digest, str) or not re.fullmatch("" if none else "[0-9a-f]{64}", digest):
-        raise RangeError(
-            f"state.best_sha256 is {shown(digest)}; with best_epoch {state.best_epoch} it must be "
-            f"{'empty' if none else '64 hexadecimal digits'}"
-        )
+        form = f"{'empty' if none else '64 hexadecimal digits'} with best_epoch {state.best_epoch}"
+        raise RangeError(f"state.best_sha256 is {shown(digest)}; it must be {form}")
 
 
 def diverged(what: str, step: int, steps: int, lr: float, culprit: str) -> TrainingError:
