@@ -84,11 +84,12 @@ def load(
         return read_model(path, variants[known], eps=eps, released=origin)
     if mirror is not None:
         names = ", ".join((*SHIPPED, *RELEASED))
-        raise ArrayTypeError(f"mirror goes with known names ({names}), and not with {shown(name)}")
+        what = f"mirror was given with {shown(name)}, which is not fetched"
+        raise ArrayTypeError(f"{what}. Known names are {names}")
     if re.match(r"[A-Za-z][\w+.-]*://", known):
         raise MissingFileError(
-            f"{cut_path(known)} is an address. Download it, and load the file that came: "
-            f"pvt_ref.load('path/to/file'). {_known_names(known)}"
+            f"{cut_path(known)} is an address, and load reads files. Download it, and load what "
+            f"came: pvt_ref.load('path/to/file'). {_known_names(known)}"
         )
     try:
         return load_file(name, config, entry=entry, eps=eps)
@@ -176,7 +177,7 @@ def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str
     try:
         import huggingface_hub as hub
     except ImportError as error:
-        needed = "fetching it needs huggingface_hub: pip install huggingface_hub"
+        needed = "fetching it needs a package: pip install huggingface_hub"
         raise DownloadError(f"{name}: {needed}. {_by_hand(name)}") from error
     import logging
 
