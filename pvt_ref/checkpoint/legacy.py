@@ -61,7 +61,7 @@ def _find_blocks(
     for key in keys:
         storage = storages.get(key) if isinstance(key, str) else None
         if storage is None or key in blocks:
-            raise damaged(f"its list of storages has {shown(key)}, unknown or for the second time")
+            raise damaged(f"its list of storages has {shown(key)}, which is unknown or there twice")
         if storage.dtype not in STORAGE_DTYPES.values():
             raise CheckpointError(
                 f"a storage is of the kind {shown(storage.dtype)}, of unknown size; what follows "

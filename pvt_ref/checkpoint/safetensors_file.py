@@ -160,7 +160,7 @@ def own_header(
         raise CheckpointError(f"{what}{str(error)[:200]}). {_DAMAGED}") from error
     if written not in (FORMAT, _FIRST_FORMAT):
         what = f"a pvt_ref file of format {shown(written)}; this version reads {FORMAT!r}"
-        raise CheckpointError(f"{what}. {_UPDATE}")
+        raise CheckpointError(f"{what}. It is of a newer version, or damaged: update pvt_ref")
     if found != expected or len(metadata) != 1:
         raise CheckpointError(
             f"a pvt_ref file whose content does not match its SHA-256 ({found[:12]}..., written as "
