@@ -61,7 +61,7 @@ def _find_blocks(
     for key in keys:
         storage = storages.get(key) if isinstance(key, str) else None
         if storage is None or key in blocks:
-            raise damaged(f"its list of storages has {shown(key)}, which is unknown or there twice")
+            raise damaged(f"its list has {shown(key)} twice, or no tensor refers to it")
         if storage.dtype not in STORAGE_DTYPES.values():
             raise CheckpointError(
                 f"a storage is of the kind {shown(storage.dtype)}, of unknown size; what follows "
@@ -73,7 +73,7 @@ def _find_blocks(
         if end > size:
             raise damaged(f"not a whole file: storage {shown(key)} would end at {end} of {size}")
         if numel != storage.numel:
-            raise damaged(f"storage {shown(key)} has {numel} numbers; needed are {storage.numel}")
+            raise damaged(f"storage {shown(key)} has {numel} numbers; tensors need {storage.numel}")
         blocks[key] = storage, at + 8
         at = end
     if at != size or len(blocks) != len(storages):
