@@ -21,7 +21,7 @@ def parse_json(text: str | bytes, what: str, limit: int = 2**20) -> Any:
     """
     if len(text) > limit:
         raise CheckpointError(
-            f"{what} is too long: {len(text)} characters, where at most {limit} are read"
+            f"{what} is too long: {len(text)} characters, and at most {limit} are read"
         )
     hooks: Any = {"parse_int": _whole, "parse_float": _real, "parse_constant": _constant}
     try:

@@ -184,7 +184,8 @@ def choose_model(models: Sequence[Found], entry: str | None) -> tuple[Found, lis
                     f"alone, with PyTorch: {SAFE_LOAD}; torch.save(state[...], new_path)"
                 )
             many = "several" if fitting else "none"
-            raise CheckpointError(f"{asked}, and {many} in it are called so. There are: {names}")
+            what = f"{many} of the models in it are called so"
+            raise CheckpointError(f"{asked}, and {what}. There are: {names}")
     else:
         fitting = models = _different(models)
         if len(models) > 1:
@@ -270,14 +271,15 @@ def check_state(model: Found, config: Any, origin: str = "") -> None:
     layout, state = model.layout, model.state
     if layout.has_classifier is False and config.has_classifier:
         raise CheckpointError(
-            f"it is a bare backbone ({layout.name}), and the configuration has num_classes="
-            f"{config.num_classes}, not 0. with_new_head(model, ...) adds a head to what is loaded"
+            f"it is a bare backbone ({layout.name}: it has no head), and the configuration has "
+            f"num_classes={config.num_classes}. Pass dataclasses.replace(config, num_classes=0); "
+            f"with_new_head(model, ...) adds a head"
         )
     blocks = model.row.files.blocks(config) if model.row.files else 0
     if blocks > max(len(state), _FEW):  # before anything is built for each of them
         whose = f" from {origin}" if origin else ""
-        what = f"the configuration{whose} has {blocks} blocks, and the file {len(state)} tensors"
-        raise CheckpointError(f"{what}. Correct its depth")
+        what = f"the configuration{whose} has {blocks} blocks, and the file only"
+        raise CheckpointError(f"{what} {len(state)} tensors. Correct its depth")
     problems = _problems(model, config)
     if problems:
         source = f" from {origin}" if origin not in ("", "config") else ""
