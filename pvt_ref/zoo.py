@@ -175,7 +175,12 @@ def _read_record() -> dict[str, Any]:
 def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str | None, str]:
     """From the Hub's cache or the Hub: the file, its commit, and the SHA-256 announced for it."""
     try:
-        import huggingface_hub as hub
+        from huggingface_hub import (
+            get_hf_file_metadata,
+            hf_hub_download,
+            hf_hub_url,
+            try_to_load_from_cache,
+        )
     except ImportError as error:
         needed = "fetching it needs a package: pip install huggingface_hub"
         raise DownloadError(f"{name}: {needed}. {_by_hand(name)}") from error
@@ -187,15 +192,15 @@ def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str
     log.setLevel(logging.ERROR)  # it reports every retry; the end is told below, once
     repository, announced = RELEASED[name], ""
     try:
-        kept = hub.try_to_load_from_cache(repository, _FILE, revision=commit)  # asks no network
+        kept = try_to_load_from_cache(repository, _FILE, revision=commit)  # asks no network
         if not isinstance(kept, str):
             where = mirror or "the Hugging Face Hub"
             print(f"{name}: fetching {repository} from {where}", file=sys.stderr, flush=True)
-            url = hub.hf_hub_url(repository, _FILE, revision=commit, **options)
-            answer = hub.get_hf_file_metadata(url, timeout=_SECONDS)  # a download tries for long
+            url = hf_hub_url(repository, _FILE, revision=commit, **options)
+            answer = get_hf_file_metadata(url, timeout=_SECONDS)  # a download tries for long
             commit, announced = answer.commit_hash or commit, answer.etag or ""
             options |= {"revision": commit, "etag_timeout": _SECONDS}
-            kept = hub.hf_hub_download(repository, _FILE, **options)
+            kept = hf_hub_download(repository, _FILE, **options)
     except Exception as error:  # many kinds, of several libraries: all mean that it is not here
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         where = mirror or "the Hugging Face Hub"
