@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from pvt_ref import __version__
-from pvt_ref.app import Prediction
 from pvt_ref.checkpoint import save
 from pvt_ref.checks import as_size
 from pvt_ref.data.picture_file import SUFFIXES
@@ -38,79 +37,49 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command")
 
     of_file = argparse.ArgumentParser(add_help=False)
-    of_file.add_argument(
-        "--config",
-        metavar="NAME|FILE",
-        help="the model in a weights file that does not tell: a variant's name, or a JSON file",
-    )
-    of_file.add_argument(
-        "--entry",
-        metavar="NAME",
-        help="which of several sets of weights in a file, such as model_ema",
-    )
-
+    text = "the model in a weights file that does not tell: a variant's name, or a JSON file"
+    of_file.add_argument("--config", metavar="NAME|FILE", help=text)
+    text = "which of several sets of weights in a file, such as model_ema"
+    of_file.add_argument("--entry", metavar="NAME", help=text)
     of_size = argparse.ArgumentParser(add_help=False)
-    of_size.add_argument(
-        "--size",
-        nargs="+",
-        type=int,
-        metavar="PIXELS",
-        help="H W, or one side of a square (default: that of the training)",
-    )
+    text = "H W, or one side of a square (default: that of the training)"
+    of_size.add_argument("--size", nargs="+", type=int, metavar="PIXELS", help=text)
 
-    classify = commands.add_parser(
-        "classify", parents=[of_file, of_size], help="what pictures show, with probabilities"
+    text = "what pictures show, with probabilities"
+    classify = commands.add_parser("classify", parents=[of_file, of_size], help=text)
+    text = (
+        "picture files; of a folder, the files directly in it that are named as pictures are "
+        "(.jpg, .png and so on) and not hidden"
     )
-    classify.add_argument(
-        "images",
-        nargs="+",
-        metavar="IMAGE",
-        help="picture files; of a folder, the files directly in it that are named as pictures are "
-        "(.jpg, .png and so on) and not hidden",
+    classify.add_argument("images", nargs="+", metavar="IMAGE", help=text)
+    text = (
+        f"{', '.join(SHIPPED)} (in the package), {', '.join(RELEASED)} (fetched when first "
+        f"asked for), or a file (default cifar10)"
     )
-    classify.add_argument(
-        "--weights",
-        default="cifar10",
-        metavar="NAME|FILE",
-        help=f"{', '.join(SHIPPED)} (in the package), {', '.join(RELEASED)} (fetched when first "
-        f"asked for), or a file (default cifar10)",
-    )
+    classify.add_argument("--weights", default="cifar10", metavar="NAME|FILE", help=text)
     classify.add_argument("--top", type=int, default=5, help="classes a picture (default 5)")
     classify.add_argument("--json", action="store_true", help="a list, for programs")
 
-    summary = commands.add_parser(
-        "summary",
-        parents=[of_file, of_size],
-        help="parameters, MACs, memory and cache by stage and operation, as a table",
-    )
-    summary.add_argument(
-        "model",
-        help=f"{', '.join(known_variants())}; {', '.join(SHIPPED)}; or a weights file",
-    )
+    text = "parameters, MACs, memory and cache by stage and operation, as a table"
+    summary = commands.add_parser("summary", parents=[of_file, of_size], help=text)
+    text = f"{', '.join(known_variants())}; {', '.join(SHIPPED)}; or a weights file"
+    summary.add_argument("model", help=text)
     summary.add_argument("--batch", type=int, default=1, help="images at once (default 1)")
-    summary.add_argument(
-        "--dtype", choices=["float32", "float64"], default="float32", help="default float32"
-    )
-    summary.add_argument(
-        "--pyramid", action="store_true", help="the dense pyramid instead of the classifier"
-    )
+    dtypes = ["float32", "float64"]
+    summary.add_argument("--dtype", choices=dtypes, default="float32", help="default float32")
+    text = "the dense pyramid instead of the classifier"
+    summary.add_argument("--pyramid", action="store_true", help=text)
 
-    convert = commands.add_parser(
-        "convert",
-        parents=[of_file],
-        help="weights of any readable layout to this project's .safetensors",
-    )
+    text = "weights of any readable layout to this project's .safetensors"
+    convert = commands.add_parser("convert", parents=[of_file], help=text)
     convert.add_argument("src", nargs="+", help="weights files, or folders with one")
     convert.add_argument("dst", help="the .safetensors file to write, or a folder for them")
     convert.add_argument("--force", action="store_true", help="replace a file that is there")
-    convert.add_argument(
-        "--eps",
-        nargs="+",
-        type=float,
-        metavar="EPS",
-        help="epsilon of the norms, and of those after projections if another (default: that of "
-        "the code which made the file; 1e-6 1e-5 for the authors' weights in Hugging Face's files)",
+    text = (
+        "epsilon of the norms, and of those after projections if another (default: that of "
+        "the code which made the file; 1e-6 1e-5 for the authors' weights in Hugging Face's files)"
     )
+    convert.add_argument("--eps", nargs="+", type=float, metavar="EPS", help=text)
     return parser
 
 
@@ -118,10 +87,6 @@ def _say(message: object) -> None:
     if sys.stderr is not None:  # for None, print would take standard output
         with suppress(OSError):  # a full disk, a closed pipe: the answers go on
             print(printable(str(message)), file=sys.stderr, flush=True)
-
-
-def _say_error(message: object) -> None:
-    _say(f"error: {message}")
 
 
 def _status(inputs: int, failed: int) -> int:
@@ -147,13 +112,9 @@ def _pictures(arguments: Iterable[str]) -> Iterator[tuple[str, PVTError | None]]
             yield os.path.join(path, name), None
         others = len(names) - len(pictures)
         if not pictures:
-            yield (
-                path,
-                ImageError(
-                    f"{shown(path, 400)} is a folder without pictures: of {others} files no name "
-                    f"ends in one of {', '.join(SUFFIXES)} (and folders in it are not looked into)"
-                ),
-            )
+            why = f"of {others} files no name ends in one of {', '.join(SUFFIXES)}"
+            what = f"{shown(path, 400)} is a folder without pictures: {why}"
+            yield path, ImageError(f"{what} (and folders in it are not looked into)")
         elif others:
             what = "1 file with another name was"
             if others > 1:
@@ -167,13 +128,13 @@ def _asked_of_file(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _size(args: argparse.Namespace) -> Any:
-    return args.size[0] if args.size and len(args.size) == 1 else args.size
+def _one_or_all(values: Sequence[Any] | None) -> Any:
+    return values[0] if values and len(values) == 1 else values
 
 
 def _classify(args: argparse.Namespace) -> int:
     model = load(args.weights, **_asked_of_file(args))
-    size = _size(args)
+    size = _one_or_all(args.size)
     if size is not None:
         model.config.grids(*as_size(size))  # refuses what the model cannot take, once for all
     inputs = list(_pictures(args.images))
@@ -184,9 +145,14 @@ def _classify(args: argparse.Namespace) -> int:
         answer = next(answers) if error is None else error
         if isinstance(answer, PVTError):
             failed += 1
-            _say_error(answer)
+            _say(f"error: {answer}")
         if args.json:
-            text = textwrap.indent(_as_json(path, args.weights, answer), "  ")
+            record: dict[str, Any] = {"image": path, "weights": args.weights}
+            if isinstance(answer, PVTError):
+                record["error"] = str(answer)
+            else:
+                record["predictions"] = [a._asdict() for a in answer]
+            text = textwrap.indent(json.dumps(record, indent=2), "  ")
             print(",\n" if index else "[\n", text, sep="", end="", flush=True)
         elif not isinstance(answer, PVTError):
             rows = ([a.label, f"{a.probability:.4f}"] for a in answer)
@@ -198,29 +164,18 @@ def _classify(args: argparse.Namespace) -> int:
     return _status(len(inputs), failed)
 
 
-def _as_json(path: str, weights: str, answer: list[Prediction] | PVTError) -> str:
-    record: dict[str, Any] = {"image": path, "weights": weights}
-    if isinstance(answer, PVTError):
-        record["error"] = str(answer)
-    else:
-        record["predictions"] = [a._asdict() for a in answer]
-    return json.dumps(record, indent=2)
-
-
 def _summary(args: argparse.Namespace) -> int:
     known, heading = known_variants(), ""
     if args.model in known:
         if _asked_of_file(args):
-            raise CheckpointError(
-                f"--config and --entry say what is in a weights file; {args.model} is a known "
-                f"name. A file called so is ./{args.model}"
-            )
+            what = f"{args.model} is a known name, and a file called so ./{args.model}"
+            raise CheckpointError(f"--config and --entry say what is in a weights file; {what}")
         config = known[args.model]
     else:
         model = load(args.model, **_asked_of_file(args))
         config = model.config
         heading = "".join(f"{one_line(t)}\n" for t in (model.info.title, model.source) if t)
-    cost = count_cost(config, _size(args), args.batch, args.dtype, args.pyramid)
+    cost = count_cost(config, _one_or_all(args.size), args.batch, args.dtype, args.pyramid)
     print(f"{heading}{one_line(args.model)}, {format_cost(cost)}")
     return 0
 
@@ -228,34 +183,28 @@ def _summary(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     into_folder = os.path.isdir(args.dst)
     if len(args.src) > 1 and not into_folder:
-        raise CheckpointError(
-            f"there are {len(args.src)} files to convert, and {shown(args.dst, 400)} is no folder. "
-            f"Make it first, or convert one at a time"
-        )
-    eps = args.eps[0] if args.eps and len(args.eps) == 1 else args.eps
+        what = f"there are {len(args.src)} files, and {shown(args.dst, 400)} is no folder"
+        raise CheckpointError(f"{what}. Make it first, or convert one at a time")
+    eps = _one_or_all(args.eps)
     failed, written = 0, set()
     for src in args.src:
         path = Path(os.path.abspath(src))
         name = path.name if path.is_dir() else path.stem
         target = os.path.join(args.dst, f"{name}.safetensors") if into_folder else args.dst
         try:
+            there = f"{shown(src, 400)}: {shown(target, 400)}"
             if target in written:
-                raise CheckpointError(
-                    f"{shown(src, 400)}: {shown(target, 400)} was just made of a file of the same "
-                    f"name"
-                )
+                raise CheckpointError(f"{there} was just made of a file of the same name")
             if os.path.lexists(target) and not args.force:
-                raise CheckpointError(
-                    f"{shown(src, 400)}: {shown(target, 400)} is there already. --force replaces it"
-                )
+                raise CheckpointError(f"{there} is there already. --force replaces it")
             model = load(src, eps=eps, **_asked_of_file(args))
             save(target, model)
         except (BrokenPipeError, MemoryError):
             raise
         except Exception as error:  # also one that should not be: the others go on
             failed += 1
-            known = isinstance(error, PVTError | OSError)
-            _say_error(error if known else f"{shown(src, 400)}: {type(error).__name__}: {error}")
+            kind = f"{shown(src, 400)}: {type(error).__name__}: "
+            _say(f"error: {'' if isinstance(error, PVTError | OSError) else kind}{error}")
             continue
         written.add(target)
         print(f"{one_line(src)}: {one_line(model.source)}")
@@ -273,24 +222,18 @@ def _run(argv: Sequence[str] | None) -> int:
         parser.print_help()
         return 0
     if sys.stdout is None:
-        _say_error("standard output is closed: there is nowhere to print to")
+        _say("error: standard output is closed: there is nowhere to print to")
         return _NONE
     try:
         return _COMMANDS[args.command](args)
     except BrokenPipeError:
         raise
     except MemoryError:
-        _say_error("there is not enough memory for this")
+        _say("error: there is not enough memory for this")
         return _NONE
     except (PVTError, OSError) as error:
-        _say_error(error)
+        _say(f"error: {error}")
         return _NONE
-
-
-def _forget_output() -> None:
-    """What could not be written is not tried again at exit."""
-    assert sys.stdout is not None
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -301,9 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 if some of several inputs failed; 2 if all did, or the output could
-        not be written to its end; each with messages on standard error; 130 after Ctrl-C; 141 if
-        the reader of standard output left, as ``head`` does (what a shell reports of other
-        programs, too).
+        not be written to its end; 130 after Ctrl-C; 141 if the reader of standard output left.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names may hold what a terminal cannot show
@@ -314,13 +255,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
-    except BrokenPipeError:
-        _forget_output()
-        return _PIPE_CLOSED
-    except OSError as error:  # a full disk, noticed by the last flush
-        _say_error(error)
-        _forget_output()
-        return _NONE
+    except OSError as error:  # the reader left, or the last flush noticed a full disk
+        closed = isinstance(error, BrokenPipeError)
+        if not closed:
+            _say(f"error: {error}")
+        assert sys.stdout is not None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or exit tries once more
+        return _PIPE_CLOSED if closed else _NONE
     except KeyboardInterrupt:
         return _INTERRUPTED
 

@@ -10,32 +10,14 @@ import reprlib
 
 
 def printable(text: str) -> str:
-    r"""The text with every character that a terminal could obey written as an escape.
-
-    Newlines stay. Control characters, direction marks and lone surrogates become ``\x1b``,
-    ``\u202e``, ``\udc80`` and so on.
-
-    Args:
-        text: any text.
-
-    Returns:
-        The same text if all of it can be printed.
-    """
+    r"""The text with every character that a terminal could obey as an escape, such as ``\x1b``."""
     if text.replace("\n", "").isprintable():
         return text
     return "".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def shown(value: object, limit: int = 80) -> str:
-    """A stranger's value for a message: on one line, quoted if it is a text, and cut.
-
-    Args:
-        value: anything; of a long text, a long list or a deep one only the beginning is looked at.
-        limit: characters of a text, or of another value's repr, that are shown.
-
-    Returns:
-        ``repr(value)``, or its beginning and ``...``.
-    """
+    """A stranger's value for a message: ``repr(value)`` on one line, cut after limit characters."""
     if isinstance(value, str | bytes):
         return repr(value[:limit]) + ("..." if len(value) > limit else "")
     if isinstance(value, int) and value.bit_length() > 14_000:  # beyond what Python prints
@@ -50,16 +32,14 @@ def shown(value: object, limit: int = 80) -> str:
 
 
 def key_name(key: object) -> str:
-    """A stranger's key for a list of keys.
-
-    Args:
-        key: anything.
-
-    Returns:
-        The key as it is if it is a plain name of up to 120 characters, else as :func:`shown`.
-    """
+    """A stranger's key for a list: as it is if it is a plain name, else as :func:`shown`."""
     plain = isinstance(key, str) and re.fullmatch(r"[\w.-]{1,120}", key, re.ASCII)
     return str(key) if plain else shown(key, 120)
+
+
+def reason(error: BaseException) -> str:
+    """What an error of the system says, for a message."""
+    return f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
 
 
 class PVTError(Exception):

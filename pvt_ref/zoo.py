@@ -1,8 +1,7 @@
 """Weights by name: those that come with the package, and those the authors released.
 
 ``digits`` and ``cifar10`` were trained with this package's gradients and lie in its wheel. The
-released models are large and lie on the Hugging Face Hub; they are fetched when they are asked for,
-or taken from a folder where somebody has put them.
+released models are fetched from the Hugging Face Hub, or taken from a folder.
 """
 
 import hashlib
@@ -16,6 +15,8 @@ from typing import Any
 from pvt_ref.app import Model
 from pvt_ref.checkpoint import load as load_file
 from pvt_ref.checkpoint.files import Eps, FilePath, cut_path
+from pvt_ref.checkpoint.stated import read_json
+from pvt_ref.checkpoint.whole_file import write_whole
 from pvt_ref.errors import ArrayTypeError, CheckpointError, DownloadError, MissingFileError, shown
 from pvt_ref.models.architecture import architectures, known_variants
 
@@ -64,22 +65,17 @@ def load(
         The model, on the host, with class names and preprocessing in ``info`` if they are known.
 
     Raises:
-        DownloadError: if it has to be fetched and cannot be, which is known after some seconds, or
-            is not what it was the first time; the message says how to get it by hand.
+        DownloadError: if it has to be fetched and cannot be, or is not what it was the first time.
         MissingFileError: if there is no file at the path; the message has the known names.
         CheckpointError: if the file is damaged, unsafe, of an unknown kind, or does not fit.
-        ArrayTypeError: if an argument is of another type, config or entry comes with a known name,
-            or mirror with what is not fetched.
-        ConfigError: if eps or config is one that no model can have.
+        ArrayTypeError, ConfigError: if an argument is of another type, or no model can have it.
     """
     known = name if isinstance(name, str) else ""
     variants = known_variants()
     if known in SHIPPED or known in variants:
         if config is not None or entry is not None:
-            raise ArrayTypeError(
-                f"{'entry' if config is None else 'config'} was given with {known!r}, which brings "
-                f"its own. Leave it out, or name a file: './{known}'"
-            )
+            what = f"{'entry' if config is None else 'config'} was given with {known!r}"
+            raise ArrayTypeError(f"{what}, which brings its own. A file is './{known}'")
         if known in SHIPPED:
             return load_file(Path(__file__).with_name("weights") / f"{known}.safetensors", eps=eps)
         path, origin = _find(known, mirror)
@@ -87,14 +83,13 @@ def load(
 
         return read_model(path, variants[known], eps=eps, released=origin)
     if mirror is not None:
-        raise ArrayTypeError(
-            f"mirror was given with {shown(name)}, which is not fetched. Known names are "
-            f"{', '.join((*SHIPPED, *RELEASED))}"
-        )
+        names = ", ".join((*SHIPPED, *RELEASED))
+        what = f"mirror was given with {shown(name)}, which is not fetched"
+        raise ArrayTypeError(f"{what}. Known names are {names}")
     if re.match(r"[A-Za-z][\w+.-]*://", known):
         raise MissingFileError(
-            f"{cut_path(known)} is an address, and load reads files. Download it, and load the "
-            f"file that came: pvt_ref.load('path/to/file'). {_known_names(known)}"
+            f"{cut_path(known)} is an address, and load reads files. Download it, and load what "
+            f"came: pvt_ref.load('path/to/file'). {_known_names(known)}"
         )
     try:
         return load_file(name, config, entry=entry, eps=eps)
@@ -110,8 +105,7 @@ def _known_names(given: str) -> str:
 
     names = (*SHIPPED, *RELEASED)
     last = given.rstrip("/").rpartition("/")[2].lower().replace("-", "_")
-    last = re.sub(r"(_224)?(\.\w+)?$", "", last)
-    near = difflib.get_close_matches(last, names, 1)
+    near = difflib.get_close_matches(re.sub(r"(_224)?(\.\w+)?$", "", last), names, 1)
     meant = f". Did you mean {near[0]!r}?" if near else ""
     return f"Names that are known without a file: {', '.join(names)}{meant}"
 
@@ -129,48 +123,44 @@ def _find(name: str, mirror: str | None) -> tuple[Path, str]:
         if path.exists():
             return path, f"{path.name} of the weights folder"
     if name not in RELEASED:
-        raise DownloadError(
-            f"{name}: its weights were not released. If you have some, name the file: "
-            f"pvt_ref.load('path/to/file'), or put it at {weights_folder() / name}.pth"
-        )
+        what = f"{name}: its weights were not released. If you have some, put them at"
+        raise DownloadError(f"{what} {weights_folder() / name}.pth, or load them by their path")
     address = "https:" if mirror is None else mirror
     if not isinstance(address, str) or not re.match("https?:", address, re.IGNORECASE):
-        raise ArrayTypeError(
-            f"mirror is {shown(mirror)}; it must be an address such as 'https://my.server'. "
-            f"For a file on this machine: pvt_ref.load('path/to/file')"
-        )
+        what = f"mirror is {shown(mirror)}; it must be an address such as 'https://my.server'"
+        raise ArrayTypeError(f"{what}. For a file on this machine: pvt_ref.load('path/to/file')")
     first = _read_record().get(name)
     path, commit, announced = _fetch(name, mirror, first["commit"] if first else None)
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        what = f"{type(error).__name__}: {error.strerror or error}"
-        raise DownloadError(
-            f"{name}: what was fetched cannot be read from {path} ({what}). {_by_hand(name)}"
-        ) from error
+        what = f"what was fetched cannot be read from {path} ({type(error).__name__}: {error})"
+        raise DownloadError(f"{name}: {what}. {_by_hand(name)}") from error
+    has = f"{name}: {path} has the SHA-256 {found[:12]}..., and"
     if re.fullmatch("[0-9a-f]{64}", announced) and announced != found:
-        raise DownloadError(
-            f"{name}: {path} has the SHA-256 {found[:12]}..., and the server announced "
-            f"{announced[:12]}...: it is damaged. Delete that file, and try again"
-        )
+        said = f"the server announced {announced[:12]}...: it is damaged"
+        raise DownloadError(f"{has} {said}. Delete that file, and try again")
     if first and first["sha256"] != found:
         raise DownloadError(
-            f"{name}: {path} has the SHA-256 {found[:12]}..., and what was fetched first had "
-            f"{first['sha256'][:12]}...: it was damaged or exchanged. Delete it, and try again; if "
-            f"you want what is there now, delete the entry {name!r} in {weights_folder() / _RECORD}"
+            f"{has} what was fetched first had {first['sha256'][:12]}...: it was damaged or "
+            f"exchanged. Delete it, and try again; if you want what is there now, delete the entry "
+            f"{name!r} in {weights_folder() / _RECORD}"
         )
     if first is None:
         entry = {"repository": RELEASED[name], "commit": commit, "sha256": found}
-        _write_record(_read_record() | {name: entry})  # another may have been fetched meanwhile
+        record = _read_record() | {name: entry}  # another may have been fetched meanwhile
+        place = weights_folder() / _RECORD
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(place, f"{json.dumps(record, indent=1)}\n".encode())
+        except OSError as error:
+            print(f"{place} could not be written ({error.strerror or error})", file=sys.stderr)
     at = f" at commit {commit[:12]}" if commit else ""
     return path, f"from {RELEASED[name]}{at}, SHA-256 {found[:12]}..."
 
 
 def _read_record() -> dict[str, Any]:
-    """What each name meant when it was fetched first: its repository, commit and SHA-256."""
-    from pvt_ref.checkpoint.stated import read_json
-
     path = weights_folder() / _RECORD
     try:
         record = read_json(path, path.name) if path.exists() else {}
@@ -180,17 +170,6 @@ def _read_record() -> dict[str, Any]:
             f"{path}, which says what was fetched, cannot be read ({type(error).__name__}: "
             f"{error}). Delete it: what is fetched next is then taken as it comes"
         ) from error
-
-
-def _write_record(record: dict[str, Any]) -> None:
-    from pvt_ref.checkpoint.whole_file import write_whole
-
-    path = weights_folder() / _RECORD
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, f"{json.dumps(record, indent=1)}\n".encode())
-    except OSError as error:
-        print(f"{path} could not be written ({error.strerror or error})", file=sys.stderr)
 
 
 def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str | None, str]:
@@ -203,10 +182,8 @@ def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str
             try_to_load_from_cache,
         )
     except ImportError as error:
-        raise DownloadError(
-            f"{name}: fetching it needs the package huggingface_hub: pip install huggingface_hub. "
-            f"{_by_hand(name)}"
-        ) from error
+        needed = "fetching it needs a package: pip install huggingface_hub"
+        raise DownloadError(f"{name}: {needed}. {_by_hand(name)}") from error
     import logging
 
     options: dict[str, Any] = {"endpoint": mirror} if mirror else {}
@@ -222,15 +199,12 @@ def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str
             url = hf_hub_url(repository, _FILE, revision=commit, **options)
             answer = get_hf_file_metadata(url, timeout=_SECONDS)  # a download tries for long
             commit, announced = answer.commit_hash or commit, answer.etag or ""
-            kept = hf_hub_download(
-                repository, _FILE, revision=commit, etag_timeout=_SECONDS, **options
-            )
+            options |= {"revision": commit, "etag_timeout": _SECONDS}
+            kept = hf_hub_download(repository, _FILE, **options)
     except Exception as error:  # many kinds, of several libraries: all mean that it is not here
-        reason = " ".join(str(error).split())[:300]
-        raise DownloadError(
-            f"{name}: {mirror or 'the Hugging Face Hub'} did not give it "
-            f"({type(error).__name__}: {reason}). {_by_hand(name)}"
-        ) from error
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        where = mirror or "the Hugging Face Hub"
+        raise DownloadError(f"{name}: {where} did not give it ({why}). {_by_hand(name)}") from error
     finally:
         log.setLevel(level)
     folder = Path(kept).parent.name  # the cache has one for each commit
@@ -241,9 +215,8 @@ def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str
 
 def _by_hand(name: str) -> str:
     hub = f"https://huggingface.co/{RELEASED[name]}/resolve/main/{_FILE}"
-    folder = weights_folder()
+    place = weights_folder() / name
     return (
-        f"By hand: download {_URLS[name]} to {folder / name}.pth, or {hub} to "
-        f"{folder / name}.safetensors; either is then found by its name. (Or keep it anywhere, and "
-        f"load it by its path.)"
+        f"By hand: download {_URLS[name]} to {place}.pth, or {hub} to {place}.safetensors; either "
+        f"is then found by its name, and anywhere else by its path"
     )

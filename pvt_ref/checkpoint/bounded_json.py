@@ -16,25 +16,17 @@ MAX_DIGITS = 4300
 def parse_json(text: str | bytes, what: str, limit: int = 2**20) -> Any:
     """The values in a JSON text (bytes are UTF-8) of at most limit characters, or bytes.
 
-    Memory is at most some 30 times the limit, whatever the text says: empty lists take the most.
-
-    Raises:
-        CheckpointError: if it is longer than limit, nested deeper than MAX_DEPTH, no JSON, or holds
-            a key twice, NaN, infinity, or a number of more than MAX_DIGITS digits.
+    Memory is at most some 30 times the limit. Raises: CheckpointError for what is longer or nested
+    deeper than MAX_DEPTH, and for repeated keys, NaN, infinity and numbers over MAX_DIGITS.
     """
     if len(text) > limit:
         raise CheckpointError(
-            f"{what} is too long: {len(text)} characters, and at most {limit} are read. It is "
-            f"damaged, or made to exhaust memory"
+            f"{what} is too long: {len(text)} characters, and at most {limit} are read"
         )
+    hooks: Any = {"parse_int": _whole, "parse_float": _real, "parse_constant": _constant}
     try:
-        value = json.loads(
-            text.decode("utf-8-sig") if isinstance(text, bytes) else text,
-            parse_int=_whole,
-            parse_float=_real,
-            parse_constant=_constant,
-            object_pairs_hook=_object,
-        )
+        decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        value = json.loads(decoded, object_pairs_hook=_object, **hooks)
         _check_depth(value)
     except RecursionError:
         raise CheckpointError(f"{what} is nested too deeply: over {MAX_DEPTH} levels") from None

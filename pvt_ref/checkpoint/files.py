@@ -10,7 +10,7 @@ from pvt_ref.api import to_state_dict
 from pvt_ref.app import Model
 from pvt_ref.checks import check_finite
 from pvt_ref.data.info import UNKNOWN
-from pvt_ref.errors import ArrayTypeError, CheckpointError, shown
+from pvt_ref.errors import ArrayTypeError, CheckpointError, reason, shown
 from pvt_ref.tree import to_numpy
 
 _SUFFIX = ".safetensors"
@@ -38,31 +38,26 @@ def load(
         path: the file, a folder of ``save_pretrained``, or the index.json of several files.
         config: the model in it: a configuration of any network; a variant's name, such as
             ``"pvt_small"``, which leaves class count, channels and image size to the file; or the
-            path of a JSON file with Hugging Face's or this project's configuration, of which what
-            it lacks is read off the shapes. Needed where there is no config.json and the shapes are
-            not those of a variant: the number of heads leaves no trace in any shape. For a file of
-            :func:`save`, only eps and drop rates may differ from what it says.
+            path of a JSON file with Hugging Face's or this project's configuration. Needed where
+            there is no config.json and the shapes are not those of a variant: no shape shows the
+            number of heads. For a file of :func:`save`, only eps and drop rates may differ.
         entry: which model of several, by the name of its dict, of its prefix or of both:
             ``"model_ema"``, ``"teacher.backbone"``. None takes the only one, or that at the top,
             under ``model`` or under ``state_dict``.
         eps: epsilon of the layer norms, which weights do not tell: one number, or
             ``(norm_eps, projection_norm_eps)``. None takes what a JSON file says; else what config
-            says, if it is not the default; else what was saved, for files of :func:`save`,
-            or what the code that made the file uses: ``(1e-6, 1e-5)`` for the authors' files, 1e-6
-            everywhere for Hugging Face and MMDetection. (Hugging Face's published weights were
-            trained by the authors, with their two numbers.)
+            says, if it is not the default; else what was saved, for files of :func:`save`, or what
+            the code that made the file uses: ``(1e-6, 1e-5)`` for the authors' files, 1e-6 for
+            Hugging Face (whose published weights were trained with the former) and MMDetection.
 
     Returns:
-        The model, on the host, float32 or float64 as stored (float16 and bfloat16 become float32);
-        bare backbones have num_classes 0. Its ``source`` says what was recognised, read, assumed
-        and left out.
+        The model, on the host, float32 or float64 as stored (float16 and bfloat16 become float32).
 
     Raises:
         MissingFileError: if there is no such file.
         CheckpointError: if it is damaged, unsafe, of an unknown kind, contradicts what is said of
             it, holds several models, or does not fit; all keys in question are listed together.
-        ArrayTypeError: if path, config or entry is of another type.
-        ConfigError: if eps or config is one that no model can have.
+        ArrayTypeError, ConfigError: if an argument is of another type, or no model can have it.
     """
     from pvt_ref.checkpoint.reading import read_model
 
@@ -72,10 +67,9 @@ def load(
 def save(path: FilePath, model: Model, dtype: str | None = None) -> None:
     """Writes a model to a .safetensors file, with its configuration and a SHA-256 of both.
 
-    The file appears complete or not at all: it is written beside its place under another name,
-    flushed to the disk, and renamed. An older file of that name stays whole until then, and leaves
-    its permissions to the new one; a read-only one stays. The same model gives the same bytes.
-    Arrays on a device are copied to the host.
+    The file appears complete or not at all. An older one of that name stays whole until then, and
+    leaves its permissions to the new one; a read-only one stays. The same model gives the same
+    bytes. Arrays on a device are copied to the host.
 
     Args:
         path: ends in ``.safetensors``; its directory exists.
@@ -94,10 +88,7 @@ def save(path: FilePath, model: Model, dtype: str | None = None) -> None:
 
     path = as_path(path)
     if not isinstance(model, Model):
-        raise ArrayTypeError(
-            f"model is a {type(model).__name__}; it must be a Model: save(path, "
-            f"Model(params, config)). The path comes first"
-        )
+        raise ArrayTypeError(f"model is a {type(model).__name__}, no Model. The path comes first")
     if path.suffix != _SUFFIX:
         raise CheckpointError(
             f"{cut_path(path)}: models are saved as {_SUFFIX} files only, because a .pth file is a "
@@ -108,7 +99,14 @@ def save(path: FilePath, model: Model, dtype: str | None = None) -> None:
     for key, x in state.items():  # a Model does not look at arrays on a device
         check_finite(key, x, "The training that made them diverged; such a file would be refused")
     if dtype is not None:
-        state = _narrow(path, state, dtype)
+        if not isinstance(dtype, str) or dtype != "float16":
+            raise ArrayTypeError(f"dtype is {shown(dtype)}; it must be None or 'float16'")
+        largest = float(np.finfo(np.float16).max)
+        for key, x in state.items():
+            if not np.abs(x).max(initial=0.0) <= largest:
+                what = f"{key} holds numbers beyond {largest:g}, the largest of float16"
+                raise CheckpointError(f"{cut_path(path)}: {what}. Leave dtype out")
+        state = {key: x.astype(np.float16) for key, x in state.items()}
     try:
         data = to_bytes(state, model.config, None if model.info == UNKNOWN else model.info)
     except CheckpointError as error:
@@ -117,36 +115,16 @@ def save(path: FilePath, model: Model, dtype: str | None = None) -> None:
         write_whole(path, data)
     except OSError as error:
         raise CheckpointError(
-            f"{cut_path(path)}: could not be saved ({type(error).__name__}: "
-            f"{error.strerror or error}). A file of this name, if there was one, is as it was. "
-            f"Check that the directory exists, that it may be written to, and that the disk has "
-            f"{len(data)} bytes free"
+            f"{cut_path(path)}: could not be saved ({reason(error)}). A file of this name, if "
+            f"there was one, is as it was. Check that the directory exists, that it may be written "
+            f"to, and that the disk has {len(data)} bytes free"
         ) from error
-
-
-def _narrow(path: Path, state: dict[str, np.ndarray], dtype: Any) -> dict[str, np.ndarray]:
-    """Every array as float16, once it is sure that none overflows."""
-    if not isinstance(dtype, str) or dtype != "float16":
-        raise ArrayTypeError(
-            f"dtype is {shown(dtype)}; files hold the weights as they are (None) or as 'float16'"
-        )
-    largest = float(np.finfo(np.float16).max)
-    for key, x in state.items():
-        if not np.abs(x).max(initial=0.0) <= largest:
-            raise CheckpointError(
-                f"{cut_path(path)}: {key} holds numbers beyond {largest:g}, the largest of "
-                f"float16. Leave dtype out"
-            )
-    return {key: x.astype(np.float16) for key, x in state.items()}
 
 
 def as_path(path: Any) -> Path:
     """A path that somebody gave. Raises: ArrayTypeError or CheckpointError for what is none."""
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
-        raise ArrayTypeError(
-            f"path is a {type(path).__name__}; it must be a str or pathlib.Path, the first "
-            f"argument of load(path) and of save(path, model)"
-        )
+        raise ArrayTypeError(f"path is a {type(path).__name__}; it must be a str or Path")
     if not os.fspath(path):
         raise CheckpointError("the path is empty; it must name a weights file")
     if "\0" in os.fspath(path):

@@ -3,18 +3,15 @@
 ``torch.save(..., _use_new_zipfile_serialization=False)`` still writes it, and OpenMMLab's
 publishing tool does so. Five pickles follow each other: a magic number; the version of the format;
 a dict that describes the machine; the saved object; and the list of storage keys. Then comes, for
-each key, the number of elements in 8 bytes and the raw numbers, both little-endian on every
-machine.
+each key, the number of elements in 8 bytes and the raw numbers, both little-endian.
 
-The format has no checksum. What is verified is that it is all there and nothing else: each storage
-has the size that the pickle gives it, none comes twice, and the last one ends where the file ends.
-A changed bit in the numbers goes unnoticed.
+The format has no checksum: what is verified is that all is there, once, and nothing else.
 """
 
 from typing import Any, BinaryIO
 
 from pvt_ref.checkpoint.pickles import read_pickle
-from pvt_ref.checkpoint.stored import DAMAGED, STORAGE_DTYPES, Storage, StoredFile, itemsize
+from pvt_ref.checkpoint.stored import STORAGE_DTYPES, Storage, StoredFile, damaged, itemsize
 from pvt_ref.errors import CheckpointError, shown
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -42,10 +39,8 @@ class LegacyFile(StoredFile):
         file.seek(0)
         magic, version, machine = (read_pickle(file).tree for _ in range(3))
         if magic != _MAGIC or version != _VERSION or not isinstance(machine, dict):
-            raise CheckpointError(
-                f"its head is not that of PyTorch's format from before 1.6: version "
-                f"{shown(version)}, where {_VERSION} is needed. {DAMAGED}"
-            )
+            needed = f"version {shown(version)}, where {_VERSION} is needed"
+            raise damaged(f"its head is not that of PyTorch's format from before 1.6: {needed}")
         self.tree, self.foreign, storages = read_pickle(file)
         self._blocks = _find_blocks(file, self._size, read_pickle(file).tree, storages)
 
@@ -62,14 +57,11 @@ def _find_blocks(
     at = file.tell()
     blocks: dict[str, tuple[Storage, int]] = {}
     if not isinstance(keys, list):
-        raise CheckpointError(f"it has no list of storages after the pickle. {DAMAGED}")
+        raise damaged("it has no list of storages after the pickle")
     for key in keys:
         storage = storages.get(key) if isinstance(key, str) else None
         if storage is None or key in blocks:
-            raise CheckpointError(
-                f"its list of storages has {shown(key)}, which no tensor refers to or which comes "
-                f"twice. {DAMAGED}"
-            )
+            raise damaged(f"its list has {shown(key)} twice, or no tensor refers to it")
         if storage.dtype not in STORAGE_DTYPES.values():
             raise CheckpointError(
                 f"a storage is of the kind {shown(storage.dtype)}, of unknown size; what follows "
@@ -79,20 +71,14 @@ def _find_blocks(
         numel = int.from_bytes(file.read(8), "little")
         end = at + 8 + numel * itemsize(storage.dtype)
         if end > size:
-            raise CheckpointError(
-                f"not a whole file: storage {shown(key)} would end at byte {end}, and the file has "
-                f"{size}. {DAMAGED}"
-            )
+            raise damaged(f"not a whole file: storage {shown(key)} would end at {end} of {size}")
         if numel != storage.numel:
-            raise CheckpointError(
-                f"storage {shown(key)} has {numel} numbers; its tensors need {storage.numel}. "
-                f"{DAMAGED}"
-            )
+            raise damaged(f"storage {shown(key)} has {numel} numbers; tensors need {storage.numel}")
         blocks[key] = storage, at + 8
         at = end
     if at != size or len(blocks) != len(storages):
-        raise CheckpointError(
+        raise damaged(
             f"not a whole file, or more than one: its {len(blocks)} storages end at byte {at} of "
-            f"{size}, and its tensors refer to {len(storages)}. {DAMAGED}"
+            f"{size}, and its tensors refer to {len(storages)}"
         )
     return blocks

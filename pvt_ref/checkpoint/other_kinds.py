@@ -58,14 +58,10 @@ def refuse_other_kind(file: BinaryIO, readable: str) -> CheckpointError:
     if file.read(8) == b"\x57\xfb\x80\x8b\x24\x75\x47\xdb":
         return CheckpointError(f"the index of a TensorFlow checkpoint. {_NEEDED}")
     if head.lstrip()[:1] == b"<":
-        return CheckpointError(
-            f"an HTML or XML page, not weights: the link led to a web page, such as a login or an "
-            f"error. {_DOWNLOAD}"
-        )
+        return CheckpointError(f"an HTML or XML page, not weights, such as a login. {_DOWNLOAD}")
     return CheckpointError(
         f"neither a zip archive (.pth, .bin) nor .safetensors: it has {size} bytes and begins with "
-        f"{head[:8]!r}. It is damaged or of another kind. {_DOWNLOAD}. This project reads "
-        f"{readable}"
+        f"{head[:8]!r}. {_DOWNLOAD}. This project reads {readable}"
     )
 
 
@@ -78,24 +74,20 @@ def _refuse_pickle(file: BinaryIO) -> CheckpointError:
         return CheckpointError(f"a bare pickle, not a file of torch.save, and {error}")
     if storages:
         return CheckpointError(
-            "the entry data.pkl of a PyTorch file that was unpacked; the numbers lie beside it, in "
-            "data/. Load the original file, or pack the folder again, from the one above it: "
-            "zip -0 -r model.pth folder"
+            "the entry data.pkl of a PyTorch file that was unpacked. Load the original file, or "
+            "pack the folder again, from the one above it: zip -0 -r model.pth folder"
         )
     keys = tree if isinstance(tree, dict) else {}
     # newer files have nothing of Paddle's in them but the name; a parameter is (its name, array)
     by_name = os.path.splitext(str(getattr(file, "name", "")))[1] in (".pdparams", ".pdopt")
     by_content = "StructuredToParameterName@@" in keys or any("paddle" in x for x in foreign)
     if by_name or by_content:
-        return CheckpointError(
-            "a file of PaddlePaddle (paddle.save), whose linear layers are transposed. Convert it "
-            "with PaddlePaddle's own tools, or get the PyTorch weights"
-        )
+        return CheckpointError("a file of PaddlePaddle (paddle.save). Get the PyTorch weights")
     what = f"a {shown(tree.name)}" if isinstance(tree, Record) else f"a {type(tree).__name__}"
     return CheckpointError(
         f"a bare pickle ({what}; it names {', '.join(map(shown, foreign[:3])) or 'no classes'}), "
         f"not a file of torch.save; what pickle.dump wrote can only be read by running it. Safe: "
         f"get the weights as .safetensors or as a file of torch.save. If you trust the source, "
-        f"make one: state = pickle.load(open(path, 'rb')), and torch.save it as a dict from names "
-        f"to tensors. A file of torch.save can then be read anywhere: {SAFE_LOAD}"
+        f"make one: torch.save of pickle.load(open(path, 'rb')) as a dict from names to tensors, "
+        f"which is read without running it: {SAFE_LOAD}"
     )

@@ -3,11 +3,8 @@
 A pickle is a program for a small stack machine, and Python's own machine will call whatever the
 program names. In the machine here a name is a label: nothing is imported, nothing is called. Labels
 of tensors and storages give records of where numbers lie, those of OrderedDict and defaultdict
-give dicts, and every other one gives an inert :class:`Record` that remembers the name and nothing
-else. So there is nothing to run.
-
-A few names have no place beside weights at all (``os.system``, ``builtins.eval``): a file that has
-one is refused. That is courtesy, not protection; the protection is that no name is ever looked up.
+give dicts, and every other one gives an inert :class:`Record`. So there is nothing to run. A file
+that names what has no place beside weights (``os.system``) is refused; that is courtesy.
 
 Every instruction has a price, about the bytes of memory that it can take, and a pickle can spend
 :data:`BYTES_PER_BYTE` for each of its bytes; so memory and time grow with what was really read.
@@ -18,14 +15,8 @@ import pickletools
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
-from pvt_ref.checkpoint.stored import (
-    DAMAGED,
-    MAX_RANK,
-    STORAGE_DTYPES,
-    Storage,
-    StoredTensor,
-    refuse_damage,
-)
+from pvt_ref.checkpoint import stored
+from pvt_ref.checkpoint.stored import MAX_RANK, Storage, StoredTensor, damaged
 from pvt_ref.errors import CheckpointError, shown
 
 #: What instructions can spend for each byte of the pickle, beside FREE_BYTES.
@@ -54,8 +45,7 @@ _PROGRAMS = {
 _PYTHON_2 = {"__builtin__": "builtins", "commands": "subprocess", "copy_reg": "copyreg"}
 _ATTACK = (
     "Weights need nothing of the kind: the likely cause is an attack. Do not open this file with "
-    "torch.load(weights_only=False) or pickle; get the weights from their publisher, as "
-    ".safetensors if there is one"
+    "torch.load(weights_only=False) or pickle; get the weights from their publisher"
 )
 
 
@@ -82,12 +72,8 @@ class Pickle(NamedTuple):
 
 
 def read_pickle(file: BinaryIO) -> Pickle:
-    """What a pickle written by torch.save says, from the file's place to its last byte.
-
-    Raises:
-        CheckpointError: if it names a program, is damaged, or is made to take much memory.
-    """
-    with refuse_damage("its pickle cannot be read"):  # a wrong one can fail anywhere, in any way
+    """What a pickle of torch.save says, from the file's place on. Raises: CheckpointError."""
+    with stored.refuse_damage("its pickle cannot be read"):  # a wrong one fails anywhere
         return _Machine(file)._run()
 
 
@@ -110,11 +96,8 @@ def whole_object(name: str, where: str = "what was saved") -> CheckpointError:
     )
 
 
-# --- the stack machine -------------------------------------------------------------------------
-
-_CONTAINER = 80  # an empty list or dict and its place on the stack
+_CONTAINER, _TENSOR = 80, 144  # with the place on the stack
 _ITEM = 96  # of a dict, while it grows
-_TENSOR = 144
 _VALUE = 64  # a number or a short text, beside its bytes
 _PRICES = {  # every other instruction is a _VALUE
     **dict.fromkeys(("EMPTY_LIST", "EMPTY_DICT", "MARK", "LIST", "DICT", "TUPLE"), _CONTAINER),
@@ -141,8 +124,6 @@ class _NoMoreThanThereIs:
 
 
 class _Machine:
-    """One run over one pickle."""
-
     def __init__(self, file: BinaryIO):
         self.file: Any = file if isinstance(file, io.BytesIO) else _NoMoreThanThereIs(file)
         self.stack: list[Any] = []
@@ -156,13 +137,10 @@ class _Machine:
         self.storages: dict[str, Storage] = {}
 
     def _spend(self, price: int) -> None:
-        """Raises CheckpointError where more was spent than the bytes so far allow."""
         self.spent += price
         if self.spent > FREE_BYTES + BYTES_PER_BYTE * self.read:
-            raise CheckpointError(
-                f"its pickle would unpack to more than {BYTES_PER_BYTE} times its own "
-                f"size; it was made to exhaust memory, or it is damaged. {DAMAGED}"
-            )
+            times = f"{BYTES_PER_BYTE} times its own size"
+            raise damaged(f"its pickle would unpack to more than {times}, to exhaust memory")
 
     def _run(self) -> Pickle:
         arg: Any
@@ -175,7 +153,9 @@ class _Machine:
                 case "LONG_BINPUT" | "BINPUT" | "PUT":
                     self._remember(arg)
                 case "BINGET" | "LONG_BINGET" | "GET":
-                    stack.append(self._recall(arg))
+                    stack.append(self.memo[arg])
+                    if stack[-1] is _UNSET:
+                        raise ValueError(f"nothing was put into memo slot {arg}")
                 case "BINUNICODE" | "BININT1" | "BININT2" | "BININT" | "SHORT_BINUNICODE":
                     stack.append(arg)
                 case "MEMOIZE":
@@ -183,9 +163,9 @@ class _Machine:
                 case "MARK":
                     self.below.append(stack)
                     self.stack = []
-                case "TUPLE":
+                case "TUPLE" | "LIST":
                     items = self._pop_mark()
-                    self.stack.append(tuple(items))
+                    self.stack.append(tuple(items) if name == "TUPLE" else items)
                 case "TUPLE1" | "TUPLE2" | "TUPLE3":
                     items = [stack.pop() for _ in range(int(name[-1]))]
                     stack.append(tuple(reversed(items)))
@@ -203,7 +183,8 @@ class _Machine:
                     self._set_items(self.stack[-1], items)
                 case "APPEND" | "APPENDS" | "ADDITEMS":
                     items = self._pop_mark() if name[-1] == "S" else [stack.pop()]
-                    self._extend(self.stack[-1], items)
+                    if not isinstance(self.stack[-1], Record):
+                        _expect(self.stack[-1], list).extend(items)
                 case "GLOBAL":
                     stack.append(self._label(*arg.split(" ", 1)))
                 case "STACK_GLOBAL":
@@ -213,51 +194,38 @@ class _Machine:
                     stack.pop()  # attributes are not needed
                     _expect(stack[-1], Record | dict)
                 case "STOP":
-                    return Pickle(stack.pop(), self._foreign(), self.storages)
-                case _:
-                    self._run_rare(name, arg)
-        raise CheckpointError(f"its pickle has no end. {DAMAGED}")
-
-    def _run_rare(self, name: str, arg: Any) -> None:
-        """What other protocols than 2 write, and the objects of Python 2."""
-        stack = self.stack
-        match name:
-            case "PROTO" | "FRAME":
-                pass
-            case _ if name in _VALUES:
-                stack.append(arg)  # pickletools decodes Python 2's strings as latin-1
-            case "LIST":
-                items = self._pop_mark()
-                self.stack.append(items)
-            case "DICT":
-                items = self._pop_mark()
-                self.stack.append({})
-                self._set_items(self.stack[-1], items)
-            case "EMPTY_SET":
-                stack.append(self._record("builtins.set"))
-            case "FROZENSET":
-                self._pop_mark()
-                self.stack.append(self._record("builtins.frozenset"))
-            case "OBJ":
-                function, *args = self._pop_mark()
-                self.stack.append(self._make(function, tuple(args)))
-            case "INST":
-                args = self._pop_mark()
-                self.stack.append(self._make(self._label(*arg.split(" ", 1)), tuple(args)))
-            case "NEWOBJ_EX":
-                _, args, function = stack.pop(), stack.pop(), stack.pop()
-                stack.append(self._record(_expect(function, Global).name))
-            case "POP" if stack:
-                stack.pop()
-            case "POP" | "POP_MARK":
-                self._pop_mark()
-            case "DUP":
-                stack.append(stack[-1])
-            case _:  # EXT1 and so on, PERSID, NEXT_BUFFER: what they mean is not in the file
-                raise CheckpointError(
-                    f"its pickle holds the instruction {name}, which torch.save does not write. "
-                    f"{DAMAGED}"
-                )
+                    names = sorted({x[:_MAX_NAME] for x in self.labels if not _is_known(x)})
+                    return Pickle(stack.pop(), tuple(names[:_MAX_FOREIGN]), self.storages)
+                # what other protocols than 2 write, and the objects of Python 2
+                case "PROTO" | "FRAME":
+                    pass
+                case _ if name in _VALUES:
+                    stack.append(arg)  # pickletools decodes Python 2's strings as latin-1
+                case "DICT":
+                    items = self._pop_mark()
+                    self.stack.append({})
+                    self._set_items(self.stack[-1], items)
+                case "EMPTY_SET":
+                    stack.append(self._record("builtins.set"))
+                case "FROZENSET":
+                    self._pop_mark()
+                    self.stack.append(self._record("builtins.frozenset"))
+                case "OBJ" | "INST":
+                    args = self._pop_mark()
+                    function = args.pop(0) if name == "OBJ" else self._label(*arg.split(" ", 1))
+                    self.stack.append(self._make(function, tuple(args)))
+                case "NEWOBJ_EX":
+                    _, args, function = stack.pop(), stack.pop(), stack.pop()
+                    stack.append(self._record(_expect(function, Global).name))
+                case "POP" if stack:
+                    stack.pop()
+                case "POP" | "POP_MARK":
+                    self._pop_mark()
+                case "DUP":
+                    stack.append(stack[-1])
+                case _:  # EXT1 and so on, PERSID, NEXT_BUFFER: what they mean is not in the file
+                    raise damaged(f"its pickle has the instruction {name}, unknown to torch.save")
+        raise damaged("its pickle has no end")
 
     def _remember(self, slot: int) -> None:
         memo = self.memo
@@ -266,19 +234,9 @@ class _Machine:
             memo.extend([_UNSET] * (slot - len(memo) + 1))
         memo[slot] = self.stack[-1]
 
-    def _recall(self, slot: int) -> Any:
-        value = self.memo[slot]
-        if value is _UNSET:
-            raise ValueError(f"nothing was put into memo slot {slot}")
-        return value
-
     def _pop_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.below.pop()
         return items
-
-    def _extend(self, target: Any, items: list[Any]) -> None:
-        if not isinstance(target, Record):
-            _expect(target, list).extend(items)
 
     def _set_items(self, target: Any, items: list[Any]) -> None:
         if len(items) % 2:
@@ -290,7 +248,7 @@ class _Machine:
         for key, value in zip(items[::2], items[1::2], strict=True):
             name = _as_text(key, len(target))
             if name in target:
-                raise CheckpointError(f"its pickle has the key {shown(name)} twice. {DAMAGED}")
+                raise damaged(f"its pickle has the key {shown(name)} twice")
             target[name] = value
 
     def _label(self, module: Any, attribute: Any) -> Global:
@@ -301,26 +259,24 @@ class _Machine:
         name = f"{module}.{attribute}"
         if name not in self.labels:
             if module.partition(".")[0] in _PROGRAM_MODULES or name in _PROGRAMS:
-                raise CheckpointError(
-                    f"its pickle asks for {shown(name)}, which is refused; nothing was run. "
-                    f"{_ATTACK}"
-                )
+                what = f"its pickle asks for {shown(name)}, which is refused; nothing was run"
+                raise CheckpointError(f"{what}. {_ATTACK}")
             self._spend(2 * len(name) + 2 * _ITEM)
             self.labels[name] = Global(name)
         return self.labels[name]
-
-    def _foreign(self) -> tuple[str, ...]:
-        names = {name[:_MAX_NAME] for name in self.labels if not _is_known(name)}
-        return tuple(sorted(names)[:_MAX_FOREIGN])
 
     def _make(self, function: Any, args: tuple[Any, ...]) -> Any:
         if isinstance(function, Record):  # a function that would have been found or made
             return function
         name = _expect(function, Global).name
-        if name in _DICTS:
-            if name.endswith("defaultdict"):
-                args = args[1:]  # without its factory
-            return self._make_dict(*args)
+        if name in _DICTS:  # of nothing, or of the pairs that Python 2 wrote
+            self._spend(_CONTAINER)
+            result: dict[str, Any] = {}
+            (pairs,) = args[name.endswith("defaultdict") :] or ((),)  # without the factory
+            for pair in _expect(pairs, list | tuple):
+                key, value = _expect(pair, list | tuple)
+                self._set_items(result, [key, value])
+            return result
         if name.startswith(_REBUILD):
             self._spend(_TENSOR)
             return _make_tensor(name.removeprefix(_REBUILD), args) or self._record(name)
@@ -335,15 +291,6 @@ class _Machine:
     def _record(self, name: str) -> Record:
         return self.records.setdefault(name, Record(name))
 
-    def _make_dict(self, pairs: Any = ()) -> dict[str, Any]:
-        """An OrderedDict as Python 2 wrote it, from a list of pairs, or an empty one."""
-        self._spend(_CONTAINER)
-        result: dict[str, Any] = {}
-        for pair in _expect(pairs, list | tuple):
-            key, value = _expect(pair, list | tuple)
-            self._set_items(result, [key, value])
-        return result
-
     def _refer(self, reference: Any) -> Any:
         """A storage for its persistent id, or the class that a whole pickled model refers to."""
         kind, *fields = _expect(reference, tuple)
@@ -357,9 +304,8 @@ class _Machine:
             view = (_count(first), _count(count))
         if kind != "storage" or len(rest) > 1 or not name.endswith("Storage"):
             raise ValueError("a reference that is not to a storage")
-        storage = Storage(
-            _expect(key, str), STORAGE_DTYPES.get(name) or name[:_MAX_NAME], _count(numel), view
-        )
+        dtype = stored.STORAGE_DTYPES.get(name) or name[:_MAX_NAME]
+        storage = Storage(_expect(key, str), dtype, _count(numel), view)
         if storage.key not in self.storages:
             self._spend(_ITEM)
             self.storages[storage.key] = storage
@@ -379,7 +325,7 @@ def _is_known(name: str) -> bool:
     return (
         name in _PLAIN
         or name in _DICTS
-        or name.startswith(("torch._utils._rebuild_", "torch._tensor._rebuild_from_type"))
+        or name.startswith((_REBUILD, "torch._tensor._rebuild_from_type"))
         or (name.startswith("torch.") and (name.count(".") == 1 or name.endswith("Storage")))
     )
 
@@ -391,10 +337,7 @@ def _expect(value: Any, kind: Any) -> Any:
 
 
 def _as_text(key: Any, place: int) -> str:
-    """A dict's key as a text, since the hashes of texts cannot be chosen.
-
-    Whole numbers can be made to collide, and nested tuples take exponential time to hash.
-    """
+    """A dict's key as a text: other hashes can be made to collide, or to take for ever."""
     if isinstance(key, str):
         return key
     if key is None or isinstance(key, float | bool) or (isinstance(key, int) and abs(key) < 2**64):
@@ -415,12 +358,8 @@ def _counts(values: Any) -> tuple[int, ...]:
 
 
 def _make_tensor(how: str, args: tuple[Any, ...]) -> StoredTensor | None:
-    """The tensor that torch._utils._rebuild_<how> would make of args; None for kinds unknown here.
-
-    Sparse, nested and meta tensors are such kinds.
-    """
-    metadata: Any = None
-    unread = ""
+    """What torch._utils._rebuild_<how> makes of args; None for kinds that are unknown here."""
+    metadata, unread = None, ""
     match how, args:
         case ("parameter", (data, _, _)) | ("parameter_with_state", (data, _, _, _)):
             return _expect(data, StoredTensor)
@@ -447,9 +386,8 @@ def _make_tensor(how: str, args: tuple[Any, ...]) -> StoredTensor | None:
     if len(shape) != len(strides):
         raise ValueError(f"shape {len(shape)} and strides {len(strides)} long")
     negated, conjugated, problem = _read_metadata(metadata, dtype)
-    return StoredTensor(
-        storage, _count(offset), shape, strides, dtype, negated, conjugated, unread or problem
-    )
+    where = (storage, _count(offset), shape, strides, dtype)
+    return StoredTensor(*where, negated, conjugated, unread or problem)
 
 
 def _dtype(value: Any) -> str:
@@ -457,10 +395,7 @@ def _dtype(value: Any) -> str:
 
 
 def _read_metadata(metadata: Any, dtype: str) -> tuple[bool, bool, str]:
-    """PyTorch's negative and conjugate bits, and what else makes the values others than stored."""
-    if metadata is None:
-        return False, False, ""
-    bits = _expect(metadata, dict)
+    bits = {} if metadata is None else _expect(metadata, dict)
     unknown = next((k for k, v in bits.items() if k not in ("neg", "conj") or v is not True), None)
     if unknown is not None:
         return False, False, f"it has {shown(unknown)} in its metadata, which is not known here"

@@ -3,12 +3,8 @@
 Since PyTorch 1.6 such a file is a zip of uncompressed entries under one folder: ``data.pkl``, a
 pickle of the saved object in which every tensor is a reference (storage, offset, shape, strides);
 ``data/0``, ``data/1`` and so on, the raw storages; ``byteorder``; and a few that do not matter
-here. The older format, which some tools still write, is in :mod:`pvt_ref.checkpoint.legacy`, and
-how pickles are read without running them in :mod:`pvt_ref.checkpoint.pickles`. Memory is taken in
-proportion to the file, whatever sizes the file claims.
-
-The zip's checksums are verified for everything that is used (PyTorch does not look at them), unless
-it was saved without any.
+here. Older files are read in :mod:`pvt_ref.checkpoint.legacy`. Memory is taken in proportion to the
+file, whatever sizes it claims. The zip's checksums are verified for everything that is used.
 """
 
 import io
@@ -16,47 +12,32 @@ import zipfile
 from collections import deque
 from typing import Any, BinaryIO, Literal
 
+from pvt_ref.checkpoint import stored
 from pvt_ref.checkpoint.legacy import LegacyFile, is_legacy
 from pvt_ref.checkpoint.pickles import Record, read_pickle, whole_object
-from pvt_ref.checkpoint.stored import (
-    DAMAGED,
-    SAFE_LOAD,
-    Storage,
-    StoredFile,
-    StoredTensor,
-    refuse_damage,
-)
+from pvt_ref.checkpoint.stored import SAFE_LOAD, Storage, StoredFile, StoredTensor, damaged
 from pvt_ref.errors import CheckpointError, shown
 
 
 def open_pth(file: BinaryIO) -> StoredFile:
-    """The reader of a file of PyTorch's, which must stay open while tensors are read.
-
-    Raises:
-        CheckpointError: if it is damaged, or holds a program or a whole object.
-    """
+    """The reader of a file of PyTorch's, which stays open meanwhile. Raises: CheckpointError."""
     file.seek(0)
     opened = LegacyFile(file) if is_legacy(file.read(64)) else PthFile(file)
-    _check_not_an_object(opened)
-    return opened
-
-
-def _check_not_an_object(opened: StoredFile) -> None:
-    """Raises CheckpointError if there is no tensor, and an object where there could be some."""
     queue: deque[tuple[str, Any]] = deque([("", opened.tree)])
     objects, seen = [], set()
     while queue:
         name, value = queue.popleft()
         if isinstance(value, StoredTensor):
-            return
+            return opened
         if isinstance(value, Record) and value.name in opened.foreign:
             objects.append((name, value.name))
         elif isinstance(value, dict) and id(value) not in seen:
             seen.add(id(value))
             queue.extend(value.items())
-    if objects:
+    if objects:  # and no tensor
         name, kind = objects[0]
         raise whole_object(kind, f"the entry {shown(name)}" if name else "what was saved")
+    return opened
 
 
 class PthFile(StoredFile):
@@ -64,32 +45,31 @@ class PthFile(StoredFile):
 
     def __init__(self, file: BinaryIO):
         self._size = file.seek(0, 2)
-        with refuse_damage("not a whole zip archive"):
+        with stored.refuse_damage("not a whole zip archive"):
             self._zip = zipfile.ZipFile(file)
             self._entries = _list_entries(self._zip, self._size)
-            self.checksummed = _use_checksums(self._entries)
-            self._order: Literal["<", ">"] = self._read_byte_order()
+            # set_crc32_options(False) of PyTorch writes 0 for every entry
+            self.checksummed = any(info.CRC for info in self._entries.values())
+            for info in () if self.checksummed else self._entries.values():
+                info.CRC = None  # type: ignore[assignment]  # zipfile then compares nothing
+            # PyTorch before 2.1 did not say; those files are little-endian
+            order = self._read_entry("byteorder") if "byteorder" in self._entries else b"little"
+            if order not in (b"little", b"big"):
+                raise CheckpointError(f"byteorder is {order[:20]!r}, not b'little' or b'big'")
+            self._order: Literal["<", ">"] = "<" if order == b"little" else ">"
             pickled = self._read_entry("data.pkl")
         self.tree, self.foreign, _ = read_pickle(io.BytesIO(pickled))
 
     def _read_block(self, storage: Storage) -> bytes:
         return self._read_entry(f"data/{storage.key}")
 
-    def _read_byte_order(self) -> Literal["<", ">"]:
-        if "byteorder" not in self._entries:
-            return "<"  # PyTorch before 2.1 did not say; those files are little-endian
-        name = self._read_entry("byteorder")
-        if name not in (b"little", b"big"):
-            raise CheckpointError(f"byteorder is {name[:20]!r}; it must be b'little' or b'big'")
-        return "<" if name == b"little" else ">"
-
     def _read_entry(self, name: str) -> bytes:
         if name not in self._entries:
-            raise CheckpointError(f"the zip archive has no entry {shown(name)}. {DAMAGED}")
+            raise damaged(f"the zip archive has no entry {shown(name)}")
         info = self._entries[name]
         data = self._zip.read(info)  # verifies the CRC
         if len(data) != info.file_size:
-            raise CheckpointError(f"entry {shown(name)} is shorter than announced. {DAMAGED}")
+            raise damaged(f"entry {shown(name)} is shorter than announced")
         return data
 
 
@@ -106,7 +86,7 @@ def _list_entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipI
     for info in infos:
         name = info.filename.removeprefix(prefix)
         if name in entries:
-            raise CheckpointError(f"entry {shown(name)} comes twice in the zip archive. {DAMAGED}")
+            raise damaged(f"entry {shown(name)} comes twice in the zip archive")
         entries[name] = info
     if "constants.pkl" in entries:
         raise CheckpointError(
@@ -117,13 +97,10 @@ def _list_entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipI
         )
     for name, info in entries.items():
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            raise CheckpointError(
-                f"entry {shown(name)} is compressed; torch.save never compresses, so the archive "
-                f"was packed again by another program. Save it again, with PyTorch: {SAFE_LOAD}; "
-                f"torch.save(state, new_path)"
-            )
+            what = f"entry {shown(name)} is compressed, which torch.save never does. Save it again"
+            raise CheckpointError(f"{what}, with PyTorch: {SAFE_LOAD}; torch.save(state, new_path)")
     if sum(info.file_size for info in infos) > size:  # also keeps every later read below this
-        raise CheckpointError(f"the zip's entries claim more bytes than the file has. {DAMAGED}")
+        raise damaged("the zip's entries claim more bytes than the file has")
     for info in infos:
         archive.open(info).close()  # the name stands twice in the file: both must agree
     return entries
@@ -145,28 +122,11 @@ def _other_archive(names: list[str]) -> str:
     if any(name.endswith(("model.weights.h5", "keras_metadata.pb")) for name in names):
         return "a Keras model. PVT's weights are needed as PyTorch or safetensors has them"
     if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
-        return (
-            "an exported program (torch.export), not a state dict. Save one from the model that it "
-            "was exported from: torch.save(model.state_dict(), new_path)"
-        )
+        return "an exported program (torch.export). Save torch.save(model.state_dict(), new_path)"
     if inner:
         return f"a zip archive around other files. Unzip it and load {shown(inner[0])}"
     first = ", ".join(shown(name, 40) for name in names[:3]) or "none"
     return (
         f"a zip archive, but not one that PyTorch wrote: {len(names)} entries and no data.pkl in a "
-        f"folder (first entries: {first}). A .pth file made by torch.save is needed; is this a "
-        f"folder zipped by hand?"
+        f"folder (first entries: {first}). Is this a folder zipped by hand?"
     )
-
-
-def _use_checksums(entries: dict[str, zipfile.ZipInfo]) -> bool:
-    """Whether the archive has any; if not, zipfile is told so.
-
-    PyTorch with set_crc32_options(False) writes 0 for every entry. One such entry among others is
-    damage.
-    """
-    if any(info.CRC for info in entries.values()):
-        return True
-    for info in entries.values():
-        info.CRC = None  # type: ignore[assignment]  # zipfile then compares nothing
-    return False

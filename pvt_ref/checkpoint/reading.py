@@ -10,38 +10,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pvt_ref import errors
 from pvt_ref.api import from_state_dict
 from pvt_ref.app import Model
 from pvt_ref.arrays import dtype_name
 from pvt_ref.checkpoint import recognise
 from pvt_ref.checkpoint import safetensors_file as own
+from pvt_ref.checkpoint import stated as statements
 from pvt_ref.checkpoint.files import Eps, FilePath, as_path, cut_path
 from pvt_ref.checkpoint.key_maps import foreign_shapes, to_native
 from pvt_ref.checkpoint.legacy import is_legacy
 from pvt_ref.checkpoint.other_kinds import refuse_other_kind
 from pvt_ref.checkpoint.pth import open_pth
 from pvt_ref.checkpoint.recognise import Found
-from pvt_ref.checkpoint.stated import (
-    Stated,
-    describes_model,
-    eps_of,
-    from_argument,
-    read_config,
-    read_json,
-    read_preprocessing,
-)
+from pvt_ref.checkpoint.stated import PREPROCESSOR_FILE, Stated, eps_of, from_argument, read_json
 from pvt_ref.checks import is_moderate
 from pvt_ref.data.imagenet import released_info
 from pvt_ref.data.info import UNKNOWN, ModelInfo
-from pvt_ref.errors import (
-    ArrayTypeError,
-    CheckpointError,
-    ConfigError,
-    MissingFileError,
-    PVTError,
-    printable,
-    shown,
-)
+from pvt_ref.errors import CheckpointError, PVTError, printable, shown
 from pvt_ref.models.architecture import Architecture, architecture_of, known_variants
 from pvt_ref.models.layouts import Layout, same_key
 from pvt_ref.tree import first_array
@@ -50,6 +36,7 @@ _SUFFIXES = {".safetensors", ".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar", ".t
 _INDEX = ".index.json"
 _IN_FOLDER = ("model.safetensors", "pytorch_model.bin")  # of save_pretrained: the first is taken
 _MAX_SHARDS = 1000
+_OWN_CONFIG = "Leave config out: the file brings its own"
 _HALVES = {"float16", "bfloat16"}
 _WHOLE = 200  # characters of an entry's name that messages show
 
@@ -63,34 +50,29 @@ def read_model(
 ) -> Model:
     """:func:`load`; if released says so, of weights that the authors released.
 
-    What lies beside these is not asked, and released stands in ``source``. Raises: as load,
-    ArrayTypeError, MissingFileError, CheckpointError and ConfigError.
+    What lies beside these is not asked, and released stands in ``source``.
     """
     path = as_path(path)
     stated = from_argument(config)
     if not isinstance(entry, str | None):
-        raise ArrayTypeError(
-            f"entry is a {type(entry).__name__}; it must be the name of an entry, such as "
-            f"'model_ema'"
-        )
+        kind = type(entry).__name__
+        raise errors.ArrayTypeError(f"entry is a {kind}; it must be a name, as 'model_ema'")
     eps = None if eps is None else _parse_eps(eps)
     try:
         try:  # path.exists() says no from Python 3.14 on where it cannot be known
             path.stat()
         except (FileNotFoundError, NotADirectoryError):
-            raise MissingFileError(_missing(path)) from None
+            raise errors.MissingFileError(_missing(path)) from None
         if re.search(r"-\d{5}-of-(?!00001)\d{5}\.", path.name):
             raise CheckpointError(f"one of several files; load their folder, {path.parent}")
         with contextlib.ExitStack() as stack:
             return _load(_open(path, stack), config, stated, entry, eps, released)
-    except MissingFileError:
+    except errors.MissingFileError:
         raise
     except CheckpointError as error:
         raise CheckpointError(f"{cut_path(path)}: {error}") from error.__cause__
     except (PVTError, OSError) as error:
-        what = str(error)
-        if isinstance(error, OSError):
-            what = f"cannot be read: {type(error).__name__}: {error.strerror or error}"
+        what = f"cannot be read: {errors.reason(error)}" if isinstance(error, OSError) else error
         raise CheckpointError(f"{cut_path(path)}: {what}") from error
 
 
@@ -114,7 +96,7 @@ def _open(path: Path, stack: contextlib.ExitStack) -> _Opened:
         return _open_shards(path, stack)
     if path.suffix == ".json":
         raise CheckpointError(
-            f"a JSON file, which holds no weights. Name the weights, or the folder of both; "
+            f"a JSON file, which holds no weights. Name these, or the folder of both; "
             f"load(weights, config={path.name!r}) reads a configuration from it"
         )
     file = stack.enter_context(path.open("rb"))
@@ -155,28 +137,21 @@ def _file_in(folder: Path) -> Path:
 
 
 def _open_shards(path: Path, stack: contextlib.ExitStack) -> _Opened:
-    """All files that an index names, as if they were one."""
     places = read_json(path, path.name).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError(f"{path.name} has no weight_map from keys to file names")
     names = sorted(set(places.values()))
     if not 0 < len(names) <= _MAX_SHARDS:
         raise CheckpointError(f"{path.name} names {len(names)} files; 1 to {_MAX_SHARDS} are read")
-    tree: dict[str, Any] = {}
-    readers = {}
-    notes: list[str] = []
     for name in names:
+        what = f"{path.name} names the file {shown(name)}"
         if re.search(r"[/\\:\0]", name) or name.endswith(_INDEX) or name in ("", ".", ".."):
-            raise CheckpointError(
-                f"{path.name} names the file {shown(name)}; only names in its own folder are read"
-            )
+            raise CheckpointError(f"{what}; only names in its own folder are read")
         if not (path.parent / name).is_file():
-            raise CheckpointError(
-                f"{path.name} names the file {shown(name)}, which is not beside it. Copy all of "
-                f"its {len(names)} files into one folder"
-            )
-    for name in names:
-        shard = _open(path.parent / name, stack)
+            raise CheckpointError(f"{what}, which is not beside it, as all {len(names)} must be")
+    shards = {name: _open(path.parent / name, stack) for name in names}
+    tree: dict[str, Any] = {}
+    for name, shard in shards.items():
         said = {key for key, place in places.items() if place == name}
         if not isinstance(shard.tree, dict) or shard.tree.keys() != said:
             raise CheckpointError(
@@ -184,18 +159,16 @@ def _open_shards(path: Path, stack: contextlib.ExitStack) -> _Opened:
             )
         own.check_foreign_metadata(shard.metadata)
         tree |= shard.tree
-        readers |= {id(x): (name, shard.read) for x in shard.tree.values()}
-        notes += [note for note in shard.notes if note not in notes]
+    place_of = {id(tree[key]): name for key, name in places.items()}
 
     def read(state: dict[str, Any]) -> dict[str, np.ndarray]:
         arrays: dict[str, np.ndarray] = {}
-        for name in names:
-            part = {key: x for key, x in state.items() if readers[id(x)][0] == name}
-            if part:
-                arrays |= readers[id(next(iter(part.values())))][1](part)
+        for name, shard in shards.items():
+            arrays |= shard.read({k: x for k, x in state.items() if place_of[id(x)] == name})
         return {key: arrays[key] for key in state}
 
-    return _Opened(path, {key: tree[key] for key in places}, {}, read, tuple(notes))
+    notes = tuple(dict.fromkeys(note for shard in shards.values() for note in shard.notes))
+    return _Opened(path, {key: tree[key] for key in places}, {}, read, notes)
 
 
 def _load(
@@ -251,19 +224,20 @@ def _load(
     made = f", {halves} made float32" if halves and first_array(params).itemsize == 4 else ""
     if assumed:
         notes.append(f"assumed: {', '.join(assumed)}")
-    what = f"{model.layout.name}{under}, {row.describe(used)}{made}"
-    return Model(params, used, "; ".join((what, *_describe_eps(used), *notes)), info)
+    what = [f"{model.layout.name}{under}, {row.describe(used)}{made}"]
+    if numbers := [f"{x:g}" for x in eps_of(used).values()]:
+        several = len(set(numbers)) > 1
+        where = f", and {numbers[1]} in the projection norms" if several else " in every norm"
+        what.append(f"eps {numbers[0]}{where}")
+    return Model(params, used, "; ".join((*what, *notes)), info)
 
 
 def _of_network(row: Architecture, config: Any, stated: Stated | None) -> Stated | None:
-    """What the argument config says, once the file has told its network."""
     if stated is None or type(stated.config) is row.config_type:
         return stated
     if not isinstance(config, str | os.PathLike) or config in known_variants():
-        raise CheckpointError(
-            f"it holds a {row.title}, and config is a {type(stated.config).__name__}. Leave config "
-            f"out, or pass a {row.config_type.__name__}"
-        )
+        what = f"it holds a {row.title}, and config is a {type(stated.config).__name__}"
+        raise CheckpointError(f"{what}. Leave config out, or pass a {row.config_type.__name__}")
     return from_argument(config, row)  # a JSON file, whose fields may fit several networks
 
 
@@ -273,13 +247,13 @@ def _unsaid(config: Any, stated: Stated, eps: tuple[float, ...] | None) -> list[
     if stated.says_eps and eps is None:  # it says one of the two
         names += eps_of(config)
     unsaid = [f"{name} {getattr(config, name)}" for name in names if name in stated.left_open]
-    said = f", since {printable(stated.origin)} does not say"
-    lines = [" and ".join(unsaid) + said] if unsaid else []
+    lines = []
+    if unsaid:
+        lines.append(f"{' and '.join(unsaid)}, since {printable(stated.origin)} does not say")
     if stated.task:
-        lines.append(
-            f"one class per picture, by softmax, though problem_type is {printable(stated.task)}: "
-            f"take probabilities from the logits yourself"
-        )
+        wanted = f"though problem_type is {printable(stated.task)}"
+        advice = "take probabilities from the logits yourself"
+        lines.append(f"one class per picture, by softmax, {wanted}: {advice}")
     return lines
 
 
@@ -294,9 +268,9 @@ def _choose(opened: _Opened, stated: Stated | None, entry: str | None, notes: li
     if others:
         names = [f"entry={shown(model.name, _WHOLE)}" for model in others]
         notes.append(f"other weights in the file: {_few(names, str)}")
-    bare = bool(
-        stated and not stated.config.has_classifier and "num_classes" not in stated.left_open
-    )
+    bare = False
+    if stated and "num_classes" not in stated.left_open:
+        bare = not stated.config.has_classifier
     model, counters = recognise.without_counters(recognise.as_backbone(chosen, bare))
     if chosen.layout.has_classifier and not model.layout.has_classifier:
         notes.append("the classifier is left out, as config asks")
@@ -315,18 +289,17 @@ def _ask_beside(
         return stated
     origin = f"{path.name} beside it"
     try:
-        if stated is None and not describes_model(read_json(path, origin), row):
+        if stated is None and not statements.describes_model(read_json(path, origin), row):
             notes.append(f"not used: {origin}, which does not describe a {row.title}")
             return None
-        said = read_config(path, origin, row)
+        said = statements.read_config(path, origin, row)
     except PVTError as error:
         if stated is not None:
             notes.append(f"not used: {' '.join(str(error).split())[:200]}")
             return stated
-        raise CheckpointError(
-            f"{str(error).rstrip('.')}. If it belongs to other weights, pass "
-            f"config={row.config_type.__name__}(...) for these, or a variant's name"
-        ) from error
+        advice = f"pass config={row.config_type.__name__}(...) for these, or a variant's name"
+        what = f"{str(error).rstrip('.')}. If it belongs to other weights, {advice}"
+        raise CheckpointError(what) from error
     if stated is None:
         notes.append(f"configuration from {origin}")
         return said
@@ -341,21 +314,16 @@ def _ask_beside(
         if written not in (given, "not said"):
             raise CheckpointError(
                 f"{name} is {given} in {stated.origin} and {written} in {origin}{advice}. Leave "
-                f"config out, correct {path.name}, or move the weights away from it if it belongs "
-                f"to others"
+                f"config out, or correct {path.name}"
             )
-    found: dict[str, Any] = {}
-    if said.says_eps:
-        found = {name: eps for name, eps in both.items() if name not in said.left_open}
+    found = {name: x for name, x in both.items() if said.says_eps and name not in said.left_open}
     notes.append(f"{'eps and ' if found else ''}labels from {origin}")
     return dataclasses.replace(
-        stated,
+        said,
         config=dataclasses.replace(stated.config, **found),
+        origin=stated.origin,
         left_open=tuple(name for name in stated.left_open if name not in found),
         says_eps=stated.says_eps or said.says_eps,
-        classes=said.classes,
-        num_labels=said.num_labels,
-        task=said.task,
     )
 
 
@@ -386,8 +354,8 @@ def _info(
         info = ModelInfo(classes=stated.classes)
     elif info.classes and not released:
         assumed.append("ImageNet's class names")
-    if folder and (folder / "preprocessor_config.json").exists():
-        preprocessing, said = read_preprocessing(folder / "preprocessor_config.json", config)
+    if folder and (path := folder / PREPROCESSOR_FILE).exists():
+        preprocessing, said = statements.read_preprocessing(path, config)
         notes.append(said)
         if preprocessing:
             return dataclasses.replace(info, preprocessing=preprocessing), assumed
@@ -405,43 +373,29 @@ def _as_stored(stated: Stated | None, stored: Any, notes: list[str]) -> Any:
     changes = {name: getattr(stored, name) for name in stated.left_open}
     config = dataclasses.replace(stated.config, **changes)
     if stated.num_labels not in (None, stored.num_classes):
-        raise CheckpointError(
-            f"{stated.origin} says {stated.num_labels} labels, and the file num_classes="
-            f"{stored.num_classes}. Leave config out: the file brings its own"
-        )
-    given, written = dataclasses.asdict(config), dataclasses.asdict(stored)
+        what = f"{stated.origin} says {stated.num_labels} labels, and the file"
+        raise CheckpointError(f"{what} num_classes={stored.num_classes}. {_OWN_CONFIG}")
+    given = dataclasses.asdict(config)
     free = ("norm_eps", "drop_rate", "drop_path_rate")  # and what ends so: no weight depends on it
     wrong = [
-        f"{name} is {written[name]} in the file and {given[name]} in config"
-        for name in written
-        if not name.endswith(free) and written[name] != given[name]
+        f"{name} is {written} in the file and {given[name]} in config"
+        for name, written in dataclasses.asdict(stored).items()
+        if not name.endswith(free) and written != given[name]
     ]
     if wrong:
-        raise CheckpointError(
-            f"a pvt_ref file of another model than config: {'; '.join(wrong)}. Leave config out: "
-            f"the file brings its own"
-        )
+        what = f"a pvt_ref file of another model than config: {'; '.join(wrong)}"
+        raise CheckpointError(f"{what}. {_OWN_CONFIG}")
     if not stated.says_eps and eps_of(config) != eps_of(stored):
         notes.append("eps as it was saved, since config has the defaults")
     return config
 
 
-def _describe_eps(config: Any) -> list[str]:
-    eps = [f"{x:g}" for x in eps_of(config).values()]
-    if len(set(eps)) < 2:
-        return [f"eps {eps[0]} in every norm"] if eps else []
-    return [f"eps {eps[0]}, and {eps[1]} in the projection norms"]
-
-
 def _parse_eps(eps: Any) -> tuple[float, float]:
-    pair: tuple[Any, ...] = (eps, eps)
-    if isinstance(eps, Sequence) and not isinstance(eps, str):
-        pair = tuple(eps)
+    several = isinstance(eps, Sequence) and not isinstance(eps, str)
+    pair: tuple[Any, ...] = tuple(eps) if several else (eps, eps)
     if len(pair) != 2 or not all(is_moderate(x) and x >= 0 for x in pair):
-        raise ConfigError(
-            f"eps is {shown(eps)}; it must be one number, or (norm_eps, projection_norm_eps), "
-            f"finite and 0 or more"
-        )
+        form = "one number, or (norm_eps, projection_norm_eps), finite and 0 or more"
+        raise errors.ConfigError(f"eps is {shown(eps)}; it must be {form}")
     return float(pair[0]), float(pair[1])
 
 
@@ -450,13 +404,11 @@ def _missing(path: Path) -> str:
     there = f"weights files there: {', '.join(near[:5])}" if near else "no weights files there"
     if not path.parent.is_dir():
         there = f"nor is there a directory {cut_path(path.parent)}"
-    here = "deleted"
-    with contextlib.suppress(OSError):
+    try:
         here = os.getcwd()
-    return (
-        f"{cut_path(path)}: there is no such file ({there}). Check the spelling, and the directory "
-        f"it is relative to, which is {here}"
-    )
+    except OSError:
+        here = "deleted"
+    return f"{cut_path(path)}: there is no such file ({there}). The working directory is {here}"
 
 
 def _siblings(directory: Path) -> list[Path]:

@@ -10,6 +10,7 @@ import pvt_ref.models  # noqa: F401 (enters the networks)
 from pvt_ref.arrays import FLOAT_DTYPES, dtype_name
 from pvt_ref.checkpoint.key_maps import foreign_shapes
 from pvt_ref.checkpoint.pickles import Record, whole_object
+from pvt_ref.checkpoint.safetensors_file import QUANTIZED
 from pvt_ref.checkpoint.stated import SHOWN_BY_SHAPES, Stated
 from pvt_ref.checkpoint.stored import SAFE_LOAD
 from pvt_ref.errors import CheckpointError, key_name, shown
@@ -87,15 +88,12 @@ def _signs(config: Any) -> list[_Sign]:
 def find_models(tree: Any, config: Any = None) -> list[Found]:
     """Every model in what a file holds, told from key names; of config's network if there are any.
 
-    A detector's checkpoint holds one under ``backbone.``, beside its neck and heads; a training can
-    hold two, as ``model`` and ``model_ema``. Raises: CheckpointError if there is none.
+    Raises: CheckpointError if there is none.
     """
     signs = _signs(config)
-    found = [
-        model
-        for entry, mapping in _mappings(tree)
-        for model in _models_in(".".join(entry), mapping, signs)
-    ]
+    found: list[Found] = []
+    for entry, mapping in _mappings(tree):
+        found += _models_in(".".join(entry), mapping, signs)
     if found:
         return [model for model in found if type(config) is model.row.config_type] or found
     if isinstance(tree, Mapping):
@@ -105,13 +103,10 @@ def find_models(tree: Any, config: Any = None) -> list[Found]:
         states = [state for _, state in _mappings(tree) if any(map(is_entry, state.values()))]
         if states:
             keys = [str(key) for key in max(states, key=len)]
-            raise CheckpointError(
-                f"its {len(keys)} keys are of no known layout: {_some(keys)}. {_advice(keys)}"
-                f"Needed is one of: {layouts_read()}"
-            )
-        holds = f"a dict with the entries {_some(tree)}"
-    else:
-        holds = f"a {type(tree).__name__}"
+            what = f"its {len(keys)} keys are of no known layout: {_some(keys)}. {_advice(keys)}"
+            raise CheckpointError(f"{what}Needed is one of: {layouts_read()}")
+    is_dict = isinstance(tree, Mapping)
+    holds = f"a dict with the entries {_some(tree)}" if is_dict else f"a {type(tree).__name__}"
     raise CheckpointError(
         f"no weights in it: it holds {holds}; needed is a state dict (key names to tensors), at "
         f"the top or in a dict there. Save one with torch.save(model.state_dict(), new_path)"
@@ -137,7 +132,6 @@ def _mappings(tree: Any) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
 
 
 def _models_in(entry: str, mapping: Mapping[Any, Any], signs: list[_Sign]) -> list[Found]:
-    """The models among the keys of one dict, apart by their prefixes."""
     endings = tuple(sign.probe for sign in signs)
     found: dict[str, _Sign] = {}
     for key, value in mapping.items():
@@ -163,8 +157,8 @@ def _models_in(entry: str, mapping: Mapping[Any, Any], signs: list[_Sign]) -> li
         elif is_entry(value) and not _is_counter(name, value):  # of a neck, a head, another model
             beside.append(name)
     return [
-        Found(found[prefix].row, entry, prefix, found[prefix].layout, state, tuple(beside))
-        for prefix, state in states.items()
+        Found(sign.row, entry, prefix, sign.layout, states[prefix], tuple(beside))
+        for prefix, sign in found.items()
     ]
 
 
@@ -186,24 +180,18 @@ def choose_model(models: Sequence[Found], entry: str | None) -> tuple[Found, lis
             asked = f"entry is {shown(entry, _MAX_NAME)}"
             if len(fitting) > 1 and {model.name for model in fitting} == {fitting[0].name}:
                 raise CheckpointError(
-                    f"{asked}, and {len(fitting)} models in it have exactly this name: one key has "
-                    f"dots in it that stand for a dict in a dict elsewhere, so that no name tells "
-                    f"them apart. Save the one that is meant alone, with PyTorch: {SAFE_LOAD}; "
-                    f"torch.save(state[...], new_path)"
+                    f"{asked}, and {len(fitting)} models in it have exactly this name. Save one "
+                    f"alone, with PyTorch: {SAFE_LOAD}; torch.save(state[...], new_path)"
                 )
-            raise CheckpointError(
-                f"{asked}, and {'several' if fitting else 'none'} of the models in it are called "
-                f"so. There are: {names}"
-            )
+            many = "several" if fitting else "none"
+            what = f"{many} of the models in it are called so"
+            raise CheckpointError(f"{asked}, and {what}. There are: {names}")
     else:
         fitting = models = _different(models)
         if len(models) > 1:
             fitting = [model for model in models if model.entry in STATE_ENTRIES]
         if len(fitting) != 1:
-            raise CheckpointError(
-                f"it holds several models, and which one is meant cannot be known. Choose one of: "
-                f"{names}"
-            )
+            raise CheckpointError(f"it holds several models. Choose one of: {names}")
     (chosen,) = fitting
     return chosen, [model for model in _different(models) if not _same(model, chosen)]
 
@@ -249,7 +237,6 @@ def as_backbone(model: Found, wanted: bool) -> Found:
 
 
 def _advice(keys: Iterable[str]) -> str:
-    """What keys that do not fit suggest, as far as a network knows."""
     files = (row.files for row in architectures() if row.files)
     return next((advice for x in files if (advice := x.advice(keys))), "")
 
@@ -260,7 +247,6 @@ def _some(names: Any, count: int = 4) -> str:
 
 
 def _problems(model: Found, config: Any) -> list[str]:
-    """Every key that is missing, unexpected, mis-shaped or not of floats, as the file names it."""
     shapes = foreign_shapes(model.layout, config)
     names = {key: key_name(model.prefix + key) for key in (*shapes, *model.state)}
     problems = [f"missing: {names[k]} {shapes[k]}" for k in shapes if k not in model.state]
@@ -273,10 +259,8 @@ def _problems(model: Found, config: Any) -> list[str]:
         elif key not in shapes:
             problems.append(f"unexpected: {names[key]} {tuple(x.shape)}")
         elif tuple(x.shape) != shapes[key]:
-            problems.append(
-                f"mis-shaped: {names[key]} is {tuple(x.shape)}, the configuration needs "
-                f"{shapes[key]}"
-            )
+            needed = f"the configuration needs {shapes[key]}"
+            problems.append(f"mis-shaped: {names[key]} is {tuple(x.shape)}, {needed}")
         elif dtype_name(x) not in READABLE_DTYPES:
             problems.append(f"{_WRONG_DTYPE} {names[key]} is {dtype_name(x)}, weights are floats")
     return problems
@@ -293,33 +277,26 @@ def check_state(model: Found, config: Any, origin: str = "") -> None:
         )
     blocks = model.row.files.blocks(config) if model.row.files else 0
     if blocks > max(len(state), _FEW):  # before anything is built for each of them
-        raise CheckpointError(
-            f"the configuration{f' from {origin}' if origin else ''} has {blocks} blocks, and the "
-            f"file only {len(state)} tensors. Correct its depth"
-        )
+        whose = f" from {origin}" if origin else ""
+        what = f"the configuration{whose} has {blocks} blocks, and the file only"
+        raise CheckpointError(f"{what} {len(state)} tensors. Correct its depth")
     problems = _problems(model, config)
     if problems:
         source = f" from {origin}" if origin not in ("", "config") else ""
         raise CheckpointError(
             f"{layout.name}, but it does not fit the configuration{source} "
             f"({model.row.describe(config)}):{_lines(problems)}\n{_advice(state)}The likely cause "
-            f"is a configuration of another variant, class count or image size; "
-            f"dataclasses.replace(config, ...) changes one"
+            f"is a configuration of another variant, class count or image size"
         )
 
 
 def _lines(problems: list[str]) -> str:
-    more = len(problems) - _MAX_LINES
-    shown_lines = problems[:_MAX_LINES] + ([f"... and {more} more"] if more > 0 else [])
-    return "".join(f"\n  - {problem}" for problem in shown_lines)
+    more = [f"... and {len(problems) - _MAX_LINES} more"] if len(problems) > _MAX_LINES else []
+    return "".join(f"\n  - {problem}" for problem in [*problems[:_MAX_LINES], *more])
 
 
 def complete(stated: Stated, model: Found) -> Any:
-    """A stated configuration, with what it leaves open read off the shapes.
-
-    Head counts, which these do not show, are those of the variant with the same widths. Raises:
-    CheckpointError if there is none, or if the file has another number of classes than is said.
-    """
+    """A stated configuration; what it leaves open is read off shapes. Raises: CheckpointError."""
     files, kind = model.row.files, model.row.config_type.__name__
     if not files:
         return stated.config
@@ -328,8 +305,7 @@ def complete(stated: Stated, model: Found) -> Any:
     if seen.has_classifier and stated.num_labels not in (None, seen.num_classes):
         raise CheckpointError(
             f"{stated.origin} says {stated.num_labels} labels, and the head in the file has "
-            f"{seen.num_classes} outputs. They belong to different models, or labels were changed "
-            f"afterwards: correct {stated.origin}, or pass config={kind}(...)"
+            f"{seen.num_classes} outputs. Correct {stated.origin}, or pass config={kind}(...)"
         )
     fields = {name: getattr(seen, name) for name in SHOWN_BY_SHAPES}
     if not set(stated.left_open) <= fields.keys():
@@ -350,11 +326,7 @@ def complete(stated: Stated, model: Found) -> Any:
 
 
 def recognise_config(model: Found) -> Any:
-    """The published variant whose keys and shapes are exactly those of a model.
-
-    Class count, channels and image size are read off. Head counts leave no trace in any shape, so
-    every other model is refused. Raises: CheckpointError with what differs from the nearest.
-    """
+    """The published variant whose keys and shapes are a model's. Raises: CheckpointError."""
     row, layout, state = model.row, model.layout, model.state
     assert row.files is not None  # or nobody would have found it without a configuration
     shapes = _shapes(state)
@@ -367,9 +339,7 @@ def recognise_config(model: Found) -> Any:
         if all(problem.startswith(_WRONG_DTYPE) for problem in found):
             raise CheckpointError(
                 f"{layout.name}, {row.describe(fitted)}, but {len(found)} of its {len(state)} "
-                f"tensors are not of {', '.join(READABLE_DTYPES)}:{_lines(found)}\nQuantized "
-                f"weights are no substitute: get the plain ones from the publisher, or save "
-                f"v.float() of each tensor v, times its scale if it has one"
+                f"tensors are not of {', '.join(READABLE_DTYPES)}:{_lines(found)}\n{QUANTIZED}"
             )
         if len(found) < count:
             count, name, config, problems = len(found), candidate, fitted, found

@@ -1,9 +1,8 @@
 """Reading and writing .safetensors: a JSON header, then the raw numbers.
 
-The format has no checksum. So this project's own files carry, in their one metadata entry, a JSON
-text with the configuration, what else is known of the model, and a SHA-256 over both and over every
-tensor's name, dtype, shape and bytes; what fails it is refused. One entry and not three, because
-safetensors writes several in random order, and the same model should give the same file.
+The format has no checksum. So this project's own files carry, in their one metadata entry (the
+library writes several in random order), a JSON text with the configuration, what else is known of
+the model, and a SHA-256 over both and all tensors; what fails it is refused.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ import numpy as np
 
 from pvt_ref.checkpoint.bounded_json import parse_json
 from pvt_ref.data.info import ModelInfo
-from pvt_ref.errors import CheckpointError, PVTError, shown
+from pvt_ref.errors import CheckpointError, PVTError, reason, shown
 from pvt_ref.models.architecture import architecture_of, architectures, config_to_dict
 
 METADATA_KEY = "pvt_ref"
@@ -36,10 +35,13 @@ _DTYPES = {
 #: What a text of this project's metadata entry holds, and a text of another program hardly.
 _OWN_MARKS = (METADATA_KEY, "projection_norm_eps")
 
-_DAMAGED = (
-    "The likely cause is an interrupted or faulty download or copy: fetch the file again, or save "
-    "the model again"
+_DAMAGED = "The likely cause is a faulty download or copy: fetch the file again, or save it again"
+#: For weights in numbers that are no floats.
+QUANTIZED = (
+    "Quantized weights are no substitute: get the plain ones from the publisher, or save v.float() "
+    "of each tensor v, times its scale if it has one"
 )
+_UPDATE = "It was probably written by another version: update pvt_ref"
 #: What JSON of other kinds than expected raises. Not Exception, which a signal's handler can raise.
 _UNREADABLE = (PVTError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 #: Where a tensor lies: first and last byte after the header, key, dtype and shape.
@@ -56,19 +58,14 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
         with path.open("rb") as file:
             return read_tensors(file)
     except OSError as error:
-        what = f"{type(error).__name__}: {error.strerror or error}"
-        raise CheckpointError(f"cannot be read ({what})") from error
+        raise CheckpointError(f"cannot be read ({reason(error)})") from error
 
 
 def read_tensors(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Every tensor of an open file, and the metadata as texts by name.
 
-    The tensors are read into their own memory, one after the other: a file that is mapped instead
-    kills the process if somebody shortens it meanwhile.
-
-    Raises:
-        CheckpointError: if it is damaged, or holds a dtype that NumPy does not have.
-        OSError: if reading fails.
+    They are read, not mapped: a mapped file kills the process if somebody shortens it meanwhile.
+    Raises: CheckpointError if it is damaged, or holds a dtype that NumPy lacks; OSError.
     """
     import ml_dtypes  # noqa: F401 (teaches NumPy the name bfloat16)
 
@@ -79,18 +76,15 @@ def read_tensors(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, str]]
         raise CheckpointError(f"not a whole .safetensors file: the header is cut off. {_DAMAGED}")
     if length > MAX_HEADER:
         raise CheckpointError(
-            f"a .safetensors file whose header has {length} bytes; at most {MAX_HEADER} are read, "
-            f"several times what a network needs. It is damaged, of another kind of model, or made "
-            f"to exhaust memory"
+            f"a .safetensors file whose header has {length} bytes; at most {MAX_HEADER} are read. "
+            f"It is damaged, of another kind of model, or made to exhaust memory"
         )
     try:
         header = parse_json(file.read(length), "the header", MAX_HEADER)
         metadata, spans = _parse_header(header, size - 8 - length)
     except _NumberTypeError as error:
         raise CheckpointError(
-            f"{error}, which is not read; read are {', '.join(_DTYPES)}. Numbers of 8 bits and "
-            f"fewer belong to quantized weights: get the plain ones from the publisher, or make "
-            f"them with PyTorch, v.float() of each tensor v, times its scale if it has one"
+            f"{error}, which is not read; read are {', '.join(_DTYPES)}. {QUANTIZED}"
         ) from error
     except (CheckpointError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(
@@ -100,10 +94,8 @@ def read_tensors(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, str]]
     for start, stop, key, dtype, shape in spans:
         raw = np.empty(stop - start, np.uint8)
         if file.readinto(raw.data) != len(raw):  # type: ignore[attr-defined]
-            raise CheckpointError(
-                f"not a whole .safetensors file: it ends before {shown(key)}. It became shorter "
-                f"while it was being read. {_DAMAGED}"
-            )
+            what = f"it ends before {shown(key)}, and became shorter while it was being read"
+            raise CheckpointError(f"not a whole .safetensors file: {what}. {_DAMAGED}")
         x = raw.view(dtype).reshape(shape)
         tensors[key] = x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
     return {key: tensors[key] for key in header if key in tensors}, metadata
@@ -125,7 +117,8 @@ def _parse_header(header: Any, size: int) -> tuple[dict[str, str], list[_Span]]:
         name, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         if name not in _DTYPES:
             raise _NumberTypeError(f"{shown(key)} has the number type {shown(name)}")
-        if len(shape) > _MAX_RANK or not all(_is_count(n) for n in (*shape, start, stop)):
+        counts = (*shape, start, stop)
+        if len(shape) > _MAX_RANK or not all(type(n) is int and 0 <= n < 2**63 for n in counts):
             raise ValueError(f"{shown(key)} has the shape {shown(shape)} at {start} to {stop}")
         dtype = np.dtype(_DTYPES[name])
         # NumPy counts like this, too: an array without numbers can still be too large for it
@@ -141,10 +134,6 @@ def _parse_header(header: Any, size: int) -> tuple[dict[str, str], list[_Span]]:
     return metadata, spans
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
 def widen(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The same arrays, with bfloat16 as float32."""
     return {k: x.astype(np.float32) if x.dtype.name == "bfloat16" else x for k, x in state.items()}
@@ -155,16 +144,11 @@ def own_header(
 ) -> tuple[Any, ModelInfo | None]:
     """Configuration and info in a file of this project, once the digest has been verified.
 
-    (None, None) if the file was written by somebody else; no info if none was saved.
-
-    Raises:
-        CheckpointError: if anything in it differs from what was written.
+    (None, None) if somebody else wrote it; no info if none was saved. Raises: CheckpointError.
     """
     if TRAINING_KEY in metadata:
-        raise CheckpointError(
-            "the saved state of a training, which holds more than one set of weights. Go on with "
-            "it (--resume), or load the model beside it: best.safetensors"
-        )
+        what = "the saved state of a training. Go on with it (--resume)"
+        raise CheckpointError(f"{what}, or load the model beside it: best.safetensors")
     if METADATA_KEY not in metadata:
         return None, None
     try:
@@ -172,15 +156,11 @@ def own_header(
         written, expected, fields = record["format"], record["sha256"], record["config"]
         found = digest(state, _sealed(record))
     except _UNREADABLE as error:
-        raise CheckpointError(
-            f"a pvt_ref file whose metadata cannot be read ({type(error).__name__}: "
-            f"{str(error)[:200]}). {_DAMAGED}"
-        ) from error
+        what = f"a pvt_ref file whose metadata cannot be read ({type(error).__name__}: "
+        raise CheckpointError(f"{what}{str(error)[:200]}). {_DAMAGED}") from error
     if written not in (FORMAT, _FIRST_FORMAT):
-        raise CheckpointError(
-            f"a pvt_ref file of format {shown(written)}; this version reads {FORMAT!r}. It was "
-            f"written by a newer version, or is damaged. Update pvt_ref, or save the model again"
-        )
+        what = f"a pvt_ref file of format {shown(written)}; this version reads {FORMAT!r}"
+        raise CheckpointError(f"{what}. It is of a newer version, or damaged: update pvt_ref")
     if found != expected or len(metadata) != 1:
         raise CheckpointError(
             f"a pvt_ref file whose content does not match its SHA-256 ({found[:12]}..., written as "
@@ -189,35 +169,26 @@ def own_header(
     name = "pvt" if written == _FIRST_FORMAT else record.get("architecture")
     rows = {row.name: row for row in architectures()}
     if name not in tuple(rows):
-        raise CheckpointError(
-            f"a pvt_ref file of the architecture {shown(name)}; this version knows "
-            f"{', '.join(map(repr, rows))}. It was probably written by another version: update "
-            f"pvt_ref"
-        )
+        what = f"a pvt_ref file of the architecture {shown(name)}"
+        raise CheckpointError(f"{what}; this version knows {', '.join(map(repr, rows))}. {_UPDATE}")
     row = rows[name]
     try:
         config = row.config_type(**fields)
         info = ModelInfo.from_dict(record["info"]) if "info" in record else None
     except _UNREADABLE as error:  # TypeError, too: for fields that this version does not know
-        raise CheckpointError(
-            f"a pvt_ref file with a configuration or info that this version does not accept: "
-            f"{str(error)[:500]}. It was probably written by another version: update pvt_ref"
-        ) from error
+        what = "a pvt_ref file with a configuration or info that this version does not accept"
+        raise CheckpointError(f"{what}: {str(error)[:500]}. {_UPDATE}") from error
     blocks = row.files.blocks(config) if row.files else 0
     if blocks > len(state):
-        raise CheckpointError(
-            f"a pvt_ref file whose configuration has {blocks} blocks and whose tensors are only "
-            f"{len(state)}. It was not written by this project: save the model again"
-        )
+        what = f"a pvt_ref file whose configuration has {blocks} blocks"
+        raise CheckpointError(f"{what}, and only {len(state)} tensors. {_DAMAGED}")
     return config, info
 
 
 def check_foreign_metadata(metadata: Mapping[str, str]) -> None:
-    """Refuses a file with this project's key names if its metadata are this project's, damaged.
+    """Refuses a file whose metadata are this project's under a damaged name, which hides a digest.
 
-    Otherwise damage to the name of the metadata entry would hide the digest. One damage cannot
-    reach the entry's name and its text, which are two texts of the header's JSON. Raises:
-    CheckpointError if an entry's name or text is like that of a file of :func:`to_bytes`.
+    One damage cannot reach both the entry's name and its text. Raises: CheckpointError.
     """
     begins = ('{"architecture": "', '{"config": {"')
     for name, text in metadata.items():
@@ -231,11 +202,8 @@ def check_foreign_metadata(metadata: Mapping[str, str]) -> None:
 
 def to_bytes(state: Mapping[str, np.ndarray], config: Any, info: ModelInfo | None = None) -> bytes:
     """A file of this project: the same host arrays, configuration and info give the same bytes."""
-    record = {
-        "architecture": architecture_of(config).name,
-        "config": config_to_dict(config),
-        "format": FORMAT,
-    }
+    name = architecture_of(config).name
+    record = {"architecture": name, "config": config_to_dict(config), "format": FORMAT}
     if info is not None:
         record["info"] = info.to_dict()
     record = json.loads(json.dumps(record))  # tuples as lists, as it will be read
@@ -243,12 +211,7 @@ def to_bytes(state: Mapping[str, np.ndarray], config: Any, info: ModelInfo | Non
 
 
 def pack(state: Mapping[str, np.ndarray], entry: str, record: Mapping[str, Any]) -> bytes:
-    """A .safetensors file of host arrays with one metadata entry, the record as JSON.
-
-    Raises:
-        TypeError: if record holds what JSON does not.
-        CheckpointError: if record holds NaN or infinity, or is too long or deep to be read again.
-    """
+    """A .safetensors file of host arrays with one metadata entry, the record as JSON."""
     import safetensors.numpy
 
     text = json.dumps(record, sort_keys=True)
@@ -266,10 +229,7 @@ def _sealed(record: Mapping[str, Any]) -> Any:
 
 
 def digest(state: Mapping[str, np.ndarray], stated: Any) -> str:
-    """SHA-256 over every tensor's name, dtype, shape and bytes, and over plain values.
-
-    The order of keys does not matter, nor the byte order.
-    """
+    """SHA-256 over plain values and every tensor's name, dtype, shape and bytes, in any order."""
     sha256 = hashlib.sha256()
     sha256.update(json.dumps(stated, sort_keys=True).encode())
     for key in sorted(state):

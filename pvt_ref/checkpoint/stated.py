@@ -13,17 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pvt_ref import errors
 from pvt_ref.checkpoint.bounded_json import parse_json
 from pvt_ref.checks import is_whole
 from pvt_ref.data.info import Preprocessing
-from pvt_ref.errors import (
-    ArrayTypeError,
-    CheckpointError,
-    ConfigError,
-    MissingFileError,
-    PVTError,
-    shown,
-)
+from pvt_ref.errors import CheckpointError, ConfigError, PVTError, reason, shown
 from pvt_ref.models.architecture import Architecture, architectures, known_variants
 
 MAX_JSON = 2 * 2**20  # bytes that are read: 20,000 class names, twice, and some more
@@ -56,11 +50,7 @@ def eps_of(config: Any) -> dict[str, float]:
 
 
 def from_argument(config: Any, row: Architecture | None = None) -> Stated | None:
-    """What load's argument ``config`` says, of row's network if a JSON file does not tell.
-
-    A configuration is taken to have chosen its eps if they are not the defaults. Raises: as load,
-    ArrayTypeError, MissingFileError, CheckpointError and ConfigError.
-    """
+    """What load's argument ``config`` says, of row's network if a JSON file does not tell."""
     if config is None:
         return None
     kinds, variants = [row.config_type for row in architectures()], known_variants()
@@ -71,7 +61,7 @@ def from_argument(config: Any, row: Architecture | None = None) -> Stated | None
     if isinstance(config, str) and config in variants:
         return Stated(variants[config], config, SHOWN_BY_SHAPES)
     if not isinstance(config, str | os.PathLike) or not isinstance(os.fspath(config), str):
-        raise ArrayTypeError(
+        raise errors.ArrayTypeError(
             f"config is a {type(config).__name__}; it must be a "
             f"{' or '.join(kind.__name__ for kind in kinds)}, a variant's name "
             f"({', '.join(variants)}), or the path of a JSON file such as config.json"
@@ -79,9 +69,8 @@ def from_argument(config: Any, row: Architecture | None = None) -> Stated | None
     text = os.fspath(config)
     path = Path(text) / "config.json" if os.path.isdir(text) else Path(text)
     if "\0" in text or not os.path.exists(path):
-        raise MissingFileError(
-            f"config is {shown(text, 200)}: neither a variant ({', '.join(variants)}) nor a file"
-        )
+        kinds = f"neither a variant ({', '.join(variants)}) nor a file"
+        raise errors.MissingFileError(f"config is {shown(text, 200)}: {kinds}")
     return read_config(path, str(path), row)
 
 
@@ -89,20 +78,14 @@ def _fields(row: Architecture) -> dict[str, Any]:
     return {field.name: field for field in dataclasses.fields(row.config_type)}
 
 
-def _network(fields: Mapping[str, Any]) -> Architecture:
-    """The network that a JSON file seems to be about: the first of several, or of all."""
-    rows, kind = list(architectures()), fields.get("model_type")
-    by_kind = [row for row in rows if row.files and row.files.model_type == kind]
-    return [*by_kind, *(row for row in rows if fields.keys() <= _fields(row).keys()), *rows][0]
-
-
 def read_config(path: Path, origin: str, row: Architecture | None = None) -> Stated:
-    """A configuration in a JSON file, called origin: Hugging Face's, or a network's own fields.
-
-    Raises: CheckpointError if it is of another kind, ConfigError if it cannot be built.
-    """
+    """A configuration in a JSON file, called origin: Hugging Face's, or a network's own fields."""
     fields = read_json(path, origin)
-    row = row or _network(fields)
+    if row is None:  # the network that it seems to be about: the first of several, or of all
+        rows, kind = list(architectures()), fields.get("model_type")
+        by_kind = [row for row in rows if row.files and row.files.model_type == kind]
+        by_fields = [row for row in rows if fields.keys() <= _fields(row).keys()]
+        row = [*by_kind, *by_fields, *rows][0]
     known, files = _fields(row), row.files
     try:
         if files and fields.keys() & _HUGGING_FACE:
@@ -119,8 +102,7 @@ def read_config(path: Path, origin: str, row: Architecture | None = None) -> Sta
                 raise CheckpointError(
                     f"it is neither Hugging Face's config.json (which has a model_type) nor a "
                     f"configuration of this project; unknown fields are "
-                    f"{shown(sorted(fields.keys() - known.keys()))}, known ones "
-                    f"{', '.join(sorted(known))}"
+                    f"{shown(sorted(fields.keys() - known.keys()))}, known ones {', '.join(known)}"
                 )
             values, labels, count, other = fields, (), None, ""
         config = files.partial(values) if files else row.config_type(**values)
@@ -140,26 +122,19 @@ def describes_model(fields: Mapping[str, Any], row: Architecture) -> bool:
 
 def _outputs(fields: Mapping[str, Any]) -> tuple[tuple[str, ...], int | None, str]:
     """Class names, how many outputs, and what they mean if that is not one class per picture."""
-    labels = _labels(fields.get("id2label"))
-    count = fields.get("num_labels") if labels is None else len(labels)
+    labels, count, names = fields.get("id2label"), fields.get("num_labels"), ()
+    if labels is not None:
+        if not isinstance(labels, dict) or labels.keys() != set(map(str, range(len(labels)))):
+            raise CheckpointError("id2label does not map the numbers from 0 to names")
+        count, names = len(labels), tuple(labels[str(k)] for k in range(len(labels)))
+        if not all(isinstance(name, str) for name in names):
+            raise CheckpointError("id2label holds something else than names")
     if count is not None and not is_whole(count):
         raise CheckpointError(f"num_labels is {shown(count)}; it must be a whole number")
-    if all(re.fullmatch(r"LABEL_\d+", name) for name in labels or ()):
-        labels = None  # placeholders
+    if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
+        names = ()  # placeholders
     task = fields.get("problem_type") or "single_label_classification"
-    return tuple(labels or ()), count, "" if task == "single_label_classification" else task
-
-
-def _labels(id2label: Any) -> list[str] | None:
-    if id2label is None:
-        return None
-    numbers = [str(k) for k in range(len(id2label))] if isinstance(id2label, dict) else None
-    if numbers is None or id2label.keys() != set(numbers):
-        raise CheckpointError("id2label does not map the numbers from 0 to names")
-    names = [id2label[k] for k in numbers]
-    if not all(isinstance(name, str) for name in names):
-        raise CheckpointError("id2label holds something else than names")
-    return names
+    return names, count, "" if task == "single_label_classification" else task
 
 
 def read_json(path: Path, origin: str) -> dict[str, Any]:
@@ -170,8 +145,7 @@ def read_json(path: Path, origin: str) -> dict[str, Any]:
         with path.open("rb") as file:
             data = file.read(MAX_JSON + 1)
     except OSError as error:
-        what = f"{type(error).__name__}: {error.strerror or error}"
-        raise CheckpointError(f"{origin}: cannot be read ({what})") from error
+        raise CheckpointError(f"{origin}: cannot be read ({reason(error)})") from error
     values = parse_json(data, origin, MAX_JSON)
     if not isinstance(values, dict):
         raise CheckpointError(f"{origin}: it holds a {type(values).__name__}, not an object")
@@ -184,8 +158,8 @@ def read_preprocessing(path: Path, config: Any) -> tuple[Preprocessing | None, s
         fields = read_json(path, PREPROCESSOR_FILE)
         preprocessing = _preprocessing(fields, config.in_chans)
     except (PVTError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-        reason = " ".join(str(error).removeprefix(f"{PREPROCESSOR_FILE}: ").split())[:200]
-        return None, f"{PREPROCESSOR_FILE} is not used: {reason}"
+        why = " ".join(str(error).removeprefix(f"{PREPROCESSOR_FILE}: ").split())[:200]
+        return None, f"{PREPROCESSOR_FILE} is not used: {why}"
     said = f"mean and std from {PREPROCESSOR_FILE}"
     other = [name for name in _NOT_FOLLOWED if fields.get(name) is not None]
     if other:
@@ -218,7 +192,5 @@ def _preprocessing(fields: Mapping[str, Any], channels: int) -> Preprocessing:
     if len(mean) != channels:
         raise CheckpointError(f"it has {len(mean)} means, and the model {channels} channels")
     mode = {1: "L", 3: "RGB"}.get(channels, "bands")
-    scale = 255 * factor
-    if math.isclose(scale, 1, rel_tol=1e-6):
-        scale = 1
+    scale = 1 if math.isclose(255 * factor, 1, rel_tol=1e-6) else 255 * factor
     return Preprocessing(mode, tuple(m / scale for m in mean), tuple(s / scale for s in std))

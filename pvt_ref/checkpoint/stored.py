@@ -45,6 +45,15 @@ UNREADABLE = (
 )
 #: Loading that runs nothing, for advice.
 SAFE_LOAD = "state = torch.load(path, weights_only=True, map_location='cpu')"
+_COPIES = (
+    f"Save copies, with PyTorch: {SAFE_LOAD}; "
+    f"torch.save({{k: v.clone() for k, v in state.items()}}, new_path)"
+)
+
+
+def damaged(what: str) -> CheckpointError:
+    """The refusal of bytes that are not as they were written."""
+    return CheckpointError(f"{what}. {DAMAGED}")
 
 
 class Storage(NamedTuple):
@@ -74,11 +83,6 @@ class StoredTensor:
     conjugated: bool = False  # the same for complex conjugates
     unread: str = ""  # why its values cannot be had from the stored numbers, if they cannot
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it takes in the file's dtype."""
-        return math.prod(self.shape) * itemsize(self.dtype)
-
 
 def itemsize(dtype: str) -> int:
     """Bytes of one number; 1 where it is not known."""
@@ -100,23 +104,16 @@ class StoredFile(ABC):
         """The whole block, of ``storage.nbytes`` bytes, or CheckpointError."""
 
     def read(self, tensors: Mapping[str, StoredTensor]) -> dict[str, np.ndarray]:
-        """The named tensors as arrays of their own; bfloat16 and the 8-bit floats as float32.
-
-        Raises:
-            CheckpointError: if a storage is missing or damaged, a tensor reaches outside its
-                storage, or is of a kind that NumPy does not have.
-        """
-        total = sum(x.nbytes for x in tensors.values())
+        """The named tensors as arrays; narrow floats as float32. Raises: CheckpointError."""
+        total = sum(math.prod(x.shape) * itemsize(x.dtype) for x in tensors.values())
         if total > self._size:
             raise CheckpointError(
                 f"its tensors unpack to {total} bytes, more than the whole file has "
-                f"({self._size}): several overlap in one storage, or one is an expanded view. "
-                f"{_COPIES}"
+                f"({self._size}): some overlap in one storage, or are expanded views. {_COPIES}"
             )
         by_block: dict[str, list[str]] = defaultdict(list)  # each is read only once
         for name, x in tensors.items():
-            _check_kind(name, x)
-            _check_bounds(name, x)
+            _check(name, x)
             by_block[x.storage.key].append(name)
         arrays = {}
         for names in by_block.values():
@@ -125,22 +122,16 @@ class StoredFile(ABC):
             for name in names:
                 storage = tensors[name].storage
                 if len(raw) != storage.nbytes:
-                    raise CheckpointError(
+                    raise damaged(
                         f"the storage of {shown(name)} has {len(raw)} bytes; {storage.numel} "
-                        f"numbers of {storage.dtype} need {storage.nbytes}. {DAMAGED}"
+                        f"numbers of {storage.dtype} need {storage.nbytes}"
                     )
                 arrays[name] = _cut(raw, tensors[name], self._order)
         return {name: arrays[name] for name in tensors}
 
 
-_COPIES = (
-    f"Save copies, with PyTorch: {SAFE_LOAD}; "
-    f"torch.save({{k: v.clone() for k, v in state.items()}}, new_path)"
-)
-
-
-def _check_kind(name: str, x: StoredTensor) -> None:
-    """Raises CheckpointError if NumPy has no array for x."""
+def _check(name: str, x: StoredTensor) -> None:
+    """Refuses x if NumPy has no array for it, or not every element lies in its storage."""
     unread = x.unread
     if not unread and x.dtype not in _NUMPY_DTYPES and x.dtype not in _NARROW_FLOATS:
         unread = f"it is of dtype {shown(x.dtype)}, which NumPy does not have"
@@ -150,37 +141,28 @@ def _check_kind(name: str, x: StoredTensor) -> None:
             f"PyTorch: {SAFE_LOAD}; then torch.save what v.dequantize(), v.to_dense() or "
             f"v.float() makes of each v in state.values()"
         )
-
-
-def _check_bounds(name: str, x: StoredTensor) -> None:
-    """Raises CheckpointError unless every element of x lies in its storage."""
-    numel = math.prod(x.shape)
-    size = itemsize(x.dtype)
+    numel, size = math.prod(x.shape), itemsize(x.dtype)
     stored = x.storage.nbytes // size
-    first = 0
     if x.storage.view:
-        unit = itemsize(x.storage.dtype)
-        first, stored = x.storage.view[0] * unit, x.storage.view[1] * unit // size
+        first, count = (n * itemsize(x.storage.dtype) for n in x.storage.view)
+        stored = count // size
         if sum(x.storage.view) > x.storage.numel or first % size:
-            raise CheckpointError(
-                f"the storage of {shown(name)} is a view, {x.storage.view}, that reaches outside "
-                f"its {x.storage.numel} numbers. {DAMAGED}"
-            )
+            what = f"the storage of {shown(name)} is a view, {x.storage.view}, that reaches"
+            raise damaged(f"{what} outside its {x.storage.numel} numbers")
     last = x.offset + sum((n - 1) * s for n, s in zip(x.shape, x.strides, strict=True))
     what = f"tensor {shown(name)} of shape {x.shape} is"
     if not numel:
-        raise CheckpointError(f"{what} empty; no weight is. {DAMAGED}")
+        raise damaged(f"{what} empty; no weight is")
     if last >= stored:
-        raise CheckpointError(
+        raise damaged(
             f"tensor {shown(name)} (shape {x.shape}, strides {x.strides}, offset {x.offset}) "
-            f"reaches outside its storage of {stored} numbers. {DAMAGED}"
+            f"reaches outside its storage of {stored} numbers"
         )
     if numel > stored:
         raise CheckpointError(f"{what} an expanded view of {stored} numbers. {_COPIES}")
 
 
 def _cut(raw: bytes, x: StoredTensor, order: Literal["<", ">"]) -> np.ndarray:
-    """One tensor out of the bytes of its storage."""
     narrow = x.dtype in _NARROW_FLOATS
     size = itemsize(x.dtype)
     stored = np.dtype(f"u{size}" if narrow else x.dtype).newbyteorder(order)
@@ -212,10 +194,5 @@ def refuse_damage(what: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except UNREADABLE as error:
-        raise CheckpointError(f"{what} ({describe(error)}). {DAMAGED}") from error
-
-
-def describe(error: Exception) -> str:
-    """An error that something else raised, for a message: its type and what it says, cut."""
-    text = " ".join(str(error)[:200].split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+        text = " ".join([f"{type(error).__name__}:", *str(error)[:200].split()])
+        raise damaged(f"{what} ({text.removesuffix(':')})") from error

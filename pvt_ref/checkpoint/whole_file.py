@@ -15,11 +15,8 @@ def write_whole(path: Path, data: bytes) -> None:
     """Writes beside the place under another name, flushes to the disk, and renames.
 
     An older file of that name stays whole until then, and the new one gets its permissions. A link
-    stays a link: what it points to is written. Killed in between, a hidden ``.tmp`` file is left.
-
-    Raises:
-        OSError: if it cannot be written; nothing is left behind. Also if what is there is read-only
-            or no file: a directory, a pipe, a device, a link that leads back to itself.
+    stays a link. Killed in between, a hidden ``.tmp`` file is left. Raises: OSError if it cannot be
+    written, or what is there is read-only or no file; nothing is left behind.
     """
     mode = _mode_of_old(path)
     path = Path(os.path.realpath(path))

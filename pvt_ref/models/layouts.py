@@ -1,11 +1,8 @@
 """How files of other projects name and cut a network's weights, and what else they say of it.
 
-A layout is a table from our key templates to theirs. Most weights are only renamed; a few are cut
-or glued, so the map is spelled out as pieces: some rows of our array are some rows of theirs. The
-pieces give both the list of keys and shapes that a file must hold and the way to read them.
-
-A network makes its layouts, and a :class:`Files`, in its own folder; :mod:`pvt_ref.checkpoint`,
-which knows no network, does the rest.
+Most weights are only renamed; a few are cut or glued, so the map is spelled out as pieces: some
+rows of our array are some rows of theirs. A network makes its layouts, and a :class:`Files`, in its
+own folder; :mod:`pvt_ref.checkpoint`, which knows no network, does the rest.
 """
 
 import re
@@ -40,11 +37,10 @@ def same_pieces(key: str, shape: Shape, config: Any) -> list[Piece]:
 
 
 def renaming(table: Mapping[str, str]) -> Callable[[str], str | None]:
-    """The ``rename`` of a layout, from a table of templates.
+    """The ``rename`` of a layout, from templates: ``"block{i}.{b}.norm1"`` to theirs.
 
-    Templates: i is the stage from 1, j from 0; b the block from 0, c from 1; leaf is weight or
-    bias, and stands at the end where theirs does not say. ``"block{i}.{b}.norm1"`` to
-    ``"layers.{j}.1.{c}.norm1"``, say.
+    i is the stage from 1, j from 0; b the block from 0, c from 1; leaf is weight or bias, and
+    stands at the end where theirs does not say.
     """
 
     def rename(key: str) -> str | None:
@@ -67,67 +63,37 @@ def renaming(table: Mapping[str, str]) -> Callable[[str], str | None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How one family of files names and cuts the weights.
+    """How one family of files names and cuts the weights."""
 
-    Attributes:
-        name: for messages.
-        rename: our key to theirs; None where they have none.
-        pieces_of: ``(key, shape, config) -> pieces`` of one of our arrays.
-        eps: of the code that reads such files, in the order of the configuration's fields.
-        marks: our keys, of which one must be there, if any are named.
-        has_classifier: whether their models have one; None if files with and without are found.
-        unused: their keys that are left out where they are, such as those of a head.
-        config_beside: whether a config.json lies beside such files.
-        eps_advice: which other eps to pass, and when; for ``source``.
-    """
-
-    name: str
-    rename: Callable[[str], str | None] = same_key
-    pieces_of: Callable[[str, Shape, Any], list[Piece]] = same_pieces
-    eps: tuple[float, ...] = ()
-    marks: tuple[str, ...] = ()
-    has_classifier: bool | None = None
-    unused: tuple[str, ...] = ()
-    config_beside: bool = False
-    eps_advice: str = ""
+    name: str  # for messages
+    rename: Callable[[str], str | None] = same_key  # our key to theirs; None where they have none
+    pieces_of: Callable[[str, Shape, Any], list[Piece]] = same_pieces  # of (key, shape, config)
+    eps: tuple[float, ...] = ()  # of the code that reads them, as the configuration's fields
+    marks: tuple[str, ...] = ()  # our keys, of which one must be there, if any are named
+    has_classifier: bool | None = None  # None if files with and without are found
+    unused: tuple[str, ...] = ()  # their keys that are left out, such as those of a head
+    config_beside: bool = False  # whether a config.json lies beside such files
+    eps_advice: str = ""  # which other eps to pass, and when; for `source`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Files:
-    """What :mod:`pvt_ref.checkpoint` asks a network about the files of other projects.
+    """What :mod:`pvt_ref.checkpoint` asks a network about the files of other projects."""
 
-    Attributes:
-        readable: which files are read, in words.
-        layouts: that are looked for, in this order; of all networks those with marks come first.
-        probes: our keys; one of them, as a layout renames it, shows that layout.
-        bare: ``(layout, state, wanted) -> layout, prefix`` in which a model without classifier is
-            read, because that is wanted, or all there is.
-        model_type: in Hugging Face's config.json.
-        telling: fields of a config.json that describes a model, rather than a training.
-        hugging_face: ``(fields of config.json) -> values`` by our field names.
-        partial: ``(values) -> config``, with what fits in the fields that are not said.
-        fit: ``(config, shapes, layout) -> config`` with class count, channels and image size of a
-            file, where these can be read off the shapes, which are by the file's keys.
-        shown: ``(shapes, layout) -> values``: all that shapes show; {} if a key is not there.
-        widths: the field by which ``num_heads``, which no shape shows, is known of a variant.
-        blocks: ``(config) -> int``: how many blocks it has.
-        advice: ``(keys) -> sentence`` on keys that do not fit, or "".
-        hub: repositories on the Hugging Face Hub by variant.
-        url: where the authors' own files are, with ``{name}``.
-    """
-
-    readable: str
-    layouts: tuple[Layout, ...]
-    probes: tuple[str, ...]
+    readable: str  # which files are read, in words
+    layouts: tuple[Layout, ...]  # looked for in this order; of all networks those with marks first
+    probes: tuple[str, ...]  # our keys; one of them, as a layout renames it, shows that layout
+    # (layout, state, wanted) -> layout and prefix in which a model without classifier is read
     bare: Callable[[Layout, Mapping[str, Any], bool], tuple[Layout, str]]
-    model_type: str
-    telling: frozenset[str]
-    hugging_face: Callable[[Mapping[str, Any]], dict[str, Any]]
-    partial: Callable[[dict[str, Any]], Any]
+    model_type: str  # in Hugging Face's config.json
+    telling: frozenset[str]  # fields of a config.json that describes a model, and not a training
+    hugging_face: Callable[[Mapping[str, Any]], dict[str, Any]]  # config.json by our field names
+    partial: Callable[[dict[str, Any]], Any]  # a config, with what fits in fields that are not said
+    # (config, shapes, layout) -> config with class count, channels and image size of a file
     fit: Callable[[Any, Mapping[str, Shape], Layout], Any]
-    shown: Callable[[Mapping[str, Shape], Layout], dict[str, Any]]
-    widths: str
-    blocks: Callable[[Any], int]
-    advice: Callable[[Iterable[str]], str] = lambda keys: ""
-    hub: Mapping[str, str] = field(default_factory=dict)
-    url: str = ""
+    shown: Callable[[Mapping[str, Shape], Layout], dict[str, Any]]  # all fields that shapes show
+    widths: str  # the field by which `num_heads`, which no shape shows, is known of a variant
+    blocks: Callable[[Any], int]  # of a config
+    advice: Callable[[Iterable[str]], str] = lambda keys: ""  # a sentence on keys that do not fit
+    hub: Mapping[str, str] = field(default_factory=dict)  # Hugging Face repositories by variant
+    url: str = ""  # where the authors' own files are, with `{name}`

@@ -25,7 +25,7 @@ from pvt_ref.tree import map_arrays, map_named, record, zeros_like
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdamW:
-    """The constants of the method.
+    """The constants of the method. Raises: RangeError if a number is outside its range.
 
     Attributes:
         beta1: how slowly the running mean forgets, in [0, 1).
@@ -33,9 +33,6 @@ class AdamW:
         eps: keeps the quotient finite where no gradient has been, above 0.
         weight_decay: lambda, at least 0. In effect it is lr times this.
         decay_positions: whether position embeddings are decayed, as the authors' code does.
-
-    Raises:
-        RangeError: if a number is outside its range.
     """
 
     beta1: float = 0.9
@@ -68,26 +65,21 @@ class AdamWState:
 
 
 def adamw_init(params: Any) -> AdamWState:
-    """The state before the first step.
+    """The state before the first step. Raises: ArrayTypeError if params is no record of arrays.
 
     Args:
         params: the weights, NumPy or CuPy.
 
     Returns:
         t = 0, and m and v full of zeros, of params' shapes and dtypes and on their device.
-
-    Raises:
-        ArrayTypeError: if params is no record of arrays.
     """
     check_record("params", params)
     return AdamWState(0, zeros_like(params), zeros_like(params))
 
 
 def is_decayed(key: str, x: Array, decay_positions: bool = False) -> bool:
-    """Whether weight decay applies to the array at key.
-
-    It does to the matrices. It does not to biases and norms, whose size means something else, nor
-    to the cls token; nor, unless asked for, to position embeddings.
+    """Whether weight decay applies: to matrices, not to biases, norms and the cls token.
+    Raises: ArrayTypeError, RangeError if an argument is of another type.
 
     Args:
         key: name of a weight, as :func:`pvt_ref.to_state_dict` has it.
@@ -96,10 +88,6 @@ def is_decayed(key: str, x: Array, decay_positions: bool = False) -> bool:
 
     Returns:
         True or False.
-
-    Raises:
-        ArrayTypeError: if key is not a text, or x not an array.
-        RangeError: if decay_positions is neither True nor False.
     """
     check_type("key", key, str)
     check_flag("decay_positions", decay_positions)
@@ -127,8 +115,7 @@ def adamw_step(
 
     Raises:
         RangeError: if lr or state.t is no number of at least 0.
-        ArrayTypeError: if an argument is of another type, or two trees differ in dtype or device.
-        ShapeError: if grads or state are of another model than params.
+        ArrayTypeError, ShapeError: if two trees differ in type, dtype, device, keys or shapes.
     """
     check_type("state", state, AdamWState, "from adamw_init or the step before")
     check_type("settings", settings, AdamW)
@@ -139,9 +126,9 @@ def adamw_step(
     b1, b2 = settings.beta1, settings.beta2
     t = state.t + 1
     bias_1, bias_2 = 1 - b1**t, 1 - b2**t
+    positions = settings.decay_positions
     rates = map_named(
-        lambda key, w: lr * settings.weight_decay * is_decayed(key, w, settings.decay_positions),
-        params,
+        lambda key, w: lr * settings.weight_decay * is_decayed(key, w, positions), params
     )
 
     def new_w(w: Array, m: Array, v: Array, rate: float) -> Array:

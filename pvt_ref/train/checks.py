@@ -14,66 +14,41 @@ _LONGEST_PATH = 4096
 
 
 def check_path(name: str, value: object) -> Path:
-    """A path that the system can be asked about. Nothing need be there.
-
-    Raises:
-        ArrayTypeError: unless it is a text or a path of texts.
-        TrainingError: if no file can be called so.
-    """
+    """A path that the system can be asked about. Raises: ArrayTypeError or TrainingError."""
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(text, str):
-        raise ArrayTypeError(
-            f"{name} is a {type(value).__name__}; it must be a str or pathlib.Path"
-        )
+        raise ArrayTypeError(f"{name} is a {type(value).__name__}; it must be a str or Path")
     try:
         usable = "\0" not in os.fsencode(text).decode("latin-1")
     except UnicodeEncodeError:
         usable = False
     if not 0 < len(text) <= _LONGEST_PATH or not usable:
-        raise TrainingError(
-            f"{name} is {shown(text)}, which no file can be called: it is empty, too long, or "
-            f"holds a NUL or half a character. Name another"
-        )
+        why = "it is empty, too long, or holds a NUL or half a character"
+        raise TrainingError(f"{name} is {shown(text)}, which no file can be called: {why}")
     return Path(text)
-
-
-def reason(error: OSError | RuntimeError) -> str:
-    """What the system said, for a message."""
-    return f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
 
 
 def check_record(name: str, tree: object) -> None:
     """Refuses what is no record of arrays. Raises: ArrayTypeError."""
     if next(named_arrays(tree), None) is None:
         raise ArrayTypeError(
-            f"{name} is a {type(tree).__name__}; it must be the parameters of a model, or a record "
-            f"of arrays as their parts are"
+            f"{name} is a {type(tree).__name__}; it must be the parameters of a model, or a part"
         )
 
 
 def check_alike(name: str, tree: object, params: Any) -> None:
-    """Refuses gradients, moments or averages that do not belong to some weights.
-
-    Raises:
-        ArrayTypeError: if one of the two is no record of arrays, or they are of two types, or an
-            array of the tree is of another library, device or dtype than the weight in its place.
-        ShapeError: if a key is absent from one of them, or an array has another shape.
-    """
+    """Refuses what does not belong to the weights params. Raises: ArrayTypeError or ShapeError."""
     check_record("params", params)
     check_type(name, tree, type(params), "with an array for each weight of params")
     arrays, weights = dict(named_arrays(tree)), dict(named_arrays(params))
+    what = f"{name} and params are of different models"
     for key in sorted(arrays.keys() ^ weights.keys()):
-        there = name if key in arrays else "params"
-        raise ShapeError(f"{name} and params are of different models: only {there} has {key}")
+        raise ShapeError(f"{what}: only {name if key in arrays else 'params'} has {key}")
     for key, x in arrays.items():
         w = weights[key]
         if x.shape != w.shape:
-            raise ShapeError(
-                f"{name} and params are of different models: {key} is {tuple(x.shape)} in {name} "
-                f"and {tuple(w.shape)} in params"
-            )
+            both = f"{tuple(x.shape)} in {name} and {tuple(w.shape)} in params"
+            raise ShapeError(f"{what}: {key} is {both}")
         if x.dtype != w.dtype or not same_library(x, w):
-            raise ArrayTypeError(
-                f"{key} is {library_and_dtype(x)} in {name} and {library_and_dtype(w)} in params; "
-                f"both must be alike"
-            )
+            both = f"{library_and_dtype(x)} in {name} and {library_and_dtype(w)} in params"
+            raise ArrayTypeError(f"{key} is {both}; both must be alike")

@@ -1,8 +1,8 @@
 """Exponential moving average of the weights: the model that is kept.
 
 The weights of single steps dance around where they are heading. Their average over the last
-``1 / (1 - decay)`` steps or so stands nearer to it, and usually classifies better. The idea is that
-of Polyak and Juditsky (1992, SIAM J. Control Optim. 30, 838-855), who average all steps alike.
+``1 / (1 - decay)`` steps or so stands nearer to it, and usually classifies better (after Polyak and
+Juditsky 1992, SIAM J. Control Optim. 30, 838-855, who average all steps alike).
 """
 
 from typing import Any
@@ -13,10 +13,10 @@ from pvt_ref.tree import map_arrays
 
 
 def ema_decay_of_step(step: int, decay: float) -> float:
-    """Decay at a step: ``min(decay, (1 + step) / (10 + step))``.
+    """Decay at a step, as TensorFlow has it: ``min(decay, (1 + step) / (10 + step))``.
+    Raises: RangeError if a number is outside its range.
 
-    A young average forgets faster, or it would remember the random first weights for long. The rule
-    is that of TensorFlow's ExponentialMovingAverage.
+    A young average forgets faster, or it would remember the random first weights for long.
 
     Args:
         step: counted from 0.
@@ -24,9 +24,6 @@ def ema_decay_of_step(step: int, decay: float) -> float:
 
     Returns:
         The decay of this step, in [0, 1).
-
-    Raises:
-        RangeError: if a number is outside its range.
     """
     step = check_number("step", step, least=0, whole=True)
     decay = check_number("decay", decay, least=0, below=1)
@@ -46,8 +43,7 @@ def ema_step(average: Any, params: Any, decay: float) -> Any:
 
     Raises:
         RangeError: if decay is outside its range.
-        ArrayTypeError: if a tree is no record of arrays, or the two differ in dtype or device.
-        ShapeError: if they are of different models.
+        ArrayTypeError, ShapeError: if the two differ in type, dtype, device, keys or shapes.
     """
     decay = check_number("decay", decay, least=0, below=1)
     check_alike("average", average, params)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from pvt_ref.arrays import Array, array_module, describe_type, dtype_name, is_array
+from pvt_ref.arrays import array_module, describe_type, dtype_name, is_array
 from pvt_ref.checks import check_number
 from pvt_ref.errors import ArrayTypeError
 from pvt_ref.train.checks import check_alike, check_record
@@ -15,44 +15,33 @@ _TINY = 1e-6
 
 
 def global_norm(grads: Any) -> float:
-    """``sqrt(sum of g^2)`` over all numbers of all arrays, added up in double precision.
-
-    Reading it makes the host wait for the device. NaN or infinity in any array shows in it.
+    """``sqrt(sum of g^2)`` over all arrays, added up in double precision; the host waits for it.
+    Raises: ArrayTypeError if grads is no record, tuple or array, or not of numbers.
 
     Args:
         grads: gradients of a model, or any record of arrays.
 
     Returns:
-        The norm; 0 if there is no array.
-
-    Raises:
-        ArrayTypeError: if grads is no record, tuple or array, or not of numbers.
+        The norm; 0 if there is no array, NaN or infinity if there is one in it.
     """
     if not (dataclasses.is_dataclass(grads) or isinstance(grads, tuple) or is_array(grads)):
-        raise ArrayTypeError(
-            f"grads is {describe_type(grads)}. It must be a record of gradients, as backward "
-            f"returns it"
-        )
-    total: Array | None = None
+        raise ArrayTypeError(f"grads is {describe_type(grads)}. Needed is a record of gradients")
+    squares = []
     for key, g in named_arrays(grads):
         if not dtype_name(g).startswith(("float", "bfloat", "int", "uint")):
-            raise ArrayTypeError(
-                f"{key or 'grads'} has dtype {dtype_name(g)}; it must be of floats"
-            )
+            raise ArrayTypeError(f"{key or 'grads'} has dtype {dtype_name(g)}; needed are floats")
         xp = array_module(g)
         wide = xp.astype(g, xp.float64)  # float32 squares could overflow, and sums would drift
         square = xp.sum(wide * wide)
-        total = square if total is None else total + square
-    return math.sqrt(float(total)) if total is not None else 0.0
+        squares.append(square)
+    return math.sqrt(float(sum(squares)))
 
 
 def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, float]:
     """All gradients by one factor, so that their common norm is at most max_norm.
 
     One factor for all keeps the direction of the step (Pascanu et al. 2013, arXiv 1211.5063,
-    Algorithm 1)::
-
-        g <- g min(1, max_norm / (|g| + 1e-6))
+    Algorithm 1): ``g <- g min(1, max_norm / (|g| + 1e-6))``.
 
     Args:
         grads: gradients of a model.
@@ -78,8 +67,7 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, float]:
 def add_gradients(total: Any, grads: Any, share: float) -> Any:
     """``total + share * grads``: gradient accumulation over parts of a batch.
 
-    The loss of a batch is the mean over its samples, so a part of b samples out of B has the share
-    b / B, and the sum over the parts is the gradient of the whole batch.
+    The loss of a batch is the mean over its samples, so b samples out of B have the share b / B.
 
     Args:
         total: the sum so far; None for the first part.
@@ -87,13 +75,11 @@ def add_gradients(total: Any, grads: Any, share: float) -> Any:
         share: of this part in the batch, in (0, 1].
 
     Returns:
-        The sum, of the same shapes and dtypes; grads itself if there is no total and the share is
-        1.
+        The sum, of the same shapes and dtypes; grads itself if it is the whole batch.
 
     Raises:
         RangeError: if share is outside its range.
-        ArrayTypeError: if a tree is no record of arrays, or the two differ in dtype or device.
-        ShapeError: if they are of different models.
+        ArrayTypeError, ShapeError: if the two differ in type, dtype, device, keys or shapes.
     """
     share = check_number("share", share, above=0, most=1)
     check_record("grads", grads)

@@ -13,10 +13,9 @@ T = TypeVar("T")
 class Interrupts:
     """Ctrl-C, SIGTERM and SIGHUP (of a closed terminal) are noted instead of ending the process.
 
-    A second Ctrl-C raises KeyboardInterrupt, but only inside :meth:`allow`: never while a file is
-    written, a lock is taken or a handler put back. A signal that is ignored stays so, as nohup and
-    a shell's background jobs want it. Only the main thread can say what a signal does; beside it,
-    nothing is changed. In a process that another thread forks meanwhile, signals do what they did.
+    A second Ctrl-C raises KeyboardInterrupt, but only inside :meth:`allow`. A signal that is
+    ignored stays so, as nohup wants it. Beside the main thread, which alone can say what a signal
+    does, nothing is changed; nor in a process that another thread forks meanwhile.
 
     :meth:`install` and :meth:`restore` go into the ``try`` and the ``finally`` of one function.
     (The ``__exit__`` of a context manager could itself be interrupted before it does anything.)

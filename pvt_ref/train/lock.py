@@ -16,9 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from pvt_ref.errors import TrainingError
+from pvt_ref.errors import TrainingError, reason
 from pvt_ref.kernels.cpu.threads import at_fork, holding
-from pvt_ref.train.checks import reason
 
 LOCK = "run.lock"
 
@@ -49,7 +48,7 @@ class RunLock:
     """The lock of a run's folder, an absolute path, which no other process or thread then gets.
 
     :meth:`acquire` and :meth:`release` go into the ``try`` and the ``finally`` of one function; a
-    signal's handler may break either off, and :meth:`release` may be called again.
+    signal's handler may break either off.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -77,16 +76,13 @@ class RunLock:
     def check(self) -> None:
         """Before every writing. Raises: TrainingError if the folder is not ours any more."""
         if self._fd is None:
-            raise TrainingError(
-                f"{self.path.parent}: this process was forked from the one that trains here, and "
-                f"does not hold the folder: only that one goes on"
-            )
+            what = "this process was forked from the one that trains here"
+            raise TrainingError(f"{self.path.parent}: {what}: only that one goes on")
         if not self._is_at(self._fd):
             raise TrainingError(
                 f"{self.path.parent}: the folder was moved, or another run has taken it: the "
-                f"{LOCK} of this one is not there any more. Nothing further is written. What was "
-                f"saved before is whole, wherever it is now: go on from there (resume=True, on the "
-                f"command line --resume)"
+                f"{LOCK} of this one is not there any more. What was saved before is whole, "
+                f"wherever it is now: resume there"
             )
 
     def release(self) -> None:
@@ -121,11 +117,16 @@ class RunLock:
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
                 raise self._failed(error) from error
+            holder = None
+            with contextlib.suppress(OSError):
+                os.lseek(fd, 0, os.SEEK_SET)
+                text = os.read(fd, 100).decode("ascii", "replace")
+                holder = re.match(r"process \d{1,10} on [\w.-]{1,64}", text)
+            hint = f" ({holder[0]})" if holder else ""
             raise TrainingError(
-                f"{self.path.parent}: another training runs in this folder{_holder(fd)}. Two would "
-                f"destroy each other's files. Wait for its end, stop it, or name another folder. "
-                f"(There is no need to delete {LOCK}: a process that has ended, or was killed, "
-                f"locks nothing)"
+                f"{self.path.parent}: another training runs in this folder{hint}. Wait for "
+                f"its end, stop it, or name another folder. (There is no need to delete {LOCK}: a "
+                f"process that has ended locks nothing)"
             ) from error
 
     def _is_at(self, fd: int) -> bool:
@@ -135,26 +136,14 @@ class RunLock:
             return False
 
     def _not_ours(self) -> TrainingError:
-        return TrainingError(
-            f"{self.path} is not a regular file of this folder alone (it is a link, a pipe or the "
-            f"like), so it cannot be locked. Move it away"
-        )
+        what = f"{self.path} is not a regular file of this folder alone, but a link or the like"
+        return TrainingError(f"{what}, so it cannot be locked. Move it away")
 
     def _failed(self, error: OSError) -> TrainingError:
         return TrainingError(
-            f"{self.path}: the folder of the run cannot be locked ({reason(error)}), so nothing "
-            f"would keep a second training out of it. Name a folder that may be written to, on a "
-            f"file system with locks, such as a local disk"
+            f"{self.path}: the folder of the run cannot be locked ({reason(error)}). Name one that "
+            f"may be written to, on a file system with locks, such as a local disk"
         )
-
-
-def _holder(fd: int) -> str:
-    with contextlib.suppress(OSError):
-        os.lseek(fd, 0, os.SEEK_SET)
-        text = os.read(fd, 100).decode("ascii", "replace")
-        if hint := re.match(r"process \d{1,10} on [\w.-]{1,64}", text):
-            return f" ({hint[0]})"
-    return ""
 
 
 #: Those whose file is open in this process. A child of fork is not their owner.

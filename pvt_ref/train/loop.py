@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from pvt_ref import errors
 from pvt_ref.api import default_ops, init_params
 from pvt_ref.app import Model
 from pvt_ref.arrays import array_module, dtype_name, quietly
@@ -29,17 +30,10 @@ from pvt_ref.checks import check_flag, check_number, check_type
 from pvt_ref.data.info import ModelInfo
 from pvt_ref.data.labelled import LabelledImages, evaluate
 from pvt_ref.draws import What, generator
-from pvt_ref.errors import (
-    CheckpointError,
-    DeviceError,
-    MissingFileError,
-    PVTError,
-    TrainingError,
-    shown,
-)
+from pvt_ref.errors import PVTError, TrainingError, reason, shown
 from pvt_ref.kernels.cpu.threads import default_threads
 from pvt_ref.report.diagnosis import first_non_finite
-from pvt_ref.train.checks import check_path, reason
+from pvt_ref.train.checks import check_path
 from pvt_ref.train.interrupts import Interrupts
 from pvt_ref.train.lock import RunLock
 from pvt_ref.train.metrics import Metrics, draw_curves
@@ -98,8 +92,8 @@ def fit(
     same device, table of operations and number of threads, it ends with the same bits as if it had
     never stopped. With others it goes on, says so, and the last bits may differ.
 
-    Until it ends, however it ends, the folder is locked: a second training there is refused. A run
-    whose folder is moved or removed meanwhile writes nothing further, and ends with an error.
+    Until it ends, the folder is locked: a second training there is refused. A run whose folder is
+    moved or removed meanwhile writes nothing further, and ends with an error.
 
     Args:
         config: the model, with drop-path rates as they are at their peak.
@@ -112,8 +106,7 @@ def fit(
             not be given; if they are, they must be those that the run began with.
         resume: go on with what the folder holds.
         device: ``"cpu"`` or ``"cuda"``.
-        save_seconds: the state is saved after every epoch, and in between when so many seconds
-            have passed.
+        save_seconds: how often the state is saved, besides after every epoch.
         log_steps: a line of metrics comes every so many steps.
         stop_at_step: end there as Ctrl-C does, for trials.
         console: where progress is shown; None shows nothing.
@@ -122,19 +115,12 @@ def fit(
         How it ended.
 
     Raises:
-        TrainingError: if the data do not fit the model or are fewer than a batch, the folder cannot
-            be made or locked, is moved or taken by another run meanwhile, holds another run, or
-            lacks the best weights of this one, or loss, gradients or weights are no longer finite.
-        ConfigError: if the model is a bare backbone, or info has another number of classes.
-        ShapeError: if the model cannot take images of that size, or first belongs to another
-            config.
-        NonFiniteError: if first holds NaN or infinity.
-        ArrayTypeError: if an argument is of another type.
-        RangeError: if save_seconds, log_steps, stop_at_step or resume is outside its range, or
-            images would be moved by more than their size.
+        TrainingError: if data do not suit, the folder is not this run's alone, or something is no
+            longer finite.
+        ConfigError, ShapeError, NonFiniteError: if config or first does not fit the data.
+        ArrayTypeError, RangeError, DeviceError: if another argument is wrong.
         CheckpointError: if something cannot be saved, or what was saved is damaged.
         MissingFileError: if there is nothing to go on with.
-        DeviceError: if there is no such device.
         KeyboardInterrupt: at a second Ctrl-C.
     """
     job = _job(config, recipe, data, held_out, folder, info, console)
@@ -145,11 +131,8 @@ def fit(
     if stop_at_step is not None:
         end = min(last, check_number("stop_at_step", stop_at_step, least=0, whole=True))
     if not isinstance(device, str) or device not in ("cpu", "cuda"):
-        raise DeviceError(
-            f"device is {shown(device)}; a training runs on 'cpu' or 'cuda', the current CUDA "
-            f"device. For another GPU: CUDA_VISIBLE_DEVICES=1, or inside `with "
-            f"cupy.cuda.Device(1):`"
-        )
+        cuda = "'cuda', the current CUDA device (for another GPU: CUDA_VISIBLE_DEVICES=1)"
+        raise errors.DeviceError(f"device is {shown(device)}; a training runs on 'cpu' or {cuda}")
     said = first is not None or not resume  # whether the first weights must be those of the run
     if first is None:
         first = init_params(config, generator(recipe.seed, What.FIRST_WEIGHTS))
@@ -167,14 +150,17 @@ def fit(
         if resume:
             state, saved = load_state_and_run(job.place / STATE, config, run, first_array(params))
             _check_resumed(job, state)
-            then = saved.get("operations", {}).get("table")
-            if then != table:
-                job.say(
-                    f"saved with {shown(then, 200)}, goes on with {table}: last bits may differ"
-                )
+            if (then := saved.get("operations", {}).get("table")) != table:
+                then = shown(then, 200)
+                job.say(f"saved with {then}, goes on with {table}: last bits may differ")
             run = saved | {"operations": run["operations"]}  # saved may know the first weights
         else:
-            _check_unused(job.place)
+            there = [name for name in (STATE, BEST, METRICS) if os.path.lexists(job.place / name)]
+            if there:
+                raise TrainingError(
+                    f"{job.place} holds a training already ({', '.join(there)}). Go on with it "
+                    f"(resume=True, on the command line --resume), or name another folder"
+                )
             state = start_training(params, len(data), recipe.seed)
             _save(job, state, run)
         for orphan in job.place.glob(f".{'[0-9a-f]' * 16}.tmp"):  # killed while it was written
@@ -194,7 +180,10 @@ def fit(
                 if index == 0:
                     _check_weights(job, state, report.lr)
                     loss, accuracy = interrupts.allow(_measure, job, state, report.lr)
-                    state = _with_best(state, epoch, accuracy)
+                    if accuracy > state.best_accuracy:
+                        best = {"best_accuracy": accuracy, "best_epoch": epoch}
+                        digest = weights_sha256(state.average)
+                        state = dataclasses.replace(state, **best, best_sha256=digest)
                     line |= _line_of_epoch(job, state, epoch, loss, accuracy)
                     # the metrics come first: lines beyond what is saved are dropped on
                     # resuming, but a line that was never written would be missed for ever
@@ -250,13 +239,11 @@ class _Job:
 def _job(
     config: Any, recipe: Recipe, data: Any, held_out: Any, folder: Any, info: Any, console: Any
 ) -> _Job:
-    for name, samples in (("the samples to learn from", data), ("held out", held_out)):
-        check_samples(samples, name, config, recipe)
+    check_samples(data, "the samples to learn from", config, recipe)
+    check_samples(held_out, "held out", config, recipe)
     if data.preprocessing != held_out.preprocessing:
-        raise TrainingError(
-            f"the samples to learn from have {data.preprocessing}, those held out have "
-            f"{held_out.preprocessing}; both must be prepared alike"
-        )
+        what = f"the samples to learn from have {data.preprocessing}, those held out have"
+        raise TrainingError(f"{what} {held_out.preprocessing}; both must be prepared alike")
     if info is not None:
         check_type("info", info, ModelInfo, "or None")
     if console is not None:
@@ -266,12 +253,10 @@ def _job(
         place = place.absolute()  # once, whatever the working directory is later
     except OSError as error:
         raise TrainingError(
-            f"{place}: there is no working directory any more, so no place for the folder of the "
-            f"run. Name one by its whole path, or go to another directory"
+            f"{place}: there is no working directory any more. Name the folder by its whole path"
         ) from error
     info = dataclasses.replace(info or ModelInfo(), preprocessing=data.preprocessing)
-    steps = recipe.steps_per_epoch(len(data))
-    lock = RunLock(place)
+    steps, lock = recipe.steps_per_epoch(len(data)), RunLock(place)
     return _Job(config, recipe, len(data), held_out, info, place, lock, steps, console)
 
 
@@ -289,25 +274,14 @@ def _save(job: _Job, state: TrainState, run: Mapping[str, Any]) -> None:
 
 def _make_folder(place: Path, resume: bool) -> None:
     if resume and not os.path.isdir(place):  # a name that was mistyped leaves nothing behind
-        raise MissingFileError(
-            f"{place}: there is no such folder, so no training to go on with. Start one: the same "
-            f"without resume=True, on the command line without --resume"
-        )
+        what = f"{place}: there is no such folder, so no training to go on with"
+        raise errors.MissingFileError(f"{what}. Start one: on the command line without --resume")
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(
             f"{place}: the folder of the run cannot be made ({reason(error)}). Name another"
         ) from error
-
-
-def _check_unused(place: Path) -> None:
-    there = [name for name in (STATE, BEST, METRICS) if os.path.lexists(place / name)]
-    if there:
-        raise TrainingError(
-            f"{place} holds a training already ({', '.join(there)}). Go on with it "
-            f"(resume=True, on the command line --resume), or name another folder"
-        )
 
 
 def _check_resumed(job: _Job, state: TrainState) -> None:
@@ -338,11 +312,9 @@ def _check_resumed(job: _Job, state: TrainState) -> None:
     _check_best(job, state)
 
 
-def _edited(job: _Job, what: str) -> CheckpointError:
-    return CheckpointError(
-        f"{job.place / STATE}: {what}: the file was edited. Put back a copy, or start anew in "
-        f"another folder"
-    )
+def _edited(job: _Job, what: str) -> errors.CheckpointError:
+    advice = "the file was edited. Put back a copy, or start anew in another folder"
+    return errors.CheckpointError(f"{job.place / STATE}: {what}: {advice}")
 
 
 def _measure(job: _Job, state: TrainState, lr: float) -> tuple[float, float]:
@@ -350,18 +322,11 @@ def _measure(job: _Job, state: TrainState, lr: float) -> tuple[float, float]:
     config, held_out = job.config, job.held_out
     loss, accuracy = quietly(evaluate, state.average, config, held_out)
     if not math.isfinite(loss):
-        what = f"the loss on what is held out is {loss}"
         images = held_out.batch(slice(0, 64), like=first_array(state.average))
         culprit = first_non_finite(state.average, images, config)
+        what = f"the loss on what is held out is {loss}"
         raise diverged(what, state.step - 1, job.steps, lr, culprit)
     return loss, accuracy
-
-
-def _with_best(state: TrainState, epoch: int, accuracy: float) -> TrainState:
-    if accuracy > state.best_accuracy:
-        best = {"best_accuracy": accuracy, "best_epoch": epoch}
-        return dataclasses.replace(state, **best, best_sha256=weights_sha256(state.average))
-    return state
 
 
 def _line_of_epoch(
@@ -380,11 +345,9 @@ def _line_of_epoch(
 
 
 def _save_best(job: _Job, state: TrainState) -> None:
-    """Writes the averaged weights, which have just done best.
+    """Writes the averaged weights, which have just done best, after the state that knows of them.
 
-    The state that knows of them is there before: should the process end in between, they are
-    written again from its average. The other way round, a file that is not the state's could be
-    one that is ahead of it, or another run's.
+    Should the process end in between, they are written again from its average.
     """
     config, info = job.config, job.info
     job.lock.check()
@@ -413,20 +376,15 @@ def _best_fault(job: _Job, state: TrainState) -> str:
     except PVTError as error:
         return f"cannot be read ({error})"
     if other := different_fields(model, job.config, job.info):
-        return (
-            f"has another {other} than this run: it was edited, is of another run, or fit was "
-            f"given another info than when the run began"
-        )
-    if found != state.best_sha256:
-        return (
-            f"does not hold the weights of epoch {state.best_epoch}, which did best: it is of "
-            f"another run, or of another moment of this one"
-        )
-    return ""
+        why = "it was edited, is of another run, or fit was given another info than at first"
+        return f"has another {other} than this run: {why}"
+    if found == state.best_sha256:
+        return ""
+    best = f"the weights of epoch {state.best_epoch}, which did best"
+    return f"does not hold {best}: it is of another run, or of another moment of this one"
 
 
 def _check_weights(job: _Job, state: TrainState, lr: float) -> None:
-    """Raises TrainingError rather than let weights that are not finite be saved or measured."""
     for prefix, tree in (("", state.params), ("average", state.average)):
         for key, w in named_arrays(tree, prefix):
             xp = array_module(w)
@@ -436,12 +394,11 @@ def _check_weights(job: _Job, state: TrainState, lr: float) -> None:
 
 
 def _draw(job: _Job) -> None:
-    """The curves, if they can be drawn: no training ends for want of a picture."""
     job.lock.check()
     try:
         draw_curves(job.place / METRICS, job.place / CURVES)
-    except ImportError:
-        return  # without matplotlib there is none
-    except Exception as error:  # matplotlib has many, by its settings, fonts and backends
+    except ImportError:  # without matplotlib there is none
+        return
+    except Exception as error:  # matplotlib has many; no training ends for want of a picture
         kind = "" if isinstance(error, PVTError) else f"{type(error).__name__}: "
         job.say(f"{CURVES} is not up to date: {kind}{error}")

@@ -13,12 +13,13 @@ import numpy as np
 from pvt_ref.checkpoint.bounded_json import parse_json
 from pvt_ref.checkpoint.whole_file import write_whole
 from pvt_ref.checks import check_number
-from pvt_ref.errors import CheckpointError, MissingFileError, PVTError, TrainingError, shown
-from pvt_ref.train.checks import check_path, reason
+from pvt_ref.errors import CheckpointError, MissingFileError, PVTError, TrainingError, reason, shown
+from pvt_ref.train.checks import check_path
 from pvt_ref.train.step import TrainState
 
 _LONGEST = 2**16  # bytes of a line that are read; ours have some 400
 _PICTURES = (".png", ".svg", ".pdf")
+_AWAY = "or, to resume without what was written so far, move the file away"
 
 #: What a line says, and within which bounds. Lines of epochs have all of _EPOCH.
 _COUNT: dict[str, Any] = {"least": 1, "most": 2**53, "whole": True}
@@ -34,14 +35,9 @@ _EPOCH: dict[str, dict[str, Any]] = (
 
 
 class Metrics:
-    """Lines of JSON in a file; each is in the file once it has been written.
+    """Lines of JSON in a file, of the epochs done; lines beyond the state's step are dropped.
 
-    Lines of later steps than the state's are dropped at the beginning: they belong to steps that
-    were not saved, and will be done again. The epochs are those that had lines before.
-
-    Raises:
-        CheckpointError: if there is one that is no metrics file or not of this run, or it cannot
-            be written.
+    Raises: CheckpointError if it is no metrics file of this run, or cannot be written.
     """
 
     def __init__(self, path: Path, state: TrainState, steps: int) -> None:
@@ -74,7 +70,6 @@ class Metrics:
 
 
 def _check_run(path: Path, lines: list[dict[str, Any]], state: TrainState, steps: int) -> None:
-    """Refuses lines that the run which left the state cannot have written."""
     # a file may have been lost and begun anew; from there on no epoch is missing
     number, epoch = 0, -(-lines[0]["step"] // steps) if lines else 0
     before: dict[str, Any] = {}
@@ -88,52 +83,37 @@ def _check_run(path: Path, lines: list[dict[str, Any]], state: TrainState, steps
             ):
                 raise CheckpointError(f"the line of epoch {epoch} is missing")
             if "held_out_accuracy" in line:
-                _check_best(line, before)
+                found = (line["best_accuracy"], line["best_epoch"])
+                best = found if line["epoch"] > 1 else (-1.0, 0)  # before the first line: unknown
+                if before:
+                    best = (before["best_accuracy"], before["best_epoch"])
+                if line["held_out_accuracy"] > best[0]:
+                    best = (line["held_out_accuracy"], line["epoch"])
+                if found != best:
+                    right = f"{found[0]} in epoch {found[1]}, not {best[0]} in {best[1]}"
+                    raise CheckpointError(f"the best accuracy is {right}")
                 before, epoch = line, epoch + 1
         if lines and epoch <= state.step // steps:
             raise CheckpointError(f"after it, the line of epoch {epoch} is missing")
         if before:
             number = lines.index(before) + 1
-            _check_last(before, state, steps)
+            said = {"epoch": state.step // steps}
+            said |= {"best_epoch": state.best_epoch, "best_accuracy": state.best_accuracy}
+            if before["step"] == state.step:
+                said["train_loss"] = state.epoch_loss / steps
+            for name, saved in said.items():
+                if before[name] != saved:
+                    what = f"the last {name} is {before[name]}, and {saved} in the saved state"
+                    raise CheckpointError(what)
     except CheckpointError as error:
         raise CheckpointError(
             f"{path}, line {number}: {error}. With {steps} steps an epoch, this run has written "
-            f"something else: the file is another run's, or was edited. Put back a copy, or, to "
-            f"resume without what was written so far, move it away"
+            f"something else: the file is another run's, or was edited. Put back a copy, {_AWAY}"
         ) from error
 
 
-def _check_best(line: dict[str, Any], before: dict[str, Any]) -> None:
-    """The best so far in the line of an epoch; before is that of the epoch before, if any."""
-    found = (line["best_accuracy"], line["best_epoch"])
-    best = found if line["epoch"] > 1 else (-1.0, 0)  # before the first line nothing is known
-    if before:
-        best = (before["best_accuracy"], before["best_epoch"])
-    if line["held_out_accuracy"] > best[0]:
-        best = (line["held_out_accuracy"], line["epoch"])
-    if found != best:
-        raise CheckpointError(
-            f"the best accuracy is {found[0]} in epoch {found[1]}, not {best[0]} in {best[1]}"
-        )
-
-
-def _check_last(line: dict[str, Any], state: TrainState, steps: int) -> None:
-    """The line of the last epoch that the state has done."""
-    said = {"epoch": state.step // steps}
-    said |= {"best_epoch": state.best_epoch, "best_accuracy": state.best_accuracy}
-    if line["step"] == state.step:
-        said["train_loss"] = state.epoch_loss / steps
-    for name, saved in said.items():
-        if line[name] != saved:
-            raise CheckpointError(
-                f"the last {name} is {line[name]}, and {saved} in the saved state"
-            )
-
-
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a metrics file, each verified.
-
-    A last line that was cut off, because the process was ended while writing it, is left out.
+    """The lines of a metrics file, each verified, without a last one that was cut off.
 
     Args:
         path: ``metrics.jsonl`` of a run.
@@ -144,10 +124,8 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Raises:
         MissingFileError: if there is no such file.
-        CheckpointError: if it cannot be read, or a line is none that a run writes; the message
-            names the line.
-        ArrayTypeError: if path is of another type.
-        TrainingError: if path is none that a file can have.
+        CheckpointError: if it cannot be read, or a line is none that a run writes.
+        ArrayTypeError, TrainingError: if path is none.
     """
     path = check_path("path", path)
     lines: list[dict[str, Any]] = []
@@ -165,16 +143,12 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 lines.append(line)
                 last = line["step"]
     except FileNotFoundError as error:
-        raise MissingFileError(
-            f"{path}: there is no such file. A run's is metrics.jsonl"
-        ) from error
+        raise MissingFileError(f"{path}: no such file. A run's is metrics.jsonl") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {reason(error)}") from error
     except PVTError as error:
-        raise CheckpointError(
-            f"{path}, line {number}: {error}. It was edited or damaged. Mend the line, or delete "
-            f"it; to resume without what was written so far, move the file away"
-        ) from error
+        what = f"{path}, line {number}: {error}. It was edited or damaged"
+        raise CheckpointError(f"{what}. Mend the line, or delete it, {_AWAY}") from error
     return lines
 
 
@@ -213,20 +187,16 @@ def _open_file(path: Path, flags: int, mode: str) -> BinaryIO:
 
 
 def draw_curves(metrics: str | os.PathLike[str], picture: str | os.PathLike[str]) -> None:
-    """Loss and accuracy by epoch, from a metrics file.
-
-    Needs matplotlib, the extra ``plots``. The picture appears complete or not at all.
+    """Loss and accuracy by epoch, from a metrics file. Needs matplotlib, the extra ``plots``.
 
     Args:
         metrics: ``metrics.jsonl`` of a run.
-        picture: ends in .png, .svg or .pdf.
+        picture: ends in .png, .svg or .pdf; it appears complete or not at all.
 
     Raises:
         ImportError: if there is no matplotlib.
-        MissingFileError: as :func:`read_metrics`.
-        CheckpointError: as :func:`read_metrics`; also if the picture cannot be written.
-        TrainingError: if the picture ends in something else.
-        ArrayTypeError: if an argument is of another type.
+        MissingFileError, CheckpointError: as :func:`read_metrics`; also if it cannot be written.
+        TrainingError, ArrayTypeError: if picture ends in something else, or is no path.
     """
     target = check_path("picture", picture)
     if target.suffix not in _PICTURES:
@@ -263,9 +233,8 @@ def _draw(lines: list[dict[str, Any]], file: BinaryIO, form: str) -> None:
         ax.grid(alpha=0.3)
     if lines:
         best = max(lines, key=lambda line: line["held_out_accuracy"])
-        accuracy.set_title(
-            f"accuracy (held out, best: {best['held_out_accuracy']:.4f} in epoch {best['epoch']})"
-        )
+        where = f"{best['held_out_accuracy']:.4f} in epoch {best['epoch']}"
+        accuracy.set_title(f"accuracy (held out, best: {where})")
     loss.legend(loc="upper right")  # "best" warns where looking for it takes a second
     undated = {"Date": None} if form == "svg" else None  # the same run gives the same file
     figure.savefig(file, format=form, dpi=120, metadata=undated)

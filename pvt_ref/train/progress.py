@@ -5,15 +5,8 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as Bar
 
 from pvt_ref.errors import printable
 from pvt_ref.train.step import StepReport
@@ -41,23 +34,20 @@ def _shown() -> Iterator[None]:
 
 
 class Progress:
-    """A progress bar with loss, accuracy, images a second and the time left, until it is closed.
+    """A bar with loss, accuracy, images a second (smoothed over ten steps) and the time left.
 
-    Where the console is no terminal, only the epochs' lines appear; without one, nothing. All
-    figures are smoothed over the last ten steps or so.
+    Where the console is no terminal, only the epochs' lines appear; without one, nothing.
     """
 
     def __init__(self, console: Console | None, total: int, done: int) -> None:
         self.images_per_second = 0.0
         self._console = console
-        self._bar = Bar(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+        steps = ("step", progress.MofNCompleteColumn(), progress.BarColumn(bar_width=None))
+        times = (progress.TimeElapsedColumn(), "left", progress.TimeRemainingColumn())
+        self._bar = progress.Progress(
+            *steps,
+            "{task.fields[text]}",
+            *times,
             console=console or Console(quiet=True),
             disable=console is None or not console.is_terminal,
             speed_estimate_period=300,
@@ -82,12 +72,9 @@ class Progress:
         self.images_per_second = _smooth(self.images_per_second or None, rate)
         self._loss = _smooth(self._loss, report.loss)
         self._accuracy = _smooth(self._accuracy, report.hits / batch_size)
-        self._bar.update(
-            self._task,
-            advance=1,
-            text=f"loss {self._loss:.3f}  acc {self._accuracy:.3f}  "
-            f"{self.images_per_second:,.0f} images/s",
-        )
+        rate = f"{self.images_per_second:,.0f} images/s"
+        text = f"loss {self._loss:.3f}  acc {self._accuracy:.3f}  {rate}"
+        self._bar.update(self._task, advance=1, text=text)
 
     def epoch(self, line: Mapping[str, Any]) -> None:
         """After every epoch, with its line of the metrics: a line that stays."""

@@ -14,12 +14,12 @@ class Recipe:
     """How a model is trained. The same recipe, data and machine give the same weights, bit by bit.
 
     (The rate of drop path belongs to the model's configuration, as dropout does.)
+    Raises: RangeError if a number is outside its range.
 
     Attributes:
         epochs: passes through the data.
         batch_size: samples a step. What is left over at the end of an epoch is left out of it.
-        accumulate: micro-batches that a batch is computed in, to save memory. Mixup, dropout and
-            drop path are drawn by micro-batch.
+        accumulate: micro-batches of a batch, to save memory; mixup and drops are drawn by these.
         lr: the learning rate at its peak.
         lr_floor: the learning rate at the end.
         warmup_epochs: epochs in which it rises; may be a fraction.
@@ -36,9 +36,6 @@ class Recipe:
         ema_decay: how slowly the averaged weights forget; with 0 they are the last ones.
         drop_path_ramp_epochs: epochs until config.drop_path_rate is reached.
         seed: of all random numbers; see :mod:`pvt_ref.draws`.
-
-    Raises:
-        RangeError: if a number is outside its range.
     """
 
     epochs: int
@@ -81,9 +78,8 @@ class Recipe:
         for name in ("weight_decay", "beta1", "beta2"):  # their bounds are the optimiser's
             object.__setattr__(self, name, getattr(self.optimizer, name))
         if self.accumulate > self.batch_size:
-            raise RangeError(
-                f"accumulate is {self.accumulate}, but a batch has only {self.batch_size} samples"
-            )
+            samples = f"{self.batch_size} samples"
+            raise RangeError(f"accumulate is {self.accumulate}, but a batch has only {samples}")
 
     @property
     def optimizer(self) -> AdamW:
@@ -106,10 +102,8 @@ class Recipe:
         """
         samples = check_number("samples", samples, least=0, whole=True)
         if samples < self.batch_size:
-            raise TrainingError(
-                f"there are {samples} samples, fewer than one batch of {self.batch_size}. Choose "
-                f"a smaller batch_size"
-            )
+            there = f"there are {samples} samples, fewer than one batch of {self.batch_size}"
+            raise TrainingError(f"{there}. Choose a smaller batch_size")
         return samples // self.batch_size
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:

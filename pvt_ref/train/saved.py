@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pvt_ref import errors
 from pvt_ref.api import from_state_dict, to_state_dict
 from pvt_ref.app import Model
 from pvt_ref.arrays import Array, dtype_name, from_host, is_array
@@ -17,19 +18,12 @@ from pvt_ref.checkpoint.safetensors_file import TRAINING_KEY, digest, pack, read
 from pvt_ref.checkpoint.whole_file import write_whole
 from pvt_ref.data.info import ModelInfo
 from pvt_ref.data.labelled import LabelledImages
-from pvt_ref.errors import (
-    ArrayTypeError,
-    CheckpointError,
-    MissingFileError,
-    PVTError,
-    TrainingError,
-    shown,
-)
+from pvt_ref.errors import CheckpointError, PVTError, TrainingError, reason, shown
 from pvt_ref.models.architecture import architecture_of, check_params_type, config_to_dict
 from pvt_ref.train.adamw import AdamWState
-from pvt_ref.train.checks import check_path, reason
+from pvt_ref.train.checks import check_path
 from pvt_ref.train.recipe import Recipe
-from pvt_ref.train.step import TrainState, check_state
+from pvt_ref.train.step import BEST_SO_FAR, TrainState, check_state
 from pvt_ref.tree import to_numpy
 
 FORMAT = "pvt_ref training 3"
@@ -37,21 +31,18 @@ FORMAT = "pvt_ref training 3"
 #: What to do with a file of another format; 0.1.0 carried one generator from step to step.
 _OTHER_FORMATS = {
     "pvt_ref training 2": "It is of version 0.1.0, whose random numbers this version does not "
-    "draw. Go on with version 0.1.0, or start anew in another folder; "
-    "first=pvt_ref.load('.../best.safetensors').params begins with the best weights so far"
+    f"draw. Go on with version 0.1.0, or start anew in another folder; {BEST_SO_FAR}"
 }
-
 _TREES = ("params", "m", "v", "average")
 _NUMBERS = (
     *("step", "seed", "samples", "epoch_loss", "epoch_hits"),
     *("best_accuracy", "best_epoch", "best_sha256"),
 )
+_ANEW = "or start anew in another folder"
 
 
 def save_state(path: str | os.PathLike[str], state: TrainState, run: Mapping[str, Any]) -> None:
-    """Writes a state, and what run it belongs to.
-
-    Killed at any moment, or on a full disk, the file that was there before stays whole.
+    """Writes a state, and what run it belongs to. Killed at any moment, the old file stays whole.
 
     Args:
         path: the file.
@@ -61,8 +52,7 @@ def save_state(path: str | os.PathLike[str], state: TrainState, run: Mapping[str
     Raises:
         CheckpointError: if it cannot be written.
         TrainingError: if run holds what JSON does not, or path what no file name does.
-        ArrayTypeError: if an argument is of another type.
-        RangeError: if a field of state is outside its range.
+        ArrayTypeError, RangeError: if an argument or a field of state is wrong.
     """
     path = check_path("path", path)
     check_state(state)
@@ -84,26 +74,18 @@ def save_state(path: str | os.PathLike[str], state: TrainState, run: Mapping[str
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
         raise CheckpointError(
             f"{path}: the training could not be saved ({reason(error)}). What was saved before is "
-            f"whole, and resuming goes on from it. Check that the folder may be written to, and "
-            f"that the disk has {len(data)} bytes free"
+            f"whole. Are {len(data)} bytes free on the disk, and may the folder be written to?"
         ) from error
 
 
 def _as_run(run: Any) -> dict[str, dict[str, Any]]:
-    """A copy as a file would give it back."""
-    good = isinstance(run, Mapping) and all(isinstance(part, Mapping) for part in run.values())
-    if not good:
-        raise TrainingError(
-            f"run is {shown(run)}; it must map the name of each part to its values by name"
-        )
+    if not isinstance(run, Mapping) or not all(isinstance(x, Mapping) for x in run.values()):
+        raise TrainingError(f"run is {shown(run)}; it must map each part to its values by name")
     try:
         plain = {name: dict(part) for name, part in run.items()}
         return json.loads(json.dumps(plain, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
-        raise TrainingError(
-            f"run holds what JSON does not ({error}); it must hold texts, finite numbers, truth "
-            f"values and lists"
-        ) from error
+        raise TrainingError(f"run holds what JSON does not ({error})") from error
 
 
 def load_state(
@@ -123,8 +105,7 @@ def load_state(
 
     Raises:
         MissingFileError: if there is no such file.
-        CheckpointError: if it is damaged, of another format, its weights are not of config, or a
-            field of it is none that a training leaves.
+        CheckpointError: if it is damaged, of another format, or no state of config.
         TrainingError: if it belongs to another run; the differences are listed.
         ArrayTypeError: if an argument is of another type.
     """
@@ -134,21 +115,15 @@ def load_state(
 def load_state_and_run(
     path: str | os.PathLike[str], config: Any, run: Mapping[str, Any], like: Array
 ) -> tuple[TrainState, dict[str, Any]]:
-    """:func:`load_state`, and the run as it was saved; like may have any shape.
-
-    Raises:
-        ArrayTypeError, MissingFileError, CheckpointError, TrainingError: as :func:`load_state`.
-    """
+    """:func:`load_state`, and the run as it was saved; like may have any shape."""
     path = check_path("path", path)
     architecture_of(config)
     given = _as_run(run)
     if not is_array(like):
-        raise ArrayTypeError(f"like is a {type(like).__name__}; it must be an array")
+        raise errors.ArrayTypeError(f"like is a {type(like).__name__}; it must be an array")
     if not os.path.lexists(path):
-        raise MissingFileError(
-            f"{path}: there is no saved training to go on with. Start one: the same without "
-            f"resume=True, on the command line without --resume"
-        )
+        what = f"{path}: there is no saved training to go on with"
+        raise errors.MissingFileError(f"{what}. Start one: on the command line without --resume")
     if not os.path.isfile(path):  # reading a pipe could wait for ever
         raise CheckpointError(f"{path}: not a regular file, so no saved training. Move it away")
     try:
@@ -163,37 +138,26 @@ def load_state_and_run(
     except PVTError as error:
         raise CheckpointError(
             f"{path}: no state that a training leaves, though it matches its SHA-256: {error}. It "
-            f"was edited, or written by another program. Put back a copy, or start anew in another "
-            f"folder"
+            f"was edited, or written by another program. Put back a copy, {_ANEW}"
         ) from error
 
 
 def _record(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What the file says beside its tensors, once the digest has been verified."""
     text = metadata.get(TRAINING_KEY, "{}")
     record = parse_json(text, f"its metadata entry {TRAINING_KEY!r}")
-    fields = {"format", "sha256", "run", "t", *_NUMBERS}
     if not isinstance(record, dict) or "format" not in record:
-        raise CheckpointError(
-            "not the saved state of a training. It is damaged, or another kind of file"
-        )
+        raise CheckpointError("not the saved state of a training. It is damaged, or another kind")
     if record["format"] != FORMAT:
         advice = _OTHER_FORMATS.get(str(record["format"]), "Go on with the version that began it")
-        raise CheckpointError(
-            f"a training of format {shown(record['format'])}; this version reads {FORMAT!r}. "
-            f"{advice}"
-        )
-    if record.keys() != fields:
-        raise CheckpointError(
-            f"not the whole state of a training: {shown(min(record.keys() ^ fields))} is missing "
-            f"or unknown. It is damaged, or was edited"
-        )
+        what = f"a training of format {shown(record['format'])}"
+        raise CheckpointError(f"{what}; this version reads {FORMAT!r}. {advice}")
+    if strange := record.keys() ^ {"format", "sha256", "run", "t", *_NUMBERS}:
+        what = f"{shown(min(strange))} is missing or unknown"
+        raise CheckpointError(f"not the whole state of a training: {what}")
     expected = record.pop("sha256")
     if digest(tensors, record) != expected:
-        raise CheckpointError(
-            "the content does not match its SHA-256: at least one bit has changed since it was "
-            "written. Copy it again, or start anew in another folder"
-        )
+        what = "the content does not match its SHA-256: at least one bit has changed"
+        raise CheckpointError(f"{what}. Copy it again, {_ANEW}")
     return record
 
 
@@ -207,9 +171,8 @@ def _state(
         if name not in trees:
             raise CheckpointError(f"there is an unknown tensor, {shown(key)}")
         if dtype_name(x) != dtype or dtype not in ("float32", "float64"):
-            raise CheckpointError(
-                f"{shown(key)} has dtype {dtype_name(x)}; all must be float32, or all float64"
-            )
+            what = f"{shown(key)} has dtype {dtype_name(x)}"
+            raise CheckpointError(f"{what}; all must be float32, or all float64")
         if not np.isfinite(x).all():
             raise CheckpointError(f"{shown(key)} holds NaN or infinity")
         if name == "v" and (x < 0).any():
@@ -241,10 +204,8 @@ def _check_same_run(path: Path, saved: Mapping[str, Any], given: Mapping[str, An
         if old.get(name) != new.get(name)
     ]
     if differences:
-        raise TrainingError(
-            f"{path} belongs to another run:{''.join(differences)}\nGo on with the settings it was "
-            f"begun with, or start anew in another folder"
-        )
+        what = f"{path} belongs to another run:{''.join(differences)}"
+        raise TrainingError(f"{what}\nGo on with the settings it was begun with, {_ANEW}")
 
 
 def describe_run(

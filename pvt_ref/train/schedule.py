@@ -12,6 +12,7 @@ def warmup_cosine(
     step: int, total_steps: int, warmup_steps: int, peak: float, floor: float = 0.0
 ) -> float:
     """Learning rate of a step: up in a line, down in half a cosine.
+    Raises: RangeError if a number is below 0, or a number of steps not whole.
 
     With w warm-up steps out of T (Loshchilov and Hutter 2017, arXiv 1608.03983, eq. 5, without
     restarts)::
@@ -30,13 +31,11 @@ def warmup_cosine(
 
     Returns:
         The learning rate.
-
-    Raises:
-        RangeError: if a number is below 0, or a number of steps not whole.
     """
-    step = check_number("step", step, least=0, whole=True)
-    total_steps = check_number("total_steps", total_steps, least=0, whole=True)
-    warmup_steps = check_number("warmup_steps", warmup_steps, least=0, whole=True)
+    steps = {"step": step, "total_steps": total_steps, "warmup_steps": warmup_steps}
+    step, total_steps, warmup_steps = (
+        check_number(name, value, least=0, whole=True) for name, value in steps.items()
+    )
     peak, floor = check_number("peak", peak, least=0), check_number("floor", floor, least=0)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -45,10 +44,10 @@ def warmup_cosine(
 
 
 def drop_path_of_epoch(epoch: int, peak: float, ramp_epochs: int) -> float:
-    """Drop-path rate of the last block in an epoch.
+    """Drop-path rate of the last block in an epoch: up in a line from 0 to the peak.
+    Raises: RangeError if a number is outside its range, or a number of epochs not whole.
 
-    It rises in a line from 0 and reaches the peak after ramp_epochs: dropping blocks keeps a model
-    from learning its data by heart, which in the first epochs it does not do.
+    Dropping blocks keeps a model from learning its data by heart, which it does not do at first.
 
     Args:
         epoch: counted from 0.
@@ -57,23 +56,15 @@ def drop_path_of_epoch(epoch: int, peak: float, ramp_epochs: int) -> float:
 
     Returns:
         The rate, from 0 to peak.
-
-    Raises:
-        RangeError: if a number is outside its range, or a number of epochs not whole.
     """
     epoch = check_number("epoch", epoch, least=0, whole=True)
     peak = check_number("peak", peak, least=0, below=1)
     ramp_epochs = check_number("ramp_epochs", ramp_epochs, least=0, whole=True)
-    if epoch >= ramp_epochs:
-        return peak
-    return peak * epoch / ramp_epochs
+    return peak if epoch >= ramp_epochs else peak * epoch / ramp_epochs
 
 
 def config_of_epoch(config: Any, epoch: int, ramp_epochs: int) -> Any:
-    """config with the drop-path rates of an epoch, reset for all blocks.
-
-    The authors' class does the same with ``reset_drop_path``; here it is another config, and the
-    weights do not notice.
+    """config with the drop-path rates of an epoch (the authors' class: ``reset_drop_path``).
 
     Args:
         config: the model, with drop-path rates as they are at their peak.

@@ -1,8 +1,7 @@
 """One step of a training: from the state after s steps to the state after s + 1.
 
 A state holds all that the rest of the training depends on, and random numbers come from counters:
-so a step is a function, a training can be stopped after any of them, and going on from a saved one
-gives the same bits.
+so a training can be stopped after any step, and going on from a saved one gives the same bits.
 """
 
 import dataclasses
@@ -30,6 +29,9 @@ from pvt_ref.train.gradients import add_gradients, clip_by_global_norm
 from pvt_ref.train.recipe import Recipe
 from pvt_ref.train.schedule import config_of_epoch
 from pvt_ref.tree import first_array, record, to_numpy
+
+#: For those who start anew.
+BEST_SO_FAR = "first=pvt_ref.load('.../best.safetensors').params begins with the best so far"
 
 
 @record
@@ -117,14 +119,10 @@ def train_step(
 
     Raises:
         TrainingError: if the loss or a gradient is not finite; the message has the step, the
-            learning rate, and the first layer whose output was not. The state passed in is whole.
-            Also if there are fewer samples than a batch has, or they do not fit the model.
-        RangeError: if a number in state is outside its range, or images would be moved by more
-            than their size.
+            learning rate, and the first layer whose output was not. Also if data do not suit.
+        RangeError: if a number in state is outside its range, or crop_padding exceeds the images.
         ShapeError: if state is of another model, or of another number of samples.
-        ArrayTypeError: for an argument of another type.
-        ConfigError: for a bare backbone.
-        PVTError: as :func:`pvt_ref.forward_with_cache`.
+        ArrayTypeError, ConfigError, PVTError: as :func:`pvt_ref.forward_with_cache`.
     """
     check_samples(data, "data", config, recipe)
     check_state(state)
@@ -160,7 +158,10 @@ def _step(
         share = len(part) / len(chosen)
         grads = add_gradients(grads, part_grads, share)
         loss += share * value
-        hits += _count_hits(logits, targets)
+        xp = array_module(logits)
+        if targets.ndim == 2:  # mixed: the class with the larger share
+            targets = xp.argmax(targets, axis=1)
+        hits += int(to_numpy(xp.sum(xp.argmax(logits, axis=1) == targets)))
     max_norm = math.inf if recipe.clip_norm is None else recipe.clip_norm
     grads, norm = clip_by_global_norm(grads, max_norm)
     largest = float(np.finfo(dtype_name(first_array(state.params))).max)
@@ -172,16 +173,9 @@ def _step(
     # the loop looks at weights before it keeps them
     params, optimizer = adamw_step(state.params, grads, state.optimizer, lr, recipe.optimizer)
     average = ema_step(state.average, params, decay)
-    following = dataclasses.replace(
-        state,
-        step=state.step + 1,
-        params=params,
-        optimizer=optimizer,
-        average=average,
-        epoch_loss=state.epoch_loss + loss,
-        epoch_hits=state.epoch_hits + hits,
-    )
-    return following, StepReport(loss, hits, lr, norm)
+    changes = {"step": state.step + 1, "params": params, "optimizer": optimizer, "average": average}
+    totals = {"epoch_loss": state.epoch_loss + loss, "epoch_hits": state.epoch_hits + hits}
+    return dataclasses.replace(state, **changes, **totals), StepReport(loss, hits, lr, norm)
 
 
 @functools.lru_cache(maxsize=2)  # every step asks
@@ -204,10 +198,7 @@ def draw_batch(
     """A micro-batch: the chosen samples, changed at random as the recipe says.
 
     Crop, flip and cutout of a sample depend on seed and epoch only, mixup on the micro-batch.
-
-    Returns:
-        images (B, C, H, W) of params' dtype, and targets: int64 labels (B,), or with mixup
-        distributions (B, K) of params' dtype.
+    Returns images (B, C, H, W) and int64 labels (B,), or with mixup distributions (B, K).
     """
     like = first_array(params)
     rng = SampleDraws(draws.seed, epoch, chosen)
@@ -222,13 +213,6 @@ def draw_batch(
     return mixup(images, targets, recipe.mixup_alpha, draws.at(What.MIXUP))
 
 
-def _count_hits(logits: Array, targets: Array) -> int:
-    xp = array_module(logits)
-    if targets.ndim == 2:  # mixed: the class with the larger share
-        targets = xp.argmax(targets, axis=1)
-    return int(to_numpy(xp.sum(xp.argmax(logits, axis=1) == targets)))
-
-
 def check_samples(data: LabelledImages, name: str, config: Any, recipe: Recipe) -> None:
     """Refuses samples that do not suit a model and a recipe. Raises: RangeError and others."""
     check_has_classifier(config)
@@ -237,19 +221,11 @@ def check_samples(data: LabelledImages, name: str, config: Any, recipe: Recipe) 
     data.check_fits(config, name)
     side = max(data.images.shape[2:])
     if recipe.crop_padding > side:
-        raise RangeError(
-            f"crop_padding is {recipe.crop_padding}, and images have only {side} pixels a side: "
-            f"some would be moved out of sight"
-        )
+        raise RangeError(f"crop_padding is {recipe.crop_padding}, and images have {side} a side")
 
 
 def check_state(state: TrainState) -> None:
-    """Refuses a state that no training can be in. (Its weights are checked where they are used.)
-
-    Raises:
-        ArrayTypeError: if it is of another type.
-        RangeError: if a field of it is outside its range; the message names it.
-    """
+    """Refuses a state that no training can be in. Raises: ArrayTypeError or RangeError."""
     check_type("state", state, TrainState, "from start_training or the step before")
     check_type("state.optimizer", state.optimizer, AdamWState)
     check_params_type(state.params)
@@ -265,10 +241,8 @@ def check_state(state: TrainState) -> None:
     if accuracy < 0 and not (none and accuracy == -1):
         raise RangeError(f"state.best_accuracy is {accuracy}; it must be from 0 to 1, or -1 before")
     if not isinstance(digest, str) or not re.fullmatch("" if none else "[0-9a-f]{64}", digest):
-        raise RangeError(
-            f"state.best_sha256 is {shown(digest)}; with best_epoch {state.best_epoch} it must be "
-            f"{'empty' if none else '64 hexadecimal digits'}"
-        )
+        form = f"{'empty' if none else '64 hexadecimal digits'} with best_epoch {state.best_epoch}"
+        raise RangeError(f"state.best_sha256 is {shown(digest)}; it must be {form}")
 
 
 def diverged(what: str, step: int, steps: int, lr: float, culprit: str) -> TrainingError:
@@ -277,6 +251,5 @@ def diverged(what: str, step: int, steps: int, lr: float, culprit: str) -> Train
         f"{what} at step {step + 1} (epoch {step // steps + 1}), with learning rate {lr:.3g}. "
         f"{culprit}. What was saved before is whole, but resuming would end here again. Likely "
         f"causes: a learning rate too high, a warm-up too short, no clipping of gradients. Start "
-        f"anew in another folder with a smaller one; "
-        f"first=pvt_ref.load('.../best.safetensors').params begins with the best weights so far"
+        f"anew in another folder with a smaller one; {BEST_SO_FAR}"
     )

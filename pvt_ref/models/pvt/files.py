@@ -11,8 +11,6 @@ from pvt_ref.errors import CheckpointError, ConfigError, shown
 from pvt_ref.models.layouts import WHOLE, Files, Layout, Piece, Shape, renaming, same_pieces
 from pvt_ref.models.pvt.config import NUM_STAGES, VARIANTS, PVTConfig
 
-# Layouts ----------------------------------------------------------------------------------------
-
 _BASE = "pvt."  # of every key but the classifier's: what transformers calls a base model
 _HF, _HF_PATCH = "pvt.encoder.block.{j}.{b}.", "pvt.encoder.patch_embeddings.{j}."
 _MM = "layers.{j}.1.{c}."  # element 0 of this list is the position table
@@ -135,22 +133,18 @@ def _bare(layout: Layout, state: Mapping[str, Any], wanted: bool) -> tuple[Layou
     return (HUGGING_FACE_BARE, _BASE) if layout is HUGGING_FACE and wanted else (layout, "")
 
 
-# What shapes show -------------------------------------------------------------------------------
-
-
 def _fit(config: PVTConfig, shapes: Mapping[str, Shape], layout: Layout) -> PVTConfig:
     def first(*keys: str) -> Shape:
         return next((s for k in keys if (s := shapes.get(layout.rename(k) or ""))), ())
 
-    num_classes, in_chans = config.num_classes, config.in_chans
+    num_classes = config.num_classes
     head = first("head.weight", "head.bias")
     if layout.has_classifier is False or not (head or first("cls_token", "norm.weight")):
         num_classes = 0
     elif head:
         num_classes = head[0]
     kernel, table = first("patch_embed1.proj.weight"), first("pos_embed1")
-    if len(kernel) == 4:
-        in_chans = kernel[1]
+    in_chans = kernel[1] if len(kernel) == 4 else config.in_chans
     side = math.isqrt(table[1]) * config.patch_sizes[0] if len(table) == 3 else config.img_size
     changes = {"num_classes": num_classes, "in_chans": in_chans}
     for img_size in (side, config.img_size):
@@ -198,14 +192,9 @@ def _shown(shapes: Mapping[str, Shape], layout: Layout) -> dict[str, Any]:
 
 
 def _advice(keys: Iterable[str]) -> str:
-    advice = (
-        "Depth-wise convolutions (dwconv) belong to PVT version 2, another architecture, which "
-        "this project does not have. "
-    )
+    advice = "Depth-wise convolutions (dwconv) belong to PVT version 2, which is not read here. "
     return advice if any("dwconv" in key for key in keys) else ""
 
-
-# What a JSON file says --------------------------------------------------------------------------
 
 _DEFAULT = PVTConfig()
 #: Fields of Hugging Face's PvtConfig that mean the same here.
@@ -223,19 +212,13 @@ _TELLING = frozenset((*_STRUCTURE, "embed_dims", "depths", "num_heads", "sr_rati
 
 def _from_hugging_face(fields: Mapping[str, Any]) -> dict[str, Any]:
     if fields.get("num_encoder_blocks", NUM_STAGES) != NUM_STAGES:
-        raise CheckpointError(
-            f"num_encoder_blocks is {shown(fields['num_encoder_blocks'])}; a PVT here has four"
-        )
+        raise CheckpointError(f"num_encoder_blocks is {shown(fields['num_encoder_blocks'])}, not 4")
     if fields.get("hidden_act", "gelu") != "gelu":
-        raise CheckpointError(
-            f"hidden_act is {shown(fields['hidden_act'])}; this project computes 'gelu' only"
-        )
+        raise CheckpointError(f"hidden_act is {shown(fields['hidden_act'])}; known is 'gelu' only")
     patches = fields.get("patch_sizes", list(_DEFAULT.patch_sizes))
     if fields.get("strides", patches) != patches:  # its kernels have the strides' size
-        raise CheckpointError(
-            f"patch_sizes {shown(patches)} and strides {shown(fields['strides'])} differ: its "
-            f"patches overlap, and those of this project do not"
-        )
+        what = f"patch_sizes {shown(patches)} and strides {shown(fields['strides'])} differ"
+        raise CheckpointError(f"{what}: its patches overlap, and those of this project do not")
     values = {ours: fields[theirs] for theirs, ours in _SAME.items() if theirs in fields}
     if "image_size" in fields:
         side = fields["image_size"]
