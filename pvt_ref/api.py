@@ -211,8 +211,9 @@ def check_params(params: Any, config: Any) -> None:
     """
     row = architecture_of(config)
     check_params_type(params)
-    if _checked.get(params) == config:
-        return
+    with contextlib.suppress(TypeError):  # a record that has no hash is checked each time
+        if _checked.get(params) == config:
+            return
     if type(params) is not row.params_type:
         raise ArrayTypeError(
             f"params is a {type(params).__name__} and config a {type(config).__name__}; they "
@@ -240,7 +241,8 @@ def check_params(params: Any, config: Any) -> None:
                 f"from_state_dict(to_state_dict(params), config) makes the dtype one, "
                 f"to_device(params, ...) the device"
             )
-    _checked[params] = config
+    with contextlib.suppress(TypeError):
+        _checked[params] = config
 
 
 # What does not depend on the images -------------------------------------------------------------
