@@ -30,15 +30,7 @@ class MLPParams:
 
 @record
 class MLPCache:
-    """The caches of the parts, each for its own backward. What each part returned:
-
-    Attributes:
-        fc1: of the first linear layer, (B, n, E*C).
-        gelu: of the GELU, (B, n, E*C).
-        drop1: of the dropout after it; None if nothing was dropped.
-        fc2: of the second linear layer, (B, n, C).
-        drop2: of the dropout after it; None if nothing was dropped.
-    """
+    """The caches of the parts; that of a dropout (drop1, drop2) is None if nothing was dropped."""
 
     fc1: Any
     gelu: Any
@@ -63,7 +55,7 @@ def mlp_forward(
         ops: the table of operations.
         drop_rate: dropout after the GELU and after fc2, in [0, 1).
         rng: source of the dropout masks; None for inference.
-        keep: whether a cache for the backward is returned; without it, it is None.
+        keep: whether to return a cache for the backward.
 
     Returns:
         y (B, n, C) of x's dtype, and the cache.
@@ -94,8 +86,7 @@ def mlp_backward(
         ops: the table that the forward was given.
 
     Returns:
-        dx (B, n, C) and the gradients of fc1, (E*C, C) and (E*C,), and fc2, (C, E*C) and (C,); all
-        of dy's dtype.
+        dx (B, n, C) and the gradients of the weights, in their shapes; all of dy's dtype.
     """
     # y = dropout(fc2(hidden))
     dy, _ = ops[dropout].backward(None, cache.drop2, dy, ops)  # (B, n, C)

@@ -60,17 +60,7 @@ class SRAParams:
 
 @record
 class SRACache:
-    """The caches of the parts, each for its own backward. What each part returned:
-
-    Attributes:
-        q: of the queries' linear layer, (B, n, C).
-        sr: of the spatial reduction, (B, m, C); None if R = 1.
-        kv: of the keys' and values' linear layer, (B, m, 2C).
-        attention: of all heads, (B, N, n, d).
-        proj: of W^O, (B, n, C).
-        drop: of the dropout on y (B, n, C); None if nothing was dropped.
-        num_heads: N.
-    """
+    """The caches of the parts, and N. sr is None if R = 1, drop if nothing was dropped."""
 
     q: Any
     sr: Any
@@ -82,29 +72,14 @@ class SRACache:
 
 
 def split_heads(x: Array, N: int) -> Array:
-    """(B, n, C) to (B, N, n, d): head j owns channels j*d to (j+1)*d - 1.
-
-    Args:
-        x: (B, n, C), of any dtype.
-        N: heads; divides C.
-
-    Returns:
-        (B, N, n, d) with d = C / N, of x's dtype.
-    """
+    """(B, n, C) to (B, N, n, d) with d = C / N: head j owns channels j*d to (j+1)*d - 1."""
     xp = array_module(x)
     B, n, C = x.shape
     return xp.permute_dims(xp.reshape(x, (B, n, N, C // N)), (0, 2, 1, 3))  # (B, N, n, d)
 
 
 def merge_heads(x: Array) -> Array:
-    """(B, N, n, d) to (B, n, C), Concat(head_0..head_{N-1}) of eq. 1: the inverse of split_heads.
-
-    Args:
-        x: (B, N, n, d), of any dtype.
-
-    Returns:
-        (B, n, C) with C = N d, of x's dtype.
-    """
+    """(B, N, n, d) to (B, n, C), Concat(head_0..head_{N-1}) of eq. 1: undoes :func:`split_heads`."""
     xp = array_module(x)
     B, N, n, d = x.shape
     return xp.reshape(xp.permute_dims(x, (0, 2, 1, 3)), (B, n, N * d))  # (B, n, N*d)
@@ -149,7 +124,7 @@ def sra_forward(
         grid: (H_i, W_i) of the tokens, multiples of R.
         settings: num_heads (N), scale, eps and dropout rates.
         rng: source of the dropout masks; None for inference.
-        keep: whether a cache for the backward is returned; without it, it is None.
+        keep: whether to return a cache for the backward.
 
     Returns:
         y (B, n, C) of x's dtype, and the cache.
@@ -183,8 +158,7 @@ def sra_backward(
         ops: the table that the forward was given.
 
     Returns:
-        dx (B, n, C) and the gradients of the weights, in the shapes of the weights, all of dy's
-        dtype; ``sr`` and ``norm`` are None where they are.
+        dx (B, n, C) and the gradients of the weights, in their shapes; all of dy's dtype.
     """
     xp = array_module(dy)
     # y = dropout(Concat(heads) W^O)

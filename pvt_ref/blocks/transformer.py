@@ -1,7 +1,6 @@
 """One transformer block: attention, then the MLP, each normalised first and added to its input.
 
-Paper section 3.3. The norms stand before the branches, as in ViT (Dosovitskiy et al. 2021, arXiv
-2010.11929, eq. 2 and 3).
+Paper section 3.3. The norms stand before the branches, as in ViT (arXiv 2010.11929, eq. 2 and 3).
 """
 
 from dataclasses import dataclass
@@ -57,16 +56,7 @@ class BlockParams:
 
 @record
 class BlockCache:
-    """The caches of the parts, each for its own backward. Every part returned (B, n, C):
-
-    Attributes:
-        norm1: of the first norm.
-        attn: of the attention.
-        path1: of the drop path on it; None if nothing was dropped.
-        norm2: of the second norm.
-        mlp: of the MLP.
-        path2: of the drop path on it; None if nothing was dropped.
-    """
+    """The caches of the parts; of a drop path (path1, path2) None if nothing was dropped."""
 
     norm1: Any
     attn: Any
@@ -97,7 +87,7 @@ def block_forward(
         grid: (H_i, W_i) of the tokens, multiples of R.
         settings: of the block.
         rng: source of the dropout and drop-path masks; None for inference.
-        keep: whether a cache for the backward is returned; without it, it is None.
+        keep: whether to return a cache for the backward.
 
     Returns:
         (B, n, C) of x's dtype, and the cache.
@@ -131,8 +121,7 @@ def block_backward(
         ops: the table that the forward was given.
 
     Returns:
-        dx (B, n, C) and the gradients of the weights, in the shapes of the weights, all of dy's
-        dtype.
+        dx (B, n, C) and the gradients of the weights, in their shapes; all of dy's dtype.
     """
     # x = x + droppath(mlp(norm2(x)))
     dbranch, _ = ops[drop_path].backward(None, cache.path2, dy, ops)  # (B, n, C)
@@ -156,9 +145,7 @@ def blocks_forward(
     rng: np.random.Generator | Draws | None = None,
     keep: bool = True,
 ) -> tuple[Array, tuple[Any, ...] | None]:
-    """All blocks of a stage, one after the other.
-
-    An operation of its own, so that a twin may fuse what ends one block with what begins the next.
+    """All blocks of a stage, one after the other: a twin may fuse the end of one and the next.
 
     Args:
         p: the weights of each block.
@@ -166,9 +153,8 @@ def blocks_forward(
         ops: the table of operations.
         grid: (H_i, W_i) of the tokens, multiples of R.
         settings: of each block.
-        rng: source of the masks, as for :func:`block_forward`; of :class:`~pvt_ref.draws.Draws`
-            every block takes its own generator.
-        keep: whether a cache for the backward is returned; without it, it is None.
+        rng: as for :func:`block_forward`; of :class:`~pvt_ref.draws.Draws` each takes its own.
+        keep: whether to return a cache for the backward.
 
     Returns:
         (B, n, C) of x's dtype, and the cache.

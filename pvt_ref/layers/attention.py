@@ -16,12 +16,12 @@ class AttentionCache:
     """What :func:`attention_backward` needs.
 
     Attributes:
-        q: queries (B, N, n, d), the forward's own.
-        k: keys (B, N, m, d), the forward's own.
-        v: values (B, N, m, d), the forward's own.
+        q: queries (B, N, n, d), the forward's own; so are k and v.
+        k: keys (B, N, m, d).
+        v: values (B, N, m, d).
         scale: the factor on the scores.
         weights: (B, N, n, m), the attention weights A after dropout.
-        softmax: cache of the softmax over the scores (B, N, n, m).
+        softmax: cache of the softmax over the scores.
         drop: cache of the dropout on A; None if nothing was dropped.
     """
 
@@ -35,17 +35,7 @@ class AttentionCache:
 
 
 def attention_weights(q: Array, k: Array, scale: float, ops: Ops) -> Array:
-    """A = Softmax(scale * q k^T) of paper eq. 4: how much each query attends to each key.
-
-    Args:
-        q: queries (B, N, n, d).
-        k: keys (B, N, m, d), of the same dtype.
-        scale: 1 / sqrt(d) in the paper.
-        ops: the table of operations.
-
-    Returns:
-        (B, N, n, m) of q's dtype, rows summing to 1.
-    """
+    """A = Softmax(scale * q k^T), paper eq. 4, (B, N, n, m), of q (B, N, n, d), k (B, N, m, d)."""
     return ops[softmax].forward(None, _scores(q, k, scale), ops, keep=False)[0]
 
 
@@ -71,14 +61,13 @@ def attention_forward(
     The paper takes it from Vaswani et al. 2017 (arXiv 1706.03762, eq. 1).
 
     Args:
-        p: None; there are no weights.
-        x: queries q (B, N, n, d), keys k (B, N, m, d) and values v (B, N, m, d), of one dtype,
-            float32 or float64.
+        p: None.
+        x: queries q (B, N, n, d), keys k (B, N, m, d) and values v (B, N, m, d), of one dtype.
         ops: the table of operations.
         scale: 1 / sqrt(d) in the paper.
         drop_rate: dropout on the attention weights, in [0, 1).
         rng: source of the dropout mask; None for inference.
-        keep: whether a cache for the backward is returned; without it, it is None.
+        keep: whether to return a cache for the backward.
 
     Returns:
         (B, N, n, d) of q's dtype, and the cache.
@@ -113,7 +102,7 @@ def attention_backward(
         ops: the table that the forward was given.
 
     Returns:
-        (dq, dk, dv), (B, N, n, d), (B, N, m, d) and (B, N, m, d), of dy's dtype; and None.
+        (dq, dk, dv), in the shapes of q, k and v, of dy's dtype; and None.
     """
     xp = array_module(dy)
     # y = weights @ v

@@ -1,7 +1,4 @@
-"""Layer norm over the channels of each token (Ba et al. 2016, arXiv 1607.06450).
-
-The variance is the mean of the squares, with ddof 0.
-"""
+"""Layer norm over the channels of each token (Ba et al. 2016, arXiv 1607.06450), with ddof 0."""
 
 from pvt_ref.arrays import Array, array_module
 from pvt_ref.layers.sum_rows import sum_rows
@@ -45,7 +42,7 @@ def layer_norm_forward(
         x: (..., C), of the weights' dtype: float32 or float64.
         ops: not asked.
         eps: added to the variance.
-        keep: whether a cache for the backward is returned; without it, it is None.
+        keep: whether to return a cache for the backward.
 
     Returns:
         y (..., C) of x's dtype, and the cache.

@@ -23,11 +23,7 @@ class LinearParams:
 
 @record
 class LinearCache:
-    """What :func:`linear_backward` needs.
-
-    Attributes:
-        x: (..., C_in), the forward's input, not a copy: dW needs it.
-    """
+    """What :func:`linear_backward` needs: the forward's input x (..., C_in), not a copy, for dW."""
 
     x: Array
 
@@ -41,7 +37,7 @@ def linear_forward(
         p: weight (C_out, C_in) and bias (C_out,) or None.
         x: (..., C_in), of the weights' dtype: float32 or float64.
         ops: not asked.
-        keep: whether a cache for the backward is returned; without it, it is None.
+        keep: whether to return a cache for the backward.
 
     Returns:
         y (..., C_out) of x's dtype, and the cache.
@@ -72,8 +68,7 @@ def linear_backward(
         ops: the table of operations; sums over rows come from it.
 
     Returns:
-        dx (..., C_in), and the gradients of weight (C_out, C_in) and bias (C_out,), None where the
-        bias is; all of dy's dtype.
+        dx (..., C_in) and the gradients of the weights, in their shapes; all of dy's dtype.
     """
     xp = array_module(dy)
     C_out, C_in = p.weight.shape

@@ -45,13 +45,11 @@ class PatchEmbedCache:
 def patchify(x: Array, P: int) -> Array:
     """Cuts a map into P x P patches, one flattened patch a row (paper section 3.2).
 
+    In raster order; within a patch, rows, then columns, then channels. New memory.
+
     Args:
         x: (B, H, W, C), H and W multiples of P, of any dtype.
         P: side of a patch.
-
-    Returns:
-        (B, (H/P)(W/P), P*P*C) of x's dtype, new memory. The patches are in raster order; within
-        one, rows, then columns, then channels.
     """
     xp = array_module(x)
     B, H, W, C = x.shape
@@ -70,9 +68,6 @@ def unpatchify(patches: Array, P: int, grid: tuple[int, int]) -> Array:
         patches: (B, h*w, P*P*C), of any dtype.
         P: side of a patch.
         grid: (h, w), patches per column and row.
-
-    Returns:
-        (B, h*P, w*P, C) of the patches' dtype.
     """
     xp = array_module(patches)
     h, w = grid
@@ -98,15 +93,7 @@ def kernel_to_matrix(weight: Array) -> Array:
 
 
 def matrix_to_kernel(matrix: Array, shape: tuple[int, ...]) -> Array:
-    """The inverse of :func:`kernel_to_matrix`.
-
-    Args:
-        matrix: (C_out, P*P*C_in).
-        shape: the kernel's, (C_out, C_in, P, P).
-
-    Returns:
-        (C_out, C_in, P, P).
-    """
+    """The inverse of :func:`kernel_to_matrix`: a matrix (C_out, P*P*C_in) in the kernel's shape."""
     xp = array_module(matrix)
     C_out, C_in, P, _ = shape
     kernel = xp.reshape(matrix, (C_out, P, P, C_in))  # (C_out, P, P, C_in)
@@ -120,11 +107,10 @@ def patch_embed_forward(
 
     Args:
         p: proj.weight (C_out, C_in, P, P), proj.bias (C_out,), and the norm, which may be absent.
-        x: (B, H, W, C_in), H and W multiples of P, of the weights' dtype. (Channels last: an image
-            is permuted first.)
+        x: (B, H, W, C_in), H and W multiples of P, of the weights' dtype.
         ops: the table of operations.
         eps: of the norm.
-        keep: whether a cache for the backward is returned; without it, it is None.
+        keep: whether to return a cache for the backward.
 
     Returns:
         tokens (B, (H/P)(W/P), C_out) of x's dtype, and the cache.
@@ -156,8 +142,7 @@ def patch_embed_backward(
         ops: the table that the forward was given.
 
     Returns:
-        dx (B, H, W, C_in), and the gradients of projection, (C_out, C_in, P, P) and (C_out,), and
-        norm, (C_out,) twice; all of dy's dtype.
+        dx (B, H, W, C_in) and the gradients of the weights, in their shapes; all of dy's dtype.
     """
     kernel_shape = p.proj.weight.shape
     matrix = LinearParams(kernel_to_matrix(p.proj.weight), p.proj.bias)

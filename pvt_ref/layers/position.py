@@ -31,17 +31,10 @@ class PositionCache:
 
 
 def resize_matrix(out_size: int, in_size: int) -> np.ndarray:
-    """Bilinear interpolation along one axis as a matrix.
+    """Bilinear interpolation along one axis as a matrix (out_size, in_size), float64, on the host.
 
     The centre of output cell i lies at ``(i + 1/2) in_size/out_size - 1/2`` on the input's axis; it
     takes its value from the two cells around it, by distance; beyond the border, from the last one.
-
-    Args:
-        out_size: cells afterwards, at least 1.
-        in_size: cells before, at least 1.
-
-    Returns:
-        (out_size, in_size) float64 on the host, rows summing to 1; the identity if the sizes agree.
     """
     centre = (np.arange(out_size) + 0.5) * (in_size / out_size) - 0.5
     centre = np.maximum(centre, 0)  # before the first cell
@@ -56,15 +49,12 @@ def resize_matrix(out_size: int, in_size: int) -> np.ndarray:
 
 
 def resize_positions(rows: Array, table_grid: tuple[int, int], grid: tuple[int, int]) -> Array:
-    """A_h P A_w^T for every channel.
+    """A_h P A_w^T for every channel; rows itself if the grids agree.
 
     Args:
         rows: (h*w, C), the table P without a cls row, in raster order over table_grid.
         table_grid: (h, w).
         grid: (H, W), the grid wanted.
-
-    Returns:
-        (H*W, C) of the rows' dtype, in raster order over grid; rows itself if the grids agree.
     """
     if grid == table_grid:
         return rows
@@ -82,7 +72,7 @@ def resize_positions_backward(
         grid: (H, W) that the table was resized to.
 
     Returns:
-        (h*w, C) of drows' dtype, over table_grid; drows itself if the grids agree.
+        (h*w, C) of drows' dtype; drows itself if the grids agree.
     """
     if grid == table_grid:
         return drows
@@ -115,16 +105,13 @@ def _resize(
 
 
 def positions(p: Array, grid: tuple[int, int], table_grid: tuple[int, int], cls: bool) -> Array:
-    """What is added to the tokens of a grid: the cls row if there is one, and the resized table.
+    """What is added to the tokens of a grid: the cls row if wanted, and the resized table.
 
     Args:
         p: the table, (1, h*w, C), or (1, 1 + h*w, C) with a cls row.
         grid: (H, W) of the tokens.
         table_grid: (h, w) of the table.
         cls: whether the cls row is wanted; the table then must have it.
-
-    Returns:
-        (H*W, C) or (1 + H*W, C), of the table's dtype; a part of the table if the grids agree.
     """
     if cls and grid == table_grid:
         return p[0, :, :]
@@ -153,7 +140,7 @@ def position_forward(
         grid: (H, W) of the tokens.
         table_grid: (h, w) of the table.
         cls: whether x starts with the cls token; the table then must have its row.
-        keep: whether a cache for the backward is returned; without it, it is None.
+        keep: whether to return a cache for the backward.
 
     Returns:
         y, x's shape and dtype, and the cache.
