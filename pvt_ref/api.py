@@ -74,8 +74,7 @@ def init_params(config: Any, rng: np.random.Generator, dtype: Any = np.float32) 
         A record of NumPy arrays; :func:`pvt_ref.to_device` moves them.
 
     Raises:
-        ArrayTypeError: if config is no configuration or rng not a NumPy generator, or for another
-            dtype.
+        ArrayTypeError: if an argument is of another type, or dtype another.
     """
     build = architecture_of(config).build_params
     check_rng(rng)
@@ -150,12 +149,7 @@ def from_state_dict(state: Mapping[str, Array], config: Any) -> Any:
 
 
 def check_keys(state: Mapping[str, Array], config: Any) -> None:
-    """Refuses a state that does not fit a model.
-
-    Raises:
-        ArrayTypeError: if a value is not an array.
-        CheckpointError: with every missing, unexpected and mis-shaped key of state.
-    """
+    """Refuses a state whose values are no arrays, or (CheckpointError) do not fit a model."""
     shapes = param_shapes(config)
     for key, x in state.items():
         if not is_array(x):
@@ -203,9 +197,8 @@ def check_params(params: Any, config: Any) -> None:
     """Refuses weights that are not of one float dtype on one device, made for config.
 
     Raises:
-        ArrayTypeError: if config or params is of another type, or the arrays are not all float32 or
-            all float64 of one library and device.
-        ShapeError: if an array is absent, is not in config's model, or has another shape there.
+        ArrayTypeError: if config or params is of another type, or the arrays differ in kind.
+        ShapeError: if params belong to another config.
     """
     row = architecture_of(config)
     check_params_type(params)
@@ -280,18 +273,17 @@ def prepare(params: Any, config: Any, size: int | tuple[int, int] | None = None)
     """Checks weights and resizes position tables, once for many calls.
 
     Args:
-        params: the weights, NumPy or CuPy, float32 or float64.
+        params: the weights, arrays of NumPy or CuPy, float32 or float64.
         config: the configuration of the weights.
         size: side, or (H, W), of the images to come; None takes config.img_size. Images of another
             size are computed too, only not faster.
 
     Returns:
-        A record for :func:`forward`, :func:`forward_pyramid` and their like, in the place of
-        params. It does not notice if the arrays of params are written to afterwards.
+        A record for :func:`forward` and its like, in the place of params. It does not notice if
+        the arrays of params are written to afterwards.
 
     Raises:
-        ArrayTypeError: as :func:`forward`.
-        ShapeError: as :func:`forward`.
+        PVTError: as :func:`forward`.
     """
     check_params(params, config)
     return prepare_checked(params, config, size)
@@ -324,12 +316,8 @@ def _model(params: Any, config: Any) -> Prepared:
 def default_ops(x: Array) -> Ops:
     """The table used when the caller names none, by the kind and dtype of the array x.
 
-    NumPy arrays get :func:`blocked_ops`, all others REFERENCE. The environment variable
-    ``PVT_REF_OPS``, ``reference`` or ``blocked``, decides it for NumPy arrays instead.
-
-    Raises:
-        RangeError: if the variable says something else, and x is a NumPy array of float32 or
-            float64.
+    :func:`blocked_ops` for NumPy arrays, for which the environment variable ``PVT_REF_OPS`` may say
+    ``reference`` instead (a RangeError if it says something else); REFERENCE for all others.
     """
     if not is_numpy(x) or dtype_name(x) not in FLOAT_DTYPES:
         return REFERENCE
@@ -350,7 +338,6 @@ def choose_ops(ops: Ops | None, images: Array, row: Architecture | None = None) 
     Raises:
         ArrayTypeError: if ops is something else, or does not compute on such arrays.
         ConfigError: if ops replaces an operation that the network of row never asks for.
-        RangeError: if ops is None and the environment variable PVT_REF_OPS names no table.
     """
     if ops is None:
         return default_ops(images)
@@ -374,12 +361,7 @@ def choose_ops(ops: Ops | None, images: Array, row: Architecture | None = None) 
 
 
 def check_has_classifier(config: Any) -> None:
-    """Refuses a model that has no head to make logits with.
-
-    Raises:
-        ArrayTypeError: if config is no configuration.
-        ConfigError: if num_classes is 0.
-    """
+    """Refuses a model that has no head to make logits with. Raises: ConfigError."""
     architecture_of(config)
     if not config.has_classifier:
         raise ConfigError(
@@ -443,8 +425,7 @@ def forward(params: Any, images: Array, config: Any = None, *, ops: Ops | None =
     depth.
 
     Args:
-        params: the weights, NumPy or CuPy, float32 or float64; or what :func:`prepare` made of
-            them.
+        params: the weights, float32 or float64, or what :func:`prepare` made of them.
         images: (B, in_chans, H, W) normalised floats of the same library, H and W multiples of
             ``config.size_multiple``. Another float dtype is cast to the weights'.
         config: the configuration of the weights; None for prepared ones.
@@ -485,16 +466,13 @@ def forward_with_cache(
         rng: a NumPy generator, or :class:`~pvt_ref.draws.Draws`, turns dropout and drop path on, at
             the rates of config; None leaves them off, as for validation. The same seed draws the
             same masks on every device and for every dtype.
-        ops: a table of operations; None takes the default.
+        ops: as for :func:`forward`.
 
     Returns:
         logits (B, num_classes) of the weights' dtype, and the cache.
 
     Raises:
-        ArrayTypeError: as :func:`forward`; also if rng is something else.
-        ShapeError: as :func:`forward`.
-        ConfigError: as :func:`forward`.
-        RangeError: as :func:`forward`.
+        PVTError: as :func:`forward`; an ArrayTypeError also if rng is something else.
     """
     if rng is not None:
         check_rng(rng, draws=True)
@@ -515,16 +493,13 @@ def forward_pyramid(
         params: as for :func:`forward`; they may lack a classifier.
         images: as for :func:`forward`.
         config: as for :func:`forward`.
-        ops: a table of operations; None takes the default.
+        ops: as for :func:`forward`.
 
     Returns:
         [F_1, F_2, ...], (B, C_i, H_i, W_i) each, of the weights' dtype.
 
     Raises:
-        ArrayTypeError: as :func:`forward`.
-        ShapeError: as :func:`forward`.
-        ConfigError: if the network has no pyramid, or as :func:`forward`.
-        RangeError: as :func:`forward`.
+        PVTError: as :func:`forward`; a ConfigError if the network has no pyramid.
     """
     return _run(True, params, images, config, None, ops, keep=False)[0]
 
@@ -544,16 +519,13 @@ def forward_pyramid_with_cache(
         images: as for :func:`forward`.
         config: as for :func:`forward`.
         rng: as for :func:`forward_with_cache`.
-        ops: a table of operations; None takes the default.
+        ops: as for :func:`forward`.
 
     Returns:
         [F_1, F_2, ...], (B, C_i, H_i, W_i) each, of the weights' dtype, and the cache.
 
     Raises:
-        ArrayTypeError: as :func:`forward_with_cache`.
-        ShapeError: as :func:`forward`.
-        ConfigError: as :func:`forward_pyramid`.
-        RangeError: as :func:`forward`.
+        PVTError: as :func:`forward_with_cache` and :func:`forward_pyramid`.
     """
     if rng is not None:
         check_rng(rng, draws=True)
@@ -581,8 +553,7 @@ def backward(
 
     Raises:
         ArrayTypeError: if an argument is of another type, dlogits are not floats or lie on another
-            device, or the cache was made by another forward, with weights of another dtype or with
-            other ops.
+            device, or the cache is that of another forward, other ops or weights of another dtype.
         ShapeError: if dlogits are not (B, num_classes), or params or cache belong to another
             config.
         ConfigError: if the model is a bare backbone, which has no logits.
@@ -607,23 +578,19 @@ def backward_pyramid(
     """Gradients of a scalar loss L through :func:`forward_pyramid_with_cache`.
 
     Args:
-        params: the weights of the forward.
-        cache: what the forward returned. It is read, never changed.
-        dmaps: dL/dF_1, dL/dF_2, ..., (B, C_i, H_i, W_i) each, float32 or float64, cast to the
-            weights' dtype; None for a map that L does not use.
-        config: the configuration of the forward; None for prepared weights.
-        ops: the forward's table (the default).
+        params: as for :func:`backward`.
+        cache: as for :func:`backward`.
+        dmaps: dL/dF_1, dL/dF_2, ..., (B, C_i, H_i, W_i) each, as dlogits for :func:`backward`; None
+            for a map that L does not use.
+        config: as for :func:`backward`.
+        ops: as for :func:`backward`.
 
     Returns:
-        grads, of params' type with dL/dw in the place of w, of its shape and dtype (zeros for what
-        the maps do not use); and dL/dimages (B, in_chans, H, W), of the weights' dtype.
+        grads and dL/dimages (B, in_chans, H, W), as :func:`backward`; zeros for what the maps do
+        not use.
 
     Raises:
-        ArrayTypeError: if an argument is of another type, a map is not of floats or lies on another
-            device, or the cache was made by another forward, with weights of another dtype or with
-            other ops.
-        ShapeError: if dmaps are not as many as the maps, one has another shape than its map, or
-            params or cache belong to another config.
+        PVTError: as :func:`backward`; a ShapeError also if dmaps are not as many as the maps.
     """
     model = _model_of_cache(params, cache, config)
     ops = _check_cache(cache, "forward_pyramid_with_cache", model, ops)

@@ -1,8 +1,7 @@
 """Random numbers of training by counter.
 
-A generator that is carried along makes every draw depend on all draws before it. Here each place
-that draws makes its own generator from the numbers that name the place. Ranks, micro-batches,
-restarts and devices then draw the same, in any order, and no generator has to be saved.
+Each place that draws makes its own generator from the numbers that name the place. So ranks,
+micro-batches, restarts and devices draw the same, in any order, and no generator has to be saved.
 """
 
 from collections.abc import Iterable
@@ -34,15 +33,12 @@ def generator(seed: int, what: What, *where: int) -> np.random.Generator:
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """The draws of one micro-batch of one step.
+    """The draws of one micro-batch of one step. Raises a RangeError unless all are at least 0.
 
     Attributes:
         seed: of the training.
         step: steps done before.
         micro_batch: of the step, counted over all ranks.
-
-    Raises:
-        RangeError: unless all are whole numbers of at least 0.
     """
 
     seed: int

@@ -12,8 +12,7 @@ All operations have the same signatures::
 
 p is the record of weights, and grads the same record with dL/dw in the place of w; both are None
 where there are no weights. The cache holds all that backward needs. With ``keep=False`` it is None.
-An operation computes what the readable one computes, writes only into arrays that it made, and its
-backward leaves the cache as it was.
+Only arrays that an operation made are written to; its backward leaves the cache as it was.
 """
 
 import contextlib
@@ -36,8 +35,8 @@ class Operation:
     Operations are equal if their functions are, so they survive pickling and copying.
 
     Attributes:
-        forward: as in the head of this file.
-        backward: as in the head of this file.
+        forward: as in the head of this file; so is backward.
+        backward: its gradients.
         absorbs: the readable operations that it computes itself instead of asking the table, those
             inside them included. Empty for a readable operation.
 
@@ -113,7 +112,8 @@ class Ops:
 
     Attributes:
         name: for messages.
-        accepts: whether the twins compute on an array; None if they do on any.
+        accepts: whether the twins compute on an array, a function of a module such as
+            :func:`~pvt_ref.arrays.is_numpy`; None if they do on any.
         settings: of the twins; None if there are none.
         replaced: the operations that :meth:`replace` was called for.
 
@@ -121,9 +121,6 @@ class Ops:
         twins: the table.
         parts: more of them, which others of the table may absorb: what a larger twin computes
             itself, and what is used where that one has stepped aside.
-        name: see above.
-        accepts: a function of a module, such as :func:`~pvt_ref.arrays.is_numpy`.
-        settings: see above.
 
     Raises:
         ArrayTypeError: if an argument is of another type.
@@ -263,8 +260,7 @@ class Ops:
             only: report these, and let the twins that absorb one of them step aside; None reports
                 whatever this table asks for.
             params: the weights of the model, from which paths take their keys.
-            unseen: these are called as without a watch, which holds the arguments of an operation
-                as long as it runs.
+            unseen: called as without a watch, which holds an operation's arguments while it runs.
 
         Returns:
             A table for this process and one call at a time.

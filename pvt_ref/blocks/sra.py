@@ -79,7 +79,7 @@ def split_heads(x: Array, N: int) -> Array:
 
 
 def merge_heads(x: Array) -> Array:
-    """(B, N, n, d) to (B, n, C), Concat(head_0..head_{N-1}) of eq. 1: undoes :func:`split_heads`."""
+    """(B, N, n, d) to (B, n, C), Concat(head_0..head_{N-1}) of eq. 1: undoes split_heads."""
     xp = array_module(x)
     B, N, n, d = x.shape
     return xp.reshape(xp.permute_dims(x, (0, 2, 1, 3)), (B, n, N * d))  # (B, n, N*d)

@@ -12,7 +12,7 @@ from pvt_ref.tree import record
 
 @record
 class GeluCache:
-    """What :func:`gelu_backward` needs: the forward's x (...), not a copy, and cdf (...), Phi(x)."""
+    """What :func:`gelu_backward` needs: the forward's x (...), not a copy, and cdf, Phi(x)."""
 
     x: Array
     cdf: Array

@@ -93,7 +93,12 @@ def kernel_to_matrix(weight: Array) -> Array:
 
 
 def matrix_to_kernel(matrix: Array, shape: tuple[int, ...]) -> Array:
-    """The inverse of :func:`kernel_to_matrix`: a matrix (C_out, P*P*C_in) in the kernel's shape."""
+    """The inverse of :func:`kernel_to_matrix`.
+
+    Args:
+        matrix: (C_out, P*P*C_in).
+        shape: the kernel's, (C_out, C_in, P, P).
+    """
     xp = array_module(matrix)
     C_out, C_in, P, _ = shape
     kernel = xp.reshape(matrix, (C_out, P, P, C_in))  # (C_out, P, P, C_in)

@@ -1,7 +1,7 @@
 """The parameters of a PVT: plain records whose field names are the authors' key names."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from pvt_ref.arrays import Array
@@ -12,7 +12,7 @@ from pvt_ref.layers.patch_embed import PatchEmbedParams
 from pvt_ref.models import parts
 from pvt_ref.models.architecture import Leaf
 from pvt_ref.models.pvt.config import NUM_STAGES, PVTConfig
-from pvt_ref.tree import record, short_repr
+from pvt_ref.tree import record, short_repr, zeros_like
 
 
 class StageParams(NamedTuple):
@@ -35,7 +35,7 @@ class StageParams(NamedTuple):
 class PVTParams:
     """The weights of a model, or their gradients, float32 or float64.
 
-    n_i is the number of tokens of stage i for an image of config.img_size, and C_0 is in_chans.
+    Stage i has n_i tokens for an image of config.img_size; C_0 is in_chans.
 
     Attributes:
         pos_embed1: (1, n_1, C_1).
@@ -44,13 +44,7 @@ class PVTParams:
         pos_embed4: (1, 1 + n_4, C_4), row 0 is the cls token's; (1, n_4, C_4) in a backbone.
         cls_token: (1, 1, C_4); None in a backbone.
         patch_embed1: projection (C_1, C_0, P_1, P_1), its bias and the norm, (C_1,) each.
-        block1: L_1 blocks of width C_1.
-        patch_embed2: projection (C_2, C_1, P_2, P_2), its bias and the norm, (C_2,) each.
-        block2: L_2 blocks of width C_2.
-        patch_embed3: projection (C_3, C_2, P_3, P_3), its bias and the norm, (C_3,) each.
-        block3: L_3 blocks of width C_3.
-        patch_embed4: projection (C_4, C_3, P_4, P_4), its bias and the norm, (C_4,) each.
-        block4: L_4 blocks of width C_4.
+        block1: L_1 blocks of width C_1; patch_embed2 to block4 likewise.
         norm: the final norm, weight and bias (C_4,) each; None in a backbone.
         head: weight (num_classes, C_4), bias (num_classes,); None in a backbone.
     """
@@ -80,11 +74,33 @@ class PVTParams:
         Returns:
             The same arrays, not copies.
         """
-        return StageParams(
-            getattr(self, f"patch_embed{i}"),
-            getattr(self, f"pos_embed{i}"),
-            getattr(self, f"block{i}"),
-        )
+        names = (f"patch_embed{i}", f"pos_embed{i}", f"block{i}")
+        return StageParams(*(getattr(self, name) for name in names))
+
+    def gradients(
+        self,
+        stages: Sequence[StageParams],
+        cls_token: Any = None,
+        norm: Any = None,
+        head: Any = None,
+    ) -> "PVTParams":
+        """Gradients of the whole from those of its parts; zeros for what a pass did not use.
+
+        Args:
+            stages: of each stage, in the shapes of its weights.
+            cls_token: (1, 1, C_4), or None.
+            norm: of the final norm, or None.
+            head: of the head, or None.
+
+        Returns:
+            A record of the weights' shapes.
+        """
+        named: dict[str, Any] = {"cls_token": cls_token, "norm": norm, "head": head}
+        for name, gradient in named.items():
+            named[name] = zeros_like(getattr(self, name)) if gradient is None else gradient
+        for i, stage in enumerate(stages, start=1):
+            named[f"patch_embed{i}"], named[f"pos_embed{i}"], named[f"block{i}"] = stage
+        return PVTParams(**named)
 
     def stage(self, i: int) -> StageParams:
         """The old name of :meth:`of_stage`, which counts from 0. It warns, and will go.
