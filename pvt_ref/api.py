@@ -25,6 +25,7 @@ from pvt_ref.arrays import (
     same_library,
 )
 from pvt_ref.checks import (
+    Size,
     as_size,
     check_cotangent,
     check_float,
@@ -32,7 +33,7 @@ from pvt_ref.checks import (
     check_pyramid_cotangents,
     check_rng,
 )
-from pvt_ref.draws import Draws
+from pvt_ref.draws import Source
 from pvt_ref.errors import (
     ArrayTypeError,
     CheckpointError,
@@ -53,8 +54,6 @@ from pvt_ref.models.architecture import (
 )
 from pvt_ref.ops import REFERENCE, Ops
 from pvt_ref.tree import first_array, named_arrays, record
-
-# Parameters -----------------------------------------------------------------------------------
 
 
 def init_params(config: Any, rng: np.random.Generator, dtype: Any = np.float32) -> Any:
@@ -234,9 +233,6 @@ def check_params(params: Any, config: Any) -> None:
     _checked[params] = config
 
 
-# What does not depend on the images -------------------------------------------------------------
-
-
 @record
 class Prepared:
     """Weights that were checked, and what was made of them for images of one size.
@@ -269,7 +265,7 @@ class Prepared:
         return self.constants if tuple(images.shape[2:]) == self.size else None
 
 
-def prepare(params: Any, config: Any, size: int | tuple[int, int] | None = None) -> Prepared:
+def prepare(params: Any, config: Any, size: Size | None = None) -> Prepared:
     """Checks weights and resizes position tables, once for many calls.
 
     Args:
@@ -308,9 +304,6 @@ def _model(params: Any, config: Any) -> Prepared:
         return params
     check_params(params, config)
     return Prepared(params, config, (0, 0), architecture_of(config), None)
-
-
-# The table of operations -----------------------------------------------------------------------
 
 
 def default_ops(x: Array) -> Ops:
@@ -368,9 +361,6 @@ def check_has_classifier(config: Any) -> None:
             "this model is a bare backbone (num_classes 0: no cls token, norm or head) and has no "
             "logits. forward_pyramid gives its feature maps; weights with a classifier give both"
         )
-
-
-# Passes -----------------------------------------------------------------------------------------
 
 
 @record
@@ -447,12 +437,7 @@ def forward(params: Any, images: Array, config: Any = None, *, ops: Ops | None =
 
 
 def forward_with_cache(
-    params: Any,
-    images: Array,
-    config: Any = None,
-    rng: np.random.Generator | Draws | None = None,
-    *,
-    ops: Ops | None = None,
+    params: Any, images: Array, config: Any = None, rng: Source = None, *, ops: Ops | None = None
 ) -> tuple[Array, ForwardCache]:
     """Class logits, and the cache for :func:`backward`.
 
@@ -505,12 +490,7 @@ def forward_pyramid(
 
 
 def forward_pyramid_with_cache(
-    params: Any,
-    images: Array,
-    config: Any = None,
-    rng: np.random.Generator | Draws | None = None,
-    *,
-    ops: Ops | None = None,
+    params: Any, images: Array, config: Any = None, rng: Source = None, *, ops: Ops | None = None
 ) -> tuple[list[Array], ForwardCache]:
     """The feature maps, and the cache for :func:`backward_pyramid`.
 

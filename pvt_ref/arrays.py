@@ -18,6 +18,9 @@ from pvt_ref.errors import ArrayTypeError, DeviceError
 #: An array of NumPy, CuPy or another library of the array API standard.
 Array = Any
 
+#: Height and width.
+Grid = tuple[int, int]
+
 _ODD_ARRAYS = (np.ma.MaskedArray, np.matrix)
 
 FLOAT_DTYPES = ("float32", "float64")  # of parameters, and so of all computation

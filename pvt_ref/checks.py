@@ -30,6 +30,10 @@ TOO_LARGE = 2**31
 _LARGEST_WHOLE = 2**128
 
 
+#: Of an image: a side, or (H, W), in pixels.
+Size = int | tuple[int, int]
+
+
 def as_size(size: Any) -> tuple[int, int]:
     """(H, W) of an image size that may be given as one side. Raises: ShapeError."""
     pair = (size, size) if is_whole(size) else size

@@ -13,6 +13,9 @@ import numpy as np
 
 from pvt_ref.errors import RangeError, shown
 
+#: What masks are drawn from; None for inference.
+Rng = np.random.Generator | None
+
 
 class What(IntEnum):
     """What is drawn, and the numbers that name its place beside the seed."""
@@ -56,6 +59,10 @@ class Draws:
         return generator(self.seed, what, self.step, self.micro_batch, where)
 
 
+#: The same, or the draws of a step, of which every place takes its own generator.
+Source = Rng | Draws
+
+
 class SampleDraws:
     """The generators of some samples, asked together as one is: each draws a number of its own."""
 
@@ -74,8 +81,6 @@ class SampleDraws:
         return np.array([rng.random() for rng in self._each])
 
 
-def generator_at(
-    rng: np.random.Generator | Draws | None, what: What, where: int
-) -> np.random.Generator | None:
+def generator_at(rng: Source, what: What, where: int) -> Rng:
     """The generator of a place; a plain generator, or None, is passed on."""
     return rng.at(what, where) if isinstance(rng, Draws) else rng

@@ -18,7 +18,8 @@ Only arrays that an operation made are written to; its backward leaves the cache
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -166,12 +167,16 @@ class Ops:
                 )
         self._fill(every, name, accepts, settings, frozenset())
 
-    def _fill(
-        self, twins: Any, name: str, accepts: Any, settings: Any, replaced: frozenset[Operation]
-    ) -> None:
-        values = (twins, None, accepts, name, replaced, settings)
-        for slot, value in zip(Ops.__slots__, values, strict=True):
+    def _fill(self, *state: Any) -> "Ops":
+        """Sets what :meth:`_state` tells."""
+        names = ("_twins", "name", "accepts", "settings", "replaced")
+        for slot, value in zip(names, state, strict=True):
             object.__setattr__(self, slot, value)
+        return self
+
+    def _with_twins(self, twins: Mapping[Operation, Operation], kind: Any = None) -> Any:
+        """A table of these twins, otherwise the same, of the same class or of another kind."""
+        return object.__new__(kind or type(self))._fill(twins, *self._state()[1:])
 
     @property
     def twins(self) -> Mapping[Operation, Operation]:
@@ -234,10 +239,8 @@ class Ops:
                 f"this twin of {op.name} absorbs {', '.join(sorted(ignored))}, which the table "
                 f"replaces: that replacement would have no effect. Leave one of the two out"
             )
-        table = object.__new__(Ops)
-        replaced = self.replaced | {op}
-        table._fill({**kept, op: twin}, self.name, self.accepts, self.settings, replaced)
-        return table
+        state = (self.name, self.accepts, self.settings, self.replaced | {op})
+        return object.__new__(Ops)._fill({**kept, op: twin}, *state)
 
     def scope(self) -> AbstractContextManager[Any]:
         """To be entered once around a public call: what the settings set up for its duration."""
@@ -266,8 +269,7 @@ class Ops:
             A table for this process and one call at a time.
         """
         wanted = None if only is None else frozenset(only)
-        table = object.__new__(_Watched)
-        table._fill(self._twins, self.name, self.accepts, self.settings, self.replaced)
+        table = self._with_twins(self._twins, _Watched)
         watch = _Watch(after, before, wanted, named_records(params), frozenset(unseen))
         base = self if wanted is None else self._asking_for(wanted)
         object.__setattr__(table, "_watch", (base, watch))
@@ -275,21 +277,20 @@ class Ops:
 
     def _asking_for(self, wanted: frozenset[Operation]) -> "Ops":
         """A table without the twins that would compute one of these themselves."""
-        table = object.__new__(type(self))
         kept = {k: t for k, t in self._twins.items() if k in wanted or wanted.isdisjoint(t.absorbs)}
-        table._fill(kept, self.name, self.accepts, self.settings, self.replaced)
-        return table
+        return self._with_twins(kept)
 
 
+@dataclass(slots=True)
 class _Watch:
     """The state of one watched table: who reports, and which operations are under way."""
 
-    def __init__(
-        self, after: Any, before: Any, wanted: Any, names: Mapping[int, str], unseen: Any
-    ) -> None:
-        self.after, self.before, self.wanted, self.names = after, before, wanted, names
-        self.unseen = unseen
-        self.inside: list[str] = []
+    after: Callable[[Call], Any] | None
+    before: Callable[[Call], Any] | None
+    wanted: frozenset[Operation] | None
+    names: Mapping[int, str]
+    unseen: frozenset[Operation]
+    inside: list[str] = field(default_factory=list)
 
     def name_of(self, p: Any) -> str | None:
         """The key of weights, or of the first part of weights that were put together for a call."""
@@ -314,7 +315,7 @@ class _Watched(Ops):
         if op in watch.unseen:
             return twin
 
-        def run(way: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        def run(way: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             own = watch.name_of(args[0]) if args else None
             outer = watch.inside[-1] if watch.inside else ""
             path = own or (f"{outer}.{op.name}" if outer else op.name)
@@ -330,19 +331,12 @@ class _Watched(Ops):
                 watch.after(Call(path, op, way, args, kwargs, result))
             return result
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return run("forward", twin.forward, args, kwargs)
-
-        def backward(*args: Any, **kwargs: Any) -> Any:
-            return run("backward", twin.backward, args, kwargs)
-
+        forward, backward = (partial(run, w, getattr(twin, w)) for w in ("forward", "backward"))
         return Operation(forward, backward)
 
 
-def _made_again(twins: Any, name: str, accepts: Any, settings: Any, replaced: Any) -> Ops:
-    table = object.__new__(Ops)
-    table._fill(twins, name, accepts, settings, replaced)
-    return table
+def _made_again(*state: Any) -> Ops:
+    return object.__new__(Ops)._fill(*state)
 
 
 def _check_pair(op: object, twin: object) -> None:

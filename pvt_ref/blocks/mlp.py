@@ -5,9 +5,8 @@ Paper section 3.3; from Vaswani et al. 2017 (arXiv 1706.03762, section 3.3), wit
 
 from typing import Any
 
-import numpy as np
-
 from pvt_ref.arrays import Array
+from pvt_ref.draws import Rng
 from pvt_ref.layers.dropout import dropout
 from pvt_ref.layers.gelu import gelu
 from pvt_ref.layers.linear import LinearParams, linear
@@ -40,12 +39,7 @@ class MLPCache:
 
 
 def mlp_forward(
-    p: MLPParams,
-    x: Array,
-    ops: Ops,
-    drop_rate: float = 0.0,
-    rng: np.random.Generator | None = None,
-    keep: bool = True,
+    p: MLPParams, x: Array, ops: Ops, drop_rate: float = 0.0, rng: Rng = None, keep: bool = True
 ) -> tuple[Array, MLPCache | None]:
     """y = drop(fc2(drop(GELU(fc1(x))))), the feed-forward layer of paper section 3.3.
 

@@ -7,9 +7,8 @@ R x R patches, so that there are m = n / R^2 of them and attention costs R^2 tim
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from pvt_ref.arrays import Array, array_module
+from pvt_ref.arrays import Array, Grid, array_module
+from pvt_ref.draws import Rng
 from pvt_ref.layers.attention import attention
 from pvt_ref.layers.dropout import dropout
 from pvt_ref.layers.layer_norm import LayerNormParams
@@ -86,7 +85,7 @@ def merge_heads(x: Array) -> Array:
 
 
 def _spatial_reduction(
-    p: SRAParams, x: Array, ops: Ops, grid: tuple[int, int], eps: float, keep: bool
+    p: SRAParams, x: Array, ops: Ops, grid: Grid, eps: float, keep: bool
 ) -> tuple[Array, Any]:
     """SR(x) = LN(Reshape(x, R) W^S), eq. 3: tokens x (B, n, C) on grid (H_i, W_i) to (B, m, C)."""
     if p.sr is None or p.norm is None:  # R = 1: every token is a key
@@ -106,9 +105,9 @@ def sra_forward(
     p: SRAParams,
     x: Array,
     ops: Ops,
-    grid: tuple[int, int],
+    grid: Grid,
     settings: SRASettings,
-    rng: np.random.Generator | None = None,
+    rng: Rng = None,
     keep: bool = True,
 ) -> tuple[Array, SRACache | None]:
     """SRA(Q, K, V) = Concat(head_0..head_{N-1}) W^O, paper eq. 1, with eq. 2::

@@ -6,12 +6,10 @@ Paper section 3.3. The norms stand before the branches, as in ViT (arXiv 2010.11
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from pvt_ref.arrays import Array
+from pvt_ref.arrays import Array, Grid
 from pvt_ref.blocks.mlp import MLPParams, mlp
 from pvt_ref.blocks.sra import SRAParams, SRASettings, sra
-from pvt_ref.draws import Draws, What, generator_at
+from pvt_ref.draws import Rng, Source, What, generator_at
 from pvt_ref.layers.dropout import drop_path
 from pvt_ref.layers.layer_norm import LayerNormParams, layer_norm
 from pvt_ref.ops import REFERENCE, Operation, Ops
@@ -70,9 +68,9 @@ def block_forward(
     p: BlockParams,
     x: Array,
     ops: Ops,
-    grid: tuple[int, int],
+    grid: Grid,
     settings: BlockSettings,
-    rng: np.random.Generator | None = None,
+    rng: Rng = None,
     keep: bool = True,
 ) -> tuple[Array, BlockCache | None]:
     """x + SRA(LN(x)), then the same with the MLP (paper section 3.3)::
@@ -140,9 +138,9 @@ def blocks_forward(
     p: tuple[BlockParams, ...],
     x: Array,
     ops: Ops,
-    grid: tuple[int, int],
+    grid: Grid,
     settings: tuple[BlockSettings, ...],
-    rng: np.random.Generator | Draws | None = None,
+    rng: Source = None,
     keep: bool = True,
 ) -> tuple[Array, tuple[Any, ...] | None]:
     """All blocks of a stage, one after the other: a twin may fuse the end of one and the next.

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-import numpy as np
-
 from pvt_ref.arrays import Array, array_module
+from pvt_ref.draws import Rng
 from pvt_ref.layers.dropout import dropout
 from pvt_ref.layers.softmax import softmax
 from pvt_ref.ops import REFERENCE, Operation, Ops
@@ -53,7 +52,7 @@ def attention_forward(
     ops: Ops,
     scale: float,
     drop_rate: float = 0.0,
-    rng: np.random.Generator | None = None,
+    rng: Rng = None,
     keep: bool = True,
 ) -> tuple[Array, AttentionCache | None]:
     """Attention(q, k, v) = Dropout(Softmax(scale * q k^T)) v, paper eq. 4.

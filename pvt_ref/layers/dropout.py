@@ -10,6 +10,7 @@ generator nothing is dropped: there is no other switch between training and infe
 import numpy as np
 
 from pvt_ref.arrays import Array, array_module, from_host
+from pvt_ref.draws import Rng
 from pvt_ref.ops import REFERENCE, Operation, Ops
 from pvt_ref.tree import record
 
@@ -28,7 +29,7 @@ class DropCache:
 
 
 def dropout_forward(
-    p: None, x: Array, ops: Ops, rate: float, rng: np.random.Generator | None, keep: bool = True
+    p: None, x: Array, ops: Ops, rate: float, rng: Rng, keep: bool = True
 ) -> tuple[Array, DropCache | None]:
     """Each element is zero with probability rate, else divided by 1 - rate.
 
@@ -47,7 +48,7 @@ def dropout_forward(
 
 
 def drop_path_forward(
-    p: None, x: Array, ops: Ops, rate: float, rng: np.random.Generator | None, keep: bool = True
+    p: None, x: Array, ops: Ops, rate: float, rng: Rng, keep: bool = True
 ) -> tuple[Array, DropCache | None]:
     """Each sample is zero as a whole with probability rate, else divided by 1 - rate.
 
@@ -66,7 +67,7 @@ def drop_path_forward(
 
 
 def _drop(
-    x: Array, mask_shape: tuple[int, ...], rate: float, rng: np.random.Generator | None, keep: bool
+    x: Array, mask_shape: tuple[int, ...], rate: float, rng: Rng, keep: bool
 ) -> tuple[Array, DropCache | None]:
     if rng is None or rate == 0.0:
         return x, None

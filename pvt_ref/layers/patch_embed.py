@@ -7,7 +7,7 @@ reduction (eq. 3) is the same operation with R for P, and uses this file.
 
 from typing import Any
 
-from pvt_ref.arrays import Array, array_module
+from pvt_ref.arrays import Array, Grid, array_module
 from pvt_ref.layers.layer_norm import LayerNormParams, layer_norm
 from pvt_ref.layers.linear import LinearParams, linear
 from pvt_ref.ops import REFERENCE, Operation, Ops
@@ -39,7 +39,7 @@ class PatchEmbedCache:
 
     linear: Any
     norm: Any
-    grid: tuple[int, int]
+    grid: Grid
 
 
 def patchify(x: Array, P: int) -> Array:
@@ -61,7 +61,7 @@ def patchify(x: Array, P: int) -> Array:
     return xp.reshape(patches, (B, (H // P) * (W // P), P * P * C))  # (B, n, P*P*C)
 
 
-def unpatchify(patches: Array, P: int, grid: tuple[int, int]) -> Array:
+def unpatchify(patches: Array, P: int, grid: Grid) -> Array:
     """Puts the patches back: the inverse of :func:`patchify` and, as a permutation, its transpose.
 
     Args:

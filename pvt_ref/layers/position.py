@@ -9,7 +9,7 @@ matrices around the table, A_h P A_w^T, so its transpose is A_h^T dP A_w.
 
 import numpy as np
 
-from pvt_ref.arrays import Array, array_module, from_host
+from pvt_ref.arrays import Array, Grid, array_module, from_host
 from pvt_ref.layers.sum_rows import sum_rows
 from pvt_ref.ops import REFERENCE, Operation, Ops
 from pvt_ref.tree import record
@@ -25,8 +25,8 @@ class PositionCache:
         cls: whether the first token is the cls token.
     """
 
-    grid: tuple[int, int]
-    table_grid: tuple[int, int]
+    grid: Grid
+    table_grid: Grid
     cls: bool
 
 
@@ -48,7 +48,7 @@ def resize_matrix(out_size: int, in_size: int) -> np.ndarray:
     return A
 
 
-def resize_positions(rows: Array, table_grid: tuple[int, int], grid: tuple[int, int]) -> Array:
+def resize_positions(rows: Array, table_grid: Grid, grid: Grid) -> Array:
     """A_h P A_w^T for every channel; rows itself if the grids agree.
 
     Args:
@@ -61,9 +61,7 @@ def resize_positions(rows: Array, table_grid: tuple[int, int], grid: tuple[int, 
     return _resize(rows, table_grid, grid, *_matrices(rows, table_grid, grid))
 
 
-def resize_positions_backward(
-    drows: Array, table_grid: tuple[int, int], grid: tuple[int, int]
-) -> Array:
+def resize_positions_backward(drows: Array, table_grid: Grid, grid: Grid) -> Array:
     """The transpose of :func:`resize_positions`: A_h^T dP A_w for every channel.
 
     Args:
@@ -80,9 +78,7 @@ def resize_positions_backward(
     return _resize(drows, grid, table_grid, A_h.T, A_w.T)
 
 
-def _matrices(
-    like: Array, table_grid: tuple[int, int], grid: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
+def _matrices(like: Array, table_grid: Grid, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
     """A_h and A_w, from table_grid (h, w) to grid (H, W)."""
     make = getattr(array_module(like), "resize_matrix", resize_matrix)  # shapes need no numbers
     A_h = make(grid[0], table_grid[0])  # (H, h)
@@ -90,9 +86,7 @@ def _matrices(
     return A_h, A_w
 
 
-def _resize(
-    rows: Array, old: tuple[int, int], new: tuple[int, int], A_h: np.ndarray, A_w: np.ndarray
-) -> Array:
+def _resize(rows: Array, old: Grid, new: Grid, A_h: np.ndarray, A_w: np.ndarray) -> Array:
     """A_h along the first and A_w along the second axis: rows (h*w, C), old (h, w), new (H, W)."""
     xp = array_module(rows)
     C = rows.shape[-1]
@@ -104,7 +98,7 @@ def _resize(
     return xp.reshape(rows, (new[0] * new[1], C))  # (H*W, C)
 
 
-def positions(p: Array, grid: tuple[int, int], table_grid: tuple[int, int], cls: bool) -> Array:
+def positions(p: Array, grid: Grid, table_grid: Grid, cls: bool) -> Array:
     """What is added to the tokens of a grid: the cls row if wanted, and the resized table.
 
     Args:
@@ -120,13 +114,7 @@ def positions(p: Array, grid: tuple[int, int], table_grid: tuple[int, int], cls:
 
 
 def position_forward(
-    p: Array,
-    x: Array,
-    ops: Ops,
-    grid: tuple[int, int],
-    table_grid: tuple[int, int],
-    cls: bool,
-    keep: bool = True,
+    p: Array, x: Array, ops: Ops, grid: Grid, table_grid: Grid, cls: bool, keep: bool = True
 ) -> tuple[Array, PositionCache | None]:
     """x plus the (resized) table.
 
@@ -182,7 +170,7 @@ def position_backward(
     return dy, dtable
 
 
-def _cls_rows(table: Array, table_grid: tuple[int, int]) -> int:
+def _cls_rows(table: Array, table_grid: Grid) -> int:
     """1 if the table has a row for the cls token before those of its grid, else 0."""
     return table.shape[1] - table_grid[0] * table_grid[1]
 

@@ -126,11 +126,6 @@ def architecture_of(config: object) -> Architecture:
     return row
 
 
-def architecture_named(name: str) -> Architecture | None:
-    """The row by its name in files; None if there is none."""
-    return next((row for row in _rows.values() if row.name == name), None)
-
-
 def known_variants() -> dict[str, Any]:
     """Published configurations of all networks by name, aliases included."""
     known: dict[str, Any] = {}

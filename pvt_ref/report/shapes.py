@@ -93,9 +93,7 @@ class ShapeArray:
 class Shapes:
     """The functions on such arrays, as ``numpy`` has them, and the bytes of those made here.
 
-    Attributes:
-        alive: bytes of the arrays that there are, views not counted twice.
-        peak: the most that were alive at once since it was last set.
+    alive counts those that there are, views not twice; peak is the most since it was last set.
     """
 
     __name__ = "shapes"

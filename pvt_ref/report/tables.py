@@ -15,10 +15,9 @@ def one_line(text: str) -> str:
 def text_table(
     columns: Iterable[str], rows: Iterable[Iterable[str]], total: Iterable[str] | None = None
 ) -> str:
-    """An aligned table in ASCII; the first column to the left, numbers to the right.
+    """An aligned table in ASCII; the first column to the left, numbers to the right, a total last.
 
-    Cells are shown as text: neither brackets nor control characters in them do anything. A total
-    stands under a rule.
+    Cells are shown as text: neither brackets nor control characters in them do anything.
     """
     from rich.box import Box  # slow to import, and needed only when something is printed
     from rich.console import Console

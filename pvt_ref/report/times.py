@@ -21,8 +21,7 @@ def time_stages(
 ) -> list[float]:
     """Median seconds of every stage in a forward, and last of what follows the last block.
 
-    Without a classifier the pyramid is run. Raises as :func:`pvt_ref.forward`, and a RangeError if
-    repeats is no positive whole number. A first pass warms up.
+    Without a classifier the pyramid is run. A first pass warms up.
     """
     row, table, run = _run(params, images, config, repeats, ops)
     ends = [0.0] * (len(config.channels) + 1)  # of each stage; from 0, the beginning

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from pvt_ref.arrays import Grid
 from pvt_ref.kernels.cpu.threads import Scratch
 from pvt_ref.kernels.cpu.tiling import Kernel, Tiling, by_group
 from pvt_ref.layers.position import PositionCache, position, positions
@@ -12,8 +13,8 @@ def position_forward(
     p: np.ndarray,
     x: np.ndarray,
     ops: Ops,
-    grid: tuple[int, int],
-    table_grid: tuple[int, int],
+    grid: Grid,
+    table_grid: Grid,
     cls: bool,
     keep: bool = True,
     *,

@@ -12,11 +12,9 @@ Nothing is checked here: :mod:`pvt_ref.api` does that, and calls these functions
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from pvt_ref.arrays import Array, array_module
+from pvt_ref.arrays import Array, Grid, array_module
 from pvt_ref.blocks.transformer import blocks
-from pvt_ref.draws import Draws, What, generator_at
+from pvt_ref.draws import Source, What, generator_at
 from pvt_ref.layers.dropout import dropout
 from pvt_ref.layers.layer_norm import layer_norm
 from pvt_ref.layers.linear import linear
@@ -26,9 +24,6 @@ from pvt_ref.layers.sum_rows import sum_rows
 from pvt_ref.models.pvt.params import StageParams
 from pvt_ref.ops import Ops
 from pvt_ref.tree import record
-
-#: What the masks are drawn from; see :mod:`pvt_ref.draws`.
-Source = np.random.Generator | Draws | None
 
 
 @record
@@ -44,7 +39,7 @@ class StageCache:
     position: Any
     drop: Any
     blocks: Any
-    grid: tuple[int, int]
+    grid: Grid
     cls: bool
 
 
@@ -58,7 +53,7 @@ class ClassifierCache:
     tokens_shape: tuple[int, ...]
 
 
-def prepare(params: Any, config: Any, size: tuple[int, int]) -> tuple[Array, ...]:
+def prepare(params: Any, config: Any, size: Grid) -> tuple[Array, ...]:
     """The position table of each stage, (1, H_i W_i, C_i), resized for images of that size.
 
     With the cls row first where the table has one.
@@ -132,7 +127,7 @@ def _stage_backward(
     return dmap, StageParams(dembed, dpos, dblocks), dcls
 
 
-def _to_map(x: Array, grid: tuple[int, int]) -> Array:
+def _to_map(x: Array, grid: Grid) -> Array:
     """Tokens (B, n, C) to a map (B, H_i, W_i, C)."""
     return array_module(x).reshape(x, (x.shape[0], *grid, x.shape[-1]))
 
