@@ -367,13 +367,8 @@ def check_has_classifier(config: Any) -> None:
 class ForwardCache:
     """Made by a forward for its backward, which reads it and never changes it.
 
-    Attributes:
-        kind: name of the forward that made it.
-        parts: the caches of the network's parts.
-        shapes: of what the forward returned, one for each array.
-        params: the weights of the forward.
-        config: the configuration of the forward.
-        ops: the table of operations that made the caches, and reads them.
+    parts are the caches of the network's parts; the other fields say which forward it was, and the
+    shapes of what it returned.
     """
 
     kind: str
@@ -386,8 +381,10 @@ class ForwardCache:
 
 def _run(
     pyramid: bool, params: Any, images: Array, config: Any, rng: Any, ops: Ops | None, keep: bool
-) -> tuple[Any, ForwardCache | None]:
-    """Checks, and the core's forward or forward_pyramid."""
+) -> tuple[Any, Any]:
+    """Checks, and the core's forward or forward_pyramid: its result, and a cache if kept."""
+    if rng is not None:
+        check_rng(rng, draws=True)
     model = _model(params, config)
     row, config = model.architecture, model.config
     if not pyramid:
@@ -459,11 +456,7 @@ def forward_with_cache(
     Raises:
         PVTError: as :func:`forward`; an ArrayTypeError also if rng is something else.
     """
-    if rng is not None:
-        check_rng(rng, draws=True)
-    logits, cache = _run(False, params, images, config, rng, ops, keep=True)
-    assert cache is not None
-    return logits, cache
+    return _run(False, params, images, config, rng, ops, keep=True)
 
 
 def forward_pyramid(
@@ -507,11 +500,7 @@ def forward_pyramid_with_cache(
     Raises:
         PVTError: as :func:`forward_with_cache` and :func:`forward_pyramid`.
     """
-    if rng is not None:
-        check_rng(rng, draws=True)
-    maps, cache = _run(True, params, images, config, rng, ops, keep=True)
-    assert cache is not None
-    return maps, cache
+    return _run(True, params, images, config, rng, ops, keep=True)
 
 
 def backward(

@@ -6,6 +6,7 @@ Inside, arrays are trusted: what a caller can get wrong about them is caught her
 import sys
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
+from operator import ge, gt, le, lt
 from typing import Any
 
 import numpy as np
@@ -78,17 +79,11 @@ def check_number(
         value = value.item()
     number: Any = value
     limit = _LARGEST_WHOLE if whole else sys.float_info.max
-    good = (
-        (is_whole(number) if whole else is_real(number))
-        and -limit <= number <= limit
-        and (least is None or number >= least)
-        and (above is None or number > above)
-        and (most is None or number <= most)
-        and (below is None or number < below)
-    )
-    if not good:
-        bounds = (("at least", least), ("above", above), ("at most", most), ("below", below))
-        limits = " and ".join(f"{word} {limit:g}" for word, limit in bounds if limit is not None)
+    bounds = [("at least", ge, least), ("above", gt, above), ("at most", le, most)]
+    bounds = [b for b in (*bounds, ("below", lt, below)) if b[2] is not None]
+    good = (is_whole(number) if whole else is_real(number)) and -limit <= number <= limit
+    if not good or not all(holds(number, bound) for _, holds, bound in bounds):
+        limits = " and ".join(f"{word} {bound:g}" for word, _, bound in bounds)
         kind = "a whole number" if whole else "a number"
         raise RangeError(f"{name} is {shown(value)}; it must be {kind} {limits}".rstrip())
     return int(number) if whole else float(number)

@@ -57,8 +57,8 @@ def branches(tree: Any) -> list[tuple[str, Any]]:
 def map_arrays(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """A copy of a record, tuple, list or dict with f applied to every array in it.
 
-    With several trees of one shape, f gets the arrays that stand in the same place. None, numbers,
-    texts and the like stay as they are in the first tree.
+    With several trees of one shape, f gets the arrays that stand in the same place. What is no
+    array stays as it is in the first tree.
 
     Raises:
         ValueError, KeyError, AttributeError: if another tree differs in lengths, keys or fields.

@@ -16,12 +16,7 @@ from pvt_ref.tree import record
 
 @record
 class MLPParams:
-    """The two linear layers, or their gradients.
-
-    Attributes:
-        fc1: weight (E*C, C), bias (E*C,).
-        fc2: weight (C, E*C), bias (C,).
-    """
+    """fc1 with a weight (E*C, C), and fc2 with (C, E*C), or their gradients."""
 
     fc1: LinearParams
     fc2: LinearParams

@@ -39,11 +39,8 @@ class BlockSettings:
 class BlockParams:
     """The weights of one block, or their gradients.
 
-    Attributes:
-        norm1: before attention, weight and bias (C,) each.
-        attn: W^Q (C, C), W^K over W^V (2C, C), W^O (C, C), and the spatial reduction (C, C, R, R).
-        norm2: before the MLP, weight and bias (C,) each.
-        mlp: fc1 (E*C, C) and fc2 (C, E*C).
+    Of width C: the norms (C,), W^Q (C, C), W^K over W^V (2C, C), W^O (C, C), the spatial reduction
+    (C, C, R, R), fc1 (E*C, C) and fc2 (C, E*C).
     """
 
     norm1: LayerNormParams

@@ -12,16 +12,9 @@ from pvt_ref.tree import record
 
 @record
 class AttentionCache:
-    """What :func:`attention_backward` needs.
+    """What :func:`attention_backward` needs: q, k and v, the forward's own, and the caches.
 
-    Attributes:
-        q: queries (B, N, n, d), the forward's own; so are k and v.
-        k: keys (B, N, m, d).
-        v: values (B, N, m, d).
-        scale: the factor on the scores.
-        weights: (B, N, n, m), the attention weights A after dropout.
-        softmax: cache of the softmax over the scores.
-        drop: cache of the dropout on A; None if nothing was dropped.
+    weights are the attention weights A (B, N, n, m) after dropout; drop is None if nothing was.
     """
 
     q: Array

@@ -17,11 +17,9 @@ from pvt_ref.tree import record
 
 @record
 class DropCache:
-    """What :func:`drop_backward` needs.
+    """The mask, True where x was kept, and the gain 1 / (1 - rate).
 
-    Attributes:
-        mask: bool, True where x was kept: x's shape (dropout), or (B, 1, ..., 1) (drop path).
-        gain: 1 / (1 - rate), the factor on what was kept.
+    The mask has x's shape (dropout), or (B, 1, ..., 1) (drop path).
     """
 
     mask: Array

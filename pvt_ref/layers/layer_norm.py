@@ -8,12 +8,7 @@ from pvt_ref.tree import record
 
 @record
 class LayerNormParams:
-    """Scale and shift, or their gradients.
-
-    Attributes:
-        weight: (C,), float32 or float64; 1 before any training.
-        bias: (C,), of the same dtype; 0 before any training.
-    """
+    """Scale (weight) and shift (bias), (C,) each, or their gradients; 1 and 0 when drawn."""
 
     weight: Array
     bias: Array
@@ -21,12 +16,7 @@ class LayerNormParams:
 
 @record
 class LayerNormCache:
-    """What :func:`layer_norm_backward` needs.
-
-    Attributes:
-        x_hat: (..., C), the normalised tokens, before weight and bias.
-        rstd: (..., 1), 1 / sqrt(variance + eps).
-    """
+    """x_hat (..., C), the normalised tokens before weight and bias, and rstd (..., 1)."""
 
     x_hat: Array
     rstd: Array

@@ -8,13 +8,9 @@ from pvt_ref.tree import record
 
 @record
 class LinearParams:
-    """Weight and bias of a linear layer, or their gradients.
+    """weight (C_out, C_in) and bias (C_out,) or None, or their gradients.
 
     The patch and spatial-reduction projections use it too, with a weight of (C_out, C_in, P, P).
-
-    Attributes:
-        weight: (C_out, C_in), float32 or float64.
-        bias: (C_out,), or None where the layer has none.
     """
 
     weight: Array

@@ -16,12 +16,7 @@ from pvt_ref.tree import record
 
 @record
 class PatchEmbedParams:
-    """Projection and norm, or their gradients.
-
-    Attributes:
-        proj: weight (C_out, C_in, P, P) and bias (C_out,).
-        norm: weight and bias, (C_out,) each; None if there is none.
-    """
+    """proj, a kernel (C_out, C_in, P, P) with a bias, and the norm or None; or their gradients."""
 
     proj: LinearParams
     norm: LayerNormParams | None
@@ -29,13 +24,7 @@ class PatchEmbedParams:
 
 @record
 class PatchEmbedCache:
-    """What :func:`patch_embed_backward` needs. With n = (H/P)(W/P):
-
-    Attributes:
-        linear: of the projection, whose input is the patches (B, n, P*P*C_in).
-        norm: of the layer norm over (B, n, C_out); None if there is none.
-        grid: (H/P, W/P), where the patches go back to.
-    """
+    """The caches of the parts, and the grid (H/P, W/P) where the patches go back to."""
 
     linear: Any
     norm: Any

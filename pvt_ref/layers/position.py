@@ -17,13 +17,7 @@ from pvt_ref.tree import record
 
 @record
 class PositionCache:
-    """What :func:`position_backward` needs: no array, since the forward is linear.
-
-    Attributes:
-        grid: (H_i, W_i) of the tokens.
-        table_grid: (h, w) of the table.
-        cls: whether the first token is the cls token.
-    """
+    """No array, since the forward is linear: only its own grid, table_grid and cls."""
 
     grid: Grid
     table_grid: Grid

@@ -7,7 +7,7 @@ from pvt_ref.tree import record
 
 @record
 class SumRowsCache:
-    """What :func:`sum_rows_backward` needs: how many rows there were."""
+    """How many rows there were."""
 
     rows: int
 

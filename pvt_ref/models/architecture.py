@@ -17,13 +17,9 @@ from pvt_ref.ops import Operation, Ops
 
 
 class Leaf(NamedTuple):
-    """What one array of the parameters has to be.
+    """What one array of the parameters has to be: its key in the state dict, and its shape.
 
-    Attributes:
-        key: its name in the state dict, which is also its path in the record of parameters.
-        shape: its shape.
-        init: how it is drawn; see :func:`pvt_ref.init_params`.
-        fan_in: numbers that one output is made of, C_in P P, where init is ``"uniform"``.
+    init says how it is drawn (:func:`pvt_ref.init_params`); ``"uniform"`` needs fan_in, C_in P P.
     """
 
     key: str
@@ -35,10 +31,8 @@ class Leaf(NamedTuple):
 class Place(NamedTuple):
     """Where an operation stands, read off its path.
 
-    Attributes:
-        stage: from 1; 0 is the classifier.
-        block: of the stage, from 0; None outside the blocks.
-        part: what is left of the path: ``"attn.q"``, ``"patch_embed"``.
+    Stages count from 1, and 0 is the classifier; blocks of a stage from 0, and None is outside of
+    them; part is what is left of the path: ``"attn.q"``, ``"patch_embed"``.
     """
 
     stage: int

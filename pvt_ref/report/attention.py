@@ -24,7 +24,7 @@ def attention_maps(
 
     Args:
         params: as for :func:`pvt_ref.forward`; they may lack a classifier.
-        images: (B, in_chans, H, W) normalised floats, as for :func:`pvt_ref.forward`.
+        images: (B, in_chans, H, W) normalised floats.
         config: the configuration of the weights.
         stages: numbers of stages, from 1; by default, all of the network.
         ops: a table of operations; None takes the default.

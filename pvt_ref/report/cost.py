@@ -59,13 +59,9 @@ class CostItem:
 
 @dataclass(frozen=True, slots=True)
 class StageShape:
-    """What one stage, counted from 1, works on.
+    """What a stage works on: its grid (H_i, W_i), C_i channels, n_i patch tokens and m_i keys.
 
-    Attributes:
-        grid: (H_i, W_i).
-        channels: C_i.
-        tokens: n_i, patch tokens; the cls token is not among them.
-        keys: m_i, patch tokens that attention looks at, n_i / R_i^2; 0 without attention.
+    keys are n_i / R_i^2 patch tokens; 0 without attention.
     """
 
     stage: int

@@ -34,11 +34,4 @@ def position_forward(
     return y, PositionCache(grid, table_grid, cls) if keep else None
 
 
-def position_backward(
-    p: np.ndarray, cache: PositionCache, dy: np.ndarray, ops: Ops, *, tiling: Tiling
-) -> tuple[np.ndarray, np.ndarray]:
-    """The readable one: it only sums over the batch."""
-    return position.backward(p, cache, dy, ops)
-
-
-position_kernel = Kernel(position, position_forward, position_backward)
+position_kernel = Kernel(position, position_forward, None)  # back, it only sums over the batch

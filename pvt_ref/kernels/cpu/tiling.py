@@ -154,14 +154,14 @@ class _WithTiling:
 
 
 class Kernel(NamedTuple):
-    """A twin whose functions take their settings by name."""
+    """A twin whose functions take their settings by name; without a backward, the readable one."""
 
     readable: Operation
     forward: Callable[..., Any]
-    backward: Callable[..., Any]
+    backward: Callable[..., Any] | None
     absorbs: tuple[Operation, ...] = ()
 
     def with_tiling(self, tiling: Tiling) -> Operation:
         """The twin as the table has it."""
-        forward, backward = (_WithTiling(f, tiling) for f in (self.forward, self.backward))
-        return Operation(forward, backward, self.absorbs)
+        backward = _WithTiling(self.backward, tiling) if self.backward else self.readable.backward
+        return Operation(_WithTiling(self.forward, tiling), backward, self.absorbs)

@@ -27,13 +27,9 @@ MAX_DEPTH = 1000
 
 @dataclass(frozen=True, slots=True)
 class StageConfig:
-    """What one stage needs to know, in the words of :class:`PVTConfig`, which makes it.
+    """What one stage needs to know, by the names of :class:`PVTConfig`, which makes it.
 
-    Attributes:
-        hidden_dim: E_i C_i.
-        scale: 1 / sqrt(d) with d = C_i / N_i, or qk_scale.
-        drop_path_rates: one per block of the stage.
-        blocks: what each block is told.
+    hidden_dim is E_i C_i; scale 1 / sqrt(C_i / N_i) or qk_scale; blocks what each block is told.
     """
 
     patch_size: int
@@ -235,12 +231,7 @@ class PVTConfig:
         Raises:
             RangeError: if i is anything else.
         """
-        warnings.warn(
-            "config.stage(i) counts stages from 0; config.of_stage(i) counts them from 1, as the "
-            "paper does",
-            FutureWarning,
-            stacklevel=2,
-        )
+        warn_of_stage("config")
         if not is_whole(i) or not 0 <= i < NUM_STAGES:
             raise RangeError(
                 f"stage {shown(i)} is asked for; stages count from 0 to {NUM_STAGES - 1}"
@@ -282,6 +273,16 @@ class PVTConfig:
     def table_sides(self) -> tuple[int, ...]:
         """Side of the square grid that each stage's position table belongs to."""
         return tuple(self.img_size // s for s in self.strides)
+
+
+def warn_of_stage(owner: str) -> None:
+    """What the old method says, to its caller."""
+    warnings.warn(
+        f"{owner}.stage(i) counts stages from 0; {owner}.of_stage(i) counts them from 1, as the "
+        f"paper does",
+        FutureWarning,
+        stacklevel=3,
+    )
 
 
 @functools.lru_cache(maxsize=64)  # every forward asks
@@ -361,14 +362,8 @@ ALIASES = {"pvt_v1_huge": "pvt_huge_v2"}
 
 #: Fields in which a model may differ from a variant and still be called by its name.
 _NOT_STRUCTURE = (
-    "img_size",
-    "in_chans",
-    "num_classes",
-    "norm_eps",
-    "projection_norm_eps",
-    "drop_rate",
-    "attn_drop_rate",
-    "drop_path_rate",
+    *("img_size", "in_chans", "num_classes", "norm_eps", "projection_norm_eps"),
+    *("drop_rate", "attn_drop_rate", "drop_path_rate"),
 )
 
 

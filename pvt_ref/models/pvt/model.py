@@ -30,9 +30,7 @@ from pvt_ref.tree import record
 class StageCache:
     """The caches of the parts of stage i; drop is None if nothing was dropped.
 
-    Attributes:
-        grid: (H_i, W_i).
-        cls: whether the first token is the cls token.
+    grid is (H_i, W_i); cls says whether the first token is the cls token.
     """
 
     patch_embed: Any
@@ -215,7 +213,8 @@ def backward(params: Any, cache: ClassifierCache, dlogits: Array, ops: Ops) -> t
         dcls_token = dcls if dcls is not None else dcls_token
         if i > 1:
             dx = _to_tokens(dmap)  # (B, n_{i-1}, C_{i-1})
-    return params.gradients(dstages, dcls_token, dnorm, dhead), _channels_first(dmap)
+    grads = params.gradients(dstages, cls_token=dcls_token, norm=dnorm, head=dhead)
+    return grads, _channels_first(dmap)
 
 
 def forward_pyramid(

@@ -1,6 +1,5 @@
 """The parameters of a PVT: plain records whose field names are the authors' key names."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,18 +10,12 @@ from pvt_ref.layers.linear import LinearParams
 from pvt_ref.layers.patch_embed import PatchEmbedParams
 from pvt_ref.models import parts
 from pvt_ref.models.architecture import Leaf
-from pvt_ref.models.pvt.config import NUM_STAGES, PVTConfig
-from pvt_ref.tree import record, short_repr, zeros_like
+from pvt_ref.models.pvt.config import NUM_STAGES, PVTConfig, warn_of_stage
+from pvt_ref.tree import branches, record, short_repr, zeros_like
 
 
 class StageParams(NamedTuple):
-    """The weights of stage i, a view into :class:`PVTParams`.
-
-    Attributes:
-        patch_embed: projection (C_i, C_{i-1}, P_i, P_i) and norm (C_i,).
-        pos_embed: (1, n_i, C_i); with a cls row, (1, 1 + n_i, C_i).
-        blocks: of each of the L_i blocks.
-    """
+    """The weights of stage i; pos_embed is (1, n_i, C_i), or (1, 1 + n_i, C_i) with a cls row."""
 
     patch_embed: PatchEmbedParams
     pos_embed: Array
@@ -31,8 +24,30 @@ class StageParams(NamedTuple):
     __repr__ = short_repr
 
 
+class Staged:
+    """Parameters of a network with stages: the view of one, and gradients put together."""
+
+    __slots__ = ()
+
+    def _stage_fields(self, i: int) -> tuple[str, str, str]:
+        return f"patch_embed{i}", f"pos_embed{i}", f"block{i}"
+
+    def of_stage(self, i: int) -> StageParams:
+        """The weights of stage i, from 1 as in the paper: the same arrays, not copies."""
+        return StageParams(*(getattr(self, name) for name in self._stage_fields(i)))
+
+    def gradients(self, stages: Sequence[StageParams], **others: Any) -> Any:
+        """A record of the gradients of its parts, with zeros for what a pass did not use."""
+        given = {name: gradient for name, gradient in others.items() if gradient is not None}
+        for i, stage in enumerate(stages, start=1):
+            given |= zip(self._stage_fields(i), stage, strict=True)
+        return type(self)(
+            **{n: given[n] if n in given else zeros_like(value) for n, value in branches(self)}
+        )
+
+
 @record
-class PVTParams:
+class PVTParams(Staged):
     """The weights of a model, or their gradients, float32 or float64.
 
     Stage i has n_i tokens for an image of config.img_size; C_0 is in_chans.
@@ -65,43 +80,6 @@ class PVTParams:
     norm: LayerNormParams | None
     head: LinearParams | None
 
-    def of_stage(self, i: int) -> StageParams:
-        """The weights of one stage.
-
-        Args:
-            i: 1 to 4, as in the paper.
-
-        Returns:
-            The same arrays, not copies.
-        """
-        names = (f"patch_embed{i}", f"pos_embed{i}", f"block{i}")
-        return StageParams(*(getattr(self, name) for name in names))
-
-    def gradients(
-        self,
-        stages: Sequence[StageParams],
-        cls_token: Any = None,
-        norm: Any = None,
-        head: Any = None,
-    ) -> "PVTParams":
-        """Gradients of the whole from those of its parts; zeros for what a pass did not use.
-
-        Args:
-            stages: of each stage, in the shapes of its weights.
-            cls_token: (1, 1, C_4), or None.
-            norm: of the final norm, or None.
-            head: of the head, or None.
-
-        Returns:
-            A record of the weights' shapes.
-        """
-        named: dict[str, Any] = {"cls_token": cls_token, "norm": norm, "head": head}
-        for name, gradient in named.items():
-            named[name] = zeros_like(getattr(self, name)) if gradient is None else gradient
-        for i, stage in enumerate(stages, start=1):
-            named[f"patch_embed{i}"], named[f"pos_embed{i}"], named[f"block{i}"] = stage
-        return PVTParams(**named)
-
     def stage(self, i: int) -> StageParams:
         """The old name of :meth:`of_stage`, which counts from 0. It warns, and will go.
 
@@ -111,12 +89,7 @@ class PVTParams:
         Returns:
             The weights of stage i + 1.
         """
-        warnings.warn(
-            "params.stage(i) counts stages from 0; params.of_stage(i) counts them from 1, as the "
-            "paper does",
-            FutureWarning,
-            stacklevel=2,
-        )
+        warn_of_stage("params")
         return self.of_stage(i + 1)
 
 

@@ -1,8 +1,5 @@
 """The weights of a columnar ViT: those of one PVT stage with R = 1, and of its classifier."""
 
-from collections.abc import Sequence
-from typing import Any
-
 from pvt_ref.arrays import Array
 from pvt_ref.blocks.transformer import BlockParams
 from pvt_ref.layers.layer_norm import LayerNormParams
@@ -10,13 +7,13 @@ from pvt_ref.layers.linear import LinearParams
 from pvt_ref.layers.patch_embed import PatchEmbedParams
 from pvt_ref.models import parts
 from pvt_ref.models.architecture import Leaf
-from pvt_ref.models.pvt.params import StageParams
+from pvt_ref.models.pvt.params import Staged
 from pvt_ref.models.vit.config import ViTConfig
 from pvt_ref.tree import record
 
 
 @record
-class ViTParams:
+class ViTParams(Staged):
     """The weights of a ViT, or their gradients.
 
     Attributes:
@@ -35,16 +32,8 @@ class ViTParams:
     norm: LayerNormParams
     head: LinearParams
 
-    def of_stage(self, i: int) -> StageParams:
-        """The weights of its one stage."""
-        return StageParams(self.patch_embed, self.pos_embed, self.blocks)
-
-    def gradients(
-        self, stages: Sequence[StageParams], cls_token: Array, norm: Any, head: Any
-    ) -> "ViTParams":
-        """Gradients of the whole from those of its parts."""
-        patch_embed, pos_embed, blocks = stages[0]
-        return ViTParams(cls_token, pos_embed, patch_embed, blocks, norm, head)
+    def _stage_fields(self, i: int) -> tuple[str, str, str]:
+        return "patch_embed", "pos_embed", "blocks"
 
 
 def build_params(config: ViTConfig, make: parts.Make) -> ViTParams:
