@@ -90,16 +90,6 @@ class Model(_Core):
 
     def __post_init__(self) -> None:
         check_params(self.params, self.config)
-        self._check_info()
-        cause = "The file they came from is damaged, or the training that made them diverged"
-        for key, x in named_arrays(self.params):
-            check_finite(key, x, cause)
-
-    def __repr__(self) -> str:
-        what = architecture_of(self.config).describe(self.config)
-        return f"Model({what}: {describe_arrays(self.params)}; {shown(self.source, 120)})"
-
-    def _check_info(self) -> None:
         for name, kind in (("source", str), ("info", ModelInfo)):
             value = getattr(self, name)
             if not isinstance(value, kind):
@@ -112,6 +102,13 @@ class Model(_Core):
             raise ConfigError(
                 f"info names {len(names)} classes, and the configuration has num_classes={K}"
             )
+        cause = "The file they came from is damaged, or the training that made them diverged"
+        for key, x in named_arrays(self.params):
+            check_finite(key, x, cause)
+
+    def __repr__(self) -> str:
+        what = architecture_of(self.config).describe(self.config)
+        return f"Model({what}: {describe_arrays(self.params)}; {shown(self.source, 120)})"
 
     @property
     def classes(self) -> tuple[str, ...]:

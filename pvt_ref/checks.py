@@ -79,7 +79,7 @@ def check_number(
         value = value.item()
     number: Any = value
     limit = _LARGEST_WHOLE if whole else sys.float_info.max
-    bounds = [("at least", ge, least), ("above", gt, above), ("at most", le, most)]
+    bounds: list[Any] = [("at least", ge, least), ("above", gt, above), ("at most", le, most)]
     bounds = [b for b in (*bounds, ("below", lt, below)) if b[2] is not None]
     good = (is_whole(number) if whole else is_real(number)) and -limit <= number <= limit
     if not good or not all(holds(number, bound) for _, holds, bound in bounds):

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from pvt_ref.arrays import Array
 from pvt_ref.errors import ArrayTypeError, ConfigError, shown
@@ -79,14 +79,6 @@ class Operation:
         return f"Operation({self.name})"
 
 
-class Settings(Protocol):
-    """What the twins of a table share. Compared, pickled, named, and stored with a training."""
-
-    def scope(self) -> AbstractContextManager[Any]:
-        """Entered once around every public call."""
-        ...
-
-
 class Call(NamedTuple):
     """What :meth:`Ops.watched` reports.
 
@@ -115,7 +107,7 @@ class Ops:
         name: for messages.
         accepts: whether the twins compute on an array, a function of a module such as
             :func:`~pvt_ref.arrays.is_numpy`; None if they do on any.
-        settings: of the twins; None if there are none.
+        settings: what the twins share, with a ``scope()`` for public calls; None if nothing.
         replaced: the operations that :meth:`replace` was called for.
 
     Args:

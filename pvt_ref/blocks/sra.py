@@ -22,12 +22,8 @@ from pvt_ref.tree import record
 class SRASettings:
     """What the attention of a block is told beside its weights.
 
-    Attributes:
-        num_heads: N; divides C.
-        scale: the factor on the scores, 1 / sqrt(d) in the paper.
-        norm_eps: of the norm in SR.
-        attn_drop_rate: dropout on the attention weights, in [0, 1).
-        drop_rate: dropout on the result, in [0, 1).
+    num_heads is N, which divides C; scale is 1 / sqrt(d) in the paper; norm_eps is that of the norm
+    in SR. Dropout is on the attention weights and on the result.
     """
 
     num_heads: int
@@ -41,13 +37,8 @@ class SRASettings:
 class SRAParams:
     """W^Q, W^K over W^V, W^O and the spatial reduction, or their gradients.
 
-    Attributes:
-        q: W^Q: weight (C, C), bias (C,) or None.
-        kv: W^K over W^V: weight (2C, C), bias (2C,) or None. Rows 0 to C-1 make K, rows C to 2C-1
-            make V.
-        proj: W^O: weight (C, C), bias (C,).
-        sr: W^S: weight (C, C, R, R), bias (C,); None if R = 1.
-        norm: the norm in SR, weight and bias (C,) each; None if R = 1.
+    Rows 0 to C-1 of kv (2C, C) make K, the others V; q and kv may lack biases. The kernel sr
+    (C, C, R, R) and the norm after it are None if R = 1.
     """
 
     q: LinearParams

@@ -18,14 +18,9 @@ from pvt_ref.tree import record
 
 @dataclass(frozen=True, slots=True)
 class BlockSettings:
-    """What a block is told beside its weights.
+    """What a block is told beside its weights: norm_eps of both norms, and its rates of dropout.
 
-    Attributes:
-        norm_eps: of both norms.
-        attn: of the attention.
-        drop_rate: dropout in the MLP, in [0, 1).
-        drop_path_rate: this block's own, in [0, 1).
-        number: of the block in the network, from 0: it names the block's random draws.
+    number is its own in the network, from 0: it names the block's random draws.
     """
 
     norm_eps: float

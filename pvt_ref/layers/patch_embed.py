@@ -68,13 +68,10 @@ def unpatchify(patches: Array, P: int, grid: Grid) -> Array:
 
 
 def kernel_to_matrix(weight: Array) -> Array:
-    """A stride-P kernel as the matrix that multiplies flattened patches.
+    """A kernel as the matrix (C_out, P*P*C_in), columns in the order of :func:`patchify`.
 
     Args:
-        weight: (C_out, C_in, P, P), as PyTorch's Conv2d stores it.
-
-    Returns:
-        (C_out, P*P*C_in), columns in the order of :func:`patchify`.
+        weight: (C_out, C_in, P, P).
     """
     xp = array_module(weight)
     weight = xp.permute_dims(weight, (0, 2, 3, 1))  # (C_out, P, P, C_in)

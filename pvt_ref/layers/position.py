@@ -93,12 +93,12 @@ def _resize(rows: Array, old: Grid, new: Grid, A_h: np.ndarray, A_w: np.ndarray)
 
 
 def positions(p: Array, grid: Grid, table_grid: Grid, cls: bool) -> Array:
-    """What is added to the tokens of a grid: the cls row if wanted, and the resized table.
+    """What is added to the tokens of a grid (H, W): the cls row if wanted, and the resized table.
 
     Args:
         p: the table, (1, h*w, C), or (1, 1 + h*w, C) with a cls row.
-        grid: (H, W) of the tokens.
-        table_grid: (h, w) of the table.
+        grid: (H, W).
+        table_grid: (h, w).
         cls: whether the cls row is wanted; the table then must have it.
     """
     if cls and grid == table_grid:

@@ -16,13 +16,8 @@ from pvt_ref.tree import record
 class ViTParams(Staged):
     """The weights of a ViT, or their gradients.
 
-    Attributes:
-        cls_token: (1, 1, C).
-        pos_embed: (1, 1 + n, C), row 0 is the cls token's.
-        patch_embed: projection (C, C_0, P, P) and its bias, without a norm.
-        blocks: of width C.
-        norm: the final norm, (C,) each.
-        head: weight (num_classes, C), bias (num_classes,).
+    cls_token is (1, 1, C), pos_embed (1, 1 + n, C), row 0 the cls token's; the projection
+    (C, C_0, P, P) has no norm, and head is (num_classes, C).
     """
 
     cls_token: Array
