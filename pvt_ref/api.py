@@ -26,6 +26,7 @@ from pvt_ref.arrays import (
     same_library,
 )
 from pvt_ref.checks import (
+    Size,
     as_size,
     check_cotangent,
     check_float,
@@ -33,7 +34,7 @@ from pvt_ref.checks import (
     check_pyramid_cotangents,
     check_rng,
 )
-from pvt_ref.draws import Draws
+from pvt_ref.draws import Source
 from pvt_ref.errors import (
     ArrayTypeError,
     CheckpointError,
@@ -56,8 +57,6 @@ from pvt_ref.models.architecture import (
 from pvt_ref.ops import REFERENCE, Ops
 from pvt_ref.tree import first_array, named_arrays, record
 
-# Parameters -----------------------------------------------------------------------------------
-
 
 def init_params(config: Any, rng: np.random.Generator, dtype: Any = np.float32) -> Any:
     """Random weights, drawn as the authors do.
@@ -76,8 +75,7 @@ def init_params(config: Any, rng: np.random.Generator, dtype: Any = np.float32) 
         A record of NumPy arrays; :func:`pvt_ref.to_device` moves them.
 
     Raises:
-        ArrayTypeError: if config is no configuration or rng not a NumPy generator, or for another
-            dtype.
+        ArrayTypeError: if an argument is of another type, or dtype another.
     """
     build = architecture_of(config).build_params
     check_rng(rng)
@@ -152,12 +150,7 @@ def from_state_dict(state: Mapping[str, Array], config: Any) -> Any:
 
 
 def check_keys(state: Mapping[str, Array], config: Any) -> None:
-    """Refuses a state that does not fit a model.
-
-    Raises:
-        ArrayTypeError: if a value is not an array.
-        CheckpointError: with every missing, unexpected and mis-shaped key of state.
-    """
+    """Refuses a state whose values are no arrays, or (CheckpointError) do not fit a model."""
     shapes = param_shapes(config)
     for key, x in state.items():
         if not is_array(x):
@@ -205,9 +198,8 @@ def check_params(params: Any, config: Any) -> None:
     """Refuses weights that are not of one float dtype on one device, made for config.
 
     Raises:
-        ArrayTypeError: if config or params is of another type, or the arrays are not all float32 or
-            all float64 of one library and device.
-        ShapeError: if an array is absent, is not in config's model, or has another shape there.
+        ArrayTypeError: if config or params is of another type, or the arrays differ in kind.
+        ShapeError: if params belong to another config.
     """
     row = architecture_of(config)
     check_params_type(params)
@@ -245,9 +237,6 @@ def check_params(params: Any, config: Any) -> None:
         _checked[params] = config
 
 
-# What does not depend on the images -------------------------------------------------------------
-
-
 @record
 class Prepared:
     """Weights that were checked, and what was made of them for images of one size.
@@ -280,22 +269,21 @@ class Prepared:
         return self.constants if tuple(images.shape[2:]) == self.size else None
 
 
-def prepare(params: Any, config: Any, size: int | tuple[int, int] | None = None) -> Prepared:
+def prepare(params: Any, config: Any, size: Size | None = None) -> Prepared:
     """Checks weights and resizes position tables, once for many calls.
 
     Args:
-        params: the weights, NumPy or CuPy, float32 or float64.
+        params: the weights, arrays of NumPy or CuPy, float32 or float64.
         config: the configuration of the weights.
         size: side, or (H, W), of the images to come; None takes config.img_size. Images of another
             size are computed too, only not faster.
 
     Returns:
-        A record for :func:`forward`, :func:`forward_pyramid` and their like, in the place of
-        params. It does not notice if the arrays of params are written to afterwards.
+        A record for :func:`forward` and its like, in the place of params. It does not notice if
+        the arrays of params are written to afterwards.
 
     Raises:
-        ArrayTypeError: as :func:`forward`.
-        ShapeError: as :func:`forward`.
+        PVTError: as :func:`forward`.
     """
     check_params(params, config)
     return prepare_checked(params, config, size)
@@ -320,9 +308,6 @@ def _model(params: Any, config: Any) -> Prepared:
         return params
     check_params(params, config)
     return Prepared(params, config, (0, 0), architecture_of(config), None)
-
-
-# The table of operations -----------------------------------------------------------------------
 
 
 def default_ops(x: Array) -> Ops:
@@ -355,7 +340,6 @@ def choose_ops(ops: Ops | None, images: Array, row: Architecture | None = None) 
     Raises:
         ArrayTypeError: if ops is something else, or does not compute on such arrays.
         ConfigError: if ops replaces an operation that the network of row never asks for.
-        RangeError: if ops is None and the environment variable PVT_REF_OPS names no table.
     """
     if ops is None:
         return default_ops(images)
@@ -379,12 +363,7 @@ def choose_ops(ops: Ops | None, images: Array, row: Architecture | None = None) 
 
 
 def check_has_classifier(config: Any) -> None:
-    """Refuses a model that has no head to make logits with.
-
-    Raises:
-        ArrayTypeError: if config is no configuration.
-        ConfigError: if num_classes is 0.
-    """
+    """Refuses a model that has no head to make logits with. Raises: ConfigError."""
     architecture_of(config)
     if not config.has_classifier:
         raise ConfigError(
@@ -393,20 +372,12 @@ def check_has_classifier(config: Any) -> None:
         )
 
 
-# Passes -----------------------------------------------------------------------------------------
-
-
 @record
 class ForwardCache:
     """Made by a forward for its backward, which reads it and never changes it.
 
-    Attributes:
-        kind: name of the forward that made it.
-        parts: the caches of the network's parts.
-        shapes: of what the forward returned, one for each array.
-        params: the weights of the forward.
-        config: the configuration of the forward.
-        ops: the table of operations that made the caches, and reads them.
+    parts are the caches of the network's parts; the other fields say which forward it was, and the
+    shapes of what it returned.
     """
 
     kind: str
@@ -419,8 +390,10 @@ class ForwardCache:
 
 def _run(
     pyramid: bool, params: Any, images: Array, config: Any, rng: Any, ops: Ops | None, keep: bool
-) -> tuple[Any, ForwardCache | None]:
-    """Checks, and the core's forward or forward_pyramid."""
+) -> tuple[Any, Any]:
+    """Checks, and the core's forward or forward_pyramid: its result, and a cache if kept."""
+    if rng is not None:
+        check_rng(rng, draws=True)
     model = _model(params, config)
     row, config = model.architecture, model.config
     if not pyramid:
@@ -448,8 +421,7 @@ def forward(params: Any, images: Array, config: Any = None, *, ops: Ops | None =
     depth.
 
     Args:
-        params: the weights, NumPy or CuPy, float32 or float64; or what :func:`prepare` made of
-            them.
+        params: the weights, float32 or float64, or what :func:`prepare` made of them.
         images: (B, in_chans, H, W) normalised floats of the same library, H and W multiples of
             ``config.size_multiple``. Another float dtype is cast to the weights'.
         config: the configuration of the weights; None for prepared ones.
@@ -471,12 +443,7 @@ def forward(params: Any, images: Array, config: Any = None, *, ops: Ops | None =
 
 
 def forward_with_cache(
-    params: Any,
-    images: Array,
-    config: Any = None,
-    rng: np.random.Generator | Draws | None = None,
-    *,
-    ops: Ops | None = None,
+    params: Any, images: Array, config: Any = None, rng: Source = None, *, ops: Ops | None = None
 ) -> tuple[Array, ForwardCache]:
     """Class logits, and the cache for :func:`backward`.
 
@@ -490,22 +457,15 @@ def forward_with_cache(
         rng: a NumPy generator, or :class:`~pvt_ref.draws.Draws`, turns dropout and drop path on, at
             the rates of config; None leaves them off, as for validation. The same seed draws the
             same masks on every device and for every dtype.
-        ops: a table of operations; None takes the default.
+        ops: as for :func:`forward`.
 
     Returns:
         logits (B, num_classes) of the weights' dtype, and the cache.
 
     Raises:
-        ArrayTypeError: as :func:`forward`; also if rng is something else.
-        ShapeError: as :func:`forward`.
-        ConfigError: as :func:`forward`.
-        RangeError: as :func:`forward`.
+        PVTError: as :func:`forward`; an ArrayTypeError also if rng is something else.
     """
-    if rng is not None:
-        check_rng(rng, draws=True)
-    logits, cache = _run(False, params, images, config, rng, ops, keep=True)
-    assert cache is not None
-    return logits, cache
+    return _run(False, params, images, config, rng, ops, keep=True)
 
 
 def forward_pyramid(
@@ -520,27 +480,19 @@ def forward_pyramid(
         params: as for :func:`forward`; they may lack a classifier.
         images: as for :func:`forward`.
         config: as for :func:`forward`.
-        ops: a table of operations; None takes the default.
+        ops: as for :func:`forward`.
 
     Returns:
         [F_1, F_2, ...], (B, C_i, H_i, W_i) each, of the weights' dtype.
 
     Raises:
-        ArrayTypeError: as :func:`forward`.
-        ShapeError: as :func:`forward`.
-        ConfigError: if the network has no pyramid, or as :func:`forward`.
-        RangeError: as :func:`forward`.
+        PVTError: as :func:`forward`; a ConfigError if the network has no pyramid.
     """
     return _run(True, params, images, config, None, ops, keep=False)[0]
 
 
 def forward_pyramid_with_cache(
-    params: Any,
-    images: Array,
-    config: Any = None,
-    rng: np.random.Generator | Draws | None = None,
-    *,
-    ops: Ops | None = None,
+    params: Any, images: Array, config: Any = None, rng: Source = None, *, ops: Ops | None = None
 ) -> tuple[list[Array], ForwardCache]:
     """The feature maps, and the cache for :func:`backward_pyramid`.
 
@@ -549,22 +501,15 @@ def forward_pyramid_with_cache(
         images: as for :func:`forward`.
         config: as for :func:`forward`.
         rng: as for :func:`forward_with_cache`.
-        ops: a table of operations; None takes the default.
+        ops: as for :func:`forward`.
 
     Returns:
         [F_1, F_2, ...], (B, C_i, H_i, W_i) each, of the weights' dtype, and the cache.
 
     Raises:
-        ArrayTypeError: as :func:`forward_with_cache`.
-        ShapeError: as :func:`forward`.
-        ConfigError: as :func:`forward_pyramid`.
-        RangeError: as :func:`forward`.
+        PVTError: as :func:`forward_with_cache` and :func:`forward_pyramid`.
     """
-    if rng is not None:
-        check_rng(rng, draws=True)
-    maps, cache = _run(True, params, images, config, rng, ops, keep=True)
-    assert cache is not None
-    return maps, cache
+    return _run(True, params, images, config, rng, ops, keep=True)
 
 
 def backward(
@@ -586,8 +531,7 @@ def backward(
 
     Raises:
         ArrayTypeError: if an argument is of another type, dlogits are not floats or lie on another
-            device, or the cache was made by another forward, with weights of another dtype or with
-            other ops.
+            device, or the cache is that of another forward, other ops or weights of another dtype.
         ShapeError: if dlogits are not (B, num_classes), or params or cache belong to another
             config.
         ConfigError: if the model is a bare backbone, which has no logits.
@@ -612,23 +556,19 @@ def backward_pyramid(
     """Gradients of a scalar loss L through :func:`forward_pyramid_with_cache`.
 
     Args:
-        params: the weights of the forward.
-        cache: what the forward returned. It is read, never changed.
-        dmaps: dL/dF_1, dL/dF_2, ..., (B, C_i, H_i, W_i) each, float32 or float64, cast to the
-            weights' dtype; None for a map that L does not use.
-        config: the configuration of the forward; None for prepared weights.
-        ops: the forward's table (the default).
+        params: as for :func:`backward`.
+        cache: as for :func:`backward`.
+        dmaps: dL/dF_1, dL/dF_2, ..., (B, C_i, H_i, W_i) each, as dlogits for :func:`backward`; None
+            for a map that L does not use.
+        config: as for :func:`backward`.
+        ops: as for :func:`backward`.
 
     Returns:
-        grads, of params' type with dL/dw in the place of w, of its shape and dtype (zeros for what
-        the maps do not use); and dL/dimages (B, in_chans, H, W), of the weights' dtype.
+        grads and dL/dimages (B, in_chans, H, W), as :func:`backward`; zeros for what the maps do
+        not use.
 
     Raises:
-        ArrayTypeError: if an argument is of another type, a map is not of floats or lies on another
-            device, or the cache was made by another forward, with weights of another dtype or with
-            other ops.
-        ShapeError: if dmaps are not as many as the maps, one has another shape than its map, or
-            params or cache belong to another config.
+        PVTError: as :func:`backward`; a ShapeError also if dmaps are not as many as the maps.
     """
     model = _model_of_cache(params, cache, config)
     ops = _check_cache(cache, "forward_pyramid_with_cache", model, ops)

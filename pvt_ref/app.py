@@ -27,7 +27,7 @@ from pvt_ref.arrays import (
     quietly,
     sum_in_float64,
 )
-from pvt_ref.checks import as_size, check_finite, check_rng, is_whole
+from pvt_ref.checks import Size, as_size, check_finite, check_rng, is_whole
 from pvt_ref.data.info import UNKNOWN, ModelInfo
 from pvt_ref.data.preprocessing import Preprocessing
 from pvt_ref.errors import (
@@ -52,13 +52,7 @@ _PIXELS_AT_ONCE = 8 * 224 * 224
 
 
 class Prediction(NamedTuple):
-    """One answer of :meth:`Model.predict`.
-
-    Attributes:
-        label: name of the class.
-        index: of the output, from 0.
-        probability: Softmax(logits) there, in [0, 1].
-    """
+    """One answer of :meth:`Model.predict`: a class, its index from 0, and Softmax(logits) there."""
 
     label: str
     index: int
@@ -85,8 +79,7 @@ class Model(_Core):
     Raises:
         NonFiniteError: if a weight on the host is NaN or infinite.
         ShapeError: if params belong to another config.
-        ArrayTypeError: if params, config, source or info are of another type, or the weights of
-            several dtypes or devices.
+        ArrayTypeError: if an argument is of another type, or the weights are of several.
         ConfigError: if info names another number of classes than config has.
     """
 
@@ -97,16 +90,6 @@ class Model(_Core):
 
     def __post_init__(self) -> None:
         check_params(self.params, self.config)
-        self._check_info()
-        cause = "The file they came from is damaged, or the training that made them diverged"
-        for key, x in named_arrays(self.params):
-            check_finite(key, x, cause)
-
-    def __repr__(self) -> str:
-        what = architecture_of(self.config).describe(self.config)
-        return f"Model({what}: {describe_arrays(self.params)}; {shown(self.source, 120)})"
-
-    def _check_info(self) -> None:
         for name, kind in (("source", str), ("info", ModelInfo)):
             value = getattr(self, name)
             if not isinstance(value, kind):
@@ -119,6 +102,13 @@ class Model(_Core):
             raise ConfigError(
                 f"info names {len(names)} classes, and the configuration has num_classes={K}"
             )
+        cause = "The file they came from is damaged, or the training that made them diverged"
+        for key, x in named_arrays(self.params):
+            check_finite(key, x, cause)
+
+    def __repr__(self) -> str:
+        what = architecture_of(self.config).describe(self.config)
+        return f"Model({what}: {describe_arrays(self.params)}; {shown(self.source, 120)})"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -134,7 +124,7 @@ class Model(_Core):
         maps = zip(config.channels, config.strides, strict=True)
         return [{"num_chs": channels, "reduction": stride} for channels, stride in maps]
 
-    def preprocess(self, images: Any, size: int | tuple[int, int] | None = None) -> Array:
+    def preprocess(self, images: Any, size: Size | None = None) -> Array:
         """Pictures as a batch for this model, with the preprocessing of its training.
 
         Args:
@@ -145,8 +135,7 @@ class Model(_Core):
             (B, in_chans, h, w) of the weights' library and dtype.
 
         Raises:
-            ConfigError: if the model has another number of channels than its preprocessing.
-            PVTError: as :class:`Preprocessing`.
+            PVTError: as :class:`Preprocessing`; a ConfigError if it makes other channels.
         """
         self._check_channels()
         like = first_array(self.params)
@@ -164,7 +153,7 @@ class Model(_Core):
             )
 
     def predict(
-        self, images: Any, top: int = 5, size: int | tuple[int, int] | None = None
+        self, images: Any, top: int = 5, size: Size | None = None
     ) -> list[list[Prediction]]:
         """The likeliest classes of each image; a few pictures are in memory at a time.
 
@@ -174,14 +163,12 @@ class Model(_Core):
             size: of what :meth:`preprocess` makes; None takes config.img_size.
 
         Returns:
-            B lists of :class:`Prediction`, likeliest first. Probabilities are Softmax(logits), in
-            float64.
+            B lists of :class:`Prediction`, likeliest first. Probabilities are in float64.
 
         Raises:
             RangeError: if top is not a positive whole number, or floats on the host look like
                 pixels that were not normalised: none is negative, and they go up to 1 or beyond 20
                 (calling the model takes them as they are).
-            ConfigError: if the model is a bare backbone.
             NonFiniteError: if floats on the host hold NaN or infinity.
             ShapeError: if there is no picture.
             PVTError: as :meth:`preprocess` and :func:`pvt_ref.forward`.
@@ -206,7 +193,7 @@ class Model(_Core):
         return answers
 
     def predict_each(
-        self, images: Any, top: int = 5, size: int | tuple[int, int] | None = None
+        self, images: Any, top: int = 5, size: Size | None = None
     ) -> Iterator[list[Prediction] | PVTError]:
         """As :meth:`predict`, picture by picture; one that cannot be read stops no other.
 
@@ -220,10 +207,7 @@ class Model(_Core):
             would raise. Any other exception is the ``__cause__`` of an ImageError.
 
         Raises:
-            RangeError: if top is not a positive whole number.
-            ConfigError: if the model is a bare backbone, or has another number of channels than its
-                preprocessing.
-            ShapeError: if the model cannot take images of that size.
+            PVTError: as :meth:`predict`, if top, size or the model itself does not fit.
         """
         self._check_top(top)
         self._check_channels()
@@ -300,8 +284,7 @@ class Model(_Core):
         """Class logits (B, num_classes) of normalised floats (B, in_chans, H, W).
 
         Raises:
-            NonFiniteError: if images on the host hold NaN or infinity, or numbers beyond the dtype
-                of the weights.
+            NonFiniteError: if images on the host are not finite, also in the dtype of the weights.
             PVTError: as :func:`pvt_ref.forward`.
         """
         return forward(self._core(), self._checked(images), ops=ops)
@@ -317,8 +300,7 @@ class Model(_Core):
             [F_1, F_2, ...], (B, C_i, H_i, W_i) each, of the weights' dtype.
 
         Raises:
-            NonFiniteError: as calling the model.
-            PVTError: as :func:`pvt_ref.forward_pyramid`.
+            PVTError: as calling the model, and :func:`pvt_ref.forward_pyramid`.
         """
         return forward_pyramid(self._core(), self._checked(images), ops=ops)
 
@@ -340,14 +322,14 @@ class Model(_Core):
             check_finite("images", images, cause)
         return images
 
-    def summary(self, size: int | tuple[int, int] | None = None) -> str:
-        """Parameters, MACs and memory by stage and operation.
+    def summary(self, size: Size | None = None) -> str:
+        """Parameters, MACs and memory by stage and operation, for B = 1.
 
         Args:
             size: of the image, (H, W) or a side, in pixels; None takes config.img_size.
 
         Returns:
-            A text table, with ``source`` above it: MACs in millions, memory in MiB, for B = 1.
+            A text table, with ``source`` above it: MACs in millions, memory in MiB.
 
         Raises:
             ShapeError: if the model cannot take that size.
@@ -369,8 +351,7 @@ def with_new_head(model: Model, num_classes: int, rng: np.random.Generator) -> M
 
     Raises:
         ArrayTypeError: if model is not a Model, or rng not a NumPy generator.
-        ConfigError: if num_classes is not a positive whole number, or the backbone leaves no place
-            for a classifier.
+        ConfigError: if num_classes is not a positive whole number, or there is no place for a head.
     """
     check_rng(rng)
     _check_model(model)
@@ -412,8 +393,7 @@ def with_channels(model: Model, in_chans: int) -> Model:
 
     Returns:
         A model whose config has in_chans. Between 3 channels and 1, its preprocessing is adapted
-        too; otherwise ``info`` keeps the old one, and :meth:`Model.preprocess` says that it does
-        not fit.
+        too; otherwise ``info`` keeps the old one, which :meth:`Model.preprocess` then refuses.
 
     Raises:
         ArrayTypeError: if model is not a Model.

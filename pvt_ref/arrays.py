@@ -18,6 +18,9 @@ from pvt_ref.errors import ArrayTypeError, DeviceError
 #: An array of NumPy, CuPy or another library of the array API standard.
 Array = Any
 
+#: Height and width.
+Grid = tuple[int, int]
+
 _ODD_ARRAYS = (np.ma.MaskedArray, np.matrix)
 
 FLOAT_DTYPES = ("float32", "float64")  # of parameters, and so of all computation
@@ -63,10 +66,7 @@ def describe_type(x: object) -> str:
 
 
 def is_numpy(x: object) -> bool:
-    """Whether x is a NumPy array that computes as arrays do; masked ones and matrices do not.
-
-    NumPy's scalars count as arrays.
-    """
+    """Whether x is a NumPy array or scalar that computes as arrays do; masked ones do not."""
     return isinstance(x, np.ndarray | np.generic) and not isinstance(x, _ODD_ARRAYS)
 
 
@@ -84,10 +84,7 @@ def is_array(x: object) -> bool:
 
 
 def is_foreign(x: object) -> bool:
-    """Whether x holds an array's numbers, and :func:`array_module` refuses it all the same.
-
-    True for PyTorch's tensors, masked arrays, data frames, pictures and the like.
-    """
+    """Whether x holds numbers but is refused: a tensor, a masked array, a picture and the like."""
     exports = ("__array__", "__array_interface__", "__dlpack__")
     return not is_array(x) and any(hasattr(type(x), name) for name in exports)
 
@@ -154,8 +151,7 @@ def quietly(function: Callable[..., Any], *args: Any) -> Any:
 def erf(x: Array) -> Array:
     """The error function, the one special function that the array API standard lacks.
 
-    scipy.special.erf hands a CuPy array to cupyx by itself. A library that is neither NumPy nor
-    CuPy may offer its own.
+    scipy.special.erf hands a CuPy array to cupyx; another library may offer its own.
     """
     plain = isinstance(x, np.ndarray | np.generic) or is_cupy(x)
     own = None if plain else getattr(array_module(x), "erf", None)
@@ -167,11 +163,7 @@ def erf(x: Array) -> Array:
 
 
 def import_cupy() -> ModuleType:
-    """The cupy module, once it is sure that it can compute.
-
-    Raises:
-        DeviceError: if CuPy is not installed, cannot be loaded, or finds no driver or device.
-    """
+    """The cupy module, once it is sure that it can compute. Raises: DeviceError."""
     advice = (
         "Install CuPy for your driver's CUDA version, which nvidia-smi prints: pip install "
         "cupy-cuda12x or pip install cupy-cuda13x (the extras cuda12 and cuda13 of a checkout: "

@@ -1,12 +1,12 @@
 """What is refused: one number check, one array check, one image check, for all networks.
 
-Inside, arrays are trusted: what a caller can get wrong about them is caught here, once, with what
-was given, what is needed, the likely cause and the fix in one message.
+Inside, arrays are trusted: what a caller can get wrong about them is caught here, once.
 """
 
 import sys
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
+from operator import ge, gt, le, lt
 from typing import Any
 
 import numpy as np
@@ -31,12 +31,12 @@ TOO_LARGE = 2**31
 _LARGEST_WHOLE = 2**128
 
 
-def as_size(size: Any) -> tuple[int, int]:
-    """(H, W) of an image size that may be given as one side.
+#: Of an image: a side, or (H, W), in pixels.
+Size = int | tuple[int, int]
 
-    Raises:
-        ShapeError: if size is anything else.
-    """
+
+def as_size(size: Any) -> tuple[int, int]:
+    """(H, W) of an image size that may be given as one side. Raises: ShapeError."""
     pair = (size, size) if is_whole(size) else size
     if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(map(is_whole, pair)):
         raise ShapeError(f"size is {shown(size)}; it must be a side or (H, W), in whole pixels")
@@ -79,17 +79,11 @@ def check_number(
         value = value.item()
     number: Any = value
     limit = _LARGEST_WHOLE if whole else sys.float_info.max
-    good = (
-        (is_whole(number) if whole else is_real(number))
-        and -limit <= number <= limit
-        and (least is None or number >= least)
-        and (above is None or number > above)
-        and (most is None or number <= most)
-        and (below is None or number < below)
-    )
-    if not good:
-        bounds = (("at least", least), ("above", above), ("at most", most), ("below", below))
-        limits = " and ".join(f"{word} {limit:g}" for word, limit in bounds if limit is not None)
+    bounds: list[Any] = [("at least", ge, least), ("above", gt, above), ("at most", le, most)]
+    bounds = [b for b in (*bounds, ("below", lt, below)) if b[2] is not None]
+    good = (is_whole(number) if whole else is_real(number)) and -limit <= number <= limit
+    if not good or not all(holds(number, bound) for _, holds, bound in bounds):
+        limits = " and ".join(f"{word} {bound:g}" for word, _, bound in bounds)
         kind = "a whole number" if whole else "a number"
         raise RangeError(f"{name} is {shown(value)}; it must be {kind} {limits}".rstrip())
     return int(number) if whole else float(number)
@@ -116,11 +110,7 @@ def check_type(name: str, value: object, kind: type, advice: str = "") -> None:
 
 
 def check_float(name: str, x: Array) -> None:
-    """Refuses an array that is not of floats to compute with.
-
-    Raises:
-        ArrayTypeError: unless x, of any shape, has dtype float32 or float64.
-    """
+    """Refuses an array of another dtype than float32 or float64. Raises: ArrayTypeError."""
     if dtype_name(x) not in FLOAT_DTYPES:
         raise ArrayTypeError(
             f"{name} has dtype {dtype_name(x)}; it must be float32 or float64. "
@@ -184,11 +174,10 @@ def check_images(images: Array, weight: Array, config: Any) -> Array:
 
 
 def check_cotangent(name: str, dy: Array, shape: tuple[int, ...], like: Array) -> Array:
-    """A gradient that has been checked, cast to the dtype of the weight like.
+    """A gradient of that shape, cast to the dtype of the weight like.
 
     Raises:
-        ArrayTypeError: if dy is not an array, lies on another device than like, or is not float32
-            or float64.
+        ArrayTypeError: if dy is no array of floats, or lies on another device than like.
         ShapeError: if it has another shape.
     """
     if not is_array(dy):
@@ -211,12 +200,7 @@ def check_cotangent(name: str, dy: Array, shape: tuple[int, ...], like: Array) -
 def check_pyramid_cotangents(
     dmaps: Sequence[Array | None], shapes: Sequence[tuple[int, ...]], like: Array
 ) -> list[Array]:
-    """A gradient for every map, checked, with zeros of the map's shape in the place of None.
-
-    Raises:
-        ShapeError: if dmaps is not a sequence of as many, or one has another shape.
-        ArrayTypeError: as :func:`check_cotangent`.
-    """
+    """A gradient for every map, checked, with zeros of the map's shape in the place of None."""
     if not isinstance(dmaps, Sequence) or len(dmaps) != len(shapes):
         given = f"{len(dmaps)}" if isinstance(dmaps, Sequence) else f"a {type(dmaps).__name__}"
         raise ShapeError(
@@ -233,11 +217,7 @@ def check_pyramid_cotangents(
 
 
 def check_stages(stages: Iterable[int], count: int) -> set[int]:
-    """The stages as a set, each from 1 to count.
-
-    Raises:
-        RangeError: if stages is not iterable, or holds anything but whole numbers from 1 to count.
-    """
+    """The stages as a set, each a whole number from 1 to count. Raises: RangeError."""
     wanted: list[Any]
     try:
         wanted = list(stages)
@@ -252,14 +232,12 @@ def check_stages(stages: Iterable[int], count: int) -> set[int]:
 
 
 def check_finite(name: str, x: Array, cause: str) -> None:
-    """Refuses a host array of any shape that holds NaN or infinity.
+    """Refuses a host array that holds NaN or infinity; the cause ends the message.
 
-    cause ends the message: sentences on the likely cause and its cure. Arrays on a
-    device are passed over: looking at them would make the host wait.
+    Arrays on a device are passed over: looking at them would make the host wait.
 
     Raises:
-        NonFiniteError: if a number in it is NaN or infinite; the message has how many, and where
-            the first.
+        NonFiniteError: with how many there are, and where the first is.
     """
     if not isinstance(x, np.ndarray) or x.dtype.kind != "f" or bool(np.isfinite(x).all()):
         return
@@ -272,11 +250,7 @@ def check_finite(name: str, x: Array, cause: str) -> None:
 
 
 def check_rng(rng: object, *, draws: bool = False) -> None:
-    """Refuses what masks and weights are not drawn from.
-
-    Raises:
-        ArrayTypeError: unless rng is a numpy.random.Generator or, if draws, a Draws.
-    """
+    """Refuses all but a NumPy generator or, if draws, a Draws. Raises: ArrayTypeError."""
     if not isinstance(rng, np.random.Generator) and not (draws and isinstance(rng, Draws)):
         raise ArrayTypeError(
             f"rng is {type(rng).__name__}; it must be a NumPy generator, such as "

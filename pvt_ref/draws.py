@@ -1,8 +1,7 @@
 """Random numbers of training by counter.
 
-A generator that is carried along makes every draw depend on all draws before it. Here each place
-that draws makes its own generator from the numbers that name the place. Ranks, micro-batches,
-restarts and devices then draw the same, in any order, and no generator has to be saved.
+Each place that draws makes its own generator from the numbers that name the place. So ranks,
+micro-batches, restarts and devices draw the same, in any order, and no generator has to be saved.
 """
 
 from collections.abc import Iterable
@@ -13,6 +12,9 @@ from numbers import Integral
 import numpy as np
 
 from pvt_ref.errors import RangeError, shown
+
+#: What masks are drawn from; None for inference.
+Rng = np.random.Generator | None
 
 
 class What(IntEnum):
@@ -34,15 +36,12 @@ def generator(seed: int, what: What, *where: int) -> np.random.Generator:
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """The draws of one micro-batch of one step.
+    """The draws of one micro-batch of one step. Raises a RangeError unless all are at least 0.
 
     Attributes:
         seed: of the training.
         step: steps done before.
         micro_batch: of the step, counted over all ranks.
-
-    Raises:
-        RangeError: unless all are whole numbers of at least 0.
     """
 
     seed: int
@@ -58,6 +57,10 @@ class Draws:
     def at(self, what: What, where: int = 0) -> np.random.Generator:
         """The generator of one place: of a block or a stage, by its number."""
         return generator(self.seed, what, self.step, self.micro_batch, where)
+
+
+#: The same, or the draws of a step, of which every place takes its own generator.
+Source = Rng | Draws
 
 
 class SampleDraws:
@@ -78,8 +81,6 @@ class SampleDraws:
         return np.array([rng.random() for rng in self._each])
 
 
-def generator_at(
-    rng: np.random.Generator | Draws | None, what: What, where: int
-) -> np.random.Generator | None:
+def generator_at(rng: Source, what: What, where: int) -> Rng:
     """The generator of a place; a plain generator, or None, is passed on."""
     return rng.at(what, where) if isinstance(rng, Draws) else rng

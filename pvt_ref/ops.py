@@ -12,17 +12,17 @@ All operations have the same signatures::
 
 p is the record of weights, and grads the same record with dL/dw in the place of w; both are None
 where there are no weights. The cache holds all that backward needs. With ``keep=False`` it is None.
-An operation computes what the readable one computes, writes only into arrays that it made, and its
-backward leaves the cache as it was.
+Only arrays that an operation made are written to; its backward leaves the cache as it was.
 """
 
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from pvt_ref.arrays import Array
 from pvt_ref.errors import ArrayTypeError, ConfigError, shown
@@ -36,8 +36,8 @@ class Operation:
     Operations are equal if their functions are, so they survive pickling and copying.
 
     Attributes:
-        forward: as in the head of this file.
-        backward: as in the head of this file.
+        forward: as in the head of this file; so is backward.
+        backward: its gradients.
         absorbs: the readable operations that it computes itself instead of asking the table, those
             inside them included. Empty for a readable operation.
 
@@ -79,14 +79,6 @@ class Operation:
         return f"Operation({self.name})"
 
 
-class Settings(Protocol):
-    """What the twins of a table share. Compared, pickled, named, and stored with a training."""
-
-    def scope(self) -> AbstractContextManager[Any]:
-        """Entered once around every public call."""
-        ...
-
-
 class Call(NamedTuple):
     """What :meth:`Ops.watched` reports.
 
@@ -113,17 +105,15 @@ class Ops:
 
     Attributes:
         name: for messages.
-        accepts: whether the twins compute on an array; None if they do on any.
-        settings: of the twins; None if there are none.
+        accepts: whether the twins compute on an array, a function of a module such as
+            :func:`~pvt_ref.arrays.is_numpy`; None if they do on any.
+        settings: what the twins share, with a ``scope()`` for public calls; None if nothing.
         replaced: the operations that :meth:`replace` was called for.
 
     Args:
         twins: the table.
         parts: more of them, which others of the table may absorb: what a larger twin computes
             itself, and what is used where that one has stepped aside.
-        name: see above.
-        accepts: a function of a module, such as :func:`~pvt_ref.arrays.is_numpy`.
-        settings: see above.
 
     Raises:
         ArrayTypeError: if an argument is of another type.
@@ -169,12 +159,16 @@ class Ops:
                 )
         self._fill(every, name, accepts, settings, frozenset())
 
-    def _fill(
-        self, twins: Any, name: str, accepts: Any, settings: Any, replaced: frozenset[Operation]
-    ) -> None:
-        values = (twins, None, accepts, name, replaced, settings)
-        for slot, value in zip(Ops.__slots__, values, strict=True):
+    def _fill(self, *state: Any) -> "Ops":
+        """Sets what :meth:`_state` tells."""
+        names = ("_twins", "name", "accepts", "settings", "replaced")
+        for slot, value in zip(names, state, strict=True):
             object.__setattr__(self, slot, value)
+        return self
+
+    def _with_twins(self, twins: Mapping[Operation, Operation], kind: Any = None) -> Any:
+        """A table of these twins, otherwise the same, of the same class or of another kind."""
+        return object.__new__(kind or type(self))._fill(twins, *self._state()[1:])
 
     @property
     def twins(self) -> Mapping[Operation, Operation]:
@@ -237,10 +231,8 @@ class Ops:
                 f"this twin of {op.name} absorbs {', '.join(sorted(ignored))}, which the table "
                 f"replaces: that replacement would have no effect. Leave one of the two out"
             )
-        table = object.__new__(Ops)
-        replaced = self.replaced | {op}
-        table._fill({**kept, op: twin}, self.name, self.accepts, self.settings, replaced)
-        return table
+        state = (self.name, self.accepts, self.settings, self.replaced | {op})
+        return object.__new__(Ops)._fill({**kept, op: twin}, *state)
 
     def scope(self) -> AbstractContextManager[Any]:
         """To be entered once around a public call: what the settings set up for its duration."""
@@ -263,15 +255,13 @@ class Ops:
             only: report these, and let the twins that absorb one of them step aside; None reports
                 whatever this table asks for.
             params: the weights of the model, from which paths take their keys.
-            unseen: these are called as without a watch, which holds the arguments of an operation
-                as long as it runs.
+            unseen: called as without a watch, which holds an operation's arguments while it runs.
 
         Returns:
             A table for this process and one call at a time.
         """
         wanted = None if only is None else frozenset(only)
-        table = object.__new__(_Watched)
-        table._fill(self._twins, self.name, self.accepts, self.settings, self.replaced)
+        table = self._with_twins(self._twins, _Watched)
         watch = _Watch(after, before, wanted, named_records(params), frozenset(unseen))
         base = self if wanted is None else self._asking_for(wanted)
         object.__setattr__(table, "_watch", (base, watch))
@@ -279,21 +269,20 @@ class Ops:
 
     def _asking_for(self, wanted: frozenset[Operation]) -> "Ops":
         """A table without the twins that would compute one of these themselves."""
-        table = object.__new__(type(self))
         kept = {k: t for k, t in self._twins.items() if k in wanted or wanted.isdisjoint(t.absorbs)}
-        table._fill(kept, self.name, self.accepts, self.settings, self.replaced)
-        return table
+        return self._with_twins(kept)
 
 
+@dataclass(slots=True)
 class _Watch:
     """The state of one watched table: who reports, and which operations are under way."""
 
-    def __init__(
-        self, after: Any, before: Any, wanted: Any, names: Mapping[int, str], unseen: Any
-    ) -> None:
-        self.after, self.before, self.wanted, self.names = after, before, wanted, names
-        self.unseen = unseen
-        self.inside: list[str] = []
+    after: Callable[[Call], Any] | None
+    before: Callable[[Call], Any] | None
+    wanted: frozenset[Operation] | None
+    names: Mapping[int, str]
+    unseen: frozenset[Operation]
+    inside: list[str] = field(default_factory=list)
 
     def name_of(self, p: Any) -> str | None:
         """The key of weights, or of the first part of weights that were put together for a call."""
@@ -318,7 +307,7 @@ class _Watched(Ops):
         if op in watch.unseen:
             return twin
 
-        def run(way: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        def run(way: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             own = watch.name_of(args[0]) if args else None
             outer = watch.inside[-1] if watch.inside else ""
             path = own or (f"{outer}.{op.name}" if outer else op.name)
@@ -334,19 +323,12 @@ class _Watched(Ops):
                 watch.after(Call(path, op, way, args, kwargs, result))
             return result
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return run("forward", twin.forward, args, kwargs)
-
-        def backward(*args: Any, **kwargs: Any) -> Any:
-            return run("backward", twin.backward, args, kwargs)
-
+        forward, backward = (partial(run, w, getattr(twin, w)) for w in ("forward", "backward"))
         return Operation(forward, backward)
 
 
-def _made_again(twins: Any, name: str, accepts: Any, settings: Any, replaced: Any) -> Ops:
-    table = object.__new__(Ops)
-    table._fill(twins, name, accepts, settings, replaced)
-    return table
+def _made_again(*state: Any) -> Ops:
+    return object.__new__(Ops)._fill(*state)
 
 
 def _check_pair(op: object, twin: object) -> None:

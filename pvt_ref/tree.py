@@ -57,15 +57,12 @@ def branches(tree: Any) -> list[tuple[str, Any]]:
 def map_arrays(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """A copy of a record, tuple, list or dict with f applied to every array in it.
 
-    With several trees of one shape, f gets the arrays that stand in the same place. None, numbers,
-    texts and the like stay as they are in the first tree.
+    With several trees of one shape, f gets the arrays that stand in the same place. What is no
+    array stays as it is in the first tree.
 
     Raises:
-        ValueError: if tuples or lists in the same place differ in length.
-        KeyError: if another tree lacks a key of the first.
-        AttributeError: if another tree lacks a field of the first.
-        ArrayTypeError: if tree holds arrays of a library that :func:`array_module` does not take,
-            such as PyTorch's tensors.
+        ValueError, KeyError, AttributeError: if another tree differs in lengths, keys or fields.
+        ArrayTypeError: if tree holds arrays of a library that :func:`array_module` does not take.
     """
     if is_array(tree):
         return f(tree, *others)
@@ -158,8 +155,7 @@ def to_numpy(tree: Any) -> Any:
         tree: an array, or arrays in a record (parameters, gradients), tuple, list or dict.
 
     Returns:
-        The same structure with NumPy arrays of the same shapes and dtypes. What is no array stays
-        as it is.
+        The same structure with NumPy arrays. What is no array stays as it is.
 
     Raises:
         ArrayTypeError: if tree holds arrays of another kind, such as PyTorch's tensors.
@@ -171,14 +167,13 @@ def to_device(tree: Any, device: str = "cuda") -> Any:
     """Copies every array in tree to a device.
 
     Args:
-        tree: an array, or arrays in a record (parameters, gradients, a Model), tuple, list or dict.
+        tree: as for :func:`to_numpy`; also a Model.
         device: ``"cuda"`` (the current CUDA device), ``"cuda:1"`` and so on, or ``"cpu"``. CuPy
             computes on the current device: for another, use ``with cupy.cuda.Device(1):`` around
             the calls.
 
     Returns:
-        The same structure with CuPy arrays of the same shapes and dtypes, or with NumPy arrays for
-        ``"cpu"``.
+        The same structure with CuPy arrays, or with NumPy arrays for ``"cpu"``.
 
     Raises:
         DeviceError: if there is no such device here; the message says what was found and what to

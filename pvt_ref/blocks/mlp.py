@@ -5,9 +5,8 @@ Paper section 3.3; from Vaswani et al. 2017 (arXiv 1706.03762, section 3.3), wit
 
 from typing import Any
 
-import numpy as np
-
 from pvt_ref.arrays import Array
+from pvt_ref.draws import Rng
 from pvt_ref.layers.dropout import dropout
 from pvt_ref.layers.gelu import gelu
 from pvt_ref.layers.linear import LinearParams, linear
@@ -17,12 +16,7 @@ from pvt_ref.tree import record
 
 @record
 class MLPParams:
-    """The two linear layers, or their gradients.
-
-    Attributes:
-        fc1: weight (E*C, C), bias (E*C,).
-        fc2: weight (C, E*C), bias (C,).
-    """
+    """fc1 with a weight (E*C, C), and fc2 with (C, E*C), or their gradients."""
 
     fc1: LinearParams
     fc2: LinearParams
@@ -30,15 +24,7 @@ class MLPParams:
 
 @record
 class MLPCache:
-    """The caches of the parts, each for its own backward. What each part returned:
-
-    Attributes:
-        fc1: of the first linear layer, (B, n, E*C).
-        gelu: of the GELU, (B, n, E*C).
-        drop1: of the dropout after it; None if nothing was dropped.
-        fc2: of the second linear layer, (B, n, C).
-        drop2: of the dropout after it; None if nothing was dropped.
-    """
+    """The caches of the parts; that of a dropout (drop1, drop2) is None if nothing was dropped."""
 
     fc1: Any
     gelu: Any
@@ -48,12 +34,7 @@ class MLPCache:
 
 
 def mlp_forward(
-    p: MLPParams,
-    x: Array,
-    ops: Ops,
-    drop_rate: float = 0.0,
-    rng: np.random.Generator | None = None,
-    keep: bool = True,
+    p: MLPParams, x: Array, ops: Ops, drop_rate: float = 0.0, rng: Rng = None, keep: bool = True
 ) -> tuple[Array, MLPCache | None]:
     """y = drop(fc2(drop(GELU(fc1(x))))), the feed-forward layer of paper section 3.3.
 
@@ -63,7 +44,7 @@ def mlp_forward(
         ops: the table of operations.
         drop_rate: dropout after the GELU and after fc2, in [0, 1).
         rng: source of the dropout masks; None for inference.
-        keep: whether a cache for the backward is returned; without it, it is None.
+        keep: whether to return a cache for the backward.
 
     Returns:
         y (B, n, C) of x's dtype, and the cache.
@@ -94,8 +75,7 @@ def mlp_backward(
         ops: the table that the forward was given.
 
     Returns:
-        dx (B, n, C) and the gradients of fc1, (E*C, C) and (E*C,), and fc2, (C, E*C) and (C,); all
-        of dy's dtype.
+        dx (B, n, C) and the gradients of the weights, in their shapes; all of dy's dtype.
     """
     # y = dropout(fc2(hidden))
     dy, _ = ops[dropout].backward(None, cache.drop2, dy, ops)  # (B, n, C)

@@ -7,9 +7,8 @@ R x R patches, so that there are m = n / R^2 of them and attention costs R^2 tim
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from pvt_ref.arrays import Array, array_module
+from pvt_ref.arrays import Array, Grid, array_module
+from pvt_ref.draws import Rng
 from pvt_ref.layers.attention import attention
 from pvt_ref.layers.dropout import dropout
 from pvt_ref.layers.layer_norm import LayerNormParams
@@ -23,12 +22,8 @@ from pvt_ref.tree import record
 class SRASettings:
     """What the attention of a block is told beside its weights.
 
-    Attributes:
-        num_heads: N; divides C.
-        scale: the factor on the scores, 1 / sqrt(d) in the paper.
-        norm_eps: of the norm in SR.
-        attn_drop_rate: dropout on the attention weights, in [0, 1).
-        drop_rate: dropout on the result, in [0, 1).
+    num_heads is N, which divides C; scale is 1 / sqrt(d) in the paper; norm_eps is that of the norm
+    in SR. Dropout is on the attention weights and on the result.
     """
 
     num_heads: int
@@ -42,13 +37,8 @@ class SRASettings:
 class SRAParams:
     """W^Q, W^K over W^V, W^O and the spatial reduction, or their gradients.
 
-    Attributes:
-        q: W^Q: weight (C, C), bias (C,) or None.
-        kv: W^K over W^V: weight (2C, C), bias (2C,) or None. Rows 0 to C-1 make K, rows C to 2C-1
-            make V.
-        proj: W^O: weight (C, C), bias (C,).
-        sr: W^S: weight (C, C, R, R), bias (C,); None if R = 1.
-        norm: the norm in SR, weight and bias (C,) each; None if R = 1.
+    Rows 0 to C-1 of kv (2C, C) make K, the others V; q and kv may lack biases. The kernel sr
+    (C, C, R, R) and the norm after it are None if R = 1.
     """
 
     q: LinearParams
@@ -60,17 +50,7 @@ class SRAParams:
 
 @record
 class SRACache:
-    """The caches of the parts, each for its own backward. What each part returned:
-
-    Attributes:
-        q: of the queries' linear layer, (B, n, C).
-        sr: of the spatial reduction, (B, m, C); None if R = 1.
-        kv: of the keys' and values' linear layer, (B, m, 2C).
-        attention: of all heads, (B, N, n, d).
-        proj: of W^O, (B, n, C).
-        drop: of the dropout on y (B, n, C); None if nothing was dropped.
-        num_heads: N.
-    """
+    """The caches of the parts, and N. sr is None if R = 1, drop if nothing was dropped."""
 
     q: Any
     sr: Any
@@ -82,36 +62,21 @@ class SRACache:
 
 
 def split_heads(x: Array, N: int) -> Array:
-    """(B, n, C) to (B, N, n, d): head j owns channels j*d to (j+1)*d - 1.
-
-    Args:
-        x: (B, n, C), of any dtype.
-        N: heads; divides C.
-
-    Returns:
-        (B, N, n, d) with d = C / N, of x's dtype.
-    """
+    """(B, n, C) to (B, N, n, d) with d = C / N: head j owns channels j*d to (j+1)*d - 1."""
     xp = array_module(x)
     B, n, C = x.shape
     return xp.permute_dims(xp.reshape(x, (B, n, N, C // N)), (0, 2, 1, 3))  # (B, N, n, d)
 
 
 def merge_heads(x: Array) -> Array:
-    """(B, N, n, d) to (B, n, C), Concat(head_0..head_{N-1}) of eq. 1: the inverse of split_heads.
-
-    Args:
-        x: (B, N, n, d), of any dtype.
-
-    Returns:
-        (B, n, C) with C = N d, of x's dtype.
-    """
+    """(B, N, n, d) to (B, n, C), Concat(head_0..head_{N-1}) of eq. 1: undoes split_heads."""
     xp = array_module(x)
     B, N, n, d = x.shape
     return xp.reshape(xp.permute_dims(x, (0, 2, 1, 3)), (B, n, N * d))  # (B, n, N*d)
 
 
 def _spatial_reduction(
-    p: SRAParams, x: Array, ops: Ops, grid: tuple[int, int], eps: float, keep: bool
+    p: SRAParams, x: Array, ops: Ops, grid: Grid, eps: float, keep: bool
 ) -> tuple[Array, Any]:
     """SR(x) = LN(Reshape(x, R) W^S), eq. 3: tokens x (B, n, C) on grid (H_i, W_i) to (B, m, C)."""
     if p.sr is None or p.norm is None:  # R = 1: every token is a key
@@ -131,9 +96,9 @@ def sra_forward(
     p: SRAParams,
     x: Array,
     ops: Ops,
-    grid: tuple[int, int],
+    grid: Grid,
     settings: SRASettings,
-    rng: np.random.Generator | None = None,
+    rng: Rng = None,
     keep: bool = True,
 ) -> tuple[Array, SRACache | None]:
     """SRA(Q, K, V) = Concat(head_0..head_{N-1}) W^O, paper eq. 1, with eq. 2::
@@ -149,7 +114,7 @@ def sra_forward(
         grid: (H_i, W_i) of the tokens, multiples of R.
         settings: num_heads (N), scale, eps and dropout rates.
         rng: source of the dropout masks; None for inference.
-        keep: whether a cache for the backward is returned; without it, it is None.
+        keep: whether to return a cache for the backward.
 
     Returns:
         y (B, n, C) of x's dtype, and the cache.
@@ -183,8 +148,7 @@ def sra_backward(
         ops: the table that the forward was given.
 
     Returns:
-        dx (B, n, C) and the gradients of the weights, in the shapes of the weights, all of dy's
-        dtype; ``sr`` and ``norm`` are None where they are.
+        dx (B, n, C) and the gradients of the weights, in their shapes; all of dy's dtype.
     """
     xp = array_module(dy)
     # y = dropout(Concat(heads) W^O)

@@ -1,18 +1,15 @@
 """One transformer block: attention, then the MLP, each normalised first and added to its input.
 
-Paper section 3.3. The norms stand before the branches, as in ViT (Dosovitskiy et al. 2021, arXiv
-2010.11929, eq. 2 and 3).
+Paper section 3.3. The norms stand before the branches, as in ViT (arXiv 2010.11929, eq. 2 and 3).
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from pvt_ref.arrays import Array
+from pvt_ref.arrays import Array, Grid
 from pvt_ref.blocks.mlp import MLPParams, mlp
 from pvt_ref.blocks.sra import SRAParams, SRASettings, sra
-from pvt_ref.draws import Draws, What, generator_at
+from pvt_ref.draws import Rng, Source, What, generator_at
 from pvt_ref.layers.dropout import drop_path
 from pvt_ref.layers.layer_norm import LayerNormParams, layer_norm
 from pvt_ref.ops import REFERENCE, Operation, Ops
@@ -21,14 +18,9 @@ from pvt_ref.tree import record
 
 @dataclass(frozen=True, slots=True)
 class BlockSettings:
-    """What a block is told beside its weights.
+    """What a block is told beside its weights: norm_eps of both norms, and its rates of dropout.
 
-    Attributes:
-        norm_eps: of both norms.
-        attn: of the attention.
-        drop_rate: dropout in the MLP, in [0, 1).
-        drop_path_rate: this block's own, in [0, 1).
-        number: of the block in the network, from 0: it names the block's random draws.
+    number is its own in the network, from 0: it names the block's random draws.
     """
 
     norm_eps: float
@@ -42,11 +34,8 @@ class BlockSettings:
 class BlockParams:
     """The weights of one block, or their gradients.
 
-    Attributes:
-        norm1: before attention, weight and bias (C,) each.
-        attn: W^Q (C, C), W^K over W^V (2C, C), W^O (C, C), and the spatial reduction (C, C, R, R).
-        norm2: before the MLP, weight and bias (C,) each.
-        mlp: fc1 (E*C, C) and fc2 (C, E*C).
+    Of width C: the norms (C,), W^Q (C, C), W^K over W^V (2C, C), W^O (C, C), the spatial reduction
+    (C, C, R, R), fc1 (E*C, C) and fc2 (C, E*C).
     """
 
     norm1: LayerNormParams
@@ -57,16 +46,7 @@ class BlockParams:
 
 @record
 class BlockCache:
-    """The caches of the parts, each for its own backward. Every part returned (B, n, C):
-
-    Attributes:
-        norm1: of the first norm.
-        attn: of the attention.
-        path1: of the drop path on it; None if nothing was dropped.
-        norm2: of the second norm.
-        mlp: of the MLP.
-        path2: of the drop path on it; None if nothing was dropped.
-    """
+    """The caches of the parts; of a drop path (path1, path2) None if nothing was dropped."""
 
     norm1: Any
     attn: Any
@@ -80,9 +60,9 @@ def block_forward(
     p: BlockParams,
     x: Array,
     ops: Ops,
-    grid: tuple[int, int],
+    grid: Grid,
     settings: BlockSettings,
-    rng: np.random.Generator | None = None,
+    rng: Rng = None,
     keep: bool = True,
 ) -> tuple[Array, BlockCache | None]:
     """x + SRA(LN(x)), then the same with the MLP (paper section 3.3)::
@@ -97,7 +77,7 @@ def block_forward(
         grid: (H_i, W_i) of the tokens, multiples of R.
         settings: of the block.
         rng: source of the dropout and drop-path masks; None for inference.
-        keep: whether a cache for the backward is returned; without it, it is None.
+        keep: whether to return a cache for the backward.
 
     Returns:
         (B, n, C) of x's dtype, and the cache.
@@ -131,8 +111,7 @@ def block_backward(
         ops: the table that the forward was given.
 
     Returns:
-        dx (B, n, C) and the gradients of the weights, in the shapes of the weights, all of dy's
-        dtype.
+        dx (B, n, C) and the gradients of the weights, in their shapes; all of dy's dtype.
     """
     # x = x + droppath(mlp(norm2(x)))
     dbranch, _ = ops[drop_path].backward(None, cache.path2, dy, ops)  # (B, n, C)
@@ -151,14 +130,12 @@ def blocks_forward(
     p: tuple[BlockParams, ...],
     x: Array,
     ops: Ops,
-    grid: tuple[int, int],
+    grid: Grid,
     settings: tuple[BlockSettings, ...],
-    rng: np.random.Generator | Draws | None = None,
+    rng: Source = None,
     keep: bool = True,
 ) -> tuple[Array, tuple[Any, ...] | None]:
-    """All blocks of a stage, one after the other.
-
-    An operation of its own, so that a twin may fuse what ends one block with what begins the next.
+    """All blocks of a stage, one after the other: a twin may fuse the end of one and the next.
 
     Args:
         p: the weights of each block.
@@ -166,9 +143,8 @@ def blocks_forward(
         ops: the table of operations.
         grid: (H_i, W_i) of the tokens, multiples of R.
         settings: of each block.
-        rng: source of the masks, as for :func:`block_forward`; of :class:`~pvt_ref.draws.Draws`
-            every block takes its own generator.
-        keep: whether a cache for the backward is returned; without it, it is None.
+        rng: as for :func:`block_forward`; of :class:`~pvt_ref.draws.Draws` each takes its own.
+        keep: whether to return a cache for the backward.
 
     Returns:
         (B, n, C) of x's dtype, and the cache.

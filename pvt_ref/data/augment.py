@@ -1,9 +1,9 @@
 """Random changes of a batch that do not change what it shows: crop, flip, cutout; and mixup.
 
-Every function takes and returns a batch (B, C, H, W) of NumPy or CuPy arrays. The random numbers
-come from a NumPy generator on the host, so a seed means the same on every device; a training gives
+Every function takes and returns a batch (B, C, H, W) of NumPy or CuPy arrays. A training gives
 every sample a generator of its own (:class:`~pvt_ref.draws.SampleDraws`), so that what happens to a
-sample does not depend on its batch.
+sample does not depend on its batch. All refuse what is no such batch (ShapeError), no array or no
+generator (ArrayTypeError), and a number out of its range (RangeError).
 """
 
 import numpy as np
@@ -20,8 +20,6 @@ Source = np.random.Generator | SampleDraws
 def random_crop(images: Array, padding: int, rng: Source) -> Array:
     """Each image moved by up to padding pixels in both directions; what comes in is 0.
 
-    That is: a border of zeros around it, and an H x W piece cut out anywhere.
-
     Args:
         images: (B, C, H, W) floats, normalised, so that 0 is the mean colour.
         padding: at least 0, in pixels. 0 draws nothing.
@@ -29,11 +27,6 @@ def random_crop(images: Array, padding: int, rng: Source) -> Array:
 
     Returns:
         (B, C, H, W) of images' dtype; images itself if padding is 0.
-
-    Raises:
-        RangeError: if padding is not a whole number, at least 0.
-        ShapeError: if images are not (B, C, H, W).
-        ArrayTypeError: if images are not an array, or rng is not a NumPy generator.
     """
     padding = check_number("padding", padding, least=0, whole=True)
     B, C, H, W = _shape(images, rng)
@@ -53,7 +46,7 @@ def random_crop(images: Array, padding: int, rng: Source) -> Array:
 
 
 def random_flip(images: Array, rng: Source) -> Array:
-    """Each image mirrored, left to right, with probability one half.
+    """Each image (B, C, H, W) mirrored, left to right, with probability one half.
 
     Args:
         images: (B, C, H, W), of any dtype.
@@ -61,10 +54,6 @@ def random_flip(images: Array, rng: Source) -> Array:
 
     Returns:
         (B, C, H, W) of images' dtype, new memory.
-
-    Raises:
-        ShapeError: if images are not (B, C, H, W).
-        ArrayTypeError: if images are not an array, or rng is not a NumPy generator.
     """
     B = _shape(images, rng)[0]
     xp = array_module(images)
@@ -84,11 +73,6 @@ def cutout(images: Array, side: int, rng: Source) -> Array:
 
     Returns:
         (B, C, H, W) of images' dtype; images itself if side is 0.
-
-    Raises:
-        RangeError: if side is not a whole number, at least 0.
-        ShapeError: if images are not (B, C, H, W).
-        ArrayTypeError: if images are not an array, or rng is not a NumPy generator.
     """
     side = check_number("side", side, least=0, whole=True)
     B, _, H, W = _shape(images, rng)
@@ -124,9 +108,7 @@ def mixup(
         images (B, C, H, W) and targets (B, K), of the dtypes that they had.
 
     Raises:
-        RangeError: if alpha is not a number, at least 0.
         ShapeError: if images are not (B, C, H, W), or targets are not for B of them.
-        ArrayTypeError: if images are not an array, or rng is not a NumPy generator.
     """
     alpha = check_number("alpha", alpha, least=0)
     check_rng(rng)  # one for all: pairs are of the batch

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from pvt_ref.arrays import is_array
-from pvt_ref.checks import TOO_LARGE, is_whole
+from pvt_ref.checks import TOO_LARGE, Size, is_whole
 from pvt_ref.data.picture_file import (
     as_image_error,
     decode,
@@ -32,9 +32,6 @@ _BAND_PIXELS = 2**20
 Source = str | os.PathLike[str] | BinaryIO | Image.Image
 
 
-# Reading ------------------------------------------------------------------------------------------
-
-
 def read_rgb(source: Source) -> Image.Image:
     """A picture upright and in plain RGB, whatever it was stored as, without metadata.
 
@@ -45,8 +42,8 @@ def read_rgb(source: Source) -> Image.Image:
 
     Args:
         source: a path, a file opened in binary mode (read from its start, left open), or a PIL
-            image (left as it is). A file, also one that a PIL image has yet to read, must be in one
-            of :data:`pvt_ref.data.picture_file.FORMATS`. Of an animation, the first frame is taken.
+            image (left as it is). Files must be in one of
+            :data:`pvt_ref.data.picture_file.FORMATS`. Of an animation, the first frame is taken.
 
     Raises:
         MissingFileError: if there is no file at the path.
@@ -170,10 +167,7 @@ def _levels(band: Image.Image) -> np.ndarray:
     return np.asarray(band if band.mode == "F" else band.convert("I"), dtype=np.float64)
 
 
-# Geometry -----------------------------------------------------------------------------------------
-
-
-def resize_and_crop(image: Image.Image, size: int | tuple[int, int] = 224) -> Image.Image:
+def resize_and_crop(image: Image.Image, size: Size = 224) -> Image.Image:
     """The geometry of the released evaluation: resize with a margin, then cut out the centre.
 
     Square S: the short side becomes ``int(S * 256 / 224)`` and the long side follows in proportion,
@@ -184,13 +178,8 @@ def resize_and_crop(image: Image.Image, size: int | tuple[int, int] = 224) -> Im
     (H, W): the same with two targets; the picture is scaled until it covers both, so one side is
     exact and the other at least its target. No margin if neither side is above 32.
 
-    Args:
-        image: a PIL image in mode RGB.
-        size: S, or (H, W), in pixels.
-
     Raises:
-        ImageError: if the image is in another mode, has no pixels, or is so long and thin that it
-            would be enormous before the crop.
+        ImageError: if the image is not RGB, has no pixels, or would be enormous before the crop.
         ArrayTypeError: if image is not a PIL image.
         ShapeError: if size is not one or two positive whole numbers.
     """
@@ -212,15 +201,8 @@ def resize_and_crop(image: Image.Image, size: int | tuple[int, int] = 224) -> Im
         return _resized_and_cropped(image, H, W, what)
 
 
-def resize_and_crop_bands(pixels: np.ndarray, size: int | tuple[int, int] = 224) -> np.ndarray:
-    """The same geometry for (H, W, C) uint8, each channel on its own.
-
-    Raises:
-        ImageError: if the picture is so long and thin that it would be enormous before the crop.
-        ArrayTypeError: if pixels are not a NumPy array of uint8.
-        ShapeError: if they are not (H, W, C) or empty, or size is not one or two positive whole
-            numbers.
-    """
+def resize_and_crop_bands(pixels: np.ndarray, size: Size = 224) -> np.ndarray:
+    """The same geometry for (H, W, C) uint8, each channel on its own; refused as there."""
     H, W = _check_size(size)
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
         kind = getattr(pixels, "dtype", type(pixels).__name__)

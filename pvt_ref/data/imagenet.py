@@ -1,8 +1,7 @@
 """The thousand classes of ImageNet-1k by name, in the order of the released weights' outputs.
 
-The order is that of the WordNet identifiers, sorted. imagenet_classes.txt has one a line with its
-first word in WordNet 3.0 (Princeton University; https://wordnet.princeton.edu), made unique where
-two share it.
+The order is that of the WordNet identifiers, sorted. imagenet_classes.txt has each with its first
+word in WordNet 3.0 (Princeton University; https://wordnet.princeton.edu), made unique.
 """
 
 import functools

@@ -67,6 +67,12 @@ class ModelInfo:
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelInfo":
         """The record of which :meth:`to_dict` made values.
 
+        Args:
+            values: by field name.
+
+        Returns:
+            An equal record.
+
         Raises:
             ConfigError: if a field is of another type, missing, or not known to this version.
         """

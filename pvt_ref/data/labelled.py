@@ -113,7 +113,7 @@ def evaluate(
     Only the images of one batch are made floats, so memory does not grow with data.
 
     Args:
-        params: the weights, NumPy or CuPy.
+        params: the weights, arrays of NumPy or CuPy.
         config: their configuration.
         data: what to look at.
         batch_size: samples at once, at least 1. None takes as many as have 1,048,576 pixels, at
@@ -123,8 +123,7 @@ def evaluate(
         loss, without label smoothing, and accuracy in [0, 1].
 
     Raises:
-        RangeError: if a label is no class of the model, or batch_size no whole number, or below 1.
-        PVTError: as :func:`pvt_ref.forward`.
+        PVTError: as :func:`pvt_ref.forward`; a RangeError also for batch_size or a label.
     """
     if batch_size is None:
         H, W = data.images.shape[2:]

@@ -2,8 +2,8 @@
 
 Pillow opens some forty formats. One of them starts another program (PostScript, Ghostscript), and
 several have no bound on what a small file costs. Here only :data:`FORMATS` are opened, and a file
-is measured before it is decoded. Nothing of the process is changed meanwhile: no lock, no setting
-of Pillow's, no warnings filter. So threads decode side by side, and a fork meets no lock.
+is measured before it is decoded. No lock, no setting of Pillow's and no warnings filter is changed
+meanwhile: so threads decode side by side, and a fork meets no lock.
 """
 
 import io
@@ -54,11 +54,7 @@ MAX_TAG_NUMBERS = 2**18
 
 @contextmanager
 def as_image_error(what: str) -> Iterator[None]:
-    """Errors of Pillow's plugins, of a dozen types, become ImageError.
-
-    Raises:
-        ImageError: in the place of what Pillow raises.
-    """
+    """Errors of Pillow's plugins, of a dozen types, become ImageError."""
     try:
         yield
     except PVTError:
@@ -98,9 +94,6 @@ def pixel_limit(format: str | None = None) -> int:
     pillows = Image.MAX_IMAGE_PIXELS
     own = min(MAX_PIXELS, MAX_COPIED_PIXELS) if format in _COPYING else MAX_PIXELS
     return own if pillows is None else min(own, pillows)
-
-
-# Bytes --------------------------------------------------------------------------------------------
 
 
 def read_path(path: str | os.PathLike[str], what: str) -> bytes:
@@ -196,8 +189,6 @@ def _read(file: BinaryIO, what: str) -> bytes:
     return b"".join(parts)
 
 
-# Pictures -----------------------------------------------------------------------------------------
-
 #: First bytes of what people mistake for pictures, or for pictures of a format that is read.
 _OTHERS = (
     ((b"%!PS", b"\xc5\xd0\xd3\xc6"), "a PostScript drawing, a program; export it as PNG"),
@@ -222,11 +213,7 @@ class _Counted(io.BytesIO):
 
 
 def open_picture(data: bytes, what: str) -> Image.Image:
-    """A picture of which size and mode are known, but which is not decoded yet.
-
-    Raises:
-        ImageError: if it is in none of :data:`FORMATS`, or beyond a limit.
-    """
+    """A picture of known size and mode, not decoded yet; an ImageError if of no known format."""
     if not data:
         raise ImageError(f"{what} is empty (0 bytes): was the copy or download interrupted?")
     _check_parts(data, what)
@@ -341,8 +328,6 @@ def exif_is_harmless(image: Image.Image) -> bool:
         block = block[6:]
     return _has_few_numbers(block)
 
-
-# Limits that can be told without decoding ---------------------------------------------------------
 
 _SLOW = "bytes, each of which is read on its own"
 

@@ -1,8 +1,7 @@
 """From a picture to the array that a network was trained on: the one door, :class:`Preprocessing`.
 
 With the constants of the authors' released code it is what :func:`load_image`, :func:`preprocess`
-and :func:`normalize` call. Dense prediction keeps the whole picture instead, and
-:func:`pad_to_multiple` makes its size fit.
+and :func:`normalize` call. Dense prediction pads the picture instead: :func:`pad_to_multiple`.
 """
 
 import math
@@ -24,7 +23,7 @@ from pvt_ref.arrays import (
     is_foreign,
     is_numpy,
 )
-from pvt_ref.checks import TOO_LARGE, is_whole
+from pvt_ref.checks import TOO_LARGE, Size, is_whole
 from pvt_ref.data.image import Source, read_rgb, resize_and_crop, resize_and_crop_bands
 from pvt_ref.errors import ArrayTypeError, ConfigError, RangeError, ShapeError, shown
 
@@ -84,7 +83,7 @@ class Preprocessing:
         """3 for colours, 1 for grey, of bands as many as there are."""
         return len(self.mean)
 
-    def pixels(self, pictures: Sequence[Any], size: int | tuple[int, int]) -> np.ndarray:
+    def pixels(self, pictures: Sequence[Any], size: Size) -> np.ndarray:
         """Pictures of any kind and size, resized and cut.
 
         Args:
@@ -96,8 +95,7 @@ class Preprocessing:
             (B, H, W, C) uint8, C = :attr:`channels`.
 
         Raises:
-            ShapeError: if there is no picture, an array has another shape, or size is not one or
-                two positive whole numbers.
+            ShapeError: if there is no picture, an array has another shape, or size is no size.
             ArrayTypeError: if a picture is none of these, or an array not uint8.
             PVTError: as :func:`pvt_ref.load_image`.
         """
@@ -110,7 +108,7 @@ class Preprocessing:
             raise ShapeError("the list of images is empty; a batch needs at least one")
         return np.stack([self._prepared(picture, size) for picture in pictures])
 
-    def _prepared(self, picture: Any, size: int | tuple[int, int]) -> np.ndarray:
+    def _prepared(self, picture: Any, size: Size) -> np.ndarray:
         """One picture as (H, W, C) uint8."""
         self._check_kind(picture)
         if self.mode == "bands":
@@ -192,7 +190,7 @@ class Preprocessing:
         x /= std
         return x
 
-    def __call__(self, pictures: Any, size: int | tuple[int, int]) -> np.ndarray:
+    def __call__(self, pictures: Any, size: Size) -> np.ndarray:
         """Pictures as a batch: :meth:`pixels`, then :meth:`normalize`.
 
         Args:
@@ -233,12 +231,10 @@ def _numbers(values: Any) -> tuple[float, ...] | None:
     return numbers if all(map(math.isfinite, numbers)) else None
 
 
-# For the released weights -------------------------------------------------------------------------
-
 IMAGENET = Preprocessing()
 
 
-def load_image(source: Source, size: int | tuple[int, int] = 224) -> np.ndarray:
+def load_image(source: Source, size: Size = 224) -> np.ndarray:
     """One picture, prepared for the classifier as the released weights expect.
 
     Args:
@@ -251,17 +247,12 @@ def load_image(source: Source, size: int | tuple[int, int] = 224) -> np.ndarray:
         (1, 3, H, W) float32, normalised. numpy.concatenate makes a batch of several.
 
     Raises:
-        MissingFileError: if there is no file at the path.
-        ImageError: if it is not a picture, is damaged, or cannot be brought to that size.
-        ArrayTypeError: if source is none of the three.
-        ShapeError: if size is not one or two positive whole numbers.
+        PVTError: as those two.
     """
     return IMAGENET(read_rgb(source), size)
 
 
-def preprocess(
-    images: Image.Image | Sequence[Image.Image], size: int | tuple[int, int] = 224
-) -> np.ndarray:
+def preprocess(images: Image.Image | Sequence[Image.Image], size: Size = 224) -> np.ndarray:
     """PIL images, of any modes and sizes, as one batch for the classifier.
 
     Args:
@@ -272,9 +263,8 @@ def preprocess(
         (B, 3, H, W) float32, normalised.
 
     Raises:
-        ImageError: if a picture is damaged, or cannot be brought to that size.
-        ShapeError: if size is not one or two positive whole numbers, or there is no picture.
         ArrayTypeError: if something is not a PIL image.
+        PVTError: as :func:`load_image`.
     """
     batch: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
     for image in batch:
@@ -354,8 +344,8 @@ def pad_to_multiple(images: Array, multiple: int) -> Array:
         multiple: of what H and W must be multiples; ``config.size_multiple`` (32 as published).
 
     Returns:
-        (B, C, H', W'), the smallest such size, of images' dtype and on its device. images itself,
-        not a copy, if it fits already.
+        (B, C, H', W'), the smallest such size, of images' dtype and on its device; images itself
+        if it fits already.
 
     Raises:
         ArrayTypeError: if images are not an array of floats.

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-import numpy as np
-
 from pvt_ref.arrays import Array, array_module
+from pvt_ref.draws import Rng
 from pvt_ref.layers.dropout import dropout
 from pvt_ref.layers.softmax import softmax
 from pvt_ref.ops import REFERENCE, Operation, Ops
@@ -13,16 +12,9 @@ from pvt_ref.tree import record
 
 @record
 class AttentionCache:
-    """What :func:`attention_backward` needs.
+    """What :func:`attention_backward` needs: q, k and v, the forward's own, and the caches.
 
-    Attributes:
-        q: queries (B, N, n, d), the forward's own.
-        k: keys (B, N, m, d), the forward's own.
-        v: values (B, N, m, d), the forward's own.
-        scale: the factor on the scores.
-        weights: (B, N, n, m), the attention weights A after dropout.
-        softmax: cache of the softmax over the scores (B, N, n, m).
-        drop: cache of the dropout on A; None if nothing was dropped.
+    weights are the attention weights A (B, N, n, m) after dropout; drop is None if nothing was.
     """
 
     q: Array
@@ -35,17 +27,7 @@ class AttentionCache:
 
 
 def attention_weights(q: Array, k: Array, scale: float, ops: Ops) -> Array:
-    """A = Softmax(scale * q k^T) of paper eq. 4: how much each query attends to each key.
-
-    Args:
-        q: queries (B, N, n, d).
-        k: keys (B, N, m, d), of the same dtype.
-        scale: 1 / sqrt(d) in the paper.
-        ops: the table of operations.
-
-    Returns:
-        (B, N, n, m) of q's dtype, rows summing to 1.
-    """
+    """A = Softmax(scale * q k^T), paper eq. 4, (B, N, n, m), of q (B, N, n, d), k (B, N, m, d)."""
     return ops[softmax].forward(None, _scores(q, k, scale), ops, keep=False)[0]
 
 
@@ -63,7 +45,7 @@ def attention_forward(
     ops: Ops,
     scale: float,
     drop_rate: float = 0.0,
-    rng: np.random.Generator | None = None,
+    rng: Rng = None,
     keep: bool = True,
 ) -> tuple[Array, AttentionCache | None]:
     """Attention(q, k, v) = Dropout(Softmax(scale * q k^T)) v, paper eq. 4.
@@ -71,14 +53,13 @@ def attention_forward(
     The paper takes it from Vaswani et al. 2017 (arXiv 1706.03762, eq. 1).
 
     Args:
-        p: None; there are no weights.
-        x: queries q (B, N, n, d), keys k (B, N, m, d) and values v (B, N, m, d), of one dtype,
-            float32 or float64.
+        p: None.
+        x: queries q (B, N, n, d), keys k (B, N, m, d) and values v (B, N, m, d), of one dtype.
         ops: the table of operations.
         scale: 1 / sqrt(d) in the paper.
         drop_rate: dropout on the attention weights, in [0, 1).
         rng: source of the dropout mask; None for inference.
-        keep: whether a cache for the backward is returned; without it, it is None.
+        keep: whether to return a cache for the backward.
 
     Returns:
         (B, N, n, d) of q's dtype, and the cache.
@@ -113,7 +94,7 @@ def attention_backward(
         ops: the table that the forward was given.
 
     Returns:
-        (dq, dk, dv), (B, N, n, d), (B, N, m, d) and (B, N, m, d), of dy's dtype; and None.
+        (dq, dk, dv), in the shapes of q, k and v, of dy's dtype; and None.
     """
     xp = array_module(dy)
     # y = weights @ v

@@ -32,8 +32,7 @@ def cross_entropy(
 ) -> tuple[Array, Array]:
     """Loss and its gradient together, since they share the softmax.
 
-    With t the target distribution, smoothed to ``(1 - s) t + s / K`` (Szegedy et al. 2016, arXiv
-    1512.00567, section 7), and p = Softmax(logits)::
+    With t the target distribution, smoothed to ``(1 - s) t + s / K``, and p = Softmax(logits)::
 
         L            = -1/B sum_b sum_k t_k log p_k
         dL/dlogits_j = -1/B sum_k t_k (1[k = j] - p_j)
@@ -52,13 +51,11 @@ def cross_entropy(
         ignore_index: a label to leave out, such as 255 or -100; None leaves out none.
 
     Returns:
-        loss, a scalar array, and dlogits, (B, K) or (B, K, H, W), both of the logits' dtype.
+        loss, a scalar array, and dlogits, in the logits' shape, both of the logits' dtype.
 
     Raises:
-        ArrayTypeError: if logits or targets are no arrays, have another dtype, or lie on different
-            devices.
-        ShapeError: if logits are neither (B, K) nor (B, K, H, W), or are empty, or targets do not
-            have their shape.
+        ArrayTypeError: if logits or targets are no arrays, of another dtype, or on two devices.
+        ShapeError: if a shape is another, or logits are empty.
         RangeError: for a label outside [0, K), an s outside [0, 1], another reduction, or an
             ignore_index that is no whole number or comes with targets that are no labels.
     """

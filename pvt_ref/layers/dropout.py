@@ -3,25 +3,23 @@
 Dropout: Journal of Machine Learning Research 15, 1929-1958. Drop path: arXiv 1603.09382.
 
 Both multiply by a random mask of 0 and 1/(1 - rate), so that the expectation is the input. Masks
-are drawn on the host from a NumPy generator: one seed gives the same masks on every device and for
-every dtype. Without a generator nothing is dropped, whatever the rate: there is no other switch
-between training and inference.
+are drawn on the host: one seed gives the same masks on every device and for every dtype. Without a
+generator nothing is dropped: there is no other switch between training and inference.
 """
 
 import numpy as np
 
 from pvt_ref.arrays import Array, array_module, from_host
+from pvt_ref.draws import Rng
 from pvt_ref.ops import REFERENCE, Operation, Ops
 from pvt_ref.tree import record
 
 
 @record
 class DropCache:
-    """What :func:`drop_backward` needs.
+    """The mask, True where x was kept, and the gain 1 / (1 - rate).
 
-    Attributes:
-        mask: bool, True where x was kept: x's shape (dropout), or (B, 1, ..., 1) (drop path).
-        gain: 1 / (1 - rate), the factor on what was kept.
+    The mask has x's shape (dropout), or (B, 1, ..., 1) (drop path).
     """
 
     mask: Array
@@ -29,22 +27,17 @@ class DropCache:
 
 
 def dropout_forward(
-    p: None,
-    x: Array,
-    ops: Ops,
-    rate: float,
-    rng: np.random.Generator | None,
-    keep: bool = True,
+    p: None, x: Array, ops: Ops, rate: float, rng: Rng, keep: bool = True
 ) -> tuple[Array, DropCache | None]:
     """Each element is zero with probability rate, else divided by 1 - rate.
 
     Args:
-        p: None; there are no weights.
+        p: None.
         x: (...), float32 or float64.
         ops: not asked.
         rate: in [0, 1).
         rng: source of the mask. None (inference) leaves x as it is, and so does rate 0.
-        keep: whether a cache for the backward is returned; without it, it is None.
+        keep: whether to return a cache for the backward.
 
     Returns:
         y (...) of x's dtype, and the cache. If nothing was dropped, x itself and None.
@@ -53,31 +46,26 @@ def dropout_forward(
 
 
 def drop_path_forward(
-    p: None,
-    x: Array,
-    ops: Ops,
-    rate: float,
-    rng: np.random.Generator | None,
-    keep: bool = True,
+    p: None, x: Array, ops: Ops, rate: float, rng: Rng, keep: bool = True
 ) -> tuple[Array, DropCache | None]:
     """Each sample is zero as a whole with probability rate, else divided by 1 - rate.
 
     Args:
-        p: None; there are no weights.
-        x: (B, ...), the output of a residual branch, float32 or float64.
+        p: None.
+        x: (B, ...), the output of a residual branch.
         ops: not asked.
         rate: in [0, 1).
-        rng: source of the mask, one draw a sample. None or rate 0 leaves x as it is.
-        keep: whether a cache for the backward is returned; without it, it is None.
+        rng: source of the mask, one draw a sample; None as for :func:`dropout_forward`.
+        keep: whether to return a cache for the backward.
 
     Returns:
-        y (B, ...) of x's dtype, and the cache. If nothing was dropped, x itself and None.
+        y (B, ...) and the cache, as :func:`dropout_forward`.
     """
     return _drop(x, (x.shape[0],) + (1,) * (x.ndim - 1), rate, rng, keep)
 
 
 def _drop(
-    x: Array, mask_shape: tuple[int, ...], rate: float, rng: np.random.Generator | None, keep: bool
+    x: Array, mask_shape: tuple[int, ...], rate: float, rng: Rng, keep: bool
 ) -> tuple[Array, DropCache | None]:
     if rng is None or rate == 0.0:
         return x, None
@@ -122,7 +110,7 @@ def drop_path_backward(
         ops: not asked.
 
     Returns:
-        dx (B, ...) of dy's dtype, dy itself if nothing was dropped; and None.
+        dx (B, ...), as :func:`dropout_backward`; and None.
     """
     return (dy if cache is None else _apply(cache, dy)), None
 

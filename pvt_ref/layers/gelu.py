@@ -1,6 +1,4 @@
-"""GELU, exact: x times the normal distribution function.
-
-Hendrycks and Gimpel 2016, arXiv 1606.08415.
+"""GELU, exact: x times the normal distribution function (Hendrycks and Gimpel, arXiv 1606.08415).
 
 The popular tanh form is off by up to 5e-4, and PVT was trained with the exact one.
 """
@@ -14,12 +12,7 @@ from pvt_ref.tree import record
 
 @record
 class GeluCache:
-    """What :func:`gelu_backward` needs.
-
-    Attributes:
-        x: (...), the forward's input, not a copy.
-        cdf: (...), Phi(x).
-    """
+    """What :func:`gelu_backward` needs: the forward's x (...), not a copy, and cdf, Phi(x)."""
 
     x: Array
     cdf: Array
@@ -31,10 +24,10 @@ def gelu_forward(
     """y = x Phi(x) with Phi(x) = (1 + erf(x / sqrt(2))) / 2.
 
     Args:
-        p: None; there are no weights.
+        p: None.
         x: (...), float32 or float64.
         ops: not asked.
-        keep: whether a cache for the backward is returned; without it, it is None.
+        keep: whether to return a cache for the backward.
 
     Returns:
         y (...) of x's dtype, and the cache.

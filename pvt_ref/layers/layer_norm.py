@@ -1,7 +1,4 @@
-"""Layer norm over the channels of each token (Ba et al. 2016, arXiv 1607.06450).
-
-The variance is the mean of the squares, with ddof 0.
-"""
+"""Layer norm over the channels of each token (Ba et al. 2016, arXiv 1607.06450), with ddof 0."""
 
 from pvt_ref.arrays import Array, array_module
 from pvt_ref.layers.sum_rows import sum_rows
@@ -11,12 +8,7 @@ from pvt_ref.tree import record
 
 @record
 class LayerNormParams:
-    """Scale and shift, or their gradients.
-
-    Attributes:
-        weight: (C,), float32 or float64; 1 before any training.
-        bias: (C,), of the same dtype; 0 before any training.
-    """
+    """Scale (weight) and shift (bias), (C,) each, or their gradients; 1 and 0 when drawn."""
 
     weight: Array
     bias: Array
@@ -24,12 +16,7 @@ class LayerNormParams:
 
 @record
 class LayerNormCache:
-    """What :func:`layer_norm_backward` needs.
-
-    Attributes:
-        x_hat: (..., C), the normalised tokens, before weight and bias.
-        rstd: (..., 1), 1 / sqrt(variance + eps).
-    """
+    """x_hat (..., C), the normalised tokens before weight and bias, and rstd (..., 1)."""
 
     x_hat: Array
     rstd: Array
@@ -45,7 +32,7 @@ def layer_norm_forward(
         x: (..., C), of the weights' dtype: float32 or float64.
         ops: not asked.
         eps: added to the variance.
-        keep: whether a cache for the backward is returned; without it, it is None.
+        keep: whether to return a cache for the backward.
 
     Returns:
         y (..., C) of x's dtype, and the cache.

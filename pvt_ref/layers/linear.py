@@ -8,13 +8,9 @@ from pvt_ref.tree import record
 
 @record
 class LinearParams:
-    """Weight and bias of a linear layer, or their gradients.
+    """weight (C_out, C_in) and bias (C_out,) or None, or their gradients.
 
     The patch and spatial-reduction projections use it too, with a weight of (C_out, C_in, P, P).
-
-    Attributes:
-        weight: (C_out, C_in), float32 or float64.
-        bias: (C_out,), or None where the layer has none.
     """
 
     weight: Array
@@ -23,11 +19,7 @@ class LinearParams:
 
 @record
 class LinearCache:
-    """What :func:`linear_backward` needs.
-
-    Attributes:
-        x: (..., C_in), the forward's input, not a copy: dW needs it.
-    """
+    """What :func:`linear_backward` needs: the forward's input x (..., C_in), not a copy, for dW."""
 
     x: Array
 
@@ -41,7 +33,7 @@ def linear_forward(
         p: weight (C_out, C_in) and bias (C_out,) or None.
         x: (..., C_in), of the weights' dtype: float32 or float64.
         ops: not asked.
-        keep: whether a cache for the backward is returned; without it, it is None.
+        keep: whether to return a cache for the backward.
 
     Returns:
         y (..., C_out) of x's dtype, and the cache.
@@ -72,8 +64,7 @@ def linear_backward(
         ops: the table of operations; sums over rows come from it.
 
     Returns:
-        dx (..., C_in), and the gradients of weight (C_out, C_in) and bias (C_out,), None where the
-        bias is; all of dy's dtype.
+        dx (..., C_in) and the gradients of the weights, in their shapes; all of dy's dtype.
     """
     xp = array_module(dy)
     C_out, C_in = p.weight.shape

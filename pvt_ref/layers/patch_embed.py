@@ -7,7 +7,7 @@ reduction (eq. 3) is the same operation with R for P, and uses this file.
 
 from typing import Any
 
-from pvt_ref.arrays import Array, array_module
+from pvt_ref.arrays import Array, Grid, array_module
 from pvt_ref.layers.layer_norm import LayerNormParams, layer_norm
 from pvt_ref.layers.linear import LinearParams, linear
 from pvt_ref.ops import REFERENCE, Operation, Ops
@@ -16,12 +16,7 @@ from pvt_ref.tree import record
 
 @record
 class PatchEmbedParams:
-    """Projection and norm, or their gradients.
-
-    Attributes:
-        proj: weight (C_out, C_in, P, P) and bias (C_out,).
-        norm: weight and bias, (C_out,) each; None if there is none.
-    """
+    """proj, a kernel (C_out, C_in, P, P) with a bias, and the norm or None; or their gradients."""
 
     proj: LinearParams
     norm: LayerNormParams | None
@@ -29,29 +24,21 @@ class PatchEmbedParams:
 
 @record
 class PatchEmbedCache:
-    """What :func:`patch_embed_backward` needs. With n = (H/P)(W/P):
-
-    Attributes:
-        linear: of the projection, whose input is the patches (B, n, P*P*C_in).
-        norm: of the layer norm over (B, n, C_out); None if there is none.
-        grid: (H/P, W/P), where the patches go back to.
-    """
+    """The caches of the parts, and the grid (H/P, W/P) where the patches go back to."""
 
     linear: Any
     norm: Any
-    grid: tuple[int, int]
+    grid: Grid
 
 
 def patchify(x: Array, P: int) -> Array:
     """Cuts a map into P x P patches, one flattened patch a row (paper section 3.2).
 
+    In raster order; within a patch, rows, then columns, then channels. New memory.
+
     Args:
         x: (B, H, W, C), H and W multiples of P, of any dtype.
         P: side of a patch.
-
-    Returns:
-        (B, (H/P)(W/P), P*P*C) of x's dtype, new memory. The patches are in raster order; within
-        one, rows, then columns, then channels.
     """
     xp = array_module(x)
     B, H, W, C = x.shape
@@ -63,16 +50,13 @@ def patchify(x: Array, P: int) -> Array:
     return xp.reshape(patches, (B, (H // P) * (W // P), P * P * C))  # (B, n, P*P*C)
 
 
-def unpatchify(patches: Array, P: int, grid: tuple[int, int]) -> Array:
+def unpatchify(patches: Array, P: int, grid: Grid) -> Array:
     """Puts the patches back: the inverse of :func:`patchify` and, as a permutation, its transpose.
 
     Args:
         patches: (B, h*w, P*P*C), of any dtype.
         P: side of a patch.
         grid: (h, w), patches per column and row.
-
-    Returns:
-        (B, h*P, w*P, C) of the patches' dtype.
     """
     xp = array_module(patches)
     h, w = grid
@@ -84,13 +68,10 @@ def unpatchify(patches: Array, P: int, grid: tuple[int, int]) -> Array:
 
 
 def kernel_to_matrix(weight: Array) -> Array:
-    """A stride-P kernel as the matrix that multiplies flattened patches.
+    """A kernel as the matrix (C_out, P*P*C_in), columns in the order of :func:`patchify`.
 
     Args:
-        weight: (C_out, C_in, P, P), as PyTorch's Conv2d stores it.
-
-    Returns:
-        (C_out, P*P*C_in), columns in the order of :func:`patchify`.
+        weight: (C_out, C_in, P, P).
     """
     xp = array_module(weight)
     weight = xp.permute_dims(weight, (0, 2, 3, 1))  # (C_out, P, P, C_in)
@@ -103,9 +84,6 @@ def matrix_to_kernel(matrix: Array, shape: tuple[int, ...]) -> Array:
     Args:
         matrix: (C_out, P*P*C_in).
         shape: the kernel's, (C_out, C_in, P, P).
-
-    Returns:
-        (C_out, C_in, P, P).
     """
     xp = array_module(matrix)
     C_out, C_in, P, _ = shape
@@ -120,11 +98,10 @@ def patch_embed_forward(
 
     Args:
         p: proj.weight (C_out, C_in, P, P), proj.bias (C_out,), and the norm, which may be absent.
-        x: (B, H, W, C_in), H and W multiples of P, of the weights' dtype. (Channels last: an image
-            is permuted first.)
+        x: (B, H, W, C_in), H and W multiples of P, of the weights' dtype.
         ops: the table of operations.
         eps: of the norm.
-        keep: whether a cache for the backward is returned; without it, it is None.
+        keep: whether to return a cache for the backward.
 
     Returns:
         tokens (B, (H/P)(W/P), C_out) of x's dtype, and the cache.
@@ -156,8 +133,7 @@ def patch_embed_backward(
         ops: the table that the forward was given.
 
     Returns:
-        dx (B, H, W, C_in), and the gradients of projection, (C_out, C_in, P, P) and (C_out,), and
-        norm, (C_out,) twice; all of dy's dtype.
+        dx (B, H, W, C_in) and the gradients of the weights, in their shapes; all of dy's dtype.
     """
     kernel_shape = p.proj.weight.shape
     matrix = LinearParams(kernel_to_matrix(p.proj.weight), p.proj.bias)

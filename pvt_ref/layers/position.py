@@ -9,7 +9,7 @@ matrices around the table, A_h P A_w^T, so its transpose is A_h^T dP A_w.
 
 import numpy as np
 
-from pvt_ref.arrays import Array, array_module, from_host
+from pvt_ref.arrays import Array, Grid, array_module, from_host
 from pvt_ref.layers.sum_rows import sum_rows
 from pvt_ref.ops import REFERENCE, Operation, Ops
 from pvt_ref.tree import record
@@ -17,31 +17,18 @@ from pvt_ref.tree import record
 
 @record
 class PositionCache:
-    """What :func:`position_backward` needs: no array, since the forward is linear.
+    """No array, since the forward is linear: only its own grid, table_grid and cls."""
 
-    Attributes:
-        grid: (H_i, W_i) of the tokens.
-        table_grid: (h, w) of the table.
-        cls: whether the first token is the cls token.
-    """
-
-    grid: tuple[int, int]
-    table_grid: tuple[int, int]
+    grid: Grid
+    table_grid: Grid
     cls: bool
 
 
 def resize_matrix(out_size: int, in_size: int) -> np.ndarray:
-    """Bilinear interpolation along one axis as a matrix.
+    """Bilinear interpolation along one axis as a matrix (out_size, in_size), float64, on the host.
 
     The centre of output cell i lies at ``(i + 1/2) in_size/out_size - 1/2`` on the input's axis; it
     takes its value from the two cells around it, by distance; beyond the border, from the last one.
-
-    Args:
-        out_size: cells afterwards, at least 1.
-        in_size: cells before, at least 1.
-
-    Returns:
-        (out_size, in_size) float64 on the host, rows summing to 1; the identity if the sizes agree.
     """
     centre = (np.arange(out_size) + 0.5) * (in_size / out_size) - 0.5
     centre = np.maximum(centre, 0)  # before the first cell
@@ -55,25 +42,20 @@ def resize_matrix(out_size: int, in_size: int) -> np.ndarray:
     return A
 
 
-def resize_positions(rows: Array, table_grid: tuple[int, int], grid: tuple[int, int]) -> Array:
-    """A_h P A_w^T for every channel.
+def resize_positions(rows: Array, table_grid: Grid, grid: Grid) -> Array:
+    """A_h P A_w^T for every channel; rows itself if the grids agree.
 
     Args:
         rows: (h*w, C), the table P without a cls row, in raster order over table_grid.
         table_grid: (h, w).
         grid: (H, W), the grid wanted.
-
-    Returns:
-        (H*W, C) of the rows' dtype, in raster order over grid; rows itself if the grids agree.
     """
     if grid == table_grid:
         return rows
     return _resize(rows, table_grid, grid, *_matrices(rows, table_grid, grid))
 
 
-def resize_positions_backward(
-    drows: Array, table_grid: tuple[int, int], grid: tuple[int, int]
-) -> Array:
+def resize_positions_backward(drows: Array, table_grid: Grid, grid: Grid) -> Array:
     """The transpose of :func:`resize_positions`: A_h^T dP A_w for every channel.
 
     Args:
@@ -82,7 +64,7 @@ def resize_positions_backward(
         grid: (H, W) that the table was resized to.
 
     Returns:
-        (h*w, C) of drows' dtype, over table_grid; drows itself if the grids agree.
+        (h*w, C) of drows' dtype; drows itself if the grids agree.
     """
     if grid == table_grid:
         return drows
@@ -90,9 +72,7 @@ def resize_positions_backward(
     return _resize(drows, grid, table_grid, A_h.T, A_w.T)
 
 
-def _matrices(
-    like: Array, table_grid: tuple[int, int], grid: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
+def _matrices(like: Array, table_grid: Grid, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
     """A_h and A_w, from table_grid (h, w) to grid (H, W)."""
     make = getattr(array_module(like), "resize_matrix", resize_matrix)  # shapes need no numbers
     A_h = make(grid[0], table_grid[0])  # (H, h)
@@ -100,9 +80,7 @@ def _matrices(
     return A_h, A_w
 
 
-def _resize(
-    rows: Array, old: tuple[int, int], new: tuple[int, int], A_h: np.ndarray, A_w: np.ndarray
-) -> Array:
+def _resize(rows: Array, old: Grid, new: Grid, A_h: np.ndarray, A_w: np.ndarray) -> Array:
     """A_h along the first and A_w along the second axis: rows (h*w, C), old (h, w), new (H, W)."""
     xp = array_module(rows)
     C = rows.shape[-1]
@@ -114,17 +92,14 @@ def _resize(
     return xp.reshape(rows, (new[0] * new[1], C))  # (H*W, C)
 
 
-def positions(p: Array, grid: tuple[int, int], table_grid: tuple[int, int], cls: bool) -> Array:
-    """What is added to the tokens of a grid: the cls row if there is one, and the resized table.
+def positions(p: Array, grid: Grid, table_grid: Grid, cls: bool) -> Array:
+    """What is added to the tokens of a grid (H, W): the cls row if wanted, and the resized table.
 
     Args:
         p: the table, (1, h*w, C), or (1, 1 + h*w, C) with a cls row.
-        grid: (H, W) of the tokens.
-        table_grid: (h, w) of the table.
+        grid: (H, W).
+        table_grid: (h, w).
         cls: whether the cls row is wanted; the table then must have it.
-
-    Returns:
-        (H*W, C) or (1 + H*W, C), of the table's dtype; a part of the table if the grids agree.
     """
     if cls and grid == table_grid:
         return p[0, :, :]
@@ -133,13 +108,7 @@ def positions(p: Array, grid: tuple[int, int], table_grid: tuple[int, int], cls:
 
 
 def position_forward(
-    p: Array,
-    x: Array,
-    ops: Ops,
-    grid: tuple[int, int],
-    table_grid: tuple[int, int],
-    cls: bool,
-    keep: bool = True,
+    p: Array, x: Array, ops: Ops, grid: Grid, table_grid: Grid, cls: bool, keep: bool = True
 ) -> tuple[Array, PositionCache | None]:
     """x plus the (resized) table.
 
@@ -153,7 +122,7 @@ def position_forward(
         grid: (H, W) of the tokens.
         table_grid: (h, w) of the table.
         cls: whether x starts with the cls token; the table then must have its row.
-        keep: whether a cache for the backward is returned; without it, it is None.
+        keep: whether to return a cache for the backward.
 
     Returns:
         y, x's shape and dtype, and the cache.
@@ -195,7 +164,7 @@ def position_backward(
     return dy, dtable
 
 
-def _cls_rows(table: Array, table_grid: tuple[int, int]) -> int:
+def _cls_rows(table: Array, table_grid: Grid) -> int:
     """1 if the table has a row for the cls token before those of its grid, else 0."""
     return table.shape[1] - table_grid[0] * table_grid[1]
 

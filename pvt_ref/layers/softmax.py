@@ -7,11 +7,7 @@ from pvt_ref.tree import record
 
 @record
 class SoftmaxCache:
-    """What :func:`softmax_backward` needs.
-
-    Attributes:
-        y: (..., m), the forward's result, not a copy.
-    """
+    """What :func:`softmax_backward` needs: the forward's result y (..., m), not a copy."""
 
     y: Array
 
@@ -24,10 +20,10 @@ def softmax_forward(
     The row's maximum is subtracted first: it cancels in the quotient, and exp cannot overflow.
 
     Args:
-        p: None; there are no weights.
+        p: None.
         x: (..., m), finite, float32 or float64.
         ops: not asked.
-        keep: whether a cache for the backward is returned; without it, it is None.
+        keep: whether to return a cache for the backward.
 
     Returns:
         y (..., m) of x's dtype, rows of non-negative numbers that sum to 1, and the cache.

@@ -7,11 +7,7 @@ from pvt_ref.tree import record
 
 @record
 class SumRowsCache:
-    """What :func:`sum_rows_backward` needs.
-
-    Attributes:
-        rows: how many there were.
-    """
+    """How many rows there were."""
 
     rows: int
 
@@ -22,10 +18,10 @@ def sum_rows_forward(
     """y_j = sum_r x_rj, accumulated in float64.
 
     Args:
-        p: None; there are no weights.
+        p: None.
         x: (rows, C), float32 or float64.
         ops: not asked.
-        keep: whether a cache for the backward is returned; without it, it is None.
+        keep: whether to return a cache for the backward.
 
     Returns:
         y (C,) of x's dtype, and the cache.

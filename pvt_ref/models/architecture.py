@@ -1,15 +1,14 @@
 """What the rest of the package knows of a network: one row of functions and names.
 
-A network lives in a folder of its own, with its configuration, its parameters and its passes, and
-is entered in ``models/__init__.py``. Everybody else (checks, files, training, reports, the command
-line) takes a configuration, looks up its row, and asks the row.
+A network lives in a folder of its own and is entered in ``models/__init__.py``. Everybody else
+(checks, files, training, reports, the command line) looks up the row of a configuration.
 """
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple
 
 from pvt_ref.arrays import Array
 from pvt_ref.errors import ArrayTypeError, shown
@@ -18,13 +17,9 @@ from pvt_ref.ops import Operation, Ops
 
 
 class Leaf(NamedTuple):
-    """What one array of the parameters has to be.
+    """What one array of the parameters has to be: its key in the state dict, and its shape.
 
-    Attributes:
-        key: its name in the state dict, which is also its path in the record of parameters.
-        shape: its shape.
-        init: how it is drawn; see :func:`pvt_ref.init_params`.
-        fan_in: numbers that one output is made of, C_in P P, where init is ``"uniform"``.
+    init says how it is drawn (:func:`pvt_ref.init_params`); ``"uniform"`` needs fan_in, C_in P P.
     """
 
     key: str
@@ -36,10 +31,8 @@ class Leaf(NamedTuple):
 class Place(NamedTuple):
     """Where an operation stands, read off its path.
 
-    Attributes:
-        stage: from 1; 0 is the classifier.
-        block: of the stage, from 0; None outside the blocks.
-        part: what is left of the path: ``"attn.q"``, ``"patch_embed"``.
+    Stages count from 1, and 0 is the classifier; blocks of a stage from 0, and None is outside of
+    them; part is what is left of the path: ``"attn.q"``, ``"patch_embed"``.
     """
 
     stage: int
@@ -47,65 +40,18 @@ class Place(NamedTuple):
     part: str
 
 
-@runtime_checkable
-class Config(Protocol):
-    """What every configuration offers: a frozen dataclass with these fields among its own."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def img_size(self) -> int:
-        """Side in pixels of the square image that it is made for."""
-        ...
-
-    @property
-    def in_chans(self) -> int:
-        """Channels of the image."""
-        ...
-
-    @property
-    def num_classes(self) -> int:
-        """Outputs of the classifier; 0 if there is none."""
-        ...
-
-    @property
-    def drop_path_rate(self) -> float:
-        """Of the last block."""
-        ...
-
-    @property
-    def has_classifier(self) -> bool:
-        """Whether there are logits."""
-        ...
-
-    @property
-    def size_multiple(self) -> int:
-        """Smallest number of which H and W must be multiples for no pixel to be lost."""
-        ...
-
-    @property
-    def channels(self) -> tuple[int, ...]:
-        """Of the feature maps, one a stage."""
-        ...
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Pixels per side of a token in the feature maps, one a stage."""
-        ...
-
-    def grids(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
-        """Token grids of the stages; a ShapeError for a size that it cannot take."""
-        ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Architecture:
     """A network. All passes are unchecked: shapes and dtypes are trusted.
 
+    A configuration is a frozen dataclass. It offers img_size, in_chans, num_classes (0 without a
+    classifier), drop_path_rate, has_classifier, size_multiple, channels and strides of each stage,
+    and ``grids(height, width)``, which raises a ShapeError for a size that it cannot take.
+
     Attributes:
         name: by which files know it, ``"pvt"``.
         title: for people, ``"PVT"``.
-        config_type: a frozen dataclass, see :class:`Config`.
+        config_type: of its configurations.
         params_type: the record of its parameters.
         build_params: ``(config, make) -> params``: every array made by ``make(leaf)``, in the order
             of the state dict. The one place that says which arrays there are.
@@ -124,8 +70,7 @@ class Architecture:
         head: key prefix of the last layer of the classifier.
         variants: published configurations by name.
         aliases: other names of them.
-        files: how files of other projects are read; None if only this project's own are, and state
-            dicts by our keys.
+        files: how files of other projects are read; None if only this project's own are.
     """
 
     name: str
@@ -162,11 +107,7 @@ def architectures() -> Iterator[Architecture]:
 
 
 def architecture_of(config: object) -> Architecture:
-    """The row of a configuration.
-
-    Raises:
-        ArrayTypeError: if config is not a configuration of any network.
-    """
+    """The row of a configuration. Raises ArrayTypeError if config is none of any network."""
     row = _rows.get(type(config))
     if row is None:
         variant = isinstance(config, str) and config in known_variants()
@@ -177,11 +118,6 @@ def architecture_of(config: object) -> Architecture:
             f"order (params, images, config), or (config, rng) for init_params"
         )
     return row
-
-
-def architecture_named(name: str) -> Architecture | None:
-    """The row by its name in files; None if there is none."""
-    return next((row for row in _rows.values() if row.name == name), None)
 
 
 def known_variants() -> dict[str, Any]:
@@ -200,11 +136,7 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=64)  # every forward asks
 def param_shapes(config: Any) -> Mapping[str, tuple[int, ...]]:
-    """Shape of every array by key, in the order of the state dict; read-only.
-
-    Raises:
-        ArrayTypeError: if config is not a configuration.
-    """
+    """Shape of every array by key, in the order of the state dict; read-only."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def note(leaf: Leaf) -> None:
@@ -215,11 +147,7 @@ def param_shapes(config: Any) -> Mapping[str, tuple[int, ...]]:
 
 
 def check_params_type(params: object) -> None:
-    """Refuses what is not a record of parameters.
-
-    Raises:
-        ArrayTypeError: unless params is of a network's own type.
-    """
+    """Refuses what is not a record of parameters of any network. Raises: ArrayTypeError."""
     known = [row.params_type for row in _rows.values()]
     if type(params) not in known:
         raise ArrayTypeError(

@@ -1,7 +1,4 @@
-"""How the parameters of layers and blocks are made, for the ``build_params`` of networks.
-
-Every array is ``make(leaf)``, in the order of the state dict; the key says where it goes.
-"""
+"""The parameters of layers and blocks for ``build_params``: each array is ``make(leaf)``."""
 
 from collections.abc import Callable
 from typing import Any

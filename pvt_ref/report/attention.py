@@ -22,11 +22,9 @@ def attention_maps(
 ) -> dict[tuple[int, int], Array]:
     """Where every query looks, in every block of the stages named: A of paper eq. 4.
 
-    The last stage of a classifier includes the cls token, as query and key 0; a backbone has none.
-
     Args:
-        params: the weights, NumPy or CuPy, float32 or float64; they may lack a classifier.
-        images: (B, in_chans, H, W) normalised floats, as for :func:`pvt_ref.forward`.
+        params: as for :func:`pvt_ref.forward`; they may lack a classifier.
+        images: (B, in_chans, H, W) normalised floats.
         config: the configuration of the weights.
         stages: numbers of stages, from 1; by default, all of the network.
         ops: a table of operations; None takes the default.
@@ -34,14 +32,11 @@ def attention_maps(
     Returns:
         By (stage, block), the attention weights (B, N_i, n_i, m_i) of every head, query and key, of
         params' dtype, rows summing to 1. Stages count from 1, blocks from 0, as in the keys of the
-        weights. Keys are the m_i tokens after spatial reduction, in raster order. With a cls token,
-        the last stage has one query and one key more.
+        weights. Keys are the m_i tokens after spatial reduction, in raster order. The last stage of
+        a classifier has the cls token as query and key 0.
 
     Raises:
-        RangeError: if a stage is not a number of one, or PVT_REF_OPS names no table, as for
-            :func:`pvt_ref.forward`.
-        ArrayTypeError: as :func:`pvt_ref.forward`.
-        ShapeError: as :func:`pvt_ref.forward`.
+        PVTError: as :func:`pvt_ref.forward`; a RangeError also if a stage is not a number of one.
     """
     row = architecture_of(config)
     count = len(config.channels)

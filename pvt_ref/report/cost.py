@@ -1,15 +1,13 @@
 """What a model costs: parameters, multiply-accumulates (MACs) and memory, item by item.
 
-Nothing is known of networks here: a network runs once on arrays without numbers
-(:mod:`pvt_ref.report.shapes`), and its operations are watched.
+A network runs once on arrays without numbers (:mod:`pvt_ref.report.shapes`), and is watched.
 
 MACs, by the rule that reproduces the paper's GFLOPs: every linear and convolution weight counts
 once per token it is applied to, the cls token included; the two products of attention count
 2 n m C per block, patch tokens only; norms, softmax, GELU, biases and resizing are free.
 
 Memory is what inference with the reference operations holds at its fullest: the image, and every
-array alive at the same moment, weights not counted. A test holds it against what Python really
-allocates.
+array alive at the same moment, weights not counted. A test compares it with what Python allocates.
 """
 
 import math
@@ -21,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from pvt_ref.api import choose_ops, default_ops
-from pvt_ref.arrays import FLOAT_DTYPES, Array, is_array
+from pvt_ref.arrays import FLOAT_DTYPES, Array, Grid, is_array
 from pvt_ref.blocks.transformer import BlockSettings
-from pvt_ref.checks import as_size, is_whole
+from pvt_ref.checks import Size, as_size, is_whole
 from pvt_ref.errors import ConfigError, RangeError, shown
 from pvt_ref.layers.attention import attention
 from pvt_ref.layers.linear import linear
@@ -61,18 +59,13 @@ class CostItem:
 
 @dataclass(frozen=True, slots=True)
 class StageShape:
-    """What one stage works on.
+    """What a stage works on: its grid (H_i, W_i), C_i channels, n_i patch tokens and m_i keys.
 
-    Attributes:
-        stage: from 1.
-        grid: (H_i, W_i).
-        channels: C_i.
-        tokens: n_i, patch tokens; the cls token is not among them.
-        keys: m_i, patch tokens that attention looks at, n_i / R_i^2; 0 without attention.
+    keys are n_i / R_i^2 patch tokens; 0 without attention.
     """
 
     stage: int
-    grid: tuple[int, int]
+    grid: Grid
     channels: int
     tokens: int
     keys: int
@@ -90,7 +83,7 @@ class Cost:
         items: one for every operation of every stage.
     """
 
-    size: tuple[int, int]
+    size: Grid
     batch: int
     dtype: str
     stages: tuple[StageShape, ...]
@@ -125,7 +118,7 @@ class Cost:
         return sum(item.cache_bytes for item in self.items)
 
     def of_stage(self, stage: int) -> "Cost":
-        """The part of one stage.
+        """The bill of one stage.
 
         Args:
             stage: from 1; 0 is the classifier.
@@ -150,7 +143,7 @@ class Cost:
 
 def count_cost(
     config: Any,
-    size: int | tuple[int, int] | None = None,
+    size: Size | None = None,
     batch: int = 1,
     dtype: str = "float32",
     pyramid: bool = False,
@@ -166,14 +159,12 @@ def count_cost(
             head, and all maps stay alive.
 
     Returns:
-        The bill. Parameters do not depend on size; the weights that a pyramid leaves unused are
-        not in its bill.
+        The bill. Weights that a pyramid leaves unused are not in it.
 
     Raises:
         ShapeError: if size is not one or two whole numbers, or the model cannot take it.
         ArrayTypeError: if config is no configuration.
-        RangeError: if batch is not a positive whole number, dtype another, or pyramid neither
-            True nor False.
+        RangeError: if another argument is none of the above.
         ConfigError: if the pyramid of a network without one is asked for.
     """
     run = _checked_run(config, size, batch, dtype, pyramid)
@@ -194,26 +185,21 @@ def count_cost(
 
 def cache_bytes(
     config: Any,
-    size: int | tuple[int, int] | None = None,
+    size: Size | None = None,
     batch: int = 1,
     dtype: str = "float32",
     pyramid: bool = False,
     *,
     ops: Ops | None = None,
 ) -> dict[Place, int]:
-    """Bytes that the backward's cache holds, by stage, block and operation.
+    """Bytes that the backward's cache holds, by stage, block and operation, where it is not empty.
 
-    Arguments as for :func:`count_cost`; ops None takes the default table for NumPy arrays. Of the
-    readable operations bytes are read off shapes. A twin keeps what it likes: it runs once for
-    every shape that it meets, on zeros, one block a stage. What several operations need counts for
-    the first; what holds nothing is left out.
+    Arguments as for :func:`count_cost`; ops None takes the default table for NumPy arrays. A twin
+    keeps what it likes: it runs once for every shape that it meets, on zeros, one block a stage.
     """
     run = _checked_run(config, size, batch, dtype, pyramid)
     table = default_ops(np.empty(0, dtype)) if ops is None else choose_ops(ops, None, run.row)
     return _kept_bytes(run, table)
-
-
-# A watched run ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +208,7 @@ class _Run:
 
     row: Architecture
     config: Any
-    size: tuple[int, int]
+    size: Grid
     batch: int
     dtype: str
     pyramid: bool

@@ -2,12 +2,10 @@
 
 from typing import Any
 
-import numpy as np
-
 from pvt_ref.api import forward_pyramid_with_cache, forward_with_cache
 from pvt_ref.arrays import Array, array_module, quietly
 from pvt_ref.checks import check_images
-from pvt_ref.draws import Draws
+from pvt_ref.draws import Source
 from pvt_ref.models.architecture import architecture_of, check_params_type
 from pvt_ref.ops import REFERENCE, Call
 from pvt_ref.tree import first_array, named_arrays, named_records
@@ -18,10 +16,7 @@ class _FoundError(Exception):
 
 
 def first_non_finite(
-    tree: Any,
-    images: Array | None = None,
-    config: Any = None,
-    rng: np.random.Generator | Draws | None = None,
+    tree: Any, images: Array | None = None, config: Any = None, rng: Source = None
 ) -> str:
     """A sentence on the first array that is NaN or infinite.
 
@@ -35,10 +30,7 @@ def first_non_finite(
         What was found, in the order weights, images, outputs from the first layer to the last.
 
     Raises:
-        ArrayTypeError: if tree is no record of parameters; also as
-            :func:`pvt_ref.forward_with_cache`, if there are images and config.
-        ShapeError: as :func:`pvt_ref.forward_with_cache`, if there are images and config.
-        ConfigError: as :func:`pvt_ref.forward_with_cache`, if there are images and config.
+        PVTError: as :func:`pvt_ref.forward_with_cache`, if tree, images or config do not fit.
     """
     check_params_type(tree)
     for key, x in named_arrays(tree):

@@ -16,15 +16,8 @@ class Items:
     ``blocks/`` ask for, if the table has no twin of these. So the norm inside a patch embedding
     belongs to it, while a block is told by its parts, unless a kernel computes it at once.
 
-    Attributes:
-        item: the place of the item under way; None between two.
-
-    Args:
-        row: the network.
-        ops: the table that is watched.
-        begin: called with an item, when it begins.
-        end: called with an item and its call, when it has returned.
-        inner: called with every operation that returns inside an item, itself included.
+    ``begin(item)`` is called when an item begins, ``end(item, call)`` when it has returned, and
+    ``inner(item, call)`` for every operation that returns inside an item, itself included.
     """
 
     def __init__(

@@ -91,12 +91,7 @@ class ShapeArray:
 
 
 class Shapes:
-    """The functions on such arrays, as ``numpy`` has them, and the bytes of those made here.
-
-    Attributes:
-        alive: bytes of the arrays that there are, views not counted twice.
-        peak: the most that were alive at once since it was last set.
-    """
+    """The functions on such arrays, as ``numpy`` has them; alive and peak count their bytes."""
 
     __name__ = "shapes"
     float64 = np.dtype(np.float64)
@@ -181,16 +176,8 @@ class Shapes:
 
 
 def _broadcast(*shapes: Shape) -> Shape:
-    if all(shape == shapes[0] for shape in shapes):
-        return shapes[0]
-    width = max(map(len, shapes))
-    columns = zip(*((1,) * (width - len(shape)) + shape for shape in shapes), strict=True)
-    result = []
-    for sizes in columns:
-        result.append(max(sizes))
-        if not {1, result[-1]}.issuperset(sizes):
-            raise ValueError(f"{' and '.join(map(str, shapes))} do not broadcast")
-    return tuple(result)
+    same = all(shape == shapes[0] for shape in shapes)
+    return shapes[0] if same else np.broadcast_shapes(*shapes)
 
 
 def _strides_of_view(shape: Shape, strides: Shape, new: Shape) -> Shape | None:

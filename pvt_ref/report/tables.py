@@ -15,11 +15,7 @@ def one_line(text: str) -> str:
 def text_table(
     columns: Iterable[str], rows: Iterable[Iterable[str]], total: Iterable[str] | None = None
 ) -> str:
-    """An aligned table in ASCII; the first column to the left, numbers to the right.
-
-    Cells are shown as text: neither brackets nor control characters in them do anything. A total
-    stands under a rule.
-    """
+    """An aligned table in ASCII; cells are shown as text, whatever brackets they hold."""
     from rich.box import Box  # slow to import, and needed only when something is printed
     from rich.console import Console
     from rich.table import Table

@@ -19,11 +19,7 @@ from pvt_ref.report.items import Items
 def time_stages(
     params: Any, images: Array, config: Any, repeats: int = 5, *, ops: Ops | None = None
 ) -> list[float]:
-    """Median seconds of every stage in a forward, and last of what follows the last block.
-
-    Without a classifier the pyramid is run. Raises as :func:`pvt_ref.forward`, and a RangeError if
-    repeats is no positive whole number. A first pass warms up.
-    """
+    """Median seconds of every stage in a forward (or pyramid), and of what follows the last."""
     row, table, run = _run(params, images, config, repeats, ops)
     ends = [0.0] * (len(config.channels) + 1)  # of each stage; from 0, the beginning
 
@@ -44,7 +40,7 @@ def time_stages(
 def time_operations(
     params: Any, images: Array, config: Any, repeats: int = 5, *, ops: Ops | None = None
 ) -> dict[tuple[int, str], float]:
-    """Median seconds by stage and operation, named as the items of :func:`pvt_ref.count_cost` are.
+    """Median seconds by stage and operation, named as in :func:`pvt_ref.count_cost`.
 
     Of the default table one kernel may do the work of a whole block; REFERENCE tells its parts.
     """

@@ -1,6 +1,7 @@
 """Layer norm by tiles of rows; means are products with a vector of ones, which BLAS is fast at."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -118,16 +119,17 @@ def layer_norm_backward(
 ) -> tuple[np.ndarray, LayerNormParams]:
     """As :func:`pvt_ref.layers.layer_norm.layer_norm_backward`."""
     shape = cache.x_hat.shape
-    dx, products = np.empty(dy.shape, dy.dtype), np.empty(shape, dy.dtype)
-    dy_rows, dx_rows = dy.reshape(shape), np.reshape(dx, shape, copy=False)
+    dx, products, dy_rows = (
+        np.empty(dy.shape, dy.dtype),
+        np.empty(shape, dy.dtype),
+        dy.reshape(shape),
+    )
 
-    def work(tiles: list[slice], scratch: Scratch) -> None:
-        for rows in tiles:
-            x_hat = cache.x_hat[rows]
-            np.multiply(dy_rows[rows], x_hat, out=products[rows])
-            _dx_rows(p, x_hat, cache.rstd[rows], dy_rows[rows], dx_rows[rows], scratch)
+    def work(x_hat: Any, rstd: Any, dy: Any, dx: Any, products: Any, scratch: Scratch) -> None:
+        np.multiply(dy, x_hat, out=products)
+        _dx_rows(p, x_hat, rstd, dy, dx, scratch)
 
-    tiling.run(work, len(dx_rows), tiling.rows(dy.shape[-1]))
+    tiling.by_rows(work, cache.x_hat, cache.rstd, dy_rows, dx, products)
     dweight, _ = ops[sum_rows].forward(None, products, ops, keep=False)
     dbias, _ = ops[sum_rows].forward(None, dy_rows, ops, keep=False)
     return dx, LayerNormParams(dweight, dbias)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -34,9 +35,6 @@ def times_weight_rows(dy: np.ndarray, p: LinearParams, dx: np.ndarray, scratch: 
     share_columns(work, dx.shape[1], scratch)
 
 
-# Sums over rows ---------------------------------------------------------------------------------
-
-
 @functools.lru_cache(maxsize=64)
 def ones(n: int, dtype: np.dtype) -> np.ndarray:
     """(n,) ones, to add up by a matrix product; read-only, since calls share them."""
@@ -64,9 +62,6 @@ class Sums(dict[str, np.ndarray]):
 def add_up(pieces: Sequence[Sums], name: str, dtype: np.dtype) -> np.ndarray:
     """The sum of that name over all pieces."""
     return np.sum([sums[name] for sums in pieces], axis=0).astype(dtype)
-
-
-# Gradients of weights ---------------------------------------------------------------------------
 
 
 def weight_gradients(
@@ -102,9 +97,6 @@ def weight_gradients(
     return results
 
 
-# The twin ---------------------------------------------------------------------------------------
-
-
 def bias_gradient(p: LinearParams, dy: np.ndarray, ops: Ops) -> np.ndarray | None:
     """The sum of dy (rows, C_out) over the rows, from the table; None where there is no bias."""
     if p.bias is None:
@@ -116,15 +108,8 @@ def linear_forward(
     p: LinearParams, x: np.ndarray, ops: Ops, keep: bool = True, *, tiling: Tiling
 ) -> tuple[np.ndarray, LinearCache | None]:
     """As :func:`pvt_ref.layers.linear.linear_forward`."""
-    C_out, C_in = p.weight.shape
-    y = np.empty((*x.shape[:-1], C_out), x.dtype)
-    x_rows, y_rows = x.reshape(-1, C_in), np.reshape(y, (-1, C_out), copy=False)
-
-    def work(tiles: list[slice], scratch: Scratch) -> None:
-        for rows in tiles:
-            linear_rows(p, x_rows[rows], y_rows[rows], scratch)
-
-    tiling.run(work, len(y_rows), tiling.rows(C_in + C_out))
+    y = np.empty((*x.shape[:-1], p.weight.shape[0]), x.dtype)
+    tiling.by_rows(partial(linear_rows, p), x, y, width=sum(p.weight.shape))
     return y, LinearCache(x) if keep else None
 
 
@@ -134,13 +119,12 @@ def linear_backward(
     """As :func:`pvt_ref.layers.linear.linear_backward`."""
     C_out, C_in = p.weight.shape
     dx = np.empty(cache.x.shape, dy.dtype)
-    dy_rows, dx_rows = dy.reshape(-1, C_out), np.reshape(dx, (-1, C_in), copy=False)
 
-    def work(tiles: list[slice], scratch: Scratch) -> None:
-        for rows in tiles:
-            times_weight_rows(dy_rows[rows], p, dx_rows[rows], scratch)
+    def work(dy: np.ndarray, dx: np.ndarray, scratch: Scratch) -> None:
+        times_weight_rows(dy, p, dx, scratch)
 
-    tiling.run(work, len(dy_rows), tiling.rows(C_in + C_out))
+    tiling.by_rows(work, dy, dx, width=C_in + C_out)
+    dy_rows = dy.reshape(-1, C_out)
     dbias = bias_gradient(p, dy_rows, ops)
     (dweight,) = weight_gradients([(dy_rows, cache.x.reshape(-1, C_in), None)], tiling)
     return dx, LinearParams(dweight, dbias)

@@ -30,13 +30,7 @@ from pvt_ref.tree import record
 
 @record
 class Projection:
-    """What the patches go through.
-
-    Attributes:
-        proj: weight as a matrix (C_out, P*P*C_in), columns in a patch's order, and bias (C_out,).
-        norm: weight and bias (C_out,).
-        P: side of a patch.
-    """
+    """What patches go through: a matrix (C_out, P*P*C_in), columns in order, and a norm."""
 
     proj: LinearParams
     norm: LayerNormParams
@@ -59,13 +53,7 @@ def projection(proj: LinearParams, norm: LayerNormParams, tiling: Tiling) -> Pro
 
 @record
 class EmbeddedCache:
-    """What the backward needs of all patches, n of them in the batch.
-
-    Attributes:
-        patches: (n, P*P*C_in), one flattened patch a row.
-        norm: of the norm over (n, C_out).
-        projection: the weights in their order.
-    """
+    """What the backward needs: all patches (n, P*P*C_in), the norm over (n, C_out), the weights."""
 
     patches: np.ndarray
     norm: LayerNormCache
@@ -90,8 +78,7 @@ def embed_rows(
 ) -> None:
     """y (patches, C_out) becomes LN(patches W^T + b); the cache keeps these rows, unless None.
 
-    sources are views as :func:`as_patches` makes them, (lines, patches, P, P, C_in) each, which
-    hold the patches one after the other.
+    sources are views as :func:`as_patches` makes them, which hold the patches one after the other.
     """
     width = projection.proj.weight.shape[1]
     if cache is None:
@@ -145,12 +132,7 @@ def as_patches(x: np.ndarray, P: int) -> np.ndarray:
 
 @record
 class PatchEmbedCache:
-    """What :func:`patch_embed_backward` needs.
-
-    Attributes:
-        embedded: of the patches.
-        map_shape: (B, H, W, C_in).
-    """
+    """What :func:`patch_embed_backward` needs; map_shape is (B, H, W, C_in)."""
 
     embedded: EmbeddedCache
     map_shape: tuple[int, ...]

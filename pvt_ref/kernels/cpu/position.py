@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from pvt_ref.arrays import Grid
 from pvt_ref.kernels.cpu.threads import Scratch
 from pvt_ref.kernels.cpu.tiling import Kernel, Tiling, by_group
 from pvt_ref.layers.position import PositionCache, position, positions
@@ -12,8 +13,8 @@ def position_forward(
     p: np.ndarray,
     x: np.ndarray,
     ops: Ops,
-    grid: tuple[int, int],
-    table_grid: tuple[int, int],
+    grid: Grid,
+    table_grid: Grid,
     cls: bool,
     keep: bool = True,
     *,
@@ -33,11 +34,4 @@ def position_forward(
     return y, PositionCache(grid, table_grid, cls) if keep else None
 
 
-def position_backward(
-    p: np.ndarray, cache: PositionCache, dy: np.ndarray, ops: Ops, *, tiling: Tiling
-) -> tuple[np.ndarray, np.ndarray]:
-    """The readable one: it only sums over the batch."""
-    return position.backward(p, cache, dy, ops)
-
-
-position_kernel = Kernel(position, position_forward, position_backward)
+position_kernel = Kernel(position, position_forward, None)  # back, it only sums over the batch

@@ -13,16 +13,13 @@ def softmax_forward(
 ) -> tuple[np.ndarray, SoftmaxCache | None]:
     """As :func:`pvt_ref.layers.softmax.softmax_forward`."""
     y = np.empty(x.shape, x.dtype)
-    x_rows, y_rows = x.reshape(-1, x.shape[-1]), np.reshape(y, (-1, x.shape[-1]), copy=False)
 
-    def work(tiles: list[slice], scratch: Scratch) -> None:
-        for rows in tiles:
-            tile, y_tile = x_rows[rows], y_rows[rows]
-            np.subtract(tile, np.maximum.reduce(tile, axis=1, keepdims=True), y_tile)
-            np.exp(y_tile, y_tile)
-            np.divide(y_tile, np.add.reduce(y_tile, axis=1, keepdims=True), y_tile)
+    def work(x: np.ndarray, y: np.ndarray, scratch: Scratch) -> None:
+        np.subtract(x, np.maximum.reduce(x, axis=1, keepdims=True), y)
+        np.exp(y, y)
+        np.divide(y, np.add.reduce(y, axis=1, keepdims=True), y)
 
-    tiling.run(work, len(y_rows), tiling.rows(y_rows.shape[1]))
+    tiling.by_rows(work, x, y)
     return y, SoftmaxCache(y) if keep else None
 
 
@@ -31,19 +28,14 @@ def softmax_backward(
 ) -> tuple[np.ndarray, None]:
     """As :func:`pvt_ref.layers.softmax.softmax_backward`."""
     dx = np.empty(dy.shape, dy.dtype)
-    shape = (-1, dy.shape[-1])
-    y_rows, dy_rows = cache.y.reshape(shape), dy.reshape(shape)
-    dx_rows = np.reshape(dx, shape, copy=False)
 
-    def work(tiles: list[slice], scratch: Scratch) -> None:
-        for rows in tiles:
-            y, tile = y_rows[rows], dx_rows[rows]
-            product = scratch("softmax.product", *y.shape, dtype=y.dtype)
-            np.multiply(dy_rows[rows], y, out=tile)
-            np.multiply(y, np.add.reduce(tile, axis=1, keepdims=True), out=product)
-            tile -= product
+    def work(y: np.ndarray, dy: np.ndarray, dx: np.ndarray, scratch: Scratch) -> None:
+        product = scratch("softmax.product", *y.shape, dtype=y.dtype)
+        np.multiply(dy, y, out=dx)
+        np.multiply(y, np.add.reduce(dx, axis=1, keepdims=True), out=product)
+        dx -= product
 
-    tiling.run(work, len(dx_rows), tiling.rows(dx_rows.shape[1]))
+    tiling.by_rows(work, cache.y, dy, dx)
     return dx, None
 
 

@@ -21,13 +21,8 @@ _TWINS = (position_kernel, block_kernel)
 
 #: What the block computes itself. They serve outside of it, and where it steps aside.
 _PARTS = (
-    linear_kernel,
-    layer_norm_kernel,
-    gelu_kernel,
-    softmax_kernel,
-    attention_kernel,
-    patch_embed_kernel,
-    mlp_kernel,
+    *(linear_kernel, layer_norm_kernel, gelu_kernel, softmax_kernel),
+    *(attention_kernel, patch_embed_kernel, mlp_kernel),
 )
 
 

@@ -47,8 +47,7 @@ def by_group(rows: slice, size: int) -> Iterator[tuple[int, slice, slice]]:
 def share_columns(work: Callable[[slice, Scratch], Any], width: int, scratch: Scratch) -> list[Any]:
     """work(columns, scratch) for columns that make up ``slice(0, width)``; its results, in order.
 
-    All at once where every thread has its own rows; in parts, on several threads, where the rows
-    were too few to be shared.
+    On several threads only where the rows were too few to be shared.
     """
     parts = max(1, min(scratch.threads, width // _COLUMNS_WORTH_A_THREAD))
     if parts == 1:
@@ -76,10 +75,8 @@ def cache_size() -> int:
 def elements_for(cache: int) -> int:
     """How many numbers the widest array of a tile has, for a second-level cache of so many bytes.
 
-    2^18 numbers, 1 MiB of float32, where the cache holds them; in a smaller one the largest power
-    of two that it holds, but at least 2^15. More than 2^18 gain nothing: products are at their full
-    speed, and what else a tile needs wants room too. The number decides how sums are rounded, so
-    it comes from the cache's size, and not from a timing.
+    At most 2^18, 1 MiB of float32: more gain nothing. Else the largest power of two that it holds,
+    or 2^15. The number decides how sums are rounded, so it comes from no timing.
     """
     return min(2**18, max(2**15, 2 ** (max(1, cache // 4).bit_length() - 1)))
 
@@ -90,20 +87,18 @@ class Tiling:
 
     Attributes:
         threads: at most so many; None for as many as NumPy's matrix products would use.
-        elements: numbers in the widest array of a tile of rows, if a row has no more than 1,024; of
-            wider ones, a tile has as many rows as if it had 1,024. Larger tiles leave the cache;
-            smaller ones make slow matrix products, and threads that wait for each other: they take
-            turns at the interpreter between any two NumPy calls.
+        elements: numbers in the widest array of a tile of rows; a row wider than 1,024 counts as
+            1,024. Larger tiles leave the cache; smaller ones make slow matrix products, and threads
+            that wait for each other: they take turns at the interpreter between NumPy calls.
     """
 
     threads: int | None = None
     elements: int = 2**18
 
     def scope(self) -> AbstractContextManager[None]:
-        """Nothing to set up.
+        """Nothing to set up: the number of BLAS threads is set around the work that is shared.
 
-        The number of BLAS threads is set around the work that is shared (3 microseconds), not
-        around the whole call: readable and replaced operations keep the threads of their products.
+        Readable and replaced operations keep the threads of their products.
         """
         return nullcontext()
 
@@ -132,6 +127,20 @@ class Tiling:
         tiles = [list(cut(slice(*ends), size)) for ends in pairwise(bounds)]
         return run_pieces(work, tiles, threads)
 
+    def by_rows(self, work: Callable[..., Any], *arrays: Any, width: int | None = None) -> None:
+        """work(*tiles, scratch) for all tiles of the rows of arrays; what it writes is contiguous.
+
+        The widest array of a tile has width numbers in a row; None takes the first array's.
+        """
+        rows = [x.reshape(-1, x.shape[-1]) for x in arrays]
+
+        def run(tiles: list[slice], scratch: Scratch) -> None:
+            for tile in tiles:
+                work(*(x[tile] for x in rows), scratch)
+
+        count, own = rows[0].shape
+        self.run(run, count, self.rows(width or own))
+
 
 @dataclass(frozen=True, slots=True)
 class _WithTiling:
@@ -145,14 +154,14 @@ class _WithTiling:
 
 
 class Kernel(NamedTuple):
-    """A twin whose functions take their settings by name."""
+    """A twin whose functions take their settings by name; without a backward, the readable one."""
 
     readable: Operation
     forward: Callable[..., Any]
-    backward: Callable[..., Any]
+    backward: Callable[..., Any] | None
     absorbs: tuple[Operation, ...] = ()
 
     def with_tiling(self, tiling: Tiling) -> Operation:
         """The twin as the table has it."""
-        forward, backward = (_WithTiling(f, tiling) for f in (self.forward, self.backward))
-        return Operation(forward, backward, self.absorbs)
+        backward = _WithTiling(self.backward, tiling) if self.backward else self.readable.backward
+        return Operation(_WithTiling(self.forward, tiling), backward, self.absorbs)

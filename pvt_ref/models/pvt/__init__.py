@@ -20,6 +20,8 @@ from pvt_ref.models.pvt.config import ALIASES, VARIANTS, PVTConfig, describe
 from pvt_ref.models.pvt.files import FILES
 from pvt_ref.models.pvt.params import PVTParams, build_params
 
+_LAYERS = (linear, layer_norm, gelu, softmax, dropout, drop_path, patch_embed, position, sum_rows)
+
 
 def place(path: str) -> Place | None:
     """Where an operation of a PVT stands: paths begin with the keys of the weights."""
@@ -41,22 +43,7 @@ PVT = Architecture(
     backward=model.backward,
     forward_pyramid=model.forward_pyramid,
     backward_pyramid=model.backward_pyramid,
-    operations=frozenset(
-        {
-            *(
-                linear,
-                layer_norm,
-                gelu,
-                softmax,
-                dropout,
-                drop_path,
-                patch_embed,
-                position,
-                sum_rows,
-            ),
-            *(attention, sra, mlp, block, blocks),
-        }
-    ),
+    operations=frozenset({*_LAYERS, attention, sra, mlp, block, blocks}),
     place=place,
     describe=describe,
     stem="patch_embed1.proj.weight",

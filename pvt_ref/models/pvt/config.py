@@ -27,22 +27,9 @@ MAX_DEPTH = 1000
 
 @dataclass(frozen=True, slots=True)
 class StageConfig:
-    """What one stage needs to know, read off :class:`PVTConfig` by :meth:`PVTConfig.of_stage`.
+    """What one stage needs to know, by the names of :class:`PVTConfig`, which makes it.
 
-    Attributes:
-        patch_size: P_i, in pixels or tokens of what comes in.
-        embed_dim: C_i.
-        num_heads: N_i.
-        hidden_dim: E_i C_i.
-        depth: L_i.
-        sr_ratio: R_i.
-        scale: 1 / sqrt(d) with d = C_i / N_i, or qk_scale.
-        drop_rate: as in PVTConfig.
-        attn_drop_rate: as in PVTConfig.
-        drop_path_rates: one per block of the stage.
-        norm_eps: as in PVTConfig.
-        projection_norm_eps: as in PVTConfig.
-        blocks: what each block is told.
+    hidden_dim is E_i C_i; scale 1 / sqrt(C_i / N_i) or qk_scale; blocks what each block is told.
     """
 
     patch_size: int
@@ -214,8 +201,7 @@ class PVTConfig:
     def of_stage(self, i: int) -> StageConfig:
         """Everything stage i needs, drop-path rates included.
 
-        Drop-path rates rise in a line from the first block of the network to the last (Huang et al.
-        2016, arXiv 1603.09382, section 3).
+        The rates rise in a line from the first block to the last (arXiv 1603.09382, section 3).
 
         Args:
             i: 1 to 4, as in the paper.
@@ -245,12 +231,7 @@ class PVTConfig:
         Raises:
             RangeError: if i is anything else.
         """
-        warnings.warn(
-            "config.stage(i) counts stages from 0; config.of_stage(i) counts them from 1, as the "
-            "paper does",
-            FutureWarning,
-            stacklevel=2,
-        )
+        warn_of_stage("config")
         if not is_whole(i) or not 0 <= i < NUM_STAGES:
             raise RangeError(
                 f"stage {shown(i)} is asked for; stages count from 0 to {NUM_STAGES - 1}"
@@ -268,8 +249,7 @@ class PVTConfig:
             ((H_1, W_1), ..., (H_4, W_4)).
 
         Raises:
-            ShapeError: if these are no whole numbers, or a border of the image would fall outside
-                the last whole patch or block.
+            ShapeError: if these are no whole numbers, or border pixels would be lost.
         """
         g = self.size_multiple
         if not all(is_whole(side) and abs(side) < TOO_LARGE for side in (height, width)):
@@ -293,6 +273,16 @@ class PVTConfig:
     def table_sides(self) -> tuple[int, ...]:
         """Side of the square grid that each stage's position table belongs to."""
         return tuple(self.img_size // s for s in self.strides)
+
+
+def warn_of_stage(owner: str) -> None:
+    """What the old method says, to its caller."""
+    warnings.warn(
+        f"{owner}.stage(i) counts stages from 0; {owner}.of_stage(i) counts them from 1, as the "
+        f"paper does",
+        FutureWarning,
+        stacklevel=3,
+    )
 
 
 @functools.lru_cache(maxsize=64)  # every forward asks
@@ -372,27 +362,13 @@ ALIASES = {"pvt_v1_huge": "pvt_huge_v2"}
 
 #: Fields in which a model may differ from a variant and still be called by its name.
 _NOT_STRUCTURE = (
-    "img_size",
-    "in_chans",
-    "num_classes",
-    "norm_eps",
-    "projection_norm_eps",
-    "drop_rate",
-    "attn_drop_rate",
-    "drop_path_rate",
+    *("img_size", "in_chans", "num_classes", "norm_eps", "projection_norm_eps"),
+    *("drop_rate", "attn_drop_rate", "drop_path_rate"),
 )
 
 
 def describe(config: PVTConfig) -> str:
-    """A configuration in a few words: ``pvt_tiny, 1000 classes, 224 px``.
-
-    Args:
-        config: the configuration.
-
-    Returns:
-        Name of the variant (or that it is none), classes, image size in pixels, and channels if
-        they are not three.
-    """
+    """A configuration in a few words: ``pvt_tiny, 1000 classes, 224 px``."""
     name = "custom configuration"
     for candidate, variant in VARIANTS.items():
         same = {field: getattr(config, field) for field in _NOT_STRUCTURE}

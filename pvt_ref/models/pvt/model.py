@@ -1,10 +1,10 @@
-"""The whole network: four stages, read out as class logits or as a pyramid of feature maps.
+"""The whole network: its stages, read out as class logits or as a pyramid of feature maps.
 
 This file says in what order the operations are applied, and the backward says it in reverse; what
 they compute stands in layers/ and blocks/. The stages are those of sections 3.1 and 3.2 of the
-paper (Wang et al., ICCV 2021, arXiv 2102.12122). Two readings share them but differ in the fourth,
-as the authors' classifier and their dense backbones do: :func:`forward` starts it with the cls
-token (section 4.1), :func:`forward_pyramid` does not (section 4.2).
+paper. Two readings share them but differ in the fourth, as the authors' classifier and their dense
+backbones do: :func:`forward` starts it with the cls token (section 4.1), :func:`forward_pyramid`
+does not (section 4.2). A columnar ViT is the same classifier with one stage.
 
 Nothing is checked here: :mod:`pvt_ref.api` does that, and calls these functions.
 """
@@ -12,59 +12,38 @@ Nothing is checked here: :mod:`pvt_ref.api` does that, and calls these functions
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from pvt_ref.arrays import Array, array_module
+from pvt_ref.arrays import Array, Grid, array_module
 from pvt_ref.blocks.transformer import blocks
-from pvt_ref.draws import Draws, What, generator_at
+from pvt_ref.draws import Source, What, generator_at
 from pvt_ref.layers.dropout import dropout
 from pvt_ref.layers.layer_norm import layer_norm
 from pvt_ref.layers.linear import linear
 from pvt_ref.layers.patch_embed import patch_embed
 from pvt_ref.layers.position import position, positions
 from pvt_ref.layers.sum_rows import sum_rows
-from pvt_ref.models.pvt.config import NUM_STAGES, PVTConfig
-from pvt_ref.models.pvt.params import PVTParams, StageParams
+from pvt_ref.models.pvt.params import StageParams
 from pvt_ref.ops import Ops
-from pvt_ref.tree import record, zeros_like
-
-STAGES = range(1, NUM_STAGES + 1)
-
-#: What the masks are drawn from; see :mod:`pvt_ref.draws`.
-Source = np.random.Generator | Draws | None
+from pvt_ref.tree import record
 
 
 @record
 class StageCache:
-    """The caches of the parts of stage i, each for its own backward.
+    """The caches of the parts of stage i; drop is None if nothing was dropped.
 
-    Attributes:
-        patch_embed: of the patch embedding, which made (B, n_i, C_i).
-        position: of the position embedding.
-        drop: of the dropout after it; None if nothing was dropped.
-        blocks: of the L_i blocks.
-        grid: (H_i, W_i).
-        cls: whether the first token is the cls token.
+    grid is (H_i, W_i); cls says whether the first token is the cls token.
     """
 
     patch_embed: Any
     position: Any
     drop: Any
     blocks: Any
-    grid: tuple[int, int]
+    grid: Grid
     cls: bool
 
 
 @record
 class ClassifierCache:
-    """What :func:`backward` needs.
-
-    Attributes:
-        stages: the caches of the four stages.
-        norm: of the final norm over (B, 1 + n_4, C_4).
-        head: of the head, whose input is the cls row (B, C_4).
-        tokens_shape: (B, 1 + n_4, C_4), of stage 4.
-    """
+    """What :func:`backward` needs: the caches of the parts, and the shape of the last tokens."""
 
     stages: tuple[StageCache, ...]
     norm: Any
@@ -72,15 +51,13 @@ class ClassifierCache:
     tokens_shape: tuple[int, ...]
 
 
-def prepare(params: PVTParams, config: PVTConfig, size: tuple[int, int]) -> tuple[Array, ...]:
-    """What a forward of images of that size would make of the position tables.
+def prepare(params: Any, config: Any, size: Grid) -> tuple[Array, ...]:
+    """The position table of each stage, (1, H_i W_i, C_i), resized for images of that size.
 
-    Returns:
-        For each stage, (1, H_i W_i, C_i): the table resized to the stage's grid; with the cls row
-        first where the table has one.
+    With the cls row first where the table has one.
     """
     tables = []
-    for i, grid in zip(STAGES, config.grids(*size), strict=True):
+    for i, grid in enumerate(config.grids(*size), start=1):
         table, side = params.of_stage(i).pos_embed, config.table_sides[i - 1]
         has_cls = table.shape[1] > side * side
         rows = positions(table, grid, (side, side), has_cls)
@@ -88,14 +65,11 @@ def prepare(params: PVTParams, config: PVTConfig, size: tuple[int, int]) -> tupl
     return tuple(tables)
 
 
-# One stage ------------------------------------------------------------------------------------
-
-
 def _stage_forward(
     p: StageParams,
     cls_token: Array | None,
     x: Array,
-    config: PVTConfig,
+    config: Any,
     i: int,
     ops: Ops,
     rng: Source,
@@ -151,7 +125,7 @@ def _stage_backward(
     return dmap, StageParams(dembed, dpos, dblocks), dcls
 
 
-def _to_map(x: Array, grid: tuple[int, int]) -> Array:
+def _to_map(x: Array, grid: Grid) -> Array:
     """Tokens (B, n, C) to a map (B, H_i, W_i, C)."""
     return array_module(x).reshape(x, (x.shape[0], *grid, x.shape[-1]))
 
@@ -172,31 +146,10 @@ def _channels_first(x_map: Array) -> Array:
     return array_module(x_map).permute_dims(x_map, (0, 3, 1, 2))
 
 
-def _assemble(
-    params: PVTParams,
-    dstages: Sequence[StageParams],
-    cls_token: Array | None = None,
-    norm: Any = None,
-    head: Any = None,
-) -> PVTParams:
-    """Gradients of the whole from those of the stages; zeros for what the pass did not use."""
-    named: dict[str, Any] = {}
-    for i, dstage in zip(STAGES, dstages, strict=True):
-        named[f"patch_embed{i}"] = dstage.patch_embed
-        named[f"pos_embed{i}"] = dstage.pos_embed
-        named[f"block{i}"] = dstage.blocks
-    for name, gradient in (("cls_token", cls_token), ("norm", norm), ("head", head)):
-        named[name] = zeros_like(getattr(params, name)) if gradient is None else gradient
-    return PVTParams(**named)
-
-
-# The classifier -------------------------------------------------------------------------------
-
-
 def forward(
-    params: PVTParams,
+    params: Any,
     images: Array,
-    config: PVTConfig,
+    config: Any,
     ops: Ops,
     rng: Source = None,
     keep: bool = True,
@@ -213,22 +166,21 @@ def forward(
         config: the configuration of the weights.
         ops: the table of operations.
         rng: source of the dropout and drop-path masks; None for inference.
-        keep: whether a cache for the backward is returned; without it, it is None.
+        keep: whether to return a cache for the backward.
         constants: of :func:`prepare`; only without keep.
 
     Returns:
         logits (B, num_classes) and the cache.
     """
     x = _channels_last(images)  # (B, H, W, C_0)
-    caches = []
-    for i in STAGES:
-        last = i == NUM_STAGES
-        cls_token = params.cls_token if last else None
+    caches, count = [], len(config.channels)
+    for i in range(1, count + 1):
+        cls_token = params.cls_token if i == count else None
         x, cache, grid = _stage_forward(
             params.of_stage(i), cls_token, x, config, i, ops, rng, keep, constants
         )
         caches.append(cache)
-        if not last:
+        if i < count:
             x = _to_map(x, grid)  # (B, H_i, W_i, C_i)
     tokens_shape = x.shape  # (B, 1 + n_4, C_4)
     x, norm_cache = ops[layer_norm].forward(params.norm, x, ops, config.norm_eps, keep=keep)
@@ -238,21 +190,11 @@ def forward(
     return logits, ClassifierCache(tuple(caches), norm_cache, head_cache, tokens_shape)
 
 
-def backward(
-    params: PVTParams, cache: ClassifierCache, dlogits: Array, ops: Ops
-) -> tuple[PVTParams, Array]:
-    """Gradients of :func:`forward`: the chain rule through head, norm and the stages 4 to 1.
+def backward(params: Any, cache: ClassifierCache, dlogits: Array, ops: Ops) -> tuple[Any, Array]:
+    """Gradients of :func:`forward`: the chain rule through head, norm and all stages.
 
-    Only the cls row of the last tokens is read, so dL/dtokens is zero in all other rows.
-
-    Args:
-        params: the forward's weights.
-        cache: from the forward.
-        dlogits: dL/dlogits (B, num_classes) of the weights' dtype.
-        ops: the table that the forward was given.
-
-    Returns:
-        The gradients of the weights, and dL/dimages (B, C_0, H, W).
+    Only the cls row of the last tokens is read, so dL/dtokens is zero in all other rows. Of dlogits
+    (B, num_classes) come the gradients of the weights, and dL/dimages (B, C_0, H, W).
     """
     xp = array_module(dlogits)
     B, n, C_4 = cache.tokens_shape
@@ -265,23 +207,20 @@ def backward(
     dx, dnorm = ops[layer_norm].backward(params.norm, cache.norm, dx, ops)
     dstages: list[StageParams] = []
     dcls_token = None
-    for i in reversed(STAGES):
+    for i in range(len(cache.stages), 0, -1):
         dmap, dstage, dcls = _stage_backward(params.of_stage(i), cache.stages[i - 1], dx, ops)
         dstages.insert(0, dstage)
         dcls_token = dcls if dcls is not None else dcls_token
         if i > 1:
             dx = _to_tokens(dmap)  # (B, n_{i-1}, C_{i-1})
-    grads = _assemble(params, dstages, dcls_token, dnorm, dhead)
+    grads = params.gradients(dstages, cls_token=dcls_token, norm=dnorm, head=dhead)
     return grads, _channels_first(dmap)
 
 
-# The pyramid ----------------------------------------------------------------------------------
-
-
 def forward_pyramid(
-    params: PVTParams,
+    params: Any,
     images: Array,
-    config: PVTConfig,
+    config: Any,
     ops: Ops,
     rng: Source = None,
     keep: bool = True,
@@ -290,23 +229,12 @@ def forward_pyramid(
     """The feature maps F_1..F_4 of the released backbones (paper sections 3.1, 3.2 and 4.2).
 
     Stage 4 has no cls token (its position table is used without the cls row) and no final norm is
-    applied. F_4 is therefore not what the classifier computes.
-
-    Args:
-        params: the weights.
-        images: (B, C_0, H, W) of the weights' dtype.
-        config: the configuration of the weights.
-        ops: the table of operations.
-        rng: source of the dropout and drop-path masks; None for inference.
-        keep: whether a cache for the backward is returned; without it, it is None.
-        constants: of :func:`prepare`; only without keep.
-
-    Returns:
-        [F_1, F_2, F_3, F_4], (B, C_i, H_i, W_i) each, and the cache.
+    applied. F_4 is therefore not what the classifier computes. Arguments as for :func:`forward`, of
+    images (B, C_0, H, W); returns [F_1, F_2, F_3, F_4], (B, C_i, H_i, W_i) each, and the cache.
     """
     x = _channels_last(images)  # (B, H, W, C_0)
     maps, caches = [], []
-    for i in STAGES:
+    for i in range(1, len(config.channels) + 1):
         tokens, cache, grid = _stage_forward(
             params.of_stage(i), None, x, config, i, ops, rng, keep, constants
         )
@@ -317,30 +245,26 @@ def forward_pyramid(
 
 
 def backward_pyramid(
-    params: PVTParams, cache: tuple[StageCache, ...], dmaps: Sequence[Array], ops: Ops
-) -> tuple[PVTParams, Array]:
+    params: Any, cache: tuple[StageCache, ...], dmaps: Sequence[Array], ops: Ops
+) -> tuple[Any, Array]:
     """Gradients of :func:`forward_pyramid`.
 
     F_i is both an output and the input of stage i + 1, so two gradients meet in it: dL/dF_i and
-    what comes back through that stage.
+    what comes back through that stage. What the maps do not use gets zeros.
 
     Args:
         params: the forward's weights.
         cache: from the forward.
-        dmaps: dL/dF_1..dL/dF_4, (B, C_i, H_i, W_i) each, of the weights' dtype.
+        dmaps: dL/dF_1..dL/dF_4, (B, C_i, H_i, W_i) each.
         ops: the table that the forward was given.
-
-    Returns:
-        The gradients of the weights (zeros for cls token, final norm, head and the table's cls
-        row), and dL/dimages (B, C_0, H, W).
     """
     dstages: list[StageParams] = []
     dbelow = None  # dL/dF_i by way of stage i + 1
-    for i in reversed(STAGES):
+    for i in range(len(cache), 0, -1):
         dx = _channels_last(dmaps[i - 1])  # (B, H_i, W_i, C_i)
         if dbelow is not None:
             dx = dx + dbelow  # F_i is both an output and the next stage's input
         dx = _to_tokens(dx)  # (B, n_i, C_i)
         dbelow, dstage, _ = _stage_backward(params.of_stage(i), cache[i - 1], dx, ops)
         dstages.insert(0, dstage)
-    return _assemble(params, dstages), _channels_first(dbelow)
+    return params.gradients(dstages), _channels_first(dbelow)

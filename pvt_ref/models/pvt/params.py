@@ -1,7 +1,6 @@
 """The parameters of a PVT: plain records whose field names are the authors' key names."""
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from pvt_ref.arrays import Array
@@ -11,18 +10,12 @@ from pvt_ref.layers.linear import LinearParams
 from pvt_ref.layers.patch_embed import PatchEmbedParams
 from pvt_ref.models import parts
 from pvt_ref.models.architecture import Leaf
-from pvt_ref.models.pvt.config import NUM_STAGES, PVTConfig
-from pvt_ref.tree import record, short_repr
+from pvt_ref.models.pvt.config import NUM_STAGES, PVTConfig, warn_of_stage
+from pvt_ref.tree import branches, record, short_repr, zeros_like
 
 
 class StageParams(NamedTuple):
-    """The weights of stage i, a view into :class:`PVTParams`.
-
-    Attributes:
-        patch_embed: projection (C_i, C_{i-1}, P_i, P_i) and norm (C_i,).
-        pos_embed: (1, n_i, C_i); with a cls row, (1, 1 + n_i, C_i).
-        blocks: of each of the L_i blocks.
-    """
+    """The weights of stage i; pos_embed is (1, n_i, C_i), or (1, 1 + n_i, C_i) with a cls row."""
 
     patch_embed: PatchEmbedParams
     pos_embed: Array
@@ -31,11 +24,33 @@ class StageParams(NamedTuple):
     __repr__ = short_repr
 
 
+class Staged:
+    """Parameters of a network with stages: the view of one, and gradients put together."""
+
+    __slots__ = ()
+
+    def _stage_fields(self, i: int) -> tuple[str, str, str]:
+        return f"patch_embed{i}", f"pos_embed{i}", f"block{i}"
+
+    def of_stage(self, i: int) -> StageParams:
+        """The weights of stage i, from 1 as in the paper: the same arrays, not copies."""
+        return StageParams(*(getattr(self, name) for name in self._stage_fields(i)))
+
+    def gradients(self, stages: Sequence[StageParams], **others: Any) -> Any:
+        """A record of the gradients of its parts, with zeros for what a pass did not use."""
+        given = {name: gradient for name, gradient in others.items() if gradient is not None}
+        for i, stage in enumerate(stages, start=1):
+            given |= zip(self._stage_fields(i), stage, strict=True)
+        return type(self)(
+            **{n: given[n] if n in given else zeros_like(value) for n, value in branches(self)}
+        )
+
+
 @record
-class PVTParams:
+class PVTParams(Staged):
     """The weights of a model, or their gradients, float32 or float64.
 
-    n_i is the number of tokens of stage i for an image of config.img_size, and C_0 is in_chans.
+    Stage i has n_i tokens for an image of config.img_size; C_0 is in_chans.
 
     Attributes:
         pos_embed1: (1, n_1, C_1).
@@ -44,13 +59,7 @@ class PVTParams:
         pos_embed4: (1, 1 + n_4, C_4), row 0 is the cls token's; (1, n_4, C_4) in a backbone.
         cls_token: (1, 1, C_4); None in a backbone.
         patch_embed1: projection (C_1, C_0, P_1, P_1), its bias and the norm, (C_1,) each.
-        block1: L_1 blocks of width C_1.
-        patch_embed2: projection (C_2, C_1, P_2, P_2), its bias and the norm, (C_2,) each.
-        block2: L_2 blocks of width C_2.
-        patch_embed3: projection (C_3, C_2, P_3, P_3), its bias and the norm, (C_3,) each.
-        block3: L_3 blocks of width C_3.
-        patch_embed4: projection (C_4, C_3, P_4, P_4), its bias and the norm, (C_4,) each.
-        block4: L_4 blocks of width C_4.
+        block1: L_1 blocks of width C_1; patch_embed2 to block4 likewise.
         norm: the final norm, weight and bias (C_4,) each; None in a backbone.
         head: weight (num_classes, C_4), bias (num_classes,); None in a backbone.
     """
@@ -71,21 +80,6 @@ class PVTParams:
     norm: LayerNormParams | None
     head: LinearParams | None
 
-    def of_stage(self, i: int) -> StageParams:
-        """The weights of one stage.
-
-        Args:
-            i: 1 to 4, as in the paper.
-
-        Returns:
-            The same arrays, not copies.
-        """
-        return StageParams(
-            getattr(self, f"patch_embed{i}"),
-            getattr(self, f"pos_embed{i}"),
-            getattr(self, f"block{i}"),
-        )
-
     def stage(self, i: int) -> StageParams:
         """The old name of :meth:`of_stage`, which counts from 0. It warns, and will go.
 
@@ -95,12 +89,7 @@ class PVTParams:
         Returns:
             The weights of stage i + 1.
         """
-        warnings.warn(
-            "params.stage(i) counts stages from 0; params.of_stage(i) counts them from 1, as the "
-            "paper does",
-            FutureWarning,
-            stacklevel=2,
-        )
+        warn_of_stage("params")
         return self.of_stage(i + 1)
 
 

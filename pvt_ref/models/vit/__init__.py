@@ -4,8 +4,8 @@ import re
 
 from pvt_ref.models.architecture import Architecture, Place
 from pvt_ref.models.pvt import PVT
-from pvt_ref.models.vit import model
 from pvt_ref.models.vit.config import VITS, ViTConfig, describe
+from pvt_ref.models.vit.model import ViTParams, build_params
 
 
 def place(path: str) -> Place | None:
@@ -20,11 +20,11 @@ VIT = Architecture(
     name="vit",
     title="ViT",
     config_type=ViTConfig,
-    params_type=model.ViTParams,
-    build_params=model.build_params,
-    prepare=model.prepare,
-    forward=model.forward,
-    backward=model.backward,
+    params_type=ViTParams,
+    build_params=build_params,
+    prepare=PVT.prepare,
+    forward=PVT.forward,  # its classifier, with one stage
+    backward=PVT.backward,
     operations=PVT.operations,
     place=place,
     describe=describe,

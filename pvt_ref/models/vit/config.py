@@ -4,7 +4,7 @@ import functools
 import math
 from dataclasses import dataclass, fields
 from operator import attrgetter
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from pvt_ref.blocks.sra import SRASettings
 from pvt_ref.blocks.transformer import BlockSettings
@@ -13,6 +13,15 @@ from pvt_ref.errors import ConfigError, ShapeError, shown
 
 #: Epsilon of all norms, as in the released code of both.
 NORM_EPS = 1e-6
+
+
+class ViTStage(NamedTuple):
+    """What its stage needs to know, by the names of a PVT's."""
+
+    patch_size: int
+    blocks: tuple[BlockSettings, ...]
+    projection_norm_eps: float = NORM_EPS  # of the norm after the projection, which it lacks
+    drop_rate: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +51,7 @@ class ViTConfig:
     img_size: int = 224
     in_chans: int = 3
     num_classes: int = 1000
+    norm_eps: ClassVar[float] = NORM_EPS
     drop_path_rate: ClassVar[float] = 0.0  # nothing is dropped
     has_classifier: ClassVar[bool] = True
 
@@ -78,9 +88,20 @@ class ViTConfig:
         return (self.patch_size,)
 
     @property
-    def table_grid(self) -> tuple[int, int]:
-        """The grid that the position table belongs to."""
-        return self.grids(self.img_size, self.img_size)[0]
+    def table_sides(self) -> tuple[int, ...]:
+        """(S,), side of the square grid that the position table belongs to."""
+        return (self.img_size // self.patch_size,)
+
+    def of_stage(self, i: int) -> "ViTStage":
+        """What its one stage needs.
+
+        Args:
+            i: 1.
+
+        Returns:
+            The settings of the stage.
+        """
+        return _stage(self)
 
     def grids(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
         """The token grid of an image, as the only one of a tuple.
@@ -104,11 +125,11 @@ class ViTConfig:
 
 
 @functools.lru_cache(maxsize=64)  # every forward asks
-def block_settings(config: ViTConfig) -> tuple[BlockSettings, ...]:
-    """What each block is told."""
+def _stage(config: ViTConfig) -> ViTStage:
     scale = 1 / math.sqrt(config.embed_dim // config.num_heads)
     attn = SRASettings(config.num_heads, scale, NORM_EPS)
-    return tuple(BlockSettings(NORM_EPS, attn, number=k) for k in range(config.depth))
+    blocks = tuple(BlockSettings(NORM_EPS, attn, number=k) for k in range(config.depth))
+    return ViTStage(config.patch_size, blocks)
 
 
 _VIT_SMALL = {"embed_dim": 768, "depth": 8, "num_heads": 8, "mlp_ratio": 3}
