@@ -27,6 +27,7 @@ from pvt_ref.kernels.cpu.linear import (
     Sums,
     add_up,
     column_sums,
+    for_many_rows,
     linear_rows,
     times_weight_rows,
     weight_gradients,
@@ -236,7 +237,7 @@ def block_forward(
             else:
                 patches = [lines.patches(normed)]
                 embed_rows(reduction, patches, attn.norm_eps, reduced, key_rows, embedded, scratch)
-            linear_rows(p.attn.kv, reduced, kv[key_rows], scratch)
+            linear_rows(kv_params, reduced, kv[key_rows], scratch)
 
     def make_rows(tiles: list[slice], scratch: Scratch) -> None:
         """y, norm1(x) so far, becomes the block's result."""
@@ -250,21 +251,24 @@ def block_forward(
                 normed = scratch("normed", *x_rows.shape, dtype=x.dtype)
                 branch = scratch("branch", *x_rows.shape, dtype=x.dtype)
             # x = x + droppath(sra(norm1(x)))
-            linear_rows(p.attn.q, y_rows, q, scratch)
+            linear_rows(q_params, y_rows, q, scratch)
             q_heads, y_heads = _per_head(q, N), _per_head(heads, N)
             for b, _, part in by_group(rows, n):
                 k, v = _keys_and_values(kv[b * m : (b + 1) * m], N)
                 attend_rows(q_heads[:, part], k, v, attn.scale, y_heads[:, part], scratch, tiling)
-            linear_rows(p.attn.proj, heads, y_rows, scratch)
+            linear_rows(proj, heads, y_rows, scratch)
             _scale_samples(y_rows, gain1, rows, n)
             y_rows += x_rows
             # x = x + droppath(mlp(norm2(x)))
             layer_norm_rows(p.norm2, y_rows, eps, normed, rows, norm2)
-            mlp_rows(p.mlp, normed, branch, rows, hidden, scratch)
+            mlp_rows(mlp_params, normed, branch, rows, hidden, scratch)
             _scale_samples(branch, gain2, rows, n)
             y_rows += branch
 
     m = len(kv) // B
+    q_params, proj = for_many_rows(p.attn.q, B * n), for_many_rows(p.attn.proj, B * n)
+    kv_params = for_many_rows(p.attn.kv, B * m)
+    mlp_params = MLPParams(for_many_rows(p.mlp.fc1, B * n), for_many_rows(p.mlp.fc2, B * n))
     lines.run(tiling, make_keys, C)
     tiling.run(make_rows, B * n, tiling.rows(p.mlp.fc1.weight.shape[0]))
     cache = None
