@@ -30,13 +30,15 @@ from pvt_ref.blocks.mlp import MLPParams, mlp
 from pvt_ref.kernels.cpu import threads as threads_module
 from pvt_ref.kernels.cpu import tiling
 from pvt_ref.kernels.cpu.gelu import TANH_FIT, gelu_rows
-from pvt_ref.kernels.cpu.linear import column_sums
+from pvt_ref.kernels.cpu.linear import column_sums, for_many_rows
+from pvt_ref.kernels.cpu.patch_embed import projection
 from pvt_ref.kernels.cpu.threads import Scratch, default_threads, run_pieces
 from pvt_ref.kernels.cpu.tiling import Tiling, by_group, cut, elements_for, share_columns
 from pvt_ref.layers.attention import attention
 from pvt_ref.layers.gelu import gelu
 from pvt_ref.layers.layer_norm import LayerNormParams, layer_norm
 from pvt_ref.layers.linear import LinearParams, linear
+from pvt_ref.layers.patch_embed import PatchEmbedParams, patch_embed
 from pvt_ref.layers.sum_rows import sum_rows
 from pvt_ref.ops import Operation
 from pvt_ref.tree import named_arrays
@@ -197,6 +199,33 @@ def test_where_there_is_no_bias_there_is_no_gradient_of_one():
     _, grads = ops[mlp].backward(bare, cache, x, ops)
     assert grads.fc1.bias is None
     assert grads.fc2.bias is None
+
+
+def test_weights_for_many_rows_are_the_same_numbers_column_by_column():
+    p = LinearParams(normal(1, 70, 20), normal(2, 70))
+    assert for_many_rows(p, 1023) is p
+    ready = for_many_rows(p, 1024)
+    assert ready.weight.T.flags.c_contiguous
+    assert ready.bias is p.bias
+    np.testing.assert_array_equal(ready.weight, p.weight)
+
+
+@pytest.mark.parametrize(("batch", "channels_first"), [(1, True), (2, True), (3, False)])
+def test_patches_and_kernel_come_in_one_order_whichever_it_is(batch, channels_first):
+    # 6 patches an image, and 12 output channels
+    norm = LayerNormParams(normal(3, 12), normal(4, 12))
+    p = PatchEmbedParams(LinearParams(normal(1, 12, 5, 2, 2), normal(2, 12)), norm)
+    ready = projection(p.proj, norm, 6 * batch, Tiling(2, 16))
+    assert ready.channels_first == channels_first
+    x, ops = normal(5, batch, 4, 6, 5), blocked_ops(2, elements=16)
+    y, cache = patch_embed.forward(p, x, REFERENCE, 1e-6)
+    ours, our_cache = ops[patch_embed].forward(p, x, ops, 1e-6)
+    dx, grads = patch_embed.backward(p, cache, y * y, REFERENCE)
+    our_dx, our_grads = ops[patch_embed].backward(p, our_cache, y * y, ops)
+    np.testing.assert_allclose(ours, y, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(our_dx, dx, rtol=1e-10, atol=1e-12)
+    for (key, ours), (_, exact) in zip(named_arrays(our_grads), named_arrays(grads), strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=1e-9, atol=1e-11, err_msg=key)
 
 
 # GELU -----------------------------------------------------------------------------------------

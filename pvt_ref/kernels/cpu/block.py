@@ -27,6 +27,7 @@ from pvt_ref.kernels.cpu.linear import (
     Sums,
     add_up,
     column_sums,
+    for_many_rows,
     linear_rows,
     times_weight_rows,
     weight_gradients,
@@ -154,10 +155,10 @@ class _Lines:
         """Their keys."""
         return slice(lines.start * self.keys, lines.stop * self.keys)
 
-    def patches(self, rows: np.ndarray) -> np.ndarray:
-        """Tokens (lines*tokens, C) seen as (lines, keys, R, R, C), the same memory."""
+    def patches(self, rows: np.ndarray, projection: Projection) -> np.ndarray:
+        """Tokens (lines*tokens, C) seen as (lines, keys) patches, the same memory."""
         as_map = np.reshape(rows, (1, -1, self.keys * self.R, rows.shape[-1]), copy=False)
-        return as_patches(as_map, self.R)[0]
+        return as_patches(as_map, projection)[0]
 
     def run(self, tiling: Tiling, work: Any, C: int) -> list[Any]:
         """work(tiles of lines, scratch), shared among threads."""
@@ -215,7 +216,7 @@ def block_forward(
     kv = np.empty((lines.count * lines.keys, 2 * C), x.dtype)
     reduction, sr, sr_norm = None, p.attn.sr, p.attn.norm
     if sr is not None and sr_norm is not None:
-        reduction = projection(sr, sr_norm, tiling)
+        reduction = projection(sr, sr_norm, len(kv), tiling)
     kept, norm1, norm2, hidden, embedded = None, None, None, None, None
     if keep:
         kept = _empty_cache(p, len(y), len(kv), reduction, x.dtype)
@@ -234,9 +235,9 @@ def block_forward(
             if reduction is None:
                 reduced[...] = normed
             else:
-                patches = [lines.patches(normed)]
+                patches = [lines.patches(normed, reduction)]
                 embed_rows(reduction, patches, attn.norm_eps, reduced, key_rows, embedded, scratch)
-            linear_rows(p.attn.kv, reduced, kv[key_rows], scratch)
+            linear_rows(kv_params, reduced, kv[key_rows], scratch)
 
     def make_rows(tiles: list[slice], scratch: Scratch) -> None:
         """y, norm1(x) so far, becomes the block's result."""
@@ -250,21 +251,24 @@ def block_forward(
                 normed = scratch("normed", *x_rows.shape, dtype=x.dtype)
                 branch = scratch("branch", *x_rows.shape, dtype=x.dtype)
             # x = x + droppath(sra(norm1(x)))
-            linear_rows(p.attn.q, y_rows, q, scratch)
+            linear_rows(q_params, y_rows, q, scratch)
             q_heads, y_heads = _per_head(q, N), _per_head(heads, N)
             for b, _, part in by_group(rows, n):
                 k, v = _keys_and_values(kv[b * m : (b + 1) * m], N)
                 attend_rows(q_heads[:, part], k, v, attn.scale, y_heads[:, part], scratch, tiling)
-            linear_rows(p.attn.proj, heads, y_rows, scratch)
+            linear_rows(proj, heads, y_rows, scratch)
             _scale_samples(y_rows, gain1, rows, n)
             y_rows += x_rows
             # x = x + droppath(mlp(norm2(x)))
             layer_norm_rows(p.norm2, y_rows, eps, normed, rows, norm2)
-            mlp_rows(p.mlp, normed, branch, rows, hidden, scratch)
+            mlp_rows(mlp_params, normed, branch, rows, hidden, scratch)
             _scale_samples(branch, gain2, rows, n)
             y_rows += branch
 
     m = len(kv) // B
+    q_params, proj = for_many_rows(p.attn.q, B * n), for_many_rows(p.attn.proj, B * n)
+    kv_params = for_many_rows(p.attn.kv, B * m)
+    mlp_params = MLPParams(for_many_rows(p.mlp.fc1, B * n), for_many_rows(p.mlp.fc2, B * n))
     lines.run(tiling, make_keys, C)
     tiling.run(make_rows, B * n, tiling.rows(p.mlp.fc1.weight.shape[0]))
     cache = None
@@ -360,7 +364,7 @@ def block_backward(
                 dpatches = embed_backward_rows(
                     embedded, key_rows, dreduced, dprojected[key_rows], sums, scratch
                 )
-                target = lines.patches(dnormed)
+                target = lines.patches(dnormed, embedded.projection)
                 target += dpatches.reshape(target.shape)
             layer_norm_backward_rows(
                 p.norm1, kept.norm1, rows, dnormed, dnormed, sums, "norm1", scratch
@@ -386,8 +390,9 @@ def block_backward(
         return LinearParams(weights[name], None if p.bias is None else biases[name])
 
     dsr, dsr_norm = None, None
-    if p.attn.sr is not None:
-        dsr, dsr_norm = embed_gradients(p.attn.sr, weights["sr"], key_sums)
+    if embedded is not None and p.attn.sr is not None:
+        projected = embedded.projection
+        dsr, dsr_norm = embed_gradients(p.attn.sr, projected, weights["sr"], key_sums)
     dq_params, dkv_params = gradients("q", p.attn.q), gradients("kv", p.attn.kv)
     return dnormed1.reshape(dy.shape), BlockParams(
         norm1=add_up_norm(key_sums, "norm1", dtype),

@@ -61,7 +61,7 @@ def _gelu(x: np.ndarray, scratch: Scratch, slope: np.ndarray | None) -> None:
     cdf = scratch("gelu.cdf", *x.shape, dtype=x.dtype)
     one, half, minus_half, peak, root_half = _COMMON[x.dtype]
     with np.errstate(over="ignore"):  # the square of 1e20 is infinite, and its GELU still right
-        np.multiply(x, x, square)
+        np.square(x, square)
         # erf(x / sqrt(2))
         if x.dtype == np.float32:
             np.multiply(square, _FIT[-1], cdf)

@@ -30,16 +30,29 @@ from pvt_ref.tree import record
 
 @record
 class Projection:
-    """What patches go through: a matrix (C_out, P*P*C_in), columns in order, and a norm."""
+    """What the patches go through.
+
+    Attributes:
+        proj: weight as a matrix (C_out, P*P*C_in), columns in a patch's order, and bias (C_out,).
+        norm: weight and bias (C_out,).
+        P: side of a patch.
+        channels_first: whether a patch has the kernel's order, (C_in, P, P), or the map's,
+            (P, P, C_in).
+    """
 
     proj: LinearParams
     norm: LayerNormParams
     P: int
+    channels_first: bool
 
 
-def projection(proj: LinearParams, norm: LayerNormParams, tiling: Tiling) -> Projection:
-    """From a kernel (C_out, C_in, P, P), whose numbers the threads put in order together."""
+def projection(
+    proj: LinearParams, norm: LayerNormParams, patches: int, tiling: Tiling
+) -> Projection:
+    """From a kernel (C_out, C_in, P, P); for many patches, the threads put it in their order."""
     C_out, C_in, P, _ = proj.weight.shape
+    if patches <= C_out:  # to put the patches in the kernel's order is less work
+        return Projection(LinearParams(proj.weight.reshape(C_out, -1), proj.bias), norm, P, True)
     matrix = np.empty((C_out, P, P, C_in), proj.weight.dtype)
     in_order = proj.weight.transpose(0, 2, 3, 1)  # (C_out, P, P, C_in)
 
@@ -48,7 +61,7 @@ def projection(proj: LinearParams, norm: LayerNormParams, tiling: Tiling) -> Pro
             matrix[rows] = in_order[rows]
 
     tiling.run(work, C_out, C_out, tokens=C_in * P * P // 512)
-    return Projection(LinearParams(matrix.reshape(C_out, -1), proj.bias), norm, P)
+    return Projection(LinearParams(matrix.reshape(C_out, -1), proj.bias), norm, P, False)
 
 
 @record
@@ -78,7 +91,8 @@ def embed_rows(
 ) -> None:
     """y (patches, C_out) becomes LN(patches W^T + b); the cache keeps these rows, unless None.
 
-    sources are views as :func:`as_patches` makes them, which hold the patches one after the other.
+    sources are views as :func:`as_patches` makes them, (lines, patches, ...) each, which hold
+    the patches one after the other.
     """
     width = projection.proj.weight.shape[1]
     if cache is None:
@@ -115,19 +129,21 @@ def embed_backward_rows(
 
 
 def embed_gradients(
-    proj: LinearParams, dmatrix: np.ndarray, pieces: list[Sums]
+    proj: LinearParams, projection: Projection, dmatrix: np.ndarray, pieces: list[Sums]
 ) -> tuple[LinearParams, LayerNormParams]:
     """The gradients of kernel, bias and norm."""
     dbias = None if proj.bias is None else add_up(pieces, "embed", dmatrix.dtype)
-    dproj = LinearParams(matrix_to_kernel(dmatrix, proj.weight.shape), dbias)
-    return dproj, add_up_norm(pieces, "embed.norm", dmatrix.dtype)
+    shape = proj.weight.shape
+    in_order = projection.channels_first
+    dkernel = dmatrix.reshape(shape) if in_order else matrix_to_kernel(dmatrix, shape)
+    return LinearParams(dkernel, dbias), add_up_norm(pieces, "embed.norm", dmatrix.dtype)
 
 
-def as_patches(x: np.ndarray, P: int) -> np.ndarray:
-    """A map (B, H, W, C) seen as (B, H/P, W/P, P, P, C), the same memory."""
-    B, H, W, C = x.shape
+def as_patches(x: np.ndarray, projection: Projection) -> np.ndarray:
+    """A map (B, H, W, C) seen as (B, H/P, W/P) patches in their order, the same memory."""
+    (B, H, W, C), P = x.shape, projection.P
     lines = np.reshape(x, (B, H // P, P, W // P, P, C), copy=False)
-    return lines.transpose(0, 1, 3, 2, 4, 5)
+    return lines.transpose(0, 1, 3, *((5, 2, 4) if projection.channels_first else (2, 4, 5)))
 
 
 @record
@@ -144,9 +160,11 @@ def patch_embed_forward(
     """As :func:`pvt_ref.layers.patch_embed.patch_embed_forward`."""
     if p.norm is None:  # what is left is a linear layer, which has a twin of its own
         return patch_embed.forward(p, x, ops, eps, keep)
-    weights = projection(p.proj, p.norm, tiling)
-    C_out, width = weights.proj.weight.shape
-    source = as_patches(x, weights.P)
+    B, H, W, _ = x.shape
+    C_out, C_in, P, _ = p.proj.weight.shape
+    weights = projection(p.proj, p.norm, B * (H // P) * (W // P), tiling)
+    width = C_in * P * P
+    source = as_patches(x, weights)
     B, h, w = source.shape[:3]
     y = np.empty((B * h * w, C_out), x.dtype)
     embedded = empty_embedded_cache(len(y), weights) if keep else None
@@ -171,7 +189,7 @@ def patch_embed_backward(
     embedded = cache.embedded
     C_out, width = embedded.projection.proj.weight.shape
     dx = np.empty(cache.map_shape, dy.dtype)
-    target = as_patches(dx, embedded.projection.P)
+    target = as_patches(dx, embedded.projection)
     B, h, w = target.shape[:3]
     dy_rows = dy.reshape(B * h * w, C_out)
     dprojected = np.empty(dy_rows.shape, dy.dtype)
@@ -190,7 +208,7 @@ def patch_embed_backward(
 
     pieces = tiling.run(work, B * h, tiling.rows(width) // w or 1, tokens=w)
     (dmatrix,) = weight_gradients([(dprojected, embedded.patches, None)], tiling)
-    return dx, PatchEmbedParams(*embed_gradients(p.proj, dmatrix, pieces))
+    return dx, PatchEmbedParams(*embed_gradients(p.proj, embedded.projection, dmatrix, pieces))
 
 
 patch_embed_kernel = Kernel(
