@@ -20,6 +20,7 @@ from pvt_ref.arrays import (
     array_module,
     dtype_name,
     is_array,
+    is_cupy,
     is_numpy,
     library_and_dtype,
     same_library,
@@ -43,6 +44,7 @@ from pvt_ref.errors import (
     shown,
 )
 from pvt_ref.kernels.cpu.table import blocked_ops
+from pvt_ref.kernels.cuda.table import cuda_ops
 from pvt_ref.models.architecture import (
     Architecture,
     Leaf,
@@ -324,20 +326,21 @@ def _model(params: Any, config: Any) -> Prepared:
 def default_ops(x: Array) -> Ops:
     """The table used when the caller names none, by the kind and dtype of the array x.
 
-    NumPy arrays get :func:`blocked_ops`, all others REFERENCE. The environment variable
-    ``PVT_REF_OPS``, ``reference`` or ``blocked``, decides it for NumPy arrays instead.
+    NumPy arrays get :func:`blocked_ops`, CuPy arrays :func:`~pvt_ref.kernels.cuda.table.cuda_ops`,
+    all others REFERENCE. The environment variable ``PVT_REF_OPS``, ``reference`` or ``blocked``,
+    decides between the readable layers and their twins.
 
     Raises:
-        RangeError: if the variable says something else, and x is a NumPy array of float32 or
-            float64.
+        RangeError: if the variable says something else, and x is an array of float32 or float64
+            that has twins.
     """
-    if not is_numpy(x) or dtype_name(x) not in FLOAT_DTYPES:
+    if not (is_numpy(x) or is_cupy(x)) or dtype_name(x) not in FLOAT_DTYPES:
         return REFERENCE
     wanted = os.environ.get("PVT_REF_OPS") or "blocked"
     if wanted == "reference":
         return REFERENCE
     if wanted == "blocked":
-        return blocked_ops()
+        return blocked_ops() if is_numpy(x) else cuda_ops()
     raise RangeError(
         f"the environment variable PVT_REF_OPS is {wanted!r}; known are 'reference' (the readable "
         f"layers) and 'blocked' (their faster twins, the default)"

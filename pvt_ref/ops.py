@@ -17,10 +17,10 @@ backward leaves the cache as it was.
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib import import_module
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -72,8 +72,8 @@ class Operation:
 
     def is_readable(self) -> bool:
         """Whether it is the operation that its module has under its name: a key of the table."""
-        module = getattr(self.forward, "__module__", None)
-        return module is not None and getattr(import_module(module), self.name, None) == self
+        module = sys.modules.get(getattr(self.forward, "__module__", None) or "")
+        return getattr(module, self.name, None) == self
 
     def __repr__(self) -> str:
         return f"Operation({self.name})"

@@ -19,7 +19,7 @@ from pvt_ref.checkpoint.files import Eps, FilePath, cut_path
 from pvt_ref.errors import ArrayTypeError, CheckpointError, DownloadError, MissingFileError, shown
 from pvt_ref.models.architecture import architectures, known_variants
 
-SHIPPED = ("digits", "cifar10")  # in the package
+SHIPPED = ("digits", "cifar10", "imagenette")  # in the package
 _FILES = [row.files for row in architectures() if row.files]
 #: Where the authors' ImageNet weights are, converted to Hugging Face's layout: name to repository.
 RELEASED = {name: repository for files in _FILES for name, repository in files.hub.items()}
@@ -43,7 +43,7 @@ def load(
 
     Known names come first; a file called like one of them is ``"./digits"``.
 
-    - ``"digits"``, ``"cifar10"``: in the package. Their ``info.training`` says how they came about.
+    - ``"digits"``, ``"cifar10"``, ``"imagenette"``: in the package. Their ``info.training`` says how they came about.
     - ``"pvt_tiny"``, ``"pvt_small"``, ``"pvt_medium"``, ``"pvt_large"``: released for ImageNet. A
       file of that name (.safetensors, .pth or .bin) in the weights folder is taken if there is one;
       else they are fetched from the Hugging Face Hub, with its cache and its progress bar, which

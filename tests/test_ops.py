@@ -258,6 +258,10 @@ def test_an_operation_that_no_model_asks_for_is_refused():
         REFERENCE.replace(Operation(lambda p, x, ops: (x, None), relu_backward), RELU)
     with pytest.raises(ConfigError, match="is no operation that a model asks for"):
         Ops({blocked_ops(2)[gelu]: RELU})  # a twin is no key
+    names = {"__name__": "no_module_of_this_name"}  # as in code that is run by exec
+    exec("def mine(p, x, ops): return x, None", names)
+    with pytest.raises(ConfigError, match="is no operation that a model asks for"):
+        REFERENCE.replace(Operation(names["mine"], relu_backward), RELU)
 
 
 # relu, this module's own, is readable: it is what this module has under that name

@@ -17,7 +17,9 @@ from PIL import Image
 import pvt_ref
 from pvt_ref import REFERENCE, PVTConfig
 from pvt_ref.blocks.sra import sra_forward
-from pvt_ref.ops import Operation
+from pvt_ref.layers.attention import attention
+from pvt_ref.layers.linear import linear
+from pvt_ref.ops import Call
 
 PHOTO = Path(__file__).parents[2] / "examples" / "chelsea.jpg"
 
@@ -132,31 +134,25 @@ _SRA_STEPS = (
 
 
 def sra_shapes(config: PVTConfig, i: int, size: int = 224) -> dict[str, tuple[int, ...]]:
-    """The shapes of every array of one SRA, taken from a run of stage i (0 to 3)."""
-    stage = config.stage(i)
-    grid = config.grids(size, size)[i]
-    weights = pvt_ref.init_params(config, np.random.default_rng(0)).stage(i).blocks[0].attn
+    """The shapes of every array of one SRA, taken from a run of stage i."""
+    stage = config.of_stage(i)
+    grid = config.grids(size, size)[i - 1]
+    weights = pvt_ref.init_params(config, np.random.default_rng(0)).of_stage(i).blocks[0].attn
     seen: list[tuple[int, ...]] = []  # of the linear layers: in, out, in, out, ...
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def linear(p: Any, x: Any, keep: bool = True) -> Any:
-        y, cache = REFERENCE.linear.forward(p, x, keep=keep)
-        seen.extend((x.shape, y.shape))
-        return y, cache
+    def look(call: Call) -> None:
+        x, (y, cache) = call.args[1], call.result
+        if call.operation == linear:
+            seen.extend((x.shape, y.shape))
+        else:
+            q, k, v = x
+            shapes.update(q_heads=q.shape, k=k.shape, v=v.shape, heads=y.shape)
+            shapes["weights"] = cache.weights.shape
 
-    def attention(q: Any, k: Any, v: Any, *rest: Any, **named: Any) -> Any:
-        y, cache = REFERENCE.attention.forward(q, k, v, *rest, **named)
-        shapes.update(q_heads=q.shape, k=k.shape, v=v.shape, heads=y.shape)
-        shapes["weights"] = cache.weights.shape
-        return y, cache
-
-    ops = dataclasses.replace(
-        REFERENCE,
-        linear=Operation(linear, REFERENCE.linear.backward),
-        attention=Operation(attention, REFERENCE.attention.backward),
-    )
+    ops = REFERENCE.watched(look, only=[linear, attention])
     x = np.zeros((1, grid[0] * grid[1], stage.embed_dim), np.float32)
-    y, _ = sra_forward(weights, x, ops, grid, stage)
+    y, _ = sra_forward(weights, x, ops, grid, stage.blocks[0].attn)
     shapes.update(x=seen[0], q=seen[1], kv=seen[-3], merged=seen[-2], y=y.shape)
     if stage.sr_ratio > 1:
         shapes.update(patches=seen[2], reduced=seen[3])
@@ -165,7 +161,7 @@ def sra_shapes(config: PVTConfig, i: int, size: int = 224) -> dict[str, tuple[in
 
 def sra_steps(config: PVTConfig) -> str:
     """A step-through of SRA's shapes in the four stages, dense (without cls token)."""
-    stages = [sra_shapes(config, i) for i in range(4)]
+    stages = [sra_shapes(config, i) for i in range(1, 5)]
     steps = [
         {"symbol": symbol, "formula": formula, "letters": letters, "words": words,
          "from": beside.split(), "shapes": [stage.get(symbol) for stage in stages]}
