@@ -6,7 +6,15 @@ import numpy as np
 from small_training import CONFIG
 from strategies import random_params, rng_of
 
-from pvt_ref import REFERENCE, blocked_ops, forward_pyramid_with_cache, forward_with_cache
+from pvt_ref import (
+    REFERENCE,
+    blocked_ops,
+    forward,
+    forward_pyramid,
+    forward_pyramid_with_cache,
+    forward_with_cache,
+    prepare,
+)
 from pvt_ref.blocks.transformer import block
 from pvt_ref.draws import Draws, What
 from pvt_ref.layers.attention import attention
@@ -46,3 +54,15 @@ def test_a_replacement_leaves_the_twins_that_do_not_absorb_it():
     expected = {op: kept for op, kept in table.twins.items() if gelu not in kept.absorbs}
     assert {linear, layer_norm, attention, patch_embed} <= expected.keys()
     assert dict(table.replace(gelu, twin).twins) == expected | {gelu: twin}
+
+
+def test_tables_prepared_for_tall_images_are_not_used_for_wide_ones():
+    """Both have as many pixels and tokens, so nothing else would notice."""
+    params = random_params(CONFIG, 0, np.float64)
+    wide = rng_of(1).standard_normal((1, 1, 16, 32))
+    prepared = prepare(params, CONFIG, (32, 16))
+    np.testing.assert_array_equal(forward(prepared, wide), forward(params, wide, CONFIG))
+    for x, y in zip(
+        forward_pyramid(prepared, wide), forward_pyramid(params, wide, CONFIG), strict=True
+    ):
+        np.testing.assert_array_equal(x, y)
