@@ -16,7 +16,7 @@ from pvt_ref import (
     prepare,
 )
 from pvt_ref.blocks.transformer import block
-from pvt_ref.draws import Draws, What
+from pvt_ref.draws import Draws, SampleDraws, What, generator
 from pvt_ref.layers.attention import attention
 from pvt_ref.layers.dropout import dropout
 from pvt_ref.layers.gelu import gelu
@@ -66,3 +66,11 @@ def test_tables_prepared_for_tall_images_are_not_used_for_wide_ones():
         forward_pyramid(prepared, wide), forward_pyramid(params, wide, CONFIG), strict=True
     ):
         np.testing.assert_array_equal(x, y)
+
+
+def test_each_sample_of_an_epoch_is_changed_by_numbers_of_its_own():
+    draws = SampleDraws(5, 2, [4, 1, 7])
+    numbers = draws.random(3)
+    expected = [generator(5, What.AUGMENTATION, 2, sample).random() for sample in (4, 1, 7)]
+    assert numbers.tolist() == expected
+    assert len(set(expected)) == 3
