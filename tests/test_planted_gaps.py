@@ -8,12 +8,14 @@ from strategies import random_params, rng_of
 
 from pvt_ref import (
     REFERENCE,
+    backward_pyramid,
     blocked_ops,
     forward,
     forward_pyramid,
     forward_pyramid_with_cache,
     forward_with_cache,
     prepare,
+    to_state_dict,
 )
 from pvt_ref.blocks.transformer import block
 from pvt_ref.draws import Draws, SampleDraws, What, generator
@@ -74,3 +76,15 @@ def test_each_sample_of_an_epoch_is_changed_by_numbers_of_its_own():
     expected = [generator(5, What.AUGMENTATION, 2, sample).random() for sample in (4, 1, 7)]
     assert numbers.tolist() == expected
     assert len(set(expected)) == 3
+
+
+def test_zeros_for_what_a_pyramid_leaves_unused_are_arrays_of_their_own():
+    params = random_params(CONFIG, 0, np.float32)
+    images = rng_of(1).standard_normal((1, 1, 16, 16), np.float32)
+    maps, cache = forward_pyramid_with_cache(params, images, CONFIG)
+    grads, _ = backward_pyramid(params, cache, maps, CONFIG)
+    unused = {key: x for key, x in to_state_dict(grads).items() if not x.any()}
+    assert {"cls_token", "norm.weight", "head.bias"} <= unused.keys()
+    for key, x in unused.items():
+        x += 1  # refused where one row is seen as all
+        assert (x == 1).all(), key
