@@ -60,7 +60,7 @@ def test_every_record_of_arrays_is_a_line():
             assert len(text) < 700, text
             assert "\n" not in text
             seen.add(type(record).__name__)
-    assert {"SRACache", "BlockCache", "SoftmaxCache", "RowsCache", "DropCache"} <= seen
+    assert {"SRACache", "BlockCache", "SoftmaxCache", "KeptCache", "DropCache"} <= seen
 
 
 def test_no_record_of_arrays_prints_numbers():

@@ -183,7 +183,7 @@ def test_the_table_is_stored_and_another_one_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setenv("PVT_REF_OPS", "blocked")
     train(stop_at_step=1)
-    assert re.fullmatch(r"Ops\('blocked', Blocking\(.*elements=\d+.*\)\), \d+ threads", stored())
+    assert re.fullmatch(r"Ops\('blocked', Tiling\(.*elements=\d+.*\)\), \d+ threads", stored())
     assert "saved with" not in train(stop_at_step=2, resume=True)
     monkeypatch.setenv("PVT_REF_OPS", "reference")
     said = train(stop_at_step=3, resume=True)
