@@ -44,8 +44,8 @@ def load(
 
     Known names come first; a file called like one of them is ``"./digits"``.
 
-    - ``"digits"``, ``"cifar10"``, ``"imagenette"``: in the package. Their ``info.training`` says how
-      they came about.
+    - ``"digits"``, ``"cifar10"``, ``"imagenette"``: in the package. Their ``info.training`` says
+      how they came about.
     - ``"pvt_tiny"``, ``"pvt_small"``, ``"pvt_medium"``, ``"pvt_large"``: released for ImageNet. A
       file of that name (.safetensors, .pth or .bin) in the weights folder is taken if there is one;
       else they are fetched from the Hugging Face Hub, with its cache and its progress bar, which
