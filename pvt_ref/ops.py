@@ -184,6 +184,8 @@ class Ops:
         """The twin that computes op: op itself if the table has none."""
         return self._twins.get(op, op)
 
+    __iter__ = None  # or Python would ask for items 0, 1, 2 and so on without end
+
     def _state(self) -> tuple[Any, ...]:
         return (self._twins, self.name, self.accepts, self.settings, self.replaced)
 

@@ -523,3 +523,9 @@ def test_an_error_inside_a_watched_call_leaves_the_table_usable():
         pvt_ref.forward(params, images, CONFIG, ops=watched)
     pvt_ref.forward(params, images, CONFIG, ops=watched)
     assert seen[-1] == "head"
+
+
+def test_a_table_is_not_iterated():
+    # __getitem__ alone would make Python ask for items 0, 1, 2, ... for ever
+    with pytest.raises(TypeError, match="not iterable"):
+        iter(REFERENCE)

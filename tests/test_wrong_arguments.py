@@ -144,7 +144,7 @@ def cases(tmp_path) -> dict[str, tuple[Any, dict[str, Any]]]:
         "Model.summary": (MODEL.summary, {"size": 32}),
         "ModelInfo": (ModelInfo, info),
         "PVTConfig": (pvt_ref.PVTConfig, config),
-        "PVTConfig.stage": (SMALL.stage, {"i": 1}),
+        "PVTConfig.of_stage": (SMALL.of_stage, {"i": 1}),
         "PVTConfig.grids": (SMALL.grids, {"height": 32, "width": 32}),
         "Preprocessing": (
             Preprocessing,
@@ -201,6 +201,7 @@ def cases(tmp_path) -> dict[str, tuple[Any, dict[str, Any]]]:
         "load_image": (pvt_ref.load_image, {"source": photo, "size": 32}),
         "normalize": (pvt_ref.normalize, {"pixels": np.zeros((4, 4, 3), np.uint8)}),
         "pad_to_multiple": (pvt_ref.pad_to_multiple, {"images": IMAGES, "multiple": 32}),
+        "prepare": (pvt_ref.prepare, {"params": PARAMS, "config": SMALL, "size": 32}),
         "preprocess": (pvt_ref.preprocess, {"images": [PICTURE], "size": 32}),
         "save": (
             pvt_ref.save,
@@ -224,9 +225,10 @@ TRUE_TO_THE_WORD = {("time_stages", "repeats", name) for name in ("huge", "enorm
 #: Names that are no functions of arguments a caller types, or that others above stand for.
 NOT_CALLED = {
     "Operation",  # a pair of functions
-    "Ops",  # changed by dataclasses.replace
+    "Ops",  # a table of operations
     "PVTError",
     "PVTParams",  # checked where it is used
+    "Prepared",  # likewise
     "Prediction",
     "REFERENCE",
     "VARIANTS",

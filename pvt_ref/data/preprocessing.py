@@ -204,7 +204,8 @@ class Preprocessing:
         Raises:
             PVTError: as :meth:`pixels`.
         """
-        several = isinstance(pictures, list | tuple) or getattr(pictures, "ndim", 0) == 4
+        stacked = isinstance(pictures, np.ndarray) and pictures.ndim == 4
+        several = stacked or isinstance(pictures, list | tuple)
         return self._normalized(self.pixels(list(pictures) if several else [pictures], size))
 
     def _normalized(self, pixels: np.ndarray) -> np.ndarray:

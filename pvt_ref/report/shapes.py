@@ -176,8 +176,14 @@ class Shapes:
 
 
 def _broadcast(*shapes: Shape) -> Shape:
-    same = all(shape == shapes[0] for shape in shapes)
-    return shapes[0] if same else np.broadcast_shapes(*shapes)
+    """NumPy's rule; its own function refuses shapes that no memory could hold."""
+    rank = max(map(len, shapes))
+    padded = [(1,) * (rank - len(shape)) + tuple(shape) for shape in shapes]
+    result = tuple(max(sizes) if 0 not in sizes else 0 for sizes in zip(*padded, strict=True))
+    assert all(
+        size in (1, most) for shape in padded for size, most in zip(shape, result, strict=True)
+    )
+    return result
 
 
 def _strides_of_view(shape: Shape, strides: Shape, new: Shape) -> Shape | None:
