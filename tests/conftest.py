@@ -106,16 +106,18 @@ def pytest_configure(config):
 
 # The table of operations --------------------------------------------------------------------------
 
-#: Files whose tests compute with the default table: they run with the kernels and with the readable
-#: layers. What the others test does not depend on it.
+#: Files, and single tests, that compute with the default table: they run with the kernels and with
+#: the readable layers. What the others test does not depend on it.
 WITH_EVERY_TABLE = (
     *("test_layers.py", "test_properties.py", "test_golden.py", "test_namespaces.py"),
-    *("test_transformers.py", "test_bad_input.py", "test_training.py", "test_training_parts.py"),
+    *("test_transformers.py", "test_bad_input.py", "test_training_parts.py"),
+    *("test_a_hundred_steps_are_pytorchs", "test_one_batch_is_learnt_by_heart"),
 )
 
 
 def pytest_generate_tests(metafunc):
-    if metafunc.definition.path.name in WITH_EVERY_TABLE and "PVT_REF_OPS" not in os.environ:
+    names = {metafunc.definition.path.name, metafunc.function.__name__}
+    if names & set(WITH_EVERY_TABLE) and "PVT_REF_OPS" not in os.environ:
         metafunc.parametrize("table", ["blocked", "reference"], indirect=True, scope="function")
 
 

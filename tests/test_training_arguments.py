@@ -179,7 +179,7 @@ def test_a_state_that_no_training_leaves_is_refused(change, kind, message):
 
 def test_images_are_not_moved_out_of_sight(tmp_path):
     recipe = dataclasses.replace(RECIPE, crop_padding=17)
-    with pytest.raises(RangeError, match="crop_padding is 17, and images have only 16 pixels"):
+    with pytest.raises(RangeError, match="crop_padding is 17, and images have 16 a side"):
         train_step(STATE, DATA, CONFIG, recipe)
     with pytest.raises(RangeError, match="crop_padding is 17"):
         fit(CONFIG, recipe, DATA, HELD_OUT, tmp_path)
