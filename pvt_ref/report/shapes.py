@@ -180,9 +180,9 @@ def _broadcast(*shapes: Shape) -> Shape:
     rank = max(map(len, shapes))
     padded = [(1,) * (rank - len(shape)) + tuple(shape) for shape in shapes]
     result = tuple(max(sizes) if 0 not in sizes else 0 for sizes in zip(*padded, strict=True))
-    assert all(
-        size in (1, most) for shape in padded for size, most in zip(shape, result, strict=True)
-    )
+    for shape in padded:
+        if any(size not in (1, most) for size, most in zip(shape, result, strict=True)):
+            raise ValueError(f"shapes {shapes} cannot be broadcast")
     return result
 
 
