@@ -19,6 +19,7 @@ import os
 import pkgutil
 import re
 import shutil
+import string
 import subprocess
 import sys
 import threading
@@ -618,6 +619,9 @@ def test_a_missing_page_is_told_at_any_address_and_depth(missing, scheme, browse
 def test_the_search_works_from_files(open_page):
     tab = open_page("index.html")
     tab.locator(".md-search__input").first.click()
+    for beginning in string.ascii_lowercase + string.digits:  # of every term in the index
+        tab.keyboard.type(beginning, delay=50)
+        tab.keyboard.press("Backspace")
     tab.keyboard.type("spatial reduction", delay=50)  # every beginning is searched for, too
     tab.wait_for_selector(".md-search-result__item", timeout=10_000)
     assert "sra" in tab.locator(".md-search-result__link").first.get_attribute("href")
@@ -688,12 +692,11 @@ def test_the_steps_of_sra_are_the_shapes_of_the_package(open_page):
     )
     count = len(told["symbol"])
     options = panel.locator("option").all_inner_texts()
-    for i in range(4):
-        N = config.num_heads[i]
+    for i, (N, R) in enumerate(zip(config.num_heads, config.sr_ratios, strict=True)):
         heads = f"{N} head{'s' if N > 1 else ''}"
-        assert options[i] == f"{i + 1} (R = {config.sr_ratios[i]}, {heads})"
+        assert options[i] == f"{i + 1} (R = {R}, {heads})"
         panel.locator("select").select_option(str(i))
-        shapes = explore.sra_shapes(config, i)
+        shapes = explore.sra_shapes(config, i + 1)
         for _ in range(count - 1):
             if panel.locator(".back").is_enabled():
                 panel.locator(".back").click()
@@ -727,7 +730,7 @@ def test_the_steps_of_sra_are_the_shapes_of_the_package(open_page):
         assert panel.locator(".back").evaluate("button => button === document.activeElement")
         assert seen == len(shapes) == (12 if i < 3 else 10)
         assert max(scales) == pytest.approx(min(scales))  # rows and columns, of all arrays
-        if config.sr_ratios[i] > 1:  # the weights without reduction are n by n
+        if R > 1:  # the weights without reduction are n by n
             tab.locator("#sra-steps .back").click(click_count=3)
             assert panel.locator(".words").inner_text().startswith("weights")
             (outline,) = panel.locator("svg path").all()
@@ -886,7 +889,7 @@ def test_interactive_figures_say_the_same_without_javascript(open_page):
         cells = row.locator("td").all_inner_texts()
         assert cells[0].startswith(symbol)
         assert cells[1] == f"({letters})"
-        for i, cell in enumerate(cells[2:]):
+        for i, cell in enumerate(cells[2:], start=1):
             shape = explore.sra_shapes(tiny, i).get(symbol)
             assert cell == (" × ".join(map(str, shape)) if shape else "(R = 1: none)")
             assert shape is None or len(shape) == len(letters.split(", "))
