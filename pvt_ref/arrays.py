@@ -6,6 +6,7 @@ CuPy share; so the same lines also run on any other library that implements the 
 """
 
 import contextvars
+import functools
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -72,15 +73,24 @@ def is_numpy(x: object) -> bool:
 
 def is_cupy(x: object) -> bool:
     """Whether x is a CuPy array. CuPy is looked at only if the caller has imported it."""
-    cupy = sys.modules.get("cupy")
-    return cupy is not None and isinstance(x, getattr(cupy, "ndarray", ()))
+    return isinstance(x, _cupy_array())
+
+
+def _cupy_array() -> Any:
+    return getattr(sys.modules.get("cupy"), "ndarray", ())
 
 
 def is_array(x: object) -> bool:
     """Whether :func:`array_module` accepts x."""
-    if isinstance(x, _ODD_ARRAYS):
+    return _is_array_type(type(x))
+
+
+@functools.cache  # a walk over a model asks for each of its branches
+def _is_array_type(cls: type) -> bool:
+    if issubclass(cls, _ODD_ARRAYS):
         return False
-    return is_numpy(x) or is_cupy(x) or hasattr(type(x), "__array_namespace__")
+    known = issubclass(cls, (np.ndarray, np.generic)) or issubclass(cls, _cupy_array())
+    return known or hasattr(cls, "__array_namespace__")
 
 
 def is_foreign(x: object) -> bool:
@@ -104,7 +114,12 @@ def library_and_dtype(x: Array) -> str:
 
 def dtype_name(x: Array) -> str:
     """``"float32"`` and the like, for the arrays of any library."""
-    return str(x.dtype).rsplit(".", 1)[-1]
+    return _name_of(x.dtype)
+
+
+@functools.cache
+def _name_of(dtype: Any) -> str:
+    return str(dtype).rsplit(".", 1)[-1]
 
 
 def from_host(host: np.ndarray, like: Array) -> Array:

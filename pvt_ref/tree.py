@@ -66,31 +66,32 @@ def map_arrays(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """
     if is_array(tree):
         return f(tree, *others)
+    cls = type(tree)
+    names = _field_names(cls)
+    if names is not None:
+        parts = {n: map_arrays(f, *[getattr(t, n) for t in (tree, *others)]) for n in names}
+        return cls(**parts)
+    if isinstance(tree, tuple | list):
+        return cls(map_arrays(f, *branch) for branch in zip(tree, *others, strict=True))
+    if isinstance(tree, dict):
+        return {key: map_arrays(f, value, *(o[key] for o in others)) for key, value in tree.items()}
     if is_foreign(tree):
         raise ArrayTypeError(
             f"expected arrays that NumPy code computes with, got {describe_type(tree)}"
         )
-    names = _field_names(type(tree))
-    if names is not None and not isinstance(tree, type):
-        values = {
-            name: map_arrays(f, getattr(tree, name), *(getattr(other, name) for other in others))
-            for name in names
-        }
-        return type(tree)(**values)
-    if isinstance(tree, tuple | list):
-        return type(tree)(map_arrays(f, *branch) for branch in zip(tree, *others, strict=True))
-    if isinstance(tree, dict):
-        return {key: map_arrays(f, value, *(o[key] for o in others)) for key, value in tree.items()}
     return tree
 
 
 def named_arrays(tree: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
     """Key and array of every leaf of a record, in field order; the arrays, not copies."""
-    if is_array(tree):
-        yield prefix, tree
-    elif isinstance(tree, tuple) or is_dataclass(tree):
-        for name, branch in branches(tree):
-            yield from named_arrays(branch, f"{prefix}.{name}" if prefix else name)
+    waiting = [(prefix, tree)]
+    while waiting:
+        prefix, tree = waiting.pop()
+        if is_array(tree):
+            yield prefix, tree
+        elif isinstance(tree, tuple) or is_dataclass(tree):
+            start = f"{prefix}." if prefix else ""
+            waiting.extend([(start + name, branch) for name, branch in reversed(branches(tree))])
 
 
 def named_records(tree: Any, prefix: str = "") -> dict[int, str]:
