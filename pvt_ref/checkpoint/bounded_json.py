@@ -20,9 +20,7 @@ def parse_json(text: str | bytes, what: str, limit: int = 2**20) -> Any:
     deeper than MAX_DEPTH, and for repeated keys, NaN, infinity and numbers over MAX_DIGITS.
     """
     if len(text) > limit:
-        raise CheckpointError(
-            f"{what} is too long: {len(text)} characters, and at most {limit} are read"
-        )
+        raise CheckpointError(f"{what} is too long: {len(text)} characters, of {limit} at most")
     hooks: Any = {"parse_int": _whole, "parse_float": _real, "parse_constant": _constant}
     try:
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text

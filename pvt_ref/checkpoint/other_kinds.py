@@ -4,24 +4,23 @@ import os
 from typing import BinaryIO
 
 from pvt_ref.checkpoint.pickles import Record, read_pickle
-from pvt_ref.checkpoint.stored import SAFE_LOAD
+from pvt_ref.checkpoint.stored import NEEDED, SAFE_LOAD
 from pvt_ref.errors import CheckpointError, shown
 
 HEAD = 512  # bytes that are looked at
 
 _DOWNLOAD = "Download it again, and look at its size and at the first bytes"
-_NEEDED = "PVT's weights are needed as PyTorch or safetensors has them"
 _UNPACK = "Unpack it, and load the file inside"
 _PICTURE = "a picture, not weights: pictures go to predict or to `python -m pvt_ref classify`"
-_GRAPH = f"It is a compiled program whose names are not those of the layers; {_NEEDED}"
+_GRAPH = f"It is a compiled program whose names are not those of the layers; {NEEDED}"
 
 #: Place and value of the first bytes, and what they mean.
 _MAGIC = (
     (0, b"version https://git-lfs", "not the weights, but a Git LFS pointer to them: the "
      "repository was cloned without LFS. Run 'git lfs install' and 'git lfs pull' there"),
-    (0, b"GGUF", f"a GGUF file (llama.cpp). {_NEEDED}"),
-    (0, b"\x89HDF\r\n\x1a\n", f"an HDF5 file (Keras .h5, say). {_NEEDED}"),
-    (0, b"\x93NUMPY", f"a single NumPy array (.npy). {_NEEDED}"),
+    (0, b"GGUF", f"a GGUF file (llama.cpp). {NEEDED}"),
+    (0, b"\x89HDF\r\n\x1a\n", f"an HDF5 file (Keras .h5, say). {NEEDED}"),
+    (0, b"\x93NUMPY", f"a single NumPy array (.npy). {NEEDED}"),
     (4, b"TFL3", f"a TensorFlow Lite model. {_GRAPH}"),
     (257, b"ustar", "a tar archive. If it has entries 'pickle', 'tensors' and 'storages', it is "
      "PyTorch's format from before 0.1.10, and if you trust its source, PyTorch can convert it "
@@ -56,7 +55,7 @@ def refuse_other_kind(file: BinaryIO, readable: str) -> CheckpointError:
         return CheckpointError(f"a protobuf message, such as an ONNX model. {_GRAPH}")
     file.seek(max(0, size - 8))
     if file.read(8) == b"\x57\xfb\x80\x8b\x24\x75\x47\xdb":
-        return CheckpointError(f"the index of a TensorFlow checkpoint. {_NEEDED}")
+        return CheckpointError(f"the index of a TensorFlow checkpoint. {NEEDED}")
     if head.lstrip()[:1] == b"<":
         return CheckpointError(f"an HTML or XML page, not weights, such as a login. {_DOWNLOAD}")
     return CheckpointError(

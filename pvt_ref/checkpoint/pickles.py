@@ -25,10 +25,9 @@ FREE_BYTES = 2**20
 _MAX_FOREIGN, _MAX_NAME = 100, 200
 
 _BUILTINS = "bytearray bytes complex frozenset object set"
-_TENSORS = "Tensor nn.parameter.Parameter nn.parameter.Buffer"
 _DANGEROUS = "__import__ breakpoint compile eval exec execfile open"
 _DICTS = {"collections.OrderedDict", "collections.defaultdict"}
-_TENSOR_CLASSES = {f"torch.{name}" for name in _TENSORS.split()}
+_TENSOR_CLASSES = {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
 #: Names of plain data, which nobody needs to hear of.
 _PLAIN = {
     *("argparse.Namespace", "collections.Counter", "copyreg._reconstructor", "_codecs.encode"),
@@ -150,16 +149,14 @@ class _Machine:
             self._spend(_PRICES.get(name, _VALUE))
             stack = self.stack
             match name:
-                case "LONG_BINPUT" | "BINPUT" | "PUT":
-                    self._remember(arg)
+                case "LONG_BINPUT" | "BINPUT" | "PUT" | "MEMOIZE":
+                    self._remember(len(self.memo) if arg is None else arg)
                 case "BINGET" | "LONG_BINGET" | "GET":
                     stack.append(self.memo[arg])
                     if stack[-1] is _UNSET:
                         raise ValueError(f"nothing was put into memo slot {arg}")
-                case "BINUNICODE" | "BININT1" | "BININT2" | "BININT" | "SHORT_BINUNICODE":
-                    stack.append(arg)
-                case "MEMOIZE":
-                    self._remember(len(self.memo))
+                case _ if name in _VALUES:
+                    stack.append(arg)  # pickletools decodes Python 2's strings as latin-1
                 case "MARK":
                     self.below.append(stack)
                     self.stack = []
@@ -199,8 +196,6 @@ class _Machine:
                 # what other protocols than 2 write, and the objects of Python 2
                 case "PROTO" | "FRAME":
                     pass
-                case _ if name in _VALUES:
-                    stack.append(arg)  # pickletools decodes Python 2's strings as latin-1
                 case "DICT":
                     items = self._pop_mark()
                     self.stack.append({})
@@ -299,12 +294,11 @@ class _Machine:
         storage_type, key, _, numel, *rest = fields
         name = _expect(storage_type, Global).name.rpartition(".")[2]
         view = rest[0] if rest else None
-        if view is not None:
-            _, first, count = _expect(view, tuple)
-            view = (_count(first), _count(count))
+        _, first, count = (None, 0, numel) if view is None else _expect(view, tuple)
         if kind != "storage" or len(rest) > 1 or not name.endswith("Storage"):
             raise ValueError("a reference that is not to a storage")
         dtype = stored.STORAGE_DTYPES.get(name) or name[:_MAX_NAME]
+        view = (_count(first), _count(count))
         storage = Storage(_expect(key, str), dtype, _count(numel), view)
         if storage.key not in self.storages:
             self._spend(_ITEM)
@@ -315,8 +309,9 @@ class _Machine:
 _UNSET = object()
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _VALUES = {
-    *("BINFLOAT", "FLOAT", "INT", "LONG", "LONG1", "LONG4", "UNICODE", "BINUNICODE8", "STRING"),
-    *("BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+    *("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT"),
+    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "STRING", "BINSTRING"),
+    *("SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 }
 _REBUILD = "torch._utils._rebuild_"
 
@@ -359,48 +354,46 @@ def _counts(values: Any) -> tuple[int, ...]:
 
 def _make_tensor(how: str, args: tuple[Any, ...]) -> StoredTensor | None:
     """What torch._utils._rebuild_<how> makes of args; None for kinds that are unknown here."""
-    metadata, unread = None, ""
+    dtype, rest = None, []
     match how, args:
         case ("parameter", (data, _, _)) | ("parameter_with_state", (data, _, _, _)):
             return _expect(data, StoredTensor)
         case "device_tensor_from_cpu_tensor", (data, dtype, _, _):  # XLA's
-            _expect(data, StoredTensor)
-            return data if _dtype(dtype) == data.dtype else None
+            return data if _dtype(dtype) == _expect(data, StoredTensor).dtype else None
         case "tensor", (storage, offset, shape, strides):
-            dtype = _expect(storage, Storage).dtype
+            pass
         case "tensor_v2", (storage, offset, shape, strides, _, _, *rest) if len(rest) < 2:
-            dtype = _expect(storage, Storage).dtype
-            metadata = rest[0] if rest else None
+            pass
         case "tensor_v3", (storage, offset, shape, strides, _, _, dtype, *rest) if len(rest) < 2:
-            dtype = _dtype(dtype)
-            metadata = rest[0] if rest else None
+            pass
         case "qtensor", (storage, offset, shape, strides, _, _, _):
-            dtype = _expect(storage, Storage).dtype
-            unread = "it is quantized"
+            pass
         case (("tensor" | "tensor_v2" | "tensor_v3" | "parameter"), _):
             raise TypeError(f"_rebuild_{how} with {len(args)} arguments")
         case _:
             return None
     _expect(storage, Storage)
+    dtype = _dtype(dtype) if how == "tensor_v3" else storage.dtype
     shape, strides = _counts(shape), _counts(strides)
     if len(shape) != len(strides):
         raise ValueError(f"shape {len(shape)} and strides {len(strides)} long")
-    negated, conjugated, problem = _read_metadata(metadata, dtype)
+    bits = _expect(rest[0], dict) if rest and rest[0] is not None else {}
+    unread = "it is quantized" if how == "qtensor" else _strange(bits, dtype)
     where = (storage, _count(offset), shape, strides, dtype)
-    return StoredTensor(*where, negated, conjugated, unread or problem)
+    return StoredTensor(*where, "neg" in bits, "conj" in bits, unread)
 
 
 def _dtype(value: Any) -> str:
     return _expect(value, Global).name.removeprefix("torch.")[:_MAX_NAME]
 
 
-def _read_metadata(metadata: Any, dtype: str) -> tuple[bool, bool, str]:
-    bits = {} if metadata is None else _expect(metadata, dict)
-    unknown = next((k for k, v in bits.items() if k not in ("neg", "conj") or v is not True), None)
-    if unknown is not None:
-        return False, False, f"it has {shown(unknown)} in its metadata, which is not known here"
+def _strange(bits: dict[str, Any], dtype: str) -> str:
+    """What of a tensor's metadata is not known here, if anything is."""
+    for name, value in bits.items():
+        if name not in ("neg", "conj") or value is not True:
+            return f"it has {shown(name)} in its metadata, which is not known here"
     if "conj" in bits and not dtype.startswith("complex"):
-        return False, False, f"it has the conjugate bit, and is of dtype {dtype}"
+        return f"it has the conjugate bit, and is of dtype {dtype}"
     if "neg" in bits and dtype == "bool":
-        return False, False, "it has the negative bit, and is of dtype bool"
-    return "neg" in bits, "conj" in bits, ""
+        return "it has the negative bit, and is of dtype bool"
+    return ""

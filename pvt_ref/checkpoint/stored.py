@@ -27,14 +27,9 @@ STORAGE_DTYPES = {
 _FLOATS_8 = ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")
 #: Bytes of the dtypes that NumPy does not have. Narrow floats become float32, which holds each.
 _NARROW_FLOATS = {"bfloat16": 2, **{f"float8_{name}": 1 for name in _FLOATS_8}}
-_QUANTIZED = {"qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1}
-_FOREIGN_SIZES = {**_NARROW_FLOATS, **_QUANTIZED}
-_NUMPY_DTYPES = {"uint16", "uint32", "uint64", *STORAGE_DTYPES.values()} - _FOREIGN_SIZES.keys()
+_SIZES = {**_NARROW_FLOATS, "qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1}
+_NUMPY_DTYPES = {"uint16", "uint32", "uint64", *STORAGE_DTYPES.values()} - _SIZES.keys()
 MAX_RANK = 8  # more than any weight has, fewer than NumPy's limit
-DAMAGED = (
-    "The likely cause is an interrupted or faulty download or copy: fetch the file again, and "
-    "compare its size and checksum with those of the publisher"
-)
 #: What bytes of any kind raise where a zip, a pickle or numbers are expected. Not Exception, which
 #: a signal's handler can raise.
 UNREADABLE = (
@@ -43,17 +38,19 @@ UNREADABLE = (
     Warning,  # of pickletools, where warnings are errors
     *(struct.error, zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error),
 )
-#: Loading that runs nothing, for advice.
+#: For advice: what is read here, and loading that runs nothing.
+NEEDED = "PVT's weights are needed as PyTorch or safetensors has them"
 SAFE_LOAD = "state = torch.load(path, weights_only=True, map_location='cpu')"
-_COPIES = (
-    f"Save copies, with PyTorch: {SAFE_LOAD}; "
-    f"torch.save({{k: v.clone() for k, v in state.items()}}, new_path)"
-)
+_CLONED = "torch.save({k: v.clone() for k, v in state.items()}, new_path)"
+_COPIES = f"Save copies, with PyTorch: {SAFE_LOAD}; {_CLONED}"
 
 
 def damaged(what: str) -> CheckpointError:
     """The refusal of bytes that are not as they were written."""
-    return CheckpointError(f"{what}. {DAMAGED}")
+    return CheckpointError(
+        f"{what}. The likely cause is an interrupted or faulty download or copy: fetch or save the "
+        f"file again, and compare its size and checksum with those of the publisher"
+    )
 
 
 class Storage(NamedTuple):
@@ -62,7 +59,7 @@ class Storage(NamedTuple):
     key: str  # in a zip, of the entry under data/
     dtype: str  # its name in NumPy, ml_dtypes or, where neither has it, PyTorch
     numel: int  # of the block
-    view: tuple[int, int] | None = None  # the part that is meant, (first, count); None is all
+    view: tuple[int, int]  # the part that is meant, (first, count)
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +67,7 @@ class Storage(NamedTuple):
         return self.numel * itemsize(self.dtype)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor that has not been read yet."""
 
@@ -86,8 +83,7 @@ class StoredTensor:
 
 def itemsize(dtype: str) -> int:
     """Bytes of one number; 1 where it is not known."""
-    known = dtype in _NUMPY_DTYPES
-    return np.dtype(dtype).itemsize if known else _FOREIGN_SIZES.get(dtype, 1)
+    return np.dtype(dtype).itemsize if dtype in _NUMPY_DTYPES else _SIZES.get(dtype, 1)
 
 
 class StoredFile(ABC):
@@ -141,33 +137,26 @@ def _check(name: str, x: StoredTensor) -> None:
             f"PyTorch: {SAFE_LOAD}; then torch.save what v.dequantize(), v.to_dense() or "
             f"v.float() makes of each v in state.values()"
         )
-    numel, size = math.prod(x.shape), itemsize(x.dtype)
-    stored = x.storage.nbytes // size
-    if x.storage.view:
-        first, count = (n * itemsize(x.storage.dtype) for n in x.storage.view)
-        stored = count // size
-        if sum(x.storage.view) > x.storage.numel or first % size:
-            what = f"the storage of {shown(name)} is a view, {x.storage.view}, that reaches"
-            raise damaged(f"{what} outside its {x.storage.numel} numbers")
+    size = itemsize(x.dtype)
+    first, count = (n * itemsize(x.storage.dtype) for n in x.storage.view)
+    if sum(x.storage.view) > x.storage.numel or first % size:
+        view = f"a view, {x.storage.view}, that reaches outside its {x.storage.numel} numbers"
+        raise damaged(f"the storage of {shown(name)} is {view}")
+    stored = count // size
     last = x.offset + sum((n - 1) * s for n, s in zip(x.shape, x.strides, strict=True))
-    what = f"tensor {shown(name)} of shape {x.shape} is"
-    if not numel:
-        raise damaged(f"{what} empty; no weight is")
+    what = f"tensor {shown(name)} (shape {x.shape}, strides {x.strides}, offset {x.offset})"
+    if 0 in x.shape:
+        raise damaged(f"{what} is empty; no weight is")
     if last >= stored:
-        raise damaged(
-            f"tensor {shown(name)} (shape {x.shape}, strides {x.strides}, offset {x.offset}) "
-            f"reaches outside its storage of {stored} numbers"
-        )
-    if numel > stored:
-        raise CheckpointError(f"{what} an expanded view of {stored} numbers. {_COPIES}")
+        raise damaged(f"{what} reaches outside its storage of {stored} numbers")
+    if math.prod(x.shape) > stored:
+        raise CheckpointError(f"{what} is an expanded view of {stored} numbers. {_COPIES}")
 
 
 def _cut(raw: bytes, x: StoredTensor, order: Literal["<", ">"]) -> np.ndarray:
-    narrow = x.dtype in _NARROW_FLOATS
-    size = itemsize(x.dtype)
+    narrow, size = x.dtype in _NARROW_FLOATS, itemsize(x.dtype)
     stored = np.dtype(f"u{size}" if narrow else x.dtype).newbyteorder(order)
-    first = x.storage.view[0] * itemsize(x.storage.dtype) if x.storage.view else 0
-    first += x.offset * size
+    first = x.storage.view[0] * itemsize(x.storage.dtype) + x.offset * size
     view = np.lib.stride_tricks.as_strided(
         np.frombuffer(raw, stored, count=(len(raw) - first) // size, offset=first),
         x.shape,
