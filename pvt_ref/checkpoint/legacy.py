@@ -15,10 +15,8 @@ from pvt_ref.checkpoint.stored import STORAGE_DTYPES, Storage, StoredFile, damag
 from pvt_ref.errors import CheckpointError, shown
 
 _MAGIC = 0x1950A86A20F9469CFC6C
-_MAGIC_BYTES = (
-    b"\x8a\x0a" + _MAGIC.to_bytes(10, "little"),  # from pickle protocol 2 on
-    b"L%dL\n" % _MAGIC,
-)
+#: As pickles have it from protocol 2 on, and before.
+_MAGIC_BYTES = (b"\x8a\x0a" + _MAGIC.to_bytes(10, "little"), b"L%dL\n" % _MAGIC)
 _VERSION = 1001
 
 

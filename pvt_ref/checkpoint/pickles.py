@@ -31,8 +31,9 @@ _TENSOR_CLASSES = {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.par
 #: Names of plain data, which nobody needs to hear of.
 _PLAIN = {
     *("argparse.Namespace", "collections.Counter", "copyreg._reconstructor", "_codecs.encode"),
-    *("torch.Size", "torch.device", "torch.serialization._get_layout"),
-    *("torch.nn.parameter.UninitializedParameter", *_TENSOR_CLASSES),
+    *("torch.nn.parameter.UninitializedParameter", "torch.serialization._get_layout"),
+    *_TENSOR_CLASSES,
+    *_DICTS,
     *(f"builtins.{name}" for name in _BUILTINS.split()),
 }
 _PROGRAM_MODULES = {"nt", "os", "posix", "pty", "runpy", "shutil", "socket", "subprocess", "sys"}
@@ -42,10 +43,6 @@ _PROGRAMS = {
 }
 #: So written up to protocol 2.
 _PYTHON_2 = {"__builtin__": "builtins", "commands": "subprocess", "copy_reg": "copyreg"}
-_ATTACK = (
-    "Weights need nothing of the kind: the likely cause is an attack. Do not open this file with "
-    "torch.load(weights_only=False) or pickle; get the weights from their publisher"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,8 +251,11 @@ class _Machine:
         name = f"{module}.{attribute}"
         if name not in self.labels:
             if module.partition(".")[0] in _PROGRAM_MODULES or name in _PROGRAMS:
-                what = f"its pickle asks for {shown(name)}, which is refused; nothing was run"
-                raise CheckpointError(f"{what}. {_ATTACK}")
+                raise CheckpointError(
+                    f"its pickle asks for {shown(name)}, which is refused; nothing was run. No "
+                    f"weights need it: the likely cause is an attack. Do not open this file with "
+                    f"torch.load(weights_only=False) or pickle; get weights from their publisher"
+                )
             self._spend(2 * len(name) + 2 * _ITEM)
             self.labels[name] = Global(name)
         return self.labels[name]
@@ -317,11 +317,9 @@ _REBUILD = "torch._utils._rebuild_"
 
 
 def _is_known(name: str) -> bool:
+    torch = name.startswith("torch.") and (name.count(".") == 1 or name.endswith("Storage"))
     return (
-        name in _PLAIN
-        or name in _DICTS
-        or name.startswith((_REBUILD, "torch._tensor._rebuild_from_type"))
-        or (name.startswith("torch.") and (name.count(".") == 1 or name.endswith("Storage")))
+        torch or name in _PLAIN or name.startswith((_REBUILD, "torch._tensor._rebuild_from_type"))
     )
 
 

@@ -167,7 +167,11 @@ def _load(
     else:
         raise CheckpointError("a pvt_ref file, which holds one model: leave entry out")
     row = model.row
-    stated = _of_network(row, config, stated)
+    if stated and type(stated.config) is not row.config_type:
+        if not isinstance(config, str | os.PathLike) or config in known_variants():
+            what = f"it holds a {row.title}, and config is a {type(stated.config).__name__}"
+            raise CheckpointError(f"{what}. Leave config out, or pass a {row.config_type.__name__}")
+        stated = from_argument(config, row)  # a JSON file, whose fields may fit several networks
     if stored:
         used = _as_stored(stated, stored, notes)
     else:
@@ -212,15 +216,6 @@ def _load(
         where = f", and {numbers[1]} in the projection norms" if several else " in every norm"
         what.append(f"eps {numbers[0]}{where}")
     return Model(params, used, "; ".join((*what, *notes)), info)
-
-
-def _of_network(row: Architecture, config: Any, stated: Stated | None) -> Stated | None:
-    if stated is None or type(stated.config) is row.config_type:
-        return stated
-    if not isinstance(config, str | os.PathLike) or config in known_variants():
-        what = f"it holds a {row.title}, and config is a {type(stated.config).__name__}"
-        raise CheckpointError(f"{what}. Leave config out, or pass a {row.config_type.__name__}")
-    return from_argument(config, row)  # a JSON file, whose fields may fit several networks
 
 
 def _unsaid(config: Any, stated: Stated, eps: tuple[float, ...] | None) -> Iterator[str]:

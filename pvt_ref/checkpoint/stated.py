@@ -1,8 +1,4 @@
-"""What is said of a model beside its weights: by an argument, or by the files that lie there.
-
-Hugging Face's ``save_pretrained`` writes config.json (sizes, heads, eps, labels) and
-preprocessor_config.json (mean and std) into the folder of the weights.
-"""
+"""What is said of a model beside its weights: by an argument, or by Hugging Face's JSON files."""
 
 import dataclasses
 import math
@@ -54,6 +50,7 @@ def from_argument(config: Any, row: Architecture | None = None) -> Stated | None
     if config is None:
         return None
     kinds, variants = [row.config_type for row in architectures()], known_variants()
+    names = ", ".join(variants)
     if type(config) in kinds:
         defaults = {field.name: field.default for field in dataclasses.fields(config)}
         says_eps = any(eps != defaults[name] for name, eps in eps_of(config).items())
@@ -61,16 +58,14 @@ def from_argument(config: Any, row: Architecture | None = None) -> Stated | None
     if isinstance(config, str) and config in variants:
         return Stated(variants[config], config, SHOWN_BY_SHAPES)
     if not isinstance(config, str | os.PathLike) or not isinstance(os.fspath(config), str):
-        raise errors.ArrayTypeError(
-            f"config is a {type(config).__name__}; it must be a "
-            f"{' or '.join(kind.__name__ for kind in kinds)}, a variant's name "
-            f"({', '.join(variants)}), or the path of a JSON file such as config.json"
-        )
+        types = " or ".join(kind.__name__ for kind in kinds)
+        what = f"config is a {type(config).__name__}; it must be a {types}, a variant's name"
+        raise errors.ArrayTypeError(f"{what} ({names}), or the path of a file such as config.json")
     text = os.fspath(config)
     path = Path(text) / "config.json" if os.path.isdir(text) else Path(text)
     if "\0" in text or not os.path.exists(path):
-        kinds = f"neither a variant ({', '.join(variants)}) nor a file"
-        raise errors.MissingFileError(f"config is {shown(text, 200)}: {kinds}")
+        what = f"config is {shown(text, 200)}: neither a variant ({names}) nor a file"
+        raise errors.MissingFileError(what)
     return read_config(path, str(path), row)
 
 

@@ -103,10 +103,9 @@ class StoredFile(ABC):
         """The named tensors as arrays; narrow floats as float32. Raises: CheckpointError."""
         total = sum(math.prod(x.shape) * itemsize(x.dtype) for x in tensors.values())
         if total > self._size:
-            raise CheckpointError(
-                f"its tensors unpack to {total} bytes, more than the whole file has "
-                f"({self._size}): some overlap in one storage, or are expanded views. {_COPIES}"
-            )
+            what = f"its tensors unpack to {total} bytes, more than the whole file has"
+            why = "some overlap in one storage, or are expanded views"
+            raise CheckpointError(f"{what} ({self._size}): {why}. {_COPIES}")
         by_block: dict[str, list[str]] = defaultdict(list)  # each is read only once
         for name, x in tensors.items():
             _check(name, x)
@@ -118,10 +117,8 @@ class StoredFile(ABC):
             for name in names:
                 storage = tensors[name].storage
                 if len(raw) != storage.nbytes:
-                    raise damaged(
-                        f"the storage of {shown(name)} has {len(raw)} bytes; {storage.numel} "
-                        f"numbers of {storage.dtype} need {storage.nbytes}"
-                    )
+                    needed = f"{storage.numel} numbers of {storage.dtype} need {storage.nbytes}"
+                    raise damaged(f"the storage of {shown(name)} has {len(raw)} bytes; {needed}")
                 arrays[name] = _cut(raw, tensors[name], self._order)
         return {name: arrays[name] for name in tensors}
 
