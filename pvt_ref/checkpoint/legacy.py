@@ -71,5 +71,5 @@ class LegacyFile(StoredFile):
                 needed = f"tensors need {storage.numel}"
                 raise damaged(f"storage {shown(key)} has {numel} numbers; {needed}")
         if at != self._size or len(self._blocks) != len(storages):
-            counts = f"{len(self._blocks)} storages, of {len(storages)} that its tensors need,"
-            raise damaged(f"not one whole file: {counts} end at byte {at} of {self._size}")
+            counts = f"{len(self._blocks)} of {len(storages)} storages of its tensors end at byte"
+            raise damaged(f"not a whole file, or more than one: {counts} {at} of {self._size}")

@@ -318,9 +318,8 @@ _REBUILD = "torch._utils._rebuild_"
 
 def _is_known(name: str) -> bool:
     torch = name.startswith("torch.") and (name.count(".") == 1 or name.endswith("Storage"))
-    return (
-        torch or name in _PLAIN or name.startswith((_REBUILD, "torch._tensor._rebuild_from_type"))
-    )
+    rebuilt = name.startswith((_REBUILD, "torch._tensor._rebuild_from_type"))
+    return torch or rebuilt or name in _PLAIN
 
 
 def _expect(value: Any, kind: Any) -> Any:

@@ -249,8 +249,8 @@ def check_state(model: Found, config: Any, origin: str = "") -> None:
     layout, state = model.layout, model.state
     if layout.has_classifier is False and config.has_classifier:
         raise CheckpointError(
-            f"it is a bare backbone ({layout.name}), and the configuration has num_classes="
-            f"{config.num_classes}. Pass dataclasses.replace(config, num_classes=0); "
+            f"it is a bare backbone ({layout.name}: it has no head), and the configuration has "
+            f"num_classes={config.num_classes}. Pass dataclasses.replace(config, num_classes=0); "
             f"with_new_head(model, ...) adds a head"
         )
     whose = f"the configuration{'' if origin in ('', 'config') else f' from {origin}'}"
