@@ -75,14 +75,11 @@ def load(
 
         return read_model(path, variants[known], eps=eps, released=origin)
     if mirror is not None:
-        names = ", ".join((*SHIPPED, *RELEASED))
         what = f"mirror was given with {shown(name)}, which is not fetched"
-        raise ArrayTypeError(f"{what}. Known names are {names}")
+        raise ArrayTypeError(f"{what}. {_known_names(known)}")
     if re.match(r"[A-Za-z][\w+.-]*://", known):
-        raise MissingFileError(
-            f"{cut_path(known)} is an address, and load reads files. Download it, and load what "
-            f"came: pvt_ref.load('path/to/file'). {_known_names(known)}"
-        )
+        what = f"{cut_path(known)} is an address, and load reads files. Download it, and call"
+        raise MissingFileError(f"{what} pvt_ref.load('path/to/file'). {_known_names(known)}")
     try:
         return load_file(name, config, entry=entry, eps=eps)
     except MissingFileError as error:
@@ -122,13 +119,7 @@ def _find(name: str, mirror: str | None) -> tuple[Path, str]:
         what = f"mirror is {shown(mirror)}; it must be an address such as 'https://my.server'"
         raise ArrayTypeError(f"{what}. For a file on this machine: pvt_ref.load('path/to/file')")
     first = _read_record().get(name)
-    path, commit, announced = _fetch(name, mirror, first["commit"] if first else None)
-    try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        what = f"what was fetched cannot be read from {path} ({type(error).__name__}: {error})"
-        raise DownloadError(f"{name}: {what}. {_by_hand(name)}") from error
+    path, commit, announced, found = _fetch(name, mirror, first["commit"] if first else None)
     has = f"{name}: {path} has the SHA-256 {found[:12]}..., and"
     if re.fullmatch("[0-9a-f]{64}", announced) and announced != found:
         said = f"the server announced {announced[:12]}...: it is damaged"
@@ -158,14 +149,13 @@ def _read_record() -> dict[str, Any]:
         record = read_json(path, path.name) if path.exists() else {}
         return {k: {**x, "commit": x["commit"], "sha256": x["sha256"]} for k, x in record.items()}
     except (CheckpointError, TypeError, KeyError) as error:
-        raise DownloadError(
-            f"{path}, which says what was fetched, cannot be read ({type(error).__name__}: "
-            f"{error}). Delete it: what is fetched next is then taken as it comes"
-        ) from error
+        why = f"{type(error).__name__}: {error}"
+        what = f"{path}, which says what was fetched, cannot be read ({why})"
+        raise DownloadError(f"{what}. Delete it: what comes next is taken as it is") from error
 
 
-def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str | None, str]:
-    """From the Hub's cache or the Hub: the file, its commit, and the SHA-256 announced for it."""
+def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str | None, str, str]:
+    """From the Hub's cache or the Hub: the file, its commit, the SHA-256 announced, and its own."""
     try:
         import huggingface_hub as hub
     except ImportError as error:
@@ -187,6 +177,8 @@ def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str
             commit, announced = answer.commit_hash or commit, answer.etag or ""
             options |= {"revision": commit, "etag_timeout": _SECONDS}
             kept = hub.hf_hub_download(repository, _FILE, **options)
+        with open(kept, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
     except Exception as error:  # many kinds, of several libraries: all mean that it is not here
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise DownloadError(f"{name}: {where} did not give it ({why}). {_by_hand(name)}") from error
@@ -195,7 +187,7 @@ def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str
     path = Path(kept)  # the cache has a folder for each commit, and names large files by SHA-256
     folder, blob = path.parent.name, path.resolve().name
     announced = blob if re.fullmatch("[0-9a-f]{64}", blob) else announced
-    return path, folder if re.fullmatch("[0-9a-f]{40}", folder) else commit, announced
+    return path, folder if re.fullmatch("[0-9a-f]{40}", folder) else commit, announced, found
 
 
 def _by_hand(name: str) -> str:

@@ -4,10 +4,8 @@ import os
 from typing import BinaryIO
 
 from pvt_ref.checkpoint.pickles import Record, read_pickle
-from pvt_ref.checkpoint.stored import NEEDED, SAFE_LOAD
+from pvt_ref.checkpoint.stored import NEEDED, PACK, SAFE_LOAD
 from pvt_ref.errors import CheckpointError, shown
-
-HEAD = 512  # bytes that are looked at
 
 _DOWNLOAD = "Download it again, and look at its size and at the first bytes"
 _UNPACK = "Unpack it, and load the file inside"
@@ -43,7 +41,7 @@ def refuse_other_kind(file: BinaryIO, readable: str) -> CheckpointError:
     """The refusal of a file that is neither of PyTorch's formats nor .safetensors, by its kind."""
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
-    head = file.read(HEAD)
+    head = file.read(512)
     if not size:
         return CheckpointError(f"the file is empty. The download or copy was cut off. {_DOWNLOAD}")
     for place, magic, meaning in _MAGIC:
@@ -72,10 +70,7 @@ def _refuse_pickle(file: BinaryIO) -> CheckpointError:
     except CheckpointError as error:
         return CheckpointError(f"a bare pickle, not a file of torch.save, and {error}")
     if storages:
-        return CheckpointError(
-            "the entry data.pkl of a PyTorch file that was unpacked. Load the original file, or "
-            "pack the folder again, from the one above it: zip -0 -r model.pth folder"
-        )
+        return CheckpointError(f"the entry data.pkl of a PyTorch file that was unpacked. {PACK} folder")
     keys = tree if isinstance(tree, dict) else {}
     # newer files have nothing of Paddle's in them but the name; a parameter is (its name, array)
     by_name = os.path.splitext(str(getattr(file, "name", "")))[1] in (".pdparams", ".pdopt")
@@ -86,7 +81,7 @@ def _refuse_pickle(file: BinaryIO) -> CheckpointError:
     return CheckpointError(
         f"a bare pickle ({what}; it names {', '.join(map(shown, foreign[:3])) or 'no classes'}), "
         f"not a file of torch.save; what pickle.dump wrote can only be read by running it. Safe: "
-        f"get the weights as .safetensors or as a file of torch.save. If you trust the source, "
-        f"make one: torch.save of pickle.load(open(path, 'rb')) as a dict from names to tensors, "
-        f"which is read without running it: {SAFE_LOAD}"
+        f"get the weights as .safetensors or from torch.save. If you trust the source, make one: "
+        f"torch.save of pickle.load(open(path, 'rb')) as a dict from names to tensors, then read "
+        f"without running it: {SAFE_LOAD}"
     )

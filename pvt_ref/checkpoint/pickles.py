@@ -73,7 +73,7 @@ def read_pickle(file: BinaryIO) -> Pickle:
         return _Machine(file)._run()
 
 
-def whole_object(name: str, where: str = "what was saved") -> CheckpointError:
+def whole_object(name: str, where: str) -> CheckpointError:
     """The refusal of an object called name that lies, where the file says, in place of weights."""
     if name.startswith("numpy.") and "multiarray." in name:
         return CheckpointError(
@@ -84,11 +84,10 @@ def whole_object(name: str, where: str = "what was saved") -> CheckpointError:
         )
     return CheckpointError(
         f"no weights in it: {where} is a {shown(name)}, an object with code of its own, such as a "
-        f"whole pickled model, which is not made here; nothing was run. Safe: look for the state "
-        f"dict or a .safetensors file from the same publisher. If there is none, and you trust the "
-        f"source, PyTorch can run the file where that class can be imported: model = "
-        f"torch.load(path, weights_only=False, map_location='cpu'); "
-        f"torch.save(model.state_dict(), new_path)"
+        f"whole pickled model; nothing was run. Safe: look for the state dict or a .safetensors "
+        f"file from the same publisher. If there is none, and you trust the source, PyTorch can "
+        f"run the file where that class can be imported: torch.save(torch.load(path, "
+        f"weights_only=False, map_location='cpu').state_dict(), new_path)"
     )
 
 
@@ -188,7 +187,7 @@ class _Machine:
                     stack.pop()  # attributes are not needed
                     _expect(stack[-1], Record | dict)
                 case "STOP":
-                    names = sorted({x[:_MAX_NAME] for x in self.labels if not _is_known(x)})
+                    names = sorted({x[:_MAX_NAME] for x in self.labels if not is_known(x)})
                     return Pickle(stack.pop(), tuple(names[:_MAX_FOREIGN]), self.storages)
                 # what other protocols than 2 write, and the objects of Python 2
                 case "PROTO" | "FRAME":
@@ -316,7 +315,8 @@ _VALUES = {
 _REBUILD = "torch._utils._rebuild_"
 
 
-def _is_known(name: str) -> bool:
+def is_known(name: str) -> bool:
+    """Whether a name is of plain data, of a tensor or of what goes with one."""
     torch = name.startswith("torch.") and (name.count(".") == 1 or name.endswith("Storage"))
     rebuilt = name.startswith((_REBUILD, "torch._tensor._rebuild_from_type"))
     return torch or rebuilt or name in _PLAIN

@@ -9,32 +9,19 @@ file, whatever sizes it claims. The zip's checksums are verified for everything 
 
 import io
 import zipfile
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 from pvt_ref.checkpoint import stored
 from pvt_ref.checkpoint.legacy import LegacyFile, is_legacy
-from pvt_ref.checkpoint.pickles import Record, read_pickle, whole_object
-from pvt_ref.checkpoint.stored import NEEDED, SAFE_LOAD, Storage, StoredFile, StoredTensor, damaged
+from pvt_ref.checkpoint.pickles import read_pickle
+from pvt_ref.checkpoint.stored import NEEDED, SAFE_LOAD, Storage, StoredFile, damaged
 from pvt_ref.errors import CheckpointError, shown
 
 
 def open_pth(file: BinaryIO) -> StoredFile:
-    """The reader of a file of PyTorch's, which stays open meanwhile. Raises: CheckpointError."""
+    """The reader of a file of PyTorch's, which stays open meanwhile."""
     file.seek(0)
-    opened = LegacyFile(file) if is_legacy(file.read(64)) else PthFile(file)
-    values: list[tuple[str, Any]] = [("", opened.tree)]
-    objects, seen = [], set()
-    for name, value in values:  # and all that is in them
-        if isinstance(value, StoredTensor):
-            return opened
-        if isinstance(value, Record) and value.name in opened.foreign:
-            objects.append((value.name, f"the entry {shown(name)}" if name else "what was saved"))
-        elif isinstance(value, dict) and id(value) not in seen:
-            seen.add(id(value))
-            values.extend(value.items())
-    if objects:  # and no tensor
-        raise whole_object(*objects[0])
-    return opened
+    return LegacyFile(file) if is_legacy(file.read(64)) else PthFile(file)
 
 
 class PthFile(StoredFile):

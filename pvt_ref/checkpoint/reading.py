@@ -24,6 +24,7 @@ from pvt_ref.checkpoint.other_kinds import refuse_other_kind
 from pvt_ref.checkpoint.pth import open_pth
 from pvt_ref.checkpoint.recognise import Found, few
 from pvt_ref.checkpoint.stated import PREPROCESSOR_FILE, Stated, eps_of, from_argument, read_json
+from pvt_ref.checkpoint.stored import PACK
 from pvt_ref.checks import is_moderate
 from pvt_ref.data.imagenet import released_info
 from pvt_ref.data.info import UNKNOWN, ModelInfo
@@ -108,14 +109,10 @@ def _file_in(folder: Path) -> Path:
         if (folder / name).exists():
             return folder / name
     if (folder / "data.pkl").exists():
-        raise CheckpointError(
-            f"the folder of a PyTorch file that was unpacked. Load the original file, or pack the "
-            f"folder again, from the one above it: zip -0 -r model.pth {shown(folder.name)}"
-        )
-    raise CheckpointError(
-        f"a directory without {' or '.join(_IN_FOLDER)}, as save_pretrained writes them; needed is "
-        f"the weights file in it (there are: {_weights_in(folder)})"
-    )
+        what = f"the folder of a PyTorch file that was unpacked. {PACK} {shown(folder.name)}"
+        raise CheckpointError(what)
+    what = f"a directory without {' or '.join(_IN_FOLDER)}, as save_pretrained writes them; needed"
+    raise CheckpointError(f"{what} is the weights file in it (there are: {_weights_in(folder)})")
 
 
 def _open_shards(path: Path, stack: contextlib.ExitStack) -> _Opened:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pvt_ref.models  # noqa: F401 (enters the networks)
 from pvt_ref.arrays import FLOAT_DTYPES, dtype_name
 from pvt_ref.checkpoint.key_maps import foreign_shapes
-from pvt_ref.checkpoint.pickles import Record, whole_object
+from pvt_ref.checkpoint.pickles import Record, is_known, whole_object
 from pvt_ref.checkpoint.safetensors_file import QUANTIZED
 from pvt_ref.checkpoint.stated import SHOWN_BY_SHAPES, Stated
 from pvt_ref.checkpoint.stored import SAFE_LOAD, StoredTensor
@@ -95,21 +95,25 @@ def find_models(tree: Any, config: Any = None) -> list[Found]:
     found = [model for entry, state in mappings for model in _models_in(entry, state, signs)]
     if found:
         return [model for model in found if type(config) is model.row.config_type] or found
-    holds = f"a {type(tree).__name__}"
-    if isinstance(tree, Mapping):
-        for name in sorted(_WHOLE_MODELS & tree.keys()):
-            if isinstance(tree[name], Record):
-                raise whole_object(tree[name].name, f"the entry {shown(name)}")
-        states = [state for _, state in mappings if any(map(is_entry, state.values()))]
-        if states:
-            keys = [str(key) for key in max(states, key=len)]
-            what = f"its {len(keys)} keys are of no known layout: {few(keys)}. {_advice(keys)}"
-            raise CheckpointError(f"{what}Needed is one of: {layouts_read()}")
-        holds = f"a dict with the entries {few(tree)}"
-    raise CheckpointError(
-        f"no weights in it: it holds {holds}; needed is a state dict (key names to tensors), at "
-        f"the top or in a dict there. Save one with torch.save(model.state_dict(), new_path)"
-    )
+    states = [state for _, state in mappings if any(map(is_entry, state.values()))]
+    objects = [
+        (x, f"the entry {shown(name)}")
+        for _, state in mappings
+        for name, x in state.items()
+        if name in _WHOLE_MODELS or not states
+    ]
+    for x, where in [(tree, "what was saved"), *objects]:
+        if isinstance(x, Record) and not is_known(x.name):
+            raise whole_object(x.name, where)
+    if states:
+        keys = [str(key) for key in max(states, key=len)]
+        what = f"its {len(keys)} keys are of no known layout: {few(keys)}. {_advice(keys)}"
+        raise CheckpointError(f"{what}Needed is one of: {layouts_read()}")
+    is_dict = isinstance(tree, Mapping)
+    holds = f"a dict with the entries {few(tree)}" if is_dict else f"a {type(tree).__name__}"
+    what = f"no weights in it: it holds {holds}; needed is a state dict (key names to tensors), at"
+    advice = "Save one with torch.save(model.state_dict(), new_path)"
+    raise CheckpointError(f"{what} the top or in a dict there. {advice}")
 
 
 def _mappings(tree: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:

@@ -38,8 +38,9 @@ UNREADABLE = (
     Warning,  # of pickletools, where warnings are errors
     *(struct.error, zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error),
 )
-#: For advice: what is read here, and loading that runs nothing.
+#: For advice: what is read here, what an unpacked file needs, and loading that runs nothing.
 NEEDED = "PVT's weights are needed as PyTorch or safetensors has them"
+PACK = "Load the original, or pack the folder again, from the one above it: zip -0 -r model.pth"
 SAFE_LOAD = "state = torch.load(path, weights_only=True, map_location='cpu')"
 _CLONED = "torch.save({k: v.clone() for k, v in state.items()}, new_path)"
 _COPIES = f"Save copies, with PyTorch: {SAFE_LOAD}; {_CLONED}"
@@ -129,11 +130,9 @@ def _check(name: str, x: StoredTensor) -> None:
     if not unread and x.dtype not in _NUMPY_DTYPES and x.dtype not in _NARROW_FLOATS:
         unread = f"it is of dtype {shown(x.dtype)}, which NumPy does not have"
     if unread:
-        raise CheckpointError(
-            f"the values of tensor {shown(name)} cannot be read: {unread}. Save plain floats, with "
-            f"PyTorch: {SAFE_LOAD}; then torch.save what v.dequantize(), v.to_dense() or "
-            f"v.float() makes of each v in state.values()"
-        )
+        what = f"the values of tensor {shown(name)} cannot be read: {unread}. Save plain floats"
+        floats = "what v.dequantize(), v.to_dense() or v.float() makes of each v in state.values()"
+        raise CheckpointError(f"{what}, with PyTorch: {SAFE_LOAD}; then torch.save {floats}")
     size = itemsize(x.dtype)
     first, count = (n * itemsize(x.storage.dtype) for n in x.storage.view)
     if sum(x.storage.view) > x.storage.numel or first % size:
