@@ -164,6 +164,7 @@ def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str
     import logging
 
     options: dict[str, Any] = {"endpoint": mirror} if mirror else {}
+    download = hub.hf_hub_download  # loads the library, which sets its level
     log = logging.getLogger("huggingface_hub")
     level = log.level
     log.setLevel(logging.ERROR)  # it reports every retry; the end is told below, once
@@ -176,7 +177,7 @@ def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str
             answer = hub.get_hf_file_metadata(url, timeout=_SECONDS)  # a download tries for long
             commit, announced = answer.commit_hash or commit, answer.etag or ""
             options |= {"revision": commit, "etag_timeout": _SECONDS}
-            kept = hub.hf_hub_download(repository, _FILE, **options)
+            kept = download(repository, _FILE, **options)
         with open(kept, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except Exception as error:  # many kinds, of several libraries: all mean that it is not here

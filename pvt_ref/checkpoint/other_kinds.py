@@ -70,7 +70,8 @@ def _refuse_pickle(file: BinaryIO) -> CheckpointError:
     except CheckpointError as error:
         return CheckpointError(f"a bare pickle, not a file of torch.save, and {error}")
     if storages:
-        return CheckpointError(f"the entry data.pkl of a PyTorch file that was unpacked. {PACK} folder")
+        what = "the entry data.pkl of a PyTorch file that was unpacked"
+        return CheckpointError(f"{what}. {PACK} folder")
     keys = tree if isinstance(tree, dict) else {}
     # newer files have nothing of Paddle's in them but the name; a parameter is (its name, array)
     by_name = os.path.splitext(str(getattr(file, "name", "")))[1] in (".pdparams", ".pdopt")
