@@ -126,11 +126,9 @@ def _find(name: str, mirror: str | None) -> tuple[Path, str]:
         raise DownloadError(f"{has} {said}. Delete that file, and try again")
     place = weights_folder() / _RECORD
     if first and first["sha256"] != found:
-        raise DownloadError(
-            f"{has} what was fetched first had {first['sha256'][:12]}...: it was damaged or "
-            f"exchanged. Delete it, and try again; to take what is there now, delete the entry "
-            f"{name!r} in {place}"
-        )
+        what = f"what was fetched first had {first['sha256'][:12]}...: it was damaged or exchanged"
+        advice = f"to take what is there now, delete the entry {name!r} in {place}"
+        raise DownloadError(f"{has} {what}. Delete it, and try again; {advice}")
     if first is None:
         entry = {"repository": RELEASED[name], "commit": commit, "sha256": found}
         record = _read_record() | {name: entry}  # another may have been fetched meanwhile
@@ -158,13 +156,14 @@ def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str
     """From the Hub's cache or the Hub: the file, its commit, the SHA-256 announced, and its own."""
     try:
         import huggingface_hub as hub
+
+        download = hub.hf_hub_download  # loads the library, which sets its log level
     except ImportError as error:
         needed = "fetching it needs a package: pip install huggingface_hub"
         raise DownloadError(f"{name}: {needed}. {_by_hand(name)}") from error
     import logging
 
     options: dict[str, Any] = {"endpoint": mirror} if mirror else {}
-    download = hub.hf_hub_download  # loads the library, which sets its level
     log = logging.getLogger("huggingface_hub")
     level = log.level
     log.setLevel(logging.ERROR)  # it reports every retry; the end is told below, once

@@ -31,9 +31,8 @@ _TENSOR_CLASSES = {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.par
 #: Names of plain data, which nobody needs to hear of.
 _PLAIN = {
     *("argparse.Namespace", "collections.Counter", "copyreg._reconstructor", "_codecs.encode"),
-    *("torch.nn.parameter.UninitializedParameter", "torch.serialization._get_layout"),
+    *("torch.nn.parameter.UninitializedParameter", "torch.serialization._get_layout", *_DICTS),
     *_TENSOR_CLASSES,
-    *_DICTS,
     *(f"builtins.{name}" for name in _BUILTINS.split()),
 }
 _PROGRAM_MODULES = {"nt", "os", "posix", "pty", "runpy", "shutil", "socket", "subprocess", "sys"}

@@ -242,7 +242,7 @@ def _choose(opened: _Opened, stated: Stated | None, entry: str | None, notes: li
     bare = False
     if stated and "num_classes" not in stated.left_open:
         bare = not stated.config.has_classifier
-    model, counters = recognise.without_counters(recognise.as_backbone(chosen, bare))
+    model, counters = recognise.as_read(chosen, bare)
     if chosen.layout.has_classifier and not model.layout.has_classifier:
         notes.append("the classifier is left out, as config asks")
     if chosen.beside:

@@ -96,15 +96,9 @@ def find_models(tree: Any, config: Any = None) -> list[Found]:
     if found:
         return [model for model in found if type(config) is model.row.config_type] or found
     states = [state for _, state in mappings if any(map(is_entry, state.values()))]
-    objects = [
-        (x, f"the entry {shown(name)}")
-        for _, state in mappings
-        for name, x in state.items()
-        if name in _WHOLE_MODELS or not states
-    ]
-    for x, where in [(tree, "what was saved"), *objects]:
-        if isinstance(x, Record) and not is_known(x.name):
-            raise whole_object(x.name, where)
+    for name, x in [("", tree), *(item for _, state in mappings for item in state.items())]:
+        if isinstance(x, Record) and not is_known(x.name) and (name in _WHOLE_MODELS or not states):
+            raise whole_object(x.name, f"the entry {shown(name)}" if name else "what was saved")
     if states:
         keys = [str(key) for key in max(states, key=len)]
         what = f"its {len(keys)} keys are of no known layout: {few(keys)}. {_advice(keys)}"
@@ -196,24 +190,20 @@ def _same(a: Found, b: Found) -> bool:
     )
 
 
-def without_counters(model: Found) -> tuple[Found, list[str]]:
-    """The model without single numbers that profilers and batch norms leave, and their names."""
-    counters = {key for key, x in model.state.items() if _is_counter(key, x)}
-    state = {key: x for key, x in model.state.items() if key not in counters}
-    return model._replace(state=state), sorted({key.rpartition(".")[2] for key in counters})
-
-
 def _is_counter(key: str, x: Any) -> bool:
     return key.rpartition(".")[2] in _COUNTERS and is_entry(x) and math.prod(x.shape) == 1
 
 
-def as_backbone(model: Found, wanted: bool) -> Found:
-    """The model in the layout of a bare backbone, if it has no head or none is wanted."""
-    if not model.row.files:
-        return model
-    layout, base = model.row.files.bare(model.layout, model.state, wanted)
-    state = {k.removeprefix(base): x for k, x in model.state.items() if k.startswith(base)}
-    return model._replace(layout=layout, prefix=model.prefix + base, state=state)
+def as_read(model: Found, bare: bool) -> tuple[Found, list[str]]:
+    """The model in the layout to read it in, without head if bare; and which counters it leaves."""
+    layout, base = model.layout, ""
+    if model.row.files:
+        layout, base = model.row.files.bare(layout, model.state, bare)
+    counters = {key for key, x in model.state.items() if _is_counter(key, x)}
+    kept = (key for key in model.state if key.startswith(base) and key not in counters)
+    state = {key.removeprefix(base): model.state[key] for key in kept}
+    model = model._replace(layout=layout, prefix=model.prefix + base, state=state)
+    return model, sorted({key.rpartition(".")[2] for key in counters})
 
 
 def _advice(keys: Iterable[str]) -> str:
@@ -252,22 +242,18 @@ def check_state(model: Found, config: Any, origin: str = "") -> None:
     """Refuses what is not the model of config, which origin says. Raises: CheckpointError."""
     layout, state = model.layout, model.state
     if layout.has_classifier is False and config.has_classifier:
-        raise CheckpointError(
-            f"it is a bare backbone ({layout.name}: it has no head), and the configuration has "
-            f"num_classes={config.num_classes}. Pass dataclasses.replace(config, num_classes=0); "
-            f"with_new_head(model, ...) adds a head"
-        )
+        what = f"it is a bare backbone ({layout.name}: it has no head), and the configuration has"
+        bare = "dataclasses.replace(config, num_classes=0); with_new_head(model, ...) adds a head"
+        raise CheckpointError(f"{what} num_classes={config.num_classes}. Pass {bare}")
     whose = f"the configuration{'' if origin in ('', 'config') else f' from {origin}'}"
     blocks = model.row.files.blocks(config) if model.row.files else 0
     if blocks > max(len(state), _FEW):  # before anything is built for each of them
         what = f"{whose} has {blocks} blocks, and the file only {len(state)} tensors"
         raise CheckpointError(f"{what}. Correct its depth")
     if problems := _problems(model, config):
-        raise CheckpointError(
-            f"{layout.name}, but it does not fit {whose} ({model.row.describe(config)}):"
-            f"{_lines(problems)}\n{_advice(state)}The likely cause is a configuration of another "
-            f"variant, class count or image size"
-        )
+        what = f"{layout.name}, but it does not fit {whose} ({model.row.describe(config)})"
+        cause = "The likely cause is a configuration of another variant, class count or image size"
+        raise CheckpointError(f"{what}:{_lines(problems)}\n{_advice(state)}{cause}")
 
 
 def _lines(problems: list[str]) -> str:
@@ -316,10 +302,9 @@ def recognise_config(model: Found) -> Any:
         if not problems:
             return config
         if all(problem.startswith(_WRONG_DTYPE) for problem in problems):
-            raise CheckpointError(
-                f"{layout.name}, {row.describe(config)}, but {len(problems)} of its {len(state)} "
-                f"tensors are not of {', '.join(READABLE_DTYPES)}:{_lines(problems)}\n{QUANTIZED}"
-            )
+            what = f"{layout.name}, {row.describe(config)}, but {len(problems)} of its {len(state)}"
+            kinds = f"tensors are not of {', '.join(READABLE_DTYPES)}"
+            raise CheckpointError(f"{what} {kinds}:{_lines(problems)}\n{QUANTIZED}")
         tried.append((len(problems), name, config, problems))
     kind = row.config_type.__name__
     advice = (

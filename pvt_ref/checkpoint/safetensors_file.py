@@ -54,7 +54,6 @@ def read_tensors(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, str]]
     """Every tensor of an open file, and the metadata as texts by name.
 
     They are read, not mapped: a mapped file kills the process if somebody shortens it meanwhile.
-    Raises: CheckpointError if it is damaged, or holds a dtype that NumPy lacks; OSError.
     """
     import ml_dtypes  # noqa: F401 (teaches NumPy the name bfloat16)
 

@@ -20,8 +20,6 @@ MAX_JSON = 2 * 2**20  # bytes that are read: 20,000 class names, twice, and some
 PREPROCESSOR_FILE = "preprocessor_config.json"
 #: Fields of it that change pictures, and are not followed here.
 _NOT_FOLLOWED = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "crop_pct")
-#: Fields by which a config.json without a model_type is known for Hugging Face's.
-_HUGGING_FACE = {"model_type", "hidden_sizes", "hidden_size"}
 #: Fields that the shapes of a file show, and a variant's name leaves open.
 SHOWN_BY_SHAPES = ("img_size", "in_chans", "num_classes")
 
@@ -84,7 +82,7 @@ def read_config(path: Path, origin: str, row: Architecture | None = None) -> Sta
     known, files = _fields(row), row.files
     values, outputs = fields, ((), None, "")
     try:
-        if files and fields.keys() & _HUGGING_FACE:
+        if files and fields.keys() & {"model_type", "hidden_sizes", "hidden_size"}:  # its names
             kind = fields.get("model_type", files.model_type)
             if kind != files.model_type:
                 what = f"it is of another model: model_type is {shown(kind)}"

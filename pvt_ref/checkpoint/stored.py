@@ -153,12 +153,9 @@ def _cut(raw: bytes, x: StoredTensor, order: Literal["<", ">"]) -> np.ndarray:
     narrow, size = x.dtype in _NARROW_FLOATS, itemsize(x.dtype)
     stored = np.dtype(f"u{size}" if narrow else x.dtype).newbyteorder(order)
     first = x.storage.view[0] * itemsize(x.storage.dtype) + x.offset * size
-    view = np.lib.stride_tricks.as_strided(
-        np.frombuffer(raw, stored, count=(len(raw) - first) // size, offset=first),
-        x.shape,
-        [s * size for s in x.strides],
-        writeable=False,
-    )
+    numbers = np.frombuffer(raw, stored, count=(len(raw) - first) // size, offset=first)
+    strides = [s * size for s in x.strides]
+    view = np.lib.stride_tricks.as_strided(numbers, x.shape, strides, writeable=False)
     array = np.array(view, dtype=stored.newbyteorder("="), order="C")
     if narrow:
         import ml_dtypes
