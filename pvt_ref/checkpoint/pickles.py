@@ -75,11 +75,11 @@ def read_pickle(file: BinaryIO) -> Pickle:
 def whole_object(name: str, where: str) -> CheckpointError:
     """The refusal of an object called name that lies, where the file says, in place of weights."""
     if name.startswith("numpy.") and "multiarray." in name:
+        tensors = "torch.save({k: torch.from_numpy(v) for k, v in arrays.items()}, new_path)"
         return CheckpointError(
-            f"no tensors in it: {where} is a NumPy array, an object that only running the file "
-            f"makes; nothing was run. Save the arrays as tensors: torch.save({{k: "
-            f"torch.from_numpy(v) for k, v in arrays.items()}}, new_path). If you have nothing but "
-            f"this file, and trust its source: arrays = torch.load(path, weights_only=False)"
+            f"no tensors in it: {where} is a NumPy array, made only by running the file; nothing "
+            f"was run. Save the arrays as tensors: {tensors}. If you have nothing but this file, "
+            f"and trust its source: arrays = torch.load(path, weights_only=False)"
         )
     return CheckpointError(
         f"no weights in it: {where} is a {shown(name)}, an object with code of its own, such as a "

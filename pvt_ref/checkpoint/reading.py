@@ -340,16 +340,12 @@ def _as_stored(stated: Stated | None, stored: Any, notes: list[str]) -> Any:
     if stated.num_labels not in (None, stored.num_classes):
         what = f"{stated.origin} says {stated.num_labels} labels, and the file"
         raise CheckpointError(f"{what} num_classes={stored.num_classes}. {_OWN_CONFIG}")
-    given = dataclasses.asdict(config)
+    saved, given = dataclasses.asdict(stored), dataclasses.asdict(config)
     free = ("norm_eps", "drop_rate", "drop_path_rate")  # and what ends so: no weight depends on it
-    wrong = [
-        f"{name} is {written} in the file and {given[name]} in config"
-        for name, written in dataclasses.asdict(stored).items()
-        if not name.endswith(free) and written != given[name]
-    ]
+    wrong = [name for name in saved if not name.endswith(free) and saved[name] != given[name]]
     if wrong:
-        what = f"a pvt_ref file of another model than config: {'; '.join(wrong)}"
-        raise CheckpointError(f"{what}. {_OWN_CONFIG}")
+        what = "; ".join(f"{x} is {saved[x]} in the file and {given[x]} in config" for x in wrong)
+        raise CheckpointError(f"a pvt_ref file of another model than config: {what}. {_OWN_CONFIG}")
     if not stated.says_eps and eps_of(config) != eps_of(stored):
         notes.append("eps as it was saved, since config has the defaults")
         config = dataclasses.replace(config, **eps_of(stored))

@@ -82,18 +82,16 @@ def read_config(path: Path, origin: str, row: Architecture | None = None) -> Sta
     known, files = _fields(row), row.files
     values, outputs = fields, ((), None, "")
     try:
-        if files and fields.keys() & {"model_type", "hidden_sizes", "hidden_size"}:  # its names
+        if files and fields.keys() & {"model_type", "hidden_sizes", "hidden_size"}:  # of theirs
             kind = fields.get("model_type", files.model_type)
             if kind != files.model_type:
                 what = f"it is of another model: model_type is {shown(kind)}"
                 raise CheckpointError(f"{what}, not {files.model_type!r}")
             values, outputs = files.hugging_face(fields), _outputs(fields, origin)
         elif not fields or not fields.keys() <= known.keys():
-            raise CheckpointError(
-                f"it is neither Hugging Face's config.json (which has a model_type) nor a "
-                f"configuration of this project; unknown fields are "
-                f"{shown(sorted(fields.keys() - known.keys()))}, known ones {', '.join(known)}"
-            )
+            what = "it is neither Hugging Face's config.json (which has a model_type) nor this"
+            unknown = f"unknown fields are {shown(sorted(fields.keys() - known.keys()))}"
+            raise CheckpointError(f"{what} project's: {unknown}, known ones {', '.join(known)}")
         config = files.partial(values) if files else row.config_type(**values)
     except (ConfigError, CheckpointError, TypeError) as error:  # a TypeError: a field is missing
         kind = ConfigError if isinstance(error, ConfigError) else CheckpointError
