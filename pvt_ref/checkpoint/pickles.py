@@ -133,8 +133,8 @@ class _Machine:
     def _spend(self, price: int) -> None:
         self.spent += price
         if self.spent > FREE_BYTES + BYTES_PER_BYTE * self.read:
-            times = f"{BYTES_PER_BYTE} times its own size"
-            raise damaged(f"its pickle would unpack to more than {times}, to exhaust memory")
+            what = "its pickle would unpack to more than"
+            raise damaged(f"{what} {BYTES_PER_BYTE} times its own size, to exhaust memory")
 
     def _run(self) -> Pickle:
         arg: Any

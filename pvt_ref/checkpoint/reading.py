@@ -47,9 +47,13 @@ def read_model(
     path = as_path(path)
     stated = from_argument(config)
     if not isinstance(entry, str | None):
-        kind = type(entry).__name__
-        raise errors.ArrayTypeError(f"entry is a {kind}; it must be a name, as 'model_ema'")
-    eps = None if eps is None else _parse_eps(eps)
+        raise errors.ArrayTypeError(f"entry is a {type(entry).__name__}; it must be a model's name")
+    if eps is not None:
+        pair: Any = eps if isinstance(eps, Sequence) and not isinstance(eps, str) else (eps, eps)
+        if len(pair) != 2 or not all(is_moderate(x) and x >= 0 for x in pair):
+            form = "one number, or (norm_eps, projection_norm_eps), finite and 0 or more"
+            raise errors.ConfigError(f"eps is {shown(eps)}; it must be {form}")
+        eps = float(pair[0]), float(pair[1])
     try:
         path.stat()  # path.exists() says no from Python 3.14 on where it cannot be known
         if re.search(r"-\d{5}-of-(?!00001)\d{5}\.", path.name):
@@ -184,13 +188,18 @@ def _load(
             used = recognise.complete(stated, model)
             assumed += _unsaid(used, stated, eps)
     recognise.check_state(model, used, stated.origin if stated else "")
-    chosen = eps_of(used)  # and those of released weights, whatever layout they are in
+    chosen = eps_of(used)  # as they are for released weights, whatever layout they are in
     if eps is not None:
         if len(set(eps)) > len(chosen):
             raise CheckpointError(f"eps is {eps}; a {row.title} has {len(chosen)}")
         chosen = dict(zip(chosen, eps, strict=False))
-    elif not released:
-        chosen = _choose_eps(used, stated, model.layout, assumed)
+    elif model.layout.eps and not released and not (stated and stated.says_eps):
+        usual = dict(zip(chosen, model.layout.eps, strict=True))
+        # a port's number, though its weights may be authors'
+        if stated is None or not chosen.keys().isdisjoint(stated.left_open) or chosen != usual:
+            hint = f" ({model.layout.eps_advice})" if model.layout.eps_advice else ""
+            assumed.append(f"eps of this layout's code{hint}")
+        chosen = usual
     used = dataclasses.replace(used, **chosen)
     wanted = foreign_shapes(model.layout, used)
     state = {key: x for key, x in model.state.items() if key in wanted}
@@ -294,21 +303,6 @@ def _ask_beside(
     )
 
 
-def _choose_eps(
-    config: Any, stated: Stated | None, layout: Layout, assumed: list[str]
-) -> dict[str, float]:
-    """Epsilons when the caller gives none: what somebody chose, or else what fits the file."""
-    said = eps_of(config)
-    if (stated and stated.says_eps) or not layout.eps:
-        return said
-    usual = dict(zip(said, layout.eps, strict=True))
-    # a port's number, though its weights may be authors'
-    if stated is None or not said.keys().isdisjoint(stated.left_open) or said != usual:
-        hint = f" ({layout.eps_advice})" if layout.eps_advice else ""
-        assumed.append(f"eps of this layout's code{hint}")
-    return usual
-
-
 def _info(
     config: Any, stored: Any, stated: Stated | None, folder: Path | None, released: str, notes: Any
 ) -> tuple[ModelInfo, list[str]]:
@@ -350,15 +344,6 @@ def _as_stored(stated: Stated | None, stored: Any, notes: list[str]) -> Any:
         notes.append("eps as it was saved, since config has the defaults")
         config = dataclasses.replace(config, **eps_of(stored))
     return config
-
-
-def _parse_eps(eps: Any) -> tuple[float, float]:
-    several = isinstance(eps, Sequence) and not isinstance(eps, str)
-    pair: tuple[Any, ...] = tuple(eps) if several else (eps, eps)
-    if len(pair) != 2 or not all(is_moderate(x) and x >= 0 for x in pair):
-        form = "one number, or (norm_eps, projection_norm_eps), finite and 0 or more"
-        raise errors.ConfigError(f"eps is {shown(eps)}; it must be {form}")
-    return float(pair[0]), float(pair[1])
 
 
 def _missing(path: Path) -> str:

@@ -35,10 +35,7 @@ _DTYPES = {
 
 _NOT_WHOLE = "not a whole .safetensors file"
 #: For weights in numbers that are no floats.
-QUANTIZED = (
-    "Quantized weights are no substitute: get the plain ones from the publisher, or save v.float() "
-    "of each tensor v, times its scale if it has one"
-)
+QUANTIZED = "Get plain weights from the publisher, or save each v.float(), times its scale if any"
 _UPDATE = "It was probably written by another version: update pvt_ref"
 #: Where a tensor lies: first and last byte after the header, key, dtype and shape.
 _Span = tuple[int, int, str, np.dtype, tuple[int, ...]]
