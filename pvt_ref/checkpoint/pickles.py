@@ -85,8 +85,8 @@ def whole_object(name: str, where: str) -> CheckpointError:
         f"no weights in it: {where} is a {shown(name)}, an object with code of its own, such as a "
         f"whole pickled model; nothing was run. Safe: look for the state dict or a .safetensors "
         f"file from the same publisher. If there is none, and you trust the source, PyTorch can "
-        f"run the file where that class can be imported: torch.save(torch.load(path, "
-        f"weights_only=False, map_location='cpu').state_dict(), new_path)"
+        f"run the file where that class can be imported: model = torch.load(path, "
+        f"weights_only=False, map_location='cpu'); torch.save(model.state_dict(), new_path)"
     )
 
 
@@ -342,12 +342,6 @@ def _count(value: Any) -> int:
     return value
 
 
-def _counts(values: Any) -> tuple[int, ...]:
-    if len(_expect(values, tuple)) > MAX_RANK:
-        raise ValueError(f"{len(values)} axes")
-    return tuple(_count(value) for value in values)
-
-
 def _make_tensor(how: str, args: tuple[Any, ...]) -> StoredTensor | None:
     """What torch._utils._rebuild_<how> makes of args; None for kinds that are unknown here."""
     dtype, rest = None, []
@@ -370,9 +364,9 @@ def _make_tensor(how: str, args: tuple[Any, ...]) -> StoredTensor | None:
             return None
     _expect(storage, Storage)
     dtype = _dtype(dtype) if how == "tensor_v3" else storage.dtype
-    shape, strides = _counts(shape), _counts(strides)
-    if len(shape) != len(strides):
-        raise ValueError(f"shape {len(shape)} and strides {len(strides)} long")
+    if not len(_expect(shape, tuple)) == len(_expect(strides, tuple)) <= MAX_RANK:
+        raise ValueError(f"{len(shape)} axes and {len(strides)} strides")
+    shape, strides = (tuple(map(_count, x)) for x in (shape, strides))
     bits = _expect(rest[0], dict) if rest and rest[0] is not None else {}
     unread = "it is quantized" if how == "qtensor" else _strange(bits, dtype)
     where = (storage, _count(offset), shape, strides, dtype)

@@ -281,10 +281,8 @@ def complete(stated: Stated, model: Found) -> Any:
         known = model.row.variants.values()
         heads = [x.num_heads for x in known if getattr(x, files.widths) == widths]
         if not heads:
-            what = (
-                f"{stated.origin} does not say how many heads the model has, which no shape shows"
-            )
-            other = f"and {files.widths} {widths} are those of no variant"
+            what = f"{stated.origin} does not say how many heads the model has"
+            other = f"which no shape shows, and {files.widths} {widths} are those of no variant"
             advice = "Write num_heads into it (num_attention_heads in Hugging Face's config.json)"
             raise CheckpointError(f"{what}, {other}. {advice}, or pass config={kind}(...)")
         changes["num_heads"] = heads[0]

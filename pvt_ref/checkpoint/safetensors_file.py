@@ -29,8 +29,7 @@ MAX_HEADER = 4 * 2**20  # bytes; the largest variant's, with its training, has a
 MAX_RECORD = 2**20  # characters of the JSON text in our metadata entry
 _DTYPES = {
     **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bfloat16", "C64": "<c8", "BOOL": "?"},
-    **{"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1"},
-    **{"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1"},
+    **{f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for size in (8, 4, 2, 1)},
 }
 
 _NOT_WHOLE = "not a whole .safetensors file"

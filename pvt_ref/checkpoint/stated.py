@@ -119,9 +119,9 @@ def _outputs(fields: Mapping[str, Any], origin: str) -> tuple[tuple[str, ...], i
         raise CheckpointError(f"num_labels is {shown(count)}; it must be a whole number")
     if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
         names = ()  # placeholders
-    task = fields.get("problem_type") or "single_label_classification"
-    other = task != "single_label_classification"
-    return names, count, f"{shown(task)} in {origin}" if other else ""
+    usual = "single_label_classification"
+    task = fields.get("problem_type") or usual
+    return names, count, "" if task == usual else f"{shown(task)} in {origin}"
 
 
 def read_json(path: Path, origin: str) -> dict[str, Any]:
