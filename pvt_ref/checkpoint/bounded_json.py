@@ -16,8 +16,7 @@ MAX_DIGITS = 4300
 def parse_json(text: str | bytes, what: str, limit: int = 2**20) -> Any:
     """The values in a JSON text (bytes are UTF-8) of at most limit characters, or bytes.
 
-    Memory is at most some 30 times the limit. Raises: CheckpointError for what is longer or nested
-    deeper than MAX_DEPTH, and for repeated keys, NaN, infinity and numbers over MAX_DIGITS.
+    Memory is at most some 30 times the limit. Repeated keys, NaN and infinity are refused, too.
     """
     if len(text) > limit:
         raise CheckpointError(f"{what} is too long: {len(text)} characters, and at most {limit}")

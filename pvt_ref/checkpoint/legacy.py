@@ -65,8 +65,7 @@ class LegacyFile(StoredFile):
             self._blocks[key] = storage, at + 8
             at += 8 + numel * itemsize(storage.dtype)
             if at > self._size:
-                end = f"storage {shown(key)} would end at {at} of {self._size}"
-                raise damaged(f"not a whole file: {end}")
+                raise damaged(f"not a whole file: {shown(key)} ends at byte {at} of {self._size}")
             if numel != storage.numel:
                 needed = f"tensors need {storage.numel}"
                 raise damaged(f"storage {shown(key)} has {numel} numbers; {needed}")

@@ -158,7 +158,6 @@ def _load(
 ) -> Model:
     notes = [released] if released else list(opened.notes)  # for `source`
     assumed: list[str] = []
-    folder = None  # of more statements
     stored, info = own.own_header(opened.tree, opened.metadata)
     if not stored:
         model = _choose(opened, stated, entry, notes)
@@ -168,18 +167,18 @@ def _load(
     else:
         raise CheckpointError("a pvt_ref file, which holds one model: leave entry out")
     row = model.row
+    folder = opened.path.parent if model.layout.config_beside and not released else None
     if stated and type(stated.config) is not row.config_type:
         if not isinstance(config, str | os.PathLike) or config in known_variants():
             what = f"it holds a {row.title}, and config is a {type(stated.config).__name__}"
             raise CheckpointError(f"{what}. Leave config out, or pass a {row.config_type.__name__}")
         stated = from_argument(config, row)  # a JSON file, whose fields may fit several networks
     if stored:
-        used = _as_stored(stated, stored, notes)
+        used = _as_stored(stated, stored, notes) if stated else stored
     else:
         if stated and stated.origin != "config" and not released:
             notes.append(f"configuration from {printable(stated.origin)}")
-        if model.layout.config_beside and not released:
-            folder = opened.path.parent
+        if folder:
             stated = _ask_beside(folder / "config.json", stated, row, eps, notes)
         if stated is None:
             used = recognise.recognise_config(model)
@@ -325,10 +324,8 @@ def _info(
     return info, assumed
 
 
-def _as_stored(stated: Stated | None, stored: Any, notes: list[str]) -> Any:
+def _as_stored(stated: Stated, stored: Any, notes: list[str]) -> Any:
     """What a file of save says, with the eps and drop rates of a given configuration."""
-    if stated is None:
-        return stored
     changes = {name: getattr(stored, name) for name in stated.left_open}
     config = dataclasses.replace(stated.config, **changes)
     if stated.num_labels not in (None, stored.num_classes):

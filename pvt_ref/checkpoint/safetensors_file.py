@@ -75,20 +75,18 @@ def read_tensors(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, str]]
             raise damaged(f"{_NOT_WHOLE}: {what}")
         x = raw.view(dtype).reshape(shape)
         tensors[key] = x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
-    return {key: tensors[key] for key in header if key in tensors}, metadata
+    return {key: tensors[key] for key in header}, metadata
 
 
 def _parse_header(header: Any, size: int) -> tuple[dict[str, str], list[_Span]]:
-    """Metadata, and the tensors in the order in which they lie in size bytes without a gap."""
+    """Metadata, taken out, and the tensors in the order in which they fill all of size bytes."""
     if not isinstance(header, dict):
         raise TypeError(f"the header is a {type(header).__name__}")
-    metadata = header.get("__metadata__", {})
+    metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise TypeError("its metadata are not texts by name")
     spans = []
     for key, entry in header.items():
-        if key == "__metadata__":
-            continue
         if entry.keys() != {"dtype", "shape", "data_offsets"}:
             raise ValueError(f"{shown(key)} has the fields {shown(list(entry))}")
         name, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -144,9 +142,8 @@ def own_header(
     if name not in tuple(rows):
         what = f"a pvt_ref file of the architecture {shown(name)}"
         raise CheckpointError(f"{what}; this version knows {', '.join(map(repr, rows))}. {_UPDATE}")
-    row = rows[name]
     try:
-        config = row.config_type(**fields)
+        config = rows[name].config_type(**fields)
         info = ModelInfo.from_dict(record["info"]) if "info" in record else None
     except UNREADABLE as error:  # TypeError, too: for fields that this version does not know
         what = "a pvt_ref file with a configuration or info that this version does not accept"
@@ -200,8 +197,7 @@ def digest(state: Mapping[str, np.ndarray], stated: Any) -> str:
     """SHA-256 over plain values and every tensor's name, dtype, shape and bytes, in any order."""
     sha256 = hashlib.sha256()
     sha256.update(json.dumps(stated, sort_keys=True).encode())
-    for key in sorted(state):
-        x = state[key]
+    for key, x in sorted(state.items()):  # no key comes twice, so no arrays are compared
         sha256.update(json.dumps([key, x.dtype.name, x.shape]).encode())  # also says how many bytes
         little = x.astype(x.dtype.newbyteorder("<"), copy=False)
         sha256.update(np.ascontiguousarray(little).data)

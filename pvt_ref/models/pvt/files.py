@@ -51,9 +51,8 @@ def _pieces(rename: Callable[[str], str | None], keeps_cls_row: bool = True) -> 
             _, n, C = shape
             return [Piece(key, WHOLE, name, (slice(None), slice(1, None)), (1, n + 1, C))]
         if ".self.key." in name:  # ours are (2C, ...): keys above values
-            C = shape[0] // 2
+            C, value = shape[0] // 2, name.replace(".key.", ".value.")
             half = (C, *shape[1:])
-            value = name.replace(".key.", ".value.")
             return [
                 Piece(key, (slice(0, C),), name, WHOLE, half),
                 Piece(key, (slice(C, 2 * C),), value, WHOLE, half),
