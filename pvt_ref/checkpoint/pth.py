@@ -99,5 +99,5 @@ def _other_archive(names: list[str]) -> str:
     if inner := [name for name in names if name.endswith((".pth", ".pt", ".bin", ".safetensors"))]:
         return f"a zip archive around other files. Unzip it and load {shown(inner[0])}"
     first = ", ".join(shown(name, 40) for name in names[:3]) or "none"
-    what = f"a zip archive that PyTorch did not write: {len(names)} entries and no data.pkl in a"
+    what = f"a zip archive, not one that PyTorch wrote: {len(names)} entries and no data.pkl in a"
     return f"{what} folder (first entries: {first}). Is this a folder zipped by hand?"
