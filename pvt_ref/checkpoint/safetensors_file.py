@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pvt_ref.checkpoint.bounded_json import parse_json
-from pvt_ref.checkpoint.stored import MAX_RANK, UNREADABLE, damaged, refuse_damage
+from pvt_ref.checkpoint.stored import MAX_RANK, UNEXPECTED, damaged, refuse_damage
 from pvt_ref.data.info import ModelInfo
 from pvt_ref.errors import CheckpointError, shown
 from pvt_ref.models.architecture import architecture_of, architectures, config_to_dict
@@ -128,7 +128,7 @@ def own_header(
         record = parse_json(metadata[METADATA_KEY], "the metadata entry", MAX_RECORD)
         written, expected, fields = record["format"], record["sha256"], record["config"]
         found = digest(state, _sealed(record))
-    except UNREADABLE as error:
+    except UNEXPECTED as error:
         what = f"{type(error).__name__}: {str(error)[:200]}"
         raise damaged(f"a pvt_ref file whose metadata cannot be read ({what})") from error
     if written not in (FORMAT, _FIRST_FORMAT):
@@ -145,7 +145,7 @@ def own_header(
     try:
         config = rows[name].config_type(**fields)
         info = ModelInfo.from_dict(record["info"]) if "info" in record else None
-    except UNREADABLE as error:  # TypeError, too: for fields that this version does not know
+    except UNEXPECTED as error:  # TypeError, too: for fields that this version does not know
         what = "a pvt_ref file with a configuration or info that this version does not accept"
         raise CheckpointError(f"{what}: {str(error)[:500]}. {_UPDATE}") from error
     return config, info

@@ -30,10 +30,12 @@ _NARROW_FLOATS = {"bfloat16": 2, **{f"float8_{name}": 1 for name in _FLOATS_8}}
 _SIZES = {**_NARROW_FLOATS, "qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1}
 _NUMPY_DTYPES = {"uint16", "uint32", "uint64", *STORAGE_DTYPES.values()} - _SIZES.keys()
 MAX_RANK = 8  # more than any weight has, fewer than NumPy's limit
+#: What values of any kind raise where others are expected.
+UNEXPECTED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 #: What bytes of any kind raise where a zip, a pickle or numbers are expected. Not Exception, which
 #: a signal's handler can raise.
 UNREADABLE = (
-    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, TypeError, ValueError),
+    *(*UNEXPECTED, EOFError, OSError),
     RuntimeError,  # of zipfile; NotImplementedError and RecursionError are such
     Warning,  # of pickletools, where warnings are errors
     *(struct.error, zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error),
