@@ -31,7 +31,6 @@ _DTYPES = {
     **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bfloat16", "C64": "<c8", "BOOL": "?"},
     **{f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for size in (8, 4, 2, 1)},
 }
-
 _NOT_WHOLE = "not a whole .safetensors file"
 #: For weights in numbers that are no floats.
 QUANTIZED = "Get plain weights from the publisher, or save each v.float(), times its scale if any"

@@ -36,8 +36,7 @@ UNEXPECTED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueErro
 #: a signal's handler can raise.
 UNREADABLE = (
     *(*UNEXPECTED, EOFError, OSError),
-    RuntimeError,  # of zipfile; NotImplementedError and RecursionError are such
-    Warning,  # of pickletools, where warnings are errors
+    *(RuntimeError, Warning),  # of zipfile, or of too deep recursion; of pickletools
     *(struct.error, zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error),
 )
 #: For advice: what is read here, what an unpacked file needs, and loading that runs nothing.
