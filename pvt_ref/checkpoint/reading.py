@@ -47,7 +47,7 @@ def read_model(
     path = as_path(path)
     stated = from_argument(config)
     if not isinstance(entry, str | None):
-        raise errors.ArrayTypeError(f"entry is a {type(entry).__name__}; it must be a name like 'ema'")
+        raise errors.ArrayTypeError(f"entry is a {type(entry).__name__}, no name such as 'ema'")
     if eps is not None:
         pair: Any = eps if isinstance(eps, Sequence) and not isinstance(eps, str) else (eps, eps)
         if len(pair) != 2 or not all(is_moderate(x) and x >= 0 for x in pair):
