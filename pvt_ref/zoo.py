@@ -1,8 +1,4 @@
-"""Weights by name: those that come with the package, and those the authors released.
-
-``digits`` and ``cifar10`` were trained with this package's gradients and lie in its wheel. The
-released models are fetched from the Hugging Face Hub, or taken from a folder.
-"""
+"""Weights by name: those that come with the package, and those the authors released."""
 
 import hashlib
 import json
@@ -24,8 +20,6 @@ SHIPPED = ("digits", "cifar10", "imagenette")  # in the package
 _FILES = [row.files for row in architectures() if row.files]
 #: Where the authors' ImageNet weights are, converted to Hugging Face's layout: name to repository.
 RELEASED = {name: repository for files in _FILES for name, repository in files.hub.items()}
-#: The authors' own files.
-_URLS = {name: files.url.format(name=name) for files in _FILES for name in files.hub}
 _FILE = "model.safetensors"
 _SUFFIXES = (".safetensors", ".pth", ".bin")
 _RECORD = "fetched.json"  # in the weights folder: what each name meant when it was fetched first
@@ -44,8 +38,8 @@ def load(
 
     Known names come first; a file called like one of them is ``"./digits"``.
 
-    - ``"digits"``, ``"cifar10"``, ``"imagenette"``: in the package. Their ``info.training`` says
-      how they came about.
+    - ``"digits"``, ``"cifar10"``, ``"imagenette"``: in the package, trained with its gradients.
+      ``info.training`` says how.
     - ``"pvt_tiny"``, ``"pvt_small"``, ``"pvt_medium"``, ``"pvt_large"``: released for ImageNet. A
       file of that name (.safetensors, .pth or .bin) in the weights folder is taken if there is one;
       else they are fetched from the Hugging Face Hub, with its cache and its progress bar, which
@@ -53,13 +47,11 @@ def load(
       in the weights folder, and the name means that file from then on. The weights folder is what
       the environment variable PVT_REF_WEIGHTS names, or ``~/.cache/pvt_ref``.
 
-    Everything else is a path, and :func:`pvt_ref.checkpoint.load` says what it may be.
-
     Args:
-        name: a known name, or a path.
-        config: of a file; names bring theirs.
-        entry: of a file; see :func:`pvt_ref.checkpoint.load`.
-        eps: of the norms; see :func:`pvt_ref.checkpoint.load`. Released models have the authors'.
+        name: a known name, or a path, of what :func:`pvt_ref.checkpoint.load` reads.
+        config: of a file, as there; names bring theirs.
+        entry: of a file, as there.
+        eps: of the norms, as there. Released models have the authors'.
         mirror: address of a server that answers like huggingface.co, to fetch from instead.
 
     Returns:
@@ -68,8 +60,7 @@ def load(
     Raises:
         DownloadError: if it has to be fetched and cannot be, or is not what it was the first time.
         MissingFileError: if there is no file at the path; the message has the known names.
-        CheckpointError: if the file is damaged, unsafe, of an unknown kind, or does not fit.
-        ArrayTypeError, ConfigError: if an argument is of another type, or no model can have it.
+        CheckpointError, ArrayTypeError, ConfigError: as there.
     """
     known = name if isinstance(name, str) else ""
     variants = known_variants()
@@ -84,14 +75,11 @@ def load(
 
         return read_model(path, variants[known], eps=eps, released=origin)
     if mirror is not None:
-        names = ", ".join((*SHIPPED, *RELEASED))
         what = f"mirror was given with {shown(name)}, which is not fetched"
-        raise ArrayTypeError(f"{what}. Known names are {names}")
+        raise ArrayTypeError(f"{what}. {_known_names(known)}")
     if re.match(r"[A-Za-z][\w+.-]*://", known):
-        raise MissingFileError(
-            f"{cut_path(known)} is an address, and load reads files. Download it, and load what "
-            f"came: pvt_ref.load('path/to/file'). {_known_names(known)}"
-        )
+        what = f"{cut_path(known)} is an address, and load reads files. Download it, and call"
+        raise MissingFileError(f"{what} pvt_ref.load('path/to/file'). {_known_names(known)}")
     try:
         return load_file(name, config, entry=entry, eps=eps)
     except MissingFileError as error:
@@ -131,27 +119,19 @@ def _find(name: str, mirror: str | None) -> tuple[Path, str]:
         what = f"mirror is {shown(mirror)}; it must be an address such as 'https://my.server'"
         raise ArrayTypeError(f"{what}. For a file on this machine: pvt_ref.load('path/to/file')")
     first = _read_record().get(name)
-    path, commit, announced = _fetch(name, mirror, first["commit"] if first else None)
-    try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        what = f"what was fetched cannot be read from {path} ({type(error).__name__}: {error})"
-        raise DownloadError(f"{name}: {what}. {_by_hand(name)}") from error
+    path, commit, announced, found = _fetch(name, mirror, first["commit"] if first else None)
     has = f"{name}: {path} has the SHA-256 {found[:12]}..., and"
     if re.fullmatch("[0-9a-f]{64}", announced) and announced != found:
         said = f"the server announced {announced[:12]}...: it is damaged"
         raise DownloadError(f"{has} {said}. Delete that file, and try again")
+    place = weights_folder() / _RECORD
     if first and first["sha256"] != found:
-        raise DownloadError(
-            f"{has} what was fetched first had {first['sha256'][:12]}...: it was damaged or "
-            f"exchanged. Delete it, and try again; if you want what is there now, delete the entry "
-            f"{name!r} in {weights_folder() / _RECORD}"
-        )
+        what = f"what was fetched first had {first['sha256'][:12]}...: it was damaged or exchanged"
+        advice = f"to take what is there now, delete the entry {name!r} in {place}"
+        raise DownloadError(f"{has} {what}. Delete it, and try again; {advice}")
     if first is None:
         entry = {"repository": RELEASED[name], "commit": commit, "sha256": found}
         record = _read_record() | {name: entry}  # another may have been fetched meanwhile
-        place = weights_folder() / _RECORD
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             write_whole(place, f"{json.dumps(record, indent=1)}\n".encode())
@@ -167,21 +147,17 @@ def _read_record() -> dict[str, Any]:
         record = read_json(path, path.name) if path.exists() else {}
         return {k: {**x, "commit": x["commit"], "sha256": x["sha256"]} for k, x in record.items()}
     except (CheckpointError, TypeError, KeyError) as error:
-        raise DownloadError(
-            f"{path}, which says what was fetched, cannot be read ({type(error).__name__}: "
-            f"{error}). Delete it: what is fetched next is then taken as it comes"
-        ) from error
+        why = f"{type(error).__name__}: {error}"
+        what = f"{path}, which says what was fetched, cannot be read ({why})"
+        raise DownloadError(f"{what}. Delete it: what comes next is taken as it is") from error
 
 
-def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str | None, str]:
-    """From the Hub's cache or the Hub: the file, its commit, and the SHA-256 announced for it."""
+def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str | None, str, str]:
+    """From the Hub's cache or the Hub: the file, its commit, the SHA-256 announced, and its own."""
     try:
-        from huggingface_hub import (
-            get_hf_file_metadata,
-            hf_hub_download,
-            hf_hub_url,
-            try_to_load_from_cache,
-        )
+        import huggingface_hub as hub
+
+        download = hub.hf_hub_download  # loads the library, which sets its log level
     except ImportError as error:
         needed = "fetching it needs a package: pip install huggingface_hub"
         raise DownloadError(f"{name}: {needed}. {_by_hand(name)}") from error
@@ -191,33 +167,32 @@ def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str
     log = logging.getLogger("huggingface_hub")
     level = log.level
     log.setLevel(logging.ERROR)  # it reports every retry; the end is told below, once
-    repository, announced = RELEASED[name], ""
+    repository, announced, where = RELEASED[name], "", mirror or "the Hugging Face Hub"
     try:
-        kept = try_to_load_from_cache(repository, _FILE, revision=commit)  # asks no network
+        kept = hub.try_to_load_from_cache(repository, _FILE, revision=commit)  # asks no network
         if not isinstance(kept, str):
-            where = mirror or "the Hugging Face Hub"
             print(f"{name}: fetching {repository} from {where}", file=sys.stderr, flush=True)
-            url = hf_hub_url(repository, _FILE, revision=commit, **options)
-            answer = get_hf_file_metadata(url, timeout=_SECONDS)  # a download tries for long
+            url = hub.hf_hub_url(repository, _FILE, revision=commit, **options)
+            answer = hub.get_hf_file_metadata(url, timeout=_SECONDS)  # a download tries for long
             commit, announced = answer.commit_hash or commit, answer.etag or ""
             options |= {"revision": commit, "etag_timeout": _SECONDS}
-            kept = hf_hub_download(repository, _FILE, **options)
+            kept = download(repository, _FILE, **options)
+        with open(kept, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
     except Exception as error:  # many kinds, of several libraries: all mean that it is not here
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        where = mirror or "the Hugging Face Hub"
         raise DownloadError(f"{name}: {where} did not give it ({why}). {_by_hand(name)}") from error
     finally:
         log.setLevel(level)
-    folder = Path(kept).parent.name  # the cache has one for each commit
-    blob = Path(os.path.realpath(kept)).name  # and names large files by their SHA-256
+    path = Path(kept)  # the cache has a folder for each commit, and names large files by SHA-256
+    folder, blob = path.parent.name, path.resolve().name
     announced = blob if re.fullmatch("[0-9a-f]{64}", blob) else announced
-    return Path(kept), folder if re.fullmatch("[0-9a-f]{40}", folder) else commit, announced
+    return path, folder if re.fullmatch("[0-9a-f]{40}", folder) else commit, announced, found
 
 
 def _by_hand(name: str) -> str:
+    url = next(files.url for files in _FILES if name in files.hub).format(name=name)
     hub = f"https://huggingface.co/{RELEASED[name]}/resolve/main/{_FILE}"
     place = weights_folder() / name
-    return (
-        f"By hand: download {_URLS[name]} to {place}.pth, or {hub} to {place}.safetensors; either "
-        f"is then found by its name, and anywhere else by its path"
-    )
+    what = f"{url} to {place}.pth, or {hub} to {place}.safetensors"
+    return f"By hand: download {what}; it is then found by its name, and elsewhere by its path"

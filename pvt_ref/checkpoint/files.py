@@ -13,10 +13,6 @@ from pvt_ref.data.info import UNKNOWN
 from pvt_ref.errors import ArrayTypeError, CheckpointError, reason, shown
 from pvt_ref.tree import to_numpy
 
-_SUFFIX = ".safetensors"
-_WHOLE = 200  # characters of a name that messages show
-_WHOLE_PATH = 400
-
 FilePath = str | os.PathLike[str]
 Eps = float | tuple[float, float]
 
@@ -29,10 +25,9 @@ def load(
     Reads the authors' .pth files (without PyTorch, and without running anything in them), training
     checkpoints with the weights in any entry, Hugging Face PvtForImageClassification and PvtModel
     (.safetensors or .bin, one file or several), PVT backbones of MMDetection and of the authors'
-    own detectors, and files of :func:`save`. Files without a head become bare backbones.
-
-    What the weights do not tell is read from what lies beside them (Hugging Face's config.json and
-    preprocessor_config.json), chosen by an argument, or assumed; ``source`` says which.
+    own detectors, and files of :func:`save`. Files without a head become bare backbones. What
+    weights do not tell is read from Hugging Face's config.json and preprocessor_config.json beside
+    them, chosen by an argument, or assumed; ``source`` says which.
 
     Args:
         path: the file, a folder of ``save_pretrained``, or the index.json of several files.
@@ -56,7 +51,7 @@ def load(
     Raises:
         MissingFileError: if there is no such file.
         CheckpointError: if it is damaged, unsafe, of an unknown kind, contradicts what is said of
-            it, holds several models, or does not fit; all keys in question are listed together.
+            it, holds several models, or does not fit, with all keys in question.
         ArrayTypeError, ConfigError: if an argument is of another type, or no model can have it.
     """
     from pvt_ref.checkpoint.reading import read_model
@@ -89,35 +84,32 @@ def save(path: FilePath, model: Model, dtype: str | None = None) -> None:
     path = as_path(path)
     if not isinstance(model, Model):
         raise ArrayTypeError(f"model is a {type(model).__name__}, no Model. The path comes first")
-    if path.suffix != _SUFFIX:
-        raise CheckpointError(
-            f"{cut_path(path)}: models are saved as {_SUFFIX} files only, because a .pth file is a "
-            f"program and has no place for a digest. Use "
-            f"{cut_path(path.with_suffix(_SUFFIX)) if path.name else 'a name that ends so'}"
-        )
+    where = cut_path(path)
+    if path.suffix != ".safetensors":
+        other = cut_path(path.with_suffix(".safetensors")) if path.name else "a name that ends so"
+        what = "a .pth file is a program and has no place for a digest"
+        raise CheckpointError(f"{where}: models are saved as .safetensors: {what}. Use {other}")
+    if dtype is not None and not (isinstance(dtype, str) and dtype == "float16"):
+        raise ArrayTypeError(f"dtype is {shown(dtype)}; it must be None or 'float16'")
+    largest = float(np.finfo(np.float16).max)
     state = to_state_dict(to_numpy(model.params))
     for key, x in state.items():  # a Model does not look at arrays on a device
         check_finite(key, x, "The training that made them diverged; such a file would be refused")
-    if dtype is not None:
-        if not isinstance(dtype, str) or dtype != "float16":
-            raise ArrayTypeError(f"dtype is {shown(dtype)}; it must be None or 'float16'")
-        largest = float(np.finfo(np.float16).max)
-        for key, x in state.items():
+        if dtype is not None:
             if not np.abs(x).max(initial=0.0) <= largest:
                 what = f"{key} holds numbers beyond {largest:g}, the largest of float16"
-                raise CheckpointError(f"{cut_path(path)}: {what}. Leave dtype out")
-        state = {key: x.astype(np.float16) for key, x in state.items()}
+                raise CheckpointError(f"{where}: {what}. Leave dtype out")
+            state[key] = x.astype(np.float16)
+    info = None if model.info == UNKNOWN else model.info
     try:
-        data = to_bytes(state, model.config, None if model.info == UNKNOWN else model.info)
+        write_whole(path, to_bytes(state, model.config, info))
     except CheckpointError as error:
-        raise CheckpointError(f"{cut_path(path)}: {error}") from error
-    try:
-        write_whole(path, data)
+        raise CheckpointError(f"{where}: {error}") from error
     except OSError as error:
         raise CheckpointError(
-            f"{cut_path(path)}: could not be saved ({reason(error)}). A file of this name, if "
-            f"there was one, is as it was. Check that the directory exists, that it may be written "
-            f"to, and that the disk has {len(data)} bytes free"
+            f"{where}: could not be saved ({reason(error)}). An older file of this name is as it "
+            f"was. Check that the directory exists, that it may be written to, and that "
+            f"the disk has {sum(x.nbytes for x in state.values())} bytes free"
         ) from error
 
 
@@ -128,11 +120,11 @@ def as_path(path: Any) -> Path:
     if not os.fspath(path):
         raise CheckpointError("the path is empty; it must name a weights file")
     if "\0" in os.fspath(path):
-        raise CheckpointError(f"path {shown(os.fspath(path), _WHOLE)} holds a NUL character")
+        raise CheckpointError(f"path {shown(os.fspath(path), 200)} holds a NUL character")
     return Path(path)
 
 
 def cut_path(path: str | Path) -> str:
     """A path or address for a message: whole, unless it is one that nobody typed."""
     text = str(path)
-    return text if len(text) <= _WHOLE_PATH else f"{text[:_WHOLE_PATH]}..."
+    return text if len(text) <= 400 else f"{text[:400]}..."

@@ -21,10 +21,7 @@ def foreign_shapes(layout: Layout, config: Any) -> dict[str, Shape]:
 
 
 def to_native(state: Mapping[str, Any], layout: Layout, config: Any) -> dict[str, np.ndarray]:
-    """A state, complete and of the shapes of :func:`foreign_shapes`, by our keys.
-
-    What is one piece may share its memory; what is put together has the widest dtype of the state.
-    """
+    """A complete state by our keys: arrays of one piece may share its memory, others are new."""
     shapes = param_shapes(config)
     dtype = np.result_type(*(x.dtype for x in state.values()))
     native: dict[str, np.ndarray] = {}
@@ -33,8 +30,7 @@ def to_native(state: Mapping[str, Any], layout: Layout, config: Any) -> dict[str
         if piece.region == WHOLE:
             native[piece.key] = part.reshape(shapes[piece.key])
         else:
-            if piece.key not in native:
-                native[piece.key] = np.empty(shapes[piece.key], dtype)
-            native[piece.key][piece.region] = part
+            glued = native.setdefault(piece.key, np.empty(shapes[piece.key], dtype))
+            glued[piece.region] = part
     # without qkv_bias, MMDetection's attention has no output bias either: ours is then zero
     return {k: native[k] if k in native else np.zeros(shapes[k], dtype) for k in shapes}

@@ -15,10 +15,8 @@ from pvt_ref.checkpoint.stored import STORAGE_DTYPES, Storage, StoredFile, damag
 from pvt_ref.errors import CheckpointError, shown
 
 _MAGIC = 0x1950A86A20F9469CFC6C
-_MAGIC_BYTES = (
-    b"\x8a\x0a" + _MAGIC.to_bytes(10, "little"),  # from pickle protocol 2 on
-    b"L%dL\n" % _MAGIC,
-)
+#: As pickles have it from protocol 2 on, and before.
+_MAGIC_BYTES = (b"\x8a\x0a" + _MAGIC.to_bytes(10, "little"), b"L%dL\n" % _MAGIC)
 _VERSION = 1001
 
 
@@ -42,43 +40,35 @@ class LegacyFile(StoredFile):
             needed = f"version {shown(version)}, where {_VERSION} is needed"
             raise damaged(f"its head is not that of PyTorch's format from before 1.6: {needed}")
         self.tree, self.foreign, storages = read_pickle(file)
-        self._blocks = _find_blocks(file, self._size, read_pickle(file).tree, storages)
+        self._find_blocks(read_pickle(file).tree, storages)
 
     def _read_block(self, storage: Storage) -> bytes:
         first, at = self._blocks[storage.key]
         self._file.seek(at)
         return self._file.read(first.nbytes)
 
-
-def _find_blocks(
-    file: BinaryIO, size: int, keys: Any, storages: dict[str, Storage]
-) -> dict[str, tuple[Storage, int]]:
-    """Where each block of numbers lies, from the file's place after the last pickle on."""
-    at = file.tell()
-    blocks: dict[str, tuple[Storage, int]] = {}
-    if not isinstance(keys, list):
-        raise damaged("it has no list of storages after the pickle")
-    for key in keys:
-        storage = storages.get(key) if isinstance(key, str) else None
-        if storage is None or key in blocks:
-            raise damaged(f"its list has {shown(key)} twice, or no tensor refers to it")
-        if storage.dtype not in STORAGE_DTYPES.values():
-            raise CheckpointError(
-                f"a storage is of the kind {shown(storage.dtype)}, of unknown size; what follows "
-                f"it cannot be found. Save the weights again with a newer PyTorch"
-            )
-        file.seek(at)
-        numel = int.from_bytes(file.read(8), "little")
-        end = at + 8 + numel * itemsize(storage.dtype)
-        if end > size:
-            raise damaged(f"not a whole file: storage {shown(key)} would end at {end} of {size}")
-        if numel != storage.numel:
-            raise damaged(f"storage {shown(key)} has {numel} numbers; tensors need {storage.numel}")
-        blocks[key] = storage, at + 8
-        at = end
-    if at != size or len(blocks) != len(storages):
-        raise damaged(
-            f"not a whole file, or more than one: its {len(blocks)} storages end at byte {at} of "
-            f"{size}, and its tensors refer to {len(storages)}"
-        )
-    return blocks
+    def _find_blocks(self, keys: Any, storages: dict[str, Storage]) -> None:
+        """Where each block of numbers lies, from the file's place after the last pickle on."""
+        at = self._file.tell()
+        self._blocks: dict[str, tuple[Storage, int]] = {}
+        if not isinstance(keys, list):
+            raise damaged("it has no list of storages after the pickle")
+        for key in keys:
+            storage = storages.get(key) if isinstance(key, str) else None
+            if storage is None or key in self._blocks:
+                raise damaged(f"its list has {shown(key)} twice, or no tensor refers to it")
+            if storage.dtype not in STORAGE_DTYPES.values():
+                kind = f"a storage is of the kind {shown(storage.dtype)}, of unknown size: the next"
+                raise CheckpointError(f"{kind} cannot be found. Save them with a newer PyTorch")
+            self._file.seek(at)
+            numel = int.from_bytes(self._file.read(8), "little")
+            self._blocks[key] = storage, at + 8
+            at += 8 + numel * itemsize(storage.dtype)
+            if at > self._size:
+                raise damaged(f"not a whole file: {shown(key)} ends at byte {at} of {self._size}")
+            if numel != storage.numel:
+                needed = f"tensors need {storage.numel}"
+                raise damaged(f"storage {shown(key)} has {numel} numbers; {needed}")
+        if at != self._size or len(self._blocks) != len(storages):
+            counts = f"{len(self._blocks)} of {len(storages)} storages of its tensors end at byte"
+            raise damaged(f"not a whole file, or more than one: {counts} {at} of {self._size}")

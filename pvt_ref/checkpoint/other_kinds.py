@@ -4,24 +4,21 @@ import os
 from typing import BinaryIO
 
 from pvt_ref.checkpoint.pickles import Record, read_pickle
-from pvt_ref.checkpoint.stored import SAFE_LOAD
+from pvt_ref.checkpoint.stored import NEEDED, PACK, SAFE_LOAD
 from pvt_ref.errors import CheckpointError, shown
 
-HEAD = 512  # bytes that are looked at
-
 _DOWNLOAD = "Download it again, and look at its size and at the first bytes"
-_NEEDED = "PVT's weights are needed as PyTorch or safetensors has them"
 _UNPACK = "Unpack it, and load the file inside"
 _PICTURE = "a picture, not weights: pictures go to predict or to `python -m pvt_ref classify`"
-_GRAPH = f"It is a compiled program whose names are not those of the layers; {_NEEDED}"
+_GRAPH = f"It is a compiled program whose names are not those of the layers; {NEEDED}"
 
 #: Place and value of the first bytes, and what they mean.
 _MAGIC = (
     (0, b"version https://git-lfs", "not the weights, but a Git LFS pointer to them: the "
      "repository was cloned without LFS. Run 'git lfs install' and 'git lfs pull' there"),
-    (0, b"GGUF", f"a GGUF file (llama.cpp). {_NEEDED}"),
-    (0, b"\x89HDF\r\n\x1a\n", f"an HDF5 file (Keras .h5, say). {_NEEDED}"),
-    (0, b"\x93NUMPY", f"a single NumPy array (.npy). {_NEEDED}"),
+    (0, b"GGUF", f"a GGUF file (llama.cpp). {NEEDED}"),
+    (0, b"\x89HDF\r\n\x1a\n", f"an HDF5 file (Keras .h5, say). {NEEDED}"),
+    (0, b"\x93NUMPY", f"a single NumPy array (.npy). {NEEDED}"),
     (4, b"TFL3", f"a TensorFlow Lite model. {_GRAPH}"),
     (257, b"ustar", "a tar archive. If it has entries 'pickle', 'tensors' and 'storages', it is "
      "PyTorch's format from before 0.1.10, and if you trust its source, PyTorch can convert it "
@@ -44,7 +41,7 @@ def refuse_other_kind(file: BinaryIO, readable: str) -> CheckpointError:
     """The refusal of a file that is neither of PyTorch's formats nor .safetensors, by its kind."""
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
-    head = file.read(HEAD)
+    head = file.read(512)
     if not size:
         return CheckpointError(f"the file is empty. The download or copy was cut off. {_DOWNLOAD}")
     for place, magic, meaning in _MAGIC:
@@ -56,7 +53,7 @@ def refuse_other_kind(file: BinaryIO, readable: str) -> CheckpointError:
         return CheckpointError(f"a protobuf message, such as an ONNX model. {_GRAPH}")
     file.seek(max(0, size - 8))
     if file.read(8) == b"\x57\xfb\x80\x8b\x24\x75\x47\xdb":
-        return CheckpointError(f"the index of a TensorFlow checkpoint. {_NEEDED}")
+        return CheckpointError(f"the index of a TensorFlow checkpoint. {NEEDED}")
     if head.lstrip()[:1] == b"<":
         return CheckpointError(f"an HTML or XML page, not weights, such as a login. {_DOWNLOAD}")
     return CheckpointError(
@@ -73,10 +70,8 @@ def _refuse_pickle(file: BinaryIO) -> CheckpointError:
     except CheckpointError as error:
         return CheckpointError(f"a bare pickle, not a file of torch.save, and {error}")
     if storages:
-        return CheckpointError(
-            "the entry data.pkl of a PyTorch file that was unpacked. Load the original file, or "
-            "pack the folder again, from the one above it: zip -0 -r model.pth folder"
-        )
+        what = "the entry data.pkl of a PyTorch file that was unpacked"
+        return CheckpointError(f"{what}. {PACK} folder")
     keys = tree if isinstance(tree, dict) else {}
     # newer files have nothing of Paddle's in them but the name; a parameter is (its name, array)
     by_name = os.path.splitext(str(getattr(file, "name", "")))[1] in (".pdparams", ".pdopt")
@@ -87,7 +82,7 @@ def _refuse_pickle(file: BinaryIO) -> CheckpointError:
     return CheckpointError(
         f"a bare pickle ({what}; it names {', '.join(map(shown, foreign[:3])) or 'no classes'}), "
         f"not a file of torch.save; what pickle.dump wrote can only be read by running it. Safe: "
-        f"get the weights as .safetensors or as a file of torch.save. If you trust the source, "
-        f"make one: torch.save of pickle.load(open(path, 'rb')) as a dict from names to tensors, "
-        f"which is read without running it: {SAFE_LOAD}"
+        f"get the weights as .safetensors or from torch.save. If you trust the source, make one: "
+        f"torch.save of pickle.load(open(path, 'rb')) as a dict from names to tensors, then read "
+        f"without running it: {SAFE_LOAD}"
     )

@@ -25,15 +25,14 @@ FREE_BYTES = 2**20
 _MAX_FOREIGN, _MAX_NAME = 100, 200
 
 _BUILTINS = "bytearray bytes complex frozenset object set"
-_TENSORS = "Tensor nn.parameter.Parameter nn.parameter.Buffer"
 _DANGEROUS = "__import__ breakpoint compile eval exec execfile open"
 _DICTS = {"collections.OrderedDict", "collections.defaultdict"}
-_TENSOR_CLASSES = {f"torch.{name}" for name in _TENSORS.split()}
+_TENSOR_CLASSES = {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
 #: Names of plain data, which nobody needs to hear of.
 _PLAIN = {
     *("argparse.Namespace", "collections.Counter", "copyreg._reconstructor", "_codecs.encode"),
-    *("torch.Size", "torch.device", "torch.serialization._get_layout"),
-    *("torch.nn.parameter.UninitializedParameter", *_TENSOR_CLASSES),
+    *("torch.nn.parameter.UninitializedParameter", "torch.serialization._get_layout", *_DICTS),
+    *_TENSOR_CLASSES,
     *(f"builtins.{name}" for name in _BUILTINS.split()),
 }
 _PROGRAM_MODULES = {"nt", "os", "posix", "pty", "runpy", "shutil", "socket", "subprocess", "sys"}
@@ -43,10 +42,6 @@ _PROGRAMS = {
 }
 #: So written up to protocol 2.
 _PYTHON_2 = {"__builtin__": "builtins", "commands": "subprocess", "copy_reg": "copyreg"}
-_ATTACK = (
-    "Weights need nothing of the kind: the likely cause is an attack. Do not open this file with "
-    "torch.load(weights_only=False) or pickle; get the weights from their publisher"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,22 +72,21 @@ def read_pickle(file: BinaryIO) -> Pickle:
         return _Machine(file)._run()
 
 
-def whole_object(name: str, where: str = "what was saved") -> CheckpointError:
+def whole_object(name: str, where: str) -> CheckpointError:
     """The refusal of an object called name that lies, where the file says, in place of weights."""
     if name.startswith("numpy.") and "multiarray." in name:
+        tensors = "torch.save({k: torch.from_numpy(v) for k, v in arrays.items()}, new_path)"
         return CheckpointError(
-            f"no tensors in it: {where} is a NumPy array, an object that only running the file "
-            f"makes; nothing was run. Save the arrays as tensors: torch.save({{k: "
-            f"torch.from_numpy(v) for k, v in arrays.items()}}, new_path). If you have nothing but "
-            f"this file, and trust its source: arrays = torch.load(path, weights_only=False)"
+            f"no tensors in it: {where} is a NumPy array, made only by running the file; nothing "
+            f"was run. Save the arrays as tensors: {tensors}. If you have nothing but this file, "
+            f"and trust its source: arrays = torch.load(path, weights_only=False)"
         )
     return CheckpointError(
         f"no weights in it: {where} is a {shown(name)}, an object with code of its own, such as a "
-        f"whole pickled model, which is not made here; nothing was run. Safe: look for the state "
-        f"dict or a .safetensors file from the same publisher. If there is none, and you trust the "
-        f"source, PyTorch can run the file where that class can be imported: model = "
-        f"torch.load(path, weights_only=False, map_location='cpu'); "
-        f"torch.save(model.state_dict(), new_path)"
+        f"whole pickled model; nothing was run. Safe: look for the state dict or a .safetensors "
+        f"file from the same publisher. If there is none, and you trust the source, PyTorch can "
+        f"run the file where that class can be imported: model = torch.load(path, "
+        f"weights_only=False, map_location='cpu'); torch.save(model.state_dict(), new_path)"
     )
 
 
@@ -139,8 +133,8 @@ class _Machine:
     def _spend(self, price: int) -> None:
         self.spent += price
         if self.spent > FREE_BYTES + BYTES_PER_BYTE * self.read:
-            times = f"{BYTES_PER_BYTE} times its own size"
-            raise damaged(f"its pickle would unpack to more than {times}, to exhaust memory")
+            what = "its pickle would unpack to more than"
+            raise damaged(f"{what} {BYTES_PER_BYTE} times its own size, to exhaust memory")
 
     def _run(self) -> Pickle:
         arg: Any
@@ -150,16 +144,14 @@ class _Machine:
             self._spend(_PRICES.get(name, _VALUE))
             stack = self.stack
             match name:
-                case "LONG_BINPUT" | "BINPUT" | "PUT":
-                    self._remember(arg)
+                case "LONG_BINPUT" | "BINPUT" | "PUT" | "MEMOIZE":
+                    self._remember(len(self.memo) if arg is None else arg)
                 case "BINGET" | "LONG_BINGET" | "GET":
                     stack.append(self.memo[arg])
                     if stack[-1] is _UNSET:
                         raise ValueError(f"nothing was put into memo slot {arg}")
-                case "BINUNICODE" | "BININT1" | "BININT2" | "BININT" | "SHORT_BINUNICODE":
-                    stack.append(arg)
-                case "MEMOIZE":
-                    self._remember(len(self.memo))
+                case _ if name in _VALUES:
+                    stack.append(arg)  # pickletools decodes Python 2's strings as latin-1
                 case "MARK":
                     self.below.append(stack)
                     self.stack = []
@@ -194,13 +186,11 @@ class _Machine:
                     stack.pop()  # attributes are not needed
                     _expect(stack[-1], Record | dict)
                 case "STOP":
-                    names = sorted({x[:_MAX_NAME] for x in self.labels if not _is_known(x)})
+                    names = sorted({x[:_MAX_NAME] for x in self.labels if not is_known(x)})
                     return Pickle(stack.pop(), tuple(names[:_MAX_FOREIGN]), self.storages)
                 # what other protocols than 2 write, and the objects of Python 2
                 case "PROTO" | "FRAME":
                     pass
-                case _ if name in _VALUES:
-                    stack.append(arg)  # pickletools decodes Python 2's strings as latin-1
                 case "DICT":
                     items = self._pop_mark()
                     self.stack.append({})
@@ -259,8 +249,11 @@ class _Machine:
         name = f"{module}.{attribute}"
         if name not in self.labels:
             if module.partition(".")[0] in _PROGRAM_MODULES or name in _PROGRAMS:
-                what = f"its pickle asks for {shown(name)}, which is refused; nothing was run"
-                raise CheckpointError(f"{what}. {_ATTACK}")
+                raise CheckpointError(
+                    f"its pickle asks for {shown(name)}, which is refused; nothing was run. No "
+                    f"weights need it: the likely cause is an attack. Do not open this file with "
+                    f"torch.load(weights_only=False) or pickle; get weights from their publisher"
+                )
             self._spend(2 * len(name) + 2 * _ITEM)
             self.labels[name] = Global(name)
         return self.labels[name]
@@ -299,12 +292,11 @@ class _Machine:
         storage_type, key, _, numel, *rest = fields
         name = _expect(storage_type, Global).name.rpartition(".")[2]
         view = rest[0] if rest else None
-        if view is not None:
-            _, first, count = _expect(view, tuple)
-            view = (_count(first), _count(count))
+        _, first, count = (None, 0, numel) if view is None else _expect(view, tuple)
         if kind != "storage" or len(rest) > 1 or not name.endswith("Storage"):
             raise ValueError("a reference that is not to a storage")
         dtype = stored.STORAGE_DTYPES.get(name) or name[:_MAX_NAME]
+        view = (_count(first), _count(count))
         storage = Storage(_expect(key, str), dtype, _count(numel), view)
         if storage.key not in self.storages:
             self._spend(_ITEM)
@@ -315,19 +307,18 @@ class _Machine:
 _UNSET = object()
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _VALUES = {
-    *("BINFLOAT", "FLOAT", "INT", "LONG", "LONG1", "LONG4", "UNICODE", "BINUNICODE8", "STRING"),
-    *("BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+    *("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT"),
+    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "STRING", "BINSTRING"),
+    *("SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 }
 _REBUILD = "torch._utils._rebuild_"
 
 
-def _is_known(name: str) -> bool:
-    return (
-        name in _PLAIN
-        or name in _DICTS
-        or name.startswith((_REBUILD, "torch._tensor._rebuild_from_type"))
-        or (name.startswith("torch.") and (name.count(".") == 1 or name.endswith("Storage")))
-    )
+def is_known(name: str) -> bool:
+    """Whether a name is of plain data, of a tensor or of what goes with one."""
+    torch = name.startswith("torch.") and (name.count(".") == 1 or name.endswith("Storage"))
+    rebuilt = name.startswith((_REBUILD, "torch._tensor._rebuild_from_type"))
+    return torch or rebuilt or name in _PLAIN
 
 
 def _expect(value: Any, kind: Any) -> Any:
@@ -351,56 +342,48 @@ def _count(value: Any) -> int:
     return value
 
 
-def _counts(values: Any) -> tuple[int, ...]:
-    if len(_expect(values, tuple)) > MAX_RANK:
-        raise ValueError(f"{len(values)} axes")
-    return tuple(_count(value) for value in values)
-
-
 def _make_tensor(how: str, args: tuple[Any, ...]) -> StoredTensor | None:
     """What torch._utils._rebuild_<how> makes of args; None for kinds that are unknown here."""
-    metadata, unread = None, ""
+    dtype, rest = None, []
     match how, args:
         case ("parameter", (data, _, _)) | ("parameter_with_state", (data, _, _, _)):
             return _expect(data, StoredTensor)
         case "device_tensor_from_cpu_tensor", (data, dtype, _, _):  # XLA's
-            _expect(data, StoredTensor)
-            return data if _dtype(dtype) == data.dtype else None
+            return data if _dtype(dtype) == _expect(data, StoredTensor).dtype else None
         case "tensor", (storage, offset, shape, strides):
-            dtype = _expect(storage, Storage).dtype
+            pass
         case "tensor_v2", (storage, offset, shape, strides, _, _, *rest) if len(rest) < 2:
-            dtype = _expect(storage, Storage).dtype
-            metadata = rest[0] if rest else None
+            pass
         case "tensor_v3", (storage, offset, shape, strides, _, _, dtype, *rest) if len(rest) < 2:
-            dtype = _dtype(dtype)
-            metadata = rest[0] if rest else None
+            pass
         case "qtensor", (storage, offset, shape, strides, _, _, _):
-            dtype = _expect(storage, Storage).dtype
-            unread = "it is quantized"
+            pass
         case (("tensor" | "tensor_v2" | "tensor_v3" | "parameter"), _):
             raise TypeError(f"_rebuild_{how} with {len(args)} arguments")
         case _:
             return None
     _expect(storage, Storage)
-    shape, strides = _counts(shape), _counts(strides)
-    if len(shape) != len(strides):
-        raise ValueError(f"shape {len(shape)} and strides {len(strides)} long")
-    negated, conjugated, problem = _read_metadata(metadata, dtype)
+    dtype = _dtype(dtype) if how == "tensor_v3" else storage.dtype
+    if not len(_expect(shape, tuple)) == len(_expect(strides, tuple)) <= MAX_RANK:
+        raise ValueError(f"{len(shape)} axes and {len(strides)} strides")
+    shape, strides = (tuple(map(_count, x)) for x in (shape, strides))
+    bits = _expect(rest[0], dict) if rest and rest[0] is not None else {}
+    unread = "it is quantized" if how == "qtensor" else _strange(bits, dtype)
     where = (storage, _count(offset), shape, strides, dtype)
-    return StoredTensor(*where, negated, conjugated, unread or problem)
+    return StoredTensor(*where, "neg" in bits, "conj" in bits, unread)
 
 
 def _dtype(value: Any) -> str:
     return _expect(value, Global).name.removeprefix("torch.")[:_MAX_NAME]
 
 
-def _read_metadata(metadata: Any, dtype: str) -> tuple[bool, bool, str]:
-    bits = {} if metadata is None else _expect(metadata, dict)
-    unknown = next((k for k, v in bits.items() if k not in ("neg", "conj") or v is not True), None)
-    if unknown is not None:
-        return False, False, f"it has {shown(unknown)} in its metadata, which is not known here"
+def _strange(bits: dict[str, Any], dtype: str) -> str:
+    """What of a tensor's metadata is not known here, if anything is."""
+    for name, value in bits.items():
+        if name not in ("neg", "conj") or value is not True:
+            return f"it has {shown(name)} in its metadata, which is not known here"
     if "conj" in bits and not dtype.startswith("complex"):
-        return False, False, f"it has the conjugate bit, and is of dtype {dtype}"
+        return f"it has the conjugate bit, and is of dtype {dtype}"
     if "neg" in bits and dtype == "bool":
-        return False, False, "it has the negative bit, and is of dtype bool"
-    return "neg" in bits, "conj" in bits, ""
+        return "it has the negative bit, and is of dtype bool"
+    return ""

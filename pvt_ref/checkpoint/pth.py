@@ -9,35 +9,19 @@ file, whatever sizes it claims. The zip's checksums are verified for everything 
 
 import io
 import zipfile
-from collections import deque
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 from pvt_ref.checkpoint import stored
 from pvt_ref.checkpoint.legacy import LegacyFile, is_legacy
-from pvt_ref.checkpoint.pickles import Record, read_pickle, whole_object
-from pvt_ref.checkpoint.stored import SAFE_LOAD, Storage, StoredFile, StoredTensor, damaged
+from pvt_ref.checkpoint.pickles import read_pickle
+from pvt_ref.checkpoint.stored import NEEDED, SAFE_LOAD, Storage, StoredFile, damaged
 from pvt_ref.errors import CheckpointError, shown
 
 
 def open_pth(file: BinaryIO) -> StoredFile:
-    """The reader of a file of PyTorch's, which stays open meanwhile. Raises: CheckpointError."""
+    """The reader of a file of PyTorch's, which stays open meanwhile."""
     file.seek(0)
-    opened = LegacyFile(file) if is_legacy(file.read(64)) else PthFile(file)
-    queue: deque[tuple[str, Any]] = deque([("", opened.tree)])
-    objects, seen = [], set()
-    while queue:
-        name, value = queue.popleft()
-        if isinstance(value, StoredTensor):
-            return opened
-        if isinstance(value, Record) and value.name in opened.foreign:
-            objects.append((name, value.name))
-        elif isinstance(value, dict) and id(value) not in seen:
-            seen.add(id(value))
-            queue.extend(value.items())
-    if objects:  # and no tensor
-        name, kind = objects[0]
-        raise whole_object(kind, f"the entry {shown(name)}" if name else "what was saved")
-    return opened
+    return LegacyFile(file) if is_legacy(file.read(64)) else PthFile(file)
 
 
 class PthFile(StoredFile):
@@ -66,22 +50,17 @@ class PthFile(StoredFile):
     def _read_entry(self, name: str) -> bytes:
         if name not in self._entries:
             raise damaged(f"the zip archive has no entry {shown(name)}")
-        info = self._entries[name]
-        data = self._zip.read(info)  # verifies the CRC
-        if len(data) != info.file_size:
-            raise damaged(f"entry {shown(name)} is shorter than announced")
-        return data
+        return self._zip.read(self._entries[name])  # verifies size and CRC
 
 
 def _list_entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
     """Entries by name without the common folder, after checks that need no decompression."""
     infos = archive.infolist()
     names = [info.filename for info in infos]
-    pickles = [name for name in names if name.endswith("/data.pkl")]
-    folders = {name.partition("/")[0] for name in pickles}
-    if len(folders) != 1 or f"{min(folders)}/data.pkl" not in pickles:
+    prefixes = {f"{n.partition('/')[0]}/" for n in names if n.endswith("/data.pkl")}
+    prefix = min(prefixes, default="")
+    if len(prefixes) != 1 or f"{prefix}data.pkl" not in names:
         raise CheckpointError(_other_archive(names))
-    prefix = f"{min(folders)}/"
     entries: dict[str, zipfile.ZipInfo] = {}
     for info in infos:
         name = info.filename.removeprefix(prefix)
@@ -90,10 +69,9 @@ def _list_entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipI
         entries[name] = info
     if "constants.pkl" in entries:
         raise CheckpointError(
-            "a TorchScript archive (torch.jit.save): a program with its weights, which is not run "
-            "here. Safe: get the state dict from the publisher. If you trust the source, take the "
-            "weights out with PyTorch: model = torch.jit.load(path, map_location='cpu'); "
-            "torch.save(model.state_dict(), new_path)"
+            "a TorchScript archive (torch.jit.save): a program with its weights, not run here. "
+            "Safe: get the state dict from the publisher. If you trust the source, with PyTorch: "
+            "torch.save(torch.jit.load(path, map_location='cpu').state_dict(), new_path)"
         )
     for name, info in entries.items():
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
@@ -108,25 +86,18 @@ def _list_entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipI
 
 def _other_archive(names: list[str]) -> str:
     """What a zip without PyTorch's pickle is, and what to do."""
-    inner = [name for name in names if name.endswith((".pth", ".pt", ".bin", ".safetensors"))]
     if names and all(name.endswith(".npy") for name in names):
-        return (
-            "a NumPy archive (.npz), not a file of torch.save. If its arrays are the weights, "
-            "pvt_ref.from_state_dict(dict(numpy.load(path)), config) takes them"
-        )
+        advice = "pvt_ref.from_state_dict(dict(numpy.load(path)), config) takes them"
+        return f"a NumPy archive (.npz), not of torch.save. If its arrays are the weights, {advice}"
     if "data.pkl" in names:
-        return (
-            "the entries of a PyTorch file, zipped without the folder that they belong in. Unzip "
-            "them into a folder, and pack that: zip -0 -r model.pth folder"
-        )
+        advice = "Unzip them into a folder, and pack that: zip -0 -r model.pth folder"
+        return f"the entries of a PyTorch file, zipped without the folder around them. {advice}"
     if any(name.endswith(("model.weights.h5", "keras_metadata.pb")) for name in names):
-        return "a Keras model. PVT's weights are needed as PyTorch or safetensors has them"
+        return f"a Keras model. {NEEDED}"
     if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
         return "an exported program (torch.export). Save torch.save(model.state_dict(), new_path)"
-    if inner:
+    if inner := [name for name in names if name.endswith((".pth", ".pt", ".bin", ".safetensors"))]:
         return f"a zip archive around other files. Unzip it and load {shown(inner[0])}"
     first = ", ".join(shown(name, 40) for name in names[:3]) or "none"
-    return (
-        f"a zip archive, but not one that PyTorch wrote: {len(names)} entries and no data.pkl in a "
-        f"folder (first entries: {first}). Is this a folder zipped by hand?"
-    )
+    what = f"a zip archive, not one that PyTorch wrote: {len(names)} entries and no data.pkl in a"
+    return f"{what} folder (first entries: {first}). Is this a folder zipped by hand?"

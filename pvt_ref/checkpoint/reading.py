@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +17,14 @@ from pvt_ref.arrays import dtype_name
 from pvt_ref.checkpoint import recognise
 from pvt_ref.checkpoint import safetensors_file as own
 from pvt_ref.checkpoint import stated as statements
-from pvt_ref.checkpoint.files import Eps, FilePath, as_path, cut_path
+from pvt_ref.checkpoint.files import FilePath, as_path, cut_path
 from pvt_ref.checkpoint.key_maps import foreign_shapes, to_native
 from pvt_ref.checkpoint.legacy import is_legacy
 from pvt_ref.checkpoint.other_kinds import refuse_other_kind
 from pvt_ref.checkpoint.pth import open_pth
-from pvt_ref.checkpoint.recognise import Found
+from pvt_ref.checkpoint.recognise import Found, few
 from pvt_ref.checkpoint.stated import PREPROCESSOR_FILE, Stated, eps_of, from_argument, read_json
+from pvt_ref.checkpoint.stored import PACK
 from pvt_ref.checks import is_moderate
 from pvt_ref.data.imagenet import released_info
 from pvt_ref.data.info import UNKNOWN, ModelInfo
@@ -37,38 +38,32 @@ _INDEX = ".index.json"
 _IN_FOLDER = ("model.safetensors", "pytorch_model.bin")  # of save_pretrained: the first is taken
 _MAX_SHARDS = 1000
 _OWN_CONFIG = "Leave config out: the file brings its own"
-_HALVES = {"float16", "bfloat16"}
-_WHOLE = 200  # characters of an entry's name that messages show
 
 
 def read_model(
-    path: FilePath,
-    config: Any,
-    entry: str | None = None,
-    eps: Eps | None = None,
-    released: str = "",
+    path: FilePath, config: Any, entry: str | None = None, eps: Any = None, released: str = ""
 ) -> Model:
-    """:func:`load`; if released says so, of weights that the authors released.
-
-    What lies beside these is not asked, and released stands in ``source``.
-    """
+    """:func:`load`; released says where such weights are from, beside which nothing is asked."""
     path = as_path(path)
     stated = from_argument(config)
     if not isinstance(entry, str | None):
-        kind = type(entry).__name__
-        raise errors.ArrayTypeError(f"entry is a {kind}; it must be a name, as 'model_ema'")
-    eps = None if eps is None else _parse_eps(eps)
+        raise errors.ArrayTypeError(f"entry is a {type(entry).__name__}, no name such as 'ema'")
+    if eps is not None:
+        pair: Any = eps if isinstance(eps, Sequence) and not isinstance(eps, str) else (eps, eps)
+        if len(pair) != 2 or not all(is_moderate(x) and x >= 0 for x in pair):
+            form = "one number, or (norm_eps, projection_norm_eps), finite and 0 or more"
+            raise errors.ConfigError(f"eps is {shown(eps)}; it must be {form}")
+        eps = float(pair[0]), float(pair[1])
     try:
-        try:  # path.exists() says no from Python 3.14 on where it cannot be known
-            path.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            raise errors.MissingFileError(_missing(path)) from None
+        path.stat()  # path.exists() says no from Python 3.14 on where it cannot be known
         if re.search(r"-\d{5}-of-(?!00001)\d{5}\.", path.name):
             raise CheckpointError(f"one of several files; load their folder, {path.parent}")
         with contextlib.ExitStack() as stack:
             return _load(_open(path, stack), config, stated, entry, eps, released)
     except errors.MissingFileError:
         raise
+    except (FileNotFoundError, NotADirectoryError):
+        raise errors.MissingFileError(_missing(path)) from None
     except CheckpointError as error:
         raise CheckpointError(f"{cut_path(path)}: {error}") from error.__cause__
     except (PVTError, OSError) as error:
@@ -95,10 +90,8 @@ def _open(path: Path, stack: contextlib.ExitStack) -> _Opened:
     if path.name.endswith(_INDEX):
         return _open_shards(path, stack)
     if path.suffix == ".json":
-        raise CheckpointError(
-            f"a JSON file, which holds no weights. Name these, or the folder of both; "
-            f"load(weights, config={path.name!r}) reads a configuration from it"
-        )
+        what = "a JSON file, which holds no weights. Name these, or the folder of both"
+        raise CheckpointError(f"{what}; load(weights, config={path.name!r}) reads a configuration")
     file = stack.enter_context(path.open("rb"))
     size = os.fstat(file.fileno()).st_size
     head = file.read(64)
@@ -109,15 +102,10 @@ def _open(path: Path, stack: contextlib.ExitStack) -> _Opened:
     pth = open_pth(file)
     notes = []
     if pth.foreign:
-        notes.append(f"objects beside the weights were not made: {_few(pth.foreign)}")
+        notes.append(f"objects beside the weights were not made: {few(pth.foreign)}")
     if not pth.checksummed:
         notes.append("the file has no checksums")
     return _Opened(path, pth.tree, {}, pth.read, tuple(notes))  # read only what will be used
-
-
-def _few(names: Sequence[str], show: Any = lambda name: shown(name, 60)) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(show, names[:3])) + more
 
 
 def _file_in(folder: Path) -> Path:
@@ -125,15 +113,10 @@ def _file_in(folder: Path) -> Path:
         if (folder / name).exists():
             return folder / name
     if (folder / "data.pkl").exists():
-        raise CheckpointError(
-            f"the folder of a PyTorch file that was unpacked. Load the original file, or pack the "
-            f"folder again, from the one above it: zip -0 -r model.pth {shown(folder.name)}"
-        )
-    near = ", ".join(shown(p.name) for p in _siblings(folder)[:5])
-    raise CheckpointError(
-        f"a directory without {' or '.join(_IN_FOLDER)}, as save_pretrained writes them; needed is "
-        f"the weights file in it ({f'there are: {near}' if near else 'there is none'})"
-    )
+        what = f"the folder of a PyTorch file that was unpacked. {PACK} {shown(folder.name)}"
+        raise CheckpointError(what)
+    what = f"a directory without {' or '.join(_IN_FOLDER)}, as save_pretrained writes them; needed"
+    raise CheckpointError(f"{what} is the weights file in it (there are: {_weights_in(folder)})")
 
 
 def _open_shards(path: Path, stack: contextlib.ExitStack) -> _Opened:
@@ -154,9 +137,8 @@ def _open_shards(path: Path, stack: contextlib.ExitStack) -> _Opened:
     for name, shard in shards.items():
         said = {key for key, place in places.items() if place == name}
         if not isinstance(shard.tree, dict) or shard.tree.keys() != said:
-            raise CheckpointError(
-                f"{path.name} and {shown(name)} name different weights: they do not belong together"
-            )
+            what = f"{path.name} and {shown(name)} name different weights"
+            raise CheckpointError(f"{what}: they do not belong together")
         own.check_foreign_metadata(shard.metadata)
         tree |= shard.tree
     place_of = {id(tree[key]): name for key, name in places.items()}
@@ -176,24 +158,27 @@ def _load(
 ) -> Model:
     notes = [released] if released else list(opened.notes)  # for `source`
     assumed: list[str] = []
-    stored, info, folder = None, None, None
-    if not opened.metadata.keys().isdisjoint((own.METADATA_KEY, own.TRAINING_KEY)):
-        stored, info = own.own_header(opened.tree, opened.metadata)
-    if stored:
-        if entry is not None:
-            raise CheckpointError("a pvt_ref file, which holds one model: leave entry out")
-        row = architecture_of(stored)
-        model = Found(row, "", "", Layout(name="pvt_ref file"), dict(opened.tree))
-        stated = _of_network(row, config, stated)
-        used = _as_stored(stated, stored, notes)
-    else:
+    stored, info = own.own_header(opened.tree, opened.metadata)
+    if not stored:
         model = _choose(opened, stated, entry, notes)
-        row = model.row
-        stated = _of_network(row, config, stated)
+    elif entry is None:
+        layout = Layout(name="pvt_ref file")
+        model = Found(architecture_of(stored), "", "", layout, dict(opened.tree))
+    else:
+        raise CheckpointError("a pvt_ref file, which holds one model: leave entry out")
+    row = model.row
+    folder = opened.path.parent if model.layout.config_beside and not released else None
+    if stated and type(stated.config) is not row.config_type:
+        if not isinstance(config, str | os.PathLike) or config in known_variants():
+            what = f"it holds a {row.title}, and config is a {type(stated.config).__name__}"
+            raise CheckpointError(f"{what}. Leave config out, or pass a {row.config_type.__name__}")
+        stated = from_argument(config, row)  # a JSON file, whose fields may fit several networks
+    if stored:
+        used = _as_stored(stated, stored, notes) if stated else stored
+    else:
         if stated and stated.origin != "config" and not released:
             notes.append(f"configuration from {printable(stated.origin)}")
-        if model.layout.config_beside and not released:
-            folder = opened.path.parent
+        if folder:
             stated = _ask_beside(folder / "config.json", stated, row, eps, notes)
         if stated is None:
             used = recognise.recognise_config(model)
@@ -202,13 +187,18 @@ def _load(
             used = recognise.complete(stated, model)
             assumed += _unsaid(used, stated, eps)
     recognise.check_state(model, used, stated.origin if stated else "")
-    chosen = eps_of(used)  # and those of released weights, whatever layout they are in
+    chosen = eps_of(used)  # as they are for released weights, whatever layout they are in
     if eps is not None:
         if len(set(eps)) > len(chosen):
             raise CheckpointError(f"eps is {eps}; a {row.title} has {len(chosen)}")
         chosen = dict(zip(chosen, eps, strict=False))
-    elif not released:
-        chosen = _choose_eps(used, stated, stored, model.layout, assumed)
+    elif model.layout.eps and not released and not (stated and stated.says_eps):
+        usual = dict(zip(chosen, model.layout.eps, strict=True))
+        # a port's number, though its weights may be authors'
+        if stated is None or not chosen.keys().isdisjoint(stated.left_open) or chosen != usual:
+            hint = f" ({model.layout.eps_advice})" if model.layout.eps_advice else ""
+            assumed.append(f"eps of this layout's code{hint}")
+        chosen = usual
     used = dataclasses.replace(used, **chosen)
     wanted = foreign_shapes(model.layout, used)
     state = {key: x for key, x in model.state.items() if key in wanted}
@@ -216,12 +206,13 @@ def _load(
     if rest:
         notes.append(f"left out, since there is no head: {', '.join(rest)}")
     params = from_state_dict(to_native(opened.read(state), model.layout, used), used)
-    if not (stored and info):
+    if not info:
         info, more = _info(used, stored, stated, folder, released, notes)
         assumed += more
-    under = f" (under {shown(model.name, _WHOLE)})" if model.name else ""
-    halves = " and ".join(sorted({dtype_name(x) for x in state.values()} & _HALVES))
-    made = f", {halves} made float32" if halves and first_array(params).itemsize == 4 else ""
+    under = f" (under {shown(model.name, 200)})" if model.name else ""
+    halves = {dtype_name(x) for x in state.values()} & {"float16", "bfloat16"}
+    narrow = bool(halves) and first_array(params).itemsize == 4
+    made = f", {' and '.join(sorted(halves))} made float32" if narrow else ""
     if assumed:
         notes.append(f"assumed: {', '.join(assumed)}")
     what = [f"{model.layout.name}{under}, {row.describe(used)}{made}"]
@@ -232,29 +223,18 @@ def _load(
     return Model(params, used, "; ".join((*what, *notes)), info)
 
 
-def _of_network(row: Architecture, config: Any, stated: Stated | None) -> Stated | None:
-    if stated is None or type(stated.config) is row.config_type:
-        return stated
-    if not isinstance(config, str | os.PathLike) or config in known_variants():
-        what = f"it holds a {row.title}, and config is a {type(stated.config).__name__}"
-        raise CheckpointError(f"{what}. Leave config out, or pass a {row.config_type.__name__}")
-    return from_argument(config, row)  # a JSON file, whose fields may fit several networks
-
-
-def _unsaid(config: Any, stated: Stated, eps: tuple[float, ...] | None) -> list[str]:
+def _unsaid(config: Any, stated: Stated, eps: tuple[float, ...] | None) -> Iterator[str]:
     """What a JSON file should say, does not say, and no shape shows, for ``source``."""
     names = [name for name in ("num_heads", "qk_scale") if hasattr(config, name)]
     if stated.says_eps and eps is None:  # it says one of the two
         names += eps_of(config)
     unsaid = [f"{name} {getattr(config, name)}" for name in names if name in stated.left_open]
-    lines = []
     if unsaid:
-        lines.append(f"{' and '.join(unsaid)}, since {printable(stated.origin)} does not say")
+        yield f"{' and '.join(unsaid)}, since {printable(stated.origin)} does not say"
     if stated.task:
         wanted = f"though problem_type is {printable(stated.task)}"
         advice = "take probabilities from the logits yourself"
-        lines.append(f"one class per picture, by softmax, {wanted}: {advice}")
-    return lines
+        yield f"one class per picture, by softmax, {wanted}: {advice}"
 
 
 def _choose(opened: _Opened, stated: Stated | None, entry: str | None, notes: list[str]) -> Found:
@@ -266,16 +246,15 @@ def _choose(opened: _Opened, stated: Stated | None, entry: str | None, notes: li
     if opened.metadata.keys() - {"format"}:
         notes.append("metadata of another program is ignored")
     if others:
-        names = [f"entry={shown(model.name, _WHOLE)}" for model in others]
-        notes.append(f"other weights in the file: {_few(names, str)}")
+        notes.append(f"other weights in the file: {few(others, Found.as_argument)}")
     bare = False
     if stated and "num_classes" not in stated.left_open:
         bare = not stated.config.has_classifier
-    model, counters = recognise.without_counters(recognise.as_backbone(chosen, bare))
+    model, counters = recognise.as_read(chosen, bare)
     if chosen.layout.has_classifier and not model.layout.has_classifier:
         notes.append("the classifier is left out, as config asks")
     if chosen.beside:
-        notes.append(f"left out: {_few(chosen.beside)}")
+        notes.append(f"left out: {few(chosen.beside)}")
     if counters:
         notes.append(f"counters beside the weights are ignored: {', '.join(counters)}")
     return model
@@ -304,18 +283,14 @@ def _ask_beside(
         notes.append(f"configuration from {origin}")
         return said
     both = eps_of(said.config)
-    differ = [("num_heads", "")]
-    if stated.says_eps and eps is None:
-        differ += [(name, "; eps= decides") for name in both]
-    for name, advice in differ:
+    for name in ("num_heads", *(both if stated.says_eps and eps is None else ())):
         given, written = (
             "not said" if name in x.left_open else getattr(x.config, name) for x in (stated, said)
         )
         if written not in (given, "not said"):
-            raise CheckpointError(
-                f"{name} is {given} in {stated.origin} and {written} in {origin}{advice}. Leave "
-                f"config out, or correct {path.name}"
-            )
+            what = f"{name} is {given} in {stated.origin} and {written} in {origin}"
+            decides = "; eps= decides" if name in both else ""
+            raise CheckpointError(f"{what}{decides}. Leave config out, or correct {path.name}")
     found = {name: x for name, x in both.items() if said.says_eps and name not in said.left_open}
     notes.append(f"{'eps and ' if found else ''}labels from {origin}")
     return dataclasses.replace(
@@ -325,23 +300,6 @@ def _ask_beside(
         left_open=tuple(name for name in stated.left_open if name not in found),
         says_eps=stated.says_eps or said.says_eps,
     )
-
-
-def _choose_eps(
-    config: Any, stated: Stated | None, stored: Any, layout: Layout, assumed: list[str]
-) -> dict[str, float]:
-    """Epsilons when the caller gives none: what somebody chose, or else what fits the file."""
-    said = eps_of(config)
-    if stored and not (stated and stated.says_eps):
-        return eps_of(stored)
-    if (stated and stated.says_eps) or not layout.eps:
-        return said
-    usual = dict(zip(said, layout.eps, strict=True))
-    # a port's number, though its weights may be authors'
-    if stated is None or not said.keys().isdisjoint(stated.left_open) or said != usual:
-        hint = f" ({layout.eps_advice})" if layout.eps_advice else ""
-        assumed.append(f"eps of this layout's code{hint}")
-    return usual
 
 
 def _info(
@@ -366,42 +324,27 @@ def _info(
     return info, assumed
 
 
-def _as_stored(stated: Stated | None, stored: Any, notes: list[str]) -> Any:
+def _as_stored(stated: Stated, stored: Any, notes: list[str]) -> Any:
     """What a file of save says, with the eps and drop rates of a given configuration."""
-    if stated is None:
-        return stored
     changes = {name: getattr(stored, name) for name in stated.left_open}
     config = dataclasses.replace(stated.config, **changes)
     if stated.num_labels not in (None, stored.num_classes):
         what = f"{stated.origin} says {stated.num_labels} labels, and the file"
         raise CheckpointError(f"{what} num_classes={stored.num_classes}. {_OWN_CONFIG}")
-    given = dataclasses.asdict(config)
+    saved, given = dataclasses.asdict(stored), dataclasses.asdict(config)
     free = ("norm_eps", "drop_rate", "drop_path_rate")  # and what ends so: no weight depends on it
-    wrong = [
-        f"{name} is {written} in the file and {given[name]} in config"
-        for name, written in dataclasses.asdict(stored).items()
-        if not name.endswith(free) and written != given[name]
-    ]
+    wrong = [name for name in saved if not name.endswith(free) and saved[name] != given[name]]
     if wrong:
-        what = f"a pvt_ref file of another model than config: {'; '.join(wrong)}"
-        raise CheckpointError(f"{what}. {_OWN_CONFIG}")
+        what = "; ".join(f"{x} is {saved[x]} in the file and {given[x]} in config" for x in wrong)
+        raise CheckpointError(f"a pvt_ref file of another model than config: {what}. {_OWN_CONFIG}")
     if not stated.says_eps and eps_of(config) != eps_of(stored):
         notes.append("eps as it was saved, since config has the defaults")
+        config = dataclasses.replace(config, **eps_of(stored))
     return config
 
 
-def _parse_eps(eps: Any) -> tuple[float, float]:
-    several = isinstance(eps, Sequence) and not isinstance(eps, str)
-    pair: tuple[Any, ...] = tuple(eps) if several else (eps, eps)
-    if len(pair) != 2 or not all(is_moderate(x) and x >= 0 for x in pair):
-        form = "one number, or (norm_eps, projection_norm_eps), finite and 0 or more"
-        raise errors.ConfigError(f"eps is {shown(eps)}; it must be {form}")
-    return float(pair[0]), float(pair[1])
-
-
 def _missing(path: Path) -> str:
-    near = [shown(p.name) for p in _siblings(path.parent)]
-    there = f"weights files there: {', '.join(near[:5])}" if near else "no weights files there"
+    there = f"weights files there: {_weights_in(path.parent)}"
     if not path.parent.is_dir():
         there = f"nor is there a directory {cut_path(path.parent)}"
     try:
@@ -411,7 +354,8 @@ def _missing(path: Path) -> str:
     return f"{cut_path(path)}: there is no such file ({there}). The working directory is {here}"
 
 
-def _siblings(directory: Path) -> list[Path]:
+def _weights_in(folder: Path) -> str:
+    names = []
     with contextlib.suppress(OSError):
-        return sorted(p for p in directory.iterdir() if p.suffix in _SUFFIXES)
-    return []
+        names = sorted(path.name for path in folder.iterdir() if path.suffix in _SUFFIXES)
+    return few(names, count=5)

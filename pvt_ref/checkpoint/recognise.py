@@ -3,16 +3,16 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pvt_ref.models  # noqa: F401 (enters the networks)
 from pvt_ref.arrays import FLOAT_DTYPES, dtype_name
 from pvt_ref.checkpoint.key_maps import foreign_shapes
-from pvt_ref.checkpoint.pickles import Record, whole_object
+from pvt_ref.checkpoint.pickles import Record, is_known, whole_object
 from pvt_ref.checkpoint.safetensors_file import QUANTIZED
 from pvt_ref.checkpoint.stated import SHOWN_BY_SHAPES, Stated
-from pvt_ref.checkpoint.stored import SAFE_LOAD
+from pvt_ref.checkpoint.stored import SAFE_LOAD, StoredTensor
 from pvt_ref.errors import CheckpointError, key_name, shown
 from pvt_ref.models.architecture import Architecture, architectures, param_shapes
 from pvt_ref.models.layouts import Layout, Shape
@@ -60,6 +60,10 @@ class Found(NamedTuple):
         """Entry and prefix as load's argument ``entry`` takes them."""
         return ".".join(name for name in (self.entry, self.prefix.removesuffix(".")) if name)
 
+    def as_argument(self) -> str:
+        """How to ask for this one, for messages."""
+        return f"entry={shown(self.name, _MAX_NAME)}"
+
 
 class _Sign(NamedTuple):
     """A key that shows a network and a layout, if one of the marks is there besides."""
@@ -86,66 +90,48 @@ def _signs(config: Any) -> list[_Sign]:
 
 
 def find_models(tree: Any, config: Any = None) -> list[Found]:
-    """Every model in what a file holds, told from key names; of config's network if there are any.
-
-    Raises: CheckpointError if there is none.
-    """
-    signs = _signs(config)
-    found: list[Found] = []
-    for entry, mapping in _mappings(tree):
-        found += _models_in(".".join(entry), mapping, signs)
+    """All models in a file's tree, told from key names; of config's network if there are any."""
+    signs, mappings = _signs(config), list(_mappings(tree))
+    found = [model for entry, state in mappings for model in _models_in(entry, state, signs)]
     if found:
         return [model for model in found if type(config) is model.row.config_type] or found
-    if isinstance(tree, Mapping):
-        for name in sorted(_WHOLE_MODELS & tree.keys()):
-            if isinstance(tree[name], Record):
-                raise whole_object(tree[name].name, f"the entry {shown(name)}")
-        states = [state for _, state in _mappings(tree) if any(map(is_entry, state.values()))]
-        if states:
-            keys = [str(key) for key in max(states, key=len)]
-            what = f"its {len(keys)} keys are of no known layout: {_some(keys)}. {_advice(keys)}"
-            raise CheckpointError(f"{what}Needed is one of: {layouts_read()}")
+    states = [state for _, state in mappings if any(map(is_entry, state.values()))]
+    for name, x in [("", tree), *(item for _, state in mappings for item in state.items())]:
+        if isinstance(x, Record) and not is_known(x.name) and (name in _WHOLE_MODELS or not states):
+            raise whole_object(x.name, f"the entry {shown(name)}" if name else "what was saved")
+    if states:
+        keys = [str(key) for key in max(states, key=len)]
+        what = f"its {len(keys)} keys are of no known layout: {few(keys)}. {_advice(keys)}"
+        raise CheckpointError(f"{what}Needed is one of: {layouts_read()}")
     is_dict = isinstance(tree, Mapping)
-    holds = f"a dict with the entries {_some(tree)}" if is_dict else f"a {type(tree).__name__}"
-    raise CheckpointError(
-        f"no weights in it: it holds {holds}; needed is a state dict (key names to tensors), at "
-        f"the top or in a dict there. Save one with torch.save(model.state_dict(), new_path)"
-    )
+    holds = f"a dict with the entries {few(tree)}" if is_dict else f"a {type(tree).__name__}"
+    what = f"no weights in it: it holds {holds}; needed is a state dict (key names to tensors), at"
+    advice = "Save one with torch.save(model.state_dict(), new_path)"
+    raise CheckpointError(f"{what} the top or in a dict there. {advice}")
 
 
-def _mappings(tree: Any) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
-    """All dicts down to a depth, each once, with the names that lead to it."""
+def _mappings(tree: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """All dicts down to a depth, each once, with the names that lead to it, joined by dots."""
     seen = set()  # a pickle can hold one dict in many places
-    level: list[tuple[tuple[str, ...], Any]] = [((), tree)]
-    for _ in range(_MAX_DEPTH):
-        inner = []
-        for names, value in level:
-            if isinstance(value, Mapping) and id(value) not in seen:
-                seen.add(id(value))
-                yield names, value
-                inner += [
-                    ((*names, str(key)), x)
-                    for key, x in value.items()
-                    if isinstance(x, Mapping) and len(str(key)) <= _MAX_NAME
-                ]
-        level = inner
+    values: list[tuple[tuple[str, ...], Any]] = [((), tree)]
+    for names, value in values:  # and all that is in them
+        if isinstance(value, Mapping) and id(value) not in seen:
+            seen.add(id(value))
+            yield ".".join(names), value
+            for key, x in value.items() if len(names) < _MAX_DEPTH - 1 else ():
+                if isinstance(x, Mapping) and len(str(key)) <= _MAX_NAME:
+                    values.append(((*names, str(key)), x))
 
 
 def _models_in(entry: str, mapping: Mapping[Any, Any], signs: list[_Sign]) -> list[Found]:
-    endings = tuple(sign.probe for sign in signs)
     found: dict[str, _Sign] = {}
-    for key, value in mapping.items():
-        if isinstance(key, str) and key.endswith(endings) and is_entry(value):
-            for sign in signs:
-                prefix = key.removesuffix(sign.probe)
-                if (
-                    key.endswith(sign.probe)
-                    and prefix[-1:] in ("", ".")
-                    and len(prefix) <= _MAX_NAME
-                    and (not sign.marks or any(prefix + mark in mapping for mark in sign.marks))
-                ):
-                    found.setdefault(prefix, sign)
-                    break
+    for key in (key for key, x in mapping.items() if isinstance(key, str) and is_entry(x)):
+        for sign in (sign for sign in signs if key.endswith(sign.probe)):
+            prefix = key.removesuffix(sign.probe)
+            marked = not sign.marks or any(prefix + mark in mapping for mark in sign.marks)
+            if marked and prefix[-1:] in ("", ".") and len(prefix) <= _MAX_NAME:
+                found.setdefault(prefix, sign)
+                break
     states: dict[str, dict[str, Any]] = {prefix: {} for prefix in found}
     beside = []
     for key, value in mapping.items() if found else ():
@@ -163,29 +149,20 @@ def _models_in(entry: str, mapping: Mapping[Any, Any], signs: list[_Sign]) -> li
 
 
 def choose_model(models: Sequence[Found], entry: str | None) -> tuple[Found, list[Found]]:
-    """The model called entry, and those that hold other weights.
-
-    Without entry, the only model, or the only one at the top, under ``model`` or ``state_dict``.
-    Raises: CheckpointError if there is none, or more than one.
-    """
-    names = "; ".join(f"entry={shown(model.name, _MAX_NAME)}" for model in models[:8])
-    names += f"; and {len(models) - 8} more" if len(models) > 8 else ""
+    """The model called entry, or the only one, or that in STATE_ENTRIES; and other weights."""
+    names = few(models, Found.as_argument, 8, "; ")
     if entry is not None:
-        fitting = [model for model in models if model.name == entry] or [
-            model
-            for model in models
-            if f"{model.name}.".startswith(f"{entry}.") or model.prefix.startswith(f"{entry}.")
+        begin = f"{entry}."
+        fitting = [x for x in models if x.name == entry] or [
+            x for x in models if f"{x.name}.".startswith(begin) or x.prefix.startswith(begin)
         ]
         if len(fitting) != 1:
-            asked = f"entry is {shown(entry, _MAX_NAME)}"
-            if len(fitting) > 1 and {model.name for model in fitting} == {fitting[0].name}:
-                raise CheckpointError(
-                    f"{asked}, and {len(fitting)} models in it have exactly this name. Save one "
-                    f"alone, with PyTorch: {SAFE_LOAD}; torch.save(state[...], new_path)"
-                )
-            many = "several" if fitting else "none"
-            what = f"{many} of the models in it are called so"
-            raise CheckpointError(f"{asked}, and {what}. There are: {names}")
+            what = f"{'several' if fitting else 'none'} of the models in it are called so"
+            advice = f"There are: {names}"
+            if len({model.name for model in fitting}) == 1:
+                what = f"{len(fitting)} models in it have exactly this name"
+                advice = f"Save one alone: {SAFE_LOAD}; torch.save(state[...], new_path)"
+            raise CheckpointError(f"entry is {shown(entry, _MAX_NAME)}, and {what}. {advice}")
     else:
         fitting = models = _different(models)
         if len(models) > 1:
@@ -207,33 +184,26 @@ def _different(models: Sequence[Found]) -> list[Found]:
 
 def _same(a: Found, b: Found) -> bool:
     """Whether two models are the same tensors of the file, or the same objects."""
-
-    def place(x: Any) -> Any:
-        return (x.storage, x.offset, x.shape, x.strides) if hasattr(x, "storage") else id(x)
-
+    pairs = ((x, b.state.get(key)) for key, x in a.state.items())
     return a.state.keys() == b.state.keys() and all(
-        x is b.state[key] or place(x) == place(b.state[key]) for key, x in a.state.items()
+        x is y or (isinstance(x, StoredTensor) and x == y) for x, y in pairs
     )
-
-
-def without_counters(model: Found) -> tuple[Found, list[str]]:
-    """The model without single numbers that profilers and batch norms leave, and their names."""
-    counters = {key for key, x in model.state.items() if _is_counter(key, x)}
-    state = {key: x for key, x in model.state.items() if key not in counters}
-    return model._replace(state=state), sorted({key.rpartition(".")[2] for key in counters})
 
 
 def _is_counter(key: str, x: Any) -> bool:
     return key.rpartition(".")[2] in _COUNTERS and is_entry(x) and math.prod(x.shape) == 1
 
 
-def as_backbone(model: Found, wanted: bool) -> Found:
-    """The model in the layout of a bare backbone, if it has no head or none is wanted."""
-    if not model.row.files:
-        return model
-    layout, base = model.row.files.bare(model.layout, model.state, wanted)
-    state = {k.removeprefix(base): x for k, x in model.state.items() if k.startswith(base)}
-    return model._replace(layout=layout, prefix=model.prefix + base, state=state)
+def as_read(model: Found, bare: bool) -> tuple[Found, list[str]]:
+    """The model in the layout to read it in, without head if bare; and which counters it leaves."""
+    layout, base = model.layout, ""
+    if model.row.files:
+        layout, base = model.row.files.bare(layout, model.state, bare)
+    counters = {key for key, x in model.state.items() if _is_counter(key, x)}
+    kept = (key for key in model.state if key.startswith(base) and key not in counters)
+    state = {key.removeprefix(base): model.state[key] for key in kept}
+    model = model._replace(layout=layout, prefix=model.prefix + base, state=state)
+    return model, sorted({key.rpartition(".")[2] for key in counters})
 
 
 def _advice(keys: Iterable[str]) -> str:
@@ -241,9 +211,11 @@ def _advice(keys: Iterable[str]) -> str:
     return next((advice for x in files if (advice := x.advice(keys))), "")
 
 
-def _some(names: Any, count: int = 4) -> str:
-    some = [shown(name, 60) for name in itertools.islice(names, count + 1)]
-    return ", ".join(some[:count]) + (", ..." if len(some) > count else "") or "none"
+def few(names: Collection[Any], show: Any = None, count: int = 3, joint: str = ", ") -> str:
+    """The first names as show makes them a text, for a message, and how many more there are."""
+    texts = map(show or (lambda name: shown(name, 60)), itertools.islice(names, count))
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return (joint.join(texts) or "none") + more
 
 
 def _problems(model: Found, config: Any) -> list[str]:
@@ -270,24 +242,18 @@ def check_state(model: Found, config: Any, origin: str = "") -> None:
     """Refuses what is not the model of config, which origin says. Raises: CheckpointError."""
     layout, state = model.layout, model.state
     if layout.has_classifier is False and config.has_classifier:
-        raise CheckpointError(
-            f"it is a bare backbone ({layout.name}: it has no head), and the configuration has "
-            f"num_classes={config.num_classes}. Pass dataclasses.replace(config, num_classes=0); "
-            f"with_new_head(model, ...) adds a head"
-        )
+        what = f"it is a bare backbone ({layout.name}: it has no head), and the configuration has"
+        bare = "dataclasses.replace(config, num_classes=0); with_new_head(model, ...) adds a head"
+        raise CheckpointError(f"{what} num_classes={config.num_classes}. Pass {bare}")
+    whose = f"the configuration{'' if origin in ('', 'config') else f' from {origin}'}"
     blocks = model.row.files.blocks(config) if model.row.files else 0
     if blocks > max(len(state), _FEW):  # before anything is built for each of them
-        whose = f" from {origin}" if origin else ""
-        what = f"the configuration{whose} has {blocks} blocks, and the file only"
-        raise CheckpointError(f"{what} {len(state)} tensors. Correct its depth")
-    problems = _problems(model, config)
-    if problems:
-        source = f" from {origin}" if origin not in ("", "config") else ""
-        raise CheckpointError(
-            f"{layout.name}, but it does not fit the configuration{source} "
-            f"({model.row.describe(config)}):{_lines(problems)}\n{_advice(state)}The likely cause "
-            f"is a configuration of another variant, class count or image size"
-        )
+        what = f"{whose} has {blocks} blocks, and the file only {len(state)} tensors"
+        raise CheckpointError(f"{what}. Correct its depth")
+    if problems := _problems(model, config):
+        what = f"{layout.name}, but it does not fit {whose} ({model.row.describe(config)})"
+        cause = "The likely cause is a configuration of another variant, class count or image size"
+        raise CheckpointError(f"{what}:{_lines(problems)}\n{_advice(state)}{cause}")
 
 
 def _lines(problems: list[str]) -> str:
@@ -303,10 +269,9 @@ def complete(stated: Stated, model: Found) -> Any:
     shapes = _shapes(model.state)
     seen = files.fit(stated.config, shapes, model.layout)
     if seen.has_classifier and stated.num_labels not in (None, seen.num_classes):
-        raise CheckpointError(
-            f"{stated.origin} says {stated.num_labels} labels, and the head in the file has "
-            f"{seen.num_classes} outputs. Correct {stated.origin}, or pass config={kind}(...)"
-        )
+        what = f"{stated.origin} says {stated.num_labels} labels, and the head in the file has"
+        advice = f"Correct {stated.origin}, or pass config={kind}(...)"
+        raise CheckpointError(f"{what} {seen.num_classes} outputs. {advice}")
     fields = {name: getattr(seen, name) for name in SHOWN_BY_SHAPES}
     if not set(stated.left_open) <= fields.keys():
         fields |= files.shown(shapes, model.layout) | {"num_classes": seen.num_classes}
@@ -316,11 +281,10 @@ def complete(stated: Stated, model: Found) -> Any:
         known = model.row.variants.values()
         heads = [x.num_heads for x in known if getattr(x, files.widths) == widths]
         if not heads:
-            raise CheckpointError(
-                f"{stated.origin} does not say how many heads the model has, which no shape shows, "
-                f"and {files.widths} {widths} are those of no variant. Write num_heads into it "
-                f"(num_attention_heads in Hugging Face's config.json), or pass config={kind}(...)"
-            )
+            what = f"{stated.origin} does not say how many heads the model has"
+            other = f"which no shape shows, and {files.widths} {widths} are those of no variant"
+            advice = "Write num_heads into it (num_attention_heads in Hugging Face's config.json)"
+            raise CheckpointError(f"{what}, {other}. {advice}, or pass config={kind}(...)")
         changes["num_heads"] = heads[0]
     return dataclasses.replace(stated.config, **changes)
 
@@ -330,33 +294,29 @@ def recognise_config(model: Found) -> Any:
     row, layout, state = model.row, model.layout, model.state
     assert row.files is not None  # or nobody would have found it without a configuration
     shapes = _shapes(state)
-    count = math.inf
-    for candidate, variant in row.variants.items():
-        fitted = row.files.fit(variant, shapes, layout)
-        found = _problems(model, fitted)
-        if not found:
-            return fitted
-        if all(problem.startswith(_WRONG_DTYPE) for problem in found):
-            raise CheckpointError(
-                f"{layout.name}, {row.describe(fitted)}, but {len(found)} of its {len(state)} "
-                f"tensors are not of {', '.join(READABLE_DTYPES)}:{_lines(found)}\n{QUANTIZED}"
-            )
-        if len(found) < count:
-            count, name, config, problems = len(found), candidate, fitted, found
+    tried = []
+    for name, variant in row.variants.items():
+        config = row.files.fit(variant, shapes, layout)
+        problems = _problems(model, config)
+        if not problems:
+            return config
+        if all(problem.startswith(_WRONG_DTYPE) for problem in problems):
+            what = f"{layout.name}, {row.describe(config)}, but {len(problems)} of its {len(state)}"
+            kinds = f"tensors are not of {', '.join(READABLE_DTYPES)}"
+            raise CheckpointError(f"{what} {kinds}:{_lines(problems)}\n{QUANTIZED}")
+        tried.append((len(problems), name, config, problems))
     kind = row.config_type.__name__
     advice = (
-        f"If it is another model, pass its configuration, load(path, config={kind}(...)) or "
-        f"config='path/to/config.json': head counts (num_heads) cannot be read off shapes, so only "
-        f"the published variants are recognised without"
+        f"{_advice(state)}If it is another model, pass its configuration, load(path, config={kind}"
+        f"(...)) or config='path/to/config.json': head counts (num_heads) cannot be read off "
+        f"shapes, so only the published variants are recognised without"
     )
+    count, name, config, problems = min(tried, key=lambda entry: entry[0])
     if count <= len(shapes) // 4:  # a variant with faults, or a variant changed a little
-        raise CheckpointError(
-            f"{layout.name}; nearest is {name} ({row.describe(config)}), but "
-            f"{'1 key differs' if count == 1 else f'{count} keys differ'}:{_lines(problems)}\n"
-            f"{_advice(state)}{advice}"
-        )
+        differ = "1 key differs" if count == 1 else f"{count} keys differ"
+        what = f"{layout.name}; nearest is {name} ({row.describe(config)}), but {differ}"
+        raise CheckpointError(f"{what}:{_lines(problems)}\n{advice}")
     fields = ", ".join(f"{k}={value}" for k, value in row.files.shown(shapes, layout).items())
     read_off = f"Its shapes show {kind}({fields}, num_heads=unknown). " if fields else ""
-    raise CheckpointError(
-        f"{layout.name}, but none of {', '.join(row.variants)}. {_advice(state)}{read_off}{advice}"
-    )
+    known = ", ".join(row.variants)
+    raise CheckpointError(f"{layout.name}, but none of {known}. {read_off}{advice}")

@@ -15,8 +15,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pvt_ref.checkpoint.bounded_json import parse_json
+from pvt_ref.checkpoint.stored import MAX_RANK, UNEXPECTED, damaged, refuse_damage
 from pvt_ref.data.info import ModelInfo
-from pvt_ref.errors import CheckpointError, PVTError, reason, shown
+from pvt_ref.errors import CheckpointError, shown
 from pvt_ref.models.architecture import architecture_of, architectures, config_to_dict
 
 METADATA_KEY = "pvt_ref"
@@ -26,46 +27,28 @@ TRAINING_KEY = "pvt_ref_training"  # of the files of train/
 
 MAX_HEADER = 4 * 2**20  # bytes; the largest variant's, with its training, has a million
 MAX_RECORD = 2**20  # characters of the JSON text in our metadata entry
-_MAX_RANK = 8  # more than any weight has, fewer than NumPy's limit
 _DTYPES = {
     **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bfloat16", "C64": "<c8", "BOOL": "?"},
-    **{"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1"},
-    **{"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1"},
+    **{f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for size in (8, 4, 2, 1)},
 }
-#: What a text of this project's metadata entry holds, and a text of another program hardly.
-_OWN_MARKS = (METADATA_KEY, "projection_norm_eps")
-
-_DAMAGED = "The likely cause is a faulty download or copy: fetch the file again, or save it again"
+_NOT_WHOLE = "not a whole .safetensors file"
 #: For weights in numbers that are no floats.
-QUANTIZED = (
-    "Quantized weights are no substitute: get the plain ones from the publisher, or save v.float() "
-    "of each tensor v, times its scale if it has one"
-)
+QUANTIZED = "Get plain weights from the publisher, or save each v.float(), times its scale if any"
 _UPDATE = "It was probably written by another version: update pvt_ref"
-#: What JSON of other kinds than expected raises. Not Exception, which a signal's handler can raise.
-_UNREADABLE = (PVTError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 #: Where a tensor lies: first and last byte after the header, key, dtype and shape.
 _Span = tuple[int, int, str, np.dtype, tuple[int, ...]]
 
 
-class _NumberTypeError(ValueError):
-    """A tensor of numbers that NumPy lacks, such as safetensors' F8_E4M3."""
-
-
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """As :func:`read_tensors`, of a path. Raises: CheckpointError, also if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return read_tensors(file)
-    except OSError as error:
-        raise CheckpointError(f"cannot be read ({reason(error)})") from error
+    """As :func:`read_tensors`, of a path."""
+    with path.open("rb") as file:
+        return read_tensors(file)
 
 
 def read_tensors(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Every tensor of an open file, and the metadata as texts by name.
 
     They are read, not mapped: a mapped file kills the process if somebody shortens it meanwhile.
-    Raises: CheckpointError if it is damaged, or holds a dtype that NumPy lacks; OSError.
     """
     import ml_dtypes  # noqa: F401 (teaches NumPy the name bfloat16)
 
@@ -73,52 +56,44 @@ def read_tensors(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, str]]
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if length > size - 8:
-        raise CheckpointError(f"not a whole .safetensors file: the header is cut off. {_DAMAGED}")
+        raise damaged(f"{_NOT_WHOLE}: the header is cut off")
     if length > MAX_HEADER:
-        raise CheckpointError(
-            f"a .safetensors file whose header has {length} bytes; at most {MAX_HEADER} are read. "
-            f"It is damaged, of another kind of model, or made to exhaust memory"
-        )
+        what = f"a .safetensors file whose header has {length} bytes; at most {MAX_HEADER} are read"
+        raise CheckpointError(f"{what}. It is damaged, of another kind, or made to exhaust memory")
     try:
         header = parse_json(file.read(length), "the header", MAX_HEADER)
+    except CheckpointError as error:
+        raise damaged(f"{_NOT_WHOLE} ({error})") from error
+    with refuse_damage(_NOT_WHOLE):
         metadata, spans = _parse_header(header, size - 8 - length)
-    except _NumberTypeError as error:
-        raise CheckpointError(
-            f"{error}, which is not read; read are {', '.join(_DTYPES)}. {QUANTIZED}"
-        ) from error
-    except (CheckpointError, AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"not a whole .safetensors file ({type(error).__name__}: {error}). {_DAMAGED}"
-        ) from error
     tensors = {}
     for start, stop, key, dtype, shape in spans:
         raw = np.empty(stop - start, np.uint8)
         if file.readinto(raw.data) != len(raw):  # type: ignore[attr-defined]
             what = f"it ends before {shown(key)}, and became shorter while it was being read"
-            raise CheckpointError(f"not a whole .safetensors file: {what}. {_DAMAGED}")
+            raise damaged(f"{_NOT_WHOLE}: {what}")
         x = raw.view(dtype).reshape(shape)
         tensors[key] = x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
-    return {key: tensors[key] for key in header if key in tensors}, metadata
+    return {key: tensors[key] for key in header}, metadata
 
 
 def _parse_header(header: Any, size: int) -> tuple[dict[str, str], list[_Span]]:
-    """Metadata, and the tensors in the order in which they lie in size bytes without a gap."""
+    """Metadata, taken out, and the tensors in the order in which they fill all of size bytes."""
     if not isinstance(header, dict):
         raise TypeError(f"the header is a {type(header).__name__}")
-    metadata = header.get("__metadata__", {})
+    metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise TypeError("its metadata are not texts by name")
     spans = []
     for key, entry in header.items():
-        if key == "__metadata__":
-            continue
         if entry.keys() != {"dtype", "shape", "data_offsets"}:
             raise ValueError(f"{shown(key)} has the fields {shown(list(entry))}")
         name, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         if name not in _DTYPES:
-            raise _NumberTypeError(f"{shown(key)} has the number type {shown(name)}")
+            what = f"{shown(key)} has the number type {shown(name)}, which is not read; read are"
+            raise CheckpointError(f"{what} {', '.join(_DTYPES)}. {QUANTIZED}")
         counts = (*shape, start, stop)
-        if len(shape) > _MAX_RANK or not all(type(n) is int and 0 <= n < 2**63 for n in counts):
+        if len(shape) > MAX_RANK or not all(type(n) is int and 0 <= n < 2**63 for n in counts):
             raise ValueError(f"{shown(key)} has the shape {shown(shape)} at {start} to {stop}")
         dtype = np.dtype(_DTYPES[name])
         # NumPy counts like this, too: an array without numbers can still be too large for it
@@ -142,10 +117,7 @@ def widen(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def own_header(
     state: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> tuple[Any, ModelInfo | None]:
-    """Configuration and info in a file of this project, once the digest has been verified.
-
-    (None, None) if somebody else wrote it; no info if none was saved. Raises: CheckpointError.
-    """
+    """Configuration and info of a file of this project, its digest verified; None if not there."""
     if TRAINING_KEY in metadata:
         what = "the saved state of a training. Go on with it (--resume)"
         raise CheckpointError(f"{what}, or load the model beside it: best.safetensors")
@@ -155,49 +127,41 @@ def own_header(
         record = parse_json(metadata[METADATA_KEY], "the metadata entry", MAX_RECORD)
         written, expected, fields = record["format"], record["sha256"], record["config"]
         found = digest(state, _sealed(record))
-    except _UNREADABLE as error:
-        what = f"a pvt_ref file whose metadata cannot be read ({type(error).__name__}: "
-        raise CheckpointError(f"{what}{str(error)[:200]}). {_DAMAGED}") from error
+    except UNEXPECTED as error:
+        what = f"{type(error).__name__}: {str(error)[:200]}"
+        raise damaged(f"a pvt_ref file whose metadata cannot be read ({what})") from error
     if written not in (FORMAT, _FIRST_FORMAT):
         what = f"a pvt_ref file of format {shown(written)}; this version reads {FORMAT!r}"
         raise CheckpointError(f"{what}. It is of a newer version, or damaged: update pvt_ref")
     if found != expected or len(metadata) != 1:
-        raise CheckpointError(
-            f"a pvt_ref file whose content does not match its SHA-256 ({found[:12]}..., written as "
-            f"{shown(expected, 12)}): at least one bit has changed. {_DAMAGED}"
-        )
+        digests = f"{found[:12]}..., written as {shown(expected, 12)}; at least one bit has changed"
+        raise damaged(f"a pvt_ref file whose content does not match its SHA-256 ({digests})")
     name = "pvt" if written == _FIRST_FORMAT else record.get("architecture")
     rows = {row.name: row for row in architectures()}
     if name not in tuple(rows):
         what = f"a pvt_ref file of the architecture {shown(name)}"
         raise CheckpointError(f"{what}; this version knows {', '.join(map(repr, rows))}. {_UPDATE}")
-    row = rows[name]
     try:
-        config = row.config_type(**fields)
+        config = rows[name].config_type(**fields)
         info = ModelInfo.from_dict(record["info"]) if "info" in record else None
-    except _UNREADABLE as error:  # TypeError, too: for fields that this version does not know
+    except UNEXPECTED as error:  # TypeError, too: for fields that this version does not know
         what = "a pvt_ref file with a configuration or info that this version does not accept"
         raise CheckpointError(f"{what}: {str(error)[:500]}. {_UPDATE}") from error
-    blocks = row.files.blocks(config) if row.files else 0
-    if blocks > len(state):
-        what = f"a pvt_ref file whose configuration has {blocks} blocks"
-        raise CheckpointError(f"{what}, and only {len(state)} tensors. {_DAMAGED}")
     return config, info
 
 
 def check_foreign_metadata(metadata: Mapping[str, str]) -> None:
     """Refuses a file whose metadata are this project's under a damaged name, which hides a digest.
 
-    One damage cannot reach both the entry's name and its text. Raises: CheckpointError.
+    One damage cannot reach both the entry's name and its text.
     """
     begins = ('{"architecture": "', '{"config": {"')
+    marks = (METADATA_KEY, "projection_norm_eps")  # another program has hardly one of these
     for name, text in metadata.items():
         sealed = text.startswith(begins) or ('"sha256"' in text and '"config"' in text)
-        if sealed or any(mark in name or mark in text for mark in _OWN_MARKS):
-            raise CheckpointError(
-                f"a pvt_ref file whose metadata entry {METADATA_KEY!r} is damaged (it is called "
-                f"{shown(name)}), so that the weights cannot be verified. {_DAMAGED}"
-            )
+        if sealed or any(mark in name or mark in text for mark in marks):
+            what = f"{METADATA_KEY!r} is damaged (it is called {shown(name)}), so that the weights"
+            raise damaged(f"a pvt_ref file whose metadata entry {what} cannot be verified")
 
 
 def to_bytes(state: Mapping[str, np.ndarray], config: Any, info: ModelInfo | None = None) -> bytes:
@@ -232,8 +196,7 @@ def digest(state: Mapping[str, np.ndarray], stated: Any) -> str:
     """SHA-256 over plain values and every tensor's name, dtype, shape and bytes, in any order."""
     sha256 = hashlib.sha256()
     sha256.update(json.dumps(stated, sort_keys=True).encode())
-    for key in sorted(state):
-        x = state[key]
+    for key, x in sorted(state.items()):  # no key comes twice, so no arrays are compared
         sha256.update(json.dumps([key, x.dtype.name, x.shape]).encode())  # also says how many bytes
         little = x.astype(x.dtype.newbyteorder("<"), copy=False)
         sha256.update(np.ascontiguousarray(little).data)

@@ -1,8 +1,4 @@
-"""What is said of a model beside its weights: by an argument, or by the files that lie there.
-
-Hugging Face's ``save_pretrained`` writes config.json (sizes, heads, eps, labels) and
-preprocessor_config.json (mean and std) into the folder of the weights.
-"""
+"""What is said of a model beside its weights: by an argument, or by Hugging Face's JSON files."""
 
 import dataclasses
 import math
@@ -15,17 +11,15 @@ from typing import Any
 
 from pvt_ref import errors
 from pvt_ref.checkpoint.bounded_json import parse_json
-from pvt_ref.checks import is_whole
+from pvt_ref.checks import is_real, is_whole
 from pvt_ref.data.info import Preprocessing
-from pvt_ref.errors import CheckpointError, ConfigError, PVTError, reason, shown
+from pvt_ref.errors import CheckpointError, ConfigError, reason, shown
 from pvt_ref.models.architecture import Architecture, architectures, known_variants
 
 MAX_JSON = 2 * 2**20  # bytes that are read: 20,000 class names, twice, and some more
 PREPROCESSOR_FILE = "preprocessor_config.json"
 #: Fields of it that change pictures, and are not followed here.
 _NOT_FOLLOWED = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "crop_pct")
-#: Fields by which a config.json without a model_type is known for Hugging Face's.
-_HUGGING_FACE = {"model_type", "hidden_sizes", "hidden_size"}
 #: Fields that the shapes of a file show, and a variant's name leaves open.
 SHOWN_BY_SHAPES = ("img_size", "in_chans", "num_classes")
 
@@ -54,6 +48,7 @@ def from_argument(config: Any, row: Architecture | None = None) -> Stated | None
     if config is None:
         return None
     kinds, variants = [row.config_type for row in architectures()], known_variants()
+    names = ", ".join(variants)
     if type(config) in kinds:
         defaults = {field.name: field.default for field in dataclasses.fields(config)}
         says_eps = any(eps != defaults[name] for name, eps in eps_of(config).items())
@@ -61,16 +56,14 @@ def from_argument(config: Any, row: Architecture | None = None) -> Stated | None
     if isinstance(config, str) and config in variants:
         return Stated(variants[config], config, SHOWN_BY_SHAPES)
     if not isinstance(config, str | os.PathLike) or not isinstance(os.fspath(config), str):
-        raise errors.ArrayTypeError(
-            f"config is a {type(config).__name__}; it must be a "
-            f"{' or '.join(kind.__name__ for kind in kinds)}, a variant's name "
-            f"({', '.join(variants)}), or the path of a JSON file such as config.json"
-        )
+        types = " or ".join(kind.__name__ for kind in kinds)
+        what = f"config is a {type(config).__name__}; it must be a {types}, a variant's name"
+        raise errors.ArrayTypeError(f"{what} ({names}), or the path of a file such as config.json")
     text = os.fspath(config)
     path = Path(text) / "config.json" if os.path.isdir(text) else Path(text)
     if "\0" in text or not os.path.exists(path):
-        kinds = f"neither a variant ({', '.join(variants)}) nor a file"
-        raise errors.MissingFileError(f"config is {shown(text, 200)}: {kinds}")
+        what = f"config is {shown(text, 200)}: neither a variant ({names}) nor a file"
+        raise errors.MissingFileError(what)
     return read_config(path, str(path), row)
 
 
@@ -87,31 +80,25 @@ def read_config(path: Path, origin: str, row: Architecture | None = None) -> Sta
         by_fields = [row for row in rows if fields.keys() <= _fields(row).keys()]
         row = [*by_kind, *by_fields, *rows][0]
     known, files = _fields(row), row.files
+    values, outputs = fields, ((), None, "")
     try:
-        if files and fields.keys() & _HUGGING_FACE:
+        if files and fields.keys() & {"model_type", "hidden_sizes", "hidden_size"}:  # of theirs
             kind = fields.get("model_type", files.model_type)
             if kind != files.model_type:
-                raise CheckpointError(
-                    f"it is of another model: model_type is {shown(kind)}, not {files.model_type!r}"
-                )
-            values = files.hugging_face(fields)
-            labels, count, task = _outputs(fields)
-            other = f"{shown(task)} in {origin}" if task else ""
-        else:
-            if not fields or not fields.keys() <= known.keys():
-                raise CheckpointError(
-                    f"it is neither Hugging Face's config.json (which has a model_type) nor a "
-                    f"configuration of this project; unknown fields are "
-                    f"{shown(sorted(fields.keys() - known.keys()))}, known ones {', '.join(known)}"
-                )
-            values, labels, count, other = fields, (), None, ""
+                what = f"it is of another model: model_type is {shown(kind)}"
+                raise CheckpointError(f"{what}, not {files.model_type!r}")
+            values, outputs = files.hugging_face(fields), _outputs(fields, origin)
+        elif not fields or not fields.keys() <= known.keys():
+            what = "it is neither Hugging Face's config.json (which has a model_type) nor this"
+            unknown = f"unknown fields are {shown(sorted(fields.keys() - known.keys()))}"
+            raise CheckpointError(f"{what} project's: {unknown}, known ones {', '.join(known)}")
         config = files.partial(values) if files else row.config_type(**values)
     except (ConfigError, CheckpointError, TypeError) as error:  # a TypeError: a field is missing
         kind = ConfigError if isinstance(error, ConfigError) else CheckpointError
         raise kind(f"{origin}: {str(error)[:2000]}") from error
     says_eps = any(name.endswith("norm_eps") for name in values)
     left_open = tuple(name for name in known if name not in values)
-    return Stated(config, origin, left_open, says_eps, labels, count, other)
+    return Stated(config, origin, left_open, says_eps, *outputs)
 
 
 def describes_model(fields: Mapping[str, Any], row: Architecture) -> bool:
@@ -120,21 +107,21 @@ def describes_model(fields: Mapping[str, Any], row: Architecture) -> bool:
     return bool(fields) and (fields.keys() <= _fields(row).keys() or not telling.isdisjoint(fields))
 
 
-def _outputs(fields: Mapping[str, Any]) -> tuple[tuple[str, ...], int | None, str]:
-    """Class names, how many outputs, and what they mean if that is not one class per picture."""
+def _outputs(fields: Mapping[str, Any], origin: str) -> tuple[tuple[str, ...], int | None, str]:
+    """What Stated says of outputs: class names, how many, and a task that is another."""
     labels, count, names = fields.get("id2label"), fields.get("num_labels"), ()
     if labels is not None:
-        if not isinstance(labels, dict) or labels.keys() != set(map(str, range(len(labels)))):
+        known = isinstance(labels, dict) and labels.keys() == set(map(str, range(len(labels))))
+        if not known or not all(isinstance(name, str) for name in labels.values()):
             raise CheckpointError("id2label does not map the numbers from 0 to names")
         count, names = len(labels), tuple(labels[str(k)] for k in range(len(labels)))
-        if not all(isinstance(name, str) for name in names):
-            raise CheckpointError("id2label holds something else than names")
     if count is not None and not is_whole(count):
         raise CheckpointError(f"num_labels is {shown(count)}; it must be a whole number")
     if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
         names = ()  # placeholders
-    task = fields.get("problem_type") or "single_label_classification"
-    return names, count, "" if task == "single_label_classification" else task
+    usual = "single_label_classification"
+    task = fields.get("problem_type") or usual
+    return names, count, "" if task == usual else f"{shown(task)} in {origin}"
 
 
 def read_json(path: Path, origin: str) -> dict[str, Any]:
@@ -157,7 +144,7 @@ def read_preprocessing(path: Path, config: Any) -> tuple[Preprocessing | None, s
     try:
         fields = read_json(path, PREPROCESSOR_FILE)
         preprocessing = _preprocessing(fields, config.in_chans)
-    except (PVTError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:  # and every PVTError
         why = " ".join(str(error).removeprefix(f"{PREPROCESSOR_FILE}: ").split())[:200]
         return None, f"{PREPROCESSOR_FILE} is not used: {why}"
     said = f"mean and std from {PREPROCESSOR_FILE}"
@@ -175,17 +162,15 @@ def read_preprocessing(path: Path, config: Any) -> tuple[Preprocessing | None, s
 def _preprocessing(fields: Mapping[str, Any], channels: int) -> Preprocessing:
     """``(x * factor - mean) / std`` of bytes x as ``(x / 255 - mean') / std'``."""
     factor = fields.get("rescale_factor", 1 / 255) if fields.get("do_rescale", True) else 1
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or factor <= 0:
+    if not is_real(factor) or factor <= 0:
         raise CheckpointError(f"rescale_factor is {shown(factor)}; it must be a number above 0")
-    mean, std = [0.0] * channels, [1.0] * channels
+    given: dict[str, Any] = {"image_mean": 0.0, "image_std": 1.0}
     if fields.get("do_normalize", True):
-        for name in ("image_mean", "image_std"):
-            if fields.get(name) is None:
-                raise CheckpointError(f"it has no {name}")
-        mean, std = (
-            value if isinstance(value, list) else [value] * channels
-            for value in (fields["image_mean"], fields["image_std"])
-        )
+        given = {name: fields.get(name) for name in given}
+    for name, value in given.items():
+        if value is None:
+            raise CheckpointError(f"it has no {name}")
+    mean, std = (x if isinstance(x, list) else [x] * channels for x in given.values())
     for numbers in (mean, std):
         if not all(isinstance(x, int | float) for x in numbers):
             raise CheckpointError(f"image_mean or image_std is {shown(numbers)}, and not numbers")

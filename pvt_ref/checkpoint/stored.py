@@ -27,33 +27,32 @@ STORAGE_DTYPES = {
 _FLOATS_8 = ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")
 #: Bytes of the dtypes that NumPy does not have. Narrow floats become float32, which holds each.
 _NARROW_FLOATS = {"bfloat16": 2, **{f"float8_{name}": 1 for name in _FLOATS_8}}
-_QUANTIZED = {"qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1}
-_FOREIGN_SIZES = {**_NARROW_FLOATS, **_QUANTIZED}
-_NUMPY_DTYPES = {"uint16", "uint32", "uint64", *STORAGE_DTYPES.values()} - _FOREIGN_SIZES.keys()
+_SIZES = {**_NARROW_FLOATS, "qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1}
+_NUMPY_DTYPES = {"uint16", "uint32", "uint64", *STORAGE_DTYPES.values()} - _SIZES.keys()
 MAX_RANK = 8  # more than any weight has, fewer than NumPy's limit
-DAMAGED = (
-    "The likely cause is an interrupted or faulty download or copy: fetch the file again, and "
-    "compare its size and checksum with those of the publisher"
-)
+#: What values of any kind raise where others are expected.
+UNEXPECTED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 #: What bytes of any kind raise where a zip, a pickle or numbers are expected. Not Exception, which
 #: a signal's handler can raise.
 UNREADABLE = (
-    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, TypeError, ValueError),
-    RuntimeError,  # of zipfile; NotImplementedError and RecursionError are such
-    Warning,  # of pickletools, where warnings are errors
+    *(*UNEXPECTED, EOFError, OSError),
+    *(RuntimeError, Warning),  # of zipfile, or of too deep recursion; of pickletools
     *(struct.error, zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error),
 )
-#: Loading that runs nothing, for advice.
+#: For advice: what is read here, what an unpacked file needs, and loading that runs nothing.
+NEEDED = "PVT's weights are needed as PyTorch or safetensors has them"
+PACK = "Load the original, or pack the folder again, from the one above it: zip -0 -r model.pth"
 SAFE_LOAD = "state = torch.load(path, weights_only=True, map_location='cpu')"
-_COPIES = (
-    f"Save copies, with PyTorch: {SAFE_LOAD}; "
-    f"torch.save({{k: v.clone() for k, v in state.items()}}, new_path)"
-)
+_CLONED = "torch.save({k: v.clone() for k, v in state.items()}, new_path)"
+_COPIES = f"Save copies, with PyTorch: {SAFE_LOAD}; {_CLONED}"
 
 
 def damaged(what: str) -> CheckpointError:
     """The refusal of bytes that are not as they were written."""
-    return CheckpointError(f"{what}. {DAMAGED}")
+    return CheckpointError(
+        f"{what}. The likely cause is an interrupted or faulty download or copy: fetch or save the "
+        f"file again, and compare its size and checksum with those of the publisher"
+    )
 
 
 class Storage(NamedTuple):
@@ -62,7 +61,7 @@ class Storage(NamedTuple):
     key: str  # in a zip, of the entry under data/
     dtype: str  # its name in NumPy, ml_dtypes or, where neither has it, PyTorch
     numel: int  # of the block
-    view: tuple[int, int] | None = None  # the part that is meant, (first, count); None is all
+    view: tuple[int, int]  # the part that is meant, (first, count)
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +69,7 @@ class Storage(NamedTuple):
         return self.numel * itemsize(self.dtype)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor that has not been read yet."""
 
@@ -86,8 +85,7 @@ class StoredTensor:
 
 def itemsize(dtype: str) -> int:
     """Bytes of one number; 1 where it is not known."""
-    known = dtype in _NUMPY_DTYPES
-    return np.dtype(dtype).itemsize if known else _FOREIGN_SIZES.get(dtype, 1)
+    return np.dtype(dtype).itemsize if dtype in _NUMPY_DTYPES else _SIZES.get(dtype, 1)
 
 
 class StoredFile(ABC):
@@ -107,10 +105,9 @@ class StoredFile(ABC):
         """The named tensors as arrays; narrow floats as float32. Raises: CheckpointError."""
         total = sum(math.prod(x.shape) * itemsize(x.dtype) for x in tensors.values())
         if total > self._size:
-            raise CheckpointError(
-                f"its tensors unpack to {total} bytes, more than the whole file has "
-                f"({self._size}): some overlap in one storage, or are expanded views. {_COPIES}"
-            )
+            what = f"its tensors unpack to {total} bytes, more than the whole file has"
+            why = "some overlap in one storage, or are expanded views"
+            raise CheckpointError(f"{what} ({self._size}): {why}. {_COPIES}")
         by_block: dict[str, list[str]] = defaultdict(list)  # each is read only once
         for name, x in tensors.items():
             _check(name, x)
@@ -122,10 +119,8 @@ class StoredFile(ABC):
             for name in names:
                 storage = tensors[name].storage
                 if len(raw) != storage.nbytes:
-                    raise damaged(
-                        f"the storage of {shown(name)} has {len(raw)} bytes; {storage.numel} "
-                        f"numbers of {storage.dtype} need {storage.nbytes}"
-                    )
+                    needed = f"{storage.numel} numbers of {storage.dtype} need {storage.nbytes}"
+                    raise damaged(f"the storage of {shown(name)} has {len(raw)} bytes; {needed}")
                 arrays[name] = _cut(raw, tensors[name], self._order)
         return {name: arrays[name] for name in tensors}
 
@@ -136,44 +131,32 @@ def _check(name: str, x: StoredTensor) -> None:
     if not unread and x.dtype not in _NUMPY_DTYPES and x.dtype not in _NARROW_FLOATS:
         unread = f"it is of dtype {shown(x.dtype)}, which NumPy does not have"
     if unread:
-        raise CheckpointError(
-            f"the values of tensor {shown(name)} cannot be read: {unread}. Save plain floats, with "
-            f"PyTorch: {SAFE_LOAD}; then torch.save what v.dequantize(), v.to_dense() or "
-            f"v.float() makes of each v in state.values()"
-        )
-    numel, size = math.prod(x.shape), itemsize(x.dtype)
-    stored = x.storage.nbytes // size
-    if x.storage.view:
-        first, count = (n * itemsize(x.storage.dtype) for n in x.storage.view)
-        stored = count // size
-        if sum(x.storage.view) > x.storage.numel or first % size:
-            what = f"the storage of {shown(name)} is a view, {x.storage.view}, that reaches"
-            raise damaged(f"{what} outside its {x.storage.numel} numbers")
+        what = f"the values of tensor {shown(name)} cannot be read: {unread}. Save plain floats"
+        floats = "what v.dequantize(), v.to_dense() or v.float() makes of each v in state.values()"
+        raise CheckpointError(f"{what}, with PyTorch: {SAFE_LOAD}; then torch.save {floats}")
+    size = itemsize(x.dtype)
+    first, count = (n * itemsize(x.storage.dtype) for n in x.storage.view)
+    if sum(x.storage.view) > x.storage.numel or first % size:
+        view = f"a view, {x.storage.view}, that reaches outside its {x.storage.numel} numbers"
+        raise damaged(f"the storage of {shown(name)} is {view}")
+    stored = count // size
     last = x.offset + sum((n - 1) * s for n, s in zip(x.shape, x.strides, strict=True))
-    what = f"tensor {shown(name)} of shape {x.shape} is"
-    if not numel:
-        raise damaged(f"{what} empty; no weight is")
+    what = f"tensor {shown(name)} (shape {x.shape}, strides {x.strides}, offset {x.offset})"
+    if 0 in x.shape:
+        raise damaged(f"{what} is empty; no weight is")
     if last >= stored:
-        raise damaged(
-            f"tensor {shown(name)} (shape {x.shape}, strides {x.strides}, offset {x.offset}) "
-            f"reaches outside its storage of {stored} numbers"
-        )
-    if numel > stored:
-        raise CheckpointError(f"{what} an expanded view of {stored} numbers. {_COPIES}")
+        raise damaged(f"{what} reaches outside its storage of {stored} numbers")
+    if math.prod(x.shape) > stored:
+        raise CheckpointError(f"{what} is an expanded view of {stored} numbers. {_COPIES}")
 
 
 def _cut(raw: bytes, x: StoredTensor, order: Literal["<", ">"]) -> np.ndarray:
-    narrow = x.dtype in _NARROW_FLOATS
-    size = itemsize(x.dtype)
+    narrow, size = x.dtype in _NARROW_FLOATS, itemsize(x.dtype)
     stored = np.dtype(f"u{size}" if narrow else x.dtype).newbyteorder(order)
-    first = x.storage.view[0] * itemsize(x.storage.dtype) if x.storage.view else 0
-    first += x.offset * size
-    view = np.lib.stride_tricks.as_strided(
-        np.frombuffer(raw, stored, count=(len(raw) - first) // size, offset=first),
-        x.shape,
-        [s * size for s in x.strides],
-        writeable=False,
-    )
+    first = x.storage.view[0] * itemsize(x.storage.dtype) + x.offset * size
+    numbers = np.frombuffer(raw, stored, count=(len(raw) - first) // size, offset=first)
+    strides = [s * size for s in x.strides]
+    view = np.lib.stride_tricks.as_strided(numbers, x.shape, strides, writeable=False)
     array = np.array(view, dtype=stored.newbyteorder("="), order="C")
     if narrow:
         import ml_dtypes

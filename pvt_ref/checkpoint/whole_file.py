@@ -14,9 +14,8 @@ _OFTEN_ENOUGH = range(10_000)
 def write_whole(path: Path, data: bytes) -> None:
     """Writes beside the place under another name, flushes to the disk, and renames.
 
-    An older file of that name stays whole until then, and the new one gets its permissions. A link
-    stays a link. Killed in between, a hidden ``.tmp`` file is left. Raises: OSError if it cannot be
-    written, or what is there is read-only or no file; nothing is left behind.
+    An older file stays whole until then, and leaves its permissions; a link stays a link. Killed in
+    between, a hidden ``.tmp`` file is left. Raises: OSError, also for what is read-only or no file.
     """
     mode = _mode_of_old(path)
     path = Path(os.path.realpath(path))

@@ -44,16 +44,12 @@ def renaming(table: Mapping[str, str]) -> Callable[[str], str | None]:
     """
 
     def rename(key: str) -> str | None:
-        stem, _, leaf = key.rpartition(".")
-        if leaf not in ("weight", "bias"):
-            stem, leaf = key, ""
-        match = re.fullmatch(r"([a-z_]+?)(\d*)(?:\.(\d+))?(\..*)?", stem)
+        match = re.fullmatch(r"([a-z_]+?)(\d*)(?:\.(\d+))?(\..*?)??(?:\.(weight|bias))?", key)
         if match is None:
             return None
-        kind, i, b, rest = match.groups()
-        name = kind + ("{i}" if i else "") + (".{b}" if b else "") + (rest or "")
+        kind, i, b, rest, leaf = match.groups(default="")
+        template = table.get(kind + ("{i}" if i else "") + (".{b}" if b else "") + rest)
         i, b = int(i or 0), int(b or 0)
-        template = table.get(name)
         if template and leaf and "{leaf}" not in template:
             template += ".{leaf}"
         return template and template.format(leaf=leaf, i=i, j=i - 1, b=b, c=b + 1)

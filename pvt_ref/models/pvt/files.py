@@ -3,12 +3,12 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pvt_ref.checks import TOO_LARGE, is_whole
 from pvt_ref.errors import CheckpointError, ConfigError, shown
-from pvt_ref.models.layouts import WHOLE, Files, Layout, Piece, Shape, renaming, same_pieces
+from pvt_ref.models.layouts import WHOLE, Files, Layout, Piece, Shape, renaming, same_key
 from pvt_ref.models.pvt.config import NUM_STAGES, VARIANTS, PVTConfig
 
 _BASE = "pvt."  # of every key but the classifier's: what transformers calls a base model
@@ -36,41 +36,34 @@ _KEYS = {
 }
 
 _LAST_TABLE = f"pos_embed{NUM_STAGES}"
-_hugging_face_name = renaming({ours: theirs[0] for ours, theirs in _KEYS.items()})
-_bare_name = renaming({ours: theirs[0].removeprefix(_BASE) for ours, theirs in _KEYS.items()})
-_mmdetection_name = renaming({k: theirs[1] for k, theirs in _KEYS.items() if len(theirs) > 1})
+_hf_name = renaming({ours: theirs[0] for ours, theirs in _KEYS.items()})
+_hf_bare_name = renaming({ours: theirs[0].removeprefix(_BASE) for ours, theirs in _KEYS.items()})
+_mm_name = renaming({ours: theirs[1] for ours, theirs in _KEYS.items() if len(theirs) > 1})
 
 
-def _authors_dense(key: str, shape: Shape, config: PVTConfig) -> list[Piece]:
-    if key == _LAST_TABLE:  # the released backbones keep the cls row and skip it
-        _, n, C = shape
-        return [Piece(key, WHOLE, key, (slice(None), slice(1, None)), (1, n + 1, C))]
-    return same_pieces(key, shape, config)
+def _pieces(rename: Callable[[str], str | None], keeps_cls_row: bool = True) -> Any:
+    """The ``pieces_of`` of a layout: backbones keep the cls row of the last table and skip it."""
+
+    def pieces_of(key: str, shape: Shape, config: PVTConfig) -> list[Piece]:
+        name = rename(key)
+        assert name is not None, key
+        if keeps_cls_row and key == _LAST_TABLE:
+            _, n, C = shape
+            return [Piece(key, WHOLE, name, (slice(None), slice(1, None)), (1, n + 1, C))]
+        if ".self.key." in name:  # ours are (2C, ...): keys above values
+            C, value = shape[0] // 2, name.replace(".key.", ".value.")
+            half = (C, *shape[1:])
+            return [
+                Piece(key, (slice(0, C),), name, WHOLE, half),
+                Piece(key, (slice(C, 2 * C),), value, WHOLE, half),
+            ]
+        return [Piece(key, WHOLE, name, WHOLE, shape)]
+
+    return pieces_of
 
 
-def _hugging_face(key: str, shape: Shape, config: PVTConfig) -> list[Piece]:
-    name = _hugging_face_name(key)
-    assert name is not None, key
-    if ".attn.kv." in key:  # (2C, ...): keys above values
-        C = shape[0] // 2
-        half = (C, *shape[1:])
-        return [
-            Piece(key, (slice(0, C),), name, WHOLE, half),
-            Piece(key, (slice(C, 2 * C),), name.replace(".key.", ".value."), WHOLE, half),
-        ]
-    return [Piece(key, WHOLE, name, WHOLE, shape)]
-
-
-def _hugging_face_bare(key: str, shape: Shape, config: PVTConfig) -> list[Piece]:
-    if key == _LAST_TABLE:  # a PvtModel keeps the cls token
-        (piece,) = _authors_dense(key, shape, config)
-        return [piece._replace(foreign=_bare_name(key) or "")]
-    found = _hugging_face(key, shape, config)
-    return [piece._replace(foreign=piece.foreign.removeprefix(_BASE)) for piece in found]
-
-
-def _mmdetection(key: str, shape: Shape, config: PVTConfig) -> list[Piece]:
-    name = _mmdetection_name(key)
+def _mm_pieces(key: str, shape: Shape, config: PVTConfig) -> list[Piece]:
+    name = _mm_name(key)
     if name is None or (key.endswith("attn.proj.bias") and not config.qkv_bias):
         return []
     if ".attn.q." in key or ".attn.kv." in key:  # glued: (3C, ...), q above k above v
@@ -78,28 +71,26 @@ def _mmdetection(key: str, shape: Shape, config: PVTConfig) -> list[Piece]:
         rows = slice(0, C) if ".attn.q." in key else slice(C, 3 * C)
         return [Piece(key, WHOLE, name, (rows,), (3 * C, *shape[1:]))]
     if ".mlp." in key and key.endswith(".weight"):  # a linear layer written as 1x1 convolution
-        return [Piece(key, WHOLE, name, WHOLE, (*shape, 1, 1))]
+        shape = (*shape, 1, 1)
     return [Piece(key, WHOLE, name, WHOLE, shape)]
 
 
-_CLASSIFIER = ("cls_token", "norm.weight", "norm.bias", "head.weight", "head.bias")
-_PORT: Any = {
-    "eps": (1e-6, 1e-6),
-    "eps_advice": "pass eps=(1e-6, 1e-5) for the authors' training setting",
-}
+_CLS = ("cls_token", "norm.weight", "norm.bias")
+_TRAINED = "pass eps=(1e-6, 1e-5) for the authors' training setting"
+_PORT: Any = {"eps": (1e-6, 1e-6), "eps_advice": _TRAINED}
 
 AUTHORS = Layout(name="authors' layout", eps=(1e-6, 1e-5))
 AUTHORS_DENSE = Layout(
     name="authors' dense-prediction layout",
-    pieces_of=_authors_dense,
-    eps=(1e-6, 1e-5),
+    pieces_of=_pieces(same_key),
+    eps=AUTHORS.eps,
     has_classifier=False,
-    unused=_CLASSIFIER,
+    unused=(*_CLS, "head.weight", "head.bias"),
 )
 HUGGING_FACE = Layout(
     name="Hugging Face layout",
-    rename=_hugging_face_name,
-    pieces_of=_hugging_face,
+    rename=_hf_name,
+    pieces_of=_pieces(_hf_name, keeps_cls_row=False),
     marks=("head.weight", "head.bias"),
     has_classifier=True,
     config_beside=True,
@@ -107,19 +98,15 @@ HUGGING_FACE = Layout(
 )
 HUGGING_FACE_BARE = Layout(
     name="Hugging Face layout without classifier",
-    rename=_bare_name,
-    pieces_of=_hugging_face_bare,
+    rename=_hf_bare_name,
+    pieces_of=_pieces(_hf_bare_name),  # a PvtModel keeps the cls token
     has_classifier=False,
-    unused=tuple(_bare_name(key) or "" for key in _CLASSIFIER[:3]),
+    unused=tuple(_hf_bare_name(key) or "" for key in _CLS),
     config_beside=True,
     **_PORT,
 )
 MMDETECTION = Layout(
-    name="MMDetection layout",
-    rename=_mmdetection_name,
-    pieces_of=_mmdetection,
-    has_classifier=False,
-    **_PORT,
+    name="MMDetection layout", rename=_mm_name, pieces_of=_mm_pieces, has_classifier=False, **_PORT
 )
 
 
@@ -137,12 +124,10 @@ def _fit(config: PVTConfig, shapes: Mapping[str, Shape], layout: Layout) -> PVTC
     def first(*keys: str) -> Shape:
         return next((s for k in keys if (s := shapes.get(layout.rename(k) or ""))), ())
 
-    num_classes = config.num_classes
     head = first("head.weight", "head.bias")
+    num_classes = head[0] if head else config.num_classes
     if layout.has_classifier is False or not (head or first("cls_token", "norm.weight")):
         num_classes = 0
-    elif head:
-        num_classes = head[0]
     kernel, table = first("patch_embed1.proj.weight"), first("pos_embed1")
     in_chans = kernel[1] if len(kernel) == 4 else config.in_chans
     side = math.isqrt(table[1]) * config.patch_sizes[0] if len(table) == 3 else config.img_size
@@ -156,46 +141,36 @@ def _fit(config: PVTConfig, shapes: Mapping[str, Shape], layout: Layout) -> PVTC
 
 
 def _shown(shapes: Mapping[str, Shape], layout: Layout) -> dict[str, Any]:
-    def shape(key: str) -> Shape:
-        return shapes[layout.rename(key) or ""]
-
     def present(key: str) -> bool:
         return layout.rename(key) in shapes
 
-    def ratio(i: int) -> float:
-        hidden, C_i = shape(f"block{i}.0.mlp.fc1.weight")[:2]
-        return hidden / C_i if hidden % C_i else hidden // C_i
+    def shape(key: str) -> Shape:
+        return shapes[layout.rename(key) or ""]
 
     def depth(i: int) -> int:
         return next(b for b in itertools.count() if not present(f"block{i}.{b}.norm1.weight"))
 
-    def reduction(i: int) -> int:
-        key = f"block{i}.0.attn.sr.weight"
-        return shape(key)[2] if present(key) else 1
-
     stages = range(1, NUM_STAGES + 1)
+    reductions = [f"block{i}.0.attn.sr.weight" for i in stages]
     try:
         P = [shape(f"patch_embed{i}.proj.weight")[2] for i in stages]
+        widths = [shape(f"block{i}.0.mlp.fc1.weight")[:2] for i in stages]  # hidden, C
         return {
             "img_size": math.isqrt(shape("pos_embed1")[1]) * P[0],
             "in_chans": shape("patch_embed1.proj.weight")[1],
             "num_classes": shape("head.weight")[0] if present("head.weight") else 0,
             "patch_sizes": tuple(P),
             "embed_dims": tuple(shape(f"pos_embed{i}")[2] for i in stages),
-            "mlp_ratios": tuple(map(ratio, stages)),
+            "mlp_ratios": tuple(h / C if h % C else h // C for h, C in widths),
             "qkv_bias": present("block1.0.attn.q.bias"),
             "depths": tuple(map(depth, stages)),
-            "sr_ratios": tuple(map(reduction, stages)),
+            "sr_ratios": tuple(shape(key)[2] if present(key) else 1 for key in reductions),
         }
     except (KeyError, IndexError, ValueError, ZeroDivisionError):
         return {}
 
 
-def _advice(keys: Iterable[str]) -> str:
-    advice = "Depth-wise convolutions (dwconv) belong to PVT version 2, which is not read here. "
-    return advice if any("dwconv" in key for key in keys) else ""
-
-
+_DWCONV = "Depth-wise convolutions (dwconv) belong to PVT version 2, which is not read here. "
 _DEFAULT = PVTConfig()
 #: Fields of Hugging Face's PvtConfig that mean the same here.
 _SAME = {
@@ -261,7 +236,7 @@ FILES = Files(
     shown=_shown,
     widths="embed_dims",
     blocks=lambda config: sum(config.depths),
-    advice=_advice,
+    advice=lambda keys: _DWCONV if any("dwconv" in key for key in keys) else "",
     hub={name: f"Zetatech/{name.replace('_', '-')}-224" for name in list(VARIANTS)[:4]},
     url="https://github.com/whai362/PVT/releases/download/v2/{name}.pth",
 )
