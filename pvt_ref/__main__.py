@@ -36,26 +36,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pvt_ref {__version__}")
     commands = parser.add_subparsers(dest="command")
 
-    of_file = argparse.ArgumentParser(add_help=False)
+    of_file, of_size = (argparse.ArgumentParser(add_help=False) for _ in range(2))
     text = "the model in a weights file that does not tell: a variant's name, or a JSON file"
     of_file.add_argument("--config", metavar="NAME|FILE", help=text)
     text = "which of several sets of weights in a file, such as model_ema"
     of_file.add_argument("--entry", metavar="NAME", help=text)
-    of_size = argparse.ArgumentParser(add_help=False)
     text = "H W, or one side of a square (default: that of the training)"
     of_size.add_argument("--size", nargs="+", type=int, metavar="PIXELS", help=text)
 
     text = "what pictures show, with probabilities"
     classify = commands.add_parser("classify", parents=[of_file, of_size], help=text)
-    text = (
-        "picture files; of a folder, the files directly in it that are named as pictures are "
-        "(.jpg, .png and so on) and not hidden"
-    )
+    text = "picture files; of a folder, the files directly in it that are named as pictures are "
+    text += "(.jpg, .png and so on) and not hidden"
     classify.add_argument("images", nargs="+", metavar="IMAGE", help=text)
-    text = (
-        f"{', '.join(SHIPPED)} (in the package), {', '.join(RELEASED)} (fetched when first "
-        f"asked for), or a file (default cifar10)"
-    )
+    text = f"{', '.join(SHIPPED)} (in the package), {', '.join(RELEASED)} (fetched when first "
+    text += "asked for), or a file (default cifar10)"
     classify.add_argument("--weights", default="cifar10", metavar="NAME|FILE", help=text)
     classify.add_argument("--top", type=int, default=5, help="classes a picture (default 5)")
     classify.add_argument("--json", action="store_true", help="a list, for programs")
@@ -75,10 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("src", nargs="+", help="weights files, or folders with one")
     convert.add_argument("dst", help="the .safetensors file to write, or a folder for them")
     convert.add_argument("--force", action="store_true", help="replace a file that is there")
-    text = (
-        "epsilon of the norms, and of those after projections if another (default: that of "
-        "the code which made the file; 1e-6 1e-5 for the authors' weights in Hugging Face's files)"
-    )
+    text = "epsilon of the norms, and of those after projections if another (default: that of the "
+    text += "code which made the file; 1e-6 1e-5 for the authors' weights in Hugging Face's files)"
     convert.add_argument("--eps", nargs="+", type=float, metavar="EPS", help=text)
     return parser
 
@@ -122,18 +115,12 @@ def _pictures(arguments: Iterable[str]) -> Iterator[tuple[str, PVTError | None]]
             _say(f"{shown(path, 400)}: {what} not looked at")
 
 
-def _asked_of_file(args: argparse.Namespace) -> dict[str, Any]:
-    """What the command line says of a weights file, as arguments of load."""
-    given = {"config": args.config, "entry": args.entry}
-    return {name: value for name, value in given.items() if value is not None}
-
-
 def _one_or_all(values: Sequence[Any] | None) -> Any:
     return values[0] if values and len(values) == 1 else values
 
 
 def _classify(args: argparse.Namespace) -> int:
-    model = load(args.weights, **_asked_of_file(args))
+    model = load(args.weights, args.config, entry=args.entry)
     size = _one_or_all(args.size)
     if size is not None:
         model.config.grids(*as_size(size))  # refuses what the model cannot take, once for all
@@ -167,12 +154,12 @@ def _classify(args: argparse.Namespace) -> int:
 def _summary(args: argparse.Namespace) -> int:
     known, heading = known_variants(), ""
     if args.model in known:
-        if _asked_of_file(args):
+        if args.config is not None or args.entry is not None:
             what = f"{args.model} is a known name, and a file called so ./{args.model}"
             raise CheckpointError(f"--config and --entry say what is in a weights file; {what}")
         config = known[args.model]
     else:
-        model = load(args.model, **_asked_of_file(args))
+        model = load(args.model, args.config, entry=args.entry)
         config = model.config
         heading = "".join(f"{one_line(t)}\n" for t in (model.info.title, model.source) if t)
     cost = count_cost(config, _one_or_all(args.size), args.batch, args.dtype, args.pyramid)
@@ -197,7 +184,7 @@ def _convert(args: argparse.Namespace) -> int:
                 raise CheckpointError(f"{there} was just made of a file of the same name")
             if os.path.lexists(target) and not args.force:
                 raise CheckpointError(f"{there} is there already. --force replaces it")
-            model = load(src, eps=eps, **_asked_of_file(args))
+            model = load(src, args.config, entry=args.entry, eps=eps)
             save(target, model)
         except (BrokenPipeError, MemoryError):
             raise
@@ -226,13 +213,11 @@ def _run(argv: Sequence[str] | None) -> int:
         return _NONE
     try:
         return _COMMANDS[args.command](args)
-    except BrokenPipeError:
-        raise
-    except MemoryError:
-        _say("error: there is not enough memory for this")
-        return _NONE
-    except (PVTError, OSError) as error:
-        _say(f"error: {error}")
+    except (PVTError, OSError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        short = isinstance(error, MemoryError)
+        _say(f"error: {'there is not enough memory for this' if short else error}")
         return _NONE
 
 

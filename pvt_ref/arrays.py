@@ -36,19 +36,12 @@ def array_module(x: Array) -> ModuleType:
         ArrayTypeError: if x is not an array, or a masked one or a matrix.
     """
     module = _modules.get(type(x))
-    return _find_module(x) if module is None else module
-
-
-def _find_module(x: Array) -> ModuleType:
-    if is_numpy(x):
-        module: ModuleType = np
-    elif is_cupy(x):
-        module = sys.modules["cupy"]
-    elif is_array(x):
-        return x.__array_namespace__()  # a library may have several versions of it
-    else:
-        raise ArrayTypeError(f"expected an array, got {describe_type(x)}")
-    _modules[type(x)] = module
+    if module is None:
+        if not is_array(x):
+            raise ArrayTypeError(f"expected an array, got {describe_type(x)}")
+        if not is_numpy(x) and not is_cupy(x):
+            return x.__array_namespace__()  # a library may have several versions of it
+        module = _modules[type(x)] = np if is_numpy(x) else sys.modules["cupy"]
     return module
 
 
@@ -78,9 +71,8 @@ def is_cupy(x: object) -> bool:
 
 def is_array(x: object) -> bool:
     """Whether :func:`array_module` accepts x."""
-    if isinstance(x, _ODD_ARRAYS):
-        return False
-    return is_numpy(x) or is_cupy(x) or hasattr(type(x), "__array_namespace__")
+    standard = hasattr(type(x), "__array_namespace__") and not isinstance(x, _ODD_ARRAYS)
+    return standard or is_numpy(x) or is_cupy(x)
 
 
 def is_foreign(x: object) -> bool:
@@ -91,9 +83,7 @@ def is_foreign(x: object) -> bool:
 
 def same_library(x: Array, y: Array) -> bool:
     """Whether x and y can be combined: arrays of one library and, on CUDA, of one device."""
-    if array_module(x) is not array_module(y):
-        return False
-    return not is_cupy(x) or x.device == y.device
+    return array_module(x) is array_module(y) and (not is_cupy(x) or x.device == y.device)
 
 
 def library_and_dtype(x: Array) -> str:
@@ -164,30 +154,21 @@ def erf(x: Array) -> Array:
 
 def import_cupy() -> ModuleType:
     """The cupy module, once it is sure that it can compute. Raises: DeviceError."""
-    advice = (
-        "Install CuPy for your driver's CUDA version, which nvidia-smi prints: pip install "
-        "cupy-cuda12x or pip install cupy-cuda13x (the extras cuda12 and cuda13 of a checkout: "
-        "pip install -e '.[cuda12]'). Without an NVIDIA GPU, everything runs on NumPy: leave the "
-        "arrays as they are"
-    )
+    found, cause = "CuPy cannot be imported", None
     try:
         import cupy  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise DeviceError(
-            f"CUDA was asked for, but CuPy cannot be imported ({error}). {advice}"
-        ) from error
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-        if count:
+
+        found = f"CuPy {cupy.__version__} is installed but found no usable driver or device"
+        if cupy.cuda.runtime.getDeviceCount():
             cupy.zeros(1).get()  # a device that is listed can still be out of order
+            return cupy
+        found = f"CuPy {cupy.__version__} found a driver, but no CUDA device is visible"
+        why = "is CUDA_VISIBLE_DEVICES empty?"
     except Exception as error:  # CuPy has many, in private modules: all mean no usable device
-        raise DeviceError(
-            f"CUDA was asked for; CuPy {cupy.__version__} is installed but found no usable driver "
-            f"or device ({type(error).__name__}: {error}). {advice}"
-        ) from error
-    if not count:
-        raise DeviceError(
-            f"CUDA was asked for; CuPy {cupy.__version__} is installed and there is a driver, but "
-            f"no CUDA device is visible (is CUDA_VISIBLE_DEVICES empty?). {advice}"
-        )
-    return cupy
+        cause, why = error, f"{type(error).__name__}: {error}"
+    raise DeviceError(
+        f"CUDA was asked for, but {found} ({why}). Install CuPy for your driver's CUDA version, "
+        f"which nvidia-smi prints: pip install cupy-cuda12x or pip install cupy-cuda13x (the "
+        f"extras cuda12 and cuda13 of a checkout: pip install -e '.[cuda12]'). Without an NVIDIA "
+        f"GPU, everything runs on NumPy: leave the arrays as they are"
+    ) from cause

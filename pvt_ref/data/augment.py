@@ -9,7 +9,7 @@ generator (ArrayTypeError), and a number out of its range (RangeError).
 import numpy as np
 
 from pvt_ref.arrays import Array, array_module, from_host
-from pvt_ref.checks import check_number, check_rng
+from pvt_ref.checks import batch_shape, check_number, check_rng
 from pvt_ref.draws import SampleDraws
 from pvt_ref.errors import ArrayTypeError, ShapeError
 
@@ -162,10 +162,7 @@ def _shape(images: Array, rng: Source) -> tuple[int, int, int, int]:
     if not isinstance(rng, SampleDraws):
         check_rng(rng)
     array_module(images)  # refuses what is not an array
-    shape = tuple(images.shape)
-    if len(shape) != 4:
-        raise ShapeError(f"images have shape {shape}; they must be (B, C, H, W)")
-    B, C, H, W = shape
+    B, C, H, W = batch_shape(images)
     if isinstance(rng, SampleDraws) and len(rng) != B:
         raise ShapeError(f"there are {B} images and the generators of {len(rng)} samples")
     return B, C, H, W
