@@ -92,27 +92,25 @@ def _pictures(arguments: Iterable[str]) -> Iterator[tuple[str, PVTError | None]]
         if not os.path.isdir(path):
             yield path, None
             continue
+        folder = shown(path, 400)
         try:
             with os.scandir(path) as entries:
                 # hidden ones are not meant: macOS lays ._a.jpg, which is no picture, beside a.jpg
                 files = [e for e in entries if e.name[0] != "." and not os.path.isdir(e.path)]
         except OSError as error:
-            yield path, ImageError(f"{shown(path, 400)} cannot be read ({error.strerror})")
+            yield path, ImageError(f"{folder} cannot be read ({error.strerror})")
             continue
-        names = sorted(e.name for e in files)
-        pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
-        for name in pictures:
-            yield os.path.join(path, name), None
-        others = len(names) - len(pictures)
+        pictures = sorted(e.name for e in files if e.name.lower().endswith(SUFFIXES))
+        yield from ((os.path.join(path, name), None) for name in pictures)
+        others = len(files) - len(pictures)
         if not pictures:
             why = f"of {others} files no name ends in one of {', '.join(SUFFIXES)}"
-            what = f"{shown(path, 400)} is a folder without pictures: {why}"
+            what = f"{folder} is a folder without pictures: {why}"
             yield path, ImageError(f"{what} (and folders in it are not looked into)")
         elif others:
-            what = "1 file with another name was"
-            if others > 1:
-                what = f"{others} files with other names were"
-            _say(f"{shown(path, 400)}: {what} not looked at")
+            several = f"{others} files with other names were"
+            what = several if others > 1 else "1 file with another name was"
+            _say(f"{folder}: {what} not looked at")
 
 
 def _one_or_all(values: Sequence[Any] | None) -> Any:
@@ -133,12 +131,11 @@ def _classify(args: argparse.Namespace) -> int:
         if isinstance(answer, PVTError):
             failed += 1
             _say(f"error: {answer}")
+            said: dict[str, Any] = {"error": str(answer)}
+        else:
+            said = {"predictions": [a._asdict() for a in answer]}
         if args.json:
-            record: dict[str, Any] = {"image": path, "weights": args.weights}
-            if isinstance(answer, PVTError):
-                record["error"] = str(answer)
-            else:
-                record["predictions"] = [a._asdict() for a in answer]
+            record = {"image": path, "weights": args.weights, **said}
             text = textwrap.indent(json.dumps(record, indent=2), "  ")
             print(",\n" if index else "[\n", text, sep="", end="", flush=True)
         elif not isinstance(answer, PVTError):

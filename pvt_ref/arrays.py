@@ -30,11 +30,7 @@ _modules: dict[type, ModuleType] = {np.ndarray: np}
 
 
 def array_module(x: Array) -> ModuleType:
-    """The namespace (``numpy``, ``cupy``, ...) whose functions work on x.
-
-    Raises:
-        ArrayTypeError: if x is not an array, or a masked one or a matrix.
-    """
+    """The namespace (``numpy``, ``cupy``, ...) of an array's functions. Raises: ArrayTypeError."""
     module = _modules.get(type(x))
     if module is None:
         if not is_array(x):
@@ -70,7 +66,7 @@ def is_cupy(x: object) -> bool:
 
 
 def is_array(x: object) -> bool:
-    """Whether :func:`array_module` accepts x."""
+    """Whether :func:`array_module` accepts x: no masked array or matrix."""
     standard = hasattr(type(x), "__array_namespace__") and not isinstance(x, _ODD_ARRAYS)
     return standard or is_numpy(x) or is_cupy(x)
 

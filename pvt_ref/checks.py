@@ -158,10 +158,8 @@ def check_images(images: Array, weight: Array, config: Any) -> Array:
     C = config.in_chans
     shape = batch_shape(images, C, C)
     if shape[1] != C:
-        raise ShapeError(
-            f"images have {shape[1]} channels, shape {shape}; the configuration has in_chans={C}, "
-            f"so they must be (B, {C}, H, W)"
-        )
+        needed = f"the configuration has in_chans={C}, so they must be (B, {C}, H, W)"
+        raise ShapeError(f"images have {shape[1]} channels, shape {shape}; {needed}")
     if shape[0] == 0:
         raise ShapeError(f"the batch is empty: images have shape {shape}; B must be at least 1")
     config.grids(shape[2], shape[3])  # refuses sizes that would lose pixels
@@ -175,10 +173,8 @@ def check_cotangent(name: str, dy: Array, shape: tuple[int, ...], like: Array) -
     _check_library(f"{name} is", dy, like)
     check_float(name, dy)
     if tuple(dy.shape) != shape:
-        raise ShapeError(
-            f"{name} has shape {tuple(dy.shape)}; the forward returned {shape}, and a gradient has "
-            f"the shape of what it belongs to"
-        )
+        why = f"the forward returned {shape}, and a gradient has the shape of what it belongs to"
+        raise ShapeError(f"{name} has shape {tuple(dy.shape)}; {why}")
     return array_module(dy).astype(dy, like.dtype, copy=False)
 
 

@@ -108,10 +108,9 @@ def _in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image])
 
 def _deep_grey_to_rgb(image: Image.Image, what: str) -> Image.Image:
     """Grey of more than 8 bits: Pillow's own conversion clips I;16, I and F at 255."""
+    white, mistaken, kind = 65535, 255, f"16-bit grey (mode {image.mode})"
     if image.mode == "F":
         white, mistaken, kind = 255, 1, "float grey (mode F)"
-    else:
-        white, mistaken, kind = 65535, 255, f"16-bit grey (mode {image.mode})"
     extremes = [(x.min(), x.max()) for x in (_levels(band) for _, band in _bands(image))]
     lowest, highest = np.min(extremes), np.max(extremes)
     if not (lowest >= 0 and highest <= white):  # so written, NaN is refused too

@@ -78,13 +78,11 @@ def _brief(error: BaseException) -> str:
 
 
 def _too_many_pixels(what: str, limit: int) -> ImageError:
-    name, own = "MAX_PIXELS", MAX_PIXELS
-    if limit == MAX_COPIED_PIXELS < MAX_PIXELS:
-        name, own = "MAX_COPIED_PIXELS", MAX_COPIED_PIXELS
+    name = "MAX_COPIED_PIXELS" if limit == MAX_COPIED_PIXELS < MAX_PIXELS else "MAX_PIXELS"
+    own = f"pvt_ref.data.picture_file.{name} (now {globals()[name]})"
     return ImageError(
-        f"{what} is suspiciously large: more than the {limit} pixels allowed. If you trust it, "
-        f"shrink it with another program, or raise pvt_ref.data.picture_file.{name} (now {own}) "
-        f"and PIL.Image.MAX_IMAGE_PIXELS (now {Image.MAX_IMAGE_PIXELS})"
+        f"{what} is suspiciously large: more than the {limit} pixels allowed. Shrink it, or, if "
+        f"you trust it, raise {own} and PIL.Image.MAX_IMAGE_PIXELS (now {Image.MAX_IMAGE_PIXELS})"
     )
 
 

@@ -121,14 +121,12 @@ class Preprocessing:
         if not usable and (is_array(picture) or is_foreign(picture)):
             raise ArrayTypeError(
                 f"a picture is {describe_type(picture)}. Pictures are paths, PIL images, or arrays "
-                f"(H, W, 3) of uint8; images that are normalised already, one array (B, {C}, H, W) "
-                f"of floats"
+                f"(H, W, 3) of uint8; normalised images, one array (B, {C}, H, W) of floats"
             )
         if self.mode == "bands" and not isinstance(picture, np.ndarray):
             raise ArrayTypeError(
-                f"a picture is a {type(picture).__name__}; this preprocessing has {C} bands, which "
-                f"no picture file names: give arrays (H, W, {C}) of uint8, 0 to 255. "
-                f"numpy.asarray(image) makes one of a PIL image with {C} channels"
+                f"a picture is a {type(picture).__name__}; {C} bands, which no file names, must be "
+                f"arrays (H, W, {C}) of uint8, 0 to 255. numpy.asarray(image) makes them"
             )
         if isinstance(picture, np.ndarray) and picture.dtype != np.uint8:
             raise ArrayTypeError(
@@ -145,9 +143,8 @@ class Preprocessing:
                 raise ShapeError(f"a picture has shape {shape}; of {C} bands it must be {needed}")
         elif len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] != 3) or 0 in shape:
             raise ShapeError(
-                f"a picture has shape {shape}; an array of raw pixels is (H, W, 3), red, green, "
-                f"blue, or (H, W) for grey. Of other channels: a model whose info has "
-                f"Preprocessing('bands', mean, std)"
+                f"a picture has shape {shape}; raw pixels are (H, W, 3), red, green, blue, or "
+                f"(H, W), grey. Of other channels: a model with Preprocessing('bands', mean, std)"
             )
 
     def normalize(self, pixels: Array, like: Array) -> Array:
@@ -226,10 +223,8 @@ def load_image(source: Source, size: Size = 224) -> np.ndarray:
     """One picture, prepared for the classifier as the released weights expect.
 
     Args:
-        source: a path, a file opened in binary mode, or a PIL image; see
-            :func:`pvt_ref.data.image.read_rgb`.
-        size: side of the square, or (H, W), in pixels; see
-            :func:`pvt_ref.data.image.resize_and_crop`.
+        source: a path, a binary file or a PIL image, as for :func:`pvt_ref.data.image.read_rgb`.
+        size: side, or (H, W), in pixels, as for :func:`pvt_ref.data.image.resize_and_crop`.
 
     Returns:
         (1, 3, H, W) float32, normalised. numpy.concatenate makes a batch of several.
@@ -285,22 +280,19 @@ def normalize(pixels: np.ndarray) -> np.ndarray:
             hint = "pvt_ref.preprocess(image) takes PIL images"
         elif is_array(pixels):
             hint = "pvt_ref.to_numpy(pixels) brings it to the host"
-        raise ArrayTypeError(
-            f"pixels are a {type(pixels).__name__}; they must be a NumPy array (H, W, 3) or "
-            f"(B, H, W, 3) of uint8. {hint}"
-        )
-    shape = pixels.shape
-    if pixels.dtype != np.uint8:
+        needed = f"a NumPy array (H, W, 3) or (B, H, W, 3) of uint8. {hint}"
+        raise ArrayTypeError(f"pixels are a {type(pixels).__name__}; they must be {needed}")
+    shape, dtype = pixels.shape, pixels.dtype
+    if dtype != np.uint8:
         hint = "numpy.rint(255 * pixels).astype('uint8') if they lie in 0 to 1"
-        if pixels.dtype.kind == "f":
+        if dtype.kind == "f":
             hint += "; if they are normalised already, the model takes them as (B, 3, H, W)"
-        elif pixels.dtype == np.uint16:
+        elif dtype == np.uint16:
             hint = "numpy.rint(pixels / 257).astype('uint8') scales 16 bits to 8"
-        elif pixels.dtype.kind in "iu":
+        elif dtype.kind in "iu":
             hint = "pixels.astype('uint8') if they lie in 0 to 255"
-        raise ArrayTypeError(
-            f"pixels have dtype {pixels.dtype}; normalize takes raw uint8, 0 to 255. {hint}"
-        )
+        needed = f"raw uint8, 0 to 255. {hint}"
+        raise ArrayTypeError(f"pixels have dtype {dtype}; normalize takes {needed}")
     if len(shape) not in (3, 4) or shape[-1] != 3:
         hint = ""
         if len(shape) == 2:
