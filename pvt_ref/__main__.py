@@ -13,7 +13,6 @@ from typing import Any
 
 from pvt_ref import __version__
 from pvt_ref.checkpoint import save
-from pvt_ref.checks import as_size
 from pvt_ref.data.picture_file import SUFFIXES
 from pvt_ref.errors import CheckpointError, ImageError, PVTError, printable, shown
 from pvt_ref.models.architecture import known_variants
@@ -21,18 +20,16 @@ from pvt_ref.report.cost import count_cost
 from pvt_ref.report.tables import format_cost, one_line, text_table
 from pvt_ref.zoo import RELEASED, SHIPPED, load
 
-#: Exit statuses: some inputs failed; all did, or the output cannot be written; stopped by Ctrl-C,
-#: by a closed pipe.
+#: Exit statuses: some inputs failed; all did, or the output cannot be written to its end; stopped
+#: by Ctrl-C; the reader of standard output left.
 _SOME, _NONE, _INTERRUPTED, _PIPE_CLOSED = 1, 2, 130, 141
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pvt_ref",
-        description="The Pyramid Vision Transformer in NumPy.",
-        epilog="Exit status: 0; 1 if some of several inputs failed; 2 if all did, if the command "
-        "is wrong, or if the output could not be written to its end.",
-    )
+    about = "The Pyramid Vision Transformer in NumPy."
+    text = "Exit status: 0; 1 if some of several inputs failed; 2 if all did, if the command is "
+    text += "wrong, or if the output could not be written to its end."
+    parser = argparse.ArgumentParser("python -m pvt_ref", description=about, epilog=text)
     parser.add_argument("--version", action="version", version=f"pvt_ref {__version__}")
     commands = parser.add_subparsers(dest="command")
 
@@ -120,8 +117,6 @@ def _one_or_all(values: Sequence[Any] | None) -> Any:
 def _classify(args: argparse.Namespace) -> int:
     model = load(args.weights, args.config, entry=args.entry)
     size = _one_or_all(args.size)
-    if size is not None:
-        model.config.grids(*as_size(size))  # refuses what the model cannot take, once for all
     inputs = list(_pictures(args.images))
     paths = (path for path, error in inputs if error is None)
     answers = model.predict_each(paths, args.top, size)
@@ -191,12 +186,9 @@ def _convert(args: argparse.Namespace) -> int:
             _say(f"error: {'' if isinstance(error, PVTError | OSError) else kind}{error}")
             continue
         written.add(target)
-        print(f"{one_line(src)}: {one_line(model.source)}")
-        print(f"written to {one_line(target)}", flush=True)
+        did = f"{one_line(src)}: {one_line(model.source)}\nwritten to {one_line(target)}"
+        print(did, flush=True)
     return _status(len(args.src), failed)
-
-
-_COMMANDS = {"classify": _classify, "summary": _summary, "convert": _convert}
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -208,8 +200,9 @@ def _run(argv: Sequence[str] | None) -> int:
     if sys.stdout is None:
         _say("error: standard output is closed: there is nowhere to print to")
         return _NONE
+    commands = {"classify": _classify, "summary": _summary, "convert": _convert}
     try:
-        return _COMMANDS[args.command](args)
+        return commands[args.command](args)
     except (PVTError, OSError, MemoryError) as error:
         if isinstance(error, BrokenPipeError):
             raise
@@ -219,15 +212,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command.
-
-    Args:
-        argv: arguments; None takes the command line's.
-
-    Returns:
-        The exit status: 0; 1 if some of several inputs failed; 2 if all did, or the output could
-        not be written to its end; 130 after Ctrl-C; 141 if the reader of standard output left.
-    """
+    """Runs the command of these arguments, or of the command line's; returns its exit status."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names may hold what a terminal cannot show
             stream.reconfigure(errors="replace")

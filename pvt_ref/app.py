@@ -86,9 +86,7 @@ class Model(_Core):
         check_type("info", self.info, ModelInfo, "or left out if nothing is known")
         names, K = self.info.classes, self.config.num_classes
         if names and len(names) != K:
-            raise ConfigError(
-                f"info names {len(names)} classes, and the configuration has num_classes={K}"
-            )
+            raise ConfigError(f"info names {len(names)} classes, and config has num_classes={K}")
         cause = "The file they came from is damaged, or the training that made them diverged"
         for key, x in named_arrays(self.params):
             check_finite(key, x, cause)
@@ -285,11 +283,9 @@ class Model(_Core):
 
     def _core(self) -> Prepared:
         """The weights, which were checked, and what can be made of them once for all calls."""
-        try:
-            return self._made
-        except AttributeError:  # the first call, or that of a copy
+        if not hasattr(self, "_made"):  # the first call, or that of a copy
             object.__setattr__(self, "_made", prepare_checked(self.params, self.config))
-            return self._made
+        return self._made
 
     def _checked(self, images: Array) -> Array:
         """images, cast if they are host floats; what the weights' dtype cannot hold is refused."""
@@ -393,18 +389,11 @@ def with_channels(model: Model, in_chans: int) -> Model:
         times = -(-in_chans // before)  # rounded up
         return xp.concat([w] * times, axis=1)[:, :in_chans, ...] * (before / in_chans)
 
-    params = map_named(adapt, model.params)
-    info = dataclasses.replace(model.info, preprocessing=_adapted(model.info, in_chans))
-    source = f"{model.source}; first layer adapted from {before} channels to {in_chans}"
-    return Model(params, config, source, info)
-
-
-def _adapted(info: ModelInfo, in_chans: int) -> Preprocessing:
-    """The preprocessing for another number of channels, as far as that can be known."""
-    old = info.preprocessing
+    old = new = model.info.preprocessing
     if in_chans == 1 and old.mode == "RGB":
-        mean, std = (sum(values) / 3 for values in (old.mean, old.std))
-        return Preprocessing("L", (mean,), (std,))
-    if in_chans == 3 and old.mode == "L":
-        return Preprocessing("RGB", 3 * old.mean, 3 * old.std)
-    return old
+        new = Preprocessing("L", (sum(old.mean) / 3,), (sum(old.std) / 3,))
+    elif in_chans == 3 and old.mode == "L":
+        new = Preprocessing("RGB", 3 * old.mean, 3 * old.std)
+    info = dataclasses.replace(model.info, preprocessing=new)
+    source = f"{model.source}; first layer adapted from {before} channels to {in_chans}"
+    return Model(map_named(adapt, model.params), config, source, info)

@@ -135,11 +135,8 @@ def quietly(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def erf(x: Array) -> Array:
-    """The error function, the one special function that the array API standard lacks.
-
-    scipy.special.erf hands a CuPy array to cupyx; another library may offer its own.
-    """
-    plain = isinstance(x, np.ndarray | np.generic) or is_cupy(x)
+    """The error function, which the array API standard lacks; a library may offer its own."""
+    plain = isinstance(x, np.ndarray | np.generic) or is_cupy(x)  # which SciPy hands to cupyx
     own = None if plain else getattr(array_module(x), "erf", None)
     if own is not None:
         return own(x)

@@ -182,12 +182,11 @@ def check_pyramid_cotangents(
     dmaps: Sequence[Array | None], shapes: Sequence[tuple[int, ...]], like: Array
 ) -> list[Array]:
     """A gradient for every map, checked, with zeros of the map's shape in the place of None."""
-    if not isinstance(dmaps, Sequence) or len(dmaps) != len(shapes):
+    n = len(shapes)
+    if not isinstance(dmaps, Sequence) or len(dmaps) != n:
         given = len(dmaps) if isinstance(dmaps, Sequence) else f"a {type(dmaps).__name__}"
-        raise ShapeError(
-            f"dmaps must be a list of {len(shapes)} arrays, dL/dF_1 to dL/dF_{len(shapes)} (None "
-            f"where the loss does not use a map); got {given}"
-        )
+        needed = f"a list of {n} arrays, dL/dF_1 to dL/dF_{n} (None where a map is not in the loss)"
+        raise ShapeError(f"dmaps must be {needed}; got {given}")
     xp = array_module(like)
     return [
         xp.zeros(shape, dtype=like.dtype)
@@ -212,14 +211,13 @@ def check_finite(name: str, x: Array, cause: str) -> None:
 
     Arrays on a device are passed over: looking at them would make the host wait.
     """
-    if not isinstance(x, np.ndarray) or x.dtype.kind != "f" or bool(np.isfinite(x).all()):
-        return
-    bad = ~np.isfinite(x)
-    where = tuple(int(i) for i in np.argwhere(bad)[0])
-    raise NonFiniteError(
-        f"{name} holds {int(bad.sum())} values of {x.size} that are NaN or infinite, the first at "
-        f"index {where}. {cause}"
-    )
+    if isinstance(x, np.ndarray) and x.dtype.kind == "f" and not np.isfinite(x).all():
+        bad = np.argwhere(~np.isfinite(x))
+        where = tuple(map(int, bad[0]))
+        raise NonFiniteError(
+            f"{name} holds {len(bad)} values of {x.size} that are NaN or infinite, the first at "
+            f"index {where}. {cause}"
+        )
 
 
 def check_rng(rng: object, *, draws: bool = False) -> None:

@@ -115,10 +115,8 @@ def mixup(
     B = _shape(images, rng)[0]
     shape = tuple(getattr(targets, "shape", ()))
     if not shape or shape[0] != B:
-        raise ShapeError(
-            f"targets have shape {shape}; they must be ({B}, K), a distribution for each image. "
-            f"pvt_ref.train.one_hot(labels, K, like=images) makes them of labels"
-        )
+        hint = "pvt_ref.train.one_hot(labels, K, like=images) makes them of labels"
+        raise ShapeError(f"targets have shape {shape}; they must be ({B}, K) distributions. {hint}")
     if alpha == 0:
         return images, targets
     lam = float(rng.beta(alpha, alpha))

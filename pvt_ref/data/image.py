@@ -185,8 +185,11 @@ def resize_and_crop_bands(pixels: np.ndarray, size: Size = 224) -> np.ndarray:
 
 def _resized_and_cropped(image: Image.Image, H: int, W: int, what: str) -> Image.Image:
     margin = (1, 1) if max(H, W) <= 32 else (256, 224)
-    targets = (side * margin[0] // margin[1] for side in (H, W))
-    height, width = _covering_size(image.height, image.width, *targets)
+    tall, wide = (side * margin[0] // margin[1] for side in (H, W))
+    # the least size of the same proportions, to truncation, that covers tall x wide
+    height, width = tall, tall * image.width // image.height
+    if tall * image.width < wide * image.height:  # wide / width is the larger scale, so it decides
+        height, width = wide * image.height // image.width, wide
     if height * width > MAX_RESIZED_PIXELS:
         raise ImageError(
             f"{what} would be resized to {width}x{height} to cover {W}x{H}, more than the "
@@ -200,10 +203,3 @@ def _resized_and_cropped(image: Image.Image, H: int, W: int, what: str) -> Image
     left, top = round((width - W) / 2), round((height - H) / 2)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     return resized.crop((left, top, left + W, top + H))
-
-
-def _covering_size(height: int, width: int, H: int, W: int) -> tuple[int, int]:
-    """The least size of the same proportions, to truncation, that covers H x W."""
-    if H * width >= W * height:  # H / height is the larger scale, so it decides
-        return H, H * width // height
-    return W * height // width, W

@@ -117,10 +117,10 @@ def evaluate(
     if batch_size is None:
         H, W = data.images.shape[2:]
         batch_size = max(1, min(256, _PIXELS_AT_ONCE // (H * W)))
-    batch_size = check_number("batch_size", batch_size, least=1, whole=True)
+    count = check_number("batch_size", batch_size, least=1, whole=True)
     loss, hits, like = 0.0, 0, first_array(params)
-    for start in range(0, len(data), batch_size):
-        chosen = slice(start, start + batch_size)
+    for start in range(0, len(data), count):
+        chosen = slice(start, start + count)
         logits = forward(params, data.batch(chosen, like), config)
         labels = data.labels[chosen]
         targets = from_host(labels.astype(np.int64), like=logits)

@@ -135,8 +135,7 @@ def read_file(file: BinaryIO, what: str) -> bytes:
     if getattr(file, "closed", False):
         raise ImageError(f"{what} is closed; read the picture inside the `with open(...)`")
     try:
-        seekable = getattr(file, "seekable", None)  # some have read and nothing else
-        if seekable is not None and seekable():  # a pipe is not
+        if getattr(file, "seekable", lambda: False)():  # a pipe is not, and some can only read
             file.seek(0)
         return _read(file, what)
     except PVTError:
@@ -245,13 +244,11 @@ def decode(image: Image.Image, what: str) -> None:
         if image.width * image.height > limit:
             raise _too_many_pixels(what, limit)
         if not gone:
-            _check_slow(image, _counted_length(file, what), what)
+            _check_file(image, file, what)
     packing = image.tile[0][3] if image.format == "PNG" and image.tile else None
     if packing == "RGB;16B" and "transparency" in image.info:
-        raise ImageError(
-            f"{what} is a PNG of 16 bits a colour with one that is transparent. Pillow keeps 8 of "
-            f"them, in which others look the same. Save it with an alpha channel, or in 8 bits"
-        )
+        why = "Pillow keeps 8, in which others look the same. Save it with alpha, or in 8 bits"
+        raise ImageError(f"{what} is a PNG of 16 bits a colour with one that is transparent. {why}")
     try:
         image.load()
     except Exception as error:
@@ -264,15 +261,21 @@ def decode(image: Image.Image, what: str) -> None:
         image.info["transparency"] = transparent % (1 + 255 // factor) * factor
 
 
-def _counted_length(file: Any, what: str) -> int:
+def _check_file(image: ImageFile.ImageFile, file: Any, what: str) -> None:
+    """Refuses a file of too many parts, and large pictures that Pillow decodes in Python."""
     if isinstance(file, _Counted):
-        return file.getbuffer().nbytes
-    here = file.tell()
-    file.seek(0)
-    data = _read(file, what)
-    file.seek(here)
-    _check_parts(data, what)
-    return len(data)
+        length = file.getbuffer().nbytes
+    else:
+        here = file.tell()
+        file.seek(0)
+        data = _read(file, what)
+        length = len(data)
+        file.seek(here)
+        _check_parts(data, what)
+    if any(tile[0] in Image.DECODERS for tile in image.tile):  # the decoders written in Python
+        levels = image.width * image.height * len(image.getbands())
+        _at_most("MAX_SLOW_BYTES", length, _SLOW, what)
+        _at_most("MAX_SLOW_BYTES", levels, "levels, each of which is made on its own", what)
 
 
 def _has_pixels(image: Image.Image, what: str) -> bool:
@@ -384,14 +387,6 @@ def _gif_parts(data: bytes) -> Iterator[str]:
 _PNM = re.compile(
     rb"P[14](?:(?:\s|#[^\r\n]*[\r\n])+\d+){2}|P.(?:(?:\s|#[^\r\n]*[\r\n])+[-+.\d]+){3}"
 )
-
-
-def _check_slow(image: ImageFile.ImageFile, length: int, what: str) -> None:
-    """Refuses large pictures whose decoder Pillow has written in Python."""
-    if any(tile[0] in Image.DECODERS for tile in image.tile):
-        levels = image.width * image.height * len(image.getbands())
-        _at_most("MAX_SLOW_BYTES", length, _SLOW, what)
-        _at_most("MAX_SLOW_BYTES", levels, "levels, each of which is made on its own", what)
 
 
 _TILE_SIDES, _SAMPLE_FORMAT = (322, 323), 339

@@ -129,10 +129,8 @@ class Preprocessing:
                 f"arrays (H, W, {C}) of uint8, 0 to 255. numpy.asarray(image) makes them"
             )
         if isinstance(picture, np.ndarray) and picture.dtype != np.uint8:
-            raise ArrayTypeError(
-                f"a picture has dtype {picture.dtype}; arrays of raw pixels are uint8, 0 to 255. "
-                f"numpy.rint(255 * x).astype('uint8') makes it of floats in 0 to 1"
-            )
+            needed = "uint8, 0 to 255: numpy.rint(255 * x).astype('uint8') of floats in 0 to 1"
+            raise ArrayTypeError(f"a picture has dtype {picture.dtype}; arrays must be {needed}")
 
     def _check_shape(self, picture: np.ndarray) -> None:
         C, shape = self.channels, picture.shape
@@ -255,9 +253,8 @@ def preprocess(images: Image.Image | Sequence[Image.Image], size: Size = 224) ->
             hint = "load_image(path) reads a file"
             if is_array(image):
                 hint = "normalize(pixels) takes raw pixels"
-            raise ArrayTypeError(
-                f"images hold a {type(image).__name__}; preprocess takes PIL images. pvt_ref.{hint}"
-            )
+            needed = f"preprocess takes PIL images. pvt_ref.{hint}"
+            raise ArrayTypeError(f"images hold a {type(image).__name__}; {needed}")
     return IMAGENET(batch, size)
 
 
