@@ -115,7 +115,7 @@ def _one_or_all(values: Sequence[Any] | None) -> Any:
 
 
 def _classify(args: argparse.Namespace) -> int:
-    model = load(args.weights, args.config, entry=args.entry)
+    model = load(args.weights, config=args.config, entry=args.entry)
     size = _one_or_all(args.size)
     inputs = list(_pictures(args.images))
     paths = (path for path, error in inputs if error is None)
@@ -151,7 +151,7 @@ def _summary(args: argparse.Namespace) -> int:
             raise CheckpointError(f"--config and --entry say what is in a weights file; {what}")
         config = known[args.model]
     else:
-        model = load(args.model, args.config, entry=args.entry)
+        model = load(args.model, config=args.config, entry=args.entry)
         config = model.config
         heading = "".join(f"{one_line(t)}\n" for t in (model.info.title, model.source) if t)
     cost = count_cost(config, _one_or_all(args.size), args.batch, args.dtype, args.pyramid)
@@ -176,7 +176,7 @@ def _convert(args: argparse.Namespace) -> int:
                 raise CheckpointError(f"{there} was just made of a file of the same name")
             if os.path.lexists(target) and not args.force:
                 raise CheckpointError(f"{there} is there already. --force replaces it")
-            model = load(src, args.config, entry=args.entry, eps=eps)
+            model = load(src, config=args.config, entry=args.entry, eps=eps)
             save(target, model)
         except (BrokenPipeError, MemoryError):
             raise

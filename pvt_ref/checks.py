@@ -39,15 +39,13 @@ _BOUNDS |= {"most": ("at most", le), "below": ("below", lt)}
 Size = int | tuple[int, int]
 
 
-def as_size(size: Any, least: int = -TOO_LARGE) -> tuple[int, int]:
+def as_size(size: Any, side: str = "a side", least: int = -TOO_LARGE) -> tuple[int, int]:
     """(H, W) of an image size that may be given as one side. Raises: ShapeError."""
     pair = (size, size) if is_whole(size) else size
     good = isinstance(pair, tuple | list) and len(pair) == 2 and all(map(is_whole, pair))
-    if not good or not all(least <= int(side) < TOO_LARGE for side in pair):
-        raise ShapeError(
-            f"size is {shown(size)}; it must be the side of a square or (H, W), in whole pixels, "
-            f"each at least 1 and below 2**31"
-        )
+    if not good or not all(least <= int(pixels) < TOO_LARGE for pixels in pair):
+        needed = f"{side} or (H, W), in whole pixels, each at least 1 and below 2**31"
+        raise ShapeError(f"size is {shown(size)}; it must be {needed}")
     return int(pair[0]), int(pair[1])
 
 

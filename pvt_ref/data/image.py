@@ -154,7 +154,7 @@ def resize_and_crop(image: Image.Image, size: Size = 224) -> Image.Image:
         ArrayTypeError: if image is not a PIL image.
         ShapeError: if size is not one or two positive whole numbers.
     """
-    H, W = as_size(size, least=1)
+    H, W = as_size(size, "the side of a square", least=1)
     if not isinstance(image, Image.Image):
         needed = "a PIL image, from pvt_ref.data.image.read_rgb or PIL.Image.fromarray"
         raise ArrayTypeError(f"image is a {type(image).__name__}; it must be {needed}")
@@ -170,7 +170,7 @@ def resize_and_crop(image: Image.Image, size: Size = 224) -> Image.Image:
 
 def resize_and_crop_bands(pixels: np.ndarray, size: Size = 224) -> np.ndarray:
     """The same geometry for (H, W, C) uint8, each channel on its own; refused as there."""
-    H, W = as_size(size, least=1)
+    H, W = as_size(size, "the side of a square", least=1)
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
         kind = getattr(pixels, "dtype", type(pixels).__name__)
         raise ArrayTypeError(f"pixels are {kind}; they must be a NumPy array (H, W, C) of uint8")

@@ -125,8 +125,8 @@ class Preprocessing:
             )
         if self.mode == "bands" and not isinstance(picture, np.ndarray):
             raise ArrayTypeError(
-                f"a picture is a {type(picture).__name__}; {C} bands, which no file names, must be "
-                f"arrays (H, W, {C}) of uint8, 0 to 255. numpy.asarray(image) makes them"
+                f"a picture is a {type(picture).__name__}; of {C} bands, which no file has, they "
+                f"must be arrays (H, W, {C}) of uint8, 0 to 255. numpy.asarray(image) makes one"
             )
         if isinstance(picture, np.ndarray) and picture.dtype != np.uint8:
             needed = "uint8, 0 to 255: numpy.rint(255 * x).astype('uint8') of floats in 0 to 1"
