@@ -13,7 +13,6 @@ from typing import Any
 
 from pvt_ref import __version__
 from pvt_ref.checkpoint import save
-from pvt_ref.checks import as_size
 from pvt_ref.data.picture_file import SUFFIXES
 from pvt_ref.errors import CheckpointError, ImageError, PVTError, printable, shown
 from pvt_ref.models.architecture import known_variants
@@ -21,41 +20,34 @@ from pvt_ref.report.cost import count_cost
 from pvt_ref.report.tables import format_cost, one_line, text_table
 from pvt_ref.zoo import RELEASED, SHIPPED, load
 
-#: Exit statuses: some inputs failed; all did, or the output cannot be written; stopped by Ctrl-C,
-#: by a closed pipe.
+#: Exit statuses: some inputs failed; all did, or the output cannot be written to its end; stopped
+#: by Ctrl-C; the reader of standard output left.
 _SOME, _NONE, _INTERRUPTED, _PIPE_CLOSED = 1, 2, 130, 141
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pvt_ref",
-        description="The Pyramid Vision Transformer in NumPy.",
-        epilog="Exit status: 0; 1 if some of several inputs failed; 2 if all did, if the command "
-        "is wrong, or if the output could not be written to its end.",
-    )
+    about = "The Pyramid Vision Transformer in NumPy."
+    text = "Exit status: 0; 1 if some of several inputs failed; 2 if all did, if the command is "
+    text += "wrong, or if the output could not be written to its end."
+    parser = argparse.ArgumentParser("python -m pvt_ref", description=about, epilog=text)
     parser.add_argument("--version", action="version", version=f"pvt_ref {__version__}")
     commands = parser.add_subparsers(dest="command")
 
-    of_file = argparse.ArgumentParser(add_help=False)
+    of_file, of_size = (argparse.ArgumentParser(add_help=False) for _ in range(2))
     text = "the model in a weights file that does not tell: a variant's name, or a JSON file"
     of_file.add_argument("--config", metavar="NAME|FILE", help=text)
     text = "which of several sets of weights in a file, such as model_ema"
     of_file.add_argument("--entry", metavar="NAME", help=text)
-    of_size = argparse.ArgumentParser(add_help=False)
     text = "H W, or one side of a square (default: that of the training)"
     of_size.add_argument("--size", nargs="+", type=int, metavar="PIXELS", help=text)
 
     text = "what pictures show, with probabilities"
     classify = commands.add_parser("classify", parents=[of_file, of_size], help=text)
-    text = (
-        "picture files; of a folder, the files directly in it that are named as pictures are "
-        "(.jpg, .png and so on) and not hidden"
-    )
+    text = "picture files; of a folder, the files directly in it that are named as pictures are "
+    text += "(.jpg, .png and so on) and not hidden"
     classify.add_argument("images", nargs="+", metavar="IMAGE", help=text)
-    text = (
-        f"{', '.join(SHIPPED)} (in the package), {', '.join(RELEASED)} (fetched when first "
-        f"asked for), or a file (default cifar10)"
-    )
+    text = f"{', '.join(SHIPPED)} (in the package), {', '.join(RELEASED)} (fetched when first "
+    text += "asked for), or a file (default cifar10)"
     classify.add_argument("--weights", default="cifar10", metavar="NAME|FILE", help=text)
     classify.add_argument("--top", type=int, default=5, help="classes a picture (default 5)")
     classify.add_argument("--json", action="store_true", help="a list, for programs")
@@ -75,10 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("src", nargs="+", help="weights files, or folders with one")
     convert.add_argument("dst", help="the .safetensors file to write, or a folder for them")
     convert.add_argument("--force", action="store_true", help="replace a file that is there")
-    text = (
-        "epsilon of the norms, and of those after projections if another (default: that of "
-        "the code which made the file; 1e-6 1e-5 for the authors' weights in Hugging Face's files)"
-    )
+    text = "epsilon of the norms, and of those after projections if another (default: that of the "
+    text += "code which made the file; 1e-6 1e-5 for the authors' weights in Hugging Face's files)"
     convert.add_argument("--eps", nargs="+", type=float, metavar="EPS", help=text)
     return parser
 
@@ -99,33 +89,25 @@ def _pictures(arguments: Iterable[str]) -> Iterator[tuple[str, PVTError | None]]
         if not os.path.isdir(path):
             yield path, None
             continue
+        folder = shown(path, 400)
         try:
             with os.scandir(path) as entries:
                 # hidden ones are not meant: macOS lays ._a.jpg, which is no picture, beside a.jpg
                 files = [e for e in entries if e.name[0] != "." and not os.path.isdir(e.path)]
         except OSError as error:
-            yield path, ImageError(f"{shown(path, 400)} cannot be read ({error.strerror})")
+            yield path, ImageError(f"{folder} cannot be read ({error.strerror})")
             continue
-        names = sorted(e.name for e in files)
-        pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
-        for name in pictures:
-            yield os.path.join(path, name), None
-        others = len(names) - len(pictures)
+        pictures = sorted(e.name for e in files if e.name.lower().endswith(SUFFIXES))
+        yield from ((os.path.join(path, name), None) for name in pictures)
+        others = len(files) - len(pictures)
         if not pictures:
             why = f"of {others} files no name ends in one of {', '.join(SUFFIXES)}"
-            what = f"{shown(path, 400)} is a folder without pictures: {why}"
+            what = f"{folder} is a folder without pictures: {why}"
             yield path, ImageError(f"{what} (and folders in it are not looked into)")
         elif others:
-            what = "1 file with another name was"
-            if others > 1:
-                what = f"{others} files with other names were"
-            _say(f"{shown(path, 400)}: {what} not looked at")
-
-
-def _asked_of_file(args: argparse.Namespace) -> dict[str, Any]:
-    """What the command line says of a weights file, as arguments of load."""
-    given = {"config": args.config, "entry": args.entry}
-    return {name: value for name, value in given.items() if value is not None}
+            several = f"{others} files with other names were"
+            what = several if others > 1 else "1 file with another name was"
+            _say(f"{folder}: {what} not looked at")
 
 
 def _one_or_all(values: Sequence[Any] | None) -> Any:
@@ -133,10 +115,8 @@ def _one_or_all(values: Sequence[Any] | None) -> Any:
 
 
 def _classify(args: argparse.Namespace) -> int:
-    model = load(args.weights, **_asked_of_file(args))
+    model = load(args.weights, config=args.config, entry=args.entry)
     size = _one_or_all(args.size)
-    if size is not None:
-        model.config.grids(*as_size(size))  # refuses what the model cannot take, once for all
     inputs = list(_pictures(args.images))
     paths = (path for path, error in inputs if error is None)
     answers = model.predict_each(paths, args.top, size)
@@ -146,12 +126,11 @@ def _classify(args: argparse.Namespace) -> int:
         if isinstance(answer, PVTError):
             failed += 1
             _say(f"error: {answer}")
+            said: dict[str, Any] = {"error": str(answer)}
+        else:
+            said = {"predictions": [a._asdict() for a in answer]}
         if args.json:
-            record: dict[str, Any] = {"image": path, "weights": args.weights}
-            if isinstance(answer, PVTError):
-                record["error"] = str(answer)
-            else:
-                record["predictions"] = [a._asdict() for a in answer]
+            record = {"image": path, "weights": args.weights, **said}
             text = textwrap.indent(json.dumps(record, indent=2), "  ")
             print(",\n" if index else "[\n", text, sep="", end="", flush=True)
         elif not isinstance(answer, PVTError):
@@ -167,12 +146,12 @@ def _classify(args: argparse.Namespace) -> int:
 def _summary(args: argparse.Namespace) -> int:
     known, heading = known_variants(), ""
     if args.model in known:
-        if _asked_of_file(args):
+        if args.config is not None or args.entry is not None:
             what = f"{args.model} is a known name, and a file called so ./{args.model}"
             raise CheckpointError(f"--config and --entry say what is in a weights file; {what}")
         config = known[args.model]
     else:
-        model = load(args.model, **_asked_of_file(args))
+        model = load(args.model, config=args.config, entry=args.entry)
         config = model.config
         heading = "".join(f"{one_line(t)}\n" for t in (model.info.title, model.source) if t)
     cost = count_cost(config, _one_or_all(args.size), args.batch, args.dtype, args.pyramid)
@@ -197,7 +176,7 @@ def _convert(args: argparse.Namespace) -> int:
                 raise CheckpointError(f"{there} was just made of a file of the same name")
             if os.path.lexists(target) and not args.force:
                 raise CheckpointError(f"{there} is there already. --force replaces it")
-            model = load(src, eps=eps, **_asked_of_file(args))
+            model = load(src, config=args.config, entry=args.entry, eps=eps)
             save(target, model)
         except (BrokenPipeError, MemoryError):
             raise
@@ -207,12 +186,9 @@ def _convert(args: argparse.Namespace) -> int:
             _say(f"error: {'' if isinstance(error, PVTError | OSError) else kind}{error}")
             continue
         written.add(target)
-        print(f"{one_line(src)}: {one_line(model.source)}")
-        print(f"written to {one_line(target)}", flush=True)
+        did = f"{one_line(src)}: {one_line(model.source)}\nwritten to {one_line(target)}"
+        print(did, flush=True)
     return _status(len(args.src), failed)
-
-
-_COMMANDS = {"classify": _classify, "summary": _summary, "convert": _convert}
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -224,28 +200,19 @@ def _run(argv: Sequence[str] | None) -> int:
     if sys.stdout is None:
         _say("error: standard output is closed: there is nowhere to print to")
         return _NONE
+    commands = {"classify": _classify, "summary": _summary, "convert": _convert}
     try:
-        return _COMMANDS[args.command](args)
-    except BrokenPipeError:
-        raise
-    except MemoryError:
-        _say("error: there is not enough memory for this")
-        return _NONE
-    except (PVTError, OSError) as error:
-        _say(f"error: {error}")
+        return commands[args.command](args)
+    except (PVTError, OSError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        short = isinstance(error, MemoryError)
+        _say(f"error: {'there is not enough memory for this' if short else error}")
         return _NONE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command.
-
-    Args:
-        argv: arguments; None takes the command line's.
-
-    Returns:
-        The exit status: 0; 1 if some of several inputs failed; 2 if all did, or the output could
-        not be written to its end; 130 after Ctrl-C; 141 if the reader of standard output left.
-    """
+    """Runs the command of these arguments, or of the command line's; returns its exit status."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names may hold what a terminal cannot show
             stream.reconfigure(errors="replace")

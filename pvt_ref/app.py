@@ -20,6 +20,7 @@ from pvt_ref.api import (
 )
 from pvt_ref.arrays import (
     Array,
+    Grid,
     array_module,
     dtype_name,
     from_host,
@@ -27,19 +28,10 @@ from pvt_ref.arrays import (
     quietly,
     sum_in_float64,
 )
-from pvt_ref.checks import Size, as_size, check_finite, check_rng, is_whole
+from pvt_ref.checks import Size, as_size, check_finite, check_number, check_rng, check_type
 from pvt_ref.data.info import UNKNOWN, ModelInfo
 from pvt_ref.data.preprocessing import Preprocessing
-from pvt_ref.errors import (
-    ArrayTypeError,
-    ConfigError,
-    ImageError,
-    PVTError,
-    RangeError,
-    ShapeError,
-    printable,
-    shown,
-)
+from pvt_ref.errors import ConfigError, ImageError, PVTError, RangeError, printable, shown
 from pvt_ref.models.architecture import Leaf, architecture_of
 from pvt_ref.ops import Ops
 from pvt_ref.report.cost import count_cost
@@ -90,18 +82,11 @@ class Model(_Core):
 
     def __post_init__(self) -> None:
         check_params(self.params, self.config)
-        for name, kind in (("source", str), ("info", ModelInfo)):
-            value = getattr(self, name)
-            if not isinstance(value, kind):
-                raise ArrayTypeError(
-                    f"{name} is a {type(value).__name__}; it must be a {kind.__name__}. Leave it "
-                    f"out if nothing is known"
-                )
+        check_type("source", self.source, str, "or left out if nothing is known")
+        check_type("info", self.info, ModelInfo, "or left out if nothing is known")
         names, K = self.info.classes, self.config.num_classes
         if names and len(names) != K:
-            raise ConfigError(
-                f"info names {len(names)} classes, and the configuration has num_classes={K}"
-            )
+            raise ConfigError(f"info names {len(names)} classes, and config has num_classes={K}")
         cause = "The file they came from is damaged, or the training that made them diverged"
         for key, x in named_arrays(self.params):
             check_finite(key, x, cause)
@@ -118,10 +103,9 @@ class Model(_Core):
     @property
     def feature_info(self) -> list[dict[str, int]]:
         """Channels and strides of the maps of :meth:`pyramid`, by timm's names; [] without maps."""
-        config = self.config
-        if architecture_of(config).forward_pyramid is None:
+        if architecture_of(self.config).forward_pyramid is None:
             return []
-        maps = zip(config.channels, config.strides, strict=True)
+        maps = zip(self.config.channels, self.config.strides, strict=True)
         return [{"num_chs": channels, "reduction": stride} for channels, stride in maps]
 
     def preprocess(self, images: Any, size: Size | None = None) -> Array:
@@ -148,8 +132,8 @@ class Model(_Core):
         if preprocessing.channels != self.config.in_chans:
             raise ConfigError(
                 f"the model has in_chans={self.config.in_chans}, and its preprocessing makes "
-                f"{preprocessing.channels} channels ({preprocessing.mode}). Give Model an "
-                f"info that fits: ModelInfo(preprocessing=Preprocessing('bands', mean, std))"
+                f"{preprocessing.channels} channels ({preprocessing.mode}). Give Model an info of "
+                f"its own: ModelInfo(preprocessing=Preprocessing('bands', mean, std))"
             )
 
     def predict(
@@ -188,9 +172,7 @@ class Model(_Core):
             if isinstance(answer, PVTError):
                 raise answer
             answers.append(answer)
-        if not answers:
-            raise ShapeError("the list of images is empty; a batch needs at least one")
-        return answers
+        return answers or self.preprocess([])  # which refuses it
 
     def predict_each(
         self, images: Any, top: int = 5, size: Size | None = None
@@ -217,9 +199,7 @@ class Model(_Core):
         several = several or (isinstance(images, np.ndarray) and images.ndim == 4)
         return self._predict_each(images if several else [images], top, (H, W))
 
-    def _predict_each(
-        self, images: Iterable[Any], top: int, size: tuple[int, int]
-    ) -> Iterator[list[Prediction] | PVTError]:
+    def _predict_each(self, images: Iterable[Any], top: int, size: Grid) -> Iterator[Any]:
         rest = iter(images)
         while batch := list(itertools.islice(rest, self._at_once(size))):
             prepared = [self._preprocess_or_error(picture, size) for picture in batch]
@@ -229,7 +209,7 @@ class Model(_Core):
             for x in prepared:
                 yield x if isinstance(x, PVTError) else next(rows)
 
-    def _preprocess_or_error(self, picture: Any, size: tuple[int, int]) -> Array | PVTError:
+    def _preprocess_or_error(self, picture: Any, size: Grid) -> Array | PVTError:
         try:
             return self.preprocess([picture], size)
         except PVTError as error:
@@ -237,9 +217,8 @@ class Model(_Core):
         except MemoryError:  # the next one would fail too
             raise
         except Exception as error:  # of the caller's own preprocessing, or own kind of picture
-            refusal = ImageError(
-                f"the picture {shown(picture)} cannot be prepared ({type(error).__name__}: {error})"
-            )
+            why = f"{type(error).__name__}: {error}"
+            refusal = ImageError(f"the picture {shown(picture)} cannot be prepared ({why})")
             refusal.__cause__ = error
             return refusal
 
@@ -248,8 +227,7 @@ class Model(_Core):
         return min(_IMAGES_AT_ONCE, max(1, _PIXELS_AT_ONCE // max(1, math.prod(size))))
 
     def _check_top(self, top: Any) -> None:
-        if not is_whole(top) or top < 1:
-            raise RangeError(f"top is {shown(top)}; it must be a whole number, at least 1")
+        check_number("top", top, least=1, whole=True)
         check_has_classifier(self.config)
 
     def _check_normalised(self, images: Array) -> None:
@@ -265,8 +243,7 @@ class Model(_Core):
                 f"images hold floats from {low:.3g} to {high:.3g}: it seems they are pixels on a "
                 f"scale of {scale} and not normalised, or dark places would be negative. Pass the "
                 f"pixels, numpy.rint({times}images).astype('uint8').transpose(0, 2, 3, 1), or "
-                f"paths. If they are normalised all the same, model(images) takes them as they "
-                f"are and returns logits"
+                f"paths. If they are normalised all the same, model(images) takes them as they are"
             )
 
     def _answers(self, logits: Array, top: int) -> list[list[Prediction]]:
@@ -306,11 +283,9 @@ class Model(_Core):
 
     def _core(self) -> Prepared:
         """The weights, which were checked, and what can be made of them once for all calls."""
-        try:
-            return self._made
-        except AttributeError:  # the first call, or that of a copy
+        if not hasattr(self, "_made"):  # the first call, or that of a copy
             object.__setattr__(self, "_made", prepare_checked(self.params, self.config))
-            return self._made
+        return self._made
 
     def _checked(self, images: Array) -> Array:
         """images, cast if they are host floats; what the weights' dtype cannot hold is refused."""
@@ -318,8 +293,7 @@ class Model(_Core):
             weight = first_array(self.params)
             if images.dtype != weight.dtype:  # what float32 cannot hold turns infinite
                 images = quietly(lambda: images.astype(dtype_name(weight), copy=False))
-            cause = "Check the preprocessing: a division by a zero deviation?"
-            check_finite("images", images, cause)
+            check_finite("images", images, "Was the preprocessing's deviation zero?")
         return images
 
     def summary(self, size: Size | None = None) -> str:
@@ -354,13 +328,13 @@ def with_new_head(model: Model, num_classes: int, rng: np.random.Generator) -> M
         ConfigError: if num_classes is not a positive whole number, or there is no place for a head.
     """
     check_rng(rng)
-    _check_model(model)
+    check_type("model", model, Model, "from load(path) or Model(params, config)")
     row = architecture_of(model.config)
     config = dataclasses.replace(model.config, num_classes=num_classes)
     if not config.has_classifier:
         raise ConfigError(f"num_classes is {num_classes}; a head needs at least 1")
     old, like = dict(named_arrays(model.params)), first_array(model.params)
-    changed = set()
+    changed = set[str]()
 
     def make(leaf: Leaf) -> Array:
         kept = None if leaf.key.startswith(f"{row.head}.") else old.get(leaf.key)
@@ -374,8 +348,7 @@ def with_new_head(model: Model, num_classes: int, rng: np.random.Generator) -> M
         return drawn if kept is None else array_module(like).concat((drawn, kept), axis=1)
 
     built = row.build_params(config, make)
-    changes = {name: getattr(built, name) for name in changed}
-    params = dataclasses.replace(model.params, **changes)
+    params = dataclasses.replace(model.params, **{name: getattr(built, name) for name in changed})
     info = dataclasses.replace(model.info, title="", classes=(), training={})  # not true any more
     return Model(params, config, f"{model.source}; new head for {num_classes} classes", info)
 
@@ -399,7 +372,7 @@ def with_channels(model: Model, in_chans: int) -> Model:
         ArrayTypeError: if model is not a Model.
         ConfigError: if in_chans is not a positive whole number.
     """
-    _check_model(model)
+    check_type("model", model, Model, "from load(path) or Model(params, config)")
     row, before = architecture_of(model.config), model.config.in_chans
     if row.stem is None:
         raise ConfigError(f"a {row.title} has no first layer that could be adapted")
@@ -416,26 +389,11 @@ def with_channels(model: Model, in_chans: int) -> Model:
         times = -(-in_chans // before)  # rounded up
         return xp.concat([w] * times, axis=1)[:, :in_chans, ...] * (before / in_chans)
 
-    params = map_named(adapt, model.params)
-    info = dataclasses.replace(model.info, preprocessing=_adapted(model.info, in_chans))
-    source = f"{model.source}; first layer adapted from {before} channels to {in_chans}"
-    return Model(params, config, source, info)
-
-
-def _adapted(info: ModelInfo, in_chans: int) -> Preprocessing:
-    """The preprocessing for another number of channels, as far as that can be known."""
-    old = info.preprocessing
+    old = new = model.info.preprocessing
     if in_chans == 1 and old.mode == "RGB":
-        mean, std = (sum(values) / 3 for values in (old.mean, old.std))
-        return Preprocessing("L", (mean,), (std,))
-    if in_chans == 3 and old.mode == "L":
-        return Preprocessing("RGB", 3 * old.mean, 3 * old.std)
-    return old
-
-
-def _check_model(model: object) -> None:
-    if not isinstance(model, Model):
-        raise ArrayTypeError(
-            f"model is a {type(model).__name__}; it must be a Model: load(path), or "
-            f"Model(params, config)"
-        )
+        new = Preprocessing("L", (sum(old.mean) / 3,), (sum(old.std) / 3,))
+    elif in_chans == 3 and old.mode == "L":
+        new = Preprocessing("RGB", 3 * old.mean, 3 * old.std)
+    info = dataclasses.replace(model.info, preprocessing=new)
+    source = f"{model.source}; first layer adapted from {before} channels to {in_chans}"
+    return Model(map_named(adapt, model.params), config, source, info)

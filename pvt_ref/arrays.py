@@ -22,8 +22,6 @@ Array = Any
 #: Height and width.
 Grid = tuple[int, int]
 
-_ODD_ARRAYS = (np.ma.MaskedArray, np.matrix)
-
 FLOAT_DTYPES = ("float32", "float64")  # of parameters, and so of all computation
 
 #: By class, for those that were asked about before. A library's class says it all.
@@ -31,25 +29,14 @@ _modules: dict[type, ModuleType] = {np.ndarray: np}
 
 
 def array_module(x: Array) -> ModuleType:
-    """The namespace (``numpy``, ``cupy``, ...) whose functions work on x.
-
-    Raises:
-        ArrayTypeError: if x is not an array, or a masked one or a matrix.
-    """
+    """The namespace (``numpy``, ``cupy``, ...) of an array's functions. Raises: ArrayTypeError."""
     module = _modules.get(type(x))
-    return _find_module(x) if module is None else module
-
-
-def _find_module(x: Array) -> ModuleType:
-    if is_numpy(x):
-        module: ModuleType = np
-    elif is_cupy(x):
-        module = sys.modules["cupy"]
-    elif is_array(x):
-        return x.__array_namespace__()  # a library may have several versions of it
-    else:
-        raise ArrayTypeError(f"expected an array, got {describe_type(x)}")
-    _modules[type(x)] = module
+    if module is None:
+        if not is_array(x):
+            raise ArrayTypeError(f"expected an array, got {describe_type(x)}")
+        if not is_numpy(x) and not is_cupy(x):
+            return x.__array_namespace__()  # a library may have several versions of it
+        module = _modules[type(x)] = np if is_numpy(x) else sys.modules["cupy"]
     return module
 
 
@@ -68,7 +55,7 @@ def describe_type(x: object) -> str:
 
 def is_numpy(x: object) -> bool:
     """Whether x is a NumPy array or scalar that computes as arrays do; masked ones do not."""
-    return isinstance(x, np.ndarray | np.generic) and not isinstance(x, _ODD_ARRAYS)
+    return isinstance(x, np.ndarray | np.generic) and not _computes_otherwise(type(x))
 
 
 def is_cupy(x: object) -> bool:
@@ -81,16 +68,20 @@ def _cupy_array() -> Any:
 
 
 def is_array(x: object) -> bool:
-    """Whether :func:`array_module` accepts x."""
+    """Whether :func:`array_module` accepts x: no masked array or matrix."""
     return _is_array_type(type(x))
 
 
 @functools.cache  # a walk over a model asks for each of its branches
 def _is_array_type(cls: type) -> bool:
-    if issubclass(cls, _ODD_ARRAYS):
-        return False
     known = issubclass(cls, (np.ndarray, np.generic)) or issubclass(cls, _cupy_array())
-    return known or hasattr(cls, "__array_namespace__")
+    return (known or hasattr(cls, "__array_namespace__")) and not _computes_otherwise(cls)
+
+
+def _computes_otherwise(cls: type) -> bool:
+    """Whether cls is of matrices or masked arrays; numpy.ma, slow to import, is only looked at."""
+    masked = getattr(sys.modules.get("numpy.ma"), "MaskedArray", ())
+    return issubclass(cls, np.matrix) or issubclass(cls, masked)
 
 
 def is_foreign(x: object) -> bool:
@@ -101,9 +92,7 @@ def is_foreign(x: object) -> bool:
 
 def same_library(x: Array, y: Array) -> bool:
     """Whether x and y can be combined: arrays of one library and, on CUDA, of one device."""
-    if array_module(x) is not array_module(y):
-        return False
-    return not is_cupy(x) or x.device == y.device
+    return array_module(x) is array_module(y) and (not is_cupy(x) or x.device == y.device)
 
 
 def library_and_dtype(x: Array) -> str:
@@ -164,11 +153,8 @@ def quietly(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def erf(x: Array) -> Array:
-    """The error function, the one special function that the array API standard lacks.
-
-    scipy.special.erf hands a CuPy array to cupyx; another library may offer its own.
-    """
-    plain = isinstance(x, np.ndarray | np.generic) or is_cupy(x)
+    """The error function, which the array API standard lacks; a library may offer its own."""
+    plain = isinstance(x, np.ndarray | np.generic) or is_cupy(x)  # which SciPy hands to cupyx
     own = None if plain else getattr(array_module(x), "erf", None)
     if own is not None:
         return own(x)
@@ -179,30 +165,21 @@ def erf(x: Array) -> Array:
 
 def import_cupy() -> ModuleType:
     """The cupy module, once it is sure that it can compute. Raises: DeviceError."""
-    advice = (
-        "Install CuPy for your driver's CUDA version, which nvidia-smi prints: pip install "
-        "cupy-cuda12x or pip install cupy-cuda13x (the extras cuda12 and cuda13 of a checkout: "
-        "pip install -e '.[cuda12]'). Without an NVIDIA GPU, everything runs on NumPy: leave the "
-        "arrays as they are"
-    )
+    found, cause = "CuPy cannot be imported", None
     try:
         import cupy  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise DeviceError(
-            f"CUDA was asked for, but CuPy cannot be imported ({error}). {advice}"
-        ) from error
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-        if count:
+
+        found = f"CuPy {cupy.__version__} is installed but found no usable driver or device"
+        if cupy.cuda.runtime.getDeviceCount():
             cupy.zeros(1).get()  # a device that is listed can still be out of order
+            return cupy
+        found = f"CuPy {cupy.__version__} found a driver, but no CUDA device is visible"
+        why = "is CUDA_VISIBLE_DEVICES empty?"
     except Exception as error:  # CuPy has many, in private modules: all mean no usable device
-        raise DeviceError(
-            f"CUDA was asked for; CuPy {cupy.__version__} is installed but found no usable driver "
-            f"or device ({type(error).__name__}: {error}). {advice}"
-        ) from error
-    if not count:
-        raise DeviceError(
-            f"CUDA was asked for; CuPy {cupy.__version__} is installed and there is a driver, but "
-            f"no CUDA device is visible (is CUDA_VISIBLE_DEVICES empty?). {advice}"
-        )
-    return cupy
+        cause, why = error, f"{type(error).__name__}: {error}"
+    raise DeviceError(
+        f"CUDA was asked for, but {found} ({why}). Install CuPy for your driver's CUDA version, "
+        f"which nvidia-smi prints: pip install cupy-cuda12x or pip install cupy-cuda13x (the "
+        f"extras cuda12 and cuda13 of a checkout: pip install -e '.[cuda12]'). Without an NVIDIA "
+        f"GPU, everything runs on NumPy: leave the arrays as they are"
+    ) from cause

@@ -5,6 +5,7 @@ Inside, arrays are trusted: what a caller can get wrong about them is caught her
 
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from numbers import Integral, Real
 from operator import ge, gt, le, lt
 from typing import Any
@@ -22,7 +23,7 @@ from pvt_ref.arrays import (
     same_library,
 )
 from pvt_ref.draws import Draws
-from pvt_ref.errors import ArrayTypeError, NonFiniteError, RangeError, ShapeError, shown
+from pvt_ref.errors import ArrayTypeError, NonFiniteError, PVTError, RangeError, ShapeError, shown
 
 #: Numbers from here on are refused: no array is so large, and floats lose their last digits.
 TOO_LARGE = 2**31
@@ -30,18 +31,21 @@ TOO_LARGE = 2**31
 #: Of whole numbers. A seed may have as many bits as NumPy's own.
 _LARGEST_WHOLE = 2**128
 
+#: How bounds of numbers are called in messages, and when they hold.
+_BOUNDS = {"least": ("at least", ge), "above": ("above", gt)}
+_BOUNDS |= {"most": ("at most", le), "below": ("below", lt)}
 
 #: Of an image: a side, or (H, W), in pixels.
 Size = int | tuple[int, int]
 
 
-def as_size(size: Any) -> tuple[int, int]:
+def as_size(size: Any, side: str = "a side", least: int = -TOO_LARGE) -> tuple[int, int]:
     """(H, W) of an image size that may be given as one side. Raises: ShapeError."""
     pair = (size, size) if is_whole(size) else size
-    if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(map(is_whole, pair)):
-        raise ShapeError(f"size is {shown(size)}; it must be a side or (H, W), in whole pixels")
-    if not all(abs(side) < TOO_LARGE for side in pair):
-        raise ShapeError(f"size is {shown(size)}; each side must be below 2**31")
+    good = isinstance(pair, tuple | list) and len(pair) == 2 and all(map(is_whole, pair))
+    if not good or not all(least <= int(pixels) < TOO_LARGE for pixels in pair):
+        needed = f"{side} or (H, W), in whole pixels, each at least 1 and below 2**31"
+        raise ShapeError(f"size is {shown(size)}; it must be {needed}")
     return int(pair[0]), int(pair[1])
 
 
@@ -60,33 +64,21 @@ def is_moderate(value: object) -> bool:
     return is_real(value) and -TOO_LARGE < value < TOO_LARGE  # type: ignore[operator]
 
 
-def check_number(
-    name: str,
-    value: object,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-    whole: bool = False,
-) -> Any:
+def check_number(name: str, value: Any, *, whole: bool = False, **bounds: float | None) -> Any:
     """value as a plain int or float: NumPy's scalars would widen float32 arrays.
 
-    Raises:
-        RangeError: unless it is a finite (whole) number within the bounds.
+    Bounds are called least, above, most, below. Raises: RangeError, also for what is not finite.
     """
     if isinstance(value, np.generic):  # which would compare bounds in float32
         value = value.item()
-    number: Any = value
     limit = _LARGEST_WHOLE if whole else sys.float_info.max
-    bounds: list[Any] = [("at least", ge, least), ("above", gt, above), ("at most", le, most)]
-    bounds = [b for b in (*bounds, ("below", lt, below)) if b[2] is not None]
-    good = (is_whole(number) if whole else is_real(number)) and -limit <= number <= limit
-    if not good or not all(holds(number, bound) for _, holds, bound in bounds):
-        limits = " and ".join(f"{word} {bound:g}" for word, _, bound in bounds)
+    good = (is_whole(value) if whole else is_real(value)) and -limit <= value <= limit
+    held = [(*_BOUNDS[key], bound) for key, bound in bounds.items() if bound is not None]
+    if not good or not all(holds(value, bound) for _, holds, bound in held):
+        limits = " and ".join(f"{words} {bound:g}" for words, _, bound in held)
         kind = "a whole number" if whole else "a number"
         raise RangeError(f"{name} is {shown(value)}; it must be {kind} {limits}".rstrip())
-    return int(number) if whole else float(number)
+    return int(value) if whole else float(value)
 
 
 def settle(record: Any, name: str, **bounds: Any) -> None:
@@ -100,73 +92,72 @@ def check_flag(name: str, value: object) -> None:
         raise RangeError(f"{name} is {shown(value)}; it must be True or False")
 
 
-def check_type(name: str, value: object, kind: type, advice: str = "") -> None:
-    """Refuses another kind; the advice says how to get the right one. Raises: ArrayTypeError."""
+def check_type(
+    name: str, value: object, kind: type, advice: str = "", error: type[PVTError] = ArrayTypeError
+) -> None:
+    """Refuses another kind with that error; the advice says how to get the right one."""
     if not isinstance(value, kind):
-        raise ArrayTypeError(
-            f"{name} is a {type(value).__name__}; it must be a {kind.__name__}"
-            + (f", {advice}" if advice else "")
-        )
+        needed = f"a {kind.__name__}" + (f", {advice}" if advice else "")
+        raise error(f"{name} is a {type(value).__name__}; it must be {needed}")
 
 
 def check_float(name: str, x: Array) -> None:
     """Refuses an array of another dtype than float32 or float64. Raises: ArrayTypeError."""
     if dtype_name(x) not in FLOAT_DTYPES:
+        needed = "it must be float32 or float64. x.astype('float32') converts it"
+        raise ArrayTypeError(f"{name} has dtype {dtype_name(x)}; {needed}")
+
+
+def _check_library(what: str, x: Array, weight: Array) -> None:
+    """Refuses an array of another library or device than a weight. Raises: ArrayTypeError."""
+    if not same_library(x, weight):
         raise ArrayTypeError(
-            f"{name} has dtype {dtype_name(x)}; it must be float32 or float64. "
-            f"x.astype('float32') converts it"
+            f"{what} {library_and_dtype(x)} and the weights are {library_and_dtype(weight)}; both "
+            f"must lie on one device. Move one: pvt_ref.to_device(x, 'cuda') or pvt_ref.to_numpy(x)"
         )
 
 
-def check_images(images: Array, weight: Array, config: Any) -> Array:
-    """images (B, in_chans, H, W), checked, and cast to the dtype of the weights.
+def batch_shape(
+    images: Array, channels: int | None = None, C: object = "C"
+) -> tuple[int, int, int, int]:
+    """(B, C, H, W) of images, unless so many channels come last. Raises: ShapeError."""
+    shape = tuple(images.shape)
+    needed = f"they must be (B, {C}, H, W)"
+    if len(shape) != 4:
+        hint = ". A single image needs a batch axis: images[None]" * (len(shape) == 3)
+        raise ShapeError(f"images have rank {len(shape)}, shape {shape}; {needed}{hint}")
+    if shape[1] != channels == shape[3]:
+        raise ShapeError(
+            f"looks channels-last: {shape}; images are (B, {C}, H, W). "
+            f"images.transpose(0, 3, 1, 2) turns them"
+        )
+    return shape
 
-    Raises:
-        ArrayTypeError: not an array, integers, objects, or on another device than the weights.
-        ShapeError: wrong rank, channels or size; an empty batch.
-    """
+
+def check_images(images: Array, weight: Array, config: Any) -> Array:
+    """images (B, in_chans, H, W), checked, and cast to the dtype of the weights."""
     if not is_array(images):
         raise ArrayTypeError(
             f"images are {describe_type(images)}. They must be one array (B, {config.in_chans}, H, "
             f"W) of floats: numpy.stack(list_of_images) makes one of several, and "
             f"pvt_ref.load_image(path) reads one from a file"
         )
-    if not same_library(images, weight):
-        raise ArrayTypeError(
-            f"images are {library_and_dtype(images)} and the weights {library_and_dtype(weight)}; "
-            f"both must lie on one device. Move one: pvt_ref.to_device(x, 'cuda') or "
-            f"pvt_ref.to_numpy(x)"
-        )
+    _check_library("images are", images, weight)
     xp = array_module(images)
     name = dtype_name(images)
-    if name.startswith(("int", "uint", "bool")):
-        raise ArrayTypeError(
-            f"images have dtype {name}, which looks like raw pixels; they must be normalised "
-            f"floats. Preprocess them first: pvt_ref.load_image(path), or pvt_ref.normalize(pixels)"
-        )
     if not name.startswith(("float", "bfloat")):
-        raise ArrayTypeError(
-            f"images have dtype {name}; they must be float32 or float64, or other floats to be "
-            f"cast. x.astype('float32') also mends another byte order"
-            + (" (is it a ragged list of arrays?)" if name == "object" else "")
-        )
-    shape = tuple(images.shape)
+        needed = "float32 or float64, or other floats. x.astype('float32') mends a byte order too"
+        if name == "object":
+            needed += " (is it a ragged list of arrays?)"
+        elif name.startswith(("int", "uint", "bool")):
+            needed = "normalised floats, and look like raw pixels. Preprocess them first: "
+            needed += "pvt_ref.load_image(path), or pvt_ref.normalize(pixels)"
+        raise ArrayTypeError(f"images have dtype {name}; they must be {needed}")
     C = config.in_chans
-    if len(shape) != 4:
-        hint = " A single image needs a batch axis: images[None]." if len(shape) == 3 else ""
-        raise ShapeError(
-            f"images have rank {len(shape)}, shape {shape}; they must be (B, {C}, H, W).{hint}"
-        )
+    shape = batch_shape(images, C, C)
     if shape[1] != C:
-        if shape[3] == C:
-            raise ShapeError(
-                f"looks channels-last: {shape}; images are (B, {C}, H, W). "
-                f"images.transpose(0, 3, 1, 2) turns them"
-            )
-        raise ShapeError(
-            f"images have {shape[1]} channels, shape {shape}; the configuration has in_chans={C}, "
-            f"so they must be (B, {C}, H, W)"
-        )
+        needed = f"the configuration has in_chans={C}, so they must be (B, {C}, H, W)"
+        raise ShapeError(f"images have {shape[1]} channels, shape {shape}; {needed}")
     if shape[0] == 0:
         raise ShapeError(f"the batch is empty: images have shape {shape}; B must be at least 1")
     config.grids(shape[2], shape[3])  # refuses sizes that would lose pixels
@@ -174,26 +165,14 @@ def check_images(images: Array, weight: Array, config: Any) -> Array:
 
 
 def check_cotangent(name: str, dy: Array, shape: tuple[int, ...], like: Array) -> Array:
-    """A gradient of that shape, cast to the dtype of the weight like.
-
-    Raises:
-        ArrayTypeError: if dy is no array of floats, or lies on another device than like.
-        ShapeError: if it has another shape.
-    """
+    """A gradient of that shape, checked, and cast to the dtype of the weight like."""
     if not is_array(dy):
         raise ArrayTypeError(f"{name} is {describe_type(dy)}. It must be an array {shape}")
-    if not same_library(dy, like):
-        raise ArrayTypeError(
-            f"{name} is {library_and_dtype(dy)} and the weights are {library_and_dtype(like)}; "
-            f"both must lie on one device. Move one: pvt_ref.to_device(x, 'cuda') or "
-            f"pvt_ref.to_numpy(x)"
-        )
+    _check_library(f"{name} is", dy, like)
     check_float(name, dy)
     if tuple(dy.shape) != shape:
-        raise ShapeError(
-            f"{name} has shape {tuple(dy.shape)}; the forward returned {shape}, and a gradient has "
-            f"the shape of what it belongs to"
-        )
+        why = f"the forward returned {shape}, and a gradient has the shape of what it belongs to"
+        raise ShapeError(f"{name} has shape {tuple(dy.shape)}; {why}")
     return array_module(dy).astype(dy, like.dtype, copy=False)
 
 
@@ -201,12 +180,11 @@ def check_pyramid_cotangents(
     dmaps: Sequence[Array | None], shapes: Sequence[tuple[int, ...]], like: Array
 ) -> list[Array]:
     """A gradient for every map, checked, with zeros of the map's shape in the place of None."""
-    if not isinstance(dmaps, Sequence) or len(dmaps) != len(shapes):
-        given = f"{len(dmaps)}" if isinstance(dmaps, Sequence) else f"a {type(dmaps).__name__}"
-        raise ShapeError(
-            f"dmaps must be a list of {len(shapes)} arrays, dL/dF_1 to dL/dF_{len(shapes)} (None "
-            f"where the loss does not use a map); got {given}"
-        )
+    n = len(shapes)
+    if not isinstance(dmaps, Sequence) or len(dmaps) != n:
+        given = len(dmaps) if isinstance(dmaps, Sequence) else f"a {type(dmaps).__name__}"
+        needed = f"a list of {n} arrays, dL/dF_1 to dL/dF_{n} (None where a map is not in the loss)"
+        raise ShapeError(f"dmaps must be {needed}; got {given}")
     xp = array_module(like)
     return [
         xp.zeros(shape, dtype=like.dtype)
@@ -218,35 +196,26 @@ def check_pyramid_cotangents(
 
 def check_stages(stages: Iterable[int], count: int) -> set[int]:
     """The stages as a set, each a whole number from 1 to count. Raises: RangeError."""
-    wanted: list[Any]
-    try:
+    with suppress(TypeError):  # not iterable, which arrays without an axis find out only now
         wanted = list(stages)
-    except TypeError:  # not iterable, which arrays without an axis find out only now
-        wanted = [None]
-    if not all(is_whole(s) and 1 <= s <= count for s in wanted):
-        raise RangeError(
-            f"stages are {shown(stages)}; they must be a list of numbers from 1 to {count}, such "
-            f"as {sorted({1, count})}"
-        )
-    return {int(s) for s in wanted}
+        if all(is_whole(s) and 1 <= s <= count for s in wanted):
+            return {int(s) for s in wanted}
+    needed = f"a list of numbers from 1 to {count}, such as {sorted({1, count})}"
+    raise RangeError(f"stages are {shown(stages)}; they must be {needed}")
 
 
 def check_finite(name: str, x: Array, cause: str) -> None:
     """Refuses a host array that holds NaN or infinity; the cause ends the message.
 
     Arrays on a device are passed over: looking at them would make the host wait.
-
-    Raises:
-        NonFiniteError: with how many there are, and where the first is.
     """
-    if not isinstance(x, np.ndarray) or x.dtype.kind != "f" or bool(np.isfinite(x).all()):
-        return
-    bad = ~np.isfinite(x)
-    where = tuple(int(i) for i in np.argwhere(bad)[0])
-    raise NonFiniteError(
-        f"{name} holds {int(bad.sum())} values of {x.size} that are NaN or infinite, the first at "
-        f"index {where}. {cause}"
-    )
+    if isinstance(x, np.ndarray) and x.dtype.kind == "f" and not np.isfinite(x).all():
+        bad = np.argwhere(~np.isfinite(x))
+        where = tuple(map(int, bad[0]))
+        raise NonFiniteError(
+            f"{name} holds {len(bad)} values of {x.size} that are NaN or infinite, the first at "
+            f"index {where}. {cause}"
+        )
 
 
 def check_rng(rng: object, *, draws: bool = False) -> None:

@@ -9,7 +9,7 @@ generator (ArrayTypeError), and a number out of its range (RangeError).
 import numpy as np
 
 from pvt_ref.arrays import Array, array_module, from_host
-from pvt_ref.checks import check_number, check_rng
+from pvt_ref.checks import batch_shape, check_number, check_rng
 from pvt_ref.draws import SampleDraws
 from pvt_ref.errors import ArrayTypeError, ShapeError
 
@@ -115,10 +115,8 @@ def mixup(
     B = _shape(images, rng)[0]
     shape = tuple(getattr(targets, "shape", ()))
     if not shape or shape[0] != B:
-        raise ShapeError(
-            f"targets have shape {shape}; they must be ({B}, K), a distribution for each image. "
-            f"pvt_ref.train.one_hot(labels, K, like=images) makes them of labels"
-        )
+        hint = "pvt_ref.train.one_hot(labels, K, like=images) makes them of labels"
+        raise ShapeError(f"targets have shape {shape}; they must be ({B}, K) distributions. {hint}")
     if alpha == 0:
         return images, targets
     lam = float(rng.beta(alpha, alpha))
@@ -162,10 +160,7 @@ def _shape(images: Array, rng: Source) -> tuple[int, int, int, int]:
     if not isinstance(rng, SampleDraws):
         check_rng(rng)
     array_module(images)  # refuses what is not an array
-    shape = tuple(images.shape)
-    if len(shape) != 4:
-        raise ShapeError(f"images have shape {shape}; they must be (B, C, H, W)")
-    B, C, H, W = shape
+    B, C, H, W = batch_shape(images)
     if isinstance(rng, SampleDraws) and len(rng) != B:
         raise ShapeError(f"there are {B} images and the generators of {len(rng)} samples")
     return B, C, H, W

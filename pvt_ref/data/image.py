@@ -5,22 +5,14 @@ The geometry is that of the authors' released evaluation (whai362/PVT, ``build_t
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from pvt_ref.arrays import is_array
-from pvt_ref.checks import TOO_LARGE, Size, is_whole
-from pvt_ref.data.picture_file import (
-    as_image_error,
-    decode,
-    exif_is_harmless,
-    open_picture,
-    pixel_limit,
-    read_file,
-    read_path,
-)
+from pvt_ref.checks import Size, as_size
+from pvt_ref.data.picture_file import as_image_error, decode, open_picture, orientation, pixel_limit
 from pvt_ref.errors import ArrayTypeError, ImageError, ShapeError, shown
 
 #: Pixels that a picture may have between resizing and cropping: very long ones grow enormous.
@@ -52,32 +44,18 @@ def read_rgb(source: Source) -> Image.Image:
     """
     what = _describe(source)
     with as_image_error(what):
-        if isinstance(source, Image.Image):
-            image = source
-        elif isinstance(source, str | os.PathLike):
-            image = open_picture(read_path(source, what), what)
-        else:
-            image = open_picture(read_file(source, what), what)
+        image = source if isinstance(source, Image.Image) else open_picture(source, what)
         if 0 in image.size:
             raise ImageError(f"{what} has no pixels: its size is {image.width}x{image.height}")
         decode(image, what)  # some formats tell transparency and orientation only now
-        orientation = _orientation(image)
+        turned = orientation(image)
         rgb = _to_rgb(image, what)
         del image  # with its decoder's memory: turning needs as much again
         rgb.info = {}  # or the next reader would turn it once more
-        if orientation in range(2, 9):
-            rgb.getexif()[ExifTags.Base.Orientation] = orientation  # of all its Exif, this alone
+        if turned in range(2, 9):
+            rgb.getexif()[ExifTags.Base.Orientation] = turned  # of all its Exif, this alone
             ImageOps.exif_transpose(rgb, in_place=True)
         return rgb
-
-
-def _orientation(image: Image.Image) -> Any:
-    if not exif_is_harmless(image):
-        return None
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged metadata is no reason to refuse intact pixels; viewers agree
-        return None
 
 
 def _describe(source: object) -> str:
@@ -88,17 +66,14 @@ def _describe(source: object) -> str:
         return shown(os.fspath(source), 200)
     if hasattr(source, "read"):
         return f"the file {shown(getattr(source, 'name', type(source).__name__), 200)}"
-    hint = ""
+    needed = "a path, a file opened in binary mode, or a PIL image"
     if is_array(source):
-        hint = ". pvt_ref.normalize(pixels) takes arrays of raw pixels"
+        needed += ". pvt_ref.normalize(pixels) takes arrays of raw pixels"
     elif isinstance(source, bytes | bytearray | memoryview):
-        hint = ". io.BytesIO(data) makes a file of bytes"
+        needed += ". io.BytesIO(data) makes a file of bytes"
     elif isinstance(source, list | tuple):
-        hint = ". Read one at a time; numpy.concatenate makes a batch of the results"
-    raise ArrayTypeError(
-        f"source is a {type(source).__name__}; it must be a path, a file opened in binary mode, or "
-        f"a PIL image{hint}"
-    )
+        needed += ". Read one at a time; numpy.concatenate makes a batch of the results"
+    raise ArrayTypeError(f"source is a {type(source).__name__}; it must be {needed}")
 
 
 def _to_rgb(image: Image.Image, what: str) -> Image.Image:
@@ -133,22 +108,18 @@ def _in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image])
 
 def _deep_grey_to_rgb(image: Image.Image, what: str) -> Image.Image:
     """Grey of more than 8 bits: Pillow's own conversion clips I;16, I and F at 255."""
+    white, mistaken, kind = 65535, 255, f"16-bit grey (mode {image.mode})"
     if image.mode == "F":
-        white, mistaken_white, kind = 255, 1, "float grey (mode F)"
-    else:
-        white, mistaken_white, kind = 65535, 255, f"16-bit grey (mode {image.mode})"
+        white, mistaken, kind = 255, 1, "float grey (mode F)"
     extremes = [(x.min(), x.max()) for x in (_levels(band) for _, band in _bands(image))]
     lowest, highest = np.min(extremes), np.max(extremes)
     if not (lowest >= 0 and highest <= white):  # so written, NaN is refused too
+        needed = f"{kind} must lie in 0 to {white}. Scale the levels, or clip them, before"
+        raise ImageError(f"{what} has levels from {lowest:g} to {highest:g}; {needed}")
+    if image.mode in ("F", "I") and 0 < highest <= mistaken:
         raise ImageError(
-            f"{what} has levels from {lowest:g} to {highest:g}; {kind} must lie in 0 to {white}. "
-            f"Scale the levels, or clip them, before"
-        )
-    if image.mode in ("F", "I") and 0 < highest <= mistaken_white:
-        raise ImageError(
-            f"{what} has no level above {highest:g}; {kind} counts to {white}, so it would be "
-            f"black. Is it on a scale of 0 to {mistaken_white}? "
-            f"Multiply the levels by {white // mistaken_white}"
+            f"{what} has no level above {highest:g}; {kind} counts to {white}: it would be black. "
+            f"Is it on a scale of 0 to {mistaken}? Multiply the levels by {white // mistaken}"
         )
     transparent = image.info.get("transparency")
 
@@ -183,17 +154,13 @@ def resize_and_crop(image: Image.Image, size: Size = 224) -> Image.Image:
         ArrayTypeError: if image is not a PIL image.
         ShapeError: if size is not one or two positive whole numbers.
     """
-    H, W = _check_size(size)
+    H, W = as_size(size, "the side of a square", least=1)
     if not isinstance(image, Image.Image):
-        raise ArrayTypeError(
-            f"image is a {type(image).__name__}; it must be a PIL image, from "
-            f"pvt_ref.data.image.read_rgb or PIL.Image.fromarray"
-        )
+        needed = "a PIL image, from pvt_ref.data.image.read_rgb or PIL.Image.fromarray"
+        raise ArrayTypeError(f"image is a {type(image).__name__}; it must be {needed}")
     what = _describe(image)
     if image.mode != "RGB":  # Pillow would resize palettes without interpolation, silently
-        raise ImageError(
-            f"{what} must be in mode RGB; pvt_ref.data.image.read_rgb(image) converts it"
-        )
+        raise ImageError(f"{what} must be in mode RGB; pvt_ref.data.image.read_rgb converts it")
     if 0 in image.size:
         raise ImageError(f"{what} has no pixels")
     with as_image_error(what):
@@ -203,7 +170,7 @@ def resize_and_crop(image: Image.Image, size: Size = 224) -> Image.Image:
 
 def resize_and_crop_bands(pixels: np.ndarray, size: Size = 224) -> np.ndarray:
     """The same geometry for (H, W, C) uint8, each channel on its own; refused as there."""
-    H, W = _check_size(size)
+    H, W = as_size(size, "the side of a square", least=1)
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
         kind = getattr(pixels, "dtype", type(pixels).__name__)
         raise ArrayTypeError(f"pixels are {kind}; they must be a NumPy array (H, W, C) of uint8")
@@ -218,8 +185,11 @@ def resize_and_crop_bands(pixels: np.ndarray, size: Size = 224) -> np.ndarray:
 
 def _resized_and_cropped(image: Image.Image, H: int, W: int, what: str) -> Image.Image:
     margin = (1, 1) if max(H, W) <= 32 else (256, 224)
-    targets = (side * margin[0] // margin[1] for side in (H, W))
-    height, width = _covering_size(image.height, image.width, *targets)
+    tall, wide = (side * margin[0] // margin[1] for side in (H, W))
+    # the least size of the same proportions, to truncation, that covers tall x wide
+    height, width = tall, tall * image.width // image.height
+    if tall * image.width < wide * image.height:  # wide / width is the larger scale, so it decides
+        height, width = wide * image.height // image.width, wide
     if height * width > MAX_RESIZED_PIXELS:
         raise ImageError(
             f"{what} would be resized to {width}x{height} to cover {W}x{H}, more than the "
@@ -228,27 +198,8 @@ def _resized_and_cropped(image: Image.Image, H: int, W: int, what: str) -> Image
         )
     allowed = pixel_limit()
     if allowed < H * W:
-        raise ImageError(
-            f"{W}x{H} pixels are suspiciously large; up to {allowed} are allowed. Ask for a "
-            f"smaller size"
-        )
+        limits = f"up to {allowed} are allowed. Ask for a smaller size"
+        raise ImageError(f"{W}x{H} pixels are suspiciously large; {limits}")
     left, top = round((width - W) / 2), round((height - H) / 2)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     return resized.crop((left, top, left + W, top + H))
-
-
-def _check_size(size: Any) -> tuple[int, int]:
-    pair = tuple(size) if isinstance(size, tuple | list) else (size, size)
-    if len(pair) != 2 or not all(is_whole(side) and 0 < int(side) < TOO_LARGE for side in pair):
-        raise ShapeError(
-            f"size is {shown(size)}; it must be the side of a square or (H, W), in whole pixels, "
-            f"each at least 1 and below 2**31"
-        )
-    return int(pair[0]), int(pair[1])
-
-
-def _covering_size(height: int, width: int, H: int, W: int) -> tuple[int, int]:
-    """The least size of the same proportions, to truncation, that covers H x W."""
-    if H * width >= W * height:  # H / height is the larger scale, so it decides
-        return H, H * width // height
-    return W * height // width, W

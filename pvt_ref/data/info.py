@@ -5,9 +5,10 @@ Weights alone answer with an index, and only if the pixels were prepared as in t
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from pvt_ref.checks import check_type
 from pvt_ref.data.preprocessing import IMAGENET, Preprocessing, shown_tuple
 from pvt_ref.errors import ConfigError, shown
 
@@ -37,31 +38,21 @@ class ModelInfo:
         names = tuple(given) if several and not hasattr(given, "shape") else None  # no arrays
         if names is None or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"classes are {shown(given)}; they must be a list of names")
-        if not isinstance(self.title, str):
-            raise ConfigError(f"title is a {type(self.title).__name__}; it must be a text")
-        if not isinstance(self.preprocessing, Preprocessing):
-            raise ConfigError(
-                f"preprocessing is a {type(self.preprocessing).__name__}; it must be a "
-                f"pvt_ref.Preprocessing"
-            )
+        check_type("title", self.title, str, error=ConfigError)
+        check_type("preprocessing", self.preprocessing, Preprocessing, error=ConfigError)
+        check_type("training", self.training, Mapping, error=ConfigError)
         object.__setattr__(self, "classes", names)
         object.__setattr__(self, "training", _as_json(self.training))
 
     def __repr__(self) -> str:
-        return (
-            f"ModelInfo(title={shown(self.title)}, classes={shown_tuple(self.classes)}, "
-            f"preprocessing={self.preprocessing!r}, training={shown(self.training, 160)})"
-        )
+        start = f"ModelInfo(title={shown(self.title)}, classes={shown_tuple(self.classes)}"
+        training = shown(self.training, 160)
+        return f"{start}, preprocessing={self.preprocessing!r}, training={training})"
 
     def to_dict(self) -> dict[str, Any]:
         """A copy of plain values by field name, fit for JSON; :meth:`from_dict` reads them."""
-        p = self.preprocessing
-        return {
-            "title": self.title,
-            "classes": list(self.classes),
-            "preprocessing": {"mode": p.mode, "mean": list(p.mean), "std": list(p.std)},
-            "training": _as_json(self.training),
-        }
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return _as_json({**values, "preprocessing": asdict(self.preprocessing)})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelInfo":
@@ -90,24 +81,19 @@ def _checked_fields(values: Any, record: type, what: str) -> dict[str, Any]:
     names = [f.name for f in fields(record)]
     strange = [name for name in values if name not in names]
     if strange:
-        raise ConfigError(
-            f"{what} has the field {shown(strange[0])}, which this version does not know; known "
-            f"are {', '.join(names)}"
-        )
+        why = f"which this version does not know; known are {', '.join(names)}"
+        raise ConfigError(f"{what} has the field {shown(strange[0])}, {why}")
     return dict(values)
 
 
-def _as_json(training: Any) -> dict[str, Any]:
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
     """A copy as a file would give it back; refused now rather than when it is saved."""
-    if not isinstance(training, Mapping):
-        raise ConfigError(f"training is a {type(training).__name__}; it must be a mapping")
     try:
-        return json.loads(json.dumps(dict(training), allow_nan=False))
+        return json.loads(json.dumps(dict(values), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"training holds what JSON does not ({shown(str(error), 200)}); it must hold texts, "
-            f"finite numbers, truth values, lists and mappings. float(x) makes a plain number of "
-            f"NumPy's"
+            f"finite numbers, truth values, lists, mappings. float(x) makes NumPy's numbers plain"
         ) from error
 
 

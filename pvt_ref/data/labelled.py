@@ -7,9 +7,9 @@ import numpy as np
 
 from pvt_ref.api import forward
 from pvt_ref.arrays import Array, from_host
-from pvt_ref.checks import is_whole
+from pvt_ref.checks import check_number, check_type
 from pvt_ref.data.preprocessing import Preprocessing
-from pvt_ref.errors import RangeError, TrainingError
+from pvt_ref.errors import TrainingError
 from pvt_ref.layers.cross_entropy import cross_entropy
 from pvt_ref.tree import first_array, to_numpy
 
@@ -37,32 +37,24 @@ class LabelledImages:
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
         if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray):
-            raise TrainingError(
-                f"images and labels are a {type(images).__name__} and a {type(labels).__name__}; "
-                f"both must be NumPy arrays on the host (batches are moved to the device)"
-            )
+            kinds = f"a {type(images).__name__} and a {type(labels).__name__}"
+            why = "both must be NumPy arrays on the host (batches are moved to the device)"
+            raise TrainingError(f"images and labels are {kinds}; {why}")
         if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
-            raise TrainingError(
-                f"images have dtype {images.dtype} and shape {images.shape}; they must be raw "
-                f"pixels, (N, C, H, W) uint8, and at least one"
-            )
-        if not isinstance(self.preprocessing, Preprocessing):
-            raise TrainingError(
-                f"preprocessing is a {type(self.preprocessing).__name__}; it must be a "
-                f"pvt_ref.Preprocessing"
-            )
+            given = f"images have dtype {images.dtype} and shape {images.shape}"
+            raise TrainingError(f"{given}; they must be pixels, (N, C, H, W) uint8, at least one")
+        check_type("preprocessing", self.preprocessing, Preprocessing, error=TrainingError)
         C = self.preprocessing.channels
         if images.shape[1] != C:
-            last = " They look channels-last: images.transpose(0, 3, 1, 2) turns them"
+            last = ". They look channels-last: images.transpose(0, 3, 1, 2) turns them"
             raise TrainingError(
                 f"images have shape {images.shape}; mode {self.preprocessing.mode!r} has {C} "
-                f"channels, so they must be (N, {C}, H, W)." + last * (images.shape[3] == C)
+                f"channels, so they must be (N, {C}, H, W)" + last * (images.shape[3] == C)
             )
         if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-            raise TrainingError(
-                f"labels have dtype {labels.dtype} and shape {labels.shape}; for "
-                f"{len(images)} images they must be {len(images)} integers"
-            )
+            given = f"labels have dtype {labels.dtype} and shape {labels.shape}"
+            N = len(images)
+            raise TrainingError(f"{given}; for {N} images they must be {N} integers")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -82,14 +74,12 @@ class LabelledImages:
         if low < 0 or high >= config.num_classes:
             raise TrainingError(
                 f"{name}: labels run from {low} to {high}, but the model knows classes 0 to "
-                f"{config.num_classes - 1}. Are they one-based, or is num_classes that of another "
-                f"data set?"
+                f"{config.num_classes - 1}. Are they one-based, or is num_classes from other data?"
             )
-        if self.images.shape[1] != config.in_chans:
-            raise TrainingError(
-                f"{name}: images have {self.images.shape[1]} channels and the configuration has "
-                f"in_chans={config.in_chans}"
-            )
+        C = self.images.shape[1]
+        if config.in_chans != C:
+            wanted = f"the configuration has in_chans={config.in_chans}"
+            raise TrainingError(f"{name}: images have {C} channels, and {wanted}")
         config.grids(*self.images.shape[2:])  # refuses sizes that would lose pixels
 
     def batch(self, chosen: np.ndarray | slice, like: Array) -> Array:
@@ -116,23 +106,21 @@ def evaluate(
         params: the weights, arrays of NumPy or CuPy.
         config: their configuration.
         data: what to look at.
-        batch_size: samples at once, at least 1. None takes as many as have 1,048,576 pixels, at
-            most 256.
+        batch_size: samples at once. None takes as many as have 1,048,576 pixels, at most 256.
 
     Returns:
         loss, without label smoothing, and accuracy in [0, 1].
 
     Raises:
-        PVTError: as :func:`pvt_ref.forward`; a RangeError also for batch_size or a label.
+        PVTError: as :func:`pvt_ref.forward`; a RangeError for batch_size or a label.
     """
     if batch_size is None:
         H, W = data.images.shape[2:]
         batch_size = max(1, min(256, _PIXELS_AT_ONCE // (H * W)))
-    if not is_whole(batch_size) or batch_size < 1:
-        raise RangeError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1")
+    count = check_number("batch_size", batch_size, least=1, whole=True)
     loss, hits, like = 0.0, 0, first_array(params)
-    for start in range(0, len(data), batch_size):
-        chosen = slice(start, start + batch_size)
+    for start in range(0, len(data), count):
+        chosen = slice(start, start + count)
         logits = forward(params, data.batch(chosen, like), config)
         labels = data.labels[chosen]
         targets = from_host(labels.astype(np.int64), like=logits)

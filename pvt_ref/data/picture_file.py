@@ -16,9 +16,9 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any, BinaryIO
 
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from pvt_ref.errors import ArrayTypeError, ImageError, MissingFileError, PVTError, shown
+from pvt_ref.errors import ArrayTypeError, ImageError, MissingFileError, PVTError, reason, shown
 
 # All plugins now: a fork in the middle of an import leaves its lock taken in the child
 _PLUGINS = ("Jpeg", "Png", "WebP", "Avif", "Gif", "Bmp", "Tiff", "Ppm")
@@ -63,29 +63,26 @@ def as_image_error(what: str) -> Iterator[None]:
         raise _too_many_pixels(what, pixel_limit()) from error
     except Warning as error:  # only where the caller's filters turn warnings into errors
         raise ImageError(
-            f"{what} is unusual, and warnings are errors in this process. Pillow says: "
-            f"{_brief(error)}. Save the picture anew with another program, or let the warning "
-            f"pass: warnings.filterwarnings('default', module='PIL')"
+            f"{what} is unusual, and warnings are errors in this process ({_brief(error)}). Save "
+            f"it anew, or let it pass: warnings.filterwarnings('default', module='PIL')"
         ) from error
     except Exception as error:
         raise ImageError(
-            f"{what} cannot be decoded ({type(error).__name__}: {_brief(error)}). It is probably "
-            f"cut short or damaged: copy or download it again, and see whether a viewer opens it"
+            f"{what} cannot be decoded ({_brief(error)}). It is probably cut short or damaged: "
+            f"copy or download it again, and see whether a viewer opens it"
         ) from error
 
 
 def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _too_many_pixels(what: str, limit: int) -> ImageError:
-    name, own = "MAX_PIXELS", MAX_PIXELS
-    if limit == MAX_COPIED_PIXELS < MAX_PIXELS:
-        name, own = "MAX_COPIED_PIXELS", MAX_COPIED_PIXELS
+    name = "MAX_COPIED_PIXELS" if limit == MAX_COPIED_PIXELS < MAX_PIXELS else "MAX_PIXELS"
+    own = f"pvt_ref.data.picture_file.{name} (now {globals()[name]})"
     return ImageError(
-        f"{what} is suspiciously large: more than the {limit} pixels allowed. If you trust it, "
-        f"shrink it with another program, or raise pvt_ref.data.picture_file.{name} (now {own}) "
-        f"and PIL.Image.MAX_IMAGE_PIXELS (now {Image.MAX_IMAGE_PIXELS})"
+        f"{what} is suspiciously large: more than the {limit} pixels allowed. Shrink it, or, if "
+        f"you trust it, raise {own} and PIL.Image.MAX_IMAGE_PIXELS (now {Image.MAX_IMAGE_PIXELS})"
     )
 
 
@@ -97,12 +94,7 @@ def pixel_limit(format: str | None = None) -> int:
 
 
 def read_path(path: str | os.PathLike[str], what: str) -> bytes:
-    """All bytes of a regular file.
-
-    Raises:
-        MissingFileError: if there is none.
-        ImageError: if it is a folder, a pipe or a device, too large, or cannot be read.
-    """
+    """All bytes of a regular file. Raises: MissingFileError, ImageError."""
     try:
         kind = os.stat(path).st_mode
         if stat.S_ISREG(kind):
@@ -117,10 +109,8 @@ def read_path(path: str | os.PathLike[str], what: str) -> bytes:
     except (OSError, ValueError) as error:  # permissions, or a name that cannot be one
         if isinstance(error, PVTError):
             raise
-        cause = getattr(error, "strerror", None) or error  # without the path, which may be long
-        raise ImageError(
-            f"{what} cannot be read ({cause}). Check its name and its permissions"
-        ) from error
+        cause = reason(error)  # without the path, which may be long
+        raise ImageError(f"{what} cannot be read ({cause}). Check name and permissions") from error
     if stat.S_ISDIR(kind):
         raise ImageError(f"{what} is a folder; name a picture inside it")
     raise ImageError(f"{what} is no regular file but a pipe or a device; copy the picture into one")
@@ -132,10 +122,8 @@ def _where(name: str) -> str:
     try:
         place = shown(os.path.abspath(name), 200)
     except OSError:  # a relative name needs the working folder
-        return (
-            "The folder that Python runs in has been deleted: change to another (os.chdir), or "
-            "give the whole path"
-        )
+        gone = "The folder that Python runs in has been deleted"
+        return f"{gone}: change to another (os.chdir), or give the whole path"
     return f"It was looked for at {place}; check the spelling, and the folder that Python runs in"
 
 
@@ -143,17 +131,11 @@ _AS_TEXT = "{} was opened as text; pictures need open(path, 'rb')"
 
 
 def read_file(file: BinaryIO, what: str) -> bytes:
-    """All bytes of an open file, from its start where it has one. It is left open.
-
-    Raises:
-        ImageError: if it is closed, too large, or cannot be read.
-        ArrayTypeError: if it was opened as text, or gives no bytes.
-    """
+    """All bytes of an open file, from its start where it has one. It is left open."""
     if getattr(file, "closed", False):
         raise ImageError(f"{what} is closed; read the picture inside the `with open(...)`")
     try:
-        seekable = getattr(file, "seekable", None)  # some have read and nothing else
-        if seekable is not None and seekable():  # a pipe is not
+        if getattr(file, "seekable", lambda: False)():  # a pipe is not, and some can only read
             file.seek(0)
         return _read(file, what)
     except PVTError:
@@ -161,10 +143,8 @@ def read_file(file: BinaryIO, what: str) -> bytes:
     except UnicodeDecodeError as error:
         raise ArrayTypeError(_AS_TEXT.format(what)) from error
     except Exception as error:  # an object with read may raise anything
-        name = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-        raise ImageError(
-            f"{what} cannot be read ({name}{_brief(error)}); open it with open(path, 'rb')"
-        ) from error
+        hint = "open it with open(path, 'rb')"
+        raise ImageError(f"{what} cannot be read ({_brief(error)}); {hint}") from error
 
 
 def _read(file: BinaryIO, what: str) -> bytes:
@@ -182,27 +162,25 @@ def _read(file: BinaryIO, what: str) -> bytes:
                 f"it with another program, or raise pvt_ref.data.picture_file.MAX_FILE_BYTES"
             )
     if part is None:
-        raise ImageError(
-            f"{what} is not at its end, but has nothing to read now (it does not block). Wait for "
-            f"all of it, and pass io.BytesIO(data)"
-        )
+        why = "is not at its end, but has nothing to read now (it does not block)"
+        raise ImageError(f"{what} {why}. Wait for all of it, and pass io.BytesIO(data)")
     return b"".join(parts)
 
 
 #: First bytes of what people mistake for pictures, or for pictures of a format that is read.
 _OTHERS = (
-    ((b"%!PS", b"\xc5\xd0\xd3\xc6"), "a PostScript drawing, a program; export it as PNG"),
+    (b"%!PS|\xc5\xd0\xd3\xc6", "a PostScript drawing, a program; export it as PNG"),
     (b"<", "a web page or an SVG drawing; save the picture itself, as PNG or JPEG"),
     (b"%PDF", "a PDF; export the page as PNG"),
     (b"\x93NUMPY", "a NumPy array; numpy.load reads it, pvt_ref.normalize takes its pixels"),
     (b"PK\x03\x04", "a zip archive or a weights file; unpack it, or pvt_ref.load reads weights"),
     (b"version https://git-lfs", "a Git LFS pointer; `git lfs pull` fetches the picture"),
-    ((b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"), "a JPEG 2000; save it as PNG"),
+    (b"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "a JPEG 2000; save it as PNG"),
     (b"8BPS", "a Photoshop document; export it as PNG"),
     (b"\0\0\1\0", "an icon; save it as PNG"),
+    (b"(?s).{4}ftyp(heic|heix|mif1|msf1)", "a HEIC photo; save it as JPEG"),
 )
 _NAMES = ", ".join(_OPENED)
-_HEIC = (b"heic", b"heix", b"mif1", b"msf1")
 
 #: What ends the names of files in these formats, in lower case.
 SUFFIXES = tuple(sorted(s for s, format in Image.EXTENSION.items() if format in FORMATS))
@@ -212,18 +190,17 @@ class _Counted(io.BytesIO):
     """A file whose parts were counted already."""
 
 
-def open_picture(data: bytes, what: str) -> Image.Image:
+def open_picture(source: str | os.PathLike[str] | BinaryIO, what: str) -> Image.Image:
     """A picture of known size and mode, not decoded yet; an ImageError if of no known format."""
+    is_path = isinstance(source, str | os.PathLike)
+    data = read_path(source, what) if is_path else read_file(source, what)
     if not data:
         raise ImageError(f"{what} is empty (0 bytes): was the copy or download interrupted?")
     _check_parts(data, what)
     try:
         return Image.open(_Counted(data), formats=_OPENED)
     except UnidentifiedImageError as error:
-        head = data[:64].lstrip()
-        likely = [name for start, name in _OTHERS if head.startswith(start)]
-        if data[4:8] == b"ftyp" and data[8:12] in _HEIC:
-            likely = ["a HEIC photo; save it as JPEG"]
+        likely = [name for start, name in _OTHERS if re.match(start, data[:64].lstrip())]
         begun = [] if likely else [name for name in _OPENED if _begins_as(name, data)]
         if begun:
             floats = begun[0] == "TIFF" and 3 in _values(data, _SAMPLE_FORMAT)
@@ -233,9 +210,8 @@ def open_picture(data: bytes, what: str) -> Image.Image:
                 f"does not read it. Save it anew with another program, as 8-bit PNG"
             ) from error
         cause = f"It looks like {likely[0]}" if likely else f"Its first bytes are {data[:12]!r}"
-        raise ImageError(
-            f"{what} is not a picture in a format that is read here ({_NAMES}). {cause}"
-        ) from error
+        known = f"a picture in a format that is read here ({_NAMES})"
+        raise ImageError(f"{what} is not {known}. {cause}") from error
 
 
 def _begins_as(format: str, data: bytes) -> bool:
@@ -249,12 +225,7 @@ _FACTORS = {"L;2": 85, "L;4": 17}
 
 
 def decode(image: Image.Image, what: str) -> None:
-    """Decodes a PIL image, within the limits; one that is in memory already stays as it is.
-
-    Raises:
-        ImageError: if its file is in none of :data:`FORMATS`, beyond a limit, closed, or a PNG of
-            which Pillow confuses the transparent colour with others.
-    """
+    """Decodes a PIL image, within the limits; one that is in memory already stays as it is."""
     has_pixels = _has_pixels(image, what)
     if not isinstance(image, ImageFile.ImageFile):
         return
@@ -262,9 +233,8 @@ def decode(image: Image.Image, what: str) -> None:
     if image.format not in FORMATS:
         if waiting:  # decoding could start another program
             raise ImageError(
-                f"{what} is a {image.format} file that is not loaded yet; only these formats are "
-                f"({_NAMES}). Save it as PNG with another program, or, if you trust "
-                f"the file, call image.load() before"
+                f"{what} is a {image.format} file that is not loaded yet; only {_NAMES} are. Save "
+                f"it as PNG with another program, or, if you trust it, call image.load() before"
             )
         return
     file: Any = getattr(image, "fp", None)
@@ -274,13 +244,11 @@ def decode(image: Image.Image, what: str) -> None:
         if image.width * image.height > limit:
             raise _too_many_pixels(what, limit)
         if not gone:
-            _check_slow(image, _counted_length(file, what), what)
+            _check_file(image, file, what)
     packing = image.tile[0][3] if image.format == "PNG" and image.tile else None
     if packing == "RGB;16B" and "transparency" in image.info:
-        raise ImageError(
-            f"{what} is a PNG of 16 bits a colour with one that is transparent. Pillow keeps 8 of "
-            f"them, in which others look the same. Save it with an alpha channel, or in 8 bits"
-        )
+        why = "Pillow keeps 8, in which others look the same. Save it with alpha, or in 8 bits"
+        raise ImageError(f"{what} is a PNG of 16 bits a colour with one that is transparent. {why}")
     try:
         image.load()
     except Exception as error:
@@ -293,15 +261,21 @@ def decode(image: Image.Image, what: str) -> None:
         image.info["transparency"] = transparent % (1 + 255 // factor) * factor
 
 
-def _counted_length(file: Any, what: str) -> int:
+def _check_file(image: ImageFile.ImageFile, file: Any, what: str) -> None:
+    """Refuses a file of too many parts, and large pictures that Pillow decodes in Python."""
     if isinstance(file, _Counted):
-        return file.getbuffer().nbytes
-    here = file.tell()
-    file.seek(0)
-    data = _read(file, what)
-    file.seek(here)
-    _check_parts(data, what)
-    return len(data)
+        length = file.getbuffer().nbytes
+    else:
+        here = file.tell()
+        file.seek(0)
+        data = _read(file, what)
+        length = len(data)
+        file.seek(here)
+        _check_parts(data, what)
+    if any(tile[0] in Image.DECODERS for tile in image.tile):  # the decoders written in Python
+        levels = image.width * image.height * len(image.getbands())
+        _at_most("MAX_SLOW_BYTES", length, _SLOW, what)
+        _at_most("MAX_SLOW_BYTES", levels, "levels, each of which is made on its own", what)
 
 
 def _has_pixels(image: Image.Image, what: str) -> bool:
@@ -322,11 +296,15 @@ def _closed(what: str) -> ImageError:
 def exif_is_harmless(image: Image.Image) -> bool:
     """Whether Exif can be read without its numbers filling the memory."""
     block = image.info.get("exif")
-    if not isinstance(block, bytes):
-        return True
-    while block.startswith(b"Exif\0\0"):  # as Pillow does
+    while isinstance(block, bytes) and block.startswith(b"Exif\0\0"):  # as Pillow does
         block = block[6:]
-    return _has_few_numbers(block)
+    return not isinstance(block, bytes) or _has_few_numbers(block)
+
+
+def orientation(image: Image.Image) -> Any:
+    """The tag of Exif that says how to turn the picture; None if it cannot be read."""
+    with suppress(Exception):  # damaged metadata is no reason to refuse intact pixels
+        return image.getexif().get(ExifTags.Base.Orientation) if exif_is_harmless(image) else None
 
 
 _SLOW = "bytes, each of which is read on its own"
@@ -336,61 +314,67 @@ def _at_most(limit: str, count: int, things: str, what: str) -> None:
     """Refuses more things than the limit of that name allows."""
     if count > globals()[limit]:
         raise ImageError(
-            f"{what} has more than {globals()[limit]} {things}, far beyond any usual picture: it "
-            f"could take very long. If you trust it, save it anew with another program, or raise "
-            f"pvt_ref.data.picture_file.{limit}"
+            f"{what} has more than {globals()[limit]} {things}, and could take very long. Save it "
+            f"anew, or, if you trust it, raise pvt_ref.data.picture_file.{limit}"
         )
 
 
+#: By the parts of a file: the limit for how many of them it may have.
+_LIMITS = dict.fromkeys(("segments", "chunks", "blocks"), "MAX_PARTS") | {"scans": "MAX_SCANS"}
+_LIMITS |= dict.fromkeys(("Exif segments", "profiles and packed texts"), "MAX_METADATA_PARTS")
+
+
 def _check_parts(data: bytes, what: str) -> None:
-    checks = {b"\xff\xd8": _check_jpeg, b"\x89PNG": _check_png, b"GIF8": _check_gif}
-    checks |= {b"II": _check_tiff, b"MM": _check_tiff, b"P": _check_pnm}
-    for start, check in checks.items():
-        if data.startswith(start):
-            check(data, what)
+    walks = {b"\xff\xd8": _jpeg_parts, b"\x89PNG": _png_parts, b"GIF8": _gif_parts}
+    counts = dict.fromkeys(_LIMITS, 0)
+    for start, walk in walks.items():
+        for part in walk(data) if data.startswith(start) else ():
+            counts[part] += 1
+            _at_most(_LIMITS[part], counts[part], part, what)
+    if data.startswith((b"II", b"MM")):
+        _check_tiff(data, what)
+    if data.startswith(b"P") and not _PNM.match(data[: 2**16]):  # a comment of any length
+        _at_most("MAX_SLOW_BYTES", len(data), _SLOW, what)
 
 
 #: A marker: not a stuffed byte, nor a restart, nor one of the fill bytes before it.
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 
 
-def _check_jpeg(data: bytes, what: str) -> None:
+def _jpeg_parts(data: bytes) -> Iterator[str]:
     """Walks the segments as libjpeg does: what lies between two of them is skipped."""
-    at, parts, scans, exifs = 2, 0, 0, 0
+    at = 2
     while marker := _MARKER.search(data, at):
         kind, at = marker[1][0], marker.end()
         if kind == 0xD9:  # end of image: libjpeg stops, and so do strangers' appendices not count
             return
         if kind >= 0xC0:  # the others have no length
             at += max(int.from_bytes(data[at : at + 2], "big"), 2)
-        parts += 1
-        scans += kind == 0xDA
-        exifs += kind == 0xE1 and data.startswith(b"Exif\0\0", marker.end() + 2)
-        _at_most("MAX_PARTS", parts, "segments", what)
-        _at_most("MAX_SCANS", scans, "scans", what)
-        _at_most("MAX_METADATA_PARTS", exifs, "Exif segments", what)
+        yield "segments"
+        if kind == 0xDA:
+            yield "scans"
+        elif kind == 0xE1 and data.startswith(b"Exif\0\0", marker.end() + 2):
+            yield "Exif segments"
 
 
-def _check_png(data: bytes, what: str) -> None:
-    at, parts, packed = 8, 0, 0
+def _png_parts(data: bytes) -> Iterator[str]:
+    at = 8
     while at + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
         at += 12 + length
-        parts += 1
-        packed += kind in (b"iCCP", b"zTXt", b"iTXt")
-        _at_most("MAX_PARTS", parts, "chunks", what)
-        _at_most("MAX_METADATA_PARTS", packed, "profiles and packed texts", what)
+        yield "chunks"
+        if kind in (b"iCCP", b"zTXt", b"iTXt"):
+            yield "profiles and packed texts"
 
 
-def _check_gif(data: bytes, what: str) -> None:
+def _gif_parts(data: bytes) -> Iterator[str]:
     """Walks what lies before the first frame, as Pillow does: stray bytes are skipped."""
-    at, parts = 13, 0
+    at = 13
     if len(data) > 10 and data[10] & 128:  # a palette
         at += 3 << ((data[10] & 7) + 1)
     in_extension = False
     while at < len(data) and (in_extension or data[at] not in b",;"):
-        parts += 1
-        _at_most("MAX_PARTS", parts, "blocks", what)
+        yield "blocks"
         if in_extension:
             in_extension = data[at] > 0
             at += 1 + data[at]
@@ -405,27 +389,14 @@ _PNM = re.compile(
 )
 
 
-def _check_pnm(data: bytes, what: str) -> None:
-    if not _PNM.match(data[: 2**16]):  # a comment of any length
-        _at_most("MAX_SLOW_BYTES", len(data), _SLOW, what)
-
-
-def _check_slow(image: ImageFile.ImageFile, length: int, what: str) -> None:
-    """Refuses large pictures whose decoder Pillow has written in Python."""
-    if any(tile[0] in Image.DECODERS for tile in image.tile):
-        levels = image.width * image.height * len(image.getbands())
-        _at_most("MAX_SLOW_BYTES", length, _SLOW, what)
-        _at_most("MAX_SLOW_BYTES", levels, "levels, each of which is made on its own", what)
-
-
-_TILE_WIDTH, _TILE_HEIGHT, _SAMPLE_FORMAT = 322, 323, 339
+_TILE_SIDES, _SAMPLE_FORMAT = (322, 323), 339
 
 
 def _check_tiff(data: bytes, what: str) -> None:
     if not _has_few_numbers(data):
         _at_most("MAX_TAG_NUMBERS", MAX_TAG_NUMBERS + 1, "numbers in its tags", what)
     # a tile is unpacked whole, however little of it shows; a strip ends where the picture does
-    width, height = (max(_values(data, t), default=0) for t in (_TILE_WIDTH, _TILE_HEIGHT))
+    width, height = (max(_values(data, tag), default=0) for tag in _TILE_SIDES)
     if width * height > pixel_limit():
         raise _too_many_pixels(f"a tile of {what}", pixel_limit())
 

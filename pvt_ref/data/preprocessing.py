@@ -6,6 +6,7 @@ and :func:`normalize` call. Dense prediction pads the picture instead: :func:`pa
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -23,7 +24,7 @@ from pvt_ref.arrays import (
     is_foreign,
     is_numpy,
 )
-from pvt_ref.checks import TOO_LARGE, Size, is_whole
+from pvt_ref.checks import TOO_LARGE, Size, batch_shape, is_whole
 from pvt_ref.data.image import Source, read_rgb, resize_and_crop, resize_and_crop_bands
 from pvt_ref.errors import ArrayTypeError, ConfigError, RangeError, ShapeError, shown
 
@@ -55,22 +56,16 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if not isinstance(self.mode, str) or self.mode not in _CHANNELS:
-            raise ConfigError(
-                f"mode is {shown(self.mode)}; it must be 'RGB', 'L' (grey), or 'bands' (any number "
-                f"of channels, given as arrays)"
-            )
+            known = "'RGB', 'L' (grey), or 'bands' (any number of channels, given as arrays)"
+            raise ConfigError(f"mode is {shown(self.mode)}; it must be {known}")
         mean, std = _numbers(self.mean), _numbers(self.std)
-        channels = _CHANNELS[self.mode] or (len(mean) if mean else 0)
-        if mean is None or len(mean) != channels or not channels:
-            few = f"{channels}" if channels else "at least one"
-            raise ConfigError(
-                f"mean is {shown(self.mean)}; mode {self.mode!r} needs {few} finite numbers"
-            )
-        if std is None or len(std) != channels or min(std) <= 0:
-            raise ConfigError(
-                f"std is {shown(self.std)}; mode {self.mode!r} needs {channels} finite numbers "
-                f"above 0" + ", as many as mean has" * (self.mode == "bands")
-            )
+        channels = _CHANNELS[self.mode] or len(mean)
+        needs = f"mode {self.mode!r} needs {channels or 'at least one'} finite numbers"
+        if len(mean) != channels or not channels:
+            raise ConfigError(f"mean is {shown(self.mean)}; {needs}")
+        if len(std) != channels or min(std) <= 0:
+            needs += " above 0" + ", as many as mean has" * (self.mode == "bands")
+            raise ConfigError(f"std is {shown(self.std)}; {needs}")
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "std", std)
 
@@ -100,10 +95,9 @@ class Preprocessing:
             PVTError: as :func:`pvt_ref.load_image`.
         """
         if not isinstance(pictures, list | tuple | np.ndarray):
-            raise ArrayTypeError(
-                f"pictures are a {type(pictures).__name__}; they must be a list. One picture is "
-                f"prepared by calling the preprocessing: preprocessing(picture, size)"
-            )
+            hint = "One picture is prepared by calling: preprocessing(picture, size)"
+            kind = type(pictures).__name__
+            raise ArrayTypeError(f"pictures are a {kind}; they must be a list. {hint}")
         if len(pictures) == 0:
             raise ShapeError("the list of images is empty; a batch needs at least one")
         return np.stack([self._prepared(picture, size) for picture in pictures])
@@ -127,36 +121,28 @@ class Preprocessing:
         if not usable and (is_array(picture) or is_foreign(picture)):
             raise ArrayTypeError(
                 f"a picture is {describe_type(picture)}. Pictures are paths, PIL images, or arrays "
-                f"(H, W, 3) of uint8; images that are normalised already, one array (B, {C}, H, W) "
-                f"of floats"
+                f"(H, W, 3) of uint8; normalised images, one array (B, {C}, H, W) of floats"
             )
         if self.mode == "bands" and not isinstance(picture, np.ndarray):
             raise ArrayTypeError(
-                f"a picture is a {type(picture).__name__}; this preprocessing has {C} bands, which "
-                f"no picture file names: give arrays (H, W, {C}) of uint8, 0 to 255. "
-                f"numpy.asarray(image) makes one of a PIL image with {C} channels"
+                f"a picture is a {type(picture).__name__}; of {C} bands, which no file has, they "
+                f"must be arrays (H, W, {C}) of uint8, 0 to 255. numpy.asarray(image) makes one"
             )
         if isinstance(picture, np.ndarray) and picture.dtype != np.uint8:
-            raise ArrayTypeError(
-                f"a picture has dtype {picture.dtype}; arrays of raw pixels are uint8, 0 to 255. "
-                f"numpy.rint(255 * x).astype('uint8') makes it of floats in 0 to 1"
-            )
+            needed = "uint8, 0 to 255: numpy.rint(255 * x).astype('uint8') of floats in 0 to 1"
+            raise ArrayTypeError(f"a picture has dtype {picture.dtype}; arrays must be {needed}")
 
     def _check_shape(self, picture: np.ndarray) -> None:
         C, shape = self.channels, picture.shape
         if self.mode == "bands":
             if len(shape) != 3 or shape[2] != C or 0 in shape:
-                hint = ""
-                if len(shape) == 3 and shape[0] == C:
-                    hint = ". It looks channels-first: picture.transpose(1, 2, 0)"
-                raise ShapeError(
-                    f"a picture has shape {shape}; of {C} bands it must be (H, W, {C}){hint}"
-                )
+                first = ". It looks channels-first: picture.transpose(1, 2, 0)"
+                needed = f"(H, W, {C})" + first * (len(shape) == 3 and shape[0] == C)
+                raise ShapeError(f"a picture has shape {shape}; of {C} bands it must be {needed}")
         elif len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] != 3) or 0 in shape:
             raise ShapeError(
-                f"a picture has shape {shape}; an array of raw pixels is (H, W, 3), red, green, "
-                f"blue, or (H, W) for grey. Of other channels: a model whose info has "
-                f"Preprocessing('bands', mean, std)"
+                f"a picture has shape {shape}; raw pixels are (H, W, 3), red, green, blue, or "
+                f"(H, W), grey. Of other channels: a model with Preprocessing('bands', mean, std)"
             )
 
     def normalize(self, pixels: Array, like: Array) -> Array:
@@ -175,16 +161,14 @@ class Preprocessing:
         """
         shape = tuple(getattr(pixels, "shape", ()))
         if len(shape) != 4 or shape[1] != self.channels:
-            raise ShapeError(
-                f"pixels have shape {shape}; they must be (B, {self.channels}, H, W), as mode "
-                f"{self.mode!r} has {self.channels} channels"
-            )
-        xp = array_module(like)
-        x = xp.astype(from_host(pixels, like=like), like.dtype)
-        mean, std = (
-            xp.astype(from_host(np.asarray(v)[:, None, None], like=like), like.dtype)
-            for v in (self.mean, self.std)
-        )
+            needed = f"(B, {self.channels}, H, W), the channels of mode {self.mode!r}"
+            raise ShapeError(f"pixels have shape {shape}; they must be {needed}")
+
+        def there(host: np.ndarray) -> Array:
+            return array_module(like).astype(from_host(host, like=like), like.dtype)
+
+        x = there(pixels)  # (B, C, H, W)
+        mean, std = (there(np.asarray(v)[:, None, None]) for v in (self.mean, self.std))
         x /= 255
         x -= mean
         x /= std
@@ -221,15 +205,13 @@ def shown_tuple(values: tuple[Any, ...]) -> str:
     return f"({', '.join(shown(v, 30) for v in values[:3])}, ... {len(values)} in all)"
 
 
-def _numbers(values: Any) -> tuple[float, ...] | None:
-    """Finite floats of a list of them, else None."""
-    if not isinstance(values, Sequence) or not all(isinstance(v, Real) for v in values):
-        return None
-    try:
-        numbers = tuple(float(v) for v in values)
-    except OverflowError:  # a whole number beyond any float
-        return None
-    return numbers if all(map(math.isfinite, numbers)) else None
+def _numbers(values: Any) -> tuple[float, ...]:
+    """Finite floats of a list of them, else none."""
+    good = isinstance(values, Sequence) and all(isinstance(v, Real) for v in values)
+    with suppress(OverflowError):  # a whole number beyond any float
+        if good and all(map(math.isfinite, values)):
+            return tuple(map(float, values))
+    return ()
 
 
 IMAGENET = Preprocessing()
@@ -239,10 +221,8 @@ def load_image(source: Source, size: Size = 224) -> np.ndarray:
     """One picture, prepared for the classifier as the released weights expect.
 
     Args:
-        source: a path, a file opened in binary mode, or a PIL image; see
-            :func:`pvt_ref.data.image.read_rgb`.
-        size: side of the square, or (H, W), in pixels; see
-            :func:`pvt_ref.data.image.resize_and_crop`.
+        source: a path, a binary file or a PIL image, as for :func:`pvt_ref.data.image.read_rgb`.
+        size: side, or (H, W), in pixels, as for :func:`pvt_ref.data.image.resize_and_crop`.
 
     Returns:
         (1, 3, H, W) float32, normalised. numpy.concatenate makes a batch of several.
@@ -273,9 +253,8 @@ def preprocess(images: Image.Image | Sequence[Image.Image], size: Size = 224) ->
             hint = "load_image(path) reads a file"
             if is_array(image):
                 hint = "normalize(pixels) takes raw pixels"
-            raise ArrayTypeError(
-                f"images hold a {type(image).__name__}; preprocess takes PIL images. pvt_ref.{hint}"
-            )
+            needed = f"preprocess takes PIL images. pvt_ref.{hint}"
+            raise ArrayTypeError(f"images hold a {type(image).__name__}; {needed}")
     return IMAGENET(batch, size)
 
 
@@ -292,33 +271,25 @@ def normalize(pixels: np.ndarray) -> np.ndarray:
         ArrayTypeError: if pixels are not a NumPy array of uint8.
         ShapeError: if the shape is another, or has a zero.
     """
-    _check_pixels(pixels)
-    return IMAGENET._normalized(pixels if pixels.ndim == 4 else pixels[None])
-
-
-def _check_pixels(pixels: Any) -> None:
     if not isinstance(pixels, np.ndarray):
         hint = "numpy.stack(list_of_pictures) makes a batch"
         if isinstance(pixels, Image.Image):
             hint = "pvt_ref.preprocess(image) takes PIL images"
         elif is_array(pixels):
             hint = "pvt_ref.to_numpy(pixels) brings it to the host"
-        raise ArrayTypeError(
-            f"pixels are a {type(pixels).__name__}; they must be a NumPy array (H, W, 3) or "
-            f"(B, H, W, 3) of uint8. {hint}"
-        )
-    shape = pixels.shape
-    if pixels.dtype != np.uint8:
+        needed = f"a NumPy array (H, W, 3) or (B, H, W, 3) of uint8. {hint}"
+        raise ArrayTypeError(f"pixels are a {type(pixels).__name__}; they must be {needed}")
+    shape, dtype = pixels.shape, pixels.dtype
+    if dtype != np.uint8:
         hint = "numpy.rint(255 * pixels).astype('uint8') if they lie in 0 to 1"
-        if pixels.dtype.kind == "f":
+        if dtype.kind == "f":
             hint += "; if they are normalised already, the model takes them as (B, 3, H, W)"
-        elif pixels.dtype == np.uint16:
+        elif dtype == np.uint16:
             hint = "numpy.rint(pixels / 257).astype('uint8') scales 16 bits to 8"
-        elif pixels.dtype.kind in "iu":
+        elif dtype.kind in "iu":
             hint = "pixels.astype('uint8') if they lie in 0 to 255"
-        raise ArrayTypeError(
-            f"pixels have dtype {pixels.dtype}; normalize takes raw uint8, 0 to 255. {hint}"
-        )
+        needed = f"raw uint8, 0 to 255. {hint}"
+        raise ArrayTypeError(f"pixels have dtype {dtype}; normalize takes {needed}")
     if len(shape) not in (3, 4) or shape[-1] != 3:
         hint = ""
         if len(shape) == 2:
@@ -331,6 +302,7 @@ def _check_pixels(pixels: Any) -> None:
         raise ShapeError(f"pixels have shape {shape}; it must be (H, W, 3) or (B, H, W, 3){hint}")
     if 0 in shape:
         raise ShapeError(f"pixels have shape {shape}: there is nothing in them")
+    return IMAGENET._normalized(pixels if pixels.ndim == 4 else pixels[None])
 
 
 def pad_to_multiple(images: Array, multiple: int) -> Array:
@@ -354,27 +326,14 @@ def pad_to_multiple(images: Array, multiple: int) -> Array:
         RangeError: if multiple is not a positive whole number.
     """
     if not is_whole(multiple) or not 0 < multiple < TOO_LARGE:
-        raise RangeError(
-            f"multiple is {shown(multiple)}; it must be a whole number of pixels, at least 1 and "
-            f"below 2**31, such as config.size_multiple"
-        )
+        needed = "a whole number of pixels from 1 to 2**31, such as config.size_multiple"
+        raise RangeError(f"multiple is {shown(multiple)}; it must be {needed}")
     xp = array_module(images)
     name = dtype_name(images)
     if not name.startswith(("float", "bfloat", "complex")):
-        raise ArrayTypeError(
-            f"images have dtype {name}; pad normalised floats, whose 0 is the mean colour (in raw "
-            f"pixels it is black). Normalise first: pvt_ref.normalize(pixels)"
-        )
-    shape = tuple(images.shape)
-    if len(shape) != 4:
-        hint = ". A single image needs a batch axis: images[None]" if len(shape) == 3 else ""
-        raise ShapeError(f"images have shape {shape}; they must be (B, C, H, W){hint}")
-    B, C, H, W = shape
-    if W == 3 and C != 3:
-        raise ShapeError(
-            f"looks channels-last: {shape}; images are (B, C, H, W). "
-            f"images.transpose(0, 3, 1, 2) turns them"
-        )
+        why = "whose 0 is the mean colour (in pixels it is black): pvt_ref.normalize(pixels)"
+        raise ArrayTypeError(f"images have dtype {name}; pad normalised floats, {why}")
+    B, C, H, W = shape = batch_shape(images, channels=3)
     if 0 in shape:
         raise ShapeError(f"images have shape {shape}: there is nothing in them")
     multiple = int(multiple)  # a NumPy uint8 would wrap round
