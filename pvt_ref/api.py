@@ -33,6 +33,7 @@ from pvt_ref.checks import (
     check_images,
     check_pyramid_cotangents,
     check_rng,
+    check_type,
 )
 from pvt_ref.draws import Source
 from pvt_ref.errors import (
@@ -90,10 +91,8 @@ def init_params(config: Any, rng: np.random.Generator, dtype: Any = np.float32) 
 
 def draw_leaf(leaf: Leaf, rng: np.random.Generator, dtype: Any) -> np.ndarray:
     """One array of :func:`init_params`."""
-    if leaf.init == "zeros":
-        return np.zeros(leaf.shape, dtype)
-    if leaf.init == "ones":
-        return np.ones(leaf.shape, dtype)
+    if leaf.init in ("zeros", "ones"):
+        return np.full(leaf.shape, 0 if leaf.init == "zeros" else 1, dtype)
     if leaf.init == "normal":
         return (0.02 * rng.standard_normal(leaf.shape)).astype(dtype)
     bound = 1 / math.sqrt(leaf.fan_in)
@@ -133,11 +132,7 @@ def from_state_dict(state: Mapping[str, Array], config: Any) -> Any:
             of float16, float32 or float64.
     """
     build = architecture_of(config).build_params
-    if not isinstance(state, Mapping):
-        raise ArrayTypeError(
-            f"state is a {type(state).__name__}; it must map key names to arrays. For a file, use "
-            f"pvt_ref.load(path)"
-        )
+    check_type("state", state, Mapping, "of key names to arrays; pvt_ref.load(path) reads a file")
     check_keys(state, config)
     dtype = _common_dtype(state)
 
@@ -158,16 +153,13 @@ def check_keys(state: Mapping[str, Array], config: Any) -> None:
                 f"state[{shown(key)}] is a {type(x).__module__}.{type(x).__name__}; it must be a "
                 f"NumPy or CuPy array. (From a PyTorch tensor: tensor.detach().cpu().numpy())"
             )
-    problems = [f"missing: {key} {shape}" for key, shape in shapes.items() if key not in state]
+    found = {key: tuple(x.shape) for key, x in state.items()}
+    problems = [f"missing: {k} {shape}" for k, shape in shapes.items() if k not in found]
+    problems += [f"unexpected: {key_name(k)} {s}" for k, s in found.items() if k not in shapes]
     problems += [
-        f"unexpected: {key_name(key)} {tuple(state[key].shape)}"
-        for key in state
-        if key not in shapes
-    ]
-    problems += [
-        f"mis-shaped: {key} is {tuple(state[key].shape)}, the configuration needs {shape}"
-        for key, shape in shapes.items()
-        if key in state and tuple(state[key].shape) != shape
+        f"mis-shaped: {k} is {found[k]}, the configuration needs {shape}"
+        for k, shape in shapes.items()
+        if found.get(k, shape) != shape
     ]
     if problems:
         raise CheckpointError(
@@ -195,22 +187,15 @@ _checked: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 def check_params(params: Any, config: Any) -> None:
-    """Refuses weights that are not of one float dtype on one device, made for config.
-
-    Raises:
-        ArrayTypeError: if config or params is of another type, or the arrays differ in kind.
-        ShapeError: if params belong to another config.
-    """
+    """Refuses weights that are not of one float dtype on one device, made for config."""
     row = architecture_of(config)
     check_params_type(params)
     with contextlib.suppress(TypeError):  # a record that has no hash is checked each time
         if _checked.get(params) == config:
             return
     if type(params) is not row.params_type:
-        raise ArrayTypeError(
-            f"params is a {type(params).__name__} and config a {type(config).__name__}; they "
-            f"belong to different networks"
-        )
+        both = f"params is a {type(params).__name__} and config a {type(config).__name__}"
+        raise ArrayTypeError(f"{both}; they belong to different networks")
     shapes = param_shapes(config)
     arrays = dict(named_arrays(params))
     found = {key: tuple(x.shape) for key, x in arrays.items()}
@@ -219,8 +204,8 @@ def check_params(params: Any, config: Any) -> None:
         key = different[0]
         raise ShapeError(
             f"params do not belong to this config: {len(different)} arrays differ, the first is "
-            f"{key}, which is {found.get(key, 'absent')} and should be "
-            f"{shapes.get(key, 'absent')}. Pass the config that params were made with"
+            f"{key}, which is {found.get(key, 'absent')} and should be {shapes.get(key, 'absent')}."
+            f" Pass the config that params were made with"
         )
     first_key, first = next(iter(arrays.items()))
     check_float(first_key, first)
@@ -242,20 +227,13 @@ class Prepared:
     """Weights that were checked, and what was made of them for images of one size.
 
     Made by :func:`prepare`; the forward functions take it in the place of params.
-
-    Attributes:
-        params: the weights.
-        config: their configuration.
-        size: (H, W) of the images.
-        architecture: of the network.
-        constants: what its forward can take over: resized position tables.
     """
 
-    params: Any
-    config: Any
-    size: tuple[int, int]
-    architecture: Architecture
-    constants: Any
+    params: Any  # the weights
+    config: Any  # their configuration
+    size: tuple[int, int]  # (H, W) of the images
+    architecture: Architecture  # of the network
+    constants: Any  # what its forward can take over: resized position tables
 
     def constants_for(self, images: Array) -> Any:
         """The constants, if they are of that size.
@@ -298,15 +276,16 @@ def prepare_checked(params: Any, config: Any, size: Any = None) -> Prepared:
     return Prepared(params, config, (height, width), row, constants)
 
 
-def _model(params: Any, config: Any) -> Prepared:
+def _model(params: Any, config: Any, cache: Any = None) -> Prepared:
     """params as a checked record; of plain ones, without constants."""
     if isinstance(params, Prepared):
         if config is not None and config != params.config:
-            raise ShapeError(
-                "params were prepared with another config; leave config out, or prepare them anew"
-            )
+            advice = "leave config out, or prepare them anew"
+            raise ShapeError(f"params were prepared with another config; {advice}")
         return params
-    check_params(params, config)
+    known = isinstance(cache, ForwardCache) and cache.params is params and cache.config is config
+    if not known:  # or the forward has checked them
+        check_params(params, config)
     return Prepared(params, config, (0, 0), architecture_of(config), None)
 
 
@@ -315,11 +294,7 @@ def default_ops(x: Array) -> Ops:
 
     NumPy arrays get :func:`blocked_ops`, CuPy arrays :func:`~pvt_ref.kernels.cuda.table.cuda_ops`,
     all others REFERENCE. The environment variable ``PVT_REF_OPS``, ``reference`` or ``blocked``,
-    decides between the readable layers and their twins.
-
-    Raises:
-        RangeError: if the variable says something else, and x is an array of float32 or float64
-            that has twins.
+    decides between the readable layers and their twins. Raises: RangeError if it says neither.
     """
     if not (is_numpy(x) or is_cupy(x)) or dtype_name(x) not in FLOAT_DTYPES:
         return REFERENCE
@@ -335,19 +310,11 @@ def default_ops(x: Array) -> Ops:
 
 
 def choose_ops(ops: Ops | None, images: Array, row: Architecture | None = None) -> Ops:
-    """The table named, or the default for images.
-
-    Raises:
-        ArrayTypeError: if ops is something else, or does not compute on such arrays.
-        ConfigError: if ops replaces an operation that the network of row never asks for.
-    """
+    """The table named, or the default for images; refuses one that does not suit both."""
     if ops is None:
         return default_ops(images)
-    if not isinstance(ops, Ops):
-        raise ArrayTypeError(
-            f"ops is a {type(ops).__name__}; it must be a table of operations (pvt_ref.Ops), such "
-            f"as pvt_ref.REFERENCE, or None for the default"
-        )
+    advice = "a table of operations such as pvt_ref.REFERENCE, or None for the default"
+    check_type("ops", ops, Ops, advice)
     if ops.accepts is not None and is_array(images) and not ops.accepts(images):
         raise ArrayTypeError(
             f"ops is the table {ops.name!r}, which does not compute on {library_and_dtype(images)} "
@@ -355,10 +322,8 @@ def choose_ops(ops: Ops | None, images: Array, row: Architecture | None = None) 
         )
     if row is not None and not ops.replaced <= row.operations:
         unknown = ", ".join(sorted(op.name for op in ops.replaced - row.operations))
-        raise ConfigError(
-            f"ops replaces {unknown}, which a {row.title} never asks for, so it would have no "
-            f"effect. Use a table without it"
-        )
+        never = f"which a {row.title} never asks for, so it would have no effect"
+        raise ConfigError(f"ops replaces {unknown}, {never}. Use a table without it")
     return ops
 
 
@@ -374,15 +339,11 @@ def check_has_classifier(config: Any) -> None:
 
 @record
 class ForwardCache:
-    """Made by a forward for its backward, which reads it and never changes it.
+    """Made by a forward for its backward, which reads it and never changes it."""
 
-    parts are the caches of the network's parts; the other fields say which forward it was, and the
-    shapes of what it returned.
-    """
-
-    kind: str
-    parts: Any
-    shapes: tuple[tuple[int, ...], ...]
+    kind: str  # the forward's name
+    parts: Any  # the caches of the network's parts
+    shapes: tuple[tuple[int, ...], ...]  # of what the forward returned
     params: Any
     config: Any
     ops: Ops
@@ -536,13 +497,7 @@ def backward(
             config.
         ConfigError: if the model is a bare backbone, which has no logits.
     """
-    model = _model_of_cache(params, cache, config)
-    check_has_classifier(model.config)
-    ops = _check_cache(cache, "forward_with_cache", model, ops)
-    weight = first_array(model.params)
-    dlogits = check_cotangent("dlogits", dlogits, cache.shapes[0], weight)
-    with ops.scope():
-        return model.architecture.backward(model.params, cache.parts, dlogits, ops)
+    return _run_backward(False, params, cache, dlogits, config, ops)
 
 
 def backward_pyramid(
@@ -570,48 +525,47 @@ def backward_pyramid(
     Raises:
         PVTError: as :func:`backward`; a ShapeError also if dmaps are not as many as the maps.
     """
-    model = _model_of_cache(params, cache, config)
-    ops = _check_cache(cache, "forward_pyramid_with_cache", model, ops)
-    dmaps = check_pyramid_cotangents(dmaps, cache.shapes, first_array(model.params))
-    core = model.architecture.backward_pyramid
-    assert core is not None  # or there would be no such cache
-    with ops.scope():
-        return core(model.params, cache.parts, dmaps, ops)
+    return _run_backward(True, params, cache, dmaps, config, ops)
 
 
-def _model_of_cache(params: Any, cache: Any, config: Any) -> Prepared:
-    """params as a checked record; those of the forward itself were checked there."""
-    same = isinstance(cache, ForwardCache) and cache.params is params and cache.config is config
-    if same:
-        return Prepared(params, config, (0, 0), architecture_of(config), None)
-    return _model(params, config)
-
-
-def _check_cache(cache: Any, maker: str, model: Prepared, ops: Ops | None) -> Ops:
-    """The table of operations that made cache, once it is sure that it can read it."""
-    if not isinstance(cache, ForwardCache) or cache.kind != maker:
-        of = isinstance(cache, ForwardCache)
-        given = f"that of {cache.kind}" if of else f"a {type(cache).__name__}"
-        raise ArrayTypeError(
-            f"cache is {given}; this backward needs the ForwardCache that {maker} returned beside "
-            f"its result"
-        )
-    if cache.config != model.config:
-        made, given = config_to_dict(cache.config), config_to_dict(model.config)
-        fields = ", ".join(name for name in made if made[name] != given.get(name))
-        raise ShapeError(
-            f"the cache was made with another config; the two differ in {fields}. Pass the same "
-            f"config to {maker} and to its backward"
-        )
-    made_with, weight = first_array(cache.params), first_array(model.params)
-    if made_with.dtype != weight.dtype:
-        raise ArrayTypeError(
-            f"the cache was made with {made_with.dtype} weights, and params are "
-            f"{dtype_name(weight)}. Pass the same params to {maker} and to its backward"
-        )
+def _run_backward(
+    pyramid: bool, params: Any, cache: Any, dy: Any, config: Any, ops: Ops | None
+) -> tuple[Any, Array]:
+    """Checks, and the core's backward or backward_pyramid."""
+    model = _model(params, config, cache)
+    if not pyramid:
+        check_has_classifier(model.config)
+    _check_cache(cache, "forward_pyramid_with_cache" if pyramid else "forward_with_cache", model)
     if ops is not None and choose_ops(ops, None) != cache.ops:
         raise ArrayTypeError(
             f"the cache was made with ops {cache.ops.name!r} and cannot be read by {ops.name!r}: "
             f"a cache belongs to the pair that made it. Leave ops out, or pass it to the forward"
         )
-    return cache.ops
+    ops, weight = cache.ops, first_array(model.params)
+    if pyramid:
+        dy = check_pyramid_cotangents(dy, cache.shapes, weight)
+    else:
+        dy = check_cotangent("dlogits", dy, cache.shapes[0], weight)
+    row = model.architecture
+    core: Callable[..., Any] = row.backward_pyramid if pyramid else row.backward  # type: ignore
+    with ops.scope():
+        return core(model.params, cache.parts, dy, ops)
+
+
+def _check_cache(cache: Any, maker: str, model: Prepared) -> None:
+    """Refuses what is no cache of that forward, of that configuration and dtype of weights."""
+    if not isinstance(cache, ForwardCache) or cache.kind != maker:
+        of = isinstance(cache, ForwardCache)
+        given = f"that of {cache.kind}" if of else f"a {type(cache).__name__}"
+        needed = f"the ForwardCache that {maker} returned beside its result"
+        raise ArrayTypeError(f"cache is {given}; this backward needs {needed}")
+    advice = f"to {maker} and to its backward"
+    if cache.config != model.config:
+        made, given = config_to_dict(cache.config), config_to_dict(model.config)
+        fields = ", ".join(name for name in made if made[name] != given.get(name))
+        what = f"the cache was made with another config; the two differ in {fields}"
+        raise ShapeError(f"{what}. Pass the same config {advice}")
+    made_with, weight = first_array(cache.params), first_array(model.params)
+    if made_with.dtype != weight.dtype:
+        what = f"the cache was made with {made_with.dtype} weights, and params are"
+        raise ArrayTypeError(f"{what} {dtype_name(weight)}. Pass the same params {advice}")

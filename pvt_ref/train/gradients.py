@@ -32,8 +32,7 @@ def global_norm(grads: Any) -> float:
             raise ArrayTypeError(f"{key or 'grads'} has dtype {dtype_name(g)}; needed are floats")
         xp = array_module(g)
         wide = xp.astype(g, xp.float64)  # float32 squares could overflow, and sums would drift
-        square = xp.sum(wide * wide)
-        squares.append(square)
+        squares.append(xp.sum(wide * wide))
     return math.sqrt(float(sum(squares)))
 
 
@@ -83,8 +82,7 @@ def add_gradients(total: Any, grads: Any, share: float) -> Any:
     """
     share = check_number("share", share, above=0, most=1)
     check_record("grads", grads)
-    if total is not None:
-        check_alike("total", total, grads)
     if total is None:
         return grads if share == 1 else map_arrays(lambda g: g * share, grads)
+    check_alike("total", total, grads)
     return map_arrays(lambda a, g: a + share * g, total, grads)
