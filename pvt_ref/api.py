@@ -66,6 +66,7 @@ def init_params(config: Any, rng: np.random.Generator, dtype: Any = np.float32) 
     truncation at +-2 is a hundred standard deviations away); linear biases 0; norms 1 and 0; the
     patch and spatial-reduction projections uniform in +-1/sqrt(fan_in), as PyTorch's Conv2d. The
     source is the released code, whai362/PVT, ``_init_weights``; the paper does not say.
+    Raises: ArrayTypeError if an argument is of another type, or dtype another.
 
     Args:
         config: the model.
@@ -74,9 +75,6 @@ def init_params(config: Any, rng: np.random.Generator, dtype: Any = np.float32) 
 
     Returns:
         A record of NumPy arrays; :func:`pvt_ref.to_device` moves them.
-
-    Raises:
-        ArrayTypeError: if an argument is of another type, or dtype another.
     """
     build = architecture_of(config).build_params
     check_rng(rng)
@@ -102,14 +100,13 @@ def draw_leaf(leaf: Leaf, rng: np.random.Generator, dtype: Any) -> np.ndarray:
 def to_state_dict(params: Any) -> dict[str, Array]:
     """The weights by the authors' key names, in the authors' order and shapes.
 
+    Raises: ArrayTypeError if params is no record of parameters.
+
     Args:
         params: the weights, NumPy or CuPy.
 
     Returns:
         Key to array; the arrays are those of params, not copies.
-
-    Raises:
-        ArrayTypeError: if params is no record of parameters.
     """
     check_params_type(params)
     return dict(named_arrays(params))
@@ -250,6 +247,8 @@ class Prepared:
 def prepare(params: Any, config: Any, size: Size | None = None) -> Prepared:
     """Checks weights and resizes position tables, once for many calls.
 
+    Raises: PVTError as :func:`forward`.
+
     Args:
         params: the weights, arrays of NumPy or CuPy, float32 or float64.
         config: the configuration of the weights.
@@ -259,9 +258,6 @@ def prepare(params: Any, config: Any, size: Size | None = None) -> Prepared:
     Returns:
         A record for :func:`forward` and its like, in the place of params. It does not notice if
         the arrays of params are written to afterwards.
-
-    Raises:
-        PVTError: as :func:`forward`.
     """
     check_params(params, config)
     return prepare_checked(params, config, size)
@@ -410,6 +406,7 @@ def forward_with_cache(
 
     What is computed is what :func:`forward` computes, with dropout and drop path if there is an
     rng: without one nothing is dropped, whatever rates config has. Memory grows with depth.
+    Raises: PVTError as :func:`forward`; an ArrayTypeError also if rng is something else.
 
     Args:
         params: as for :func:`forward`.
@@ -422,9 +419,6 @@ def forward_with_cache(
 
     Returns:
         logits (B, num_classes) of the weights' dtype, and the cache.
-
-    Raises:
-        PVTError: as :func:`forward`; an ArrayTypeError also if rng is something else.
     """
     return _run(False, params, images, config, rng, ops, keep=True)
 
@@ -436,6 +430,7 @@ def forward_pyramid(
 
     For a PVT, F_1..F_4 of the released detection and segmentation backbones (paper sections 3.1,
     3.2 and 4.2): without cls token and final norm, so F_4 is not what the classifier computes.
+    Raises: PVTError as :func:`forward`; a ConfigError if the network has no pyramid.
 
     Args:
         params: as for :func:`forward`; they may lack a classifier.
@@ -445,9 +440,6 @@ def forward_pyramid(
 
     Returns:
         [F_1, F_2, ...], (B, C_i, H_i, W_i) each, of the weights' dtype.
-
-    Raises:
-        PVTError: as :func:`forward`; a ConfigError if the network has no pyramid.
     """
     return _run(True, params, images, config, None, ops, keep=False)[0]
 
@@ -456,6 +448,8 @@ def forward_pyramid_with_cache(
     params: Any, images: Array, config: Any = None, rng: Source = None, *, ops: Ops | None = None
 ) -> tuple[list[Array], ForwardCache]:
     """The feature maps, and the cache for :func:`backward_pyramid`.
+
+    Raises: PVTError as :func:`forward_with_cache` and :func:`forward_pyramid`.
 
     Args:
         params: as for :func:`forward_pyramid`.
@@ -466,9 +460,6 @@ def forward_pyramid_with_cache(
 
     Returns:
         [F_1, F_2, ...], (B, C_i, H_i, W_i) each, of the weights' dtype, and the cache.
-
-    Raises:
-        PVTError: as :func:`forward_with_cache` and :func:`forward_pyramid`.
     """
     return _run(True, params, images, config, rng, ops, keep=True)
 
@@ -510,6 +501,8 @@ def backward_pyramid(
 ) -> tuple[Any, Array]:
     """Gradients of a scalar loss L through :func:`forward_pyramid_with_cache`.
 
+    Raises: PVTError as :func:`backward`; a ShapeError also if dmaps are not as many as the maps.
+
     Args:
         params: as for :func:`backward`.
         cache: as for :func:`backward`.
@@ -521,9 +514,6 @@ def backward_pyramid(
     Returns:
         grads and dL/dimages (B, in_chans, H, W), as :func:`backward`; zeros for what the maps do
         not use.
-
-    Raises:
-        PVTError: as :func:`backward`; a ShapeError also if dmaps are not as many as the maps.
     """
     return _run_backward(True, params, cache, dmaps, config, ops)
 

@@ -115,11 +115,8 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 def param_shapes(config: Any) -> Mapping[str, tuple[int, ...]]:
     """Shape of every array by key, in the order of the state dict; read-only."""
     shapes: dict[str, tuple[int, ...]] = {}
-
-    def note(leaf: Leaf) -> None:
-        shapes[leaf.key] = leaf.shape
-
-    architecture_of(config).build_params(config, note)
+    build = architecture_of(config).build_params
+    build(config, lambda leaf: shapes.setdefault(leaf.key, leaf.shape))
     return MappingProxyType(shapes)
 
 

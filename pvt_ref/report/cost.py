@@ -98,16 +98,13 @@ class Cost:
         return sum(item.cache_bytes for item in self.items)
 
     def of_stage(self, stage: int) -> "Cost":
-        """The bill of one stage.
+        """The bill of one stage. Raises: RangeError if the model has no such stage.
 
         Args:
             stage: from 1; 0 is the classifier.
 
         Returns:
             A bill with the items of that stage only.
-
-        Raises:
-            RangeError: if the model has no such stage.
         """
         known = sorted({item.stage for item in self.items})
         if not is_whole(stage) or stage not in known:

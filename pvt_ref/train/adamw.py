@@ -112,10 +112,8 @@ def adamw_step(
     b1, b2 = settings.beta1, settings.beta2
     t = state.t + 1
     bias_1, bias_2 = 1 - b1**t, 1 - b2**t
-    positions = settings.decay_positions
-    rates = map_named(
-        lambda key, w: lr * settings.weight_decay * is_decayed(key, w, positions), params
-    )
+    decay, positions = lr * settings.weight_decay, settings.decay_positions
+    rates = map_named(lambda key, w: decay * is_decayed(key, w, positions), params)
 
     def new_w(w: Array, m: Array, v: Array, rate: float) -> Array:
         # lr m^ / (sqrt(v^) + eps), with the two corrections drawn out of the arrays

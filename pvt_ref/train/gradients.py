@@ -38,6 +38,7 @@ def global_norm(grads: Any) -> float:
 
 def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, float]:
     """All gradients by one factor, so that their common norm is at most max_norm.
+    Raises: RangeError if max_norm is no number above 0, ArrayTypeError as :func:`global_norm`.
 
     One factor for all keeps the direction of the step (Pascanu et al. 2013, arXiv 1211.5063,
     Algorithm 1): ``g <- g min(1, max_norm / (|g| + 1e-6))``.
@@ -49,10 +50,6 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, float]:
     Returns:
         The gradients, of the same shapes and dtypes, and their norm before clipping. grads itself
         if nothing was clipped, or the norm is not a number.
-
-    Raises:
-        RangeError: if max_norm is no number above 0.
-        ArrayTypeError: as :func:`global_norm`.
     """
     if not (isinstance(max_norm, float) and max_norm == math.inf):
         max_norm = check_number("max_norm", max_norm, above=0)

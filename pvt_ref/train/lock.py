@@ -123,10 +123,10 @@ class RunLock:
                 text = os.read(fd, 100).decode("ascii", "replace")
                 holder = re.match(r"process \d{1,10} on [\w.-]{1,64}", text)
             hint = f" ({holder[0]})" if holder else ""
+            what = f"{self.path.parent}: another training runs in this folder{hint}"
             raise TrainingError(
-                f"{self.path.parent}: another training runs in this folder{hint}. Wait for "
-                f"its end, stop it, or name another folder. (There is no need to delete {LOCK}: a "
-                f"process that has ended locks nothing)"
+                f"{what}. Wait for its end, stop it, or name another folder. (There is no need to "
+                f"delete {LOCK}: a process that has ended locks nothing)"
             ) from error
 
     def _is_at(self, fd: int) -> bool:
@@ -140,10 +140,9 @@ class RunLock:
         return TrainingError(f"{what}, so it cannot be locked. Move it away")
 
     def _failed(self, error: OSError) -> TrainingError:
-        return TrainingError(
-            f"{self.path}: the folder of the run cannot be locked ({reason(error)}). Name one that "
-            f"may be written to, on a file system with locks, such as a local disk"
-        )
+        what = f"{self.path}: the folder of the run cannot be locked ({reason(error)})"
+        where = "that may be written to, on a file system with locks, such as a local disk"
+        return TrainingError(f"{what}. Name one {where}")
 
 
 #: Those whose file is open in this process. A child of fork is not their owner.

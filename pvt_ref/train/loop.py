@@ -24,7 +24,7 @@ from rich.console import Console
 from pvt_ref import errors
 from pvt_ref.api import default_ops, init_params
 from pvt_ref.app import Model
-from pvt_ref.arrays import array_module, dtype_name, quietly
+from pvt_ref.arrays import dtype_name, quietly
 from pvt_ref.checkpoint import load, save
 from pvt_ref.checks import check_flag, check_number, check_type
 from pvt_ref.data.info import ModelInfo
@@ -32,7 +32,7 @@ from pvt_ref.data.labelled import LabelledImages, evaluate
 from pvt_ref.draws import What, generator
 from pvt_ref.errors import PVTError, TrainingError, reason, shown
 from pvt_ref.kernels.cpu.threads import default_threads
-from pvt_ref.report.diagnosis import first_non_finite
+from pvt_ref.report.diagnosis import first_non_finite, is_finite
 from pvt_ref.train.checks import check_path
 from pvt_ref.train.interrupts import Interrupts
 from pvt_ref.train.lock import RunLock
@@ -276,12 +276,9 @@ def _check_resumed(job: _Job, state: TrainState) -> None:
     """Refuses a state that this run cannot have left, and best weights that are not its own."""
     done = (state.step - 1) % job.steps + 1 if state.step else 0  # steps of the epoch
     most_loss = done * float(np.finfo(dtype_name(first_array(state.params))).max)
-    for name, most in (
-        ("step", job.recipe.epochs * job.steps),
-        ("best_epoch", state.step // job.steps),
-        ("epoch_hits", done * job.recipe.batch_size),
-        ("epoch_loss", most_loss),
-    ):
+    at_most = {"step": job.recipe.epochs * job.steps, "best_epoch": state.step // job.steps}
+    at_most |= {"epoch_hits": done * job.recipe.batch_size, "epoch_loss": most_loss}
+    for name, most in at_most.items():
         if getattr(state, name) > most:
             raise _edited(job, f"{name} is {getattr(state, name)}, and can be {most} at most")
     if state.optimizer.t != state.step:
@@ -336,17 +333,15 @@ def _save_best(job: _Job, state: TrainState) -> None:
 
     Should the process end in between, they are written again from its average.
     """
-    config, info = job.config, job.info
     job.lock.check()
-    save(job.place / BEST, Model(to_numpy(state.average), config, info=info))
+    save(job.place / BEST, Model(to_numpy(state.average), job.config, info=job.info))
 
 
 def _check_best(job: _Job, state: TrainState) -> None:
     if fault := _best_fault(job, state):
-        raise TrainingError(
-            f"{job.place / BEST} {fault}. Put back the file that belongs to {STATE} from a copy of "
-            f"the folder, or start anew in another: this run cannot make it again"
-        )
+        copy = f"Put back the file that belongs to {STATE} from a copy of the folder"
+        what = f"{job.place / BEST} {fault}. {copy}, or start anew in another"
+        raise TrainingError(f"{what}: this run cannot make it again")
 
 
 def _best_fault(job: _Job, state: TrainState) -> str:
@@ -374,8 +369,7 @@ def _best_fault(job: _Job, state: TrainState) -> str:
 def _check_weights(job: _Job, state: TrainState, lr: float) -> None:
     for prefix, tree in (("", state.params), ("average", state.average)):
         for key, w in named_arrays(tree, prefix):
-            xp = array_module(w)
-            if not bool(xp.all(xp.isfinite(w))):
+            if not is_finite(w):
                 culprit = f"The first array that is not finite is {key}"
                 raise diverged("the weights are not finite", state.step - 1, job.steps, lr, culprit)
 

@@ -68,16 +68,13 @@ class Recipe:
 
     def steps_per_epoch(self, samples: int) -> int:
         """Full batches in an epoch.
+        Raises: TrainingError if there is not even one, RangeError if samples is no whole number.
 
         Args:
             samples: how many there are to learn from.
 
         Returns:
             Steps, at least 1.
-
-        Raises:
-            TrainingError: if there is not even one.
-            RangeError: if samples is no whole number of at least 0.
         """
         samples = check_number("samples", samples, least=0, whole=True)
         if samples < self.batch_size:
@@ -87,6 +84,7 @@ class Recipe:
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of a step, by :func:`pvt_ref.train.warmup_cosine`.
+        Raises: RangeError if step is no whole number of at least 0, or steps_per_epoch of 1.
 
         Args:
             step: counted from 0 over all epochs.
@@ -94,9 +92,6 @@ class Recipe:
 
         Returns:
             A number from 0 to lr.
-
-        Raises:
-            RangeError: if step is no whole number of at least 0, or steps_per_epoch of at least 1.
         """
         steps_per_epoch = check_number("steps_per_epoch", steps_per_epoch, least=1, whole=True)
         total, warmup = self.epochs * steps_per_epoch, round(self.warmup_epochs * steps_per_epoch)

@@ -143,8 +143,8 @@ def load_state_and_run(
 
 
 def _record(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> dict[str, Any]:
-    text = metadata.get(TRAINING_KEY, "{}")
-    record = parse_json(text, f"its metadata entry {TRAINING_KEY!r}")
+    name = f"its metadata entry {TRAINING_KEY!r}"
+    record = parse_json(metadata.get(TRAINING_KEY, "{}"), name)
     if not isinstance(record, dict) or "format" not in record:
         raise CheckpointError("not the saved state of a training. It is damaged, or another kind")
     if record["format"] != FORMAT:

@@ -89,6 +89,7 @@ class ViTConfig:
 
     def grids(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
         """The token grid of an image, as the only one of a tuple.
+        Raises: ShapeError if a border of the image would fall outside the last whole patch.
 
         Args:
             height: H, in pixels.
@@ -96,15 +97,11 @@ class ViTConfig:
 
         Returns:
             ((H / P, W / P),).
-
-        Raises:
-            ShapeError: if a border of the image would fall outside the last whole patch.
         """
         P = self.patch_size
         if height < 1 or width < 1 or height % P or width % P:
-            raise ShapeError(
-                f"image size {height}x{width} must be positive multiples of the patch size {P}"
-            )
+            need = f"positive multiples of the patch size {P}"
+            raise ShapeError(f"image size {height}x{width} must be {need}")
         return ((height // P, width // P),)
 
 
