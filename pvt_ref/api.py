@@ -172,10 +172,9 @@ def _common_dtype(state: Mapping[str, Array]) -> str:
     wrong = {k: name for k, name in names.items() if name not in ("float16", *FLOAT_DTYPES)}
     if wrong:
         key, name = next(iter(wrong.items()))
-        raise ArrayTypeError(
-            f"{len(wrong)} of {len(names)} arrays are not float16, float32 or float64; the first "
-            f"is {key} with dtype {name}. Convert them, for example with x.astype('float32')"
-        )
+        what = f"{len(wrong)} of {len(names)} arrays are not float16, float32 or float64"
+        advice = "Convert them, for example with x.astype('float32')"
+        raise ArrayTypeError(f"{what}; the first is {key} with dtype {name}. {advice}")
     return "float64" if "float64" in names.values() else "float32"
 
 
@@ -266,10 +265,9 @@ def prepare(params: Any, config: Any, size: Size | None = None) -> Prepared:
 def prepare_checked(params: Any, config: Any, size: Any = None) -> Prepared:
     """As :func:`prepare`, for weights that were checked before."""
     row = architecture_of(config)
-    height, width = as_size(config.img_size if size is None else size)
-    config.grids(height, width)  # refuses sizes that would lose pixels
-    constants = row.prepare(params, config, (height, width))
-    return Prepared(params, config, (height, width), row, constants)
+    size = as_size(config.img_size if size is None else size)
+    config.grids(*size)  # refuses sizes that would lose pixels
+    return Prepared(params, config, size, row, row.prepare(params, config, size))
 
 
 def _model(params: Any, config: Any, cache: Any = None) -> Prepared:
@@ -299,10 +297,8 @@ def default_ops(x: Array) -> Ops:
         return REFERENCE
     if wanted == "blocked":
         return blocked_ops() if is_numpy(x) else cuda_ops()
-    raise RangeError(
-        f"the environment variable PVT_REF_OPS is {wanted!r}; known are 'reference' (the readable "
-        f"layers) and 'blocked' (their faster twins, the default)"
-    )
+    known = "'reference' (the readable layers) and 'blocked' (their faster twins, the default)"
+    raise RangeError(f"the environment variable PVT_REF_OPS is {wanted!r}; known are {known}")
 
 
 def choose_ops(ops: Ops | None, images: Array, row: Architecture | None = None) -> Ops:
@@ -312,10 +308,9 @@ def choose_ops(ops: Ops | None, images: Array, row: Architecture | None = None) 
     advice = "a table of operations such as pvt_ref.REFERENCE, or None for the default"
     check_type("ops", ops, Ops, advice)
     if ops.accepts is not None and is_array(images) and not ops.accepts(images):
-        raise ArrayTypeError(
-            f"ops is the table {ops.name!r}, which does not compute on {library_and_dtype(images)} "
-            f"arrays, and images are such. Leave ops out, or pass pvt_ref.REFERENCE"
-        )
+        arrays = f"{library_and_dtype(images)} arrays, and images are such"
+        what = f"ops is the table {ops.name!r}, which does not compute on {arrays}"
+        raise ArrayTypeError(f"{what}. Leave ops out, or pass pvt_ref.REFERENCE")
     if row is not None and not ops.replaced <= row.operations:
         unknown = ", ".join(sorted(op.name for op in ops.replaced - row.operations))
         never = f"which a {row.title} never asks for, so it would have no effect"
@@ -327,10 +322,9 @@ def check_has_classifier(config: Any) -> None:
     """Refuses a model that has no head to make logits with. Raises: ConfigError."""
     architecture_of(config)
     if not config.has_classifier:
-        raise ConfigError(
-            "this model is a bare backbone (num_classes 0: no cls token, norm or head) and has no "
-            "logits. forward_pyramid gives its feature maps; weights with a classifier give both"
-        )
+        what = "this model is a bare backbone (num_classes 0: no cls token, norm or head)"
+        advice = "forward_pyramid gives its feature maps; weights with a classifier give both"
+        raise ConfigError(f"{what} and has no logits. {advice}")
 
 
 @record
@@ -527,10 +521,9 @@ def _run_backward(
         check_has_classifier(model.config)
     _check_cache(cache, "forward_pyramid_with_cache" if pyramid else "forward_with_cache", model)
     if ops is not None and choose_ops(ops, None) != cache.ops:
-        raise ArrayTypeError(
-            f"the cache was made with ops {cache.ops.name!r} and cannot be read by {ops.name!r}: "
-            f"a cache belongs to the pair that made it. Leave ops out, or pass it to the forward"
-        )
+        what = f"the cache was made with ops {cache.ops.name!r} and cannot be read by {ops.name!r}"
+        why = "a cache belongs to the pair that made it"
+        raise ArrayTypeError(f"{what}: {why}. Leave ops out, or pass it to the forward")
     ops, weight = cache.ops, first_array(model.params)
     if pyramid:
         dy = check_pyramid_cotangents(dy, cache.shapes, weight)

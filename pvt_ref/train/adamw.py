@@ -88,6 +88,8 @@ def adamw_step(
     params: Any, grads: Any, state: AdamWState, lr: float, settings: AdamW
 ) -> tuple[Any, AdamWState]:
     """One step, by the equations in the head of this file. What is passed in stays as it was.
+    Raises: RangeError if lr or state.t is no number of at least 0; ArrayTypeError or ShapeError if
+    two trees differ in type, dtype, device, keys or shapes.
 
     Args:
         params: the weights, NumPy or CuPy.
@@ -98,10 +100,6 @@ def adamw_step(
 
     Returns:
         The new weights and the new state, of the same shapes and dtypes, in new memory.
-
-    Raises:
-        RangeError: if lr or state.t is no number of at least 0.
-        ArrayTypeError, ShapeError: if two trees differ in type, dtype, device, keys or shapes.
     """
     check_type("state", state, AdamWState, "from adamw_init or the step before")
     check_type("settings", settings, AdamW)

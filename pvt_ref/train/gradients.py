@@ -62,6 +62,8 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, float]:
 
 def add_gradients(total: Any, grads: Any, share: float) -> Any:
     """``total + share * grads``: gradient accumulation over parts of a batch.
+    Raises: RangeError if share is outside its range; ArrayTypeError or ShapeError if the two differ
+    in type, dtype, device, keys or shapes.
 
     The loss of a batch is the mean over its samples, so b samples out of B have the share b / B.
 
@@ -72,10 +74,6 @@ def add_gradients(total: Any, grads: Any, share: float) -> Any:
 
     Returns:
         The sum, of the same shapes and dtypes; grads itself if it is the whole batch.
-
-    Raises:
-        RangeError: if share is outside its range.
-        ArrayTypeError, ShapeError: if the two differ in type, dtype, device, keys or shapes.
     """
     share = check_number("share", share, above=0, most=1)
     check_record("grads", grads)

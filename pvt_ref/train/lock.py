@@ -79,11 +79,9 @@ class RunLock:
             what = "this process was forked from the one that trains here"
             raise TrainingError(f"{self.path.parent}: {what}: only that one goes on")
         if not self._is_at(self._fd):
-            raise TrainingError(
-                f"{self.path.parent}: the folder was moved, or another run has taken it: the "
-                f"{LOCK} of this one is not there any more. What was saved before is whole, "
-                f"wherever it is now: resume there"
-            )
+            what = f"the folder was moved, or another run has taken it: its own {LOCK} is gone"
+            saved = "What was saved before is whole, wherever it is now: resume there"
+            raise TrainingError(f"{self.path.parent}: {what}. {saved}")
 
     def release(self) -> None:
         """Gives the lock back, if this process has it. May be broken off and called again."""
@@ -123,10 +121,9 @@ class RunLock:
                 text = os.read(fd, 100).decode("ascii", "replace")
                 holder = re.match(r"process \d{1,10} on [\w.-]{1,64}", text)
             hint = f" ({holder[0]})" if holder else ""
-            what = f"{self.path.parent}: another training runs in this folder{hint}"
             raise TrainingError(
-                f"{what}. Wait for its end, stop it, or name another folder. (There is no need to "
-                f"delete {LOCK}: a process that has ended locks nothing)"
+                f"{self.path.parent}: another training runs in this folder{hint}. Wait for its "
+                f"end, stop it, or name another. (Leave {LOCK}: an ended process locks nothing)"
             ) from error
 
     def _is_at(self, fd: int) -> bool:

@@ -58,16 +58,15 @@ class Metrics:
             raise self._failed(error) from error
 
     def _failed(self, error: OSError) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path}: the metrics could not be written ({reason(error)}). What was saved of "
-            f"the training is whole: make room, and resume"
-        )
+        what = f"{self.path}: the metrics could not be written ({reason(error)})"
+        advice = "What was saved of the training is whole: make room, and resume"
+        return CheckpointError(f"{what}. {advice}")
 
 
 def _check_run(path: Path, lines: list[dict[str, Any]], state: TrainState, steps: int) -> None:
     # a file may have been lost and begun anew; from there on no epoch is missing
     number, epoch = 0, -(-lines[0]["step"] // steps) if lines else 0
-    before: dict[str, Any] = {}
+    before, best = {}, (-1.0, 0)
     try:
         for line in lines:
             number += 1
@@ -78,9 +77,8 @@ def _check_run(path: Path, lines: list[dict[str, Any]], state: TrainState, steps
                 raise CheckpointError(f"the line of epoch {epoch} is missing")
             if of_epoch:
                 found = (line["best_accuracy"], line["best_epoch"])
-                best = found if line["epoch"] > 1 else (-1.0, 0)  # before the first line: unknown
-                if before:
-                    best = (before["best_accuracy"], before["best_epoch"])
+                if not before:  # what was best before the first line is unknown
+                    best = found if line["epoch"] > 1 else (-1.0, 0)
                 if line["held_out_accuracy"] > best[0]:
                     best = (line["held_out_accuracy"], line["epoch"])
                 if found != best:

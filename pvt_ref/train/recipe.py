@@ -44,8 +44,7 @@ class Recipe:
             settle(self, name, least=0, whole=True)
         for name in ("crop_padding", "cutout"):  # more than any image has
             settle(self, name, least=0, most=2**15, whole=True)
-        for name in ("decay_positions", "flip"):
-            check_flag(name, getattr(self, name))
+        check_flag("flip", self.flip)
         settle(self, "lr", above=0)
         settle(self, "lr_floor", least=0, most=self.lr)
         settle(self, "warmup_epochs", least=0, most=self.epochs)
@@ -54,7 +53,7 @@ class Recipe:
         settle(self, "ema_decay", least=0, below=1)
         if self.clip_norm is not None:
             settle(self, "clip_norm", above=0)
-        for name in ("weight_decay", "beta1", "beta2"):  # their bounds are the optimiser's
+        for name in ("weight_decay", "beta1", "beta2"):  # checked by the optimiser, with the flag
             object.__setattr__(self, name, getattr(self.optimizer, name))
         if self.accumulate > self.batch_size:
             samples = f"{self.batch_size} samples"

@@ -63,6 +63,8 @@ class StepReport:
 
 def start_training(params: Any, samples: int, seed: int) -> TrainState:
     """The state before the first step.
+    Raises: ArrayTypeError if params is no record of parameters; RangeError if samples is no whole
+    number of at least 1, or seed of at least 0.
 
     Args:
         params: the first weights, NumPy or CuPy.
@@ -71,10 +73,6 @@ def start_training(params: Any, samples: int, seed: int) -> TrainState:
 
     Returns:
         A state with step 0, whose average is params itself.
-
-    Raises:
-        ArrayTypeError: if params is no record of parameters.
-        RangeError: if samples is no whole number of at least 1, or seed of at least 0.
     """
     check_params_type(params)
     samples = check_number("samples", samples, least=1, most=2**31, whole=True)
