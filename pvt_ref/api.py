@@ -524,15 +524,15 @@ def _run_backward(
         what = f"the cache was made with ops {cache.ops.name!r} and cannot be read by {ops.name!r}"
         why = "a cache belongs to the pair that made it"
         raise ArrayTypeError(f"{what}: {why}. Leave ops out, or pass it to the forward")
-    ops, weight = cache.ops, first_array(model.params)
+    table, weight = cache.ops, first_array(model.params)
     if pyramid:
         dy = check_pyramid_cotangents(dy, cache.shapes, weight)
     else:
         dy = check_cotangent("dlogits", dy, cache.shapes[0], weight)
     row = model.architecture
     core: Callable[..., Any] = row.backward_pyramid if pyramid else row.backward  # type: ignore
-    with ops.scope():
-        return core(model.params, cache.parts, dy, ops)
+    with table.scope():
+        return core(model.params, cache.parts, dy, table)
 
 
 def _check_cache(cache: Any, maker: str, model: Prepared) -> None:
