@@ -35,7 +35,7 @@ class Interrupts:
         if threading.current_thread() is not threading.main_thread():
             return
         hangup = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # it is POSIX's
-        for number in (signal.SIGINT, signal.SIGTERM, *hangup):  # Ctrl-C first: none in between
+        for number in (signal.SIGINT, signal.SIGTERM, *hangup):  # Ctrl-C first: none falls between
             handler = signal.getsignal(number)
             # None is a handler from outside Python, which could not be put back
             if handler not in (None, signal.SIG_IGN):
