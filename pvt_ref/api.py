@@ -33,6 +33,7 @@ from pvt_ref.checks import (
     check_images,
     check_pyramid_cotangents,
     check_rng,
+    check_type,
 )
 from pvt_ref.draws import Source
 from pvt_ref.errors import (
@@ -65,6 +66,7 @@ def init_params(config: Any, rng: np.random.Generator, dtype: Any = np.float32) 
     truncation at +-2 is a hundred standard deviations away); linear biases 0; norms 1 and 0; the
     patch and spatial-reduction projections uniform in +-1/sqrt(fan_in), as PyTorch's Conv2d. The
     source is the released code, whai362/PVT, ``_init_weights``; the paper does not say.
+    Raises: ArrayTypeError if an argument is of another type, or dtype another.
 
     Args:
         config: the model.
@@ -73,9 +75,6 @@ def init_params(config: Any, rng: np.random.Generator, dtype: Any = np.float32) 
 
     Returns:
         A record of NumPy arrays; :func:`pvt_ref.to_device` moves them.
-
-    Raises:
-        ArrayTypeError: if an argument is of another type, or dtype another.
     """
     build = architecture_of(config).build_params
     check_rng(rng)
@@ -90,10 +89,8 @@ def init_params(config: Any, rng: np.random.Generator, dtype: Any = np.float32) 
 
 def draw_leaf(leaf: Leaf, rng: np.random.Generator, dtype: Any) -> np.ndarray:
     """One array of :func:`init_params`."""
-    if leaf.init == "zeros":
-        return np.zeros(leaf.shape, dtype)
-    if leaf.init == "ones":
-        return np.ones(leaf.shape, dtype)
+    if leaf.init in ("zeros", "ones"):
+        return np.full(leaf.shape, 0 if leaf.init == "zeros" else 1, dtype)
     if leaf.init == "normal":
         return (0.02 * rng.standard_normal(leaf.shape)).astype(dtype)
     bound = 1 / math.sqrt(leaf.fan_in)
@@ -103,14 +100,13 @@ def draw_leaf(leaf: Leaf, rng: np.random.Generator, dtype: Any) -> np.ndarray:
 def to_state_dict(params: Any) -> dict[str, Array]:
     """The weights by the authors' key names, in the authors' order and shapes.
 
+    Raises: ArrayTypeError if params is no record of parameters.
+
     Args:
         params: the weights, NumPy or CuPy.
 
     Returns:
         Key to array; the arrays are those of params, not copies.
-
-    Raises:
-        ArrayTypeError: if params is no record of parameters.
     """
     check_params_type(params)
     return dict(named_arrays(params))
@@ -133,11 +129,7 @@ def from_state_dict(state: Mapping[str, Array], config: Any) -> Any:
             of float16, float32 or float64.
     """
     build = architecture_of(config).build_params
-    if not isinstance(state, Mapping):
-        raise ArrayTypeError(
-            f"state is a {type(state).__name__}; it must map key names to arrays. For a file, use "
-            f"pvt_ref.load(path)"
-        )
+    check_type("state", state, Mapping, "of key names to arrays; pvt_ref.load(path) reads a file")
     check_keys(state, config)
     dtype = _common_dtype(state)
 
@@ -158,16 +150,13 @@ def check_keys(state: Mapping[str, Array], config: Any) -> None:
                 f"state[{shown(key)}] is a {type(x).__module__}.{type(x).__name__}; it must be a "
                 f"NumPy or CuPy array. (From a PyTorch tensor: tensor.detach().cpu().numpy())"
             )
-    problems = [f"missing: {key} {shape}" for key, shape in shapes.items() if key not in state]
+    found = {key: tuple(x.shape) for key, x in state.items()}
+    problems = [f"missing: {k} {shape}" for k, shape in shapes.items() if k not in found]
+    problems += [f"unexpected: {key_name(k)} {s}" for k, s in found.items() if k not in shapes]
     problems += [
-        f"unexpected: {key_name(key)} {tuple(state[key].shape)}"
-        for key in state
-        if key not in shapes
-    ]
-    problems += [
-        f"mis-shaped: {key} is {tuple(state[key].shape)}, the configuration needs {shape}"
-        for key, shape in shapes.items()
-        if key in state and tuple(state[key].shape) != shape
+        f"mis-shaped: {k} is {found[k]}, the configuration needs {shape}"
+        for k, shape in shapes.items()
+        if found.get(k, shape) != shape
     ]
     if problems:
         raise CheckpointError(
@@ -183,10 +172,9 @@ def _common_dtype(state: Mapping[str, Array]) -> str:
     wrong = {k: name for k, name in names.items() if name not in ("float16", *FLOAT_DTYPES)}
     if wrong:
         key, name = next(iter(wrong.items()))
-        raise ArrayTypeError(
-            f"{len(wrong)} of {len(names)} arrays are not float16, float32 or float64; the first "
-            f"is {key} with dtype {name}. Convert them, for example with x.astype('float32')"
-        )
+        what = f"{len(wrong)} of {len(names)} arrays are not float16, float32 or float64"
+        advice = "Convert them, for example with x.astype('float32')"
+        raise ArrayTypeError(f"{what}; the first is {key} with dtype {name}. {advice}")
     return "float64" if "float64" in names.values() else "float32"
 
 
@@ -195,22 +183,15 @@ _checked: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 def check_params(params: Any, config: Any) -> None:
-    """Refuses weights that are not of one float dtype on one device, made for config.
-
-    Raises:
-        ArrayTypeError: if config or params is of another type, or the arrays differ in kind.
-        ShapeError: if params belong to another config.
-    """
+    """Refuses weights that are not of one float dtype on one device, made for config."""
     row = architecture_of(config)
     check_params_type(params)
     with contextlib.suppress(TypeError):  # a record that has no hash is checked each time
         if _checked.get(params) == config:
             return
     if type(params) is not row.params_type:
-        raise ArrayTypeError(
-            f"params is a {type(params).__name__} and config a {type(config).__name__}; they "
-            f"belong to different networks"
-        )
+        both = f"params is a {type(params).__name__} and config a {type(config).__name__}"
+        raise ArrayTypeError(f"{both}; they belong to different networks")
     shapes = param_shapes(config)
     arrays = dict(named_arrays(params))
     found = {key: tuple(x.shape) for key, x in arrays.items()}
@@ -219,8 +200,8 @@ def check_params(params: Any, config: Any) -> None:
         key = different[0]
         raise ShapeError(
             f"params do not belong to this config: {len(different)} arrays differ, the first is "
-            f"{key}, which is {found.get(key, 'absent')} and should be "
-            f"{shapes.get(key, 'absent')}. Pass the config that params were made with"
+            f"{key}, which is {found.get(key, 'absent')} and should be {shapes.get(key, 'absent')}."
+            f" Pass the config that params were made with"
         )
     first_key, first = next(iter(arrays.items()))
     check_float(first_key, first)
@@ -242,20 +223,13 @@ class Prepared:
     """Weights that were checked, and what was made of them for images of one size.
 
     Made by :func:`prepare`; the forward functions take it in the place of params.
-
-    Attributes:
-        params: the weights.
-        config: their configuration.
-        size: (H, W) of the images.
-        architecture: of the network.
-        constants: what its forward can take over: resized position tables.
     """
 
-    params: Any
-    config: Any
-    size: tuple[int, int]
-    architecture: Architecture
-    constants: Any
+    params: Any  # the weights
+    config: Any  # their configuration
+    size: tuple[int, int]  # (H, W) of the images
+    architecture: Architecture  # of the network
+    constants: Any  # what its forward can take over: resized position tables
 
     def constants_for(self, images: Array) -> Any:
         """The constants, if they are of that size.
@@ -272,6 +246,8 @@ class Prepared:
 def prepare(params: Any, config: Any, size: Size | None = None) -> Prepared:
     """Checks weights and resizes position tables, once for many calls.
 
+    Raises: PVTError as :func:`forward`.
+
     Args:
         params: the weights, arrays of NumPy or CuPy, float32 or float64.
         config: the configuration of the weights.
@@ -281,9 +257,6 @@ def prepare(params: Any, config: Any, size: Size | None = None) -> Prepared:
     Returns:
         A record for :func:`forward` and its like, in the place of params. It does not notice if
         the arrays of params are written to afterwards.
-
-    Raises:
-        PVTError: as :func:`forward`.
     """
     check_params(params, config)
     return prepare_checked(params, config, size)
@@ -292,21 +265,21 @@ def prepare(params: Any, config: Any, size: Size | None = None) -> Prepared:
 def prepare_checked(params: Any, config: Any, size: Any = None) -> Prepared:
     """As :func:`prepare`, for weights that were checked before."""
     row = architecture_of(config)
-    height, width = as_size(config.img_size if size is None else size)
-    config.grids(height, width)  # refuses sizes that would lose pixels
-    constants = row.prepare(params, config, (height, width))
-    return Prepared(params, config, (height, width), row, constants)
+    size = as_size(config.img_size if size is None else size)
+    config.grids(*size)  # refuses sizes that would lose pixels
+    return Prepared(params, config, size, row, row.prepare(params, config, size))
 
 
-def _model(params: Any, config: Any) -> Prepared:
+def _model(params: Any, config: Any, cache: Any = None) -> Prepared:
     """params as a checked record; of plain ones, without constants."""
     if isinstance(params, Prepared):
         if config is not None and config != params.config:
-            raise ShapeError(
-                "params were prepared with another config; leave config out, or prepare them anew"
-            )
+            advice = "leave config out, or prepare them anew"
+            raise ShapeError(f"params were prepared with another config; {advice}")
         return params
-    check_params(params, config)
+    known = isinstance(cache, ForwardCache) and cache.params is params and cache.config is config
+    if not known:  # or the forward has checked them
+        check_params(params, config)
     return Prepared(params, config, (0, 0), architecture_of(config), None)
 
 
@@ -315,11 +288,7 @@ def default_ops(x: Array) -> Ops:
 
     NumPy arrays get :func:`blocked_ops`, CuPy arrays :func:`~pvt_ref.kernels.cuda.table.cuda_ops`,
     all others REFERENCE. The environment variable ``PVT_REF_OPS``, ``reference`` or ``blocked``,
-    decides between the readable layers and their twins.
-
-    Raises:
-        RangeError: if the variable says something else, and x is an array of float32 or float64
-            that has twins.
+    decides between the readable layers and their twins. Raises: RangeError if it says neither.
     """
     if not (is_numpy(x) or is_cupy(x)) or dtype_name(x) not in FLOAT_DTYPES:
         return REFERENCE
@@ -328,37 +297,24 @@ def default_ops(x: Array) -> Ops:
         return REFERENCE
     if wanted == "blocked":
         return blocked_ops() if is_numpy(x) else cuda_ops()
-    raise RangeError(
-        f"the environment variable PVT_REF_OPS is {wanted!r}; known are 'reference' (the readable "
-        f"layers) and 'blocked' (their faster twins, the default)"
-    )
+    known = "'reference' (the readable layers) and 'blocked' (their faster twins, the default)"
+    raise RangeError(f"the environment variable PVT_REF_OPS is {wanted!r}; known are {known}")
 
 
 def choose_ops(ops: Ops | None, images: Array, row: Architecture | None = None) -> Ops:
-    """The table named, or the default for images.
-
-    Raises:
-        ArrayTypeError: if ops is something else, or does not compute on such arrays.
-        ConfigError: if ops replaces an operation that the network of row never asks for.
-    """
+    """The table named, or the default for images; refuses one that does not suit both."""
     if ops is None:
         return default_ops(images)
-    if not isinstance(ops, Ops):
-        raise ArrayTypeError(
-            f"ops is a {type(ops).__name__}; it must be a table of operations (pvt_ref.Ops), such "
-            f"as pvt_ref.REFERENCE, or None for the default"
-        )
+    advice = "a table of operations such as pvt_ref.REFERENCE, or None for the default"
+    check_type("ops", ops, Ops, advice)
     if ops.accepts is not None and is_array(images) and not ops.accepts(images):
-        raise ArrayTypeError(
-            f"ops is the table {ops.name!r}, which does not compute on {library_and_dtype(images)} "
-            f"arrays, and images are such. Leave ops out, or pass pvt_ref.REFERENCE"
-        )
+        arrays = f"{library_and_dtype(images)} arrays, and images are such"
+        what = f"ops is the table {ops.name!r}, which does not compute on {arrays}"
+        raise ArrayTypeError(f"{what}. Leave ops out, or pass pvt_ref.REFERENCE")
     if row is not None and not ops.replaced <= row.operations:
         unknown = ", ".join(sorted(op.name for op in ops.replaced - row.operations))
-        raise ConfigError(
-            f"ops replaces {unknown}, which a {row.title} never asks for, so it would have no "
-            f"effect. Use a table without it"
-        )
+        never = f"which a {row.title} never asks for, so it would have no effect"
+        raise ConfigError(f"ops replaces {unknown}, {never}. Use a table without it")
     return ops
 
 
@@ -366,23 +322,18 @@ def check_has_classifier(config: Any) -> None:
     """Refuses a model that has no head to make logits with. Raises: ConfigError."""
     architecture_of(config)
     if not config.has_classifier:
-        raise ConfigError(
-            "this model is a bare backbone (num_classes 0: no cls token, norm or head) and has no "
-            "logits. forward_pyramid gives its feature maps; weights with a classifier give both"
-        )
+        what = "this model is a bare backbone (num_classes 0: no cls token, norm or head)"
+        advice = "forward_pyramid gives its feature maps; weights with a classifier give both"
+        raise ConfigError(f"{what} and has no logits. {advice}")
 
 
 @record
 class ForwardCache:
-    """Made by a forward for its backward, which reads it and never changes it.
+    """Made by a forward for its backward, which reads it and never changes it."""
 
-    parts are the caches of the network's parts; the other fields say which forward it was, and the
-    shapes of what it returned.
-    """
-
-    kind: str
-    parts: Any
-    shapes: tuple[tuple[int, ...], ...]
+    kind: str  # the forward's name
+    parts: Any  # the caches of the network's parts
+    shapes: tuple[tuple[int, ...], ...]  # of what the forward returned
     params: Any
     config: Any
     ops: Ops
@@ -449,6 +400,7 @@ def forward_with_cache(
 
     What is computed is what :func:`forward` computes, with dropout and drop path if there is an
     rng: without one nothing is dropped, whatever rates config has. Memory grows with depth.
+    Raises: PVTError as :func:`forward`; an ArrayTypeError also if rng is something else.
 
     Args:
         params: as for :func:`forward`.
@@ -461,9 +413,6 @@ def forward_with_cache(
 
     Returns:
         logits (B, num_classes) of the weights' dtype, and the cache.
-
-    Raises:
-        PVTError: as :func:`forward`; an ArrayTypeError also if rng is something else.
     """
     return _run(False, params, images, config, rng, ops, keep=True)
 
@@ -475,6 +424,7 @@ def forward_pyramid(
 
     For a PVT, F_1..F_4 of the released detection and segmentation backbones (paper sections 3.1,
     3.2 and 4.2): without cls token and final norm, so F_4 is not what the classifier computes.
+    Raises: PVTError as :func:`forward`; a ConfigError if the network has no pyramid.
 
     Args:
         params: as for :func:`forward`; they may lack a classifier.
@@ -484,9 +434,6 @@ def forward_pyramid(
 
     Returns:
         [F_1, F_2, ...], (B, C_i, H_i, W_i) each, of the weights' dtype.
-
-    Raises:
-        PVTError: as :func:`forward`; a ConfigError if the network has no pyramid.
     """
     return _run(True, params, images, config, None, ops, keep=False)[0]
 
@@ -495,6 +442,8 @@ def forward_pyramid_with_cache(
     params: Any, images: Array, config: Any = None, rng: Source = None, *, ops: Ops | None = None
 ) -> tuple[list[Array], ForwardCache]:
     """The feature maps, and the cache for :func:`backward_pyramid`.
+
+    Raises: PVTError as :func:`forward_with_cache` and :func:`forward_pyramid`.
 
     Args:
         params: as for :func:`forward_pyramid`.
@@ -505,9 +454,6 @@ def forward_pyramid_with_cache(
 
     Returns:
         [F_1, F_2, ...], (B, C_i, H_i, W_i) each, of the weights' dtype, and the cache.
-
-    Raises:
-        PVTError: as :func:`forward_with_cache` and :func:`forward_pyramid`.
     """
     return _run(True, params, images, config, rng, ops, keep=True)
 
@@ -536,13 +482,7 @@ def backward(
             config.
         ConfigError: if the model is a bare backbone, which has no logits.
     """
-    model = _model_of_cache(params, cache, config)
-    check_has_classifier(model.config)
-    ops = _check_cache(cache, "forward_with_cache", model, ops)
-    weight = first_array(model.params)
-    dlogits = check_cotangent("dlogits", dlogits, cache.shapes[0], weight)
-    with ops.scope():
-        return model.architecture.backward(model.params, cache.parts, dlogits, ops)
+    return _run_backward(False, params, cache, dlogits, config, ops)
 
 
 def backward_pyramid(
@@ -555,6 +495,8 @@ def backward_pyramid(
 ) -> tuple[Any, Array]:
     """Gradients of a scalar loss L through :func:`forward_pyramid_with_cache`.
 
+    Raises: PVTError as :func:`backward`; a ShapeError also if dmaps are not as many as the maps.
+
     Args:
         params: as for :func:`backward`.
         cache: as for :func:`backward`.
@@ -566,52 +508,47 @@ def backward_pyramid(
     Returns:
         grads and dL/dimages (B, in_chans, H, W), as :func:`backward`; zeros for what the maps do
         not use.
-
-    Raises:
-        PVTError: as :func:`backward`; a ShapeError also if dmaps are not as many as the maps.
     """
-    model = _model_of_cache(params, cache, config)
-    ops = _check_cache(cache, "forward_pyramid_with_cache", model, ops)
-    dmaps = check_pyramid_cotangents(dmaps, cache.shapes, first_array(model.params))
-    core = model.architecture.backward_pyramid
-    assert core is not None  # or there would be no such cache
-    with ops.scope():
-        return core(model.params, cache.parts, dmaps, ops)
+    return _run_backward(True, params, cache, dmaps, config, ops)
 
 
-def _model_of_cache(params: Any, cache: Any, config: Any) -> Prepared:
-    """params as a checked record; those of the forward itself were checked there."""
-    same = isinstance(cache, ForwardCache) and cache.params is params and cache.config is config
-    if same:
-        return Prepared(params, config, (0, 0), architecture_of(config), None)
-    return _model(params, config)
+def _run_backward(
+    pyramid: bool, params: Any, cache: Any, dy: Any, config: Any, ops: Ops | None
+) -> tuple[Any, Array]:
+    """Checks, and the core's backward or backward_pyramid."""
+    model = _model(params, config, cache)
+    if not pyramid:
+        check_has_classifier(model.config)
+    _check_cache(cache, "forward_pyramid_with_cache" if pyramid else "forward_with_cache", model)
+    if ops is not None and choose_ops(ops, None) != cache.ops:
+        what = f"the cache was made with ops {cache.ops.name!r} and cannot be read by {ops.name!r}"
+        why = "a cache belongs to the pair that made it"
+        raise ArrayTypeError(f"{what}: {why}. Leave ops out, or pass it to the forward")
+    table, weight = cache.ops, first_array(model.params)
+    if pyramid:
+        dy = check_pyramid_cotangents(dy, cache.shapes, weight)
+    else:
+        dy = check_cotangent("dlogits", dy, cache.shapes[0], weight)
+    row = model.architecture
+    core: Callable[..., Any] = row.backward_pyramid if pyramid else row.backward  # type: ignore
+    with table.scope():
+        return core(model.params, cache.parts, dy, table)
 
 
-def _check_cache(cache: Any, maker: str, model: Prepared, ops: Ops | None) -> Ops:
-    """The table of operations that made cache, once it is sure that it can read it."""
+def _check_cache(cache: Any, maker: str, model: Prepared) -> None:
+    """Refuses what is no cache of that forward, of that configuration and dtype of weights."""
     if not isinstance(cache, ForwardCache) or cache.kind != maker:
         of = isinstance(cache, ForwardCache)
         given = f"that of {cache.kind}" if of else f"a {type(cache).__name__}"
-        raise ArrayTypeError(
-            f"cache is {given}; this backward needs the ForwardCache that {maker} returned beside "
-            f"its result"
-        )
+        needed = f"the ForwardCache that {maker} returned beside its result"
+        raise ArrayTypeError(f"cache is {given}; this backward needs {needed}")
+    advice = f"to {maker} and to its backward"
     if cache.config != model.config:
         made, given = config_to_dict(cache.config), config_to_dict(model.config)
         fields = ", ".join(name for name in made if made[name] != given.get(name))
-        raise ShapeError(
-            f"the cache was made with another config; the two differ in {fields}. Pass the same "
-            f"config to {maker} and to its backward"
-        )
+        what = f"the cache was made with another config; the two differ in {fields}"
+        raise ShapeError(f"{what}. Pass the same config {advice}")
     made_with, weight = first_array(cache.params), first_array(model.params)
     if made_with.dtype != weight.dtype:
-        raise ArrayTypeError(
-            f"the cache was made with {made_with.dtype} weights, and params are "
-            f"{dtype_name(weight)}. Pass the same params to {maker} and to its backward"
-        )
-    if ops is not None and choose_ops(ops, None) != cache.ops:
-        raise ArrayTypeError(
-            f"the cache was made with ops {cache.ops.name!r} and cannot be read by {ops.name!r}: "
-            f"a cache belongs to the pair that made it. Leave ops out, or pass it to the forward"
-        )
-    return cache.ops
+        what = f"the cache was made with {made_with.dtype} weights, and params are"
+        raise ArrayTypeError(f"{what} {dtype_name(weight)}. Pass the same params {advice}")

@@ -36,17 +36,11 @@ def generator(seed: int, what: What, *where: int) -> np.random.Generator:
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """The draws of one micro-batch of one step. Raises a RangeError unless all are at least 0.
+    """The draws of one micro-batch of one step. Raises a RangeError unless all are at least 0."""
 
-    Attributes:
-        seed: of the training.
-        step: steps done before.
-        micro_batch: of the step, counted over all ranks.
-    """
-
-    seed: int
-    step: int
-    micro_batch: int = 0
+    seed: int  # of the training
+    step: int  # steps done before
+    micro_batch: int = 0  # of the step, counted over all ranks
 
     def __post_init__(self) -> None:
         for name in ("seed", "step", "micro_batch"):

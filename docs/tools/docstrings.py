@@ -1,6 +1,7 @@
 """An extension of griffe, which reads the docstrings for the API reference."""
 
 import inspect
+import itertools
 from typing import Any
 
 import griffe
@@ -20,6 +21,18 @@ class Markdown(griffe.Extension):
             if name not in mod.members and mod.path != "pvt_ref.errors":
                 mod.set_member(name, griffe.Alias(name, f"pvt_ref.errors.{name}"))
                 mod.imports[name] = f"pvt_ref.errors.{name}"  # what is imported is not listed again
+
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
+        """Called by griffe for every attribute: comments beside or above fields describe them."""
+        if attr.docstring or not isinstance(attr.parent, griffe.Class) or not attr.lineno:
+            return
+        before = attr.lines_collection[attr.filepath][: attr.lineno]
+        comment = before.pop().partition("  # ")[2]
+        if not comment:
+            above = itertools.takewhile(lambda line: line.lstrip().startswith("# "), before[::-1])
+            comment = " ".join(line.strip()[2:] for line in list(above)[::-1])
+        if comment:
+            attr.docstring = griffe.Docstring(to_markdown(comment), parent=attr)
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         """Called by griffe for every module, class, function and attribute."""

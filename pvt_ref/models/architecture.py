@@ -17,27 +17,20 @@ from pvt_ref.ops import Operation, Ops
 
 
 class Leaf(NamedTuple):
-    """What one array of the parameters has to be: its key in the state dict, and its shape.
+    """What one array of the parameters has to be."""
 
-    init says how it is drawn (:func:`pvt_ref.init_params`); ``"uniform"`` needs fan_in, C_in P P.
-    """
-
-    key: str
+    key: str  # in the state dict
     shape: tuple[int, ...]
-    init: Literal["zeros", "ones", "normal", "uniform"]
-    fan_in: int = 0
+    init: Literal["zeros", "ones", "normal", "uniform"]  # how init_params draws it
+    fan_in: int = 0  # C_in P P, for "uniform"
 
 
 class Place(NamedTuple):
-    """Where an operation stands, read off its path.
+    """Where an operation stands, read off its path."""
 
-    Stages count from 1, and 0 is the classifier; blocks of a stage from 0, and None is outside of
-    them; part is what is left of the path: ``"attn.q"``, ``"patch_embed"``.
-    """
-
-    stage: int
-    block: int | None
-    part: str
+    stage: int  # from 1; 0 is the classifier
+    block: int | None  # of the stage, from 0; None is outside of them
+    part: str  # what is left of the path: "attn.q", "patch_embed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -47,50 +40,34 @@ class Architecture:
     A configuration is a frozen dataclass. It offers img_size, in_chans, num_classes (0 without a
     classifier), drop_path_rate, has_classifier, size_multiple, channels and strides of each stage,
     and ``grids(height, width)``, which raises a ShapeError for a size that it cannot take.
-
-    Attributes:
-        name: by which files know it, ``"pvt"``.
-        title: for people, ``"PVT"``.
-        config_type: of its configurations.
-        params_type: the record of its parameters.
-        build_params: ``(config, make) -> params``: every array made by ``make(leaf)``, in the order
-            of the state dict. The one place that says which arrays there are.
-        prepare: ``(params, config, (H, W)) -> constants``: what does not depend on the images, such
-            as resized position tables.
-        forward: ``(params, images, config, ops, rng, keep, constants) -> logits, cache``. Without
-            constants it makes its own. rng is a Generator, a Draws or None.
-        backward: ``(params, cache, dlogits, ops) -> grads, dimages``.
-        forward_pyramid: as forward, with a list of maps (B, C_i, H_i, W_i); None if there are none.
-        backward_pyramid: ``(params, cache, dmaps, ops) -> grads, dimages``, a dmap for every map.
-        operations: all that its passes can ask for, those inside others included.
-        place: where the operation with a path stands; None for one inside another.
-        describe: a configuration in a few words, ``"pvt_tiny, 1000 classes, 224 px"``.
-        stem: key of the weight that reads the image, (C_out, in_chans, ...); None if there is none
-            that could be adapted to other channels.
-        head: key prefix of the last layer of the classifier.
-        variants: published configurations by name.
-        aliases: other names of them.
-        files: how files of other projects are read; None if only this project's own are.
     """
 
-    name: str
-    title: str
+    name: str  # by which files know it, "pvt"
+    title: str  # for people, "PVT"
     config_type: type
     params_type: type
+    # (config, make) -> params, every array made by make(leaf), in the order of the state dict: the
+    # one place that says which arrays there are
     build_params: Callable[[Any, Callable[[Leaf], Array]], Any]
+    # (params, config, (H, W)) -> constants: what images do not change, as resized position tables
     prepare: Callable[[Any, Any, tuple[int, int]], Any]
+    # (params, images, config, ops, rng, keep, constants) -> logits, cache; rng is a Generator, a
+    # Draws or None. Without constants it makes its own
     forward: Callable[..., tuple[Array, Any]]
+    # (params, cache, dlogits, ops) -> grads, dimages
     backward: Callable[[Any, Any, Array, Ops], tuple[Any, Array]]
+    # the same with a list of maps (B, C_i, H_i, W_i), and a dmap for every map; None without maps
     forward_pyramid: Callable[..., tuple[list[Array], Any]] | None = None
     backward_pyramid: Callable[[Any, Any, Sequence[Array], Ops], tuple[Any, Array]] | None = None
-    operations: frozenset[Operation]
-    place: Callable[[str], Place | None]
-    describe: Callable[[Any], str]
+    operations: frozenset[Operation]  # all that its passes can ask for, also inside others
+    place: Callable[[str], Place | None]  # of an operation, by its path; None inside another
+    describe: Callable[[Any], str]  # a configuration: "pvt_tiny, 1000 classes, 224 px"
+    # key of the weight that reads the image, (C_out, in_chans, ...), if other channels can be had
     stem: str | None = None
-    head: str = "head"
-    variants: Mapping[str, Any] = field(default_factory=dict)
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    files: Files | None = None
+    head: str = "head"  # key prefix of the last layer of the classifier
+    variants: Mapping[str, Any] = field(default_factory=dict)  # published, by name
+    aliases: Mapping[str, str] = field(default_factory=dict)  # other names of them
+    files: Files | None = None  # of other projects, how they are read; None: only our own are
 
 
 _rows: dict[type, Architecture] = {}
@@ -138,11 +115,8 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 def param_shapes(config: Any) -> Mapping[str, tuple[int, ...]]:
     """Shape of every array by key, in the order of the state dict; read-only."""
     shapes: dict[str, tuple[int, ...]] = {}
-
-    def note(leaf: Leaf) -> None:
-        shapes[leaf.key] = leaf.shape
-
-    architecture_of(config).build_params(config, note)
+    build = architecture_of(config).build_params
+    build(config, lambda leaf: shapes.setdefault(leaf.key, leaf.shape))
     return MappingProxyType(shapes)
 
 

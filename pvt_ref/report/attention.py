@@ -22,6 +22,8 @@ def attention_maps(
 ) -> dict[tuple[int, int], Array]:
     """Where every query looks, in every block of the stages named: A of paper eq. 4.
 
+    Raises: PVTError as :func:`pvt_ref.forward`; a RangeError also if a stage is not one.
+
     Args:
         params: as for :func:`pvt_ref.forward`; they may lack a classifier.
         images: (B, in_chans, H, W) normalised floats.
@@ -34,9 +36,6 @@ def attention_maps(
         params' dtype, rows summing to 1. Stages count from 1, blocks from 0, as in the keys of the
         weights. Keys are the m_i tokens after spatial reduction, in raster order. The last stage of
         a classifier has the cls token as query and key 0.
-
-    Raises:
-        PVTError: as :func:`pvt_ref.forward`; a RangeError also if a stage is not a number of one.
     """
     row = architecture_of(config)
     count = len(config.channels)

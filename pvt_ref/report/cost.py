@@ -26,9 +26,9 @@ from pvt_ref.errors import ConfigError, RangeError, shown
 from pvt_ref.layers.attention import attention
 from pvt_ref.layers.linear import linear
 from pvt_ref.layers.position import position
-from pvt_ref.models.architecture import Architecture, Place, architecture_of, param_shapes
+from pvt_ref.models.architecture import Place, architecture_of, param_shapes
 from pvt_ref.ops import REFERENCE, Call, Operation, Ops
-from pvt_ref.report.items import Items
+from pvt_ref.report.items import watch_items
 from pvt_ref.report.shapes import ShapeArray, Shapes
 from pvt_ref.tree import branches, map_arrays, to_device
 
@@ -37,62 +37,42 @@ from pvt_ref.tree import branches, map_arrays, to_device
 class CostItem:
     """One operation of one stage, all its repetitions together.
 
-    Attributes:
-        stage: from 1; 0 is the classifier.
-        operation: named like the weights: ``"patch_embed"``, ``"attn.q"``, ``"mlp.fc1"`` and so on.
-        repeats: blocks it occurs in.
-        parameters: numbers in its weights, over all repeats.
-        macs: multiply-accumulates, over all repeats and the whole batch.
-        peak_bytes: bytes of the arrays alive while it runs, image included, weights not.
-        cache_bytes: bytes that a backward needs of it, over all repeats, weights not included. What
-            several operations need counts for the first. Without dropout, which adds its masks.
+    What several operations keep for the backward counts for the first. Dropout would add its masks.
     """
 
-    stage: int
-    operation: str
-    repeats: int
-    parameters: int
-    macs: int
-    peak_bytes: int
-    cache_bytes: int
+    stage: int  # from 1; 0 is the classifier
+    operation: str  # named like the weights: "patch_embed", "attn.q", "mlp.fc1" and so on
+    repeats: int  # blocks it occurs in
+    parameters: int  # numbers in its weights, over all repeats
+    macs: int  # multiply-accumulates, over all repeats and the whole batch
+    peak_bytes: int  # of the arrays alive while it runs, image included, weights not
+    cache_bytes: int  # that a backward needs of it, over all repeats, weights not included
 
 
 @dataclass(frozen=True, slots=True)
 class StageShape:
-    """What a stage works on: its grid (H_i, W_i), C_i channels, n_i patch tokens and m_i keys.
-
-    keys are n_i / R_i^2 patch tokens; 0 without attention.
-    """
+    """What a stage works on."""
 
     stage: int
-    grid: Grid
-    channels: int
-    tokens: int
-    keys: int
+    grid: Grid  # (H_i, W_i)
+    channels: int  # C_i
+    tokens: int  # n_i, of patches
+    keys: int  # m_i = n_i / R_i^2, of patches; 0 without attention
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The whole bill.
+    """The whole bill."""
 
-    Attributes:
-        size: (H, W) of the image, in pixels.
-        batch: B.
-        dtype: of all arrays, ``"float32"`` or ``"float64"``.
-        stages: what each stage works on.
-        items: one for every operation of every stage.
-    """
-
-    size: Grid
-    batch: int
-    dtype: str
-    stages: tuple[StageShape, ...]
-    items: tuple[CostItem, ...]
+    size: Grid  # (H, W) of the image, in pixels
+    batch: int  # B
+    dtype: str  # of all arrays, "float32" or "float64"
+    stages: tuple[StageShape, ...]  # what each stage works on
+    items: tuple[CostItem, ...]  # one for every operation of every stage
 
     def __repr__(self) -> str:
-        height, width = self.size
         return (
-            f"Cost(image {height}x{width}, batch {self.batch}, {self.dtype}: "
+            f"Cost(image {self.size[0]}x{self.size[1]}, batch {self.batch}, {self.dtype}: "
             f"{self.parameters:,} parameters, {self.macs / 1e6:,.2f} MMACs, "
             f"{self.peak_bytes / 2**20:,.2f} MiB at most)"
         )
@@ -118,27 +98,20 @@ class Cost:
         return sum(item.cache_bytes for item in self.items)
 
     def of_stage(self, stage: int) -> "Cost":
-        """The bill of one stage.
+        """The bill of one stage. Raises: RangeError if the model has no such stage.
 
         Args:
             stage: from 1; 0 is the classifier.
 
         Returns:
             A bill with the items of that stage only.
-
-        Raises:
-            RangeError: if the model has no such stage.
         """
         known = sorted({item.stage for item in self.items})
         if not is_whole(stage) or stage not in known:
-            raise RangeError(
-                f"stage is {shown(stage)}; this bill has {known} (0 is the classifier)"
-            )
-        return replace(
-            self,
-            stages=tuple(s for s in self.stages if s.stage == stage),
-            items=tuple(item for item in self.items if item.stage == stage),
-        )
+            has = f"this bill has {known} (0 is the classifier)"
+            raise RangeError(f"stage is {shown(stage)}; {has}")
+        stages = tuple(s for s in self.stages if s.stage == stage)
+        return replace(self, stages=stages, items=tuple(i for i in self.items if i.stage == stage))
 
 
 def count_cost(
@@ -167,7 +140,7 @@ def count_cost(
         RangeError: if another argument is none of the above.
         ConfigError: if the pyramid of a network without one is asked for.
     """
-    run = _checked_run(config, size, batch, dtype, pyramid)
+    run = _Run(config, size, batch, dtype, pyramid)
     bill = _Bill(run)
     kept: Counter[tuple[int, str]] = Counter()
     for place, amount in _kept_bytes(run, REFERENCE).items():
@@ -197,25 +170,29 @@ def cache_bytes(
     Arguments as for :func:`count_cost`; ops None takes the default table for NumPy arrays. A twin
     keeps what it likes: it runs once for every shape that it meets, on zeros, one block a stage.
     """
-    run = _checked_run(config, size, batch, dtype, pyramid)
+    run = _Run(config, size, batch, dtype, pyramid)
     table = default_ops(np.empty(0, dtype)) if ops is None else choose_ops(ops, None, run.row)
     return _kept_bytes(run, table)
 
 
-@dataclass(frozen=True, slots=True)
 class _Run:
-    """A forward on shapes."""
+    """A forward on shapes, of arguments that are checked."""
 
-    row: Architecture
-    config: Any
-    size: Grid
-    batch: int
-    dtype: str
-    pyramid: bool
-
-    @property
-    def grids(self) -> tuple[tuple[int, int], ...]:
-        return self.config.grids(*self.size)
+    def __init__(self, config: Any, size: Any, batch: Any, dtype: Any, pyramid: Any) -> None:
+        self.row, self.config = architecture_of(config), config
+        if not is_whole(batch) or batch < 1:
+            raise RangeError(f"batch is {shown(batch)}; it must be a whole number, 1 or more")
+        if not isinstance(dtype, str) or dtype not in FLOAT_DTYPES:
+            raise RangeError(f"dtype is {shown(dtype)}; it must be 'float32' or 'float64'")
+        if not isinstance(pyramid, bool | np.bool_):
+            raise RangeError(f"pyramid is {shown(pyramid)}; it must be True or False")
+        self.batch, self.dtype = int(batch), dtype
+        self.size = as_size(config.img_size if size is None else size)
+        self.grids = config.grids(*self.size)  # refuses sizes that would lose pixels
+        self.pyramid = bool(pyramid) or not config.has_classifier
+        if self.pyramid and self.row.forward_pyramid is None:
+            what = f"a {self.row.title} has one scale and no pyramid"
+            raise ConfigError(f"{what}; leave pyramid=False")
 
     def arrays(self, xp: Shapes) -> tuple[Any, ShapeArray]:
         """Weights and images; of these, the images count."""
@@ -227,22 +204,6 @@ class _Run:
     def forward(self, params: Any, images: ShapeArray, ops: Ops, keep: bool) -> Any:
         core: Any = self.row.forward_pyramid if self.pyramid else self.row.forward
         return core(params, images, self.config, ops, None, keep, None)
-
-
-def _checked_run(config: Any, size: Any, batch: Any, dtype: Any, pyramid: Any) -> _Run:
-    row = architecture_of(config)
-    if not is_whole(batch) or batch < 1:
-        raise RangeError(f"batch is {shown(batch)}; it must be a whole number, 1 or more")
-    if not isinstance(dtype, str) or dtype not in FLOAT_DTYPES:
-        raise RangeError(f"dtype is {shown(dtype)}; it must be 'float32' or 'float64'")
-    if not isinstance(pyramid, bool | np.bool_):
-        raise RangeError(f"pyramid is {shown(pyramid)}; it must be True or False")
-    height, width = as_size(config.img_size if size is None else size)
-    config.grids(height, width)  # refuses sizes that would lose pixels
-    pyramid = bool(pyramid) or not config.has_classifier
-    if pyramid and row.forward_pyramid is None:
-        raise ConfigError(f"a {row.title} has one scale and no pyramid; leave pyramid=False")
-    return _Run(row, config, (height, width), int(batch), dtype, pyramid)
 
 
 def _arrays(tree: Any) -> Iterator[Array]:
@@ -275,8 +236,8 @@ class _Bill:
         self._last = outside
         self._paid: set[Any] = set()  # memory of weights that were counted
         params, images = run.arrays(self._xp)
-        items = Items(run.row, REFERENCE, self._begin, self._end, self._inner)
-        run.forward(params, images, items.watched(params), False)
+        watched = watch_items(run.row, REFERENCE, params, self._begin, self._end, self._inner)
+        run.forward(params, images, watched, False)
         self._last.after = max(self._last.after, self._xp.peak)
         if run.config.has_classifier != run.pyramid:  # every weight serves
             every = sum(map(math.prod, param_shapes(run.config).values()))
@@ -332,17 +293,16 @@ def _kept_bytes(run: _Run, ops: Ops) -> dict[Place, int]:
         counted.update(new)
         kept[place] += sum(memory.bytes for memory in new)
 
-    results: dict[Any, Any] = {}
-    twins = {op: _stand_in(op, twin, ops, results) for op, twin in ops.twins.items()}
+    twins = {op: _stand_in(op, twin, ops) for op, twin in ops.twins.items()}
     table = Ops(parts=twins, name=ops.name)
-    run.forward(
-        params, images, Items(run.row, table, lambda place: None, end).watched(params), True
-    )
+    watched = watch_items(run.row, table, params, lambda place: None, end)
+    run.forward(params, images, watched, True)
     return {place: amount for place, amount in kept.items() if amount}
 
 
-def _stand_in(op: Operation, twin: Operation, ops: Ops, results: dict[Any, Any]) -> Operation:
+def _stand_in(op: Operation, twin: Operation, ops: Ops) -> Operation:
     """A twin for shapes: what the readable operation gives, and a cache as large as the twin's."""
+    measured: dict[Any, tuple[list[int], bool, int]] = {}  # by shapes and settings
 
     def real(x: ShapeArray) -> Array:
         zeros = np.zeros(x.shape, x.dtype)
@@ -374,10 +334,10 @@ def _stand_in(op: Operation, twin: Operation, ops: Ops, results: dict[Any, Any])
             replace(a, number=0, drop_path_rate=0.0) if isinstance(a, BlockSettings) else a
             for a in args
         ]
-        key = (op, *(a.shape for a in _arrays((p, x))), repr((alike, kwargs)))
-        if key not in results:
-            results[key] = measure(p, x, args, kwargs)
-        inputs, result, other = results[key]
+        key = (*(a.shape for a in _arrays((p, x))), repr((alike, kwargs)))
+        if key not in measured:
+            measured[key] = measure(p, x, args, kwargs)
+        inputs, result, other = measured[key]
         xp = y.memory.shapes
         held = [a for i, a in enumerate(_arrays(x)) if i in inputs]
         return y, (*held, *([y] if result else []), xp.empty((other,), np.uint8))

@@ -11,14 +11,11 @@ from pvt_ref.ops import REFERENCE, Call
 from pvt_ref.tree import first_array, named_arrays, named_records
 
 
-class _FoundError(Exception):
-    """Stops the forward at the first operation whose output is not finite."""
-
-
 def first_non_finite(
     tree: Any, images: Array | None = None, config: Any = None, rng: Source = None
 ) -> str:
     """A sentence on the first array that is NaN or infinite.
+    Raises: PVTError as :func:`pvt_ref.forward_with_cache`, if tree, images or config do not fit.
 
     Args:
         tree: weights, or (without the rest) gradients, of any network.
@@ -28,38 +25,36 @@ def first_non_finite(
 
     Returns:
         What was found, in the order weights, images, outputs from the first layer to the last.
-
-    Raises:
-        PVTError: as :func:`pvt_ref.forward_with_cache`, if tree, images or config do not fit.
     """
     check_params_type(tree)
     for key, x in named_arrays(tree):
-        if not _finite(x):
+        if not is_finite(x):
             return f"The first array that is not finite is {key}"
     if images is None or config is None:
         return "Every array is finite; their squares are too large to be added up"
     architecture_of(config)
     images = quietly(check_images, images, first_array(tree), config)
-    if not _finite(images):
+    if not is_finite(images):
         return "The images themselves are not finite"
-    keys = set(named_records(tree).values())
+    found: list[Call] = []
 
     def look(call: Call) -> None:
-        if not all(_finite(y) for _, y in named_arrays(call.result[0])):
-            where, _, inside = call.path.rpartition(".")
-            if call.path in keys:
-                raise _FoundError(f"{call.path} ({call.operation.name})")
-            raise _FoundError(f"the {inside} inside {where or 'the network'}")
+        if not found and not all(is_finite(y) for _, y in named_arrays(call.result[0])):
+            found.append(call)
 
     watched = REFERENCE.watched(look, params=tree)
     run = forward_with_cache if config.has_classifier else forward_pyramid_with_cache
-    try:
-        quietly(lambda: run(tree, images, config, rng, ops=watched))
-    except _FoundError as found:
-        return f"The first layer whose output is not finite is {found}"
-    return "Every layer's output is finite, so the loss itself overflowed"
+    quietly(lambda: run(tree, images, config, rng, ops=watched))
+    if not found:
+        return "Every layer's output is finite, so the loss itself overflowed"
+    path, name = found[0].path, found[0].operation.name
+    where, _, inside = path.rpartition(".")
+    known = path in named_records(tree).values()
+    layer = f"{path} ({name})" if known else f"the {inside} inside {where or 'the network'}"
+    return f"The first layer whose output is not finite is {layer}"
 
 
-def _finite(x: Array) -> bool:
+def is_finite(x: Array) -> bool:
+    """Whether an array holds neither NaN nor infinity."""
     xp = array_module(x)
     return bool(xp.all(xp.isfinite(x)))

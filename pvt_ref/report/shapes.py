@@ -101,13 +101,9 @@ class Shapes:
         self.alive = self.peak = 0
 
     def empty(self, shape: Shape, dtype: Any = float64, device: None = None) -> ShapeArray:
-        dtype, strides = np.dtype(dtype), []
-        size = 1
-        for n in reversed(shape):
-            strides.append(size)
-            size *= n
-        memory = _Memory(self, size * dtype.itemsize)
-        return ShapeArray(tuple(shape), tuple(reversed(strides)), dtype, memory)
+        dtype, size = np.dtype(dtype), math.prod(shape)
+        strides = tuple(math.prod(shape[i:]) for i in range(1, len(shape) + 1))
+        return ShapeArray(tuple(shape), strides, dtype, _Memory(self, size * dtype.itemsize))
 
     zeros = empty
 
@@ -127,9 +123,7 @@ class Shapes:
 
     def elementwise(self, *operands: Any) -> ShapeArray:
         arrays = [x for x in operands if isinstance(x, ShapeArray)]
-        dtype = arrays[0].dtype
-        for x in arrays[1:]:
-            dtype = dtype if x.dtype == dtype else np.result_type(dtype, x.dtype)
+        dtype = np.result_type(*(x.dtype for x in arrays))
         return self.empty(_broadcast(*(x.shape for x in arrays)), dtype)
 
     exp = sqrt = erf = elementwise

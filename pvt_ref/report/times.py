@@ -13,7 +13,7 @@ from pvt_ref.checks import is_whole
 from pvt_ref.errors import RangeError, shown
 from pvt_ref.models.architecture import Place, architecture_of
 from pvt_ref.ops import Call, Ops
-from pvt_ref.report.items import Items
+from pvt_ref.report.items import watch_items
 
 
 def time_stages(
@@ -55,7 +55,7 @@ def time_operations(
     def end(place: Place, call: Call) -> None:
         passes[-1][place.stage, place.part] += _now(images) - begun  # type: ignore[assignment]
 
-    watched = Items(row, table, begin, end).watched(params)
+    watched = watch_items(row, table, params, begin, end)
     for _ in range(repeats + 1):
         passes.append(Counter())
         run(watched)

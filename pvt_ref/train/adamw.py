@@ -25,21 +25,13 @@ from pvt_ref.tree import map_arrays, map_named, record, zeros_like
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdamW:
-    """The constants of the method. Raises: RangeError if a number is outside its range.
+    """The constants of the method. Raises: RangeError if a number is outside its range."""
 
-    Attributes:
-        beta1: how slowly the running mean forgets, in [0, 1).
-        beta2: how slowly the running mean square forgets, in [0, 1).
-        eps: keeps the quotient finite where no gradient has been, above 0.
-        weight_decay: lambda, at least 0. In effect it is lr times this.
-        decay_positions: whether position embeddings are decayed, as the authors' code does.
-    """
-
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.05
-    decay_positions: bool = False
+    beta1: float = 0.9  # how slowly the running mean forgets, in [0, 1)
+    beta2: float = 0.999  # how slowly the running mean square forgets, in [0, 1)
+    eps: float = 1e-8  # keeps the quotient finite where no gradient has been, above 0
+    weight_decay: float = 0.05  # lambda, at least 0. In effect it is lr times this
+    decay_positions: bool = False  # True decays position embeddings, as the authors' code does
 
     def __post_init__(self) -> None:
         for name in ("beta1", "beta2"):
@@ -51,17 +43,11 @@ class AdamW:
 
 @record
 class AdamWState:
-    """What the method remembers from step to step.
+    """What the method remembers from step to step; m and v have the shapes of the weights."""
 
-    Attributes:
-        t: steps done.
-        m: running mean of the gradients, in the shapes of the weights.
-        v: running mean of their squares, in the shapes of the weights.
-    """
-
-    t: int
-    m: Any
-    v: Any
+    t: int  # steps done
+    m: Any  # running mean of the gradients
+    v: Any  # running mean of their squares
 
 
 def adamw_init(params: Any) -> AdamWState:
@@ -102,6 +88,8 @@ def adamw_step(
     params: Any, grads: Any, state: AdamWState, lr: float, settings: AdamW
 ) -> tuple[Any, AdamWState]:
     """One step, by the equations in the head of this file. What is passed in stays as it was.
+    Raises: RangeError if lr or state.t is no number of at least 0; ArrayTypeError or ShapeError if
+    two trees differ in type, dtype, device, keys or shapes.
 
     Args:
         params: the weights, NumPy or CuPy.
@@ -112,10 +100,6 @@ def adamw_step(
 
     Returns:
         The new weights and the new state, of the same shapes and dtypes, in new memory.
-
-    Raises:
-        RangeError: if lr or state.t is no number of at least 0.
-        ArrayTypeError, ShapeError: if two trees differ in type, dtype, device, keys or shapes.
     """
     check_type("state", state, AdamWState, "from adamw_init or the step before")
     check_type("settings", settings, AdamW)
@@ -126,10 +110,8 @@ def adamw_step(
     b1, b2 = settings.beta1, settings.beta2
     t = state.t + 1
     bias_1, bias_2 = 1 - b1**t, 1 - b2**t
-    positions = settings.decay_positions
-    rates = map_named(
-        lambda key, w: lr * settings.weight_decay * is_decayed(key, w, positions), params
-    )
+    decay, positions = lr * settings.weight_decay, settings.decay_positions
+    rates = map_named(lambda key, w: decay * is_decayed(key, w, positions), params)
 
     def new_w(w: Array, m: Array, v: Array, rate: float) -> Array:
         # lr m^ / (sqrt(v^) + eps), with the two corrections drawn out of the arrays

@@ -31,9 +31,8 @@ def check_path(name: str, value: object) -> Path:
 def check_record(name: str, tree: object) -> None:
     """Refuses what is no record of arrays. Raises: ArrayTypeError."""
     if next(named_arrays(tree), None) is None:
-        raise ArrayTypeError(
-            f"{name} is a {type(tree).__name__}; it must be the parameters of a model, or a part"
-        )
+        kind = type(tree).__name__
+        raise ArrayTypeError(f"{name} is a {kind}; it must be parameters of a model, or a part")
 
 
 def check_alike(name: str, tree: object, params: Any) -> None:

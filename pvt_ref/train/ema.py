@@ -32,6 +32,8 @@ def ema_decay_of_step(step: int, decay: float) -> float:
 
 def ema_step(average: Any, params: Any, decay: float) -> Any:
     """The average after a step: ``decay * average + (1 - decay) * params``.
+    Raises: RangeError if decay is outside its range; ArrayTypeError or ShapeError if the two differ
+    in type, dtype, device, keys or shapes.
 
     Args:
         average: the average so far.
@@ -40,10 +42,6 @@ def ema_step(average: Any, params: Any, decay: float) -> Any:
 
     Returns:
         The new average, of the same shapes and dtypes; with decay 0, params itself.
-
-    Raises:
-        RangeError: if decay is outside its range.
-        ArrayTypeError, ShapeError: if the two differ in type, dtype, device, keys or shapes.
     """
     decay = check_number("decay", decay, least=0, below=1)
     check_alike("average", average, params)

@@ -32,13 +32,13 @@ def global_norm(grads: Any) -> float:
             raise ArrayTypeError(f"{key or 'grads'} has dtype {dtype_name(g)}; needed are floats")
         xp = array_module(g)
         wide = xp.astype(g, xp.float64)  # float32 squares could overflow, and sums would drift
-        square = xp.sum(wide * wide)
-        squares.append(square)
+        squares.append(xp.sum(wide * wide))
     return math.sqrt(float(sum(squares)))
 
 
 def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, float]:
     """All gradients by one factor, so that their common norm is at most max_norm.
+    Raises: RangeError if max_norm is no number above 0, ArrayTypeError as :func:`global_norm`.
 
     One factor for all keeps the direction of the step (Pascanu et al. 2013, arXiv 1211.5063,
     Algorithm 1): ``g <- g min(1, max_norm / (|g| + 1e-6))``.
@@ -50,10 +50,6 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, float]:
     Returns:
         The gradients, of the same shapes and dtypes, and their norm before clipping. grads itself
         if nothing was clipped, or the norm is not a number.
-
-    Raises:
-        RangeError: if max_norm is no number above 0.
-        ArrayTypeError: as :func:`global_norm`.
     """
     if not (isinstance(max_norm, float) and max_norm == math.inf):
         max_norm = check_number("max_norm", max_norm, above=0)
@@ -66,6 +62,8 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, float]:
 
 def add_gradients(total: Any, grads: Any, share: float) -> Any:
     """``total + share * grads``: gradient accumulation over parts of a batch.
+    Raises: RangeError if share is outside its range; ArrayTypeError or ShapeError if the two differ
+    in type, dtype, device, keys or shapes.
 
     The loss of a batch is the mean over its samples, so b samples out of B have the share b / B.
 
@@ -76,15 +74,10 @@ def add_gradients(total: Any, grads: Any, share: float) -> Any:
 
     Returns:
         The sum, of the same shapes and dtypes; grads itself if it is the whole batch.
-
-    Raises:
-        RangeError: if share is outside its range.
-        ArrayTypeError, ShapeError: if the two differ in type, dtype, device, keys or shapes.
     """
     share = check_number("share", share, above=0, most=1)
     check_record("grads", grads)
-    if total is not None:
-        check_alike("total", total, grads)
     if total is None:
         return grads if share == 1 else map_arrays(lambda g: g * share, grads)
+    check_alike("total", total, grads)
     return map_arrays(lambda a, g: a + share * g, total, grads)

@@ -34,11 +34,11 @@ class Interrupts:
         """Begins to note signals."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Ctrl-C first: then none falls in between
-            number = getattr(signal, name, None)  # SIGHUP is POSIX's
-            handler = None if number is None else signal.getsignal(number)
+        hangup = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # it is POSIX's
+        for number in (signal.SIGINT, signal.SIGTERM, *hangup):  # Ctrl-C first: none falls between
+            handler = signal.getsignal(number)
             # None is a handler from outside Python, which could not be put back
-            if number is not None and handler not in (None, signal.SIG_IGN):
+            if handler not in (None, signal.SIG_IGN):
                 self._before[number] = handler  # first: what is replaced can be put back
                 signal.signal(number, self._note)
 

@@ -79,11 +79,9 @@ class RunLock:
             what = "this process was forked from the one that trains here"
             raise TrainingError(f"{self.path.parent}: {what}: only that one goes on")
         if not self._is_at(self._fd):
-            raise TrainingError(
-                f"{self.path.parent}: the folder was moved, or another run has taken it: the "
-                f"{LOCK} of this one is not there any more. What was saved before is whole, "
-                f"wherever it is now: resume there"
-            )
+            what = f"the folder was moved, or another run has taken it: its own {LOCK} is gone"
+            saved = "What was saved before is whole, wherever it is now: resume there"
+            raise TrainingError(f"{self.path.parent}: {what}. {saved}")
 
     def release(self) -> None:
         """Gives the lock back, if this process has it. May be broken off and called again."""
@@ -124,9 +122,8 @@ class RunLock:
                 holder = re.match(r"process \d{1,10} on [\w.-]{1,64}", text)
             hint = f" ({holder[0]})" if holder else ""
             raise TrainingError(
-                f"{self.path.parent}: another training runs in this folder{hint}. Wait for "
-                f"its end, stop it, or name another folder. (There is no need to delete {LOCK}: a "
-                f"process that has ended locks nothing)"
+                f"{self.path.parent}: another training runs in this folder{hint}. Wait for its "
+                f"end, stop it, or name another. (Leave {LOCK}: an ended process locks nothing)"
             ) from error
 
     def _is_at(self, fd: int) -> bool:
@@ -140,10 +137,9 @@ class RunLock:
         return TrainingError(f"{what}, so it cannot be locked. Move it away")
 
     def _failed(self, error: OSError) -> TrainingError:
-        return TrainingError(
-            f"{self.path}: the folder of the run cannot be locked ({reason(error)}). Name one that "
-            f"may be written to, on a file system with locks, such as a local disk"
-        )
+        what = f"{self.path}: the folder of the run cannot be locked ({reason(error)})"
+        where = "that may be written to, on a file system with locks, such as a local disk"
+        return TrainingError(f"{what}. Name one {where}")
 
 
 #: Those whose file is open in this process. A child of fork is not their owner.

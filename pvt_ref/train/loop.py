@@ -24,7 +24,7 @@ from rich.console import Console
 from pvt_ref import errors
 from pvt_ref.api import default_ops, init_params
 from pvt_ref.app import Model
-from pvt_ref.arrays import array_module, dtype_name, quietly
+from pvt_ref.arrays import dtype_name, quietly
 from pvt_ref.checkpoint import load, save
 from pvt_ref.checks import check_flag, check_number, check_type
 from pvt_ref.data.info import ModelInfo
@@ -32,7 +32,7 @@ from pvt_ref.data.labelled import LabelledImages, evaluate
 from pvt_ref.draws import What, generator
 from pvt_ref.errors import PVTError, TrainingError, reason, shown
 from pvt_ref.kernels.cpu.threads import default_threads
-from pvt_ref.report.diagnosis import first_non_finite
+from pvt_ref.report.diagnosis import first_non_finite, is_finite
 from pvt_ref.train.checks import check_path
 from pvt_ref.train.interrupts import Interrupts
 from pvt_ref.train.lock import RunLock
@@ -55,17 +55,11 @@ METRICS, CURVES = "metrics.jsonl", "curves.png"
 
 @record
 class Run:
-    """What :func:`fit` leaves behind.
+    """What :func:`fit` leaves behind."""
 
-    Attributes:
-        state: after the last step that was done.
-        finished: whether all epochs are done; False if it was stopped.
-        folder: where its files are, an absolute path.
-    """
-
-    state: TrainState
-    finished: bool
-    folder: Path
+    state: TrainState  # after the last step that was done
+    finished: bool  # whether all epochs are done; False if it was stopped
+    folder: Path  # where its files are, an absolute path
 
 
 def fit(
@@ -157,10 +151,9 @@ def fit(
         else:
             there = [name for name in (STATE, BEST, METRICS) if os.path.lexists(job.place / name)]
             if there:
-                raise TrainingError(
-                    f"{job.place} holds a training already ({', '.join(there)}). Go on with it "
-                    f"(resume=True, on the command line --resume), or name another folder"
-                )
+                what = f"{job.place} holds a training already ({', '.join(there)})"
+                go_on = "Go on with it (resume=True, on the command line --resume)"
+                raise TrainingError(f"{what}. {go_on}, or name another folder")
             state = start_training(params, len(data), recipe.seed)
             _save(job, state, run)
         for orphan in job.place.glob(f".{'[0-9a-f]' * 16}.tmp"):  # killed while it was written
@@ -173,24 +166,21 @@ def fit(
         with Progress(console, last, state.step) as progress:
             while state.step < end and not interrupts:
                 state, report = interrupts.allow(train_step, state, data, config, recipe)
-                epoch, index = divmod(state.step, job.steps)
+                index = state.step % job.steps
                 progress.step(report, recipe.batch_size)
                 line = {"step": state.step, "epoch": state.step / job.steps, "lr": report.lr}
                 line |= {"images_per_second": round(progress.images_per_second, 1)}
                 if index == 0:
                     _check_weights(job, state, report.lr)
                     loss, accuracy = interrupts.allow(_measure, job, state, report.lr)
-                    if accuracy > state.best_accuracy:
-                        best = {"best_accuracy": accuracy, "best_epoch": epoch}
-                        digest = weights_sha256(state.average)
-                        state = dataclasses.replace(state, **best, best_sha256=digest)
-                    line |= _line_of_epoch(job, state, epoch, loss, accuracy)
+                    state, of_epoch = _end_of_epoch(job, state, loss, accuracy)
+                    line |= of_epoch
                     # the metrics come first: lines beyond what is saved are dropped on
                     # resuming, but a line that was never written would be missed for ever
                     job.lock.check()
                     metrics.write(line)
                     _save(job, state, run)
-                    if state.best_epoch == epoch:
+                    if state.best_epoch == line["epoch"]:
                         _save_best(job, state)
                     saved_at = time.monotonic()
                     _draw(job)
@@ -252,9 +242,8 @@ def _job(
     try:
         place = place.absolute()  # once, whatever the working directory is later
     except OSError as error:
-        raise TrainingError(
-            f"{place}: there is no working directory any more. Name the folder by its whole path"
-        ) from error
+        what = f"{place}: there is no working directory any more"
+        raise TrainingError(f"{what}. Name the folder by its whole path") from error
     info = dataclasses.replace(info or ModelInfo(), preprocessing=data.preprocessing)
     steps, lock = recipe.steps_per_epoch(len(data)), RunLock(place)
     return _Job(config, recipe, len(data), held_out, info, place, lock, steps, console)
@@ -279,21 +268,17 @@ def _make_folder(place: Path, resume: bool) -> None:
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TrainingError(
-            f"{place}: the folder of the run cannot be made ({reason(error)}). Name another"
-        ) from error
+        what = f"{place}: the folder of the run cannot be made ({reason(error)})"
+        raise TrainingError(f"{what}. Name another") from error
 
 
 def _check_resumed(job: _Job, state: TrainState) -> None:
     """Refuses a state that this run cannot have left, and best weights that are not its own."""
     done = (state.step - 1) % job.steps + 1 if state.step else 0  # steps of the epoch
     most_loss = done * float(np.finfo(dtype_name(first_array(state.params))).max)
-    for name, most in (
-        ("step", job.recipe.epochs * job.steps),
-        ("best_epoch", state.step // job.steps),
-        ("epoch_hits", done * job.recipe.batch_size),
-        ("epoch_loss", most_loss),
-    ):
+    at_most = {"step": job.recipe.epochs * job.steps, "best_epoch": state.step // job.steps}
+    at_most |= {"epoch_hits": done * job.recipe.batch_size, "epoch_loss": most_loss}
+    for name, most in at_most.items():
         if getattr(state, name) > most:
             raise _edited(job, f"{name} is {getattr(state, name)}, and can be {most} at most")
     if state.optimizer.t != state.step:
@@ -329,19 +314,18 @@ def _measure(job: _Job, state: TrainState, lr: float) -> tuple[float, float]:
     return loss, accuracy
 
 
-def _line_of_epoch(
-    job: _Job, state: TrainState, epoch: int, loss: float, accuracy: float
-) -> dict[str, float]:
+def _end_of_epoch(
+    job: _Job, state: TrainState, loss: float, accuracy: float
+) -> tuple[TrainState, dict[str, float]]:
+    """The state that knows whether the epoch did best, and the line of metrics."""
     steps, seen = job.steps, job.steps * job.recipe.batch_size
-    return {
-        "epoch": epoch,
-        "train_loss": state.epoch_loss / steps,
-        "train_accuracy": state.epoch_hits / seen,
-        "held_out_loss": loss,
-        "held_out_accuracy": accuracy,
-        "best_accuracy": state.best_accuracy,
-        "best_epoch": state.best_epoch,
-    }
+    line = {"epoch": state.step // steps, "train_loss": state.epoch_loss / steps}
+    line |= {"train_accuracy": state.epoch_hits / seen}
+    line |= {"held_out_loss": loss, "held_out_accuracy": accuracy}
+    if accuracy > state.best_accuracy:
+        best = {"best_accuracy": accuracy, "best_epoch": line["epoch"]}
+        state = dataclasses.replace(state, **best, best_sha256=weights_sha256(state.average))
+    return state, line | {"best_accuracy": state.best_accuracy, "best_epoch": state.best_epoch}
 
 
 def _save_best(job: _Job, state: TrainState) -> None:
@@ -349,17 +333,15 @@ def _save_best(job: _Job, state: TrainState) -> None:
 
     Should the process end in between, they are written again from its average.
     """
-    config, info = job.config, job.info
     job.lock.check()
-    save(job.place / BEST, Model(to_numpy(state.average), config, info=info))
+    save(job.place / BEST, Model(to_numpy(state.average), job.config, info=job.info))
 
 
 def _check_best(job: _Job, state: TrainState) -> None:
     if fault := _best_fault(job, state):
-        raise TrainingError(
-            f"{job.place / BEST} {fault}. Put back the file that belongs to {STATE} from a copy of "
-            f"the folder, or start anew in another: this run cannot make it again"
-        )
+        copy = f"Put back the file that belongs to {STATE} from a copy of the folder"
+        what = f"{job.place / BEST} {fault}. {copy}, or start anew in another"
+        raise TrainingError(f"{what}: this run cannot make it again")
 
 
 def _best_fault(job: _Job, state: TrainState) -> str:
@@ -387,8 +369,7 @@ def _best_fault(job: _Job, state: TrainState) -> str:
 def _check_weights(job: _Job, state: TrainState, lr: float) -> None:
     for prefix, tree in (("", state.params), ("average", state.average)):
         for key, w in named_arrays(tree, prefix):
-            xp = array_module(w)
-            if not bool(xp.all(xp.isfinite(w))):
+            if not is_finite(w):
                 culprit = f"The first array that is not finite is {key}"
                 raise diverged("the weights are not finite", state.step - 1, job.steps, lr, culprit)
 

@@ -18,20 +18,15 @@ from pvt_ref.train.checks import check_path
 from pvt_ref.train.step import TrainState
 
 _LONGEST = 2**16  # bytes of a line that are read; ours have some 400
-_PICTURES = (".png", ".svg", ".pdf")
 _AWAY = "or, to resume without what was written so far, move the file away"
 
 #: What a line says, and within which bounds. Lines of epochs have all of _EPOCH.
 _COUNT: dict[str, Any] = {"least": 1, "most": 2**53, "whole": True}
-_SHARE: dict[str, Any] = {"least": 0, "most": 1}
-_AT_LEAST_0: dict[str, Any] = {"least": 0}
-_LINE: dict[str, dict[str, Any]] = {"step": _COUNT, "loss": {}} | dict.fromkeys(
-    ("epoch", "lr", "images_per_second", "grad_norm"), _AT_LEAST_0
-)
-_EPOCH: dict[str, dict[str, Any]] = (
-    {"epoch": _COUNT, "best_epoch": _COUNT, "train_loss": {}, "held_out_loss": {}}
-    | dict.fromkeys(("train_accuracy", "held_out_accuracy", "best_accuracy"), _SHARE)
-)  # fmt: skip
+_FROM_0, _SHARE = {"least": 0}, {"least": 0, "most": 1}
+_LINE: dict[str, dict[str, Any]] = {"step": _COUNT, "loss": {}, "epoch": _FROM_0, "lr": _FROM_0}
+_LINE |= {"images_per_second": _FROM_0, "grad_norm": _FROM_0}
+_EPOCH = {"epoch": _COUNT, "best_epoch": _COUNT, "train_loss": {}, "held_out_loss": {}}
+_EPOCH |= {"train_accuracy": _SHARE, "held_out_accuracy": _SHARE, "best_accuracy": _SHARE}
 
 
 class Metrics:
@@ -63,30 +58,27 @@ class Metrics:
             raise self._failed(error) from error
 
     def _failed(self, error: OSError) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path}: the metrics could not be written ({reason(error)}). What was saved of "
-            f"the training is whole: make room, and resume"
-        )
+        what = f"{self.path}: the metrics could not be written ({reason(error)})"
+        advice = "What was saved of the training is whole: make room, and resume"
+        return CheckpointError(f"{what}. {advice}")
 
 
 def _check_run(path: Path, lines: list[dict[str, Any]], state: TrainState, steps: int) -> None:
     # a file may have been lost and begun anew; from there on no epoch is missing
     number, epoch = 0, -(-lines[0]["step"] // steps) if lines else 0
-    before: dict[str, Any] = {}
+    before, best = {}, (-1.0, 0)
     try:
         for line in lines:
             number += 1
+            of_epoch = "held_out_accuracy" in line
             if line.get("epoch", line["step"] / steps) != line["step"] / steps:
                 raise CheckpointError(f"epoch is {line['epoch']} at step {line['step']}")
-            if line["step"] > epoch * steps or (line["step"] == epoch * steps) != (
-                "held_out_accuracy" in line
-            ):
+            if line["step"] > epoch * steps or (line["step"] == epoch * steps) != of_epoch:
                 raise CheckpointError(f"the line of epoch {epoch} is missing")
-            if "held_out_accuracy" in line:
+            if of_epoch:
                 found = (line["best_accuracy"], line["best_epoch"])
-                best = found if line["epoch"] > 1 else (-1.0, 0)  # before the first line: unknown
-                if before:
-                    best = (before["best_accuracy"], before["best_epoch"])
+                if not before:  # what was best before the first line is unknown
+                    best = found if line["epoch"] > 1 else (-1.0, 0)
                 if line["held_out_accuracy"] > best[0]:
                     best = (line["held_out_accuracy"], line["epoch"])
                 if found != best:
@@ -129,25 +121,21 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
     path = check_path("path", path)
     lines: list[dict[str, Any]] = []
-    number = last = 0
     try:
         with _open_file(path, os.O_RDONLY, "rb") as file:
             while text := file.readline(_LONGEST + 1):
-                number += 1
                 try:
-                    line = _verified(text, last)
+                    lines.append(_verified(text, lines[-1]["step"] if lines else 0))
                 except CheckpointError:
                     if not text.endswith(b"\n") and len(text) <= _LONGEST:
                         break
                     raise
-                lines.append(line)
-                last = line["step"]
     except FileNotFoundError as error:
         raise MissingFileError(f"{path}: no such file. A run's is metrics.jsonl") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {reason(error)}") from error
     except PVTError as error:
-        what = f"{path}, line {number}: {error}. It was edited or damaged"
+        what = f"{path}, line {len(lines) + 1}: {error}. It was edited or damaged"
         raise CheckpointError(f"{what}. Mend the line, or delete it, {_AWAY}") from error
     return lines
 
@@ -199,7 +187,7 @@ def draw_curves(metrics: str | os.PathLike[str], picture: str | os.PathLike[str]
         TrainingError, ArrayTypeError: if picture ends in something else, or is no path.
     """
     target = check_path("picture", picture)
-    if target.suffix not in _PICTURES:
+    if target.suffix not in (".png", ".svg", ".pdf"):
         raise TrainingError(f"picture is {shown(str(target))}; it must end in .png, .svg or .pdf")
     from matplotlib import style
 

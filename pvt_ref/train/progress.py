@@ -42,12 +42,10 @@ class Progress:
     def __init__(self, console: Console | None, total: int, done: int) -> None:
         self.images_per_second = 0.0
         self._console = console
-        steps = ("step", progress.MofNCompleteColumn(), progress.BarColumn(bar_width=None))
-        times = (progress.TimeElapsedColumn(), "left", progress.TimeRemainingColumn())
         self._bar = progress.Progress(
-            *steps,
-            "{task.fields[text]}",
-            *times,
+            *("step", progress.MofNCompleteColumn(), progress.BarColumn(bar_width=None)),
+            *("{task.fields[text]}", progress.TimeElapsedColumn()),
+            *("left", progress.TimeRemainingColumn()),
             console=console or Console(quiet=True),
             disable=console is None or not console.is_terminal,
             speed_estimate_period=300,

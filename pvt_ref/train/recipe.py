@@ -15,48 +15,27 @@ class Recipe:
 
     (The rate of drop path belongs to the model's configuration, as dropout does.)
     Raises: RangeError if a number is outside its range.
-
-    Attributes:
-        epochs: passes through the data.
-        batch_size: samples a step. What is left over at the end of an epoch is left out of it.
-        accumulate: micro-batches of a batch, to save memory; mixup and drops are drawn by these.
-        lr: the learning rate at its peak.
-        lr_floor: the learning rate at the end.
-        warmup_epochs: epochs in which it rises; may be a fraction.
-        weight_decay: lambda of :class:`~pvt_ref.train.adamw.AdamW`, at least 0.
-        decay_positions: whether position embeddings are decayed too.
-        beta1: how slowly AdamW's running mean forgets, in [0, 1).
-        beta2: how slowly AdamW's running mean square forgets, in [0, 1).
-        clip_norm: largest norm of the gradients, or None.
-        label_smoothing: share of each target spread over all classes.
-        mixup_alpha: see :func:`pvt_ref.train.mixup`; 0 leaves it out.
-        crop_padding: pixels by which images are moved at most.
-        flip: whether images are mirrored at random. (Digits must not be.)
-        cutout: side of the square that is blanked, in pixels; 0 leaves it out.
-        ema_decay: how slowly the averaged weights forget; with 0 they are the last ones.
-        drop_path_ramp_epochs: epochs until config.drop_path_rate is reached.
-        seed: of all random numbers; see :mod:`pvt_ref.draws`.
     """
 
-    epochs: int
-    batch_size: int
-    accumulate: int = 1
-    lr: float = 1e-3
-    lr_floor: float = 1e-5
-    warmup_epochs: float = 1.0
-    weight_decay: float = 0.05
-    decay_positions: bool = False
-    beta1: float = 0.9
-    beta2: float = 0.999
-    clip_norm: float | None = 1.0
-    label_smoothing: float = 0.1
-    mixup_alpha: float = 0.0
-    crop_padding: int = 4
-    flip: bool = True
-    cutout: int = 0
-    ema_decay: float = 0.999
-    drop_path_ramp_epochs: int = 0
-    seed: int = 0
+    epochs: int  # passes through the data
+    batch_size: int  # samples a step. What is left over at the end of an epoch is left out of it
+    accumulate: int = 1  # micro-batches of a batch, to save memory; each draws its mixup and drops
+    lr: float = 1e-3  # the learning rate at its peak
+    lr_floor: float = 1e-5  # the learning rate at the end
+    warmup_epochs: float = 1.0  # epochs in which it rises; may be a fraction
+    weight_decay: float = 0.05  # lambda of AdamW, at least 0
+    decay_positions: bool = False  # whether position embeddings are decayed too
+    beta1: float = 0.9  # how slowly AdamW's running mean forgets, in [0, 1)
+    beta2: float = 0.999  # how slowly AdamW's running mean square forgets, in [0, 1)
+    clip_norm: float | None = 1.0  # largest norm of the gradients, or None
+    label_smoothing: float = 0.1  # share of each target spread over all classes
+    mixup_alpha: float = 0.0  # see pvt_ref.train.mixup; 0 leaves it out
+    crop_padding: int = 4  # pixels by which images are moved at most
+    flip: bool = True  # whether images are mirrored at random. (Digits must not be.)
+    cutout: int = 0  # side of the square that is blanked, in pixels; 0 leaves it out
+    ema_decay: float = 0.999  # how slowly the averaged weights forget; with 0 they are the last
+    drop_path_ramp_epochs: int = 0  # epochs until config.drop_path_rate is reached
+    seed: int = 0  # of all random numbers; see pvt_ref.draws
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
@@ -65,8 +44,7 @@ class Recipe:
             settle(self, name, least=0, whole=True)
         for name in ("crop_padding", "cutout"):  # more than any image has
             settle(self, name, least=0, most=2**15, whole=True)
-        for name in ("decay_positions", "flip"):
-            check_flag(name, getattr(self, name))
+        check_flag("flip", self.flip)
         settle(self, "lr", above=0)
         settle(self, "lr_floor", least=0, most=self.lr)
         settle(self, "warmup_epochs", least=0, most=self.epochs)
@@ -75,7 +53,7 @@ class Recipe:
         settle(self, "ema_decay", least=0, below=1)
         if self.clip_norm is not None:
             settle(self, "clip_norm", above=0)
-        for name in ("weight_decay", "beta1", "beta2"):  # their bounds are the optimiser's
+        for name in ("weight_decay", "beta1", "beta2"):  # checked by the optimiser, with the flag
             object.__setattr__(self, name, getattr(self.optimizer, name))
         if self.accumulate > self.batch_size:
             samples = f"{self.batch_size} samples"
@@ -89,16 +67,13 @@ class Recipe:
 
     def steps_per_epoch(self, samples: int) -> int:
         """Full batches in an epoch.
+        Raises: TrainingError if there is not even one, RangeError if samples is no whole number.
 
         Args:
             samples: how many there are to learn from.
 
         Returns:
             Steps, at least 1.
-
-        Raises:
-            TrainingError: if there is not even one.
-            RangeError: if samples is no whole number of at least 0.
         """
         samples = check_number("samples", samples, least=0, whole=True)
         if samples < self.batch_size:
@@ -108,6 +83,7 @@ class Recipe:
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of a step, by :func:`pvt_ref.train.warmup_cosine`.
+        Raises: RangeError if step is no whole number of at least 0, or steps_per_epoch of 1.
 
         Args:
             step: counted from 0 over all epochs.
@@ -115,9 +91,6 @@ class Recipe:
 
         Returns:
             A number from 0 to lr.
-
-        Raises:
-            RangeError: if step is no whole number of at least 0, or steps_per_epoch of at least 1.
         """
         steps_per_epoch = check_number("steps_per_epoch", steps_per_epoch, least=1, whole=True)
         total, warmup = self.epochs * steps_per_epoch, round(self.warmup_epochs * steps_per_epoch)

@@ -19,7 +19,7 @@ from pvt_ref.checkpoint.whole_file import write_whole
 from pvt_ref.data.info import ModelInfo
 from pvt_ref.data.labelled import LabelledImages
 from pvt_ref.errors import CheckpointError, PVTError, TrainingError, reason, shown
-from pvt_ref.models.architecture import architecture_of, check_params_type, config_to_dict
+from pvt_ref.models.architecture import architecture_of, config_to_dict
 from pvt_ref.train.adamw import AdamWState
 from pvt_ref.train.checks import check_path
 from pvt_ref.train.recipe import Recipe
@@ -136,15 +136,14 @@ def load_state_and_run(
     try:
         return _state(tensors, record, config, like), saved
     except PVTError as error:
-        raise CheckpointError(
-            f"{path}: no state that a training leaves, though it matches its SHA-256: {error}. It "
-            f"was edited, or written by another program. Put back a copy, {_ANEW}"
-        ) from error
+        what = f"{path}: no state that a training leaves, though it matches its SHA-256: {error}"
+        why = "It was edited, or written by another program"
+        raise CheckpointError(f"{what}. {why}. Put back a copy, {_ANEW}") from error
 
 
 def _record(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> dict[str, Any]:
-    text = metadata.get(TRAINING_KEY, "{}")
-    record = parse_json(text, f"its metadata entry {TRAINING_KEY!r}")
+    name = f"its metadata entry {TRAINING_KEY!r}"
+    record = parse_json(metadata.get(TRAINING_KEY, "{}"), name)
     if not isinstance(record, dict) or "format" not in record:
         raise CheckpointError("not the saved state of a training. It is damaged, or another kind")
     if record["format"] != FORMAT:
@@ -220,8 +219,7 @@ def describe_run(
 
 def weights_sha256(params: Any) -> str:
     """By which weights are known again, wherever they are: 64 hexadecimal digits."""
-    check_params_type(params)
-    return digest(to_state_dict(to_numpy(params)), "weights")
+    return digest(to_numpy(to_state_dict(params)), "weights")
 
 
 def different_fields(model: Model, config: Any, info: ModelInfo) -> str:

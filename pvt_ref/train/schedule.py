@@ -32,10 +32,9 @@ def warmup_cosine(
     Returns:
         The learning rate.
     """
-    steps = {"step": step, "total_steps": total_steps, "warmup_steps": warmup_steps}
-    step, total_steps, warmup_steps = (
-        check_number(name, value, least=0, whole=True) for name, value in steps.items()
-    )
+    step = check_number("step", step, least=0, whole=True)
+    total_steps = check_number("total_steps", total_steps, least=0, whole=True)
+    warmup_steps = check_number("warmup_steps", warmup_steps, least=0, whole=True)
     peak, floor = check_number("peak", peak, least=0), check_number("floor", floor, least=0)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -65,6 +64,7 @@ def drop_path_of_epoch(epoch: int, peak: float, ramp_epochs: int) -> float:
 
 def config_of_epoch(config: Any, epoch: int, ramp_epochs: int) -> Any:
     """config with the drop-path rates of an epoch (the authors' class: ``reset_drop_path``).
+    Raises: ArrayTypeError if config is no configuration, RangeError as :func:`drop_path_of_epoch`.
 
     Args:
         config: the model, with drop-path rates as they are at their peak.
@@ -73,10 +73,6 @@ def config_of_epoch(config: Any, epoch: int, ramp_epochs: int) -> Any:
 
     Returns:
         config with another drop_path_rate.
-
-    Raises:
-        ArrayTypeError: if config is no configuration.
-        RangeError: as :func:`drop_path_of_epoch`.
     """
     architecture_of(config)
     rate = drop_path_of_epoch(epoch, config.drop_path_rate, ramp_epochs)

@@ -36,54 +36,35 @@ BEST_SO_FAR = "first=pvt_ref.load('.../best.safetensors').params begins with the
 
 @record
 class TrainState:
-    """A training after ``step`` steps. No step changes one; it makes the next.
+    """A training after ``step`` steps. No step changes one; it makes the next."""
 
-    Attributes:
-        step: steps done.
-        params: the weights.
-        optimizer: what AdamW remembers.
-        average: exponential moving average of params, in the same shapes.
-        seed: of all random numbers.
-        samples: how many there are to learn from.
-        epoch_loss: sum of the losses over the steps of the epoch in progress.
-        epoch_hits: right answers among the samples of the epoch in progress.
-        best_accuracy: of the averaged weights, on the samples held out; -1 before the first epoch.
-        best_epoch: after how many epochs that was; 0 before the first.
-        best_sha256: of the averaged weights then, by which their file is known; "" before.
-    """
-
-    step: int
-    params: Any
+    step: int  # steps done
+    params: Any  # the weights
     optimizer: AdamWState
-    average: Any
-    seed: int
-    samples: int
-    epoch_loss: float = 0.0
-    epoch_hits: int = 0
-    best_accuracy: float = -1.0
-    best_epoch: int = 0
-    best_sha256: str = ""
+    average: Any  # exponential moving average of params, in the same shapes
+    seed: int  # of all random numbers
+    samples: int  # how many there are to learn from
+    epoch_loss: float = 0.0  # sum of the losses over the steps of the epoch in progress
+    epoch_hits: int = 0  # right answers among the samples of the epoch in progress
+    best_accuracy: float = -1.0  # of average, on the samples held out; -1 before the first epoch
+    best_epoch: int = 0  # after how many epochs that was; 0 before the first
+    best_sha256: str = ""  # of average then, by which its file is known; "" before
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What a step was like.
+    """What a step was like."""
 
-    Attributes:
-        loss: mean over the batch, label smoothing and mixup included.
-        hits: samples of the batch whose likeliest class was (mostly) theirs.
-        lr: the learning rate.
-        grad_norm: norm of all gradients, before clipping.
-    """
-
-    loss: float
-    hits: int
-    lr: float
-    grad_norm: float
+    loss: float  # mean over the batch, label smoothing and mixup included
+    hits: int  # samples of the batch whose likeliest class was (mostly) theirs
+    lr: float  # the learning rate
+    grad_norm: float  # norm of all gradients, before clipping
 
 
 def start_training(params: Any, samples: int, seed: int) -> TrainState:
     """The state before the first step.
+    Raises: ArrayTypeError if params is no record of parameters; RangeError if samples is no whole
+    number of at least 1, or seed of at least 0.
 
     Args:
         params: the first weights, NumPy or CuPy.
@@ -92,10 +73,6 @@ def start_training(params: Any, samples: int, seed: int) -> TrainState:
 
     Returns:
         A state with step 0, whose average is params itself.
-
-    Raises:
-        ArrayTypeError: if params is no record of parameters.
-        RangeError: if samples is no whole number of at least 1, or seed of at least 0.
     """
     check_params_type(params)
     samples = check_number("samples", samples, least=1, most=2**31, whole=True)

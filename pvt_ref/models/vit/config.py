@@ -28,29 +28,18 @@ class ViTStage(NamedTuple):
 class ViTConfig:
     """A columnar ViT (Dosovitskiy et al. 2021, arXiv 2010.11929); DeiT is the same network.
 
-    Attributes:
-        patch_size: P, in pixels.
-        embed_dim: C.
-        depth: blocks.
-        num_heads: N; must divide C.
-        mlp_ratio: E.
-        img_size: side in pixels of the square image that the position table is made for.
-        in_chans: channels of the image.
-        num_classes: outputs of the classifier.
-
-    Raises:
-        ConfigError: if a field is no positive whole number, the patch does not divide img_size, or
-            the heads do not divide the width.
+    Raises: ConfigError if a field is no positive whole number, the patch does not divide img_size,
+    or the heads do not divide the width.
     """
 
-    patch_size: int
-    embed_dim: int = 384
-    depth: int = 12
-    num_heads: int = 6
-    mlp_ratio: int = 4
-    img_size: int = 224
-    in_chans: int = 3
-    num_classes: int = 1000
+    patch_size: int  # P, in pixels
+    embed_dim: int = 384  # C
+    depth: int = 12  # blocks
+    num_heads: int = 6  # N; must divide C
+    mlp_ratio: int = 4  # E
+    img_size: int = 224  # side in pixels of the square image that the position table is made for
+    in_chans: int = 3  # channels of the image
+    num_classes: int = 1000  # outputs of the classifier
     norm_eps: ClassVar[float] = NORM_EPS
     drop_path_rate: ClassVar[float] = 0.0  # nothing is dropped
     has_classifier: ClassVar[bool] = True
@@ -59,18 +48,13 @@ class ViTConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             if not is_whole(value) or not 1 <= value < TOO_LARGE:
-                raise ConfigError(
-                    f"{field.name} is {shown(value)}; it must be a positive whole number below "
-                    f"2**31"
-                )
-        if self.img_size % self.patch_size:
-            raise ConfigError(
-                f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}"
-            )
-        if self.embed_dim % self.num_heads:
-            raise ConfigError(
-                f"num_heads {self.num_heads} does not divide embed_dim {self.embed_dim}"
-            )
+                need = "it must be a positive whole number below 2**31"
+                raise ConfigError(f"{field.name} is {shown(value)}; {need}")
+        P, C, N = self.patch_size, self.embed_dim, self.num_heads
+        if self.img_size % P:
+            raise ConfigError(f"img_size {self.img_size} is not a multiple of patch_size {P}")
+        if C % N:
+            raise ConfigError(f"num_heads {N} does not divide embed_dim {C}")
 
     @property
     def size_multiple(self) -> int:
@@ -105,6 +89,7 @@ class ViTConfig:
 
     def grids(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
         """The token grid of an image, as the only one of a tuple.
+        Raises: ShapeError if a border of the image would fall outside the last whole patch.
 
         Args:
             height: H, in pixels.
@@ -112,15 +97,11 @@ class ViTConfig:
 
         Returns:
             ((H / P, W / P),).
-
-        Raises:
-            ShapeError: if a border of the image would fall outside the last whole patch.
         """
         P = self.patch_size
         if height < 1 or width < 1 or height % P or width % P:
-            raise ShapeError(
-                f"image size {height}x{width} must be positive multiples of the patch size {P}"
-            )
+            need = f"positive multiples of the patch size {P}"
+            raise ShapeError(f"image size {height}x{width} must be {need}")
         return ((height // P, width // P),)
 
 

@@ -14,18 +14,14 @@ from pvt_ref.tree import record
 
 @record
 class ViTParams(Staged):
-    """The weights of a ViT, or their gradients.
+    """The weights of a ViT, or their gradients."""
 
-    cls_token is (1, 1, C), pos_embed (1, 1 + n, C), row 0 the cls token's; the projection
-    (C, C_0, P, P) has no norm, and head is (num_classes, C).
-    """
-
-    cls_token: Array
-    pos_embed: Array
-    patch_embed: PatchEmbedParams
+    cls_token: Array  # (1, 1, C)
+    pos_embed: Array  # (1, 1 + n, C), row 0 the cls token's
+    patch_embed: PatchEmbedParams  # a projection (C, C_0, P, P), and no norm
     blocks: tuple[BlockParams, ...]
     norm: LayerNormParams
-    head: LinearParams
+    head: LinearParams  # (num_classes, C)
 
     def _stage_fields(self, i: int) -> tuple[str, str, str]:
         return "patch_embed", "pos_embed", "blocks"
