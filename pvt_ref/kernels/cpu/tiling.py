@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from pvt_ref.kernels.cpu.threads import Scratch, default_threads, run_pieces
 from pvt_ref.ops import Operation
+from pvt_ref.tree import map_arrays
 
 #: Fewer columns of a matrix product are not worth another thread.
 _COLUMNS_WORTH_A_THREAD = 32
@@ -28,6 +29,16 @@ def cut(rows: slice, size: int) -> Iterator[slice]:
     parts = -(-length // size)
     for i in range(parts):
         yield slice(rows.start + length * i // parts, rows.start + length * (i + 1) // parts)
+
+
+def times(groups: slice, size: int) -> slice:
+    """The rows of consecutive groups (lines, images) of size rows each."""
+    return slice(groups.start * size, groups.stop * size)
+
+
+def rows_of(arrays: Any, rows: slice) -> Any:
+    """These rows of an array, or of all arrays of a record, as views; None of None."""
+    return map_arrays(lambda x: x[rows], arrays)
 
 
 def by_group(rows: slice, size: int) -> Iterator[tuple[int, slice, slice]]:
@@ -83,13 +94,11 @@ def elements_for(cache: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """Settings of the kernels.
+    """Settings of the kernels: threads and elements, as :func:`blocked_ops` takes them.
 
-    Attributes:
-        threads: at most so many; None for as many as NumPy's matrix products would use.
-        elements: numbers in the widest array of a tile of rows; a row wider than 1,024 counts as
-            1,024. Larger tiles leave the cache; smaller ones make slow matrix products, and threads
-            that wait for each other: they take turns at the interpreter between NumPy calls.
+    A row wider than 1,024 counts as 1,024. Larger tiles leave the cache; smaller ones make slow
+    matrix products, and threads that wait for each other: they take turns at the interpreter
+    between NumPy calls.
     """
 
     threads: int | None = None
@@ -130,13 +139,14 @@ class Tiling:
     def by_rows(self, work: Callable[..., Any], *arrays: Any, width: int | None = None) -> None:
         """work(*tiles, scratch) for all tiles of the rows of arrays; what it writes is contiguous.
 
-        The widest array of a tile has width numbers in a row; None takes the first array's.
+        Some may be records, or None. The widest array of a tile has width numbers in a row; None
+        takes the first array's.
         """
-        rows = [x.reshape(-1, x.shape[-1]) for x in arrays]
+        rows = map_arrays(lambda x: x.reshape(-1, x.shape[-1] if x.ndim else 1), arrays)
 
         def run(tiles: list[slice], scratch: Scratch) -> None:
             for tile in tiles:
-                work(*(x[tile] for x in rows), scratch)
+                work(*rows_of(rows, tile), scratch)
 
         count, own = rows[0].shape
         self.run(run, count, self.rows(width or own))
