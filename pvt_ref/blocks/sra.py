@@ -20,25 +20,21 @@ from pvt_ref.tree import record
 
 @dataclass(frozen=True, slots=True)
 class SRASettings:
-    """What the attention of a block is told beside its weights.
+    """What the attention of a block is told beside its weights."""
 
-    num_heads is N, which divides C; scale is 1 / sqrt(d) in the paper; norm_eps is that of the norm
-    in SR. Dropout is on the attention weights and on the result.
-    """
-
-    num_heads: int
-    scale: float
-    norm_eps: float
-    attn_drop_rate: float = 0.0
-    drop_rate: float = 0.0
+    num_heads: int  # N, which divides C
+    scale: float  # 1 / sqrt(d) in the paper
+    norm_eps: float  # of the norm in SR
+    attn_drop_rate: float = 0.0  # of the attention weights
+    drop_rate: float = 0.0  # of the result
 
 
 @record
 class SRAParams:
     """W^Q, W^K over W^V, W^O and the spatial reduction, or their gradients.
 
-    Rows 0 to C-1 of kv (2C, C) make K, the others V; q and kv may lack biases. The kernel sr
-    (C, C, R, R) and the norm after it are None if R = 1.
+    q and proj have weights (C, C), kv (2C, C): rows 0 to C-1 make K, the others V. q and kv may
+    lack biases. The kernel sr (C, C, R, R) and the norm after it are None if R = 1.
     """
 
     q: LinearParams

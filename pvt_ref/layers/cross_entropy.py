@@ -51,7 +51,7 @@ def cross_entropy(
         ignore_index: a label to leave out, such as 255 or -100; None leaves out none.
 
     Returns:
-        loss, a scalar array, and dlogits, in the logits' shape, both of the logits' dtype.
+        loss, a scalar array, and dlogits, in the logits' shape, both of their dtype.
 
     Raises:
         ArrayTypeError: if logits or targets are no arrays, of another dtype, or on two devices.

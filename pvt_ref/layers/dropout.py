@@ -17,10 +17,7 @@ from pvt_ref.tree import record
 
 @record
 class DropCache:
-    """The mask, True where x was kept, and the gain 1 / (1 - rate).
-
-    The mask has x's shape (dropout), or (B, 1, ..., 1) (drop path).
-    """
+    """The mask, True where x was kept, of x's shape or (B, 1, ..., 1); gain is 1 / (1 - rate)."""
 
     mask: Array
     gain: float

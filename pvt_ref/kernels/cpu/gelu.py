@@ -41,10 +41,7 @@ _AT_ONCE = 2**16
 
 
 def gelu_rows(
-    x: np.ndarray,
-    scratch: Scratch,
-    slope: np.ndarray | None = None,
-    bias: np.ndarray | None = None,
+    x: np.ndarray, scratch: Scratch, slope: np.ndarray | None = None, bias: np.ndarray | None = None
 ) -> None:
     """x (rows, width), plus bias (width,), becomes x Phi(x), and slope Phi(x) + x phi(x)."""
     for rows in cut(slice(0, len(x)), max(1, _AT_ONCE // x.shape[1])):

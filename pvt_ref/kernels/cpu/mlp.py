@@ -38,11 +38,7 @@ def empty_hidden(p: MLPParams, rows: int, dtype: np.dtype) -> HiddenCache:
 
 
 def mlp_rows(
-    p: MLPParams,
-    x: np.ndarray,
-    y: np.ndarray,
-    hidden: HiddenCache | None,
-    scratch: Scratch,
+    p: MLPParams, x: np.ndarray, y: np.ndarray, hidden: HiddenCache | None, scratch: Scratch
 ) -> None:
     """y (rows, C) becomes fc2(GELU(fc1(x))); hidden, if any, is filled."""
     if hidden is None:
