@@ -50,16 +50,14 @@ class Operation:
     absorbs: tuple["Operation", ...] = ()
 
     def __post_init__(self) -> None:
-        for way in ("forward", "backward"):
-            if not callable(getattr(self, way)):
+        for way, function in (("forward", self.forward), ("backward", self.backward)):
+            if not callable(function):
                 raise ArrayTypeError(
-                    f"{way} is a {type(getattr(self, way)).__name__}; an operation is made of two "
-                    f"functions: Operation(forward, backward)"
+                    f"{way} is a {type(function).__name__}; an operation is made of two functions: "
+                    f"Operation(forward, backward)"
                 )
-        good = isinstance(self.absorbs, tuple) and all(
-            isinstance(absorbed, Operation) for absorbed in self.absorbs
-        )
-        if not good:
+        absorbed = self.absorbs if isinstance(self.absorbs, tuple) else (None,)
+        if not all(isinstance(op, Operation) for op in absorbed):
             raise ArrayTypeError(
                 f"absorbs is {shown(self.absorbs)}; it must be a tuple of the readable operations "
                 f"that are computed inside: absorbs=(gelu, linear)"
@@ -80,24 +78,18 @@ class Operation:
 
 
 class Call(NamedTuple):
-    """What :meth:`Ops.watched` reports.
+    """What :meth:`Ops.watched` reports of an operation.
 
-    Attributes:
-        path: where: the key of the weights, ``"block1.0.attn.q"``; for an operation without
-            weights the path of the one that asked for it, and its name.
-        operation: the readable operation that was asked for.
-        way: ``"forward"`` or ``"backward"``.
-        args: all arguments, in order.
-        kwargs: those given by name.
-        result: what was returned; None in ``before``.
+    path is the key of its weights, ``"block1.0.attn.q"``; where it has none, the path of the
+    operation that asked for it, and its name.
     """
 
     path: str
-    operation: Operation
-    way: str
+    operation: Operation  # the readable one
+    way: str  # "forward" or "backward"
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    result: Any = None
+    result: Any = None  # None in ``before``
 
 
 class Ops:
@@ -149,9 +141,7 @@ class Ops:
         for op, twin in every.items():
             _check_pair(op, twin)
         for op in twins or {}:
-            absorbing = [
-                key.name for key, twin in every.items() if key != op and op in twin.absorbs
-            ]
+            absorbing = [k.name for k, t in every.items() if k != op and op in t.absorbs]
             if absorbing:
                 raise ConfigError(
                     f"this twin of {op.name} would have no effect: {', '.join(absorbing)} would "
@@ -220,12 +210,10 @@ class Ops:
 
         Raises:
             ArrayTypeError: if op or twin is no Operation.
-            ConfigError: if op is none that is ever asked for.
+            ConfigError: if op is none that is ever asked for, or twin absorbs one replaced before.
         """
         _check_pair(op, twin)
-        kept = {
-            key: other for key, other in self._twins.items() if op not in other.absorbs or key == op
-        }
+        kept = {k: t for k, t in self._twins.items() if op not in t.absorbs or k == op}
         # what the new twin absorbs, and was replaced before, would be ignored from now on
         ignored = [other.name for other in self.replaced if other in twin.absorbs and other != op]
         if ignored:
