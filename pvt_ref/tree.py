@@ -72,10 +72,8 @@ def map_arrays(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
         )
     names = _field_names(type(tree))
     if names is not None and not isinstance(tree, type):
-        values = {
-            name: map_arrays(f, getattr(tree, name), *(getattr(other, name) for other in others))
-            for name in names
-        }
+        trees = (tree, *others)
+        values = {name: map_arrays(f, *(getattr(t, name) for t in trees)) for name in names}
         return type(tree)(**values)
     if isinstance(tree, tuple | list):
         return type(tree)(map_arrays(f, *branch) for branch in zip(tree, *others, strict=True))
@@ -121,10 +119,9 @@ def zeros_like(tree: Any) -> Any:
 
 
 def short_repr(self: Any) -> str:
-    """What a record of arrays shows of itself: shapes and sums, not numbers.
+    """Shapes and sums, not numbers: ``LinearParams(weight (64, 3) float32, bias None)``.
 
-    ``LinearParams(weight (64, 3) float32, bias None)`` where all fields are arrays or plain values,
-    else ``BlockParams(49,984 numbers in 16 arrays, float32, numpy)``.
+    Of records of records ``BlockParams(49,984 numbers in 16 arrays, float32, numpy)``.
     """
     named = branches(self)
     name = type(self).__name__

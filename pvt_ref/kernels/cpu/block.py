@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from pvt_ref.arrays import Grid
 from pvt_ref.blocks.mlp import MLPParams, mlp
 from pvt_ref.blocks.sra import SRAParams, sra
 from pvt_ref.blocks.transformer import BlockParams, BlockSettings, block
@@ -77,8 +78,7 @@ class KeptCache:
     reduced: np.ndarray  # (B*m, C), SR(norm1(x)): keys and values are made of it
     kv: np.ndarray  # (B*m, 2C), keys beside values
     gains: tuple[np.ndarray | None, np.ndarray | None]  # drop path's, of attention and MLP
-    shape: tuple[int, int, int]  # (B, n, C)
-    grid: tuple[int, int]  # (H_i, W_i)
+    grid: Grid  # (H_i, W_i)
     settings: BlockSettings
 
 
@@ -92,7 +92,7 @@ class _Lines:
     R: int
 
     @classmethod
-    def of(cls, p: SRAParams, shape: tuple[int, int, int], grid: tuple[int, int]) -> "_Lines":
+    def of(cls, p: SRAParams, shape: tuple[int, ...], grid: Grid) -> "_Lines":
         B, n, _ = shape
         if p.sr is None:  # tokens are keys, the cls token too: a line is one token
             return cls(B * n, 1, 1, 1)
@@ -139,7 +139,7 @@ def block_forward(
     p: BlockParams,
     x: np.ndarray,
     ops: Ops,
-    grid: tuple[int, int],
+    grid: Grid,
     settings: BlockSettings,
     rng: np.random.Generator | None = None,
     keep: bool = True,
@@ -176,7 +176,6 @@ def block_forward(
             reduced=np.empty((B * m, C), x.dtype),
             kv=kv,
             gains=(gain1, gain2),
-            shape=x.shape,
             grid=grid,
             settings=settings,
         )
@@ -203,13 +202,10 @@ def block_forward(
         """y, norm1(x) so far, becomes the block's result."""
         for rows in tiles:
             x_rows, y_rows = tokens[rows], y[rows]
-            if kept is None:
-                q, heads = (scratch(name, *x_rows.shape, dtype=x.dtype) for name in ("q", "heads"))
-                normed, branch = heads, q  # free again by the time
-            else:
-                q, heads = kept.q[rows], kept.heads[rows]
-                normed = scratch("normed", *x_rows.shape, dtype=x.dtype)
-                branch = scratch("branch", *x_rows.shape, dtype=x.dtype)
+            normed = scratch("normed", *x_rows.shape, dtype=x.dtype)
+            branch = scratch("branch", *x_rows.shape, dtype=x.dtype)
+            # what is not kept is no longer needed when these are
+            q, heads = (branch, normed) if kept is None else (kept.q[rows], kept.heads[rows])
             # x = x + droppath(sra(norm1(x)))
             linear_rows(q_params, y_rows, q, scratch)
             q_heads, y_heads = _per_head(q, N), _per_head(heads, N)
@@ -239,11 +235,11 @@ def block_backward(
     """As :func:`pvt_ref.blocks.transformer.block_backward`."""
     if not isinstance(cache, KeptCache):
         return block.backward(p, cache, dy, ops)
-    (B, n, C), kv, reduction = cache.shape, cache.kv, cache.reduction
+    (B, n, C), kv, reduction = dy.shape, cache.kv, cache.reduction
     attn, (gain1, gain2) = cache.settings.attn, cache.gains
     N, dtype = attn.num_heads, dy.dtype
     dy_rows = np.ascontiguousarray(dy).reshape(-1, C)
-    lines = _Lines.of(p.attn, cache.shape, cache.grid)
+    lines = _Lines.of(p.attn, dy.shape, cache.grid)
     dx = np.empty_like(dy_rows)  # of what norm2 and its skip were given
     dq, dnormed1 = np.empty_like(dy_rows), np.empty_like(dy_rows)
     dproj = dx if gain1 is None else np.empty_like(dy_rows)
