@@ -109,8 +109,7 @@ class Ops:
 
     Raises:
         ArrayTypeError: if an argument is of another type.
-        ConfigError: if a key is no readable operation, or one of twins would be ignored, since
-            another absorbs it.
+        ConfigError: if a key is no readable operation, or another of twins absorbs it.
     """
 
     __slots__ = ("_twins", "_watch", "accepts", "name", "replaced", "settings")

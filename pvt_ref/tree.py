@@ -166,15 +166,13 @@ def to_device(tree: Any, device: str = "cuda") -> Any:
     Args:
         tree: as for :func:`to_numpy`; also a Model.
         device: ``"cuda"`` (the current CUDA device), ``"cuda:1"`` and so on, or ``"cpu"``. CuPy
-            computes on the current device: for another, use ``with cupy.cuda.Device(1):`` around
-            the calls.
+            computes on the current one: for another, put calls in ``with cupy.cuda.Device(1):``.
 
     Returns:
         The same structure with CuPy arrays, or with NumPy arrays for ``"cpu"``.
 
     Raises:
-        DeviceError: if there is no such device here; the message says what was found and what to
-            install.
+        DeviceError: if there is no such device here; it says what was found and what to install.
         ArrayTypeError: as :func:`to_numpy`.
     """
     if isinstance(device, str) and device == "cpu":

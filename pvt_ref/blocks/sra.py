@@ -71,17 +71,6 @@ def merge_heads(x: Array) -> Array:
     return xp.reshape(xp.permute_dims(x, (0, 2, 1, 3)), (B, n, N * d))  # (B, n, N*d)
 
 
-def _spatial_reduction(
-    p: SRAParams, x: Array, ops: Ops, grid: Grid, eps: float, keep: bool
-) -> tuple[Array, Any]:
-    """SR(x) = LN(Reshape(x, R) W^S), eq. 3: tokens x (B, n, C) on grid (H_i, W_i) to (B, m, C)."""
-    if p.sr is None or p.norm is None:  # R = 1: every token is a key
-        return x, None
-    xp = array_module(x)
-    token_map = xp.reshape(x, (x.shape[0], *grid, x.shape[-1]))  # (B, H_i, W_i, C)
-    return ops[patch_embed].forward(PatchEmbedParams(p.sr, p.norm), token_map, ops, eps, keep=keep)
-
-
 def sra_forward(
     p: SRAParams,
     x: Array,
@@ -111,7 +100,14 @@ def sra_forward(
     """
     C, N = x.shape[-1], settings.num_heads
     q, q_cache = ops[linear].forward(p.q, x, ops, keep=keep)  # (B, n, C)
-    reduced, sr_cache = _spatial_reduction(p, x, ops, grid, settings.norm_eps, keep)  # (B, m, C)
+    if p.sr is None or p.norm is None:  # R = 1: every token is a key
+        reduced, sr_cache = x, None
+    else:
+        reduction = PatchEmbedParams(p.sr, p.norm)
+        token_map = array_module(x).reshape(x, (x.shape[0], *grid, x.shape[-1]))  # (B, H_i, W_i, C)
+        reduced, sr_cache = ops[patch_embed].forward(
+            reduction, token_map, ops, settings.norm_eps, keep=keep
+        )  # (B, m, C)
     kv, kv_cache = ops[linear].forward(p.kv, reduced, ops, keep=keep)  # (B, m, 2C)
     k, v = split_heads(kv[..., :C], N), split_heads(kv[..., C:], N)  # (B, N, m, d) each
     heads, attention_cache = ops[attention].forward(

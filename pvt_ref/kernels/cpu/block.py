@@ -104,11 +104,6 @@ class _Lines:
         as_map = np.reshape(rows, (1, -1, self.keys * self.R, rows.shape[-1]), copy=False)
         return as_patches(as_map, projection)[0]
 
-    def run(self, tiling: Tiling, work: Any, C: int) -> list[Any]:
-        """work(tiles of lines, scratch), shared among threads."""
-        at_once = tiling.rows(C) // self.tokens or 1
-        return tiling.run(work, self.count, at_once, self.tokens)
-
 
 def _per_head(rows: np.ndarray, N: int) -> np.ndarray:
     """(rows, C) seen as (N, rows, d)."""
@@ -224,7 +219,7 @@ def block_forward(
     q_params, proj = for_many_rows(p.attn.q, B * n), for_many_rows(p.attn.proj, B * n)
     kv_params = for_many_rows(p.attn.kv, B * m)
     mlp_params = MLPParams(for_many_rows(p.mlp.fc1, B * n), for_many_rows(p.mlp.fc2, B * n))
-    lines.run(tiling, make_keys, C)
+    tiling.run_lines(make_keys, lines.count, lines.tokens, C)
     tiling.run(make_rows, B * n, tiling.rows(p.mlp.fc1.weight.shape[0]))
     return y.reshape(x.shape), kept
 
@@ -314,7 +309,7 @@ def block_backward(
             dnormed += dx[rows]  # branch + skip
         return sums
 
-    key_sums = lines.run(tiling, back_through_keys, C)
+    key_sums = tiling.run_lines(back_through_keys, lines.count, lines.tokens, C)
     biases = {name: add_up(row_sums, name, dtype) for name in ("fc1", "fc2", "proj", "q")}
     biases["kv"] = add_up(key_sums, "kv", dtype)
     layers = {  # by name: the gradient of the layer's result, its input, the norm of that

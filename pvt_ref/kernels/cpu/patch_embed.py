@@ -162,7 +162,7 @@ def patch_embed_forward(
             sources = [source[b, part] for b, part, _ in by_group(lines, h)]
             embed_rows(weights, sources, eps, y[rows], rows_of(embedded, rows), scratch)
 
-    tiling.run(work, B * h, tiling.rows(C_in * P * P) // w or 1, tokens=w)
+    tiling.run_lines(work, B * h, w, C_in * P * P)
     cache = None if embedded is None else PatchEmbedCache(embedded, weights, x.shape)
     return y.reshape(B, h * w, C_out), cache
 
@@ -192,7 +192,7 @@ def patch_embed_backward(
                 target[b, part] = dlines[within]
         return sums
 
-    pieces = tiling.run(work, B * h, tiling.rows(width) // w or 1, tokens=w)
+    pieces = tiling.run_lines(work, B * h, w, width)
     (dmatrix,) = weight_gradients([(dprojected, embedded.patches, None)], tiling)
     return dx, PatchEmbedParams(*embed_gradients(p.proj, weights, dmatrix, pieces))
 

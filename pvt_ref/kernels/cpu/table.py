@@ -25,9 +25,8 @@ def blocked_ops(threads: int | None = None, *, elements: int | None = None) -> O
     the last digits. Where there is dropout, the layers themselves are used.
 
     Args:
-        threads: at most so many; None for as many as NumPy's matrix products would use: the cores
-            available, unless ``OPENBLAS_NUM_THREADS``, ``OMP_NUM_THREADS`` or threadpoolctl says
-            otherwise.
+        threads: at most so many; None for as many as NumPy's matrix products would use: all cores,
+            or what ``OPENBLAS_NUM_THREADS``, ``OMP_NUM_THREADS`` or threadpoolctl says.
         elements: numbers in the widest array of a tile; None chooses them by the second-level cache
             of a core: 2^18, or, where it has less than 1 MiB, as many float32 as it holds (at least
             2^15). Results of other numbers differ by rounding.

@@ -53,11 +53,8 @@ def run_pieces(
     """work(piece, scratch) for every piece, on up to so many threads, the caller's among them.
 
     The results come in the order of the pieces; who computes which is left to chance. A single
-    piece gets the right to call on the threads.
-
-    Raises:
-        BaseException: what work raises, or an interrupt of the caller, once no thread is at work
-            any more.
+    piece gets the right to call on the threads. Raises what work raises, or an interrupt of the
+    caller, once no thread is at work any more.
     """
     call = _Call(work, pieces, threads)
     interrupt = None

@@ -46,13 +46,10 @@ def by_group(rows: slice, size: int) -> Iterator[tuple[int, slice, slice]]:
 
     Yields (group, rows within the group, rows counted from the start of the given ones).
     """
-    start = rows.start
-    while start < rows.stop:
-        group = start // size
-        stop = min(rows.stop, (group + 1) * size)
+    for group in range(rows.start // size, -(-rows.stop // size)):
+        start, stop = max(rows.start, group * size), min(rows.stop, (group + 1) * size)
         within = slice(start - group * size, stop - group * size)
         yield group, within, slice(start - rows.start, stop - rows.start)
-        start = stop
 
 
 def share_columns(work: Callable[[slice, Scratch], Any], width: int, scratch: Scratch) -> list[Any]:
@@ -97,8 +94,7 @@ class Tiling:
     """Settings of the kernels: threads and elements, as :func:`blocked_ops` takes them.
 
     A row wider than 1,024 counts as 1,024. Larger tiles leave the cache; smaller ones make slow
-    matrix products, and threads that wait for each other: they take turns at the interpreter
-    between NumPy calls.
+    matrix products, and threads that wait for their turn at the interpreter between NumPy calls.
     """
 
     threads: int | None = None
@@ -135,6 +131,12 @@ class Tiling:
         bounds = [count * i // pieces for i in range(pieces + 1)]
         tiles = [list(cut(slice(*ends), size)) for ends in pairwise(bounds)]
         return run_pieces(work, tiles, threads)
+
+    def run_lines(
+        self, work: Callable[[list[slice], Scratch], Any], count: int, tokens: int, width: int
+    ) -> list[Any]:
+        """As :meth:`run`, for lines of so many tokens; a token has width numbers."""
+        return self.run(work, count, self.rows(width) // tokens or 1, tokens)
 
     def by_rows(self, work: Callable[..., Any], *arrays: Any, width: int | None = None) -> None:
         """work(*tiles, scratch) for all tiles of the rows of arrays; what it writes is contiguous.
