@@ -15,10 +15,9 @@ where there are no weights. The cache holds all that backward needs. With ``keep
 Only arrays that an operation made are written to; its backward leaves the cache as it was.
 """
 
-import contextlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -36,8 +35,7 @@ class Operation:
     Operations are equal if their functions are, so they survive pickling and copying.
 
     Attributes:
-        forward: as in the head of this file; so is backward.
-        backward: its gradients.
+        forward: as in the head of this file, like backward.
         absorbs: the readable operations that it computes itself instead of asking the table, those
             inside them included. Empty for a readable operation.
 
@@ -99,7 +97,7 @@ class Ops:
         name: for messages.
         accepts: whether the twins compute on an array, a function of a module such as
             :func:`~pvt_ref.arrays.is_numpy`; None if they do on any.
-        settings: what the twins share, with a ``scope()`` for public calls; None if nothing.
+        settings: what the twins share, perhaps with a ``scope()`` for public calls, or None.
         replaced: the operations that :meth:`replace` was called for.
 
     Args:
@@ -225,7 +223,7 @@ class Ops:
 
     def scope(self) -> AbstractContextManager[Any]:
         """To be entered once around a public call: what the settings set up for its duration."""
-        return contextlib.nullcontext() if self.settings is None else self.settings.scope()
+        return getattr(self.settings, "scope", nullcontext)()
 
     def watched(
         self,

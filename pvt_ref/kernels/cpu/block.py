@@ -147,8 +147,8 @@ def block_forward(
         return block.forward(p, x, ops, grid, settings, rng, keep)
     B, n, C = x.shape
     N, eps = attn.num_heads, settings.norm_eps
-    gain1 = _draw_gain(x, settings.drop_path_rate, rng)
-    gain2 = _draw_gain(x, settings.drop_path_rate, rng)
+    rate = settings.drop_path_rate
+    gains = (_draw_gain(x, rate, rng), _draw_gain(x, rate, rng))
     tokens = np.ascontiguousarray(x).reshape(B * n, C)
     y = np.empty_like(tokens)
     lines = _Lines.of(p.attn, x.shape, grid)
@@ -160,21 +160,14 @@ def block_forward(
         reduction = projection(sr, sr_norm, B * m, tiling)
     kept, norm1, norm2, hidden, embedded = None, None, None, None, None
     if keep:
+        norm1, norm2 = (empty_layer_norm_cache(B * n, C, x.dtype) for _ in range(2))
+        q, heads, reduced = (np.empty((rows, C), x.dtype) for rows in (B * n, B * n, B * m))
+        hidden = empty_hidden(p.mlp, B * n, x.dtype)
+        if reduction is not None:
+            embedded = empty_embedded_cache(B * m, reduction)
         kept = KeptCache(
-            norm1=empty_layer_norm_cache(B * n, C, x.dtype),
-            q=np.empty_like(y),
-            heads=np.empty_like(y),
-            norm2=empty_layer_norm_cache(B * n, C, x.dtype),
-            hidden=empty_hidden(p.mlp, B * n, x.dtype),
-            reduction=reduction,
-            embedded=None if reduction is None else empty_embedded_cache(B * m, reduction),
-            reduced=np.empty((B * m, C), x.dtype),
-            kv=kv,
-            gains=(gain1, gain2),
-            grid=grid,
-            settings=settings,
+            norm1, q, heads, norm2, hidden, reduction, embedded, reduced, kv, gains, grid, settings
         )
-        norm1, norm2, hidden, embedded = kept.norm1, kept.norm2, kept.hidden, kept.embedded
 
     def make_keys(tiles: list[slice], scratch: Scratch) -> None:
         """y becomes norm1(x), and kv the keys and values made of SR(y)."""
@@ -208,12 +201,12 @@ def block_forward(
                 qkv = (q_heads[:, part], *_keys_and_values(kv[b], N))
                 attend_rows(qkv, attn.scale, y_heads[:, part], scratch, tiling)
             linear_rows(proj, heads, y_rows, scratch)
-            _scale_samples(y_rows, gain1, rows, n)
+            _scale_samples(y_rows, gains[0], rows, n)
             y_rows += x_rows
             # x = x + droppath(mlp(norm2(x)))
             layer_norm_rows(p.norm2, y_rows, eps, normed, rows_of(norm2, rows))
             mlp_rows(mlp_params, normed, branch, rows_of(hidden, rows), scratch)
-            _scale_samples(branch, gain2, rows, n)
+            _scale_samples(branch, gains[1], rows, n)
             y_rows += branch
 
     q_params, proj = for_many_rows(p.attn.q, B * n), for_many_rows(p.attn.proj, B * n)

@@ -42,8 +42,7 @@ def mlp_rows(
 ) -> None:
     """y (rows, C) becomes fc2(GELU(fc1(x))); hidden, if any, is filled."""
     if hidden is None:
-        wide = scratch("mlp.hidden", len(x), p.fc1.weight.shape[0], dtype=x.dtype)
-        slope = None
+        wide, slope = scratch("mlp.hidden", len(x), p.fc1.weight.shape[0], dtype=x.dtype), None
     else:
         wide, slope = hidden.y, hidden.slope
 

@@ -88,11 +88,7 @@ def embed_rows(
         patches = scratch("embed.patches", len(y), width, dtype=y.dtype)
     else:
         patches = cache.patches
-    lines = np.reshape(patches, (-1, *sources[0].shape[1:]), copy=False)
-    start = 0
-    for source in sources:
-        lines[start : start + len(source)] = source
-        start += len(source)
+    np.concatenate(sources, out=np.reshape(patches, (-1, *sources[0].shape[1:]), copy=False))
     linear_rows(projection.proj, patches, y, scratch)
     layer_norm_rows(projection.norm, y, eps, y, None if cache is None else cache.norm)
 

@@ -3,13 +3,12 @@
 import functools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pvt_ref.kernels.cpu.threads import Scratch, default_threads, run_pieces
+from pvt_ref.kernels.cpu.threads import Scratch, Work, default_threads, run_pieces
 from pvt_ref.ops import Operation
 from pvt_ref.tree import map_arrays
 
@@ -18,9 +17,6 @@ _COLUMNS_WORTH_A_THREAD = 32
 
 #: Where Linux describes the caches of the first core; the others have the same, or nearly.
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-
-#: The second-level cache of a core where the system does not tell its size.
-_USUAL_CACHE = 2**20
 
 
 def cut(rows: slice, size: int) -> Iterator[slice]:
@@ -52,7 +48,7 @@ def by_group(rows: slice, size: int) -> Iterator[tuple[int, slice, slice]]:
         yield group, within, slice(start - rows.start, stop - rows.start)
 
 
-def share_columns(work: Callable[[slice, Scratch], Any], width: int, scratch: Scratch) -> list[Any]:
+def share_columns(work: Work, width: int, scratch: Scratch) -> list[Any]:
     """work(columns, scratch) for columns that make up ``slice(0, width)``; its results, in order.
 
     On several threads only where the rows were too few to be shared.
@@ -76,8 +72,8 @@ def cache_size() -> int:
     try:
         size = os.sysconf("SC_LEVEL2_CACHE_SIZE")
     except (AttributeError, ValueError, OSError):  # no POSIX, or no such name
-        return _USUAL_CACHE
-    return size if size > 0 else _USUAL_CACHE
+        size = 0
+    return size if size > 0 else 2**20
 
 
 def elements_for(cache: int) -> int:
@@ -100,20 +96,11 @@ class Tiling:
     threads: int | None = None
     elements: int = 2**18
 
-    def scope(self) -> AbstractContextManager[None]:
-        """Nothing to set up: the number of BLAS threads is set around the work that is shared.
-
-        Readable and replaced operations keep the threads of their products.
-        """
-        return nullcontext()
-
     def rows(self, width: int) -> int:
         """How many rows a tile has, if its widest array has so many numbers in a row."""
         return max(1, self.elements // min(width, 1024))
 
-    def run(
-        self, work: Callable[[list[slice], Scratch], Any], count: int, size: int, tokens: int = 1
-    ) -> list[Any]:
+    def run(self, work: Work, count: int, size: int, tokens: int = 1) -> list[Any]:
         """work(tiles, scratch) for pieces that make up ``slice(0, count)``, on the threads.
 
         A piece comes as consecutive tiles of at most size rows. What is shared may be lines instead
@@ -132,9 +119,7 @@ class Tiling:
         tiles = [list(cut(slice(*ends), size)) for ends in pairwise(bounds)]
         return run_pieces(work, tiles, threads)
 
-    def run_lines(
-        self, work: Callable[[list[slice], Scratch], Any], count: int, tokens: int, width: int
-    ) -> list[Any]:
+    def run_lines(self, work: Work, count: int, tokens: int, width: int) -> list[Any]:
         """As :meth:`run`, for lines of so many tokens; a token has width numbers."""
         return self.run(work, count, self.rows(width) // tokens or 1, tokens)
 
@@ -150,8 +135,7 @@ class Tiling:
             for tile in tiles:
                 work(*rows_of(rows, tile), scratch)
 
-        count, own = rows[0].shape
-        self.run(run, count, self.rows(width or own))
+        self.run(run, len(rows[0]), self.rows(width or rows[0].shape[1]))
 
 
 @dataclass(frozen=True, slots=True)

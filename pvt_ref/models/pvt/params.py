@@ -41,9 +41,8 @@ class Staged:
         given = {name: gradient for name, gradient in others.items() if gradient is not None}
         for i, stage in enumerate(stages, start=1):
             given |= zip(self._stage_fields(i), stage, strict=True)
-        return type(self)(
-            **{n: given[n] if n in given else zeros_like(value) for n, value in branches(self)}
-        )
+        grads = {n: given[n] if n in given else zeros_like(w) for n, w in branches(self)}
+        return type(self)(**grads)
 
 
 @record
