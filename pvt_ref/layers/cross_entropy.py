@@ -98,9 +98,9 @@ def _check(logits: Array, smoothing: Any, reduction: Any, ignore_index: Any) -> 
     if dtype_name(logits) not in FLOAT_DTYPES:
         raise ArrayTypeError(f"logits have dtype {logits.dtype}; they must be float32 or float64")
     if logits.ndim not in (2, 4) or 0 in logits.shape:
-        given = tuple(logits.shape)
         raise ShapeError(
-            f"logits have shape {given}; they must be (B, K) or (B, K, H, W), not empty"
+            f"logits have shape {tuple(logits.shape)}; they must be (B, K), not empty, or maps "
+            f"(B, K, H, W)"
         )
     if not isinstance(smoothing, Real) or not 0 <= smoothing <= 1:  # type: ignore[operator]
         raise RangeError(f"label_smoothing is {shown(smoothing)}; it must be in [0, 1]")
