@@ -95,8 +95,7 @@ class Ops:
 
     Attributes:
         name: for messages.
-        accepts: whether the twins compute on an array, a function of a module such as
-            :func:`~pvt_ref.arrays.is_numpy`; None if they do on any.
+        accepts: whether the twins compute on an array, a module's function; None: on any.
         settings: what the twins share, perhaps with a ``scope()`` for public calls, or None.
         replaced: the operations that :meth:`replace` was called for.
 

@@ -54,7 +54,16 @@ def resize_positions(rows: Array, table_grid: Grid, grid: Grid) -> Array:
 
 
 def resize_positions_backward(drows: Array, table_grid: Grid, grid: Grid) -> Array:
-    """The transpose of :func:`resize_positions`: drows (H*W, C) become A_h^T dP A_w, (h*w, C)."""
+    """The transpose of :func:`resize_positions`: A_h^T dP A_w for every channel.
+
+    Args:
+        drows: dL/drows (H*W, C), in raster order over grid.
+        table_grid: (h, w) of the table.
+        grid: (H, W) that the table was resized to.
+
+    Returns:
+        (h*w, C) of drows' dtype; drows itself if the grids agree.
+    """
     if grid == table_grid:
         return drows
     A_h, A_w = _matrices(drows, table_grid, grid)

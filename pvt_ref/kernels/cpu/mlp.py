@@ -118,8 +118,7 @@ def mlp_backward(
     dhidden = np.empty_like(hidden.y)
     tiling.by_rows(partial(mlp_backward_rows, p), hidden.slope, dy, dhidden, dx)
     x_rows, dy_rows = (each.reshape(-1, dy.shape[-1]) for each in (cache.x, dy))
-    layers = [(dhidden, x_rows, None), (dy_rows, hidden.y, None)]
-    dW1, dW2 = weight_gradients(layers, tiling)
+    dW1, dW2 = weight_gradients([(dhidden, x_rows, None), (dy_rows, hidden.y, None)], tiling)
     dfc1 = LinearParams(dW1, bias_gradient(p.fc1, dhidden, ops))
     return dx, MLPParams(dfc1, LinearParams(dW2, bias_gradient(p.fc2, dy_rows, ops)))
 

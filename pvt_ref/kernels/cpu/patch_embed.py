@@ -84,8 +84,7 @@ def embed_rows(
     the patches one after the other.
     """
     if cache is None:
-        width = projection.proj.weight.shape[1]
-        patches = scratch("embed.patches", len(y), width, dtype=y.dtype)
+        patches = scratch("embed.patches", len(y), projection.proj.weight.shape[1], dtype=y.dtype)
     else:
         patches = cache.patches
     np.concatenate(sources, out=np.reshape(patches, (-1, *sources[0].shape[1:]), copy=False))

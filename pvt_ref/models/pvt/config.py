@@ -27,24 +27,21 @@ MAX_DEPTH = 1000
 
 @dataclass(frozen=True, slots=True)
 class StageConfig:
-    """What one stage needs to know, by the names of :class:`PVTConfig`, which makes it.
-
-    hidden_dim is E_i C_i; scale 1 / sqrt(C_i / N_i) or qk_scale; blocks what each block is told.
-    """
+    """What one stage needs to know, by the names of :class:`PVTConfig`, which makes it."""
 
     patch_size: int
     embed_dim: int
     num_heads: int
-    hidden_dim: int
+    hidden_dim: int  # E_i C_i
     depth: int
     sr_ratio: int
-    scale: float
+    scale: float  # 1 / sqrt(C_i / N_i), or qk_scale
     drop_rate: float
     attn_drop_rate: float
     drop_path_rates: tuple[float, ...]
     norm_eps: float
     projection_norm_eps: float
-    blocks: tuple[BlockSettings, ...]
+    blocks: tuple[BlockSettings, ...]  # what each block is told
 
 
 _COUNT = ("a whole number, 1 or more", lambda v: is_whole(v) and v >= 1, int)
