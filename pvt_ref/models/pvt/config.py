@@ -64,8 +64,8 @@ class PVTConfig:
     """A buildable PVT. Field names are those of the authors' constructor.
 
     Attributes:
-        img_size: side in pixels of the square image the position tables are made for. Images of
-            other sizes are welcome; the tables are then resized.
+        img_size: side in pixels of the square image that the position tables are made for. For
+            images of other sizes they are resized.
         in_chans: channels of the image.
         num_classes: outputs of the classifier. 0 makes a bare backbone for dense prediction:
             no cls token, no final norm, no head.

@@ -240,9 +240,11 @@ def backward_pyramid(
 ) -> tuple[Any, Array]:
     """Gradients of :func:`forward_pyramid`.
 
-    F_i is both an output and the input of stage i + 1, so two gradients meet in it: dL/dF_i, of
-    dmaps (B, C_i, H_i, W_i) each, and what comes back through that stage. What the maps do not use
-    gets zeros.
+    F_i is both an output and the input of stage i + 1, so two gradients meet in it: dL/dF_i and
+    what comes back through that stage. What the maps do not use gets zeros.
+
+    Args:
+        dmaps: dL/dF_1..dL/dF_4, (B, C_i, H_i, W_i) each; the others are as for :func:`backward`.
     """
     dstages: list[StageParams] = []
     dbelow = None  # dL/dF_i by way of stage i + 1
