@@ -114,7 +114,7 @@ def _check(logits: Array, smoothing: Any, reduction: Any, ignore_index: Any) -> 
 def _distribution(
     logits: Array, targets: Array, smoothing: float, ignore_index: int | None
 ) -> tuple[Array, int]:
-    """Smoothed targets (rows, K) for logits (B, K) or (B, K, H, W), and how many rows count."""
+    """Smoothed targets as (rows, K) for logits (B, K) or (B, K, H, W), and how many rows count."""
     shape, K = tuple(logits.shape), logits.shape[1]
     cells = (shape[0], *shape[2:])  # (B,) or (B, H, W)
     count = math.prod(cells)

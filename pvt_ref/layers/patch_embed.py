@@ -68,7 +68,7 @@ def kernel_to_matrix(weight: Array) -> Array:
 
 
 def matrix_to_kernel(matrix: Array, shape: tuple[int, ...]) -> Array:
-    """The inverse of kernel_to_matrix: matrix (C_out, P*P*C_in) to that shape."""
+    """The inverse of kernel_to_matrix, to the kernel's shape (C_out, C_in, P, P)."""
     xp = array_module(matrix)
     C_out, C_in, P, _ = shape
     kernel = xp.reshape(matrix, (C_out, P, P, C_in))  # (C_out, P, P, C_in)
