@@ -15,10 +15,9 @@ where there are no weights. The cache holds all that backward needs. With ``keep
 Only arrays that an operation made are written to; its backward leaves the cache as it was.
 """
 
-import contextlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -36,8 +35,7 @@ class Operation:
     Operations are equal if their functions are, so they survive pickling and copying.
 
     Attributes:
-        forward: as in the head of this file; so is backward.
-        backward: its gradients.
+        forward: as in the head of this file, like backward.
         absorbs: the readable operations that it computes itself instead of asking the table, those
             inside them included. Empty for a readable operation.
 
@@ -50,16 +48,14 @@ class Operation:
     absorbs: tuple["Operation", ...] = ()
 
     def __post_init__(self) -> None:
-        for way in ("forward", "backward"):
-            if not callable(getattr(self, way)):
+        for way, function in (("forward", self.forward), ("backward", self.backward)):
+            if not callable(function):
                 raise ArrayTypeError(
-                    f"{way} is a {type(getattr(self, way)).__name__}; an operation is made of two "
-                    f"functions: Operation(forward, backward)"
+                    f"{way} is a {type(function).__name__}; an operation is made of two functions: "
+                    f"Operation(forward, backward)"
                 )
-        good = isinstance(self.absorbs, tuple) and all(
-            isinstance(absorbed, Operation) for absorbed in self.absorbs
-        )
-        if not good:
+        absorbed = self.absorbs if isinstance(self.absorbs, tuple) else (None,)
+        if not all(isinstance(op, Operation) for op in absorbed):
             raise ArrayTypeError(
                 f"absorbs is {shown(self.absorbs)}; it must be a tuple of the readable operations "
                 f"that are computed inside: absorbs=(gelu, linear)"
@@ -80,24 +76,18 @@ class Operation:
 
 
 class Call(NamedTuple):
-    """What :meth:`Ops.watched` reports.
+    """What :meth:`Ops.watched` reports of an operation.
 
-    Attributes:
-        path: where: the key of the weights, ``"block1.0.attn.q"``; for an operation without
-            weights the path of the one that asked for it, and its name.
-        operation: the readable operation that was asked for.
-        way: ``"forward"`` or ``"backward"``.
-        args: all arguments, in order.
-        kwargs: those given by name.
-        result: what was returned; None in ``before``.
+    path is the key of its weights, ``"block1.0.attn.q"``; where it has none, the path of the
+    operation that asked for it, and its name.
     """
 
     path: str
-    operation: Operation
-    way: str
+    operation: Operation  # the readable one
+    way: str  # "forward" or "backward"
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    result: Any = None
+    result: Any = None  # None in ``before``
 
 
 class Ops:
@@ -105,9 +95,8 @@ class Ops:
 
     Attributes:
         name: for messages.
-        accepts: whether the twins compute on an array, a function of a module such as
-            :func:`~pvt_ref.arrays.is_numpy`; None if they do on any.
-        settings: what the twins share, with a ``scope()`` for public calls; None if nothing.
+        accepts: whether the twins compute on an array, a module's function; None: on any.
+        settings: what the twins share, perhaps with a ``scope()`` for public calls, or None.
         replaced: the operations that :meth:`replace` was called for.
 
     Args:
@@ -117,8 +106,7 @@ class Ops:
 
     Raises:
         ArrayTypeError: if an argument is of another type.
-        ConfigError: if a key is no readable operation, or one of twins would be ignored, since
-            another absorbs it.
+        ConfigError: if a key is no readable operation, or another of twins absorbs it.
     """
 
     __slots__ = ("_twins", "_watch", "accepts", "name", "replaced", "settings")
@@ -149,9 +137,7 @@ class Ops:
         for op, twin in every.items():
             _check_pair(op, twin)
         for op in twins or {}:
-            absorbing = [
-                key.name for key, twin in every.items() if key != op and op in twin.absorbs
-            ]
+            absorbing = [k.name for k, t in every.items() if k != op and op in t.absorbs]
             if absorbing:
                 raise ConfigError(
                     f"this twin of {op.name} would have no effect: {', '.join(absorbing)} would "
@@ -220,12 +206,10 @@ class Ops:
 
         Raises:
             ArrayTypeError: if op or twin is no Operation.
-            ConfigError: if op is none that is ever asked for.
+            ConfigError: if op is none that is ever asked for, or twin absorbs one replaced before.
         """
         _check_pair(op, twin)
-        kept = {
-            key: other for key, other in self._twins.items() if op not in other.absorbs or key == op
-        }
+        kept = {k: t for k, t in self._twins.items() if op not in t.absorbs or k == op}
         # what the new twin absorbs, and was replaced before, would be ignored from now on
         ignored = [other.name for other in self.replaced if other in twin.absorbs and other != op]
         if ignored:
@@ -238,7 +222,7 @@ class Ops:
 
     def scope(self) -> AbstractContextManager[Any]:
         """To be entered once around a public call: what the settings set up for its duration."""
-        return contextlib.nullcontext() if self.settings is None else self.settings.scope()
+        return getattr(self.settings, "scope", nullcontext)()
 
     def watched(
         self,

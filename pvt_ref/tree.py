@@ -122,10 +122,9 @@ def zeros_like(tree: Any) -> Any:
 
 
 def short_repr(self: Any) -> str:
-    """What a record of arrays shows of itself: shapes and sums, not numbers.
+    """Shapes and sums, not numbers: ``LinearParams(weight (64, 3) float32, bias None)``.
 
-    ``LinearParams(weight (64, 3) float32, bias None)`` where all fields are arrays or plain values,
-    else ``BlockParams(49,984 numbers in 16 arrays, float32, numpy)``.
+    Of records of records ``BlockParams(49,984 numbers in 16 arrays, float32, numpy)``.
     """
     named = branches(self)
     name = type(self).__name__
@@ -170,15 +169,13 @@ def to_device(tree: Any, device: str = "cuda") -> Any:
     Args:
         tree: as for :func:`to_numpy`; also a Model.
         device: ``"cuda"`` (the current CUDA device), ``"cuda:1"`` and so on, or ``"cpu"``. CuPy
-            computes on the current device: for another, use ``with cupy.cuda.Device(1):`` around
-            the calls.
+            computes on the current one: for another, put calls in ``with cupy.cuda.Device(1):``.
 
     Returns:
         The same structure with CuPy arrays, or with NumPy arrays for ``"cpu"``.
 
     Raises:
-        DeviceError: if there is no such device here; the message says what was found and what to
-            install.
+        DeviceError: if there is no such device here; it says what was found and what to install.
         ArrayTypeError: as :func:`to_numpy`.
     """
     if isinstance(device, str) and device == "cpu":

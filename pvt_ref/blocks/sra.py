@@ -20,25 +20,21 @@ from pvt_ref.tree import record
 
 @dataclass(frozen=True, slots=True)
 class SRASettings:
-    """What the attention of a block is told beside its weights.
+    """What the attention of a block is told beside its weights."""
 
-    num_heads is N, which divides C; scale is 1 / sqrt(d) in the paper; norm_eps is that of the norm
-    in SR. Dropout is on the attention weights and on the result.
-    """
-
-    num_heads: int
-    scale: float
-    norm_eps: float
-    attn_drop_rate: float = 0.0
-    drop_rate: float = 0.0
+    num_heads: int  # N, which divides C
+    scale: float  # 1 / sqrt(d) in the paper
+    norm_eps: float  # of the norm in SR
+    attn_drop_rate: float = 0.0  # of the attention weights
+    drop_rate: float = 0.0  # of the result
 
 
 @record
 class SRAParams:
     """W^Q, W^K over W^V, W^O and the spatial reduction, or their gradients.
 
-    Rows 0 to C-1 of kv (2C, C) make K, the others V; q and kv may lack biases. The kernel sr
-    (C, C, R, R) and the norm after it are None if R = 1.
+    q and proj have weights (C, C), kv (2C, C): rows 0 to C-1 make K, the others V. q and kv may
+    lack biases. The kernel sr (C, C, R, R) and the norm after it are None if R = 1.
     """
 
     q: LinearParams
@@ -75,23 +71,6 @@ def merge_heads(x: Array) -> Array:
     return xp.reshape(xp.permute_dims(x, (0, 2, 1, 3)), (B, n, N * d))  # (B, n, N*d)
 
 
-def _spatial_reduction(
-    p: SRAParams, x: Array, ops: Ops, grid: Grid, eps: float, keep: bool
-) -> tuple[Array, Any]:
-    """SR(x) = LN(Reshape(x, R) W^S), eq. 3: tokens x (B, n, C) on grid (H_i, W_i) to (B, m, C)."""
-    if p.sr is None or p.norm is None:  # R = 1: every token is a key
-        return x, None
-    xp = array_module(x)
-    token_map = xp.reshape(x, (x.shape[0], *grid, x.shape[-1]))  # (B, H_i, W_i, C)
-    return ops[patch_embed].forward(PatchEmbedParams(p.sr, p.norm), token_map, ops, eps, keep=keep)
-
-
-def _keys_and_values(kv: Array, N: int) -> tuple[Array, Array]:
-    """(B, m, 2C), all of K before all of V, to k and v of (B, N, m, d) each."""
-    C = kv.shape[-1] // 2
-    return split_heads(kv[..., :C], N), split_heads(kv[..., C:], N)
-
-
 def sra_forward(
     p: SRAParams,
     x: Array,
@@ -119,11 +98,18 @@ def sra_forward(
     Returns:
         y (B, n, C) of x's dtype, and the cache.
     """
-    N = settings.num_heads
+    C, N = x.shape[-1], settings.num_heads
     q, q_cache = ops[linear].forward(p.q, x, ops, keep=keep)  # (B, n, C)
-    reduced, sr_cache = _spatial_reduction(p, x, ops, grid, settings.norm_eps, keep)  # (B, m, C)
+    if p.sr is None or p.norm is None:  # R = 1: every token is a key
+        reduced, sr_cache = x, None
+    else:
+        reduction = PatchEmbedParams(p.sr, p.norm)
+        token_map = array_module(x).reshape(x, (x.shape[0], *grid, x.shape[-1]))  # (B, H_i, W_i, C)
+        reduced, sr_cache = ops[patch_embed].forward(
+            reduction, token_map, ops, settings.norm_eps, keep=keep
+        )  # (B, m, C)
     kv, kv_cache = ops[linear].forward(p.kv, reduced, ops, keep=keep)  # (B, m, 2C)
-    k, v = _keys_and_values(kv, N)  # (B, N, m, d) each
+    k, v = split_heads(kv[..., :C], N), split_heads(kv[..., C:], N)  # (B, N, m, d) each
     heads, attention_cache = ops[attention].forward(
         None, (split_heads(q, N), k, v), ops, settings.scale, settings.attn_drop_rate, rng, keep
     )  # (B, N, n, d)

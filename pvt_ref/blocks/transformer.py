@@ -18,25 +18,18 @@ from pvt_ref.tree import record
 
 @dataclass(frozen=True, slots=True)
 class BlockSettings:
-    """What a block is told beside its weights: norm_eps of both norms, and its rates of dropout.
+    """What a block is told beside its weights."""
 
-    number is its own in the network, from 0: it names the block's random draws.
-    """
-
-    norm_eps: float
+    norm_eps: float  # of both norms
     attn: SRASettings
-    drop_rate: float = 0.0
+    drop_rate: float = 0.0  # of the MLP
     drop_path_rate: float = 0.0
-    number: int = 0
+    number: int = 0  # its own in the network, from 0: it names the block's random draws
 
 
 @record
 class BlockParams:
-    """The weights of one block, or their gradients.
-
-    Of width C: the norms (C,), W^Q (C, C), W^K over W^V (2C, C), W^O (C, C), the spatial reduction
-    (C, C, R, R), fc1 (E*C, C) and fc2 (C, E*C).
-    """
+    """The weights of one block, or their gradients."""
 
     norm1: LayerNormParams
     attn: SRAParams

@@ -12,10 +12,7 @@ from pvt_ref.tree import record
 
 @record
 class AttentionCache:
-    """What :func:`attention_backward` needs: q, k and v, the forward's own, and the caches.
-
-    weights are the attention weights A (B, N, n, m) after dropout; drop is None if nothing was.
-    """
+    """The forward's own q, k and v, the weights A (B, N, n, m) after dropout, and the caches."""
 
     q: Array
     k: Array
@@ -23,7 +20,7 @@ class AttentionCache:
     scale: float
     weights: Array
     softmax: Any
-    drop: Any
+    drop: Any  # None if nothing was dropped
 
 
 def attention_weights(q: Array, k: Array, scale: float, ops: Ops) -> Array:

@@ -3,6 +3,7 @@
 Label smoothing is that of Szegedy et al. 2016 (arXiv 1512.00567, section 7).
 """
 
+import math
 from numbers import Real
 from typing import Any
 
@@ -51,7 +52,7 @@ def cross_entropy(
         ignore_index: a label to leave out, such as 255 or -100; None leaves out none.
 
     Returns:
-        loss, a scalar array, and dlogits, in the logits' shape, both of the logits' dtype.
+        loss, a scalar array, and dlogits, in the logits' shape, both of their dtype.
 
     Raises:
         ArrayTypeError: if logits or targets are no arrays, of another dtype, or on two devices.
@@ -61,8 +62,8 @@ def cross_entropy(
     """
     xp = array_module(logits)
     _check(logits, label_smoothing, reduction, ignore_index)
+    t, counted = _distribution(logits, targets, float(label_smoothing), ignore_index)
     shape, logits = logits.shape, _to_rows(logits)  # (rows, K), a row a sample
-    t, counted = _distribution(shape, logits, targets, float(label_smoothing), ignore_index)
     share = 1 / max(counted, 1) if reduction == "mean" else 1.0
     shifted = logits - xp.max(logits, axis=-1, keepdims=True)  # (rows, K)
     p = xp.exp(shifted)  # (rows, K), not yet divided by its sum
@@ -106,22 +107,17 @@ def _check(logits: Array, smoothing: Any, reduction: Any, ignore_index: Any) -> 
     if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
         raise RangeError(f"reduction is {shown(reduction)}; it must be 'mean' or 'sum'")
     if ignore_index is not None and not is_whole(ignore_index):
-        raise RangeError(
-            f"ignore_index is {shown(ignore_index)}; it must be a whole number or None"
-        )
+        given = shown(ignore_index)
+        raise RangeError(f"ignore_index is {given}; it must be a whole number or None")
 
 
 def _distribution(
-    shape: tuple[int, ...],
-    logits: Array,
-    targets: Array,
-    smoothing: float,
-    ignore_index: int | None,
+    logits: Array, targets: Array, smoothing: float, ignore_index: int | None
 ) -> tuple[Array, int]:
-    """Smoothed targets as (rows, K) for a shape (B, K) or (B, K, H, W), and how many rows count."""
-    shape = tuple(shape)
+    """Smoothed targets as (rows, K) for logits (B, K) or (B, K, H, W), and how many rows count."""
+    shape, K = tuple(logits.shape), logits.shape[1]
     cells = (shape[0], *shape[2:])  # (B,) or (B, H, W)
-    count, K = logits.shape
+    count = math.prod(cells)
     if not is_array(targets):
         raise ArrayTypeError(
             f"targets are a {type(targets).__name__}; they must be an array: (B,) integer labels "
@@ -172,8 +168,8 @@ def _distribution(
             f"(ignore_index)?"
         )
     labels = xp.astype(labels, xp.int64)
-    t = xp.astype(labels == from_host(np.arange(K), like=logits), logits.dtype)  # one-hot
-    t = _smooth(t, smoothing)
+    one_hot = xp.astype(labels == from_host(np.arange(K), like=logits), logits.dtype)  # (rows, K)
+    t = _smooth(one_hot, smoothing)
     if ignored is not None:
         t = xp.where(ignored, xp.zeros_like(t), t)
     return t, count

@@ -1,6 +1,5 @@
-"""Dropout (Srivastava et al. 2014) and drop path (stochastic depth, Huang et al. 2016).
-
-Dropout: Journal of Machine Learning Research 15, 1929-1958. Drop path: arXiv 1603.09382.
+"""Dropout (Srivastava et al. 2014, Journal of Machine Learning Research 15, 1929-1958) and
+drop path (stochastic depth, Huang et al. 2016, arXiv 1603.09382).
 
 Both multiply by a random mask of 0 and 1/(1 - rate), so that the expectation is the input. Masks
 are drawn on the host: one seed gives the same masks on every device and for every dtype. Without a
@@ -17,10 +16,7 @@ from pvt_ref.tree import record
 
 @record
 class DropCache:
-    """The mask, True where x was kept, and the gain 1 / (1 - rate).
-
-    The mask has x's shape (dropout), or (B, 1, ..., 1) (drop path).
-    """
+    """The mask, True where x was kept, of x's shape or (B, 1, ..., 1); gain is 1 / (1 - rate)."""
 
     mask: Array
     gain: float

@@ -32,13 +32,9 @@ class PatchEmbedCache:
 
 
 def patchify(x: Array, P: int) -> Array:
-    """Cuts a map into P x P patches, one flattened patch a row (paper section 3.2).
+    """Cuts a map x (B, H, W, C) into P x P patches, one flattened patch a row (section 3.2).
 
     In raster order; within a patch, rows, then columns, then channels. New memory.
-
-    Args:
-        x: (B, H, W, C), H and W multiples of P, of any dtype.
-        P: side of a patch.
     """
     xp = array_module(x)
     B, H, W, C = x.shape
@@ -51,12 +47,9 @@ def patchify(x: Array, P: int) -> Array:
 
 
 def unpatchify(patches: Array, P: int, grid: Grid) -> Array:
-    """Puts the patches back: the inverse of :func:`patchify` and, as a permutation, its transpose.
+    """Puts patches (B, h*w, P*P*C) back on their grid (h, w): the inverse of :func:`patchify`.
 
-    Args:
-        patches: (B, h*w, P*P*C), of any dtype.
-        P: side of a patch.
-        grid: (h, w), patches per column and row.
+    That is a permutation, so its inverse is also its transpose.
     """
     xp = array_module(patches)
     h, w = grid
@@ -68,23 +61,14 @@ def unpatchify(patches: Array, P: int, grid: Grid) -> Array:
 
 
 def kernel_to_matrix(weight: Array) -> Array:
-    """A kernel as the matrix (C_out, P*P*C_in), columns in the order of :func:`patchify`.
-
-    Args:
-        weight: (C_out, C_in, P, P).
-    """
+    """A kernel weight (C_out, C_in, P, P) as a matrix, columns in the order of patchify."""
     xp = array_module(weight)
     weight = xp.permute_dims(weight, (0, 2, 3, 1))  # (C_out, P, P, C_in)
     return xp.reshape(weight, (weight.shape[0], -1))  # (C_out, P*P*C_in)
 
 
 def matrix_to_kernel(matrix: Array, shape: tuple[int, ...]) -> Array:
-    """The inverse of :func:`kernel_to_matrix`.
-
-    Args:
-        matrix: (C_out, P*P*C_in).
-        shape: the kernel's, (C_out, C_in, P, P).
-    """
+    """The inverse of kernel_to_matrix, to the kernel's shape (C_out, C_in, P, P)."""
     xp = array_module(matrix)
     C_out, C_in, P, _ = shape
     kernel = xp.reshape(matrix, (C_out, P, P, C_in))  # (C_out, P, P, C_in)

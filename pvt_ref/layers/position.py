@@ -43,12 +43,10 @@ def resize_matrix(out_size: int, in_size: int) -> np.ndarray:
 
 
 def resize_positions(rows: Array, table_grid: Grid, grid: Grid) -> Array:
-    """A_h P A_w^T for every channel; rows itself if the grids agree.
+    """A_h P A_w^T for every channel, of rows (h*w, C); rows itself if the grids agree.
 
-    Args:
-        rows: (h*w, C), the table P without a cls row, in raster order over table_grid.
-        table_grid: (h, w).
-        grid: (H, W), the grid wanted.
+    The rows of the table P, without a cls row, are in raster order over table_grid (h, w), and
+    those of the result over grid (H, W).
     """
     if grid == table_grid:
         return rows
@@ -93,13 +91,9 @@ def _resize(rows: Array, old: Grid, new: Grid, A_h: np.ndarray, A_w: np.ndarray)
 
 
 def positions(p: Array, grid: Grid, table_grid: Grid, cls: bool) -> Array:
-    """What is added to the tokens of a grid (H, W): the cls row if wanted, and the resized table.
+    """What is added to the tokens of a grid (H, W), and with cls to the cls token before them.
 
-    Args:
-        p: the table, (1, h*w, C), or (1, 1 + h*w, C) with a cls row.
-        grid: (H, W).
-        table_grid: (h, w).
-        cls: whether the cls row is wanted; the table then must have it.
+    The table p (1, h*w, C), or (1, 1 + h*w, C) with a cls row, is resized from table_grid (h, w).
     """
     if cls and grid == table_grid:
         return p[0, :, :]
@@ -112,8 +106,8 @@ def position_forward(
 ) -> tuple[Array, PositionCache | None]:
     """x plus the (resized) table.
 
-    A table may have one row more than its grid: the first, which belongs to the cls token. It is
-    never resized. Tokens without a cls token (the dense pyramid) leave that row out.
+    A table may have one row more than its grid: the first, which belongs to the cls token and is
+    never resized. Tokens without a cls token (the dense pyramid) leave it out.
 
     Args:
         p: the table, (1, h*w, C), or (1, 1 + h*w, C) with a cls row.

@@ -6,6 +6,7 @@ Scores stand keys first, (N, m, queries), so that the softmax runs along a short
 many queries side by side.
 """
 
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ from pvt_ref.layers.dropout import dropout
 from pvt_ref.layers.softmax import softmax
 from pvt_ref.ops import Ops
 from pvt_ref.tree import record
+
+#: Queries (N, n, d), keys (N, m, d) and values (N, m, d) of an image, or of a batch, (B, ...) each.
+QKV = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _sum_over_keys(x: np.ndarray) -> np.ndarray:
@@ -43,40 +47,22 @@ def _queries(q: np.ndarray, k: np.ndarray, tiling: Tiling) -> list[slice]:
     return list(cut(slice(0, q.shape[1]), max(1, tiling.elements // row)))
 
 
-def attend_rows(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    scale: float,
-    y: np.ndarray,
-    scratch: Scratch,
-    tiling: Tiling,
-) -> None:
-    """y (N, queries, d) becomes Softmax(scale * q k^T) v (paper eq. 4), for queries of one image.
-
-    k and v are (N, m, d), those of the whole image.
-    """
+def attend_rows(qkv: QKV, scale: float, y: np.ndarray, scratch: Scratch, tiling: Tiling) -> None:
+    """y becomes Softmax(scale * q k^T) v (paper eq. 4), for some queries of an image, all keys."""
+    q, k, v = qkv
     for part in _queries(q, k, tiling):
         weights = _weights(q[:, part], k, scale, scratch)
         np.matmul(weights.transpose(0, 2, 1), v, out=y[:, part])
 
 
 def attend_backward_rows(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    scale: float,
-    dy: np.ndarray,
-    dq: np.ndarray,
-    dk: np.ndarray,
-    dv: np.ndarray,
-    scratch: Scratch,
-    tiling: Tiling,
+    qkv: QKV, scale: float, dy: np.ndarray, dqkv: QKV, scratch: Scratch, tiling: Tiling
 ) -> None:
-    """dq (N, queries, d) becomes the gradient; dk and dv (N, m, d) grow by what these queries add.
+    """dq becomes the gradient; dk and dv grow by what these queries add.
 
     The equations are those of :func:`pvt_ref.layers.attention.attention_backward`.
     """
+    (q, k, v), (dq, dk, dv) = qkv, dqkv
     for part in _queries(q, k, tiling):
         weights = _weights(q[:, part], k, scale, scratch)
         dv += np.matmul(weights, dy[:, part])
@@ -92,20 +78,15 @@ def attend_backward_rows(
 
 @record
 class AttentionCache:
-    """What the scores are made from again.
+    """What the scores are made from again: the forward's own arrays, and its factor."""
 
-    Attributes:
-        qkv: queries (B, N, n, d), keys (B, N, m, d) and values (B, N, m, d), the forward's own.
-        scale: the factor on the scores.
-    """
-
-    qkv: tuple[np.ndarray, np.ndarray, np.ndarray]
+    qkv: QKV
     scale: float
 
 
 def attention_forward(
     p: None,
-    x: tuple[np.ndarray, np.ndarray, np.ndarray],
+    x: QKV,
     ops: Ops,
     scale: float,
     drop_rate: float = 0.0,
@@ -127,7 +108,7 @@ def attention_forward(
     def work(tiles: list[slice], scratch: Scratch) -> None:
         for rows in tiles:
             for b, part, _ in by_group(rows, n):
-                attend_rows(q[b, :, part], k[b], v[b], scale, y[b, :, part], scratch, tiling)
+                attend_rows((q[b, :, part], k[b], v[b]), scale, y[b, :, part], scratch, tiling)
 
     tiling.run(work, B * n, tiling.rows(N * (d + k.shape[2])))
     return y, AttentionCache(x, scale) if keep else None
@@ -135,7 +116,7 @@ def attention_forward(
 
 def attention_backward(
     p: None, cache: Any, dy: np.ndarray, ops: Ops, *, tiling: Tiling
-) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], None]:
+) -> tuple[QKV, None]:
     """As :func:`pvt_ref.layers.attention.attention_backward`."""
     if not isinstance(cache, AttentionCache):
         return attention.backward(p, cache, dy, ops)
@@ -144,16 +125,11 @@ def attention_backward(
     dq = np.empty(q.shape, q.dtype)
 
     def work(tiles: list[slice], scratch: Scratch) -> dict[int, np.ndarray]:
-        parts: dict[int, np.ndarray] = {}  # of the images that the piece has queries of
+        parts = defaultdict(lambda: np.zeros((2, *k.shape[1:]), k.dtype))  # dk and dv by image
         for rows in tiles:
             for b, part, _ in by_group(rows, n):
-                if b not in parts:
-                    parts[b] = np.zeros((2, *k.shape[1:]), k.dtype)
-                dk, dv = parts[b]
-                attend_backward_rows(
-                    q[b, :, part], k[b], v[b], cache.scale, dy[b, :, part], dq[b, :, part],
-                    dk, dv, scratch, tiling,
-                )  # fmt: skip
+                qkv, dqkv = (q[b, :, part], k[b], v[b]), (dq[b, :, part], *parts[b])
+                attend_backward_rows(qkv, cache.scale, dy[b, :, part], dqkv, scratch, tiling)
         return parts
 
     dkv = np.zeros((2, *k.shape), k.dtype)

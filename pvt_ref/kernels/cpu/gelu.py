@@ -41,15 +41,9 @@ _AT_ONCE = 2**16
 
 
 def gelu_rows(
-    x: np.ndarray,
-    scratch: Scratch,
-    slope: np.ndarray | None = None,
-    bias: np.ndarray | None = None,
+    x: np.ndarray, scratch: Scratch, slope: np.ndarray | None = None, bias: np.ndarray | None = None
 ) -> None:
-    """x (rows, width), plus a bias (width,) if given, becomes x Phi(x).
-
-    slope, if given, becomes the derivative Phi(x) + x phi(x).
-    """
+    """x (rows, width), plus bias (width,), becomes x Phi(x), and slope Phi(x) + x phi(x)."""
     for rows in cut(slice(0, len(x)), max(1, _AT_ONCE // x.shape[1])):
         if bias is not None:
             x[rows] += bias
@@ -90,11 +84,7 @@ def _gelu(x: np.ndarray, scratch: Scratch, slope: np.ndarray | None) -> None:
 
 @record
 class GeluCache:
-    """What :func:`gelu_backward` needs.
-
-    Attributes:
-        slope: (...), the derivative of GELU.
-    """
+    """What :func:`gelu_backward` needs: slope (...), the derivative."""
 
     slope: np.ndarray
 
@@ -105,16 +95,12 @@ def gelu_forward(
     """As :func:`pvt_ref.layers.gelu.gelu_forward`; in float32 by the fit ``TANH_FIT``."""
     y = np.empty(x.shape, x.dtype)
     slope = np.empty_like(y) if keep else None
-    shape = _rows_shape(x)
-    x_rows, y_rows = x.reshape(shape), np.reshape(y, shape, copy=False)
-    slope_rows = None if slope is None else np.reshape(slope, shape, copy=False)
 
-    def work(tiles: list[slice], scratch: Scratch) -> None:
-        for rows in tiles:
-            y_rows[rows] = x_rows[rows]
-            gelu_rows(y_rows[rows], scratch, None if slope_rows is None else slope_rows[rows])
+    def work(x: np.ndarray, y: np.ndarray, slope: np.ndarray | None, scratch: Scratch) -> None:
+        y[...] = x
+        gelu_rows(y, scratch, slope)
 
-    tiling.run(work, len(y_rows), tiling.rows(y_rows.shape[1]))
+    tiling.by_rows(work, x, y, slope)
     return y, None if slope is None else GeluCache(slope)
 
 
@@ -122,20 +108,13 @@ def gelu_backward(
     p: None, cache: GeluCache, dy: np.ndarray, ops: Ops, *, tiling: Tiling
 ) -> tuple[np.ndarray, None]:
     """As :func:`pvt_ref.layers.gelu.gelu_backward`."""
-    dx, shape = np.empty(dy.shape, dy.dtype), _rows_shape(dy)
-    dx_rows = np.reshape(dx, shape, copy=False)
-    dy_rows, slope_rows = dy.reshape(shape), cache.slope.reshape(shape)
+    dx = np.empty(dy.shape, dy.dtype)
 
-    def work(tiles: list[slice], scratch: Scratch) -> None:
-        for rows in tiles:
-            np.multiply(dy_rows[rows], slope_rows[rows], out=dx_rows[rows])
+    def work(dy: np.ndarray, slope: np.ndarray, dx: np.ndarray, scratch: Scratch) -> None:
+        np.multiply(dy, slope, out=dx)
 
-    tiling.run(work, len(dx_rows), tiling.rows(dx_rows.shape[1]))
+    tiling.by_rows(work, dy, cache.slope, dx)
     return dx, None
-
-
-def _rows_shape(x: np.ndarray) -> tuple[int, int]:
-    return (-1, x.shape[-1]) if x.ndim else (1, 1)
 
 
 gelu_kernel = Kernel(gelu, gelu_forward, gelu_backward)

@@ -33,15 +33,10 @@ def _mean_products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def layer_norm_rows(
-    p: LayerNormParams,
-    x: np.ndarray,
-    eps: float,
-    y: np.ndarray,
-    rows: slice,
-    cache: LayerNormCache | None,
+    p: LayerNormParams, x: np.ndarray, eps: float, y: np.ndarray, cache: LayerNormCache | None
 ) -> None:
-    """y (rows, C), which may be x, becomes LN(x); the cache keeps these rows, unless it is None."""
-    x_hat = y if cache is None else cache.x_hat[rows]
+    """y (rows, C), which may be x, becomes LN(x); the cache, if any, is filled."""
+    x_hat = y if cache is None else cache.x_hat
     np.subtract(x, _row_means(x), out=x_hat)
     rstd = _mean_products(x_hat, x_hat)
     rstd += eps
@@ -51,30 +46,24 @@ def layer_norm_rows(
     np.multiply(x_hat, p.weight, out=y)
     y += p.bias
     if cache is not None:
-        cache.rstd[rows] = rstd
+        cache.rstd[...] = rstd
 
 
 def _dx_rows(
-    p: LayerNormParams,
-    x_hat: np.ndarray,
-    rstd: np.ndarray,
-    dy: np.ndarray,
-    dx: np.ndarray,
-    scratch: Scratch,
+    p: LayerNormParams, cache: LayerNormCache, dy: np.ndarray, dx: np.ndarray, scratch: Scratch
 ) -> None:
     """dx (rows, C), which may be dy, becomes the gradient of the rows."""
     product = scratch("layer_norm.product", *dy.shape, dtype=dy.dtype)
     np.multiply(dy, p.weight, out=dx)  # dL/dx_hat
-    np.multiply(x_hat, _mean_products(dx, x_hat), out=product)
+    np.multiply(cache.x_hat, _mean_products(dx, cache.x_hat), out=product)
     dx -= _row_means(dx)
     dx -= product
-    dx *= rstd
+    dx *= cache.rstd
 
 
 def layer_norm_backward_rows(
     p: LayerNormParams,
     cache: LayerNormCache,
-    rows: slice,
     dy: np.ndarray,
     dx: np.ndarray,
     sums: Sums,
@@ -82,19 +71,16 @@ def layer_norm_backward_rows(
     scratch: Scratch,
 ) -> None:
     """dx (rows, C), which may be dy, becomes the gradient; sums grow by the weights' own."""
-    x_hat = cache.x_hat[rows]
     product = scratch("layer_norm.product", *dy.shape, dtype=dy.dtype)
-    np.multiply(dy, x_hat, out=product)
+    np.multiply(dy, cache.x_hat, out=product)
     sums.add(f"{name}.weight", column_sums(product))
     sums.add(f"{name}.bias", column_sums(dy))
-    _dx_rows(p, x_hat, cache.rstd[rows], dy, dx, scratch)
+    _dx_rows(p, cache, dy, dx, scratch)
 
 
 def add_up_norm(pieces: Sequence[Sums], name: str, dtype: np.dtype) -> LayerNormParams:
     """The gradients of weight and bias from those of the pieces."""
-    return LayerNormParams(
-        add_up(pieces, f"{name}.weight", dtype), add_up(pieces, f"{name}.bias", dtype)
-    )
+    return LayerNormParams(*(add_up(pieces, f"{name}.{w}", dtype) for w in ("weight", "bias")))
 
 
 def layer_norm_forward(
@@ -103,14 +89,12 @@ def layer_norm_forward(
     """As :func:`pvt_ref.layers.layer_norm.layer_norm_forward`; its cache has the tokens in rows."""
     C = x.shape[-1]
     y = np.empty(x.shape, x.dtype)
-    x_rows, y_rows = x.reshape(-1, C), np.reshape(y, (-1, C), copy=False)
-    cache = empty_layer_norm_cache(*y_rows.shape, x.dtype) if keep else None
+    cache = empty_layer_norm_cache(x.size // C, C, x.dtype) if keep else None
 
-    def work(tiles: list[slice], scratch: Scratch) -> None:
-        for rows in tiles:
-            layer_norm_rows(p, x_rows[rows], eps, y_rows[rows], rows, cache)
+    def work(x: Any, y: Any, cache: LayerNormCache | None, scratch: Scratch) -> None:
+        layer_norm_rows(p, x, eps, y, cache)
 
-    tiling.run(work, len(y_rows), tiling.rows(C))
+    tiling.by_rows(work, x, y, cache)
     return y, cache
 
 
@@ -118,18 +102,14 @@ def layer_norm_backward(
     p: LayerNormParams, cache: LayerNormCache, dy: np.ndarray, ops: Ops, *, tiling: Tiling
 ) -> tuple[np.ndarray, LayerNormParams]:
     """As :func:`pvt_ref.layers.layer_norm.layer_norm_backward`."""
-    shape = cache.x_hat.shape
-    dx, products, dy_rows = (
-        np.empty(dy.shape, dy.dtype),
-        np.empty(shape, dy.dtype),
-        dy.reshape(shape),
-    )
+    dx, dy_rows = np.empty(dy.shape, dy.dtype), dy.reshape(cache.x_hat.shape)
+    products = np.empty_like(dy_rows)
 
-    def work(x_hat: Any, rstd: Any, dy: Any, dx: Any, products: Any, scratch: Scratch) -> None:
-        np.multiply(dy, x_hat, out=products)
-        _dx_rows(p, x_hat, rstd, dy, dx, scratch)
+    def work(dy: Any, dx: Any, products: Any, cache: LayerNormCache, scratch: Scratch) -> None:
+        np.multiply(dy, cache.x_hat, out=products)
+        _dx_rows(p, cache, dy, dx, scratch)
 
-    tiling.by_rows(work, cache.x_hat, cache.rstd, dy_rows, dx, products)
+    tiling.by_rows(work, dy_rows, dx, products, cache)
     dweight, _ = ops[sum_rows].forward(None, products, ops, keep=False)
     dbias, _ = ops[sum_rows].forward(None, dy_rows, ops, keep=False)
     return dx, LayerNormParams(dweight, dbias)

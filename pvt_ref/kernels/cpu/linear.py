@@ -26,7 +26,7 @@ def linear_rows(p: LinearParams, x: np.ndarray, y: np.ndarray, scratch: Scratch)
     share_columns(work, y.shape[1], scratch)
 
 
-def times_weight_rows(dy: np.ndarray, p: LinearParams, dx: np.ndarray, scratch: Scratch) -> None:
+def times_weight_rows(p: LinearParams, dy: np.ndarray, dx: np.ndarray, scratch: Scratch) -> None:
     """dx (rows, C_in) becomes dy W: back through a linear layer."""
 
     def work(columns: slice, scratch: Scratch) -> None:
@@ -133,11 +133,7 @@ def linear_backward(
     """As :func:`pvt_ref.layers.linear.linear_backward`."""
     C_out, C_in = p.weight.shape
     dx = np.empty(cache.x.shape, dy.dtype)
-
-    def work(dy: np.ndarray, dx: np.ndarray, scratch: Scratch) -> None:
-        times_weight_rows(dy, p, dx, scratch)
-
-    tiling.by_rows(work, dy, dx, width=C_in + C_out)
+    tiling.by_rows(partial(times_weight_rows, p), dy, dx, width=C_in + C_out)
     dy_rows = dy.reshape(-1, C_out)
     dbias = bias_gradient(p, dy_rows, ops)
     (dweight,) = weight_gradients([(dy_rows, cache.x.reshape(-1, C_in), None)], tiling)

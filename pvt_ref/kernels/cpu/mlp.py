@@ -1,5 +1,6 @@
 """The MLP by tiles of rows: expanded, activated and projected back while they are in cache."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,15 +25,10 @@ from pvt_ref.tree import record
 
 @record
 class HiddenCache:
-    """The hidden layer of all rows, for the backward.
+    """The hidden layer of all rows, (rows, E*C), for the backward."""
 
-    Attributes:
-        y: (rows, E*C), after GELU: fc2's weight needs it.
-        slope: (rows, E*C), the derivative of GELU.
-    """
-
-    y: np.ndarray
-    slope: np.ndarray
+    y: np.ndarray  # after GELU: fc2's weight needs it
+    slope: np.ndarray  # the derivative of GELU
 
 
 def empty_hidden(p: MLPParams, rows: int, dtype: np.dtype) -> HiddenCache:
@@ -42,19 +38,13 @@ def empty_hidden(p: MLPParams, rows: int, dtype: np.dtype) -> HiddenCache:
 
 
 def mlp_rows(
-    p: MLPParams,
-    x: np.ndarray,
-    y: np.ndarray,
-    rows: slice,
-    hidden: HiddenCache | None,
-    scratch: Scratch,
+    p: MLPParams, x: np.ndarray, y: np.ndarray, hidden: HiddenCache | None, scratch: Scratch
 ) -> None:
-    """y (rows, C) becomes fc2(GELU(fc1(x))); hidden keeps these rows, unless it is None."""
+    """y (rows, C) becomes fc2(GELU(fc1(x))); hidden, if any, is filled."""
     if hidden is None:
-        wide = scratch("mlp.hidden", len(x), p.fc1.weight.shape[0], dtype=x.dtype)
-        slope = None
+        wide, slope = scratch("mlp.hidden", len(x), p.fc1.weight.shape[0], dtype=x.dtype), None
     else:
-        wide, slope = hidden.y[rows], hidden.slope[rows]
+        wide, slope = hidden.y, hidden.slope
 
     def expand(columns: slice, scratch: Scratch) -> None:
         part = wide[:, columns]
@@ -86,18 +76,13 @@ def mlp_backward_rows(
         return column_sums(part)
 
     sums = np.concatenate(share_columns(expand, dhidden.shape[1], scratch))
-    times_weight_rows(dhidden, p.fc1, dx, scratch)
+    times_weight_rows(p.fc1, dhidden, dx, scratch)
     return sums
 
 
 @record
 class MLPCache:
-    """What :func:`mlp_backward` needs.
-
-    Attributes:
-        x: (rows, C), the forward's input.
-        hidden: the hidden layer, (rows, E*C).
-    """
+    """What :func:`mlp_backward` needs: the forward's input x (..., C), and the hidden layer."""
 
     x: np.ndarray
     hidden: HiddenCache
@@ -117,15 +102,10 @@ def mlp_forward(
     if rng is not None and drop_rate > 0.0:
         return mlp.forward(p, x, ops, drop_rate, rng, keep)
     y = np.empty(x.shape, x.dtype)
-    x_rows, y_rows = x.reshape(-1, x.shape[-1]), np.reshape(y, (-1, x.shape[-1]), copy=False)
-    hidden = empty_hidden(p, len(x_rows), x.dtype) if keep else None
-
-    def work(tiles: list[slice], scratch: Scratch) -> None:
-        for rows in tiles:
-            mlp_rows(p, x_rows[rows], y_rows[rows], rows, hidden, scratch)
-
-    tiling.run(work, len(x_rows), tiling.rows(p.fc1.weight.shape[0]))
-    return y, None if hidden is None else MLPCache(x_rows, hidden)
+    wide, C = p.fc1.weight.shape
+    hidden = empty_hidden(p, x.size // C, x.dtype) if keep else None
+    tiling.by_rows(partial(mlp_rows, p), x, y, hidden, width=wide)
+    return y, None if hidden is None else MLPCache(x, hidden)
 
 
 def mlp_backward(
@@ -135,18 +115,10 @@ def mlp_backward(
     if not isinstance(cache, MLPCache):
         return mlp.backward(p, cache, dy, ops)
     dx, hidden = np.empty(dy.shape, dy.dtype), cache.hidden
-    dy_rows, dx_rows = dy.reshape(cache.x.shape), np.reshape(dx, cache.x.shape, copy=False)
     dhidden = np.empty_like(hidden.y)
-
-    def work(tiles: list[slice], scratch: Scratch) -> None:
-        for rows in tiles:
-            mlp_backward_rows(
-                p, hidden.slope[rows], dy_rows[rows], dhidden[rows], dx_rows[rows], scratch
-            )
-
-    tiling.run(work, len(dhidden), tiling.rows(dhidden.shape[-1]))
-    layers = [(dhidden, cache.x, None), (dy_rows, hidden.y, None)]
-    dW1, dW2 = weight_gradients(layers, tiling)
+    tiling.by_rows(partial(mlp_backward_rows, p), hidden.slope, dy, dhidden, dx)
+    x_rows, dy_rows = (each.reshape(-1, dy.shape[-1]) for each in (cache.x, dy))
+    dW1, dW2 = weight_gradients([(dhidden, x_rows, None), (dy_rows, hidden.y, None)], tiling)
     dfc1 = LinearParams(dW1, bias_gradient(p.fc1, dhidden, ops))
     return dx, MLPParams(dfc1, LinearParams(dW2, bias_gradient(p.fc2, dy_rows, ops)))
 

@@ -19,7 +19,7 @@ from pvt_ref.kernels.cpu.linear import (
     weight_gradients,
 )
 from pvt_ref.kernels.cpu.threads import Scratch
-from pvt_ref.kernels.cpu.tiling import Kernel, Tiling, by_group
+from pvt_ref.kernels.cpu.tiling import Kernel, Tiling, by_group, rows_of, times
 from pvt_ref.layers.layer_norm import LayerNormCache, LayerNormParams, layer_norm
 from pvt_ref.layers.linear import LinearParams, linear
 from pvt_ref.layers.patch_embed import PatchEmbedParams, matrix_to_kernel, patch_embed
@@ -30,20 +30,12 @@ from pvt_ref.tree import record
 
 @record
 class Projection:
-    """What the patches go through.
+    """What the P x P patches go through."""
 
-    Attributes:
-        proj: weight as a matrix (C_out, P*P*C_in), columns in a patch's order, and bias (C_out,).
-        norm: weight and bias (C_out,).
-        P: side of a patch.
-        channels_first: whether a patch has the kernel's order, (C_in, P, P), or the map's,
-            (P, P, C_in).
-    """
-
-    proj: LinearParams
+    proj: LinearParams  # the weight as a matrix (C_out, P*P*C_in), columns in a patch's order
     norm: LayerNormParams
     P: int
-    channels_first: bool
+    channels_first: bool  # the order of a patch: the kernel's, (C_in, P, P), or the map's
 
 
 def projection(
@@ -66,18 +58,16 @@ def projection(
 
 @record
 class EmbeddedCache:
-    """What the backward needs: all patches (n, P*P*C_in), the norm over (n, C_out), the weights."""
+    """What the backward needs: all patches (n, P*P*C_in), and the norm over (n, C_out)."""
 
     patches: np.ndarray
     norm: LayerNormCache
-    projection: Projection
 
 
 def empty_embedded_cache(n: int, projection: Projection) -> EmbeddedCache:
     """Room for n patches and their embeddings."""
     (C_out, width), dtype = projection.proj.weight.shape, projection.proj.weight.dtype
-    norm = empty_layer_norm_cache(n, C_out, dtype)
-    return EmbeddedCache(np.empty((n, width), dtype), norm, projection)
+    return EmbeddedCache(np.empty((n, width), dtype), empty_layer_norm_cache(n, C_out, dtype))
 
 
 def embed_rows(
@@ -85,32 +75,26 @@ def embed_rows(
     sources: list[np.ndarray],
     eps: float,
     y: np.ndarray,
-    rows: slice,
     cache: EmbeddedCache | None,
     scratch: Scratch,
 ) -> None:
-    """y (patches, C_out) becomes LN(patches W^T + b); the cache keeps these rows, unless None.
+    """y (patches, C_out) becomes LN(patches W^T + b); the cache, if any, is filled.
 
     sources are views as :func:`as_patches` makes them, (lines, patches, ...) each, which hold
     the patches one after the other.
     """
-    width = projection.proj.weight.shape[1]
     if cache is None:
-        patches = scratch("embed.patches", len(y), width, dtype=y.dtype)
+        patches = scratch("embed.patches", len(y), projection.proj.weight.shape[1], dtype=y.dtype)
     else:
-        patches = cache.patches[rows]
-    lines = np.reshape(patches, (-1, *sources[0].shape[1:]), copy=False)
-    start = 0
-    for source in sources:
-        lines[start : start + len(source)] = source
-        start += len(source)
+        patches = cache.patches
+    np.concatenate(sources, out=np.reshape(patches, (-1, *sources[0].shape[1:]), copy=False))
     linear_rows(projection.proj, patches, y, scratch)
-    layer_norm_rows(projection.norm, y, eps, y, rows, None if cache is None else cache.norm)
+    layer_norm_rows(projection.norm, y, eps, y, None if cache is None else cache.norm)
 
 
 def embed_backward_rows(
+    projection: Projection,
     cache: EmbeddedCache,
-    rows: slice,
     dy: np.ndarray,
     dprojected: np.ndarray,
     sums: Sums,
@@ -120,11 +104,11 @@ def embed_backward_rows(
 
     dprojected (patches, C_out) becomes the gradient before the norm, which the weight needs.
     """
-    proj, norm = cache.projection.proj, cache.projection.norm
-    layer_norm_backward_rows(norm, cache.norm, rows, dy, dprojected, sums, "embed.norm", scratch)
+    proj, norm = projection.proj, projection.norm
+    layer_norm_backward_rows(norm, cache.norm, dy, dprojected, sums, "embed.norm", scratch)
     sums.add("embed", column_sums(dprojected))
     dpatches = scratch("embed.dpatches", len(dy), proj.weight.shape[1], dtype=dy.dtype)
-    times_weight_rows(dprojected, proj, dpatches, scratch)
+    times_weight_rows(proj, dprojected, dpatches, scratch)
     return dpatches
 
 
@@ -133,10 +117,9 @@ def embed_gradients(
 ) -> tuple[LinearParams, LayerNormParams]:
     """The gradients of kernel, bias and norm."""
     dbias = None if proj.bias is None else add_up(pieces, "embed", dmatrix.dtype)
-    shape = proj.weight.shape
-    in_order = projection.channels_first
-    dkernel = dmatrix.reshape(shape) if in_order else matrix_to_kernel(dmatrix, shape)
-    return LinearParams(dkernel, dbias), add_up_norm(pieces, "embed.norm", dmatrix.dtype)
+    in_order = np.reshape if projection.channels_first else matrix_to_kernel
+    dproj = LinearParams(in_order(dmatrix, proj.weight.shape), dbias)
+    return dproj, add_up_norm(pieces, "embed.norm", dmatrix.dtype)
 
 
 def as_patches(x: np.ndarray, projection: Projection) -> np.ndarray:
@@ -151,6 +134,7 @@ class PatchEmbedCache:
     """What :func:`patch_embed_backward` needs; map_shape is (B, H, W, C_in)."""
 
     embedded: EmbeddedCache
+    projection: Projection
     map_shape: tuple[int, ...]
 
 
@@ -160,23 +144,21 @@ def patch_embed_forward(
     """As :func:`pvt_ref.layers.patch_embed.patch_embed_forward`."""
     if p.norm is None:  # what is left is a linear layer, which has a twin of its own
         return patch_embed.forward(p, x, ops, eps, keep)
-    B, H, W, _ = x.shape
     C_out, C_in, P, _ = p.proj.weight.shape
-    weights = projection(p.proj, p.norm, B * (H // P) * (W // P), tiling)
-    width = C_in * P * P
+    B, h, w = x.shape[0], x.shape[1] // P, x.shape[2] // P
+    weights = projection(p.proj, p.norm, B * h * w, tiling)
     source = as_patches(x, weights)
-    B, h, w = source.shape[:3]
     y = np.empty((B * h * w, C_out), x.dtype)
     embedded = empty_embedded_cache(len(y), weights) if keep else None
 
     def work(pieces: list[slice], scratch: Scratch) -> None:
         for lines in pieces:
-            rows = slice(lines.start * w, lines.stop * w)
+            rows = times(lines, w)
             sources = [source[b, part] for b, part, _ in by_group(lines, h)]
-            embed_rows(weights, sources, eps, y[rows], rows, embedded, scratch)
+            embed_rows(weights, sources, eps, y[rows], rows_of(embedded, rows), scratch)
 
-    tiling.run(work, B * h, tiling.rows(width) // w or 1, tokens=w)
-    cache = None if embedded is None else PatchEmbedCache(embedded, x.shape)
+    tiling.run_lines(work, B * h, w, C_in * P * P)
+    cache = None if embedded is None else PatchEmbedCache(embedded, weights, x.shape)
     return y.reshape(B, h * w, C_out), cache
 
 
@@ -186,10 +168,10 @@ def patch_embed_backward(
     """As :func:`pvt_ref.layers.patch_embed.patch_embed_backward`."""
     if not isinstance(cache, PatchEmbedCache):
         return patch_embed.backward(p, cache, dy, ops)
-    embedded = cache.embedded
-    C_out, width = embedded.projection.proj.weight.shape
+    embedded, weights = cache.embedded, cache.projection
+    C_out, width = weights.proj.weight.shape
     dx = np.empty(cache.map_shape, dy.dtype)
-    target = as_patches(dx, embedded.projection)
+    target = as_patches(dx, weights)
     B, h, w = target.shape[:3]
     dy_rows = dy.reshape(B * h * w, C_out)
     dprojected = np.empty(dy_rows.shape, dy.dtype)
@@ -197,18 +179,17 @@ def patch_embed_backward(
     def work(pieces: list[slice], scratch: Scratch) -> Sums:
         sums = Sums()
         for lines in pieces:
-            rows = slice(lines.start * w, lines.stop * w)
-            dpatches = embed_backward_rows(
-                embedded, rows, dy_rows[rows], dprojected[rows], sums, scratch
-            )
+            rows = times(lines, w)
+            kept, dy_part, dpart = rows_of((embedded, dy_rows, dprojected), rows)
+            dpatches = embed_backward_rows(weights, kept, dy_part, dpart, sums, scratch)
             dlines = dpatches.reshape(-1, *target.shape[2:])
             for b, part, within in by_group(lines, h):
                 target[b, part] = dlines[within]
         return sums
 
-    pieces = tiling.run(work, B * h, tiling.rows(width) // w or 1, tokens=w)
+    pieces = tiling.run_lines(work, B * h, w, width)
     (dmatrix,) = weight_gradients([(dprojected, embedded.patches, None)], tiling)
-    return dx, PatchEmbedParams(*embed_gradients(p.proj, embedded.projection, dmatrix, pieces))
+    return dx, PatchEmbedParams(*embed_gradients(p.proj, weights, dmatrix, pieces))
 
 
 patch_embed_kernel = Kernel(

@@ -17,14 +17,6 @@ from pvt_ref.kernels.cpu.softmax import softmax_kernel
 from pvt_ref.kernels.cpu.tiling import Kernel, Tiling, cache_size, elements_for
 from pvt_ref.ops import Ops
 
-_TWINS = (position_kernel, block_kernel)
-
-#: What the block computes itself. They serve outside of it, and where it steps aside.
-_PARTS = (
-    *(linear_kernel, layer_norm_kernel, gelu_kernel, softmax_kernel),
-    *(attention_kernel, patch_embed_kernel, mlp_kernel),
-)
-
 
 def blocked_ops(threads: int | None = None, *, elements: int | None = None) -> Ops:
     """The kernels for NumPy arrays: cut into tiles that stay in the processor's cache, threaded.
@@ -33,9 +25,8 @@ def blocked_ops(threads: int | None = None, *, elements: int | None = None) -> O
     the last digits. Where there is dropout, the layers themselves are used.
 
     Args:
-        threads: at most so many; None for as many as NumPy's matrix products would use: the cores
-            available, unless ``OPENBLAS_NUM_THREADS``, ``OMP_NUM_THREADS`` or threadpoolctl says
-            otherwise.
+        threads: at most so many; None for as many as NumPy's matrix products would use: all cores,
+            or what ``OPENBLAS_NUM_THREADS``, ``OMP_NUM_THREADS`` or threadpoolctl says.
         elements: numbers in the widest array of a tile; None chooses them by the second-level cache
             of a core: 2^18, or, where it has less than 1 MiB, as many float32 as it holds (at least
             2^15). Results of other numbers differ by rounding.
@@ -56,8 +47,11 @@ def blocked_ops(threads: int | None = None, *, elements: int | None = None) -> O
 
 @functools.lru_cache(maxsize=16)
 def _table(tiling: Tiling) -> Ops:
-    def of(kernels: tuple[Kernel, ...]) -> dict:
+    def of(*kernels: Kernel) -> dict:
         return {kernel.readable: kernel.with_tiling(tiling) for kernel in kernels}
 
-    parts = of(_PARTS)
-    return Ops(of(_TWINS), parts=parts, name="blocked", accepts=is_numpy, settings=tiling)
+    # what the block computes itself: these serve outside of it, and where it steps aside
+    layers = of(linear_kernel, layer_norm_kernel, gelu_kernel, softmax_kernel)
+    parts = layers | of(attention_kernel, patch_embed_kernel, mlp_kernel)
+    twins = of(position_kernel, block_kernel)
+    return Ops(twins, parts=parts, name="blocked", accepts=is_numpy, settings=tiling)

@@ -28,14 +28,10 @@ from threadpoolctl import ThreadpoolController
 
 
 class Scratch:
-    """Memory of one thread, used again from piece to piece under a name for each purpose.
-
-    Attributes:
-        threads: how many may share a step of the work; 1 if all threads have pieces of their own.
-    """
+    """Memory of one thread, used again from piece to piece under a name for each purpose."""
 
     def __init__(self, threads: int = 1) -> None:
-        self.threads = threads
+        self.threads = threads  # that may share a step of the work; 1 if all have pieces
         self._buffers: dict[str, np.ndarray] = {}
 
     def __call__(self, name: str, *shape: int, dtype: Any) -> np.ndarray:
@@ -47,17 +43,16 @@ class Scratch:
         return np.reshape(buffer[:size], shape, copy=False)
 
 
-def run_pieces(
-    work: Callable[[Any, Scratch], Any], pieces: Sequence[Any], threads: int
-) -> list[Any]:
+#: What is done with a piece of the whole: the piece is tiles of rows, or columns.
+Work = Callable[[Any, Scratch], Any]
+
+
+def run_pieces(work: Work, pieces: Sequence[Any], threads: int) -> list[Any]:
     """work(piece, scratch) for every piece, on up to so many threads, the caller's among them.
 
     The results come in the order of the pieces; who computes which is left to chance. A single
-    piece gets the right to call on the threads.
-
-    Raises:
-        BaseException: what work raises, or an interrupt of the caller, once no thread is at work
-            any more.
+    piece gets the right to call on the threads. Raises what work raises, or an interrupt of the
+    caller, once no thread is at work any more.
     """
     call = _Call(work, pieces, threads)
     interrupt = None
@@ -91,9 +86,7 @@ _OFTEN_ENOUGH = range(10_000)
 class _Call:
     """One call of run_pieces: what is left to do, and who is at work on it."""
 
-    def __init__(
-        self, work: Callable[[Any, Scratch], Any], pieces: Sequence[Any], threads: int
-    ) -> None:
+    def __init__(self, work: Work, pieces: Sequence[Any], threads: int) -> None:
         self.work = work
         self.threads_in_piece = threads if len(pieces) == 1 else 1
         self.waiting = deque(enumerate(pieces))
@@ -315,10 +308,7 @@ class _Limit:
         holding(self, self._update, self.calls.discard, call)
 
     def chosen_by_user(self) -> list[int]:
-        return holding(self, self._get_before)
-
-    def _get_before(self) -> list[int]:
-        return _get(_libraries(of_one_thread=False)) if self.before is None else self.before
+        return holding(self, lambda: self.before or _get(_libraries(of_one_thread=False)))
 
     def _update(self, change: Callable[[Any], None], call: _Call) -> None:
         """Can be broken off anywhere: the next update, of whichever call, makes it right.

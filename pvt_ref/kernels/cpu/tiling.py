@@ -3,23 +3,20 @@
 import functools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pvt_ref.kernels.cpu.threads import Scratch, default_threads, run_pieces
+from pvt_ref.kernels.cpu.threads import Scratch, Work, default_threads, run_pieces
 from pvt_ref.ops import Operation
+from pvt_ref.tree import map_arrays
 
 #: Fewer columns of a matrix product are not worth another thread.
 _COLUMNS_WORTH_A_THREAD = 32
 
 #: Where Linux describes the caches of the first core; the others have the same, or nearly.
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-
-#: The second-level cache of a core where the system does not tell its size.
-_USUAL_CACHE = 2**20
 
 
 def cut(rows: slice, size: int) -> Iterator[slice]:
@@ -30,21 +27,28 @@ def cut(rows: slice, size: int) -> Iterator[slice]:
         yield slice(rows.start + length * i // parts, rows.start + length * (i + 1) // parts)
 
 
+def times(groups: slice, size: int) -> slice:
+    """The rows of consecutive groups (lines, images) of size rows each."""
+    return slice(groups.start * size, groups.stop * size)
+
+
+def rows_of(arrays: Any, rows: slice) -> Any:
+    """These rows of an array, or of all arrays of a record, as views; None of None."""
+    return map_arrays(lambda x: x[rows], arrays)
+
+
 def by_group(rows: slice, size: int) -> Iterator[tuple[int, slice, slice]]:
     """Rows split where a new group (an image) of size rows starts.
 
     Yields (group, rows within the group, rows counted from the start of the given ones).
     """
-    start = rows.start
-    while start < rows.stop:
-        group = start // size
-        stop = min(rows.stop, (group + 1) * size)
+    for group in range(rows.start // size, -(-rows.stop // size)):
+        start, stop = max(rows.start, group * size), min(rows.stop, (group + 1) * size)
         within = slice(start - group * size, stop - group * size)
         yield group, within, slice(start - rows.start, stop - rows.start)
-        start = stop
 
 
-def share_columns(work: Callable[[slice, Scratch], Any], width: int, scratch: Scratch) -> list[Any]:
+def share_columns(work: Work, width: int, scratch: Scratch) -> list[Any]:
     """work(columns, scratch) for columns that make up ``slice(0, width)``; its results, in order.
 
     On several threads only where the rows were too few to be shared.
@@ -68,8 +72,8 @@ def cache_size() -> int:
     try:
         size = os.sysconf("SC_LEVEL2_CACHE_SIZE")
     except (AttributeError, ValueError, OSError):  # no POSIX, or no such name
-        return _USUAL_CACHE
-    return size if size > 0 else _USUAL_CACHE
+        size = 0
+    return size if size > 0 else 2**20
 
 
 def elements_for(cache: int) -> int:
@@ -83,32 +87,20 @@ def elements_for(cache: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """Settings of the kernels.
+    """Settings of the kernels: threads and elements, as :func:`blocked_ops` takes them.
 
-    Attributes:
-        threads: at most so many; None for as many as NumPy's matrix products would use.
-        elements: numbers in the widest array of a tile of rows; a row wider than 1,024 counts as
-            1,024. Larger tiles leave the cache; smaller ones make slow matrix products, and threads
-            that wait for each other: they take turns at the interpreter between NumPy calls.
+    A row wider than 1,024 counts as 1,024. Larger tiles leave the cache; smaller ones make slow
+    matrix products, and threads that wait for their turn at the interpreter between NumPy calls.
     """
 
     threads: int | None = None
     elements: int = 2**18
 
-    def scope(self) -> AbstractContextManager[None]:
-        """Nothing to set up: the number of BLAS threads is set around the work that is shared.
-
-        Readable and replaced operations keep the threads of their products.
-        """
-        return nullcontext()
-
     def rows(self, width: int) -> int:
         """How many rows a tile has, if its widest array has so many numbers in a row."""
         return max(1, self.elements // min(width, 1024))
 
-    def run(
-        self, work: Callable[[list[slice], Scratch], Any], count: int, size: int, tokens: int = 1
-    ) -> list[Any]:
+    def run(self, work: Work, count: int, size: int, tokens: int = 1) -> list[Any]:
         """work(tiles, scratch) for pieces that make up ``slice(0, count)``, on the threads.
 
         A piece comes as consecutive tiles of at most size rows. What is shared may be lines instead
@@ -127,19 +119,23 @@ class Tiling:
         tiles = [list(cut(slice(*ends), size)) for ends in pairwise(bounds)]
         return run_pieces(work, tiles, threads)
 
+    def run_lines(self, work: Work, count: int, tokens: int, width: int) -> list[Any]:
+        """As :meth:`run`, for lines of so many tokens; a token has width numbers."""
+        return self.run(work, count, self.rows(width) // tokens or 1, tokens)
+
     def by_rows(self, work: Callable[..., Any], *arrays: Any, width: int | None = None) -> None:
         """work(*tiles, scratch) for all tiles of the rows of arrays; what it writes is contiguous.
 
-        The widest array of a tile has width numbers in a row; None takes the first array's.
+        Some may be records, or None. The widest array of a tile has width numbers in a row; None
+        takes the first array's.
         """
-        rows = [x.reshape(-1, x.shape[-1]) for x in arrays]
+        rows = map_arrays(lambda x: x.reshape(-1, x.shape[-1] if x.ndim else 1), arrays)
 
         def run(tiles: list[slice], scratch: Scratch) -> None:
             for tile in tiles:
-                work(*(x[tile] for x in rows), scratch)
+                work(*rows_of(rows, tile), scratch)
 
-        count, own = rows[0].shape
-        self.run(run, count, self.rows(width or own))
+        self.run(run, len(rows[0]), self.rows(width or rows[0].shape[1]))
 
 
 @dataclass(frozen=True, slots=True)

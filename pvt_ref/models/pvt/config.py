@@ -9,7 +9,7 @@ Symbols are those of the paper (Wang et al., ICCV 2021, arXiv 2102.12122, sectio
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,24 +27,36 @@ MAX_DEPTH = 1000
 
 @dataclass(frozen=True, slots=True)
 class StageConfig:
-    """What one stage needs to know, by the names of :class:`PVTConfig`, which makes it.
-
-    hidden_dim is E_i C_i; scale 1 / sqrt(C_i / N_i) or qk_scale; blocks what each block is told.
-    """
+    """What one stage needs to know, by the names of :class:`PVTConfig`, which makes it."""
 
     patch_size: int
     embed_dim: int
     num_heads: int
-    hidden_dim: int
+    hidden_dim: int  # E_i C_i
     depth: int
     sr_ratio: int
-    scale: float
+    scale: float  # 1 / sqrt(C_i / N_i), or qk_scale
     drop_rate: float
     attn_drop_rate: float
     drop_path_rates: tuple[float, ...]
     norm_eps: float
     projection_norm_eps: float
-    blocks: tuple[BlockSettings, ...]
+    blocks: tuple[BlockSettings, ...]  # what each block is told
+
+
+_COUNT = ("a whole number, 1 or more", lambda v: is_whole(v) and v >= 1, int)
+_RATE = ("in [0, 1)", lambda v: is_real(v) and 0 <= v < 1, float)
+_EPSILON = ("a finite number, 0 or more", lambda v: is_moderate(v) and v >= 0, float)
+
+#: By field of one value: what it must be, in words and as a test, and the type that it gets.
+_RULES: dict[str, tuple[str, Callable[[Any], bool], type]] = {
+    **dict.fromkeys(("img_size", "in_chans"), _COUNT),
+    "num_classes": ("a whole number, 0 or more", lambda v: is_whole(v) and v >= 0, int),
+    **dict.fromkeys(("drop_rate", "attn_drop_rate", "drop_path_rate"), _RATE),
+    **dict.fromkeys(("norm_eps", "projection_norm_eps"), _EPSILON),
+    "qkv_bias": ("True or False", lambda v: isinstance(v, bool), bool),
+    "qk_scale": ("None (for 1/sqrt(d)) or finite", lambda v: v is None or is_moderate(v), float),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +64,8 @@ class PVTConfig:
     """A buildable PVT. Field names are those of the authors' constructor.
 
     Attributes:
-        img_size: side in pixels of the square image the position tables are made for. Images of
-            other sizes are welcome; the tables are then resized.
+        img_size: side in pixels of the square image that the position tables are made for. For
+            images of other sizes they are resized.
         in_chans: channels of the image.
         num_classes: outputs of the classifier. 0 makes a bare backbone for dense prediction:
             no cls token, no final norm, no head.
@@ -103,41 +115,19 @@ class PVTConfig:
             problems["depths"] = f"{shown(self.depths)}; each must be at most {MAX_DEPTH}"
         ratios = _positive_per_stage("mlp_ratios", self.mlp_ratios, problems, whole=False)
         self._set("mlp_ratios", ratios)
-        for name, least in (("img_size", 1), ("in_chans", 1), ("num_classes", 0)):
+        for name, (needed, good, kind) in _RULES.items():
             value = getattr(self, name)
-            if not is_whole(value) or value < least:
-                problems[name] = f"{shown(value)}; it must be a whole number, {least} or more"
-            elif value >= TOO_LARGE:
+            if not good(value):
+                problems[name] = f"{shown(value)}; it must be {needed}"
+            elif kind is int and value >= TOO_LARGE:
                 problems[name] = "too large; it must be below 2**31"
-            else:
-                self._set(name, int(value))
-        for name in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
-            value = getattr(self, name)
-            if not is_real(value) or not 0 <= value < 1:
-                problems[name] = f"{shown(value)}; it must be in [0, 1)"
-            else:
-                self._set(name, float(value))
-        for name in ("norm_eps", "projection_norm_eps"):
-            value = getattr(self, name)
-            if not is_moderate(value) or value < 0:
-                problems[name] = f"{shown(value)}; it must be a finite number, 0 or more"
-            else:
-                self._set(name, float(value))
-        if not isinstance(self.qkv_bias, bool):
-            problems["qkv_bias"] = f"{shown(self.qkv_bias)}; it must be True or False"
-        if self.qk_scale is not None:
-            if not is_moderate(self.qk_scale):
-                problems["qk_scale"] = (
-                    f"{shown(self.qk_scale)}; it must be None (for 1/sqrt(d)) or finite"
-                )
-            else:
-                self._set("qk_scale", float(self.qk_scale))
+            elif value is not None:
+                self._set(name, kind(value))
         lines = [f"{name} is {problem}" for name, problem in problems.items()]
         lines += self._conflicts(problems.keys())
         if lines:
             raise ConfigError(
-                "this PVT cannot be built:\n  - "
-                + "\n  - ".join(lines)
+                "\n  - ".join(["this PVT cannot be built:", *lines])
                 + "\nStart from VARIANTS['pvt_tiny'] and change it with dataclasses.replace."
             )
 
@@ -213,10 +203,8 @@ class PVTConfig:
             RangeError: if i is anything else.
         """
         if not is_whole(i) or not 1 <= i <= NUM_STAGES:
-            raise RangeError(
-                f"stage {shown(i)} is asked for; stages count from 1 to {NUM_STAGES}, as in the "
-                f"paper"
-            )
+            known = f"1 to {NUM_STAGES}, as in the paper"
+            raise RangeError(f"stage {shown(i)} is asked for; stages count from {known}")
         return _stages(self)[i - 1]
 
     def stage(self, i: int) -> StageConfig:
@@ -232,10 +220,9 @@ class PVTConfig:
             RangeError: if i is anything else.
         """
         warn_of_stage("config")
-        if not is_whole(i) or not 0 <= i < NUM_STAGES:
-            raise RangeError(
-                f"stage {shown(i)} is asked for; stages count from 0 to {NUM_STAGES - 1}"
-            )
+        last = NUM_STAGES - 1
+        if not is_whole(i) or not 0 <= i <= last:
+            raise RangeError(f"stage {shown(i)} is asked for; stages count from 0 to {last}")
         return _stages(self)[i]
 
     def grids(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
@@ -253,10 +240,8 @@ class PVTConfig:
         """
         g = self.size_multiple
         if not all(is_whole(side) and abs(side) < TOO_LARGE for side in (height, width)):
-            raise ShapeError(
-                f"image size {shown(height)} x {shown(width)} must be whole numbers of pixels, "
-                f"below 2**31"
-            )
+            size = f"{shown(height)} x {shown(width)}"
+            raise ShapeError(f"image size {size} must be whole numbers of pixels, below 2**31")
         height, width = int(height), int(width)  # a NumPy uint8 would wrap round
         if height < 1 or width < 1 or height % g or width % g:
             near = [max(g, round(side / g) * g) for side in (height, width)]
@@ -328,15 +313,10 @@ def _stages(config: PVTConfig) -> tuple[StageConfig, ...]:
 
 def _positive_per_stage(name: str, value: Any, problems: dict[str, str], *, whole: bool) -> Any:
     """value as a tuple of four positive numbers, or unchanged with an entry in problems."""
-    kind = "whole numbers" if whole else "numbers"
-    if (
-        not isinstance(value, Sequence)
-        or isinstance(value, str | bytes)
-        or len(value) != NUM_STAGES
-    ):
+    kind, is_number = ("whole numbers", is_whole) if whole else ("numbers", is_real)
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or len(value) != 4:
         problems[name] = f"{shown(value)}; it must be four {kind}, one per stage"
         return value
-    is_number = is_whole if whole else is_real
     if not all(is_number(v) and 0 < v < math.inf for v in value):
         problems[name] = f"{shown(value)}; each must be a positive {kind[:-1]}"
         return value

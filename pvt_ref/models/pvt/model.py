@@ -28,17 +28,14 @@ from pvt_ref.tree import record
 
 @record
 class StageCache:
-    """The caches of the parts of stage i; drop is None if nothing was dropped.
-
-    grid is (H_i, W_i); cls says whether the first token is the cls token.
-    """
+    """The caches of the parts of stage i, and its grid (H_i, W_i)."""
 
     patch_embed: Any
     position: Any
-    drop: Any
+    drop: Any  # None if nothing was dropped
     blocks: Any
     grid: Grid
-    cls: bool
+    cls: bool  # whether the first token is the cls token
 
 
 @record
@@ -52,10 +49,7 @@ class ClassifierCache:
 
 
 def prepare(params: Any, config: Any, size: Grid) -> tuple[Array, ...]:
-    """The position table of each stage, (1, H_i W_i, C_i), resized for images of that size.
-
-    With the cls row first where the table has one.
-    """
+    """Each stage's table, (1, H_i W_i, C_i), or with its cls row, for images of that size."""
     tables = []
     for i, grid in enumerate(config.grids(*size), start=1):
         table, side = params.of_stage(i).pos_embed, config.table_sides[i - 1]
@@ -158,7 +152,7 @@ def forward(
     """The released classifier (paper sections 3.1, 3.2 and 4.1).
 
     Stage 4 starts with the cls token; after its last block a layer norm, of which the cls row goes
-    through the head.
+    through the head. Returns logits (B, num_classes) and the cache.
 
     Args:
         params: the weights.
@@ -168,9 +162,6 @@ def forward(
         rng: source of the dropout and drop-path masks; None for inference.
         keep: whether to return a cache for the backward.
         constants: of :func:`prepare`; only without keep.
-
-    Returns:
-        logits (B, num_classes) and the cache.
     """
     x = _channels_last(images)  # (B, H, W, C_0)
     caches, count = [], len(config.channels)
@@ -253,10 +244,7 @@ def backward_pyramid(
     what comes back through that stage. What the maps do not use gets zeros.
 
     Args:
-        params: the forward's weights.
-        cache: from the forward.
-        dmaps: dL/dF_1..dL/dF_4, (B, C_i, H_i, W_i) each.
-        ops: the table that the forward was given.
+        dmaps: dL/dF_1..dL/dF_4, (B, C_i, H_i, W_i) each; the others are as for :func:`backward`.
     """
     dstages: list[StageParams] = []
     dbelow = None  # dL/dF_i by way of stage i + 1

@@ -41,9 +41,8 @@ class Staged:
         given = {name: gradient for name, gradient in others.items() if gradient is not None}
         for i, stage in enumerate(stages, start=1):
             given |= zip(self._stage_fields(i), stage, strict=True)
-        return type(self)(
-            **{n: given[n] if n in given else zeros_like(value) for n, value in branches(self)}
-        )
+        grads = {n: given[n] if n in given else zeros_like(w) for n, w in branches(self)}
+        return type(self)(**grads)
 
 
 @record
@@ -53,9 +52,7 @@ class PVTParams(Staged):
     Stage i has n_i tokens for an image of config.img_size; C_0 is in_chans.
 
     Attributes:
-        pos_embed1: (1, n_1, C_1).
-        pos_embed2: (1, n_2, C_2).
-        pos_embed3: (1, n_3, C_3).
+        pos_embed1: (1, n_1, C_1); pos_embed2 and pos_embed3 likewise.
         pos_embed4: (1, 1 + n_4, C_4), row 0 is the cls token's; (1, n_4, C_4) in a backbone.
         cls_token: (1, 1, C_4); None in a backbone.
         patch_embed1: projection (C_1, C_0, P_1, P_1), its bias and the norm, (C_1,) each.
