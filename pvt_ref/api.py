@@ -35,7 +35,7 @@ from pvt_ref.checks import (
     check_rng,
     check_type,
 )
-from pvt_ref.draws import Source
+from pvt_ref.draws import Generator, Source
 from pvt_ref.errors import (
     ArrayTypeError,
     CheckpointError,
@@ -59,7 +59,7 @@ from pvt_ref.ops import REFERENCE, Ops
 from pvt_ref.tree import first_array, named_arrays, record
 
 
-def init_params(config: Any, rng: np.random.Generator, dtype: Any = np.float32) -> Any:
+def init_params(config: Any, rng: Generator, dtype: Any = np.float32) -> Any:
     """Random weights, drawn as the authors do.
 
     Linear weights, position tables and the cls token are normal with std 0.02 (the released
@@ -87,7 +87,7 @@ def init_params(config: Any, rng: np.random.Generator, dtype: Any = np.float32) 
     return build(config, lambda leaf: draw_leaf(leaf, rng, np.dtype(name)))
 
 
-def draw_leaf(leaf: Leaf, rng: np.random.Generator, dtype: Any) -> np.ndarray:
+def draw_leaf(leaf: Leaf, rng: Generator, dtype: Any) -> np.ndarray:
     """One array of :func:`init_params`."""
     if leaf.init in ("zeros", "ones"):
         return np.full(leaf.shape, 0 if leaf.init == "zeros" else 1, dtype)

@@ -31,6 +31,7 @@ from pvt_ref.arrays import (
 from pvt_ref.checks import Size, as_size, check_finite, check_number, check_rng, check_type
 from pvt_ref.data.info import UNKNOWN, ModelInfo
 from pvt_ref.data.preprocessing import Preprocessing
+from pvt_ref.draws import Generator
 from pvt_ref.errors import ConfigError, ImageError, PVTError, RangeError, printable, shown
 from pvt_ref.models.architecture import Leaf, architecture_of
 from pvt_ref.ops import Ops
@@ -311,7 +312,7 @@ class Model(_Core):
         return f"{printable(self.source)}\n\n{format_cost(count_cost(self.config, size))}"
 
 
-def with_new_head(model: Model, num_classes: int, rng: np.random.Generator) -> Model:
+def with_new_head(model: Model, num_classes: int, rng: Generator) -> Model:
     """The same model with a fresh head, for fine-tuning on another data set.
 
     Args:

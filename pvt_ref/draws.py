@@ -8,13 +8,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from numbers import Integral
+from typing import TypeAlias
 
 import numpy as np
 
 from pvt_ref.errors import RangeError, shown
 
+# quoted here and elsewhere, since numpy.random is slow to import and many a user draws nothing
+Generator: TypeAlias = "np.random.Generator"
 #: What masks are drawn from; None for inference.
-Rng = np.random.Generator | None
+Rng: TypeAlias = "Generator | None"
 
 
 class What(IntEnum):
@@ -28,7 +31,7 @@ class What(IntEnum):
     BLOCK = 6  # step, micro-batch, block
 
 
-def generator(seed: int, what: What, *where: int) -> np.random.Generator:
+def generator(seed: int, what: What, *where: int) -> Generator:
     """The generator of one place."""
     # NumPy fills up with zeros, so no two kinds may share a number, whatever their places are
     return np.random.default_rng([seed, what, *where])
@@ -48,13 +51,13 @@ class Draws:
             if not isinstance(value, Integral) or value < 0:
                 raise RangeError(f"{name} is {shown(value)}; it must be a whole number at least 0")
 
-    def at(self, what: What, where: int = 0) -> np.random.Generator:
+    def at(self, what: What, where: int = 0) -> Generator:
         """The generator of one place: of a block or a stage, by its number."""
         return generator(self.seed, what, self.step, self.micro_batch, where)
 
 
 #: The same, or the draws of a step, of which every place takes its own generator.
-Source = Rng | Draws
+Source: TypeAlias = "Rng | Draws"
 
 
 class SampleDraws:

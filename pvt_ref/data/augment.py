@@ -6,15 +6,17 @@ sample does not depend on its batch. All refuse what is no such batch (ShapeErro
 generator (ArrayTypeError), and a number out of its range (RangeError).
 """
 
+from typing import TypeAlias
+
 import numpy as np
 
 from pvt_ref.arrays import Array, array_module, from_host
 from pvt_ref.checks import batch_shape, check_number, check_rng
-from pvt_ref.draws import SampleDraws
+from pvt_ref.draws import Generator, SampleDraws
 from pvt_ref.errors import ArrayTypeError, ShapeError
 
 #: What the changes of a batch are drawn from.
-Source = np.random.Generator | SampleDraws
+Source: TypeAlias = "Generator | SampleDraws"
 
 
 def random_crop(images: Array, padding: int, rng: Source) -> Array:
@@ -88,9 +90,7 @@ def cutout(images: Array, side: int, rng: Source) -> Array:
     return images * xp.astype(from_host(kept[:, None], like=images), images.dtype)
 
 
-def mixup(
-    images: Array, targets: Array, alpha: float, rng: np.random.Generator
-) -> tuple[Array, Array]:
+def mixup(images: Array, targets: Array, alpha: float, rng: Generator) -> tuple[Array, Array]:
     """Each sample blended with another of the batch, and its target likewise.
 
     Zhang et al. 2018 (arXiv 1710.09412), with one lambda ~ Beta(alpha, alpha) a batch::

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pvt_ref.draws import Rng
 from pvt_ref.kernels.cpu.linear import ones
 from pvt_ref.kernels.cpu.threads import Scratch
 from pvt_ref.kernels.cpu.tiling import Kernel, Tiling, by_group, cut
@@ -90,7 +91,7 @@ def attention_forward(
     ops: Ops,
     scale: float,
     drop_rate: float = 0.0,
-    rng: np.random.Generator | None = None,
+    rng: Rng = None,
     keep: bool = True,
     *,
     tiling: Tiling,

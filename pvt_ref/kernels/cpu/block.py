@@ -18,6 +18,7 @@ from pvt_ref.arrays import Grid
 from pvt_ref.blocks.mlp import MLPParams, mlp
 from pvt_ref.blocks.sra import SRAParams, sra
 from pvt_ref.blocks.transformer import BlockParams, BlockSettings, block
+from pvt_ref.draws import Rng
 from pvt_ref.kernels.cpu.attention import attend_backward_rows, attend_rows, attention_kernel
 from pvt_ref.kernels.cpu.layer_norm import (
     add_up_norm,
@@ -116,7 +117,7 @@ def _keys_and_values(kv: np.ndarray, N: int) -> tuple[np.ndarray, np.ndarray]:
     return _per_head(k, N), _per_head(v, N)
 
 
-def _draw_gain(x: np.ndarray, rate: float, rng: np.random.Generator | None) -> np.ndarray | None:
+def _draw_gain(x: np.ndarray, rate: float, rng: Rng) -> np.ndarray | None:
     """Drop path's factor of every sample (B, 1, 1), drawn as the readable operation draws it."""
     ones = np.ones((x.shape[0], 1, 1), x.dtype)
     gain, cache = drop_path.forward(None, ones, REFERENCE, rate, rng)
@@ -136,7 +137,7 @@ def block_forward(
     ops: Ops,
     grid: Grid,
     settings: BlockSettings,
-    rng: np.random.Generator | None = None,
+    rng: Rng = None,
     keep: bool = True,
     *,
     tiling: Tiling,

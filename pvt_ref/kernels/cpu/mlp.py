@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from pvt_ref.blocks.mlp import MLPParams, mlp
+from pvt_ref.draws import Rng
 from pvt_ref.kernels.cpu.gelu import gelu_rows
 from pvt_ref.kernels.cpu.linear import (
     bias_gradient,
@@ -93,7 +94,7 @@ def mlp_forward(
     x: np.ndarray,
     ops: Ops,
     drop_rate: float = 0.0,
-    rng: np.random.Generator | None = None,
+    rng: Rng = None,
     keep: bool = True,
     *,
     tiling: Tiling,

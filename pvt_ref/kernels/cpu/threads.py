@@ -24,7 +24,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 
 class Scratch:
@@ -196,6 +195,8 @@ _helpers = _Helpers()
 @functools.cache
 def _blas() -> list[Any]:
     """threadpoolctl's handles of the BLAS libraries that are loaded; NumPy has loaded its own."""
+    from threadpoolctl import ThreadpoolController
+
     return list(ThreadpoolController().select(user_api="blas").lib_controllers)
 
 
