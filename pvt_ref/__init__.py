@@ -21,8 +21,6 @@ from pvt_ref.api import (
     to_state_dict,
 )
 from pvt_ref.errors import PVTError
-from pvt_ref.kernels.cpu.table import blocked_ops
-from pvt_ref.layers.cross_entropy import cross_entropy
 from pvt_ref.models.pvt.config import VARIANTS, PVTConfig
 from pvt_ref.models.pvt.params import PVTParams
 from pvt_ref.models.vit.config import VITS, ViTConfig
@@ -40,6 +38,8 @@ if TYPE_CHECKING:
         pad_to_multiple,
         preprocess,
     )
+    from pvt_ref.kernels.cpu.table import blocked_ops
+    from pvt_ref.layers.cross_entropy import cross_entropy
     from pvt_ref.report.attention import attention_maps
     from pvt_ref.report.cost import Cost, count_cost
     from pvt_ref.zoo import load
@@ -54,6 +54,8 @@ _LATER = {
     "data.preprocessing": (
         *("Preprocessing", "load_image", "normalize", "pad_to_multiple", "preprocess"),
     ),
+    "kernels.cpu.table": ("blocked_ops",),
+    "layers.cross_entropy": ("cross_entropy",),
     "report.attention": ("attention_maps",),
     "report.cost": ("Cost", "count_cost"),
     "zoo": ("load",),

@@ -45,8 +45,6 @@ from pvt_ref.errors import (
     key_name,
     shown,
 )
-from pvt_ref.kernels.cpu.table import blocked_ops
-from pvt_ref.kernels.cuda.table import cuda_ops
 from pvt_ref.models.architecture import (
     Architecture,
     Leaf,
@@ -286,17 +284,24 @@ def _model(params: Any, config: Any, cache: Any = None) -> Prepared:
 def default_ops(x: Array) -> Ops:
     """The table used when the caller names none, by the kind and dtype of the array x.
 
-    NumPy arrays get :func:`blocked_ops`, CuPy arrays :func:`~pvt_ref.kernels.cuda.table.cuda_ops`,
-    all others REFERENCE. The environment variable ``PVT_REF_OPS``, ``reference`` or ``blocked``,
-    decides between the readable layers and their twins. Raises: RangeError if it says neither.
+    NumPy arrays get :func:`~pvt_ref.kernels.cpu.table.blocked_ops`, CuPy arrays
+    :func:`~pvt_ref.kernels.cuda.table.cuda_ops`, all others REFERENCE. The environment variable
+    ``PVT_REF_OPS``, ``reference`` or ``blocked``, decides between the readable layers and their
+    twins. Raises: RangeError if it says neither.
     """
     if not (is_numpy(x) or is_cupy(x)) or dtype_name(x) not in FLOAT_DTYPES:
         return REFERENCE
     wanted = os.environ.get("PVT_REF_OPS") or "blocked"
     if wanted == "reference":
         return REFERENCE
+    if wanted == "blocked" and is_numpy(x):  # imported by those who compute with them
+        from pvt_ref.kernels.cpu.table import blocked_ops
+
+        return blocked_ops()
     if wanted == "blocked":
-        return blocked_ops() if is_numpy(x) else cuda_ops()
+        from pvt_ref.kernels.cuda.table import cuda_ops
+
+        return cuda_ops()
     known = "'reference' (the readable layers) and 'blocked' (their faster twins, the default)"
     raise RangeError(f"the environment variable PVT_REF_OPS is {wanted!r}; known are {known}")
 
