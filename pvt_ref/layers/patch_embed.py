@@ -61,18 +61,18 @@ def unpatchify(patches: Array, P: int, grid: Grid) -> Array:
 
 
 def kernel_to_matrix(weight: Array) -> Array:
-    """A kernel weight (C_out, C_in, P, P) as a matrix, columns in the order of patchify."""
+    """A kernel (C_out, C_in, k_h, k_w) as a matrix, columns in the order of patchify."""
     xp = array_module(weight)
-    weight = xp.permute_dims(weight, (0, 2, 3, 1))  # (C_out, P, P, C_in)
-    return xp.reshape(weight, (weight.shape[0], -1))  # (C_out, P*P*C_in)
+    weight = xp.permute_dims(weight, (0, 2, 3, 1))  # (C_out, k_h, k_w, C_in)
+    return xp.reshape(weight, (weight.shape[0], -1))  # (C_out, k_h*k_w*C_in)
 
 
 def matrix_to_kernel(matrix: Array, shape: tuple[int, ...]) -> Array:
-    """The inverse of kernel_to_matrix, to the kernel's shape (C_out, C_in, P, P)."""
+    """The inverse of kernel_to_matrix, to the kernel's shape (C_out, C_in, k_h, k_w)."""
     xp = array_module(matrix)
-    C_out, C_in, P, _ = shape
-    kernel = xp.reshape(matrix, (C_out, P, P, C_in))  # (C_out, P, P, C_in)
-    return xp.permute_dims(kernel, (0, 3, 1, 2))  # (C_out, C_in, P, P)
+    C_out, C_in, k_h, k_w = shape
+    kernel = xp.reshape(matrix, (C_out, k_h, k_w, C_in))  # (C_out, k_h, k_w, C_in)
+    return xp.permute_dims(kernel, (0, 3, 1, 2))  # (C_out, C_in, k_h, k_w)
 
 
 def patch_embed_forward(
