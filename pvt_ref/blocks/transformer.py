@@ -30,16 +30,20 @@ class BlockSettings:
     number: int = 0
 
 
+#: The operation of an attention, by the type of its weights.
+ATTENTIONS: dict[type, Operation] = {SRAParams: sra}
+
+
 @record
 class BlockParams:
     """The weights of one block, or their gradients.
 
     Of width C: the norms (C,), W^Q (C, C), W^K over W^V (2C, C), W^O (C, C), the spatial reduction
-    (C, C, R, R), fc1 (E*C, C) and fc2 (C, E*C).
+    (C, C, R, R), fc1 (E*C, C) and fc2 (C, E*C). The type of attn says which attention it is.
     """
 
     norm1: LayerNormParams
-    attn: SRAParams
+    attn: Any  # a key of ATTENTIONS
     norm2: LayerNormParams
     mlp: MLPParams
 
@@ -84,7 +88,8 @@ def block_forward(
     """
     eps, rate = settings.norm_eps, settings.drop_path_rate
     branch, norm1_cache = ops[layer_norm].forward(p.norm1, x, ops, eps, keep=keep)  # (B, n, C)
-    branch, attn_cache = ops[sra].forward(p.attn, branch, ops, grid, settings.attn, rng, keep=keep)
+    attention = ops[ATTENTIONS[type(p.attn)]]
+    branch, attn_cache = attention.forward(p.attn, branch, ops, grid, settings.attn, rng, keep=keep)
     branch, path1_cache = ops[drop_path].forward(None, branch, ops, rate, rng, keep=keep)
     x = x + branch  # (B, n, C)
     branch, norm2_cache = ops[layer_norm].forward(p.norm2, x, ops, eps, keep=keep)  # (B, n, C)
@@ -120,7 +125,8 @@ def block_backward(
     dx = dbranch + dy  # branch + skip
     # x = x + droppath(sra(norm1(x)))
     dbranch, _ = ops[drop_path].backward(None, cache.path1, dx, ops)  # (B, n, C)
-    dbranch, dattn = ops[sra].backward(p.attn, cache.attn, dbranch, ops)
+    attention = ops[ATTENTIONS[type(p.attn)]]
+    dbranch, dattn = attention.backward(p.attn, cache.attn, dbranch, ops)
     dbranch, dnorm1 = ops[layer_norm].backward(p.norm1, cache.norm1, dbranch, ops)
     dx = dbranch + dx  # branch + skip
     return dx, BlockParams(dnorm1, dattn, dnorm2, dmlp)
