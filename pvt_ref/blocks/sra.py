@@ -86,7 +86,7 @@ def _spatial_reduction(
     return ops[patch_embed].forward(PatchEmbedParams(p.sr, p.norm), token_map, ops, eps, keep=keep)
 
 
-def _keys_and_values(kv: Array, N: int) -> tuple[Array, Array]:
+def keys_and_values(kv: Array, N: int) -> tuple[Array, Array]:
     """(B, m, 2C), all of K before all of V, to k and v of (B, N, m, d) each."""
     C = kv.shape[-1] // 2
     return split_heads(kv[..., :C], N), split_heads(kv[..., C:], N)
@@ -123,7 +123,7 @@ def sra_forward(
     q, q_cache = ops[linear].forward(p.q, x, ops, keep=keep)  # (B, n, C)
     reduced, sr_cache = _spatial_reduction(p, x, ops, grid, settings.norm_eps, keep)  # (B, m, C)
     kv, kv_cache = ops[linear].forward(p.kv, reduced, ops, keep=keep)  # (B, m, 2C)
-    k, v = _keys_and_values(kv, N)  # (B, N, m, d) each
+    k, v = keys_and_values(kv, N)  # (B, N, m, d) each
     heads, attention_cache = ops[attention].forward(
         None, (split_heads(q, N), k, v), ops, settings.scale, settings.attn_drop_rate, rng, keep
     )  # (B, N, n, d)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pvt_ref.arrays import Array, Grid
+from pvt_ref.blocks.conv_mlp import ConvMLPParams, conv_mlp
+from pvt_ref.blocks.linear_sra import LinearSRAParams, linear_sra
 from pvt_ref.blocks.mlp import MLPParams, mlp
 from pvt_ref.blocks.sra import SRAParams, SRASettings, sra
 from pvt_ref.draws import Rng, Source, What, generator_at
@@ -20,7 +22,8 @@ from pvt_ref.tree import record
 class BlockSettings:
     """What a block is told beside its weights: norm_eps of both norms, and its rates of dropout.
 
-    number is its own in the network, from 0: it names the block's random draws.
+    number is its own in the network, from 0: it names the block's random draws. has_relu says
+    whether an MLP with a convolution has a ReLU before it.
     """
 
     norm_eps: float
@@ -28,10 +31,14 @@ class BlockSettings:
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
     number: int = 0
+    has_relu: bool = False
 
 
 #: The operation of an attention, by the type of its weights.
-ATTENTIONS: dict[type, Operation] = {SRAParams: sra}
+ATTENTIONS: dict[type, Operation] = {SRAParams: sra, LinearSRAParams: linear_sra}
+
+#: The operation of an MLP, by the type of its weights.
+MLPS: dict[type, Operation] = {MLPParams: mlp, ConvMLPParams: conv_mlp}
 
 
 @record
@@ -39,13 +46,13 @@ class BlockParams:
     """The weights of one block, or their gradients.
 
     Of width C: the norms (C,), W^Q (C, C), W^K over W^V (2C, C), W^O (C, C), the spatial reduction
-    (C, C, R, R), fc1 (E*C, C) and fc2 (C, E*C). The type of attn says which attention it is.
+    (C, C, R, R), fc1 (E*C, C) and fc2 (C, E*C). The types of attn and mlp say which they are.
     """
 
     norm1: LayerNormParams
     attn: Any  # a key of ATTENTIONS
     norm2: LayerNormParams
-    mlp: MLPParams
+    mlp: Any  # a key of MLPS
 
 
 @record
@@ -93,7 +100,11 @@ def block_forward(
     branch, path1_cache = ops[drop_path].forward(None, branch, ops, rate, rng, keep=keep)
     x = x + branch  # (B, n, C)
     branch, norm2_cache = ops[layer_norm].forward(p.norm2, x, ops, eps, keep=keep)  # (B, n, C)
-    branch, mlp_cache = ops[mlp].forward(p.mlp, branch, ops, settings.drop_rate, rng, keep=keep)
+    # a convolution has to be told where the tokens lie
+    told = (grid, settings.has_relu) if isinstance(p.mlp, ConvMLPParams) else ()
+    branch, mlp_cache = ops[MLPS[type(p.mlp)]].forward(
+        p.mlp, branch, ops, *told, settings.drop_rate, rng, keep=keep
+    )  # (B, n, C)
     branch, path2_cache = ops[drop_path].forward(None, branch, ops, rate, rng, keep=keep)
     x = x + branch  # (B, n, C)
     if not keep:
@@ -120,7 +131,7 @@ def block_backward(
     """
     # x = x + droppath(mlp(norm2(x)))
     dbranch, _ = ops[drop_path].backward(None, cache.path2, dy, ops)  # (B, n, C)
-    dbranch, dmlp = ops[mlp].backward(p.mlp, cache.mlp, dbranch, ops)
+    dbranch, dmlp = ops[MLPS[type(p.mlp)]].backward(p.mlp, cache.mlp, dbranch, ops)
     dbranch, dnorm2 = ops[layer_norm].backward(p.norm2, cache.norm2, dbranch, ops)
     dx = dbranch + dy  # branch + skip
     # x = x + droppath(sra(norm1(x)))

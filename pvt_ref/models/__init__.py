@@ -2,7 +2,9 @@
 
 from pvt_ref.models.architecture import register
 from pvt_ref.models.pvt import PVT
+from pvt_ref.models.pvt_v2 import PVT_V2
 from pvt_ref.models.vit import VIT
 
 register(PVT)
 register(VIT)
+register(PVT_V2)

@@ -19,13 +19,15 @@ from pvt_ref.ops import Operation, Ops
 class Leaf(NamedTuple):
     """What one array of the parameters has to be: its key in the state dict, and its shape.
 
-    init says how it is drawn (:func:`pvt_ref.init_params`); ``"uniform"`` needs fan_in, C_in P P.
+    init says how it is drawn (:func:`pvt_ref.init_params`); ``"uniform"`` needs fan_in, C_in P P,
+    and ``"fan_out"`` that number, C_out k k.
     """
 
     key: str
     shape: tuple[int, ...]
-    init: Literal["zeros", "ones", "normal", "uniform"]
+    init: Literal["zeros", "ones", "normal", "uniform", "fan_out"]
     fan_in: int = 0
+    fan_out: int = 0
 
 
 class Place(NamedTuple):

@@ -192,7 +192,9 @@ def _shown(shapes: Mapping[str, Shape], layout: Layout) -> dict[str, Any]:
 
 
 def _advice(keys: Iterable[str]) -> str:
-    advice = "Depth-wise convolutions (dwconv) belong to PVT version 2, which is not read here. "
+    advice = (
+        "Depth-wise convolutions (dwconv) belong to PVT version 2: pass config='pvt_v2_b0', say. "
+    )
     return advice if any("dwconv" in key for key in keys) else ""
 
 

@@ -27,7 +27,7 @@ class ViTParams(Staged):
     norm: LayerNormParams
     head: LinearParams
 
-    def _stage_fields(self, i: int) -> tuple[str, str, str]:
+    def _stage_fields(self, i: int) -> tuple[str, ...]:
         return "patch_embed", "pos_embed", "blocks"
 
 
