@@ -23,8 +23,11 @@ from pvt_ref.api import (
 from pvt_ref.errors import PVTError
 from pvt_ref.kernels.cpu.table import blocked_ops
 from pvt_ref.layers.cross_entropy import cross_entropy
-from pvt_ref.models.pvt.config import VARIANTS, PVTConfig
+from pvt_ref.models import VARIANTS
+from pvt_ref.models.pvt.config import PVTConfig
 from pvt_ref.models.pvt.params import PVTParams
+from pvt_ref.models.pvt_v2.config import PVTv2Config
+from pvt_ref.models.pvt_v2.params import PVTv2Params
 from pvt_ref.models.vit.config import VITS, ViTConfig
 from pvt_ref.ops import REFERENCE, Operation, Ops
 from pvt_ref.tree import to_device, to_numpy
@@ -85,6 +88,8 @@ __all__ = [
     "PVTConfig",
     "PVTError",
     "PVTParams",
+    "PVTv2Config",
+    "PVTv2Params",
     "Prediction",
     "Prepared",
     "Preprocessing",

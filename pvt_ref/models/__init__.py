@@ -1,6 +1,8 @@
 """The networks. Each has a folder of its own, and is entered here."""
 
-from pvt_ref.models.architecture import register
+from typing import Any
+
+from pvt_ref.models.architecture import architectures, register
 from pvt_ref.models.pvt import PVT
 from pvt_ref.models.pvt_v2 import PVT_V2
 from pvt_ref.models.vit import VIT
@@ -8,3 +10,8 @@ from pvt_ref.models.vit import VIT
 register(PVT)
 register(VIT)
 register(PVT_V2)
+
+#: The published models of all networks by name.
+VARIANTS: dict[str, Any] = {
+    name: config for row in architectures() for name, config in row.variants.items()
+}

@@ -24,6 +24,7 @@ from pvt_ref.blocks.transformer import BlockSettings
 from pvt_ref.checks import Size, as_size, is_whole
 from pvt_ref.errors import ConfigError, RangeError, shown
 from pvt_ref.layers.attention import attention
+from pvt_ref.layers.depthwise_conv import depthwise_conv
 from pvt_ref.layers.linear import linear
 from pvt_ref.layers.position import position
 from pvt_ref.models.architecture import Architecture, Place, architecture_of, param_shapes
@@ -61,7 +62,7 @@ class CostItem:
 class StageShape:
     """What a stage works on: its grid (H_i, W_i), C_i channels, n_i patch tokens and m_i keys.
 
-    keys are n_i / R_i^2 patch tokens; 0 without attention.
+    keys are n_i / R_i^2 patch tokens, or 49 with linear SRA; 0 without attention.
     """
 
     stage: int
@@ -295,7 +296,7 @@ class _Bill:
     def _inner(self, place: Place, call: Call) -> None:
         """MACs, where there are some."""
         key = place.stage, place.part
-        if call.operation == linear:
+        if call.operation in (linear, depthwise_conv):
             p, x = call.args[:2]
             self.lines[key].macs += math.prod(x.shape[:-1]) * p.weight.size
         elif call.operation == attention:
