@@ -13,7 +13,8 @@ import pvt_ref
 from pvt_ref import VARIANTS, PVTConfig, PVTv2Config
 from pvt_ref.__main__ import main
 from pvt_ref.checkpoint import load
-from pvt_ref.checkpoint.key_maps import to_native
+from pvt_ref.checkpoint.key_maps import foreign_shapes, to_native
+from pvt_ref.checkpoint.recognise import find_models, recognise_config
 from pvt_ref.errors import CheckpointError, DownloadError
 from pvt_ref.models.architecture import param_shapes
 from pvt_ref.models.pvt_v2.files import FILES
@@ -103,32 +104,32 @@ def test_a_state_dict_goes_both_ways(config):
     assert all(again[key] is state[key] for key in state)
 
 
+@pytest.mark.parametrize("layout", FILES.layouts, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("name", FILES.hub)
-def test_a_variant_is_recognised_in_every_layout(tmp_path, name):
-    config = dataclasses.replace(VARIANTS[name], num_classes=7)
-    one = torch.zeros(1, dtype=torch.float16)  # of whose memory all tensors are views
-    if name not in ("pvt_v2_b0", "pvt_v2_b1", "pvt_v2_b2_li"):
-        config = dataclasses.replace(config, in_chans=1)
-    for layout in FILES.layouts:
-        if layout.has_classifier is False:
-            config = bare(config)
-        shapes = {k: x.shape for k, x in to_foreign(zeros(config), layout, config).items()}
-        torch.save({k: one.expand(shape) for k, shape in shapes.items()}, tmp_path / "v.pth")
-        if "b0" in name or "li" in name:  # the others are large
-            model = load(tmp_path / "v.pth")
-            assert dataclasses.replace(model.config, projection_norm_eps=1e-5) == config
-        else:
-            from pvt_ref.checkpoint.recognise import find_models, recognise_config
-
-            (found,) = find_models({k: one.expand(shape) for k, shape in shapes.items()})
-            assert found.layout is layout
-            assert recognise_config(found) == config
-        config = dataclasses.replace(config, num_classes=7)
+def test_a_variant_is_recognised_in_every_layout(name, layout):
+    changes = {"num_classes": 0 if layout.has_classifier is False else 7, "in_chans": 1}
+    config = dataclasses.replace(VARIANTS[name], **changes)
+    state = {  # which takes no memory
+        key: np.broadcast_to(np.float16(0), shape)
+        for key, shape in foreign_shapes(layout, config).items()
+    }
+    (found,) = find_models({"state_dict": {f"module.{key}": x for key, x in state.items()}})
+    assert found.layout is layout
+    assert found.prefix == "module."
+    assert recognise_config(found) == config
 
 
-def zeros(config):
-    """Arrays of a model that take no memory."""
-    return {k: np.broadcast_to(np.float16(0), shape) for k, shape in param_shapes(config).items()}
+def test_a_variants_file_needs_no_configuration(tmp_path):
+    config = dataclasses.replace(VARIANTS["pvt_v2_b0"], num_classes=7)
+    state = random_state(config, np.float16)
+    model = load(written(tmp_path / "v2.pth", state))
+    assert model.config == config
+    assert model.source == (
+        "authors' layout, pvt_v2_b0, 7 classes, 224 px, float16 made float32; eps 1e-06, and "
+        "1e-05 in the projection norms; assumed: heads as in pvt_v2_b0, eps of this layout's "
+        "code, ImageNet's preprocessing"
+    )
+    assert_same_state(model, {key: x.astype(np.float32) for key, x in state.items()})
 
 
 def test_a_dense_backbone_has_no_head_and_a_classifier_can_be_read_without(tmp_path):
@@ -203,7 +204,7 @@ def test_mmdetection(tmp_path, qkv_bias):
     if not qkv_bias:  # its attention then has no bias at all
         theirs = {k: x for k, x in theirs.items() if not k.endswith("out_proj.bias")}
         state = {k: 0 * x if k.endswith("attn.proj.bias") else x for k, x in state.items()}
-    model = load(written(tmp_path / "mm.pth", {"state_dict": as_torch(theirs)}), config)
+    model = load(written(tmp_path / "mm.pth", theirs), config)
     assert_same_state(model, state)
     assert model.config == dataclasses.replace(config, **PORT_EPS)
     assert "eps of this layout's code (pass eps=(1e-6, 1e-5)" in model.source
@@ -313,7 +314,7 @@ def test_a_json_file_of_our_own_fields_is_enough(tmp_path):
     path = written(tmp_path / "v2.pth", state)
     (tmp_path / "ours.json").write_text('{"linear": true, "num_heads": [1, 2, 3, 4]}')
     model = load(path, tmp_path / "ours.json")
-    assert model.config == dataclasses.replace(LINEAR, img_size=224)
+    assert model.config == dataclasses.replace(LINEAR, img_size=224, sr_ratios=(8, 4, 2, 1))
     assert_same_state(model, state)
     (tmp_path / "few.json").write_text('{"num_heads": [1, 2, 3, 4]}')  # fits a PVT's as well
     assert load(path, tmp_path / "few.json").config.linear

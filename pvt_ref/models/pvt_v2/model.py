@@ -112,7 +112,7 @@ def forward(
     caches = []
     for i in range(1, len(config.channels) + 1):
         x, cache = _stage_forward(params.of_stage(i), x, config, i, ops, rng, keep)
-        caches.append(cache)  # of x, which is (B, H_i, W_i, C_i)
+        caches.append(cache)
     mean = array_module(x).mean(to_tokens(x), axis=1)  # (B, C_4)
     logits, head_cache = ops[linear].forward(params.head, mean, ops, keep=keep)
     return logits, ClassifierCache(tuple(caches), head_cache, x.shape) if keep else None
