@@ -203,7 +203,8 @@ def test_mmdetection(tmp_path, qkv_bias):
     theirs = mmdetection_state(state)
     if not qkv_bias:  # its attention then has no bias at all
         theirs = {k: x for k, x in theirs.items() if not k.endswith("out_proj.bias")}
-        state = {k: 0 * x if k.endswith("attn.proj.bias") else x for k, x in state.items()}
+        zeros = {k: np.zeros_like(x) for k, x in state.items() if k.endswith("attn.proj.bias")}
+        state |= zeros
     model = load(written(tmp_path / "mm.pth", theirs), config)
     assert_same_state(model, state)
     assert model.config == dataclasses.replace(config, **PORT_EPS)

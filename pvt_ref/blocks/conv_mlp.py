@@ -60,7 +60,8 @@ def conv_mlp_forward(
     """y = drop(fc2(drop(GELU(DWConv(fc1(x)))))), the paper's convolutional feed-forward layer.
 
     Args:
-        p: weights fc1 (E*C, C), dwconv.dwconv (E*C, 1, 3, 3) and fc2 (C, E*C), and biases.
+        p: fc1.weight (E*C, C), dwconv.dwconv.weight (E*C, 1, 3, 3), fc2.weight (C, E*C), and a bias
+            of each.
         x: tokens (B, n, C), of the weights' dtype, without a cls token.
         ops: the table of operations.
         grid: (H_i, W_i) of the tokens.

@@ -107,7 +107,7 @@ def linear_sra_backward(
 
     Args:
         p: the weights, sr.weight (C, C, 1, 1).
-        cache: from the forward, num_heads (N).
+        cache: from the forward, num_heads (N), pool.size (H_i, W_i).
         dy: dL/dy (B, n, C).
         ops: the table that the forward was given.
 

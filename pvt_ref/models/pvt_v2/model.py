@@ -72,7 +72,7 @@ def _stage_forward(
 def _stage_backward(
     p: StageParams, cache: StageCache, dmap: Array, ops: Ops
 ) -> tuple[Array, StageParams]:
-    """Back from dL/dF_i (B, H_i, W_i, C_i) to the map below, (B, H_{i-1}, W_{i-1}, C_{i-1})."""
+    """Back from dmap (B, H_i, W_i, C_i), which is dL/dF_i, to the map below."""
     map_shape = dmap.shape
     # x = norm(blocks(x))
     dx = to_tokens(dmap)  # (B, n_i, C_i)
@@ -156,7 +156,7 @@ def forward_pyramid(
     maps, caches = [], []
     for i in range(1, len(config.channels) + 1):
         x, cache = _stage_forward(params.of_stage(i), x, config, i, ops, rng, keep)
-        maps.append(channels_first(x))  # (B, C_i, H_i, W_i)
+        maps.append(channels_first(x))
         caches.append(cache)
     return maps, tuple(caches) if keep else None
 
