@@ -46,12 +46,13 @@ def load(
 
     - ``"digits"``, ``"cifar10"``, ``"imagenette"``: in the package. Their ``info.training`` says
       how they came about.
-    - ``"pvt_tiny"``, ``"pvt_small"``, ``"pvt_medium"``, ``"pvt_large"``: released for ImageNet. A
-      file of that name (.safetensors, .pth or .bin) in the weights folder is taken if there is one;
-      else they are fetched from the Hugging Face Hub, with its cache and its progress bar, which
-      needs the package ``huggingface_hub``. Commit and SHA-256 of what was fetched first are kept
-      in the weights folder, and the name means that file from then on. The weights folder is what
-      the environment variable PVT_REF_WEIGHTS names, or ``~/.cache/pvt_ref``.
+    - ``"pvt_tiny"``, ``"pvt_small"``, ``"pvt_medium"``, ``"pvt_large"``, ``"pvt_v2_b0"`` to
+      ``"pvt_v2_b5"`` and ``"pvt_v2_b2_li"``: released for ImageNet. A file of that name
+      (.safetensors, .pth or .bin) in the weights folder is taken if there is one; else they are
+      fetched from the Hugging Face Hub, with its cache and its progress bar, which needs the
+      package ``huggingface_hub``. Commit and SHA-256 of what was fetched first are kept in the
+      weights folder, and the name means that file from then on. The weights folder is what the
+      environment variable PVT_REF_WEIGHTS names, or ``~/.cache/pvt_ref``.
 
     Everything else is a path, and :func:`pvt_ref.checkpoint.load` says what it may be.
 

@@ -29,7 +29,8 @@ def load(
     Reads the authors' .pth files (without PyTorch, and without running anything in them), training
     checkpoints with the weights in any entry, Hugging Face PvtForImageClassification and PvtModel
     (.safetensors or .bin, one file or several), PVT backbones of MMDetection and of the authors'
-    own detectors, and files of :func:`save`. Files without a head become bare backbones.
+    own detectors, the same of PVT v2 and timm's of it, and files of :func:`save`. Files without a
+    head become bare backbones.
 
     What the weights do not tell is read from what lies beside them (Hugging Face's config.json and
     preprocessor_config.json), chosen by an argument, or assumed; ``source`` says which.

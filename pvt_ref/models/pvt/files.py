@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pvt_ref.checks import TOO_LARGE, is_whole
@@ -191,13 +191,6 @@ def _shown(shapes: Mapping[str, Shape], layout: Layout) -> dict[str, Any]:
         return {}
 
 
-def _advice(keys: Iterable[str]) -> str:
-    advice = (
-        "Depth-wise convolutions (dwconv) belong to PVT version 2: pass config='pvt_v2_b0', say. "
-    )
-    return advice if any("dwconv" in key for key in keys) else ""
-
-
 _DEFAULT = PVTConfig()
 #: Fields of Hugging Face's PvtConfig that mean the same here.
 _SAME = {
@@ -263,7 +256,6 @@ FILES = Files(
     shown=_shown,
     widths="embed_dims",
     blocks=lambda config: sum(config.depths),
-    advice=_advice,
     hub={name: f"Zetatech/{name.replace('_', '-')}-224" for name in list(VARIANTS)[:4]},
     url="https://github.com/whai362/PVT/releases/download/v2/{name}.pth",
 )

@@ -106,7 +106,7 @@ def _block(make: parts.Make, key: str, config: PVTv2Config, i: int) -> BlockPara
         sr = LinearParams(*_kernel(make, f"{attn}.sr", C, C, R))
         norm = parts.norm(make, f"{attn}.norm", C)
     dwconv = f"{key}.mlp.dwconv.dwconv"
-    kind = LinearSRAParams if config.linear else SRAParams
+    kind: Any = LinearSRAParams if config.linear else SRAParams
     return BlockParams(
         norm1=norm1,
         attn=kind(q, kv, proj, sr, norm),
