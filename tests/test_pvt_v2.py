@@ -236,7 +236,7 @@ def test_a_version_2_computes_on_every_library(config, dtype, library):
 @BOTH
 def test_its_gradients_are_slopes(config):
     config = dataclasses.replace(config, drop_rate=0.2, attn_drop_rate=0.1, drop_path_rate=0.3)
-    params, images = params_of(config), normal(1, 3, 3, 64, 32)
+    params, images = params_of(config), normal(1, 3, 3, 64, 96)
     logits, cache = pvt_ref.forward_with_cache(params, images, config, rng_of(5))
     dlogits = normal(2, *logits.shape)
     grads, dimages = pvt_ref.backward(params, cache, dlogits, config)
