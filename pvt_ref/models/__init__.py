@@ -8,8 +8,8 @@ from pvt_ref.models.pvt_v2 import PVT_V2
 from pvt_ref.models.vit import VIT
 
 register(PVT)
-register(VIT)
 register(PVT_V2)
+register(VIT)
 
 #: The published models of all networks by name.
 VARIANTS: dict[str, Any] = {

@@ -7,7 +7,9 @@ Symbols are those of the paper (Wang et al., ICCV 2021, arXiv 2102.12122, sectio
 """
 
 import functools
+import itertools
 import math
+import operator
 import warnings
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -128,7 +130,7 @@ class PVTConfig:
     @property
     def strides(self) -> tuple[int, ...]:
         """Pixels per token side at each stage: P_1, P_1 P_2, ... (4, 8, 16, 32 as published)."""
-        return tuple(math.prod(self.patch_sizes[: i + 1]) for i in range(NUM_STAGES))
+        return tuple(itertools.accumulate(self.patch_sizes, operator.mul))
 
     @property
     def size_multiple(self) -> int:

@@ -5,7 +5,9 @@ its stride, which are the same in all of them.
 """
 
 import functools
+import itertools
 import math
+import operator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -14,7 +16,6 @@ from pvt_ref.blocks.transformer import BlockSettings
 from pvt_ref.errors import ShapeError
 from pvt_ref.models import fields
 from pvt_ref.models.fields import (
-    NUM_STAGES,
     block_settings,
     check_stage,
     refuse,
@@ -119,7 +120,7 @@ class PVTv2Config:
     @property
     def strides(self) -> tuple[int, ...]:
         """Pixels per token side at each stage: (4, 8, 16, 32)."""
-        return tuple(math.prod(STRIDES[: i + 1]) for i in range(NUM_STAGES))
+        return tuple(itertools.accumulate(STRIDES, operator.mul))
 
     @property
     def size_multiple(self) -> int:
