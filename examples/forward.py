@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--variant",
-        choices=list(VARIANTS),
+        choices=[name for name, config in VARIANTS.items() if isinstance(config, PVTConfig)],
         help="random weights of this model; with --weights: what they are",
     )
     parser.add_argument(

@@ -20,7 +20,7 @@ from forward import get_images, get_model, one_line
 from numpy.typing import NDArray
 
 import pvt_ref
-from pvt_ref import VARIANTS, Model, PVTError, to_device, to_numpy
+from pvt_ref import VARIANTS, Model, PVTConfig, PVTError, to_device, to_numpy
 from pvt_ref.arrays import import_cupy, synchronize
 from pvt_ref.errors import printable
 from pvt_ref.report.tables import text_table
@@ -37,7 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weights", metavar="NAME|FILE", help="trained ones (default: random)")
     parser.add_argument(
         "--variant",
-        choices=list(VARIANTS),
+        choices=[name for name, config in VARIANTS.items() if isinstance(config, PVTConfig)],
         help="default pvt_tiny; with weights: what they are",
     )
     parser.add_argument("--batch", type=int, default=8, help="images at once (default 8)")

@@ -62,8 +62,9 @@ def init_params(config: Any, rng: Generator, dtype: Any = np.float32) -> Any:
 
     Linear weights, position tables and the cls token are normal with std 0.02 (the released
     truncation at +-2 is a hundred standard deviations away); linear biases 0; norms 1 and 0; the
-    patch and spatial-reduction projections uniform in +-1/sqrt(fan_in), as PyTorch's Conv2d. The
-    source is the released code, whai362/PVT, ``_init_weights``; the paper does not say.
+    patch and spatial-reduction projections uniform in +-1/sqrt(fan_in), as PyTorch's Conv2d. All
+    convolutions of a PVT v2 are normal with std sqrt(2/fan_out), biases 0. The source is the
+    released code, whai362/PVT, ``_init_weights``; the papers do not say.
     Raises: ArrayTypeError if an argument is of another type, or dtype another.
 
     Args:
@@ -91,6 +92,8 @@ def draw_leaf(leaf: Leaf, rng: Generator, dtype: Any) -> np.ndarray:
         return np.full(leaf.shape, 0 if leaf.init == "zeros" else 1, dtype)
     if leaf.init == "normal":
         return (0.02 * rng.standard_normal(leaf.shape)).astype(dtype)
+    if leaf.init == "fan_out":
+        return (math.sqrt(2 / leaf.fan_out) * rng.standard_normal(leaf.shape)).astype(dtype)
     bound = 1 / math.sqrt(leaf.fan_in)
     return rng.uniform(-bound, bound, leaf.shape).astype(dtype)
 

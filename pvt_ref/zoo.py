@@ -40,12 +40,13 @@ def load(
 
     - ``"digits"``, ``"cifar10"``, ``"imagenette"``: in the package, trained with its gradients.
       ``info.training`` says how.
-    - ``"pvt_tiny"``, ``"pvt_small"``, ``"pvt_medium"``, ``"pvt_large"``: released for ImageNet. A
-      file of that name (.safetensors, .pth or .bin) in the weights folder is taken if there is one;
-      else they are fetched from the Hugging Face Hub, with its cache and its progress bar, which
-      needs the package ``huggingface_hub``. Commit and SHA-256 of what was fetched first are kept
-      in the weights folder, and the name means that file from then on. The weights folder is what
-      the environment variable PVT_REF_WEIGHTS names, or ``~/.cache/pvt_ref``.
+    - ``"pvt_tiny"``, ``"pvt_small"``, ``"pvt_medium"``, ``"pvt_large"``, ``"pvt_v2_b0"`` to
+      ``"pvt_v2_b5"`` and ``"pvt_v2_b2_li"``: released for ImageNet. A file of that name
+      (.safetensors, .pth or .bin) in the weights folder is taken if there is one; else they are
+      fetched from the Hugging Face Hub, with its cache and its progress bar, which needs the
+      package ``huggingface_hub``. Commit and SHA-256 of what was fetched first are kept in the
+      weights folder, and the name means that file from then on. The weights folder is what the
+      environment variable PVT_REF_WEIGHTS names, or ``~/.cache/pvt_ref``.
 
     Args:
         name: a known name, or a path, of what :func:`pvt_ref.checkpoint.load` reads.

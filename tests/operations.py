@@ -16,9 +16,13 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from strategies import normal, seeds
 
+from pvt_ref.blocks import conv_mlp as conv_mlp_file
+from pvt_ref.blocks import linear_sra as linear_sra_file
 from pvt_ref.blocks import mlp as mlp_file
 from pvt_ref.blocks import sra as sra_file
 from pvt_ref.blocks import transformer
+from pvt_ref.blocks.conv_mlp import ConvMLPParams, DWConvParams
+from pvt_ref.blocks.linear_sra import LinearSRAParams
 from pvt_ref.blocks.mlp import MLPParams
 from pvt_ref.blocks.sra import SRAParams, SRASettings
 from pvt_ref.blocks.transformer import BlockParams, BlockSettings
@@ -64,7 +68,9 @@ READABLE: dict[str, Operation] = {
         position_file: ["position"],
         attention_file: ["attention"],
         sra_file: ["sra"],
+        linear_sra_file: ["linear_sra"],
         mlp_file: ["mlp"],
+        conv_mlp_file: ["conv_mlp"],
         transformer: ["block", "blocks"],
     }.items()
     for name in names
@@ -444,9 +450,9 @@ def _sra_shapes(C: int, R: int, bias: bool, prefix: str = "") -> dict[str, tuple
     return {prefix + name: shape for name, shape in shapes.items()}
 
 
-def _sra_params(i: Inputs, prefix: str = "") -> SRAParams:
+def _sra_params(i: Inputs, prefix: str = "", kind: type = SRAParams) -> Any:
     reduced = f"{prefix}sr.weight" in i
-    return SRAParams(
+    return kind(
         _linear(i, f"{prefix}q"),
         _linear(i, f"{prefix}kv"),
         _linear(i, f"{prefix}proj"),
@@ -455,7 +461,7 @@ def _sra_params(i: Inputs, prefix: str = "") -> SRAParams:
     )
 
 
-def _sra_gradients(d: SRAParams, prefix: str = "") -> Inputs:
+def _sra_gradients(d: Any, prefix: str = "") -> Inputs:
     named = {}
     for name in ("q", "kv", "proj", "sr", "norm"):
         record = getattr(d, name)
@@ -463,15 +469,18 @@ def _sra_gradients(d: SRAParams, prefix: str = "") -> Inputs:
     return named
 
 
-def _torch_sra(i: Inputs, x, grid, N: int, eps: float, prefix: str = ""):
+def _torch_sra(i: Inputs, x, grid, N: int, eps: float, prefix: str = "", linear: bool = False):
     """conv2d, layer_norm and PyTorch's own multi-head attention with separate projections."""
     B, _, C = x.shape
     keys = x
     if f"{prefix}sr.weight" in i:
         weight, bias = i[f"{prefix}sr.weight"], i[f"{prefix}sr.bias"]
         as_map = x.transpose(1, 2).reshape(B, C, *grid)
+        if linear:
+            as_map = F.adaptive_avg_pool2d(as_map, 7)
         keys = F.conv2d(as_map, weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
         keys = F.layer_norm(keys, (C,), i[f"{prefix}norm.weight"], i[f"{prefix}norm.bias"], eps)
+        keys = F.gelu(keys) if linear else keys
     kv = i[f"{prefix}kv.weight"]
     in_bias = None
     if f"{prefix}q.bias" in i:
@@ -526,6 +535,33 @@ def sra(draw) -> OpCase:
 
 
 @st.composite
+def linear_sra(draw) -> OpCase:
+    N, d, B = draw(st.integers(1, 3)), draw(st.integers(2, 3)), draw(small)
+    grid = (draw(st.integers(1, 16)), draw(st.integers(1, 9)))
+    bias, seed, eps = draw(st.booleans()), draw(seeds), draw(st.sampled_from([1e-5, 1e-1]))
+    C = N * d + (N == 1)
+    shapes = {"x": (B, grid[0] * grid[1], C), **_sra_shapes(C, 2, bias)}
+    shapes["sr__weight"] = (C, C, 1, 1)
+    attn = sra_settings(N, 1 / math.sqrt(C // N), eps)
+
+    def params(i):
+        return _sra_params(i, kind=LinearSRAParams)
+
+    def gradients(i, cache, dy):
+        dx, d = backward("linear_sra", params(i), cache, dy)
+        return {"x": dx, **_sra_gradients(d)}
+
+    return OpCase(
+        "linear_sra",
+        f"{shapes}, grid={grid}, N={N}, eps={eps}, seed={seed}",
+        _random(seed, **shapes),
+        lambda i, keep=True: forward("linear_sra", params(i), i["x"], grid, attn, keep=keep),
+        gradients,
+        lambda i: _torch_sra(i, i["x"], grid, N, eps, linear=True),
+    )
+
+
+@st.composite
 def mlp(draw) -> OpCase:
     B, n, C, hidden, seed = (
         draw(small),
@@ -558,6 +594,46 @@ def mlp(draw) -> OpCase:
         f"{shapes}, seed={seed}",
         _random(seed, **shapes),
         lambda i, keep=True: forward("mlp", params(i), i["x"], keep=keep),
+        gradients,
+        reference,
+    )
+
+
+@st.composite
+def conv_mlp(draw) -> OpCase:
+    B, C, hidden, seed = draw(small), draw(small), draw(st.integers(1, 6)), draw(seeds)
+    grid, has_relu = (draw(small), draw(small)), draw(st.booleans())
+    shapes = {
+        "x": (B, grid[0] * grid[1], C),
+        "fc1__weight": (hidden, C),
+        "fc1__bias": (hidden,),
+        "dwconv__weight": (hidden, 1, 3, 3),
+        "dwconv__bias": (hidden,),
+        "fc2__weight": (C, hidden),
+        "fc2__bias": (C,),
+    }
+
+    def params(i):
+        dwconv = DWConvParams(ConvParams(i["dwconv.weight"], i["dwconv.bias"]))
+        return ConvMLPParams(_linear(i, "fc1"), dwconv, _linear(i, "fc2"))
+
+    def gradients(i, cache, dy):
+        dx, d = backward("conv_mlp", params(i), cache, dy)
+        named = _named(d.fc1, "fc1") | _named(d.dwconv.dwconv, "dwconv") | _named(d.fc2, "fc2")
+        return {"x": dx, **named}
+
+    def reference(i):
+        y = F.linear(i["x"], i["fc1.weight"], i["fc1.bias"])
+        y = (F.relu(y) if has_relu else y).transpose(1, 2).reshape(B, hidden, *grid)
+        y = F.conv2d(y, i["dwconv.weight"], i["dwconv.bias"], padding=1, groups=hidden)
+        y = F.gelu(y.flatten(2).transpose(1, 2))
+        return F.linear(y, i["fc2.weight"], i["fc2.bias"])
+
+    return OpCase(
+        "conv_mlp",
+        f"{shapes}, grid={grid}, has_relu={has_relu}, seed={seed}",
+        _random(seed, **shapes),
+        lambda i, keep=True: forward("conv_mlp", params(i), i["x"], grid, has_relu, keep=keep),
         gradients,
         reference,
     )
@@ -668,7 +744,9 @@ OPERATIONS = {
     "position": position(),
     "attention": attention(),
     "sra": sra(),
+    "linear_sra": linear_sra(),
     "mlp": mlp(),
+    "conv_mlp": conv_mlp(),
     "block": block(),
     "sum_rows": sum_rows(),
     "drop": dropped(),

@@ -6,12 +6,14 @@ over already resized (it sizes them for patches 4, 2, 2, 2 and resizes them wron
 dense pyramid its cls token is taken away.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pvt_ref import PVTConfig, PVTParams, from_state_dict, to_state_dict
+from pvt_ref import PVTConfig, PVTv2Config, from_state_dict, to_state_dict
 from pvt_ref.draws import Draws, What, generator_at
 
 torch.set_num_threads(1)  # NumPy's threads and PyTorch's disturb each other
@@ -78,6 +80,81 @@ def build(config: PVTConfig, rng: np.random.Generator | Draws | None, pyramid: b
     return model.eval()  # the drops above do not ask whether they train
 
 
+def build_v2(config: PVTv2Config, rng: np.random.Generator | Draws | None):
+    from transformers import PvtV2Config, PvtV2ForImageClassification
+
+    settings = PvtV2Config(
+        num_channels=config.in_chans,
+        depths=list(config.depths),
+        sr_ratios=list(config.sr_ratios),
+        hidden_sizes=list(config.embed_dims),
+        num_attention_heads=list(config.num_heads),
+        mlp_ratios=list(config.mlp_ratios),
+        qkv_bias=config.qkv_bias,
+        linear_attention=config.linear,
+        layer_norm_eps=config.norm_eps,
+        num_labels=max(config.num_classes, 1),
+    )
+    with torch.device("meta"):  # every weight is handed over at the call
+        model = PvtV2ForImageClassification(settings)
+    rates = enumerate(np.linspace(0, config.drop_path_rate, sum(config.depths)))
+    for layer in model.pvt_v2.encoder.layers:
+        layer.patch_embedding.layer_norm.eps = config.projection_norm_eps
+        for block in layer.blocks:
+            attention = block.attention
+            if hasattr(attention, "layer_norm"):
+                attention.layer_norm.eps = config.projection_norm_eps
+            number, rate = next(rates)
+            if rng is not None:
+                own = generator_at(rng, What.BLOCK, number)
+                attention.attn_drop = MaskedDrop(config.attn_drop_rate, own, False)
+                attention.proj_drop = MaskedDrop(config.drop_rate, own, False)
+                block.drop_path = MaskedDrop(float(rate), own, True)
+                block.mlp.dropout = MaskedDrop(config.drop_rate, own, False)
+    return model.eval()
+
+
+#: Parts of the authors' names in a block, and Hugging Face's, replaced in this order.
+_V2_NAMES = {
+    "attn.sr": "attention.spatial_reduction",
+    "attn.norm": "attention.layer_norm",
+    "attn.": "attention.",
+    "norm1": "layer_norm_1",
+    "norm2": "layer_norm_2",
+    "mlp.fc": "mlp.dense",
+    "attention.q.": "attention.query.",
+}
+
+
+def translate_v2(native: dict, config: PVTv2Config) -> dict:
+    """Tensors by the authors' names to tensors by Hugging Face's, differentiably."""
+    state = {}
+    for key, x in native.items():
+        first, _, rest = key.partition(".")
+        if first == "head":
+            state[f"classifier.{rest}"] = x
+            continue
+        layer = f"pvt_v2.encoder.layers.{int(first[-1]) - 1}"
+        if first.startswith("norm"):
+            state[f"{layer}.layer_norm.{rest}"] = x
+            continue
+        if first.startswith("patch_embed"):
+            state[f"{layer}.patch_embedding.{rest.replace('norm', 'layer_norm')}"] = x
+            continue
+        for ours, theirs in _V2_NAMES.items():
+            rest = rest.replace(ours, theirs)
+        if ".attention.kv." in rest:
+            for name, half in zip(("key", "value"), x.chunk(2), strict=True):
+                state[f"{layer}.blocks.{rest.replace('kv', name)}"] = half
+        else:
+            state[f"{layer}.blocks.{rest}"] = x
+    if not config.has_classifier:  # it runs, but only the hidden states are looked at
+        x = next(iter(native.values()))
+        state["classifier.weight"] = torch.zeros(1, config.embed_dims[-1], dtype=x.dtype)
+        state["classifier.bias"] = torch.zeros(1, dtype=x.dtype)
+    return state
+
+
 def resized_table(table: torch.Tensor, side: int, grid: tuple[int, int]) -> torch.Tensor:
     C = table.shape[-1]
     square = table.reshape(1, side, side, C).permute(0, 3, 1, 2)
@@ -134,22 +211,25 @@ def translate(native: dict, config: PVTConfig, size: tuple[int, int], pyramid: b
 
 
 def transformers_forward(
-    params: PVTParams,
+    params: Any,
     images: np.ndarray,
-    config: PVTConfig,
+    config: Any,
     rng: np.random.Generator | Draws | None = None,
     pyramid: bool = False,
 ):
     """Outputs (a list of one, or the four maps) as tensors, and the leaves that made them."""
-    model = build(config, rng, pyramid)
+    v2 = isinstance(config, PVTv2Config)
+    model = build_v2(config, rng) if v2 else build(config, rng, pyramid)
     leaves = {key: tensor(x, grad=True) for key, x in to_state_dict(params).items()}
     x = tensor(images, grad=True)
     size = (images.shape[2], images.shape[3])
-    state = translate(leaves, config, size, pyramid)
+    state = translate_v2(leaves, config) if v2 else translate(leaves, config, size, pyramid)
     kwargs = {"pixel_values": x, "output_hidden_states": pyramid}
     result = torch.func.functional_call(model, state, kwargs=kwargs)
     if not pyramid:
         return [result.logits], leaves, x
+    if v2:
+        return list(result.hidden_states), leaves, x
     ends = np.cumsum(config.depths) - 1  # the last block of each stage
     maps = [
         result.hidden_states[end].permute(0, 2, 1).reshape(images.shape[0], C, *grid)
@@ -158,8 +238,8 @@ def transformers_forward(
     return maps, leaves, x
 
 
-def transformers_backward(outputs, cotangents, leaves, x, config: PVTConfig):
-    """Gradients as a PVTParams of arrays, and of the images; zeros for what was not used."""
+def transformers_backward(outputs, cotangents, leaves, x, config: Any):
+    """Gradients as a record of arrays, and of the images; zeros for what was not used."""
     inputs = [x, *leaves.values()]
     grads = torch.autograd.grad(
         outputs, inputs, [tensor(dy) for dy in cotangents], allow_unused=True

@@ -7,12 +7,13 @@ case is then one line, printed by its repr, that anyone can paste.
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from hypothesis import assume, event
 from hypothesis import strategies as st
 
-from pvt_ref import PVTConfig, PVTParams, from_state_dict
+from pvt_ref import PVTConfig, PVTv2Config, from_state_dict
 from pvt_ref.models.architecture import param_shapes
 
 seeds = st.integers(0, 2**32 - 1)
@@ -27,7 +28,7 @@ def normal(seed: int, *shape: int, dtype=np.float64, scale: float = 1.0) -> np.n
     return (rng_of(seed, len(shape), *shape).standard_normal(shape) * scale).astype(dtype)
 
 
-def random_params(config: PVTConfig, seed: int, dtype=np.float64) -> PVTParams:
+def random_params(config: Any, seed: int, dtype=np.float64) -> Any:
     """Weights of a size at which every part of the model matters, norms and biases included."""
     rng = rng_of(seed, 7)
 
@@ -47,12 +48,12 @@ def random_params(config: PVTConfig, seed: int, dtype=np.float64) -> PVTParams:
 class ModelCase:
     """A model, an image size and a seed. The repr reproduces it."""
 
-    config: PVTConfig
+    config: Any
     batch: int
     size: tuple[int, int]
     seed: int
 
-    def params(self, dtype=np.float64) -> PVTParams:
+    def params(self, dtype=np.float64) -> Any:
         return random_params(self.config, self.seed, dtype)
 
     def images(self, dtype=np.float64) -> np.ndarray:
@@ -72,6 +73,8 @@ class ModelCase:
             "resized tables": not native,
             "native size": native,
             "backbone": not c.has_classifier,
+            "linear": getattr(c, "linear", False),
+            "not a multiple of 4": self.size[0] % 4 > 0,
             "dropout": c.drop_rate > 0 and c.attn_drop_rate > 0 and c.drop_path_rate > 0,
         }
         tags = {name for name, true in facts.items() if true}
@@ -138,6 +141,43 @@ def model_cases(draw, classifier: bool | None = True, dropout: bool = False) -> 
     sides = st.integers(1, 3 if g < 12 else 2).map(lambda k: k * g)
     native = (config.img_size, config.img_size)
     size = native if draw(st.integers(0, 3)) == 0 else draw(st.tuples(sides, sides))
+    return ModelCase(config, draw(st.integers(1, 3)), size, draw(seeds))
+
+
+@st.composite
+def v2_cases(draw, classifier: bool = True, dropout: bool = False) -> ModelCase:
+    """A small PVT v2 of either attention with images of any size that it takes."""
+    num_heads = draw(st.tuples(*[st.sampled_from([1, 2, 3])] * 4))
+    widths = draw(st.tuples(*[st.integers(2, 4)] * 4))
+    linear = draw(st.booleans())
+    ratios = [(1, 1, 1, 1), (4, 2, 2, 1), (3, 1, 1, 1), (2, 2, 1, 1), (1, 2, 1, 2), (2, 1, 2, 1)]
+    sr_ratios = draw(st.sampled_from(ratios))
+    config = PVTv2Config(
+        img_size=192,
+        in_chans=draw(st.sampled_from([1, 3])),
+        num_classes=draw(st.integers(1, 5)) if classifier else 0,
+        embed_dims=tuple(
+            N * max(d, 3 if N == 1 else 2) for N, d in zip(num_heads, widths, strict=True)
+        ),
+        num_heads=num_heads,
+        mlp_ratios=draw(st.tuples(*[st.sampled_from([1, 2, 3])] * 4)),
+        qkv_bias=draw(st.booleans()),
+        depths=draw(st.tuples(*[st.integers(1, 2)] * 4)),
+        sr_ratios=sr_ratios,
+        linear=linear,
+        drop_rate=0.3 if dropout else 0.0,
+        attn_drop_rate=0.2 if dropout else 0.0,
+        drop_path_rate=0.4 if dropout else 0.0,
+        norm_eps=draw(st.sampled_from([1e-6, 1e-3])),
+        projection_norm_eps=draw(st.sampled_from([1e-5, 1e-2])),
+    )
+    grids = ((side, tuple(-(-side // s) for s in config.strides)) for side in range(1, 66))
+    fitting = [
+        side
+        for side, grid in grids
+        if linear or not any(n % R for n, R in zip(grid, sr_ratios, strict=True))
+    ]
+    size = draw(st.tuples(st.sampled_from(fitting), st.sampled_from(fitting)))
     return ModelCase(config, draw(st.integers(1, 3)), size, draw(seeds))
 
 

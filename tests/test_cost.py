@@ -13,7 +13,17 @@ from hypothesis import given, settings
 from strategies import configs, normal, random_params
 
 import pvt_ref
-from pvt_ref import REFERENCE, VARIANTS, VITS, Model, PVTConfig, PVTParams, ViTConfig, count_cost
+from pvt_ref import (
+    REFERENCE,
+    VARIANTS,
+    VITS,
+    Model,
+    PVTConfig,
+    PVTParams,
+    PVTv2Config,
+    ViTConfig,
+    count_cost,
+)
 from pvt_ref.blocks.transformer import block
 from pvt_ref.layers.attention import attention
 from pvt_ref.layers.gelu import gelu
@@ -35,6 +45,15 @@ MICRO = replace(  # in every stage something is unlike the other stages
     mlp_ratios=(2, 3, 4, 2),
     sr_ratios=(4, 2, 2, 1),
     num_classes=7,
+)
+MICRO_V2 = PVTv2Config(
+    img_size=64,
+    embed_dims=MICRO.embed_dims,
+    num_heads=MICRO.num_heads,
+    mlp_ratios=MICRO.mlp_ratios,
+    depths=MICRO.depths,
+    sr_ratios=MICRO.sr_ratios,
+    num_classes=MICRO.num_classes,
 )
 NO_BIAS = replace(MICRO, qkv_bias=False)
 REDUCED = replace(MICRO, num_classes=0, sr_ratios=(2, 1, 2, 2))
@@ -412,6 +431,8 @@ def draw_images(config: PVTConfig, size, dtype, pyramid: bool, least: int) -> np
         (replace(TINY, img_size=64), (96, 64), "float32"),
         (replace(TINY, img_size=32), (32, 32), "float64"),
         (replace(TINY, sr_ratios=(1, 1, 1, 1), depths=(1, 1, 1, 1)), (96, 64), "float32"),
+        (MICRO_V2, (64, 96), "float32"),
+        (replace(MICRO_V2, linear=True), (61, 47), "float64"),
     ],
 )
 def test_peak_memory_is_what_python_allocates(config, size, dtype):

@@ -1,6 +1,7 @@
 """Our numbers are those of the authors' own code: outputs, and the gradient of every parameter.
 
-The golden file was computed once by the released classifier and the released dense backbone.
+The golden files were computed once by the released classifiers and dense backbones, of PVT and of
+PVT v2.
 Weights, images and cotangents are drawn here by the recipe it was made with.
 """
 
@@ -13,11 +14,11 @@ import pytest
 from closeness import split_key_bias
 
 import pvt_ref
-from pvt_ref import VARIANTS
+from pvt_ref import VARIANTS, PVTv2Config
 from pvt_ref.models.architecture import param_shapes
 from pvt_ref.tree import named_arrays
 
-GOLDEN = Path(__file__).parent / "golden" / "golden.npz"
+GOLDEN = [Path(__file__).parent / "golden" / name for name in ("golden.npz", "pvt_v2.npz")]
 
 TINY = VARIANTS["pvt_tiny"]
 MICRO = replace(
@@ -30,11 +31,26 @@ MICRO = replace(
     sr_ratios=(4, 2, 2, 1),
     num_classes=7,
 )
+MICRO_V2 = PVTv2Config(
+    depths=MICRO.depths,
+    embed_dims=MICRO.embed_dims,
+    num_heads=MICRO.num_heads,
+    mlp_ratios=MICRO.mlp_ratios,
+    sr_ratios=MICRO.sr_ratios,
+    num_classes=7,
+)
+MICRO_LI = replace(MICRO_V2, linear=True)
 CASES = {  # seed, batch, size, configuration
     "tiny_224": (1, 2, (224, 224), TINY),
     "tiny_256x320": (2, 1, (256, 320), TINY),
     "small_224": (3, 1, (224, 224), VARIANTS["pvt_small"]),
     "micro_64": (4, 3, (64, 64), MICRO),
+    "v2_b0_64": (11, 2, (64, 64), VARIANTS["pvt_v2_b0"]),
+    "v2_b0_96x64": (12, 1, (96, 64), VARIANTS["pvt_v2_b0"]),
+    "v2_b2_li_96x64": (13, 1, (96, 64), VARIANTS["pvt_v2_b2_li"]),
+    "v2_micro_64x32": (14, 2, (64, 32), MICRO_V2),
+    "v2_micro_li_72x56": (15, 2, (72, 56), MICRO_LI),
+    "v2_micro_li_61x47": (16, 1, (61, 47), MICRO_LI),
 }
 
 
@@ -44,10 +60,8 @@ def draw(name: str, shape, seed: int) -> np.ndarray:
 
 def draw_weight(key: str, shape, seed: int) -> np.ndarray:
     x = draw(key, shape, seed)
-    if key.endswith(("norm.weight", "norm1.weight", "norm2.weight")):
-        return 1 + 0.2 * x
     if len(shape) == 1:
-        return 0.1 * x
+        return 1 + 0.2 * x if key.endswith(".weight") else 0.1 * x  # only norms have such weights
     if key.startswith(("pos_embed", "cls_token")):
         return 0.2 * x
     return x / np.sqrt(np.prod(shape[1:]))
@@ -88,13 +102,13 @@ def assert_gradient_digests(tag: str, grads, dimages, seed: int, golden) -> None
         if noise.size:
             assert np.abs(noise).max() < 1e-10 * np.abs(signal).max()
         checked.add(name)
-    assert checked == {n for n in golden.files if n.startswith(f"{tag}/grad/")}
+    assert checked == {n for n in golden if n.startswith(f"{tag}/grad/")}
 
 
 @pytest.fixture(scope="module")
 def golden():
-    with np.load(GOLDEN) as file:
-        yield file
+    """Entries of all files by name; every name begins with its case."""
+    return {name: file[name] for file in map(np.load, GOLDEN) for name in file.files}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -23,7 +23,7 @@ from pvt_ref import VARIANTS, ModelInfo, Preprocessing, PVTConfig
 from pvt_ref.checkpoint import load, save
 from pvt_ref.errors import CheckpointError, ConfigError, MissingFileError
 from pvt_ref.models.architecture import config_to_dict, param_shapes
-from pvt_ref.models.pvt.config import MAX_DEPTH
+from pvt_ref.models.fields import MAX_DEPTH
 from pvt_ref.models.pvt.files import HUGGING_FACE
 
 #: As wide as the variants from pvt_tiny to pvt_large, and otherwise none of them.

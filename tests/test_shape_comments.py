@@ -6,6 +6,7 @@ import re
 import sys
 import textwrap
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from shape_comments import ShapeComments, find_shapes, read_functions, spelt
 import pvt_ref
 import pvt_ref.blocks
 import pvt_ref.layers
-from pvt_ref import PVTConfig
+from pvt_ref import PVTConfig, PVTv2Config
 from pvt_ref.layers.conv import ConvParams, conv
 from pvt_ref.layers.cross_entropy import cross_entropy
 from pvt_ref.layers.depthwise_conv import depthwise_conv
@@ -23,15 +24,16 @@ from pvt_ref.layers.position import position
 from pvt_ref.layers.relu import relu
 from pvt_ref.layers.resize import resize
 from pvt_ref.models.pvt import model
+from pvt_ref.models.pvt_v2 import model as model_v2
 from pvt_ref.ops import REFERENCE
 
 #: Sizes that coincide nowhere within a stage, not even those that are made of others.
-B, H, W, K = 11, 48, 112, 13
+B, H, W, K = 11, 96, 224, 13
 CONFIG = PVTConfig(
-    img_size=32,  # so the tables are resized
+    img_size=64,  # so the tables are resized
     in_chans=5,
     num_classes=K,
-    patch_sizes=(2, 2, 2, 2),
+    patch_sizes=(4, 2, 2, 2),
     embed_dims=(10, 15, 32, 8),
     num_heads=(2, 3, 4, 2),
     mlp_ratios=(3, 4, 5, 5),
@@ -41,6 +43,9 @@ CONFIG = PVTConfig(
     attn_drop_rate=0.1,
     drop_path_rate=0.1,
 )
+_SHARED = ("in_chans", "num_classes", "embed_dims", "num_heads", "mlp_ratios", "depths")
+#: PVT v2 on the same grids, with both kinds of attention.
+V2 = PVTv2Config(**{name: getattr(CONFIG, name) for name in _SHARED}, sr_ratios=(4, 2, 2, 1))
 GRIDS = ((H, W), *CONFIG.grids(H, W))
 STAGES = {
     "C": (CONFIG.in_chans, *CONFIG.embed_dims),
@@ -50,8 +55,8 @@ STAGES = {
 
 
 def modules() -> list[types.ModuleType]:
-    """Every file of layers and blocks, and the model."""
-    found = [model]
+    """Every file of layers and blocks, and the models."""
+    found = [model, model_v2]
     for package in (pvt_ref.layers, pvt_ref.blocks):
         for file in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             found.append(importlib.import_module(file.name))
@@ -70,6 +75,12 @@ def comments() -> ShapeComments:
         model.backward(params, cache, logits, REFERENCE)
         maps, cache = model.forward_pyramid(params, images, CONFIG, REFERENCE, rng)
         model.backward_pyramid(params, cache, maps, REFERENCE)
+        for config in (V2, replace(V2, linear=True)):
+            params = pvt_ref.init_params(config, rng)
+            logits, cache = model_v2.forward(params, images, config, REFERENCE, rng)
+            model_v2.backward(params, cache, logits, REFERENCE)
+            maps, cache = model_v2.forward_pyramid(params, images, config, REFERENCE, rng)
+            model_v2.backward_pyramid(params, cache, maps, REFERENCE)
 
         labels = np.arange(B)
         cross_entropy(logits, labels, ignore_index=3)

@@ -49,7 +49,7 @@ def test_imports_go_down_the_table_only():
 
 
 def test_only_a_networks_own_folder_names_its_types():
-    known = re.compile(r"\b(PVTConfig|PVTParams|ViTConfig|ViTParams|pos_embed1)\b")
+    known = re.compile(r"\b(PVT(v2)?Config|PVT(v2)?Params|ViTConfig|ViTParams|pos_embed1)\b")
     for path in PACKAGE.rglob("*.py"):
         inside = "models" in path.parts and path.parent.name != "models"
         if not inside and path != PACKAGE / "__init__.py":

@@ -228,6 +228,8 @@ NOT_CALLED = {
     "Ops",  # a table of operations
     "PVTError",
     "PVTParams",  # checked where it is used
+    "PVTv2Config",  # as PVTConfig, by the same checks
+    "PVTv2Params",  # as PVTParams
     "Prepared",  # likewise
     "Prediction",
     "REFERENCE",

@@ -71,6 +71,12 @@ def merge_heads(x: Array) -> Array:
     return xp.reshape(xp.permute_dims(x, (0, 2, 1, 3)), (B, n, N * d))  # (B, n, N*d)
 
 
+def keys_and_values(kv: Array, N: int) -> tuple[Array, Array]:
+    """(B, m, 2C), all of K before all of V, to k and v of (B, N, m, d) each."""
+    C = kv.shape[-1] // 2
+    return split_heads(kv[..., :C], N), split_heads(kv[..., C:], N)
+
+
 def sra_forward(
     p: SRAParams,
     x: Array,
@@ -98,7 +104,7 @@ def sra_forward(
     Returns:
         y (B, n, C) of x's dtype, and the cache.
     """
-    C, N = x.shape[-1], settings.num_heads
+    N = settings.num_heads
     q, q_cache = ops[linear].forward(p.q, x, ops, keep=keep)  # (B, n, C)
     if p.sr is None or p.norm is None:  # R = 1: every token is a key
         reduced, sr_cache = x, None
@@ -109,7 +115,7 @@ def sra_forward(
             reduction, token_map, ops, settings.norm_eps, keep=keep
         )  # (B, m, C)
     kv, kv_cache = ops[linear].forward(p.kv, reduced, ops, keep=keep)  # (B, m, 2C)
-    k, v = split_heads(kv[..., :C], N), split_heads(kv[..., C:], N)  # (B, N, m, d) each
+    k, v = keys_and_values(kv, N)  # (B, N, m, d) each
     heads, attention_cache = ops[attention].forward(
         None, (split_heads(q, N), k, v), ops, settings.scale, settings.attn_drop_rate, rng, keep
     )  # (B, N, n, d)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pvt_ref.arrays import Array, Grid
+from pvt_ref.blocks.conv_mlp import ConvMLPParams, conv_mlp
+from pvt_ref.blocks.linear_sra import LinearSRAParams, linear_sra
 from pvt_ref.blocks.mlp import MLPParams, mlp
 from pvt_ref.blocks.sra import SRAParams, SRASettings, sra
 from pvt_ref.draws import Rng, Source, What, generator_at
@@ -25,16 +27,24 @@ class BlockSettings:
     drop_rate: float = 0.0  # of the MLP
     drop_path_rate: float = 0.0
     number: int = 0  # its own in the network, from 0: it names the block's random draws
+    has_relu: bool = False  # before the convolution of an MLP that has one
+
+
+#: The operation of an attention, by the type of its weights.
+ATTENTIONS: dict[type, Operation] = {SRAParams: sra, LinearSRAParams: linear_sra}
+
+#: The operation of an MLP, by the type of its weights.
+MLPS: dict[type, Operation] = {MLPParams: mlp, ConvMLPParams: conv_mlp}
 
 
 @record
 class BlockParams:
-    """The weights of one block, or their gradients."""
+    """The weights of one block, or their gradients; the types of attn and mlp say which."""
 
     norm1: LayerNormParams
-    attn: SRAParams
+    attn: Any  # a key of ATTENTIONS
     norm2: LayerNormParams
-    mlp: MLPParams
+    mlp: Any  # a key of MLPS
 
 
 @record
@@ -77,11 +87,16 @@ def block_forward(
     """
     eps, rate = settings.norm_eps, settings.drop_path_rate
     branch, norm1_cache = ops[layer_norm].forward(p.norm1, x, ops, eps, keep=keep)  # (B, n, C)
-    branch, attn_cache = ops[sra].forward(p.attn, branch, ops, grid, settings.attn, rng, keep=keep)
+    attention = ops[ATTENTIONS[type(p.attn)]]
+    branch, attn_cache = attention.forward(p.attn, branch, ops, grid, settings.attn, rng, keep=keep)
     branch, path1_cache = ops[drop_path].forward(None, branch, ops, rate, rng, keep=keep)
     x = x + branch  # (B, n, C)
     branch, norm2_cache = ops[layer_norm].forward(p.norm2, x, ops, eps, keep=keep)  # (B, n, C)
-    branch, mlp_cache = ops[mlp].forward(p.mlp, branch, ops, settings.drop_rate, rng, keep=keep)
+    # a convolution has to be told where the tokens lie
+    told = (grid, settings.has_relu) if isinstance(p.mlp, ConvMLPParams) else ()
+    branch, mlp_cache = ops[MLPS[type(p.mlp)]].forward(
+        p.mlp, branch, ops, *told, settings.drop_rate, rng, keep=keep
+    )  # (B, n, C)
     branch, path2_cache = ops[drop_path].forward(None, branch, ops, rate, rng, keep=keep)
     x = x + branch  # (B, n, C)
     if not keep:
@@ -108,12 +123,13 @@ def block_backward(
     """
     # x = x + droppath(mlp(norm2(x)))
     dbranch, _ = ops[drop_path].backward(None, cache.path2, dy, ops)  # (B, n, C)
-    dbranch, dmlp = ops[mlp].backward(p.mlp, cache.mlp, dbranch, ops)
+    dbranch, dmlp = ops[MLPS[type(p.mlp)]].backward(p.mlp, cache.mlp, dbranch, ops)
     dbranch, dnorm2 = ops[layer_norm].backward(p.norm2, cache.norm2, dbranch, ops)
     dx = dbranch + dy  # branch + skip
     # x = x + droppath(sra(norm1(x)))
     dbranch, _ = ops[drop_path].backward(None, cache.path1, dx, ops)  # (B, n, C)
-    dbranch, dattn = ops[sra].backward(p.attn, cache.attn, dbranch, ops)
+    attention = ops[ATTENTIONS[type(p.attn)]]
+    dbranch, dattn = attention.backward(p.attn, cache.attn, dbranch, ops)
     dbranch, dnorm1 = ops[layer_norm].backward(p.norm1, cache.norm1, dbranch, ops)
     dx = dbranch + dx  # branch + skip
     return dx, BlockParams(dnorm1, dattn, dnorm2, dmlp)

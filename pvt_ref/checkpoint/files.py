@@ -25,9 +25,9 @@ def load(
     Reads the authors' .pth files (without PyTorch, and without running anything in them), training
     checkpoints with the weights in any entry, Hugging Face PvtForImageClassification and PvtModel
     (.safetensors or .bin, one file or several), PVT backbones of MMDetection and of the authors'
-    own detectors, and files of :func:`save`. Files without a head become bare backbones. What
-    weights do not tell is read from Hugging Face's config.json and preprocessor_config.json beside
-    them, chosen by an argument, or assumed; ``source`` says which.
+    own detectors, the same of PVT v2 and timm's of it, and files of :func:`save`. Files without a
+    head become bare backbones. What weights do not tell is read from Hugging Face's config.json and
+    preprocessor_config.json beside them, chosen by an argument, or assumed; ``source`` says which.
 
     Args:
         path: the file, a folder of ``save_pretrained``, or the index.json of several files.

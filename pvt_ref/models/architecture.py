@@ -21,8 +21,9 @@ class Leaf(NamedTuple):
 
     key: str  # in the state dict
     shape: tuple[int, ...]
-    init: Literal["zeros", "ones", "normal", "uniform"]  # how init_params draws it
+    init: Literal["zeros", "ones", "normal", "uniform", "fan_out"]  # how init_params draws it
     fan_in: int = 0  # C_in P P, for "uniform"
+    fan_out: int = 0  # C_out k k, for "fan_out"
 
 
 class Place(NamedTuple):

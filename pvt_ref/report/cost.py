@@ -24,6 +24,7 @@ from pvt_ref.blocks.transformer import BlockSettings
 from pvt_ref.checks import Size, as_size, is_whole
 from pvt_ref.errors import ConfigError, RangeError, shown
 from pvt_ref.layers.attention import attention
+from pvt_ref.layers.depthwise_conv import depthwise_conv
 from pvt_ref.layers.linear import linear
 from pvt_ref.layers.position import position
 from pvt_ref.models.architecture import Place, architecture_of, param_shapes
@@ -57,7 +58,7 @@ class StageShape:
     grid: Grid  # (H_i, W_i)
     channels: int  # C_i
     tokens: int  # n_i, of patches
-    keys: int  # m_i = n_i / R_i^2, of patches; 0 without attention
+    keys: int  # m_i = n_i / R_i^2, of patches, or 49 with linear SRA; 0 without attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +257,7 @@ class _Bill:
     def _inner(self, place: Place, call: Call) -> None:
         """MACs, where there are some."""
         key = place.stage, place.part
-        if call.operation == linear:
+        if call.operation in (linear, depthwise_conv):
             p, x = call.args[:2]
             self.lines[key].macs += math.prod(x.shape[:-1]) * p.weight.size
         elif call.operation == attention:

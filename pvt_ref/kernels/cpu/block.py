@@ -142,9 +142,14 @@ def block_forward(
     *,
     tiling: Tiling,
 ) -> tuple[np.ndarray, Any]:
-    """As :func:`pvt_ref.blocks.transformer.block_forward`, which runs where there is dropout."""
+    """As :func:`pvt_ref.blocks.transformer.block_forward`.
+
+    That one runs where there is dropout, or attention or MLP is of a kind that is not known here.
+    """
     attn = settings.attn
-    if rng is not None and (settings.drop_rate or attn.drop_rate or attn.attn_drop_rate):
+    known = isinstance(p.attn, SRAParams) and isinstance(p.mlp, MLPParams)
+    drops = rng is not None and (settings.drop_rate or attn.drop_rate or attn.attn_drop_rate)
+    if drops or not known:
         return block.forward(p, x, ops, grid, settings, rng, keep)
     B, n, C = x.shape
     N, eps = attn.num_heads, settings.norm_eps

@@ -123,7 +123,7 @@ def conv_backward(
 
                 share_columns(multiply, width, scratch)
                 dmatrix += part
-                times_weight_rows(dy_rows, matrix, rows, scratch)  # windows are their gradients now
+                times_weight_rows(matrix, dy_rows, rows, scratch)  # windows are their gradients now
                 reached = dpadded[lines.start * stride :]
                 for u, v, (_, down, right, _) in places((k[0], k[1]), (count, w), stride):
                     reached[down, right] += windows[:, :, u, v]

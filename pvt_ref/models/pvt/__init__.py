@@ -24,10 +24,10 @@ _LAYERS = (linear, layer_norm, gelu, softmax, dropout, drop_path, patch_embed, p
 
 
 def place(path: str) -> Place | None:
-    """Where an operation of a PVT stands: paths begin with the keys of the weights."""
+    """Where an operation of a PVT, or of a PVT v2, stands: paths begin with the weights' keys."""
     if found := re.match(r"block(\d)\.(\d+)(?:\.(.*))?$", path):
         return Place(int(found[1]), int(found[2]), found[3] or "")
-    if found := re.match(r"(patch_embed|pos_embed|block)(\d)(?:\.(.*))?$", path):
+    if found := re.match(r"(patch_embed|pos_embed|block|norm)(\d)(?:\.(.*))?$", path):
         return Place(int(found[2]), None, found[1] + (f".{found[3]}" if found[3] else ""))
     return Place(0, None, path)
 

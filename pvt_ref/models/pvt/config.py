@@ -7,22 +7,26 @@ Symbols are those of the paper (Wang et al., ICCV 2021, arXiv 2102.12122, sectio
 """
 
 import functools
+import itertools
 import math
+import operator
 import warnings
-from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-from pvt_ref.blocks.sra import SRASettings
 from pvt_ref.blocks.transformer import BlockSettings
-from pvt_ref.checks import TOO_LARGE, is_moderate, is_real, is_whole
-from pvt_ref.errors import ConfigError, RangeError, ShapeError, shown
-
-NUM_STAGES = 4
-
-#: Blocks of one stage. The largest published stage has 60; each costs memory before any weight.
-MAX_DEPTH = 1000
+from pvt_ref.checks import is_whole
+from pvt_ref.errors import RangeError, ShapeError, shown
+from pvt_ref.models import fields
+from pvt_ref.models.fields import (
+    NUM_STAGES,
+    block_settings,
+    check_stage,
+    refuse,
+    settle_fields,
+    whole_pixels,
+    width_conflicts,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,21 +46,6 @@ class StageConfig:
     norm_eps: float
     projection_norm_eps: float
     blocks: tuple[BlockSettings, ...]  # what each block is told
-
-
-_COUNT = ("a whole number, 1 or more", lambda v: is_whole(v) and v >= 1, int)
-_RATE = ("in [0, 1)", lambda v: is_real(v) and 0 <= v < 1, float)
-_EPSILON = ("a finite number, 0 or more", lambda v: is_moderate(v) and v >= 0, float)
-
-#: By field of one value: what it must be, in words and as a test, and the type that it gets.
-_RULES: dict[str, tuple[str, Callable[[Any], bool], type]] = {
-    **dict.fromkeys(("img_size", "in_chans"), _COUNT),
-    "num_classes": ("a whole number, 0 or more", lambda v: is_whole(v) and v >= 0, int),
-    **dict.fromkeys(("drop_rate", "attn_drop_rate", "drop_path_rate"), _RATE),
-    **dict.fromkeys(("norm_eps", "projection_norm_eps"), _EPSILON),
-    "qkv_bias": ("True or False", lambda v: isinstance(v, bool), bool),
-    "qk_scale": ("None (for 1/sqrt(d)) or finite", lambda v: v is None or is_moderate(v), float),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,50 +97,12 @@ class PVTConfig:
     projection_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        problems: dict[str, str] = {}  # by field
-        for name in ("patch_sizes", "embed_dims", "num_heads", "depths", "sr_ratios"):
-            self._set(name, _positive_per_stage(name, getattr(self, name), problems, whole=True))
-        if "depths" not in problems and max(self.depths) > MAX_DEPTH:
-            problems["depths"] = f"{shown(self.depths)}; each must be at most {MAX_DEPTH}"
-        ratios = _positive_per_stage("mlp_ratios", self.mlp_ratios, problems, whole=False)
-        self._set("mlp_ratios", ratios)
-        for name, (needed, good, kind) in _RULES.items():
-            value = getattr(self, name)
-            if not good(value):
-                problems[name] = f"{shown(value)}; it must be {needed}"
-            elif kind is int and value >= TOO_LARGE:
-                problems[name] = "too large; it must be below 2**31"
-            elif value is not None:
-                self._set(name, kind(value))
-        lines = [f"{name} is {problem}" for name, problem in problems.items()]
-        lines += self._conflicts(problems.keys())
-        if lines:
-            raise ConfigError(
-                "\n  - ".join(["this PVT cannot be built:", *lines])
-                + "\nStart from VARIANTS['pvt_tiny'] and change it with dataclasses.replace."
-            )
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # frozen: only __post_init__ may normalise
+        problems = settle_fields(self)
+        refuse("PVT", problems, self._conflicts(problems.keys()), "pvt_tiny")
 
     def _conflicts(self, wrong: AbstractSet[str]) -> list[str]:
         """What is wrong between fields, where none of these is wrong in itself."""
-        problems = []
-        for i in range(NUM_STAGES):
-            if wrong.isdisjoint({"embed_dims", "num_heads"}):
-                C, N = self.embed_dims[i], self.num_heads[i]
-                if C % N:
-                    problems.append(
-                        f"stage {i + 1}: num_heads {N} does not divide embed_dims {C}; every head "
-                        f"needs the same width"
-                    )
-            if wrong.isdisjoint({"embed_dims", "mlp_ratios"}):
-                C, E = self.embed_dims[i], self.mlp_ratios[i]
-                if not float(C * E).is_integer():
-                    problems.append(
-                        f"stage {i + 1}: embed_dims {C} times mlp_ratios {E} is {C * E}, not a "
-                        f"whole number of hidden units"
-                    )
+        problems = width_conflicts(self, wrong)
         fine = wrong.isdisjoint({"num_classes", "sr_ratios"})
         if fine and self.num_classes and self.sr_ratios[-1] > 1:
             problems.append(
@@ -176,7 +127,7 @@ class PVTConfig:
     @property
     def strides(self) -> tuple[int, ...]:
         """Pixels per token side at each stage: P_1, P_1 P_2, ... (4, 8, 16, 32 as published)."""
-        return tuple(math.prod(self.patch_sizes[: i + 1]) for i in range(NUM_STAGES))
+        return tuple(itertools.accumulate(self.patch_sizes, operator.mul))
 
     @property
     def size_multiple(self) -> int:
@@ -202,9 +153,7 @@ class PVTConfig:
         Raises:
             RangeError: if i is anything else.
         """
-        if not is_whole(i) or not 1 <= i <= NUM_STAGES:
-            known = f"1 to {NUM_STAGES}, as in the paper"
-            raise RangeError(f"stage {shown(i)} is asked for; stages count from {known}")
+        check_stage(i)
         return _stages(self)[i - 1]
 
     def stage(self, i: int) -> StageConfig:
@@ -239,10 +188,7 @@ class PVTConfig:
             ShapeError: if these are no whole numbers, or border pixels would be lost.
         """
         g = self.size_multiple
-        if not all(is_whole(side) and abs(side) < TOO_LARGE for side in (height, width)):
-            size = f"{shown(height)} x {shown(width)}"
-            raise ShapeError(f"image size {size} must be whole numbers of pixels, below 2**31")
-        height, width = int(height), int(width)  # a NumPy uint8 would wrap round
+        height, width = whole_pixels(height, width)
         if height < 1 or width < 1 or height % g or width % g:
             near = [max(g, round(side / g) * g) for side in (height, width)]
             padded = [max(g, math.ceil(side / g) * g) for side in (height, width)]
@@ -273,57 +219,24 @@ def warn_of_stage(owner: str) -> None:
 @functools.lru_cache(maxsize=64)  # every forward asks
 def _stages(config: PVTConfig) -> tuple[StageConfig, ...]:
     """The settings of the four stages."""
-    stages = []
-    total, first = sum(config.depths), 0
-    for i, C in enumerate(config.embed_dims):
-        N, depth = config.num_heads[i], config.depths[i]
-        numbers = range(first, first + depth)
-        rates = tuple(config.drop_path_rate * k / max(total - 1, 1) for k in numbers)
-        attn = SRASettings(
-            num_heads=N,
-            scale=1 / math.sqrt(C // N) if config.qk_scale is None else config.qk_scale,
-            norm_eps=config.projection_norm_eps,
-            attn_drop_rate=config.attn_drop_rate,
+    return tuple(
+        StageConfig(
+            patch_size=config.patch_sizes[i],
+            embed_dim=C,
+            num_heads=config.num_heads[i],
+            hidden_dim=int(C * config.mlp_ratios[i]),
+            depth=config.depths[i],
+            sr_ratio=config.sr_ratios[i],
+            scale=blocks[0].attn.scale,
             drop_rate=config.drop_rate,
+            attn_drop_rate=config.attn_drop_rate,
+            drop_path_rates=tuple(block.drop_path_rate for block in blocks),
+            norm_eps=config.norm_eps,
+            projection_norm_eps=config.projection_norm_eps,
+            blocks=blocks,
         )
-        blocks = (
-            BlockSettings(config.norm_eps, attn, config.drop_rate, rate, k)
-            for rate, k in zip(rates, numbers, strict=True)
-        )
-        stages.append(
-            StageConfig(
-                patch_size=config.patch_sizes[i],
-                embed_dim=C,
-                num_heads=N,
-                hidden_dim=int(C * config.mlp_ratios[i]),
-                depth=depth,
-                sr_ratio=config.sr_ratios[i],
-                scale=attn.scale,
-                drop_rate=config.drop_rate,
-                attn_drop_rate=config.attn_drop_rate,
-                drop_path_rates=rates,
-                norm_eps=config.norm_eps,
-                projection_norm_eps=config.projection_norm_eps,
-                blocks=tuple(blocks),
-            )
-        )
-        first += depth
-    return tuple(stages)
-
-
-def _positive_per_stage(name: str, value: Any, problems: dict[str, str], *, whole: bool) -> Any:
-    """value as a tuple of four positive numbers, or unchanged with an entry in problems."""
-    kind, is_number = ("whole numbers", is_whole) if whole else ("numbers", is_real)
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or len(value) != 4:
-        problems[name] = f"{shown(value)}; it must be four {kind}, one per stage"
-        return value
-    if not all(is_number(v) and 0 < v < math.inf for v in value):
-        problems[name] = f"{shown(value)}; each must be a positive {kind[:-1]}"
-        return value
-    if any(v >= TOO_LARGE for v in value):
-        problems[name] = "not right: a number is too large; each must be below 2**31"
-        return value
-    return tuple(int(v) if float(v).is_integer() else float(v) for v in value)
+        for i, (C, blocks) in enumerate(zip(config.embed_dims, block_settings(config), strict=True))
+    )
 
 
 #: The published models (paper Table 1, with the released code's depths; see docs/decisions.md).
@@ -340,23 +253,7 @@ VARIANTS: dict[str, PVTConfig] = {
 #: The last one goes by the name that its own authors gave it; it is no PVT v2.
 ALIASES = {"pvt_v1_huge": "pvt_huge_v2"}
 
-#: Fields in which a model may differ from a variant and still be called by its name.
-_NOT_STRUCTURE = (
-    *("img_size", "in_chans", "num_classes", "norm_eps", "projection_norm_eps"),
-    *("drop_rate", "attn_drop_rate", "drop_path_rate"),
-)
-
 
 def describe(config: PVTConfig) -> str:
     """A configuration in a few words: ``pvt_tiny, 1000 classes, 224 px``."""
-    name = "custom configuration"
-    for candidate, variant in VARIANTS.items():
-        same = {field: getattr(config, field) for field in _NOT_STRUCTURE}
-        try:
-            if replace(variant, **same) == config:
-                name = candidate
-        except ConfigError:
-            continue  # the variant cannot have that image size
-    head = f"{config.num_classes} classes" if config.has_classifier else "no classifier"
-    channels = "" if config.in_chans == 3 else f", in_chans={config.in_chans}"
-    return f"{name}, {head}, {config.img_size} px{channels}"
+    return fields.describe(config, VARIANTS)

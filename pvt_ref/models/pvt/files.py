@@ -170,7 +170,6 @@ def _shown(shapes: Mapping[str, Shape], layout: Layout) -> dict[str, Any]:
         return {}
 
 
-_DWCONV = "Depth-wise convolutions (dwconv) belong to PVT version 2, which is not read here. "
 _DEFAULT = PVTConfig()
 #: Fields of Hugging Face's PvtConfig that mean the same here.
 _SAME = {
@@ -236,7 +235,6 @@ FILES = Files(
     shown=_shown,
     widths="embed_dims",
     blocks=lambda config: sum(config.depths),
-    advice=lambda keys: _DWCONV if any("dwconv" in key for key in keys) else "",
     hub={name: f"Zetatech/{name.replace('_', '-')}-224" for name in list(VARIANTS)[:4]},
     url="https://github.com/whai362/PVT/releases/download/v2/{name}.pth",
 )

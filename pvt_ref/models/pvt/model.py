@@ -119,23 +119,23 @@ def _stage_backward(
     return dmap, StageParams(dembed, dpos, dblocks), dcls
 
 
-def _to_map(x: Array, grid: Grid) -> Array:
+def to_map(x: Array, grid: Grid) -> Array:
     """Tokens (B, n, C) to a map (B, H_i, W_i, C)."""
     return array_module(x).reshape(x, (x.shape[0], *grid, x.shape[-1]))
 
 
-def _to_tokens(x_map: Array) -> Array:
+def to_tokens(x_map: Array) -> Array:
     """A map (B, H_i, W_i, C) to tokens (B, n, C)."""
     B, H, W, C = x_map.shape
     return array_module(x_map).reshape(x_map, (B, H * W, C))
 
 
-def _channels_last(images: Array) -> Array:
+def channels_last(images: Array) -> Array:
     """(B, C, H, W) to (B, H, W, C): inside, channels come last, as tokens have them."""
     return array_module(images).permute_dims(images, (0, 2, 3, 1))
 
 
-def _channels_first(x_map: Array) -> Array:
+def channels_first(x_map: Array) -> Array:
     """(B, H, W, C) to (B, C, H, W)."""
     return array_module(x_map).permute_dims(x_map, (0, 3, 1, 2))
 
@@ -163,7 +163,7 @@ def forward(
         keep: whether to return a cache for the backward.
         constants: of :func:`prepare`; only without keep.
     """
-    x = _channels_last(images)  # (B, H, W, C_0)
+    x = channels_last(images)  # (B, H, W, C_0)
     caches, count = [], len(config.channels)
     for i in range(1, count + 1):
         cls_token = params.cls_token if i == count else None
@@ -172,7 +172,7 @@ def forward(
         )
         caches.append(cache)
         if i < count:
-            x = _to_map(x, grid)  # (B, H_i, W_i, C_i)
+            x = to_map(x, grid)  # (B, H_i, W_i, C_i)
     tokens_shape = x.shape  # (B, 1 + n_4, C_4)
     x, norm_cache = ops[layer_norm].forward(params.norm, x, ops, config.norm_eps, keep=keep)
     logits, head_cache = ops[linear].forward(params.head, x[:, 0, :], ops, keep=keep)
@@ -203,9 +203,9 @@ def backward(params: Any, cache: ClassifierCache, dlogits: Array, ops: Ops) -> t
         dstages.insert(0, dstage)
         dcls_token = dcls if dcls is not None else dcls_token
         if i > 1:
-            dx = _to_tokens(dmap)  # (B, n_{i-1}, C_{i-1})
+            dx = to_tokens(dmap)  # (B, n_{i-1}, C_{i-1})
     grads = params.gradients(dstages, cls_token=dcls_token, norm=dnorm, head=dhead)
-    return grads, _channels_first(dmap)
+    return grads, channels_first(dmap)
 
 
 def forward_pyramid(
@@ -223,14 +223,14 @@ def forward_pyramid(
     applied. F_4 is therefore not what the classifier computes. Arguments as for :func:`forward`, of
     images (B, C_0, H, W); returns [F_1, F_2, F_3, F_4], (B, C_i, H_i, W_i) each, and the cache.
     """
-    x = _channels_last(images)  # (B, H, W, C_0)
+    x = channels_last(images)  # (B, H, W, C_0)
     maps, caches = [], []
     for i in range(1, len(config.channels) + 1):
         tokens, cache, grid = _stage_forward(
             params.of_stage(i), None, x, config, i, ops, rng, keep, constants
         )
-        x = _to_map(tokens, grid)  # (B, H_i, W_i, C_i)
-        maps.append(_channels_first(x))
+        x = to_map(tokens, grid)  # (B, H_i, W_i, C_i)
+        maps.append(channels_first(x))
         caches.append(cache)
     return maps, tuple(caches) if keep else None
 
@@ -249,10 +249,10 @@ def backward_pyramid(
     dstages: list[StageParams] = []
     dbelow = None  # dL/dF_i by way of stage i + 1
     for i in range(len(cache), 0, -1):
-        dx = _channels_last(dmaps[i - 1])  # (B, H_i, W_i, C_i)
+        dx = channels_last(dmaps[i - 1])  # (B, H_i, W_i, C_i)
         if dbelow is not None:
             dx = dx + dbelow  # F_i is both an output and the next stage's input
-        dx = _to_tokens(dx)  # (B, n_i, C_i)
+        dx = to_tokens(dx)  # (B, n_i, C_i)
         dbelow, dstage, _ = _stage_backward(params.of_stage(i), cache[i - 1], dx, ops)
         dstages.insert(0, dstage)
-    return params.gradients(dstages), _channels_first(dbelow)
+    return params.gradients(dstages), channels_first(dbelow)

@@ -1,7 +1,7 @@
 """The parameters of a PVT: plain records whose field names are the authors' key names."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from pvt_ref.arrays import Array
 from pvt_ref.blocks.transformer import BlockParams
@@ -28,15 +28,16 @@ class Staged:
     """Parameters of a network with stages: the view of one, and gradients put together."""
 
     __slots__ = ()
+    _stage_type: ClassVar[Any] = StageParams
 
-    def _stage_fields(self, i: int) -> tuple[str, str, str]:
+    def _stage_fields(self, i: int) -> tuple[str, ...]:
         return f"patch_embed{i}", f"pos_embed{i}", f"block{i}"
 
-    def of_stage(self, i: int) -> StageParams:
+    def of_stage(self, i: int) -> Any:
         """The weights of stage i, from 1 as in the paper: the same arrays, not copies."""
-        return StageParams(*(getattr(self, name) for name in self._stage_fields(i)))
+        return self._stage_type(*(getattr(self, name) for name in self._stage_fields(i)))
 
-    def gradients(self, stages: Sequence[StageParams], **others: Any) -> Any:
+    def gradients(self, stages: Sequence[Any], **others: Any) -> Any:
         """A record of the gradients of its parts, with zeros for what a pass did not use."""
         given = {name: gradient for name, gradient in others.items() if gradient is not None}
         for i, stage in enumerate(stages, start=1):

@@ -23,7 +23,7 @@ class ViTParams(Staged):
     norm: LayerNormParams
     head: LinearParams  # (num_classes, C)
 
-    def _stage_fields(self, i: int) -> tuple[str, str, str]:
+    def _stage_fields(self, i: int) -> tuple[str, ...]:
         return "patch_embed", "pos_embed", "blocks"
 
 

@@ -1,0 +1,282 @@
+"""A PVT v2 in the files of other projects: six layouts, and Hugging Face's config.json.
+
+Depth-wise convolutions tell them apart from a PVT's.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pvt_ref.checks import TOO_LARGE, is_whole
+from pvt_ref.errors import CheckpointError, ConfigError, shown
+from pvt_ref.models.fields import NUM_STAGES
+from pvt_ref.models.layouts import WHOLE, Files, Layout, Piece, Shape, renaming
+from pvt_ref.models.pvt_v2.config import KERNELS, STRIDES, VARIANTS, PVTv2Config
+
+_BASE = "pvt_v2."  # of every key but the classifier's: what transformers calls a base model
+_HF, _TIMM, _MM = "pvt_v2.encoder.layers.{j}.", "stages.{j}.", "layers.{j}."
+_HF_B, _TIMM_B, _MM_B = _HF + "blocks.{b}.", _TIMM + "blocks.{b}.", _MM + "1.{b}."
+
+#: Our templates; Hugging Face's, timm's and MMDetection's, which has no classifier.
+_KEYS = {
+    "patch_embed{i}.proj": (
+        _HF + "patch_embedding.proj",
+        *(_TIMM + "downsample.proj", _MM + "0.projection"),
+    ),
+    "patch_embed{i}.norm": (
+        _HF + "patch_embedding.layer_norm",
+        *(_TIMM + "downsample.norm", _MM + "0.norm"),
+    ),
+    "block{i}.{b}.norm1": (_HF_B + "layer_norm_1", _TIMM_B + "norm1", _MM_B + "norm1"),
+    "block{i}.{b}.attn.q": (
+        _HF_B + "attention.query",
+        *(_TIMM_B + "attn.q", _MM_B + "attn.attn.in_proj_{leaf}"),
+    ),
+    "block{i}.{b}.attn.kv": (
+        _HF_B + "attention.key",  # and attention.value: see below
+        *(_TIMM_B + "attn.kv", _MM_B + "attn.attn.in_proj_{leaf}"),
+    ),
+    "block{i}.{b}.attn.proj": (
+        _HF_B + "attention.proj",
+        *(_TIMM_B + "attn.proj", _MM_B + "attn.attn.out_proj"),
+    ),
+    "block{i}.{b}.attn.sr": (
+        _HF_B + "attention.spatial_reduction",
+        *(_TIMM_B + "attn.sr", _MM_B + "attn.sr"),
+    ),
+    "block{i}.{b}.attn.norm": (
+        _HF_B + "attention.layer_norm",
+        *(_TIMM_B + "attn.norm", _MM_B + "attn.norm"),
+    ),
+    "block{i}.{b}.norm2": (_HF_B + "layer_norm_2", _TIMM_B + "norm2", _MM_B + "norm2"),
+    "block{i}.{b}.mlp.fc1": (_HF_B + "mlp.dense1", _TIMM_B + "mlp.fc1", _MM_B + "ffn.layers.0"),
+    "block{i}.{b}.mlp.dwconv.dwconv": (
+        _HF_B + "mlp.dwconv.dwconv",
+        *(_TIMM_B + "mlp.dwconv", _MM_B + "ffn.layers.1"),
+    ),
+    "block{i}.{b}.mlp.fc2": (_HF_B + "mlp.dense2", _TIMM_B + "mlp.fc2", _MM_B + "ffn.layers.4"),
+    "norm{i}": (_HF + "layer_norm", _TIMM + "norm", _MM + "2"),
+    "head": ("classifier", "head"),
+}
+
+_hugging_face_name = renaming({ours: theirs[0] for ours, theirs in _KEYS.items()})
+_bare_name = renaming({ours: theirs[0].removeprefix(_BASE) for ours, theirs in _KEYS.items()})
+_mmdetection_name = renaming({k: theirs[2] for k, theirs in _KEYS.items() if len(theirs) > 2})
+_timm_stage = renaming({ours: theirs[1] for ours, theirs in _KEYS.items()})
+
+
+def _timm_name(key: str) -> str | None:
+    name = _timm_stage(key)
+    return name and name.replace("stages.0.downsample", "patch_embed")
+
+
+def _renamed(rename: Callable[[str], str | None]) -> Callable[..., list[Piece]]:
+    """Pieces of a layout that cuts nothing."""
+
+    def pieces_of(key: str, shape: Shape, config: PVTv2Config) -> list[Piece]:
+        return [Piece(key, WHOLE, rename(key) or "", WHOLE, shape)]
+
+    return pieces_of
+
+
+def _hugging_face(rename: Callable[[str], str | None]) -> Callable[..., list[Piece]]:
+    def pieces_of(key: str, shape: Shape, config: PVTv2Config) -> list[Piece]:
+        name = rename(key) or ""
+        if ".attn.kv." not in key:
+            return [Piece(key, WHOLE, name, WHOLE, shape)]
+        C = shape[0] // 2  # (2C, ...): keys above values
+        half = (C, *shape[1:])
+        return [
+            Piece(key, (slice(0, C),), name, WHOLE, half),
+            Piece(key, (slice(C, 2 * C),), name.replace(".key.", ".value."), WHOLE, half),
+        ]
+
+    return pieces_of
+
+
+def _mmdetection(key: str, shape: Shape, config: PVTv2Config) -> list[Piece]:
+    name = _mmdetection_name(key)
+    if name is None or (key.endswith("attn.proj.bias") and not config.qkv_bias):
+        return []
+    if ".attn.q." in key or ".attn.kv." in key:  # glued: (3C, ...), q above k above v
+        C = config.embed_dims[int(key[len("block")]) - 1]
+        rows = slice(0, C) if ".attn.q." in key else slice(C, 3 * C)
+        return [Piece(key, WHOLE, name, (rows,), (3 * C, *shape[1:]))]
+    if ".mlp.fc" in key and key.endswith(".weight"):  # a linear layer written as 1x1 convolution
+        return [Piece(key, WHOLE, name, WHOLE, (*shape, 1, 1))]
+    return [Piece(key, WHOLE, name, WHOLE, shape)]
+
+
+_DWCONV = tuple(f"block{i}.0.mlp.dwconv.dwconv.weight" for i in range(1, NUM_STAGES + 1))
+_HEAD = ("head.weight", "head.bias")
+_PORT: Any = {
+    "eps": (1e-6, 1e-6),
+    "eps_advice": "pass eps=(1e-6, 1e-5) for the authors' training setting",
+}
+
+AUTHORS = Layout(name="authors' layout", marks=_DWCONV, eps=(1e-6, 1e-5))
+TIMM = Layout(
+    name="timm layout",
+    rename=_timm_name,
+    pieces_of=_renamed(_timm_name),
+    marks=_DWCONV,
+    eps=(1e-6, 1e-5),
+)
+HUGGING_FACE = Layout(
+    name="Hugging Face layout",
+    rename=_hugging_face_name,
+    pieces_of=_hugging_face(_hugging_face_name),
+    marks=_HEAD,
+    has_classifier=True,
+    config_beside=True,
+    **_PORT,
+)
+HUGGING_FACE_BARE = Layout(
+    name="Hugging Face layout without classifier",
+    rename=_bare_name,
+    pieces_of=_hugging_face(_bare_name),
+    marks=_DWCONV,
+    has_classifier=False,
+    config_beside=True,
+    **_PORT,
+)
+MMDETECTION = Layout(
+    name="MMDetection layout",
+    rename=_mmdetection_name,
+    pieces_of=_mmdetection,
+    marks=_DWCONV,
+    has_classifier=False,
+    **_PORT,
+)
+
+
+def _bare(layout: Layout, state: Mapping[str, Any], wanted: bool) -> tuple[Layout, str]:
+    if not wanted:
+        return layout, ""
+    if layout is HUGGING_FACE:
+        return HUGGING_FACE_BARE, _BASE
+    name = f"{layout.name} without its classifier"
+    has_head = any(layout.rename(key) in state for key in _HEAD)
+    return (dataclasses.replace(layout, name=name, unused=_HEAD), "") if has_head else (layout, "")
+
+
+def _fit(config: PVTv2Config, shapes: Mapping[str, Shape], layout: Layout) -> PVTv2Config:
+    def first(*keys: str) -> Shape:
+        return next((s for k in keys if (s := shapes.get(layout.rename(k) or ""))), ())
+
+    head, kernel = first(*_HEAD), first("patch_embed1.proj.weight")
+    has_head = head and layout.has_classifier is not False and not layout.unused
+    in_chans = kernel[1] if len(kernel) == 4 else config.in_chans
+    num_classes = head[0] if has_head else 0
+    try:
+        return dataclasses.replace(config, num_classes=num_classes, in_chans=in_chans)
+    except ConfigError:
+        return config  # no such number of channels
+
+
+def _shown(shapes: Mapping[str, Shape], layout: Layout) -> dict[str, Any]:
+    def shape(key: str) -> Shape:
+        return shapes[layout.rename(key) or ""]
+
+    def present(key: str) -> bool:
+        return layout.rename(key) in shapes
+
+    def ratio(i: int) -> float:
+        hidden, C_i = shape(f"block{i}.0.mlp.fc1.weight")[:2]
+        return hidden / C_i if hidden % C_i else hidden // C_i
+
+    def depth(i: int) -> int:
+        return next(b for b in itertools.count() if not present(f"block{i}.{b}.norm1.weight"))
+
+    def reduction(i: int) -> int:
+        key = f"block{i}.0.attn.sr.weight"
+        return shape(key)[2] if present(key) else 0
+
+    stages = range(1, NUM_STAGES + 1)
+    try:
+        R = tuple(map(reduction, stages))
+        linear = R == (1,) * NUM_STAGES
+        ratios = PVTv2Config().sr_ratios if linear else tuple(r or 1 for r in R)
+        return {
+            "in_chans": shape("patch_embed1.proj.weight")[1],
+            "num_classes": shape("head.weight")[0] if present("head.weight") else 0,
+            "embed_dims": tuple(shape(f"patch_embed{i}.proj.weight")[0] for i in stages),
+            "mlp_ratios": tuple(map(ratio, stages)),
+            "qkv_bias": present("block1.0.attn.q.bias"),
+            "depths": tuple(map(depth, stages)),
+            "sr_ratios": ratios,
+            "linear": linear,
+        }
+    except (KeyError, IndexError, ValueError, ZeroDivisionError):
+        return {}
+
+
+#: Fields of Hugging Face's PvtV2Config that mean the same here.
+_SAME = {
+    **{"num_channels": "in_chans", "hidden_sizes": "embed_dims"},
+    **{"num_attention_heads": "num_heads", "linear_attention": "linear"},
+    **{"hidden_dropout_prob": "drop_rate", "attention_probs_dropout_prob": "attn_drop_rate"},
+    **{name: name for name in ("sr_ratios", "mlp_ratios", "depths", "qkv_bias")},
+    "drop_path_rate": "drop_path_rate",
+}
+
+_STRUCTURE = ("hidden_sizes", "num_attention_heads", "linear_attention", "linear")
+_TELLING = frozenset((*_STRUCTURE, "embed_dims", "depths", "num_heads", "sr_ratios"))
+
+
+def _from_hugging_face(fields: Mapping[str, Any]) -> dict[str, Any]:
+    fixed = {
+        "num_encoder_blocks": NUM_STAGES,
+        "hidden_act": "gelu",
+        "patch_sizes": list(KERNELS),
+        "strides": list(STRIDES),
+    }
+    for name, known in fixed.items():
+        if fields.get(name, known) != known:
+            raise CheckpointError(f"{name} is {shown(fields[name])}; known is {known!r} only")
+    values = {ours: fields[theirs] for theirs, ours in _SAME.items() if theirs in fields}
+    if "image_size" in fields:
+        side = fields["image_size"]
+        sides = side if isinstance(side, list) else [side, side]
+        if len(sides) != 2 or sides[0] != sides[1]:
+            raise CheckpointError(f"image_size is {shown(side)}; it must be one side, of a square")
+        values["img_size"] = sides[0]
+    if "layer_norm_eps" in fields:
+        values |= dict.fromkeys(("norm_eps", "projection_norm_eps"), fields["layer_norm_eps"])
+    return {**values, "qk_scale": None}  # its code has no such thing
+
+
+def _partial(values: dict[str, Any]) -> PVTv2Config:
+    ones = (1,) * NUM_STAGES
+    filled: dict[str, Any] = {
+        **dict.fromkeys(("num_heads", "mlp_ratios", "sr_ratios"), ones),
+        "embed_dims": values.get("num_heads", ones),
+        "num_classes": 0,
+        **values,
+    }
+    if "img_size" not in values:  # the usual one, or one that the ratios divide
+        R = filled["sr_ratios"]
+        if isinstance(R, list) and all(is_whole(r) and 0 < r < TOO_LARGE for r in R):
+            multiple = 32 * max(R)
+            filled["img_size"] = -(-PVTv2Config().img_size // multiple) * multiple
+    return PVTv2Config(**filled)
+
+
+FILES = Files(
+    readable="PVT v2 of the authors, timm, Hugging Face (PvtV2ForImageClassification, PvtV2Model) "
+    "and MMDetection",
+    layouts=(HUGGING_FACE, HUGGING_FACE_BARE, MMDETECTION, TIMM, AUTHORS),
+    probes=("patch_embed1.proj.weight", "block1.0.norm1.weight"),
+    bare=_bare,
+    model_type="pvt_v2",
+    telling=_TELLING,
+    hugging_face=_from_hugging_face,
+    partial=_partial,
+    fit=_fit,
+    shown=_shown,
+    widths="embed_dims",
+    blocks=lambda config: sum(config.depths),
+    hub={name: f"OpenGVLab/{name.replace('_li', '_linear')}" for name in VARIANTS},
+    url="https://github.com/whai362/PVT/releases/download/v2/{name}.pth",
+)
