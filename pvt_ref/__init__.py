@@ -26,6 +26,7 @@ from pvt_ref.layers.cross_entropy import cross_entropy
 from pvt_ref.models.pvt.config import VARIANTS, PVTConfig
 from pvt_ref.models.pvt.params import PVTParams
 from pvt_ref.models.vit.config import VITS, ViTConfig
+from pvt_ref.models.vit.params import ViTParams
 from pvt_ref.ops import REFERENCE, Operation, Ops
 from pvt_ref.tree import to_device, to_numpy
 
@@ -89,6 +90,7 @@ __all__ = [
     "Prepared",
     "Preprocessing",
     "ViTConfig",
+    "ViTParams",
     "attention_maps",
     "backward",
     "backward_pyramid",

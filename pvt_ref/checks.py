@@ -5,6 +5,7 @@ Inside, arrays are trusted: what a caller can get wrong about them is caught her
 
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from numbers import Integral, Real
 from operator import ge, gt, le, lt
 from typing import Any
@@ -229,6 +230,25 @@ def check_stages(stages: Iterable[int], count: int) -> set[int]:
             f"as {sorted({1, count})}"
         )
     return {int(s) for s in wanted}
+
+
+def check_blocks(blocks: Iterable[int], count: int) -> tuple[int, ...]:
+    """Numbers of blocks, from 0 to count - 1, each larger than the one before.
+
+    Raises: RangeError.
+    """
+    numbers: list[Any]
+    try:
+        numbers = list(blocks)
+    except TypeError:
+        numbers = []
+    good = numbers and all(is_whole(k) and 0 <= k < count for k in numbers)
+    if not good or any(k >= following for k, following in pairwise(numbers)):
+        raise RangeError(
+            f"blocks are {shown(blocks)}; they must be a list of rising numbers from 0 to "
+            f"{count - 1}, such as {sorted({0, count - 1})}, or None for the last block"
+        )
+    return tuple(map(int, numbers))
 
 
 def check_finite(name: str, x: Array, cause: str) -> None:

@@ -25,7 +25,11 @@ _FILES = [row.files for row in architectures() if row.files]
 #: Where the authors' ImageNet weights are, converted to Hugging Face's layout: name to repository.
 RELEASED = {name: repository for files in _FILES for name, repository in files.hub.items()}
 #: The authors' own files.
-_URLS = {name: files.url.format(name=name) for files in _FILES for name in files.hub}
+_URLS = {
+    name: files.url.format(name=files.file_names.get(name, name))
+    for files in _FILES
+    for name in files.hub
+}
 _FILE = "model.safetensors"
 _SUFFIXES = (".safetensors", ".pth", ".bin")
 _RECORD = "fetched.json"  # in the weights folder: what each name meant when it was fetched first
@@ -46,8 +50,9 @@ def load(
 
     - ``"digits"``, ``"cifar10"``, ``"imagenette"``: in the package. Their ``info.training`` says
       how they came about.
-    - ``"pvt_tiny"``, ``"pvt_small"``, ``"pvt_medium"``, ``"pvt_large"``: released for ImageNet. A
-      file of that name (.safetensors, .pth or .bin) in the weights folder is taken if there is one;
+    - ``"pvt_tiny"``, ``"pvt_small"``, ``"pvt_medium"``, ``"pvt_large"``; ``"deit_ti_16"``,
+      ``"deit_s_16"``, ``"deit_b_16"``: released for ImageNet. A file of that name, or of another
+      name of the variant (.safetensors, .pth or .bin), in the weights folder is taken if there is;
       else they are fetched from the Hugging Face Hub, with its cache and its progress bar, which
       needs the package ``huggingface_hub``. Commit and SHA-256 of what was fetched first are kept
       in the weights folder, and the name means that file from then on. The weights folder is what
@@ -123,6 +128,7 @@ def _find(name: str, mirror: str | None) -> tuple[Path, str]:
     for path in (weights_folder() / f"{x}{suffix}" for x in names for suffix in _SUFFIXES):
         if path.exists():
             return path, f"{path.name} of the weights folder"
+    name = next((x for x in names if x in RELEASED), name)
     if name not in RELEASED:
         what = f"{name}: its weights were not released. If you have some, put them at"
         raise DownloadError(f"{what} {weights_folder() / name}.pth, or load them by their path")

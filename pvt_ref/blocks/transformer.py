@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pvt_ref.arrays import Array, Grid
+from pvt_ref.blocks.mha import MHAParams, mha
 from pvt_ref.blocks.mlp import MLPParams, mlp
 from pvt_ref.blocks.sra import SRAParams, SRASettings, sra
 from pvt_ref.draws import Rng, Source, What, generator_at
@@ -31,7 +32,7 @@ class BlockSettings:
 
 
 #: The operation of an attention, by the type of its weights.
-ATTENTIONS: dict[type, Operation] = {SRAParams: sra}
+ATTENTIONS: dict[type, Operation] = {SRAParams: sra, MHAParams: mha}
 
 
 @record

@@ -314,14 +314,15 @@ def complete(stated: Stated, model: Found) -> Any:
     if "num_heads" in stated.left_open:
         widths = changes.get(files.widths, getattr(stated.config, files.widths))
         known = model.row.variants.values()
-        heads = [x.num_heads for x in known if getattr(x, files.widths) == widths]
-        if not heads:
+        heads = {x.num_heads for x in known if getattr(x, files.widths) == widths}
+        if len(heads) != 1:
+            whose = "variants with different ones" if heads else "no variant"
             raise CheckpointError(
                 f"{stated.origin} does not say how many heads the model has, which no shape shows, "
-                f"and {files.widths} {widths} are those of no variant. Write num_heads into it "
+                f"and {files.widths} {widths} are those of {whose}. Write num_heads into it "
                 f"(num_attention_heads in Hugging Face's config.json), or pass config={kind}(...)"
             )
-        changes["num_heads"] = heads[0]
+        (changes["num_heads"],) = heads
     return dataclasses.replace(stated.config, **changes)
 
 

@@ -61,7 +61,10 @@ class Architecture:
             constants it makes its own. rng is a Generator, a Draws or None.
         backward: ``(params, cache, dlogits, ops) -> grads, dimages``.
         forward_pyramid: as forward, with a list of maps (B, C_i, H_i, W_i); None if there are none.
+            With map_blocks it takes also the numbers of blocks, or None.
         backward_pyramid: ``(params, cache, dmaps, ops) -> grads, dimages``, a dmap for every map.
+        map_blocks: of a configuration, how many blocks there are of which forward_pyramid can be
+            asked for maps; None if its maps are those of its stages only.
         operations: all that its passes can ask for, those inside others included.
         place: where the operation with a path stands; None for one inside another.
         describe: a configuration in a few words, ``"pvt_tiny, 1000 classes, 224 px"``.
@@ -83,6 +86,7 @@ class Architecture:
     backward: Callable[[Any, Any, Array, Ops], tuple[Any, Array]]
     forward_pyramid: Callable[..., tuple[list[Array], Any]] | None = None
     backward_pyramid: Callable[[Any, Any, Sequence[Array], Ops], tuple[Any, Array]] | None = None
+    map_blocks: Callable[[Any], int] | None = None
     operations: frozenset[Operation]
     place: Callable[[str], Place | None]
     describe: Callable[[Any], str]

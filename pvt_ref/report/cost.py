@@ -241,7 +241,7 @@ def _checked_run(config: Any, size: Any, batch: Any, dtype: Any, pyramid: Any) -
     config.grids(height, width)  # refuses sizes that would lose pixels
     pyramid = bool(pyramid) or not config.has_classifier
     if pyramid and row.forward_pyramid is None:
-        raise ConfigError(f"a {row.title} has one scale and no pyramid; leave pyramid=False")
+        raise ConfigError(f"a {row.title} has no pyramid; leave pyramid=False")
     return _Run(row, config, (height, width), int(batch), dtype, pyramid)
 
 

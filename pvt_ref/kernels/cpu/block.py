@@ -8,11 +8,12 @@ way back: first the rows, then the keys and values; last, the products that give
 gradients, over all tokens at once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from pvt_ref.blocks.mha import MHAParams, mha
 from pvt_ref.blocks.mlp import MLPParams, mlp
 from pvt_ref.blocks.sra import SRAParams, sra
 from pvt_ref.blocks.transformer import BlockParams, BlockSettings, block
@@ -191,6 +192,24 @@ def _scale_samples(branch: np.ndarray, gain: np.ndarray | None, rows: slice, n: 
             branch[part] *= gain[b, 0, 0]
 
 
+def _with_separate_qkv(p: BlockParams) -> BlockParams:
+    """A ViT's block as that of a PVT with R = 1: q and kv are rows of its qkv, not copies."""
+    if not isinstance(p.attn, MHAParams):
+        return p
+    (weight, bias), C = (p.attn.qkv.weight, p.attn.qkv.bias), p.norm1.weight.shape[0]
+    q, kv = (
+        LinearParams(weight[rows], None if bias is None else bias[rows])
+        for rows in (slice(0, C), slice(C, None))
+    )
+    return replace(p, attn=SRAParams(q, kv, p.attn.proj, sr=None, norm=None))
+
+
+def _glued(q: LinearParams, kv: LinearParams) -> LinearParams:
+    """Of the gradients of q and kv, that of qkv."""
+    bias = None if q.bias is None or kv.bias is None else np.concatenate((q.bias, kv.bias))
+    return LinearParams(np.concatenate((q.weight, kv.weight)), bias)
+
+
 def block_forward(
     p: BlockParams,
     x: np.ndarray,
@@ -202,10 +221,15 @@ def block_forward(
     *,
     tiling: Tiling,
 ) -> tuple[np.ndarray, Any]:
-    """As :func:`pvt_ref.blocks.transformer.block_forward`, which runs where there is dropout."""
+    """As :func:`pvt_ref.blocks.transformer.block_forward`.
+
+    Which runs where there is dropout, and for attention that is not known here.
+    """
     attn = settings.attn
-    if rng is not None and (settings.drop_rate or attn.drop_rate or attn.attn_drop_rate):
+    dropout = rng is not None and (settings.drop_rate or attn.drop_rate or attn.attn_drop_rate)
+    if dropout or not isinstance(p.attn, SRAParams | MHAParams):
         return block.forward(p, x, ops, grid, settings, rng, keep)
+    p = _with_separate_qkv(p)
     B, n, C = x.shape
     N, eps = attn.num_heads, settings.norm_eps
     gain1 = _draw_gain(x, settings.drop_path_rate, rng)
@@ -286,6 +310,7 @@ def block_backward(
     """As :func:`pvt_ref.blocks.transformer.block_backward`."""
     if not isinstance(cache, BlockCache):
         return block.backward(p, cache, dy, ops)
+    of_vit, p = isinstance(p.attn, MHAParams), _with_separate_qkv(p)
     (B, n, C), kept, kv = cache.shape, cache.kept, cache.kv
     attn, (gain1, gain2), embedded = cache.settings.attn, cache.gains, cache.kept.embedded
     N, m, dtype = attn.num_heads, len(kv) // B, dy.dtype
@@ -394,9 +419,11 @@ def block_backward(
         projected = embedded.projection
         dsr, dsr_norm = embed_gradients(p.attn.sr, projected, weights["sr"], key_sums)
     dq_params, dkv_params = gradients("q", p.attn.q), gradients("kv", p.attn.kv)
+    dproj_params = gradients("proj", p.attn.proj)
+    dattn = SRAParams(dq_params, dkv_params, dproj_params, dsr, dsr_norm)
     return dnormed1.reshape(dy.shape), BlockParams(
         norm1=add_up_norm(key_sums, "norm1", dtype),
-        attn=SRAParams(dq_params, dkv_params, gradients("proj", p.attn.proj), dsr, dsr_norm),
+        attn=MHAParams(_glued(dq_params, dkv_params), dproj_params) if of_vit else dattn,
         norm2=add_up_norm(row_sums, "norm2", dtype),
         mlp=MLPParams(gradients("fc1", p.mlp.fc1), gradients("fc2", p.mlp.fc2)),
     )
@@ -407,7 +434,7 @@ block_kernel = Kernel(
     block_forward,
     block_backward,
     absorbs=(
-        *(sra, attention, *attention_kernel.absorbs),
+        *(sra, mha, attention, *attention_kernel.absorbs),
         *(patch_embed, *patch_embed_kernel.absorbs),
         *(mlp, *mlp_kernel.absorbs, drop_path, sum_rows),
     ),
