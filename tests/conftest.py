@@ -41,7 +41,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 #: built on it. After a failure in one group, no test of a later group begins.
 GROUPS = (
     ("test_errors.py", "test_ops.py", "test_layers.py"),
-    ("test_properties.py", "test_kernels.py", "test_golden.py"),
+    ("test_properties.py", "test_maps.py", "test_kernels.py", "test_golden.py"),
 )
 
 #: Files that take long, or that fail in many places for one fault below.
@@ -109,8 +109,8 @@ def pytest_configure(config):
 #: Files, and single tests, that compute with the default table: they run with the kernels and with
 #: the readable layers. What the others test does not depend on it.
 WITH_EVERY_TABLE = (
-    *("test_layers.py", "test_properties.py", "test_golden.py", "test_namespaces.py"),
-    *("test_transformers.py", "test_bad_input.py", "test_training_parts.py"),
+    *("test_layers.py", "test_properties.py", "test_maps.py", "test_golden.py"),
+    *("test_namespaces.py", "test_transformers.py", "test_bad_input.py", "test_training_parts.py"),
     *("test_a_hundred_steps_are_pytorchs", "test_one_batch_is_learnt_by_heart"),
 )
 

@@ -24,14 +24,20 @@ from pvt_ref.blocks.sra import SRAParams, SRASettings
 from pvt_ref.blocks.transformer import BlockParams, BlockSettings
 from pvt_ref.kernels.cpu.table import blocked_ops
 from pvt_ref.layers import attention as attention_file
+from pvt_ref.layers import conv as conv_file
+from pvt_ref.layers import depthwise_conv as depthwise_conv_file
 from pvt_ref.layers import dropout as dropout_file
 from pvt_ref.layers import gelu as gelu_file
 from pvt_ref.layers import layer_norm as layer_norm_file
 from pvt_ref.layers import linear as linear_file
 from pvt_ref.layers import patch_embed as patch_embed_file
+from pvt_ref.layers import pool as pool_file
 from pvt_ref.layers import position as position_file
+from pvt_ref.layers import relu as relu_file
+from pvt_ref.layers import resize as resize_file
 from pvt_ref.layers import softmax as softmax_file
 from pvt_ref.layers import sum_rows as sum_rows_file
+from pvt_ref.layers.conv import ConvParams
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.layers.patch_embed import PatchEmbedParams
@@ -46,10 +52,15 @@ READABLE: dict[str, Operation] = {
         linear_file: ["linear"],
         layer_norm_file: ["layer_norm"],
         gelu_file: ["gelu"],
+        relu_file: ["relu"],
         softmax_file: ["softmax"],
         sum_rows_file: ["sum_rows"],
         dropout_file: ["dropout", "drop_path"],
         patch_embed_file: ["patch_embed"],
+        conv_file: ["conv"],
+        depthwise_conv_file: ["depthwise_conv"],
+        resize_file: ["resize"],
+        pool_file: ["pool"],
         position_file: ["position"],
         attention_file: ["attention"],
         sra_file: ["sra"],
@@ -237,6 +248,133 @@ def patch_embed(draw) -> OpCase:
 
 
 @st.composite
+def relu(draw) -> OpCase:
+    shape, seed = (draw(small), draw(small), draw(small)), draw(seeds)
+    return OpCase(
+        "relu",
+        f"{shape}, seed={seed}",
+        # away from 0, where the tests' differences would straddle the kink
+        {"x": (x := normal(seed, *shape)) + 1e-3 * np.sign(x)},
+        lambda i, keep=True: forward("relu", None, i["x"], keep=keep),
+        lambda i, cache, dy: {"x": backward("relu", None, cache, dy)[0]},
+        lambda i: F.relu(i["x"]),
+    )
+
+
+def _conv_params(i: Inputs) -> ConvParams:
+    return ConvParams(i["conv.weight"], i.get("conv.bias"))
+
+
+def channels_first(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+@st.composite
+def conv(draw) -> OpCase:
+    k_h, k_w = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    stride, padding = draw(st.integers(1, 4)), draw(st.integers(0, 3))
+    # from one window down and to the right, and rows that no window reaches among them
+    H = max(1, k_h - 2 * padding) + draw(st.integers(0, 5))
+    W = max(1, k_w - 2 * padding) + draw(st.integers(0, 5))
+    B, C_in, C_out, bias = draw(small), draw(small), draw(small), draw(st.booleans())
+    seed = draw(seeds)
+    shapes = {"x": (B, H, W, C_in), "conv__weight": (C_out, C_in, k_h, k_w)}
+    shapes |= {"conv__bias": (C_out,)} if bias else {}
+
+    def gradients(i, cache, dy):
+        dx, d = backward("conv", _conv_params(i), cache, dy)
+        return {"x": dx, **_named(d, "conv")}
+
+    def reference(i):
+        x, weight, bias = channels_first(i["x"]), i["conv.weight"], i.get("conv.bias")
+        return channels_last(F.conv2d(x, weight, bias, stride=stride, padding=padding))
+
+    return OpCase(
+        "conv",
+        f"{shapes}, stride={stride}, padding={padding}, seed={seed}",
+        _random(seed, **shapes),
+        lambda i, keep=True: forward("conv", _conv_params(i), i["x"], stride, padding, keep=keep),
+        gradients,
+        reference,
+    )
+
+
+@st.composite
+def depthwise_conv(draw) -> OpCase:
+    k = tuple(draw(st.sampled_from([1, 3, 5])) for _ in range(2))
+    sides = st.integers(1, 6)  # a map may be smaller than the kernel
+    B, H, W, C = draw(small), draw(sides), draw(sides), draw(small)
+    bias, seed = draw(st.booleans()), draw(seeds)
+    shapes = {"x": (B, H, W, C), "conv__weight": (C, 1, *k)} | (
+        {"conv__bias": (C,)} if bias else {}
+    )
+
+    def gradients(i, cache, dy):
+        dx, d = backward("depthwise_conv", _conv_params(i), cache, dy)
+        return {"x": dx, **_named(d, "conv")}
+
+    def reference(i):
+        x, weight, bias = channels_first(i["x"]), i["conv.weight"], i.get("conv.bias")
+        same = (k[0] // 2, k[1] // 2)
+        return channels_last(F.conv2d(x, weight, bias, padding=same, groups=C))
+
+    return OpCase(
+        "depthwise_conv",
+        f"{shapes}, seed={seed}",
+        _random(seed, **shapes),
+        lambda i, keep=True: forward("depthwise_conv", _conv_params(i), i["x"], keep=keep),
+        gradients,
+        reference,
+    )
+
+
+#: Where PyTorch forms the nearest index as we do: it rounds in/out to float32.
+NEAREST_SIDES = st.integers(1, 9)
+
+
+@st.composite
+def resize(draw) -> OpCase:
+    sides = NEAREST_SIDES
+    old, size = (draw(sides), draw(sides)), (draw(sides), draw(sides))
+    mode = draw(st.sampled_from(["nearest", "bilinear", "bicubic"]))
+    align_corners = mode != "nearest" and draw(st.booleans())
+    B, C, seed = draw(small), draw(small), draw(seeds)
+
+    def reference(i):
+        corners = None if mode == "nearest" else align_corners
+        y = F.interpolate(channels_first(i["x"]), size=size, mode=mode, align_corners=corners)
+        return channels_last(y)
+
+    return OpCase(
+        "resize",
+        f"{(B, *old, C)} to {size}, {mode}, align_corners={align_corners}, seed={seed}",
+        {"x": normal(seed, B, *old, C)},
+        lambda i, keep=True: forward("resize", None, i["x"], size, mode, align_corners, keep=keep),
+        lambda i, cache, dy: {"x": backward("resize", None, cache, dy)[0]},
+        reference,
+    )
+
+
+@st.composite
+def pool(draw) -> OpCase:
+    sides = st.integers(1, 9)
+    old, size = (draw(sides), draw(sides)), (draw(sides), draw(sides))
+    B, C, seed = draw(small), draw(small), draw(seeds)
+    return OpCase(
+        "pool",
+        f"{(B, *old, C)} to {size}, seed={seed}",
+        {"x": normal(seed, B, *old, C)},
+        lambda i, keep=True: forward("pool", None, i["x"], size, keep=keep),
+        lambda i, cache, dy: {"x": backward("pool", None, cache, dy)[0]},
+        lambda i: channels_last(F.adaptive_avg_pool2d(channels_first(i["x"]), size)),
+    )
+
+
+@st.composite
 def position(draw) -> OpCase:
     sizes = st.integers(1, 5)
     grid, table_grid = (draw(sizes), draw(sizes)), (draw(sizes), draw(sizes))
@@ -245,6 +383,7 @@ def position(draw) -> OpCase:
     B, C, seed = draw(small), draw(small), draw(seeds)
     in_table = draw(st.booleans())
     cls = in_table and draw(st.booleans())
+    mode = draw(st.sampled_from(["bilinear", "bicubic"]))
     shapes = {
         "x": (B, grid[0] * grid[1] + cls, C),
         "table": (1, table_grid[0] * table_grid[1] + in_table, C),
@@ -257,7 +396,7 @@ def position(draw) -> OpCase:
     def reference(i):
         rows = i["table"][:, in_table:]
         square = rows.reshape(1, *table_grid, C).permute(0, 3, 1, 2)
-        rows = F.interpolate(square, size=grid, mode="bilinear", align_corners=False)
+        rows = F.interpolate(square, size=grid, mode=mode, align_corners=False)
         rows = rows.permute(0, 2, 3, 1).reshape(1, -1, C)
         if cls:
             rows = torch.cat([i["table"][:, :1], rows], dim=1)
@@ -265,10 +404,10 @@ def position(draw) -> OpCase:
 
     return OpCase(
         "position",
-        f"{shapes}, grid={grid}, table_grid={table_grid}, cls={cls}, seed={seed}",
+        f"{shapes}, grid={grid}, table_grid={table_grid}, cls={cls}, {mode}, seed={seed}",
         _random(seed, **shapes),
         lambda i, keep=True: forward(
-            "position", i["table"], i["x"], grid, table_grid, cls, keep=keep
+            "position", i["table"], i["x"], grid, table_grid, cls, mode, keep=keep
         ),
         gradients,
         reference,
@@ -519,8 +658,13 @@ OPERATIONS = {
     "linear": linear(),
     "layer_norm": layer_norm(),
     "gelu": gelu(),
+    "relu": relu(),
     "softmax": softmax(),
     "patch_embed": patch_embed(),
+    "conv": conv(),
+    "depthwise_conv": depthwise_conv(),
+    "resize": resize(),
+    "pool": pool(),
     "position": position(),
     "attention": attention(),
     "sra": sra(),

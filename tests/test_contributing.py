@@ -1,5 +1,6 @@
 """The worked example of CONTRIBUTING runs as it stands, and is right."""
 
+import ast
 import re
 import sys
 import textwrap
@@ -10,6 +11,7 @@ import numpy as np
 from strategies import normal
 
 import pvt_ref
+from pvt_ref.layers import relu as relu_file
 from pvt_ref.layers.gelu import gelu
 from pvt_ref.ops import Operation
 
@@ -17,6 +19,22 @@ TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8
 LAYER, TRIED = map(
     textwrap.dedent, re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL | re.MULTILINE)
 )
+
+
+def without_docstrings(source: str) -> str:
+    """The code alone, in one form whatever its line breaks."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            node.body.pop(0)
+    return ast.unparse(tree)
+
+
+def test_the_new_operation_is_the_one_in_the_package():
+    source = Path(relu_file.__file__).read_text(encoding="utf-8")
+    assert without_docstrings(LAYER) == without_docstrings(source)
 
 
 def test_the_new_operation_is_right_and_its_twin_is_asked_for(monkeypatch):

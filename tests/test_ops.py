@@ -2,17 +2,21 @@
 
 import copy
 import dataclasses
+import importlib
 import multiprocessing
 import pickle
+import pkgutil
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
-from operations import READABLE
+from operations import READABLE as ALL
 from strategies import ModelCase, normal, random_params, rng_of
 
 import pvt_ref
+import pvt_ref.blocks
+import pvt_ref.layers
 from pvt_ref import REFERENCE, VARIANTS, Operation, Ops, blocked_ops
 from pvt_ref.api import choose_ops, default_ops
 from pvt_ref.errors import ArrayTypeError, ConfigError, RangeError
@@ -32,6 +36,9 @@ CONFIG = dataclasses.replace(
 )
 CASE = ModelCase(CONFIG, 2, (32, 64), 1)
 TABLES = {"reference": REFERENCE, "blocked": blocked_ops(2)}
+
+#: The operations of a PVT. Those of other networks no PVT asks for, and its tables refuse them.
+READABLE = {name: op for name, op in ALL.items() if op in PVT.operations}
 
 #: Asked for in a backward only.
 IN_BACKWARD = {"sum_rows"}
@@ -67,9 +74,27 @@ BACKWARD = {f"{name}.backward" for name in READABLE if name not in IN_BACKWARD} 
 }
 
 
-def test_the_operations_of_a_pvt_are_all_there_are():
+def test_the_catalogue_holds_the_operations_of_layers_and_blocks():
+    found = set()
+    for folder in (pvt_ref.layers, pvt_ref.blocks):
+        for file in pkgutil.iter_modules(folder.__path__, f"{folder.__name__}."):
+            values = vars(importlib.import_module(file.name)).values()
+            found |= {value for value in values if isinstance(value, Operation)}
+    assert found == set(ALL.values())
+    assert {name: op.name for name, op in ALL.items()} == {name: name for name in ALL}
+
+
+def test_the_operations_of_a_pvt_are_in_the_catalogue():
     assert set(READABLE.values()) == PVT.operations
-    assert {op.name for op in PVT.operations} == set(READABLE)
+
+
+@pytest.mark.parametrize("name", sorted(set(ALL) - set(READABLE)))
+def test_what_no_pvt_asks_for_is_refused_by_name(name):
+    op = ALL[name]
+    assert op.is_readable()
+    ops = REFERENCE.replace(op, counted(op, Counter()))
+    with pytest.raises(ConfigError, match=f"ops replaces {name}, which a PVT never asks for"):
+        pvt_ref.forward(CASE.params(), CASE.images(), CONFIG, ops=ops)
 
 
 @pytest.mark.parametrize("table", TABLES)

@@ -523,7 +523,10 @@ def test_24_gradients_of_parts_of_a_batch_add_up(case):
         np.testing.assert_allclose(a + b, c, rtol=1e-9, atol=1e-12 * total, err_msg=key)
 
 
-WITH_PARAMETERS = ("linear", "layer_norm", "patch_embed", "position", "sra", "mlp", "block")
+WITH_PARAMETERS = (
+    *("linear", "layer_norm", "patch_embed", "conv", "depthwise_conv", "position"),
+    *("sra", "mlp", "block"),
+)
 
 
 @pytest.mark.parametrize("name", WITH_PARAMETERS)

@@ -15,8 +15,13 @@ import pvt_ref
 import pvt_ref.blocks
 import pvt_ref.layers
 from pvt_ref import PVTConfig
+from pvt_ref.layers.conv import ConvParams, conv
 from pvt_ref.layers.cross_entropy import cross_entropy
+from pvt_ref.layers.depthwise_conv import depthwise_conv
+from pvt_ref.layers.pool import pool
 from pvt_ref.layers.position import position
+from pvt_ref.layers.relu import relu
+from pvt_ref.layers.resize import resize
 from pvt_ref.models.pvt import model
 from pvt_ref.ops import REFERENCE
 
@@ -74,7 +79,24 @@ def comments() -> ShapeComments:
         table, x = rng.standard_normal((1, 1 + 4 * 9, 8)), rng.standard_normal((B, 1 + 3 * 7, 8))
         _, cache = position.forward(table, x, REFERENCE, (3, 7), (4, 9), True)
         position.backward(table, cache, x)
+        run_on_maps(rng)
     return comments
+
+
+def run_on_maps(rng: np.random.Generator) -> None:
+    """The operations that no PVT asks for, on sizes of which no two agree."""
+    x = rng.standard_normal((B, 13, 17, 6))
+    p = ConvParams(rng.standard_normal((8, 6, 4, 3)), rng.standard_normal(8))
+    y, cache = conv.forward(p, x, REFERENCE, stride=2, padding=1)
+    conv.backward(p, cache, y)
+    p = ConvParams(rng.standard_normal((6, 1, 5, 3)), None)
+    y, cache = depthwise_conv.forward(p, x)
+    depthwise_conv.backward(p, cache, y)
+    for op in (resize, pool):
+        y, cache = op.forward(None, x, REFERENCE, (23, 29))
+        op.backward(None, cache, y)
+    y, cache = relu.forward(None, x)
+    relu.backward(None, cache, y)
 
 
 def test_sizes_coincide_nowhere():

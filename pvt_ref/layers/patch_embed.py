@@ -68,27 +68,27 @@ def unpatchify(patches: Array, P: int, grid: Grid) -> Array:
 
 
 def kernel_to_matrix(weight: Array) -> Array:
-    """A kernel as the matrix (C_out, P*P*C_in), columns in the order of :func:`patchify`.
+    """A kernel as the matrix (C_out, k_h*k_w*C_in), columns in the order of :func:`patchify`.
 
     Args:
-        weight: (C_out, C_in, P, P).
+        weight: (C_out, C_in, k_h, k_w); of patches, height and width are P.
     """
     xp = array_module(weight)
-    weight = xp.permute_dims(weight, (0, 2, 3, 1))  # (C_out, P, P, C_in)
-    return xp.reshape(weight, (weight.shape[0], -1))  # (C_out, P*P*C_in)
+    weight = xp.permute_dims(weight, (0, 2, 3, 1))  # (C_out, k_h, k_w, C_in)
+    return xp.reshape(weight, (weight.shape[0], -1))  # (C_out, k_h*k_w*C_in)
 
 
 def matrix_to_kernel(matrix: Array, shape: tuple[int, ...]) -> Array:
     """The inverse of :func:`kernel_to_matrix`.
 
     Args:
-        matrix: (C_out, P*P*C_in).
-        shape: the kernel's, (C_out, C_in, P, P).
+        matrix: (C_out, k_h*k_w*C_in).
+        shape: the kernel's, (C_out, C_in, k_h, k_w).
     """
     xp = array_module(matrix)
-    C_out, C_in, P, _ = shape
-    kernel = xp.reshape(matrix, (C_out, P, P, C_in))  # (C_out, P, P, C_in)
-    return xp.permute_dims(kernel, (0, 3, 1, 2))  # (C_out, C_in, P, P)
+    C_out, C_in, k_h, k_w = shape
+    kernel = xp.reshape(matrix, (C_out, k_h, k_w, C_in))  # (C_out, k_h, k_w, C_in)
+    return xp.permute_dims(kernel, (0, 3, 1, 2))  # (C_out, C_in, k_h, k_w)
 
 
 def patch_embed_forward(

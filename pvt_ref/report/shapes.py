@@ -76,6 +76,9 @@ class ShapeArray:
 
     __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __add__
 
+    def __gt__(self, other: Any) -> "ShapeArray":
+        return self.memory.shapes.empty(_broadcast(self.shape, getattr(other, "shape", ())), bool)
+
     def __iadd__(self, other: Any) -> "ShapeArray":
         if _broadcast(self.shape, getattr(other, "shape", ())) != self.shape:
             raise ValueError(f"{other.shape} does not broadcast to {self.shape}")
@@ -119,7 +122,7 @@ class Shapes:
         weakref.finalize(host, id, x.memory)  # as NumPy's asarray: alive as long as host is
         return x
 
-    def resize_matrix(self, out_size: int, in_size: int) -> np.ndarray:
+    def separable_matrix(self, out_size: int, in_size: int) -> np.ndarray:
         return np.broadcast_to(np.zeros(()), (out_size, in_size))  # as large, without memory
 
     def astype(self, x: ShapeArray, dtype: Any, *, copy: bool = True) -> ShapeArray:
@@ -132,7 +135,7 @@ class Shapes:
             dtype = dtype if x.dtype == dtype else np.result_type(dtype, x.dtype)
         return self.empty(_broadcast(*(x.shape for x in arrays)), dtype)
 
-    exp = sqrt = erf = elementwise
+    exp = sqrt = erf = maximum = where = elementwise
 
     def sum(
         self, x: ShapeArray, axis: Any, dtype: Any = None, keepdims: bool = False

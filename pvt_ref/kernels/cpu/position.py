@@ -16,13 +16,14 @@ def position_forward(
     grid: Grid,
     table_grid: Grid,
     cls: bool,
+    mode: str = "bilinear",
     keep: bool = True,
     *,
     tiling: Tiling,
 ) -> tuple[np.ndarray, PositionCache | None]:
     """As :func:`pvt_ref.layers.position.position_forward`."""
     B, n, C = x.shape
-    rows = positions(p, grid, table_grid, cls)  # (n, C)
+    rows = positions(p, grid, table_grid, cls, mode)  # (n, C)
     y = np.empty(x.shape, x.dtype)
 
     def work(tiles: list[slice], scratch: Scratch) -> None:
@@ -31,7 +32,7 @@ def position_forward(
                 np.add(x[b, part], rows[part], out=y[b, part])
 
     tiling.run(work, B * n, tiling.rows(C))
-    return y, PositionCache(grid, table_grid, cls) if keep else None
+    return y, PositionCache(grid, table_grid, cls, mode) if keep else None
 
 
 position_kernel = Kernel(position, position_forward, None)  # back, it only sums over the batch
