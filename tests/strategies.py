@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import assume, event
 from hypothesis import strategies as st
 
-from pvt_ref import PVTConfig, PVTParams, from_state_dict
+from pvt_ref import PVTConfig, ViTConfig, from_state_dict
 from pvt_ref.models.architecture import param_shapes
 
 seeds = st.integers(0, 2**32 - 1)
@@ -27,7 +27,7 @@ def normal(seed: int, *shape: int, dtype=np.float64, scale: float = 1.0) -> np.n
     return (rng_of(seed, len(shape), *shape).standard_normal(shape) * scale).astype(dtype)
 
 
-def random_params(config: PVTConfig, seed: int, dtype=np.float64) -> PVTParams:
+def random_params(config, seed: int, dtype=np.float64):
     """Weights of a size at which every part of the model matters, norms and biases included."""
     rng = rng_of(seed, 7)
 
@@ -52,7 +52,7 @@ class ModelCase:
     size: tuple[int, int]
     seed: int
 
-    def params(self, dtype=np.float64) -> PVTParams:
+    def params(self, dtype=np.float64):
         return random_params(self.config, self.seed, dtype)
 
     def images(self, dtype=np.float64) -> np.ndarray:
@@ -139,6 +139,50 @@ def model_cases(draw, classifier: bool | None = True, dropout: bool = False) -> 
     native = (config.img_size, config.img_size)
     size = native if draw(st.integers(0, 3)) == 0 else draw(st.tuples(sides, sides))
     return ModelCase(config, draw(st.integers(1, 3)), size, draw(seeds))
+
+
+@dataclass(frozen=True)
+class ViTCase(ModelCase):
+    """A columnar ViT, an image size and a seed."""
+
+    config: ViTConfig
+
+    def tags(self) -> set[str]:
+        c = self.config
+        facts = {
+            "H != W": self.size[0] != self.size[1],
+            "heads > 1": c.num_heads > 1,
+            "B > 1": self.batch > 1,
+            "no qkv bias": not c.qkv_bias,
+            "resized table": self.size != (c.img_size, c.img_size),
+            "native size": self.size == (c.img_size, c.img_size),
+            "no classifier": not c.has_classifier,
+        }
+        return {name for name, true in facts.items() if true}
+
+
+@st.composite
+def vit_cases(draw, classifier: bool | None = True, resizes=("bicubic",)) -> ViTCase:
+    """A small ViT with a batch of images, often not square, often not of its table's size."""
+    P, N = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    has_classifier = draw(st.booleans()) if classifier is None else classifier
+    config = ViTConfig(
+        img_size=P * draw(st.integers(1, 5)),
+        patch_size=P,
+        embed_dim=N * draw(st.integers(3 if N == 1 else 2, 4)),
+        depth=draw(st.integers(1, 3)),
+        num_heads=N,
+        mlp_ratio=draw(st.sampled_from([1, 2, 3])),
+        qkv_bias=draw(st.booleans()),
+        in_chans=draw(st.sampled_from([1, 3])),
+        num_classes=draw(st.integers(1, 5)) if has_classifier else 0,
+        norm_eps=draw(st.sampled_from([1e-6, 1e-3])),
+        position_resize=draw(st.sampled_from(resizes)),
+    )
+    sides = st.integers(1, 6).map(lambda k: k * P)
+    native = (config.img_size, config.img_size)
+    size = native if draw(st.integers(0, 3)) == 0 else draw(st.tuples(sides, sides))
+    return ViTCase(config, draw(st.integers(1, 3)), size, draw(seeds))
 
 
 def without_dropout(config: PVTConfig) -> PVTConfig:

@@ -10,7 +10,9 @@ from pvt_ref.blocks.sra import SRASettings
 from pvt_ref.blocks.transformer import BlockSettings
 from pvt_ref.checks import TOO_LARGE, is_moderate, is_real, is_whole
 from pvt_ref.errors import ConfigError, ShapeError, shown
-from pvt_ref.models.pvt.config import MAX_DEPTH
+
+#: Blocks. The largest published ViT has 48; each costs memory before any weight.
+MAX_DEPTH = 1000
 
 #: How a position table reaches another grid.
 RESIZES = ("bicubic", "bilinear")
