@@ -162,7 +162,9 @@ class ViTCase(ModelCase):
 
 
 @st.composite
-def vit_cases(draw, classifier: bool | None = True, resizes=("bicubic",)) -> ViTCase:
+def vit_cases(
+    draw, classifier: bool | None = True, dropout: bool = False, resizes=("bicubic",)
+) -> ViTCase:
     """A small ViT with a batch of images, often not square, often not of its table's size."""
     P, N = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     has_classifier = draw(st.booleans()) if classifier is None else classifier
@@ -178,6 +180,9 @@ def vit_cases(draw, classifier: bool | None = True, resizes=("bicubic",)) -> ViT
         num_classes=draw(st.integers(1, 5)) if has_classifier else 0,
         norm_eps=draw(st.sampled_from([1e-6, 1e-3])),
         position_resize=draw(st.sampled_from(resizes)),
+        drop_rate=0.3 if dropout else 0.0,
+        attn_drop_rate=0.2 if dropout else 0.0,
+        drop_path_rate=0.4 if dropout else 0.0,
     )
     sides = st.integers(1, 6).map(lambda k: k * P)
     native = (config.img_size, config.img_size)

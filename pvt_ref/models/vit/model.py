@@ -77,12 +77,13 @@ def _entry_forward(
 ) -> tuple[Array, EntryCache | None, Grid]:
     """images (B, C_0, H, W) to tokens (B, 1 + n, C), the cls token first, and their grid."""
     xp = array_module(images)
-    (grid,), side = config.grids(*images.shape[2:]), config.table_sides[0]
+    P, C, side = config.patch_size, config.embed_dim, config.table_sides[0]
+    grid = (images.shape[2] // P, images.shape[3] // P)
     x = xp.permute_dims(images, (0, 2, 3, 1))  # (B, H, W, C_0)
     x, embed_cache = ops[patch_embed].forward(
         p.patch_embed, x, ops, config.norm_eps, keep=keep
     )  # (B, n, C)
-    token = xp.broadcast_to(p.cls_token, (x.shape[0], 1, x.shape[-1]))  # (B, 1, C)
+    token = xp.broadcast_to(p.cls_token, (x.shape[0], 1, C))  # (B, 1, C)
     x = xp.concat((token, x), axis=1)  # (B, 1 + n, C)
     # resized beforehand, the table's grid is that of the tokens
     table, table_grid = (p.pos_embed, (side, side)) if constants is None else (constants[0], grid)
@@ -125,7 +126,7 @@ def forward(
     Args:
         params: the weights.
         images: (B, C_0, H, W) of the weights' dtype.
-        config: the configuration of the weights.
+        config: the configuration of the weights, embed_dim (C) and patch_size (P).
         ops: the table of operations.
         rng: source of the dropout and drop-path masks; None for inference.
         keep: whether to return a cache for the backward.
@@ -157,9 +158,10 @@ def backward(
     """
     # logits = head(x[:, 0])
     xp = array_module(dlogits)
-    B, rows, C = cache.tokens_shape
+    B, tokens, C = cache.tokens_shape
+    n = tokens - 1
     dcls_row, dhead = ops[linear].backward(params.head, cache.head, dlogits, ops)  # (B, C)
-    unread = xp.zeros((B, rows - 1, C), dtype=dlogits.dtype)
+    unread = xp.zeros((B, n, C), dtype=dlogits.dtype)
     dx = xp.concat((xp.expand_dims(dcls_row, axis=1), unread), axis=1)  # (B, 1 + n, C)
     # x = norm(x)
     dx, dnorm = ops[layer_norm].backward(params.norm, cache.norm, dx, ops)
@@ -181,10 +183,20 @@ def forward_pyramid(
 ) -> tuple[list[Array], MapsCache | None]:
     """The patch tokens after a block as a map, as SETR's heads take them (arXiv 2012.15840).
 
-    Without the cls token, and before the final norm. Arguments as for :func:`forward`, of images
-    (B, C_0, H, W); and numbers, which are those of the blocks, rising, from 0. None is the last
-    one. Blocks after the last number are not computed. Returns a map (B, C, H/P, W/P) for each
-    number, and the cache.
+    Without the cls token, and before the final norm. Blocks after the last number are not computed.
+
+    Args:
+        params: the weights.
+        images: (B, C_0, H, W) of the weights' dtype.
+        config: the configuration of the weights, embed_dim (C) and patch_size (P).
+        ops: the table of operations.
+        rng: source of the dropout and drop-path masks; None for inference.
+        keep: whether to return a cache for the backward.
+        constants: of :func:`prepare`; only without keep.
+        numbers: of the blocks, from 0, each larger than the one before; None is the last block.
+
+    Returns:
+        A map (B, C, H/P, W/P) for each number, and the cache.
     """
     xp = array_module(images)
     settings = block_settings(config)
@@ -192,8 +204,10 @@ def forward_pyramid(
     x, entry, grid = _entry_forward(params, images, config, ops, rng, keep, constants)
     maps, caches = [], []
     for part in _parts(ends):
+        before = [x]
+        del x  # or these tokens would live as long as the blocks compute
         x, cache = ops[transformer.blocks].forward(
-            params.blocks[part], x, ops, grid, settings[part], rng, keep=keep
+            params.blocks[part], before.pop(), ops, grid, settings[part], rng, keep=keep
         )  # (B, 1 + n, C)
         as_map = xp.reshape(x[:, 1:, :], (x.shape[0], *grid, x.shape[-1]))
         maps.append(xp.permute_dims(as_map, (0, 3, 1, 2)))
@@ -216,8 +230,9 @@ def backward_pyramid(
     parts = list(_parts(cache.ends))
     for part, blocks_cache, dmap in reversed(list(zip(parts, cache.blocks, dmaps, strict=True))):
         B, C, h, w = dmap.shape
+        n = h * w
         # map = x[:, 1:]
-        dpatches = xp.reshape(xp.permute_dims(dmap, (0, 2, 3, 1)), (B, h * w, C))  # (B, n, C)
+        dpatches = xp.reshape(xp.permute_dims(dmap, (0, 2, 3, 1)), (B, n, C))  # (B, n, C)
         dcls_row = xp.zeros((B, 1, C), dtype=dmap.dtype)
         dtokens = xp.concat((dcls_row, dpatches), axis=1)  # (B, 1 + n, C)
         dx = dtokens if dx is None else dtokens + dx  # the map, and the next block
