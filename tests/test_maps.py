@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from closeness import FORWARD, assert_near, relative
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from operations import OPERATIONS, backward, forward
+from operations import OPERATIONS, backward, forward, table_under_test
 from oracles import tensor
 from strategies import normal, seeds
 
@@ -30,6 +30,7 @@ from pvt_ref.layers.patch_embed import (
 from pvt_ref.layers.pool import pool_matrix
 from pvt_ref.layers.position import resize_positions
 from pvt_ref.layers.resize import resize_matrix
+from pvt_ref.ops import REFERENCE
 from pvt_ref.report.shapes import Shapes
 from pvt_ref.tree import map_arrays, named_arrays
 
@@ -61,6 +62,10 @@ def resized(x: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
 
 def conv_forward(p: ConvParams, x: np.ndarray, stride: int, padding: int) -> np.ndarray:
     return forward("conv", p, x, stride, padding)[0]
+
+
+def assert_rounded(x: np.ndarray, y: np.ndarray) -> None:
+    np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-12)
 
 
 # Convolution ----------------------------------------------------------------------------------
@@ -116,20 +121,22 @@ def test_convolution_with_stride_its_kernel_is_the_patch_embedding(P, h, w, C_in
     embed = PatchEmbedParams(LinearParams(p.weight, p.bias), None)
     y, cache = forward("conv", p, x, P, 0)
     tokens, embed_cache = forward("patch_embed", embed, x, 1e-6)
-    np.testing.assert_array_equal(y.reshape(tokens.shape), tokens)
+    exact = table_under_test() is REFERENCE
+    assert_same = np.testing.assert_array_equal if exact else assert_rounded
+    assert_same(y.reshape(tokens.shape), tokens)
     dy = normal(seed + 1, *y.shape)
     dx, grads = backward("conv", p, cache, dy)
     embed_dx, embed_grads = backward("patch_embed", embed, embed_cache, dy.reshape(tokens.shape))
-    np.testing.assert_array_equal(dx, embed_dx)
-    np.testing.assert_array_equal(grads.weight, embed_grads.proj.weight)
-    np.testing.assert_array_equal(grads.bias, embed_grads.proj.bias)
+    assert_same(dx, embed_dx)
+    assert_same(grads.weight, embed_grads.proj.weight)
+    assert_same(grads.bias, embed_grads.proj.bias)
 
 
 @given(
     stride=small,
     k=st.integers(1, 5),
     padding=st.integers(0, 2),
-    size=st.tuples(st.integers(9, 14), st.integers(9, 14)),
+    size=st.tuples(st.integers(12, 16), st.integers(12, 16)),
     seed=seeds,
 )
 def test_a_shift_by_the_stride_moves_the_inner_outputs_by_one(stride, k, padding, size, seed):

@@ -101,11 +101,11 @@ def run_vit(rng: np.random.Generator) -> None:
 
 def run_on_maps(rng: np.random.Generator) -> None:
     """The operations that no PVT asks for, on sizes of which no two agree."""
-    x = rng.standard_normal((B, 13, 17, 6))
-    p = ConvParams(rng.standard_normal((8, 6, 4, 3)), rng.standard_normal(8))
+    x = rng.standard_normal((B, 13, 17, 10))
+    p = ConvParams(rng.standard_normal((8, 10, 4, 3)), rng.standard_normal(8))
     y, cache = conv.forward(p, x, REFERENCE, stride=2, padding=1)
     conv.backward(p, cache, y)
-    p = ConvParams(rng.standard_normal((6, 1, 5, 3)), None)
+    p = ConvParams(rng.standard_normal((10, 1, 5, 3)), None)
     y, cache = depthwise_conv.forward(p, x)
     depthwise_conv.backward(p, cache, y)
     for op in (resize, pool):

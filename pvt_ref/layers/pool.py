@@ -8,7 +8,7 @@ enlarges, and only repeats its inputs where n divides o. PVT v2 reduces its keys
 import numpy as np
 
 from pvt_ref.arrays import Array, Grid
-from pvt_ref.layers.resize import separable, separable_backward
+from pvt_ref.layers.resize import separable, separable_transpose
 from pvt_ref.ops import REFERENCE, Operation, Ops
 from pvt_ref.tree import record
 
@@ -59,7 +59,7 @@ def pool_backward(p: None, cache: PoolCache, dy: Array, ops: Ops = REFERENCE) ->
     Returns:
         dx (B, H, W, C) of dy's dtype, and None.
     """
-    return separable_backward(dy, cache.size, pool_matrix), None  # (B, H, W, C)
+    return separable_transpose(dy, cache.size, pool_matrix), None  # (B, H, W, C)
 
 
 pool = Operation(pool_forward, pool_backward)

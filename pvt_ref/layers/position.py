@@ -10,7 +10,7 @@ matrices around the table, A_h P A_w^T, so its transpose is A_h^T dP A_w (``resi
 from functools import partial
 
 from pvt_ref.arrays import Array, Grid, array_module
-from pvt_ref.layers.resize import resize_matrix, separable, separable_backward
+from pvt_ref.layers.resize import resize_matrix, separable, separable_transpose
 from pvt_ref.layers.sum_rows import sum_rows
 from pvt_ref.ops import REFERENCE, Operation, Ops
 from pvt_ref.tree import record
@@ -64,7 +64,7 @@ def resize_positions_backward(
     C = drows.shape[-1]
     dresized = xp.reshape(drows, (1, *grid, C))  # (1, H, W, C)
     make = partial(resize_matrix, mode=mode)
-    dtable = separable_backward(dresized, table_grid, make)  # (1, h, w, C)
+    dtable = separable_transpose(dresized, table_grid, make)  # (1, h, w, C)
     return xp.reshape(dtable, (table_grid[0] * table_grid[1], C))  # (h*w, C)
 
 

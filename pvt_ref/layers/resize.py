@@ -77,12 +77,12 @@ def separable(x: Array, size: Grid, make: MakeMatrix) -> Array:
     Args:
         x: (B, h, w, C).
         size: (H, W), height and width of the result.
-        make: gives A_h (H, h) and A_w (W, w).
+        make: gives A_h and A_w by their shapes.
     """
     return _product(x, size, *_matrices(x, make, size, x.shape[1:3]))  # (B, H, W, C)
 
 
-def separable_backward(dy: Array, size: Grid, make: MakeMatrix) -> Array:
+def separable_transpose(dy: Array, size: Grid, make: MakeMatrix) -> Array:
     """The transpose of :func:`separable`: A_h^T dy A_w for every channel.
 
     Args:
@@ -163,7 +163,7 @@ def resize_backward(
     """
     make = partial(resize_matrix, mode=cache.mode, align_corners=cache.align_corners)
     # y = A_h x A_w^T
-    return separable_backward(dy, cache.size, make), None  # (B, H, W, C)
+    return separable_transpose(dy, cache.size, make), None  # (B, H, W, C)
 
 
 resize = Operation(resize_forward, resize_backward)

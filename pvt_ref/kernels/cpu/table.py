@@ -7,6 +7,8 @@ from pvt_ref.checks import is_whole
 from pvt_ref.errors import RangeError, shown
 from pvt_ref.kernels.cpu.attention import attention_kernel
 from pvt_ref.kernels.cpu.block import block_kernel
+from pvt_ref.kernels.cpu.conv import conv_kernel
+from pvt_ref.kernels.cpu.depthwise_conv import depthwise_conv_kernel
 from pvt_ref.kernels.cpu.gelu import gelu_kernel
 from pvt_ref.kernels.cpu.layer_norm import layer_norm_kernel
 from pvt_ref.kernels.cpu.linear import linear_kernel
@@ -17,7 +19,7 @@ from pvt_ref.kernels.cpu.softmax import softmax_kernel
 from pvt_ref.kernels.cpu.tiling import Kernel, Tiling, cache_size, elements_for
 from pvt_ref.ops import Ops
 
-_TWINS = (position_kernel, block_kernel)
+_TWINS = (position_kernel, block_kernel, conv_kernel, depthwise_conv_kernel)
 
 #: What the block computes itself. They serve outside of it, and where it steps aside.
 _PARTS = (
