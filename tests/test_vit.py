@@ -443,6 +443,16 @@ def test_a_distilled_deit_is_refused_and_named(keys, tmp_path):
             load(path, stated)
 
 
+def test_hugging_faces_distilled_deit_is_refused_before_its_config_is_read(tmp_path):
+    foreign = to_foreign(vit_state(BARE), HUGGING_FACE_BARE, BARE)
+    foreign = {f"deit.{key}": x for key, x in foreign.items()}
+    foreign["deit.embeddings.distillation_token"] = np.zeros((1, 1, 12), np.float32)
+    safetensors.numpy.save_file(foreign, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "deit", "hidden_size": 12}')
+    with pytest.raises(CheckpointError, match=r"a distilled DeiT \('embeddings\.distillation_to"):
+        load(tmp_path)
+
+
 def test_other_vits_blocks_are_not_taken_for_a_vit(tmp_path):
     swin = {"patch_embed.proj.weight": (4, 3, 4, 4), "layers.0.blocks.0.norm1.weight": (4,)}
     swin |= {"layers.0.blocks.0.attn.qkv.weight": (12, 4), "norm.weight": (4,)}
