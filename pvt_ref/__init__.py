@@ -27,6 +27,7 @@ from pvt_ref.models.pvt.params import PVTParams
 from pvt_ref.models.pvt_v2.config import PVTv2Config
 from pvt_ref.models.pvt_v2.params import PVTv2Params
 from pvt_ref.models.vit.config import VITS, ViTConfig
+from pvt_ref.models.vit.params import ViTParams
 from pvt_ref.ops import REFERENCE, Operation, Ops
 from pvt_ref.tree import to_device, to_numpy
 
@@ -81,10 +82,11 @@ def __dir__() -> list[str]:
 __all__ = [
     "REFERENCE", "VARIANTS", "VITS", "Cost", "Model", "ModelInfo", "Operation", "Ops", "PVTConfig",
     "PVTError", "PVTParams", "PVTv2Config", "PVTv2Params", "Prediction", "Prepared",
-    "Preprocessing", "ViTConfig", "attention_maps", "backward", "backward_pyramid", "blocked_ops",
-    "count_cost", "cross_entropy", "forward", "forward_pyramid", "forward_pyramid_with_cache",
-    "forward_with_cache", "from_state_dict", "init_params", "load", "load_image", "normalize",
-    "pad_to_multiple", "prepare", "preprocess", "save", "to_device", "to_numpy", "to_state_dict",
+    "Preprocessing", "ViTConfig", "ViTParams", "attention_maps", "backward", "backward_pyramid",
+    "blocked_ops", "count_cost", "cross_entropy", "forward", "forward_pyramid",
+    "forward_pyramid_with_cache", "forward_with_cache", "from_state_dict", "init_params", "load",
+    "load_image", "normalize", "pad_to_multiple", "prepare", "preprocess", "save", "to_device",
+    "to_numpy", "to_state_dict",
     "with_channels",
     "with_new_head",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ configuration's :class:`~pvt_ref.models.architecture.Architecture`.
 import contextlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,6 +28,7 @@ from pvt_ref.arrays import (
 from pvt_ref.checks import (
     Size,
     as_size,
+    check_blocks,
     check_cotangent,
     check_float,
     check_images,
@@ -330,7 +331,7 @@ def check_has_classifier(config: Any) -> None:
     """Refuses a model that has no head to make logits with. Raises: ConfigError."""
     architecture_of(config)
     if not config.has_classifier:
-        what = "this model is a bare backbone (num_classes 0: no cls token, norm or head)"
+        what = "this model is a bare backbone (num_classes 0: no final norm and no head)"
         advice = "forward_pyramid gives its feature maps; weights with a classifier give both"
         raise ConfigError(f"{what} and has no logits. {advice}")
 
@@ -348,7 +349,14 @@ class ForwardCache:
 
 
 def _run(
-    pyramid: bool, params: Any, images: Array, config: Any, rng: Any, ops: Ops | None, keep: bool
+    pyramid: bool,
+    params: Any,
+    images: Array,
+    config: Any,
+    rng: Any,
+    ops: Ops | None,
+    keep: bool,
+    blocks: Iterable[int] | None = None,
 ) -> tuple[Any, Any]:
     """Checks, and the core's forward or forward_pyramid: its result, and a cache if kept."""
     if rng is not None:
@@ -358,14 +366,22 @@ def _run(
     if not pyramid:
         check_has_classifier(config)
     elif row.forward_pyramid is None:
-        raise ConfigError(f"a {row.title} has one scale and no pyramid")
+        raise ConfigError(f"a {row.title} has no pyramid: no maps for dense prediction")
+    more = []
+    if blocks is not None:
+        if row.map_blocks is None:
+            raise ConfigError(
+                f"blocks are {shown(blocks)}, and the maps of a {row.title} are those of its "
+                f"stages. Leave blocks out"
+            )
+        more = [check_blocks(blocks, row.map_blocks(config))]
     weight = first_array(model.params)
     images = check_images(images, weight, config)
     ops = choose_ops(ops, images, row)
     core: Callable[..., Any] = row.forward_pyramid if pyramid else row.forward  # type: ignore
     constants = None if keep else model.constants_for(images)
     with ops.scope():
-        y, parts = core(model.params, images, config, ops, rng, keep, constants)
+        y, parts = core(model.params, images, config, ops, rng, keep, constants, *more)
     if not keep:
         return y, None
     kind = "forward_pyramid_with_cache" if pyramid else "forward_with_cache"
@@ -426,28 +442,43 @@ def forward_with_cache(
 
 
 def forward_pyramid(
-    params: Any, images: Array, config: Any = None, *, ops: Ops | None = None
+    params: Any,
+    images: Array,
+    config: Any = None,
+    *,
+    ops: Ops | None = None,
+    blocks: Iterable[int] | None = None,
 ) -> list[Array]:
     """The feature maps for dense prediction, without keeping anything for a backward.
 
     For a PVT, F_1..F_4 of the released detection and segmentation backbones (paper sections 3.1,
     3.2 and 4.2): without cls token and final norm, so F_4 is not what the classifier computes.
-    Raises: PVTError as :func:`forward`; a ConfigError if the network has no pyramid.
+    For a columnar ViT, the patch tokens after its last block, as the only map. Raises: PVTError as
+    :func:`forward`; a ConfigError if the network has no pyramid, or blocks are given and its maps
+    are those of its stages; a RangeError if there are no such blocks.
 
     Args:
         params: as for :func:`forward`; they may lack a classifier.
         images: as for :func:`forward`.
         config: as for :func:`forward`.
         ops: as for :func:`forward`.
+        blocks: of a ViT, the numbers of the blocks after which a map is taken, rising, from 0 as in
+            the keys of the weights. None is the last one. Later blocks are not computed.
 
     Returns:
         [F_1, F_2, ...], (B, C_i, H_i, W_i) each, of the weights' dtype.
     """
-    return _run(True, params, images, config, None, ops, keep=False)[0]
+    return _run(True, params, images, config, None, ops, keep=False, blocks=blocks)[0]
 
 
 def forward_pyramid_with_cache(
-    params: Any, images: Array, config: Any = None, rng: Source = None, *, ops: Ops | None = None
+    params: Any,
+    images: Array,
+    config: Any = None,
+    rng: Source = None,
+    *,
+    ops: Ops | None = None,
+    blocks: Iterable[int] | None = None,
 ) -> tuple[list[Array], ForwardCache]:
     """The feature maps, and the cache for :func:`backward_pyramid`.
 
@@ -459,11 +490,12 @@ def forward_pyramid_with_cache(
         config: as for :func:`forward`.
         rng: as for :func:`forward_with_cache`.
         ops: as for :func:`forward`.
+        blocks: as for :func:`forward_pyramid`.
 
     Returns:
         [F_1, F_2, ...], (B, C_i, H_i, W_i) each, of the weights' dtype, and the cache.
     """
-    return _run(True, params, images, config, rng, ops, keep=True)
+    return _run(True, params, images, config, rng, ops, keep=True, blocks=blocks)
 
 
 def backward(

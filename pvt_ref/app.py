@@ -267,12 +267,15 @@ class Model(_Core):
         """
         return forward(self._core(), self._checked(images), ops=ops)
 
-    def pyramid(self, images: Array, *, ops: Ops | None = None) -> list[Array]:
+    def pyramid(
+        self, images: Array, *, ops: Ops | None = None, blocks: Iterable[int] | None = None
+    ) -> list[Array]:
         """Feature maps for dense prediction; :attr:`feature_info` describes them.
 
         Args:
             images: (B, in_chans, H, W) normalised floats.
             ops: a table of operations; None takes the default.
+            blocks: of a ViT, as for :func:`pvt_ref.forward_pyramid`.
 
         Returns:
             [F_1, F_2, ...], (B, C_i, H_i, W_i) each, of the weights' dtype.
@@ -280,7 +283,7 @@ class Model(_Core):
         Raises:
             PVTError: as calling the model, and :func:`pvt_ref.forward_pyramid`.
         """
-        return forward_pyramid(self._core(), self._checked(images), ops=ops)
+        return forward_pyramid(self._core(), self._checked(images), ops=ops, blocks=blocks)
 
     def _core(self) -> Prepared:
         """The weights, which were checked, and what can be made of them once for all calls."""

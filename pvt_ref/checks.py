@@ -6,6 +6,7 @@ Inside, arrays are trusted: what a caller can get wrong about them is caught her
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from numbers import Integral, Real
 from operator import ge, gt, le, lt
 from typing import Any
@@ -202,6 +203,18 @@ def check_stages(stages: Iterable[int], count: int) -> set[int]:
             return {int(s) for s in wanted}
     needed = f"a list of numbers from 1 to {count}, such as {sorted({1, count})}"
     raise RangeError(f"stages are {shown(stages)}; they must be {needed}")
+
+
+def check_blocks(blocks: Iterable[int], count: int) -> tuple[int, ...]:
+    """Rising numbers of blocks, each from 0 to count - 1. Raises: RangeError."""
+    with suppress(TypeError):
+        numbers = list(blocks)
+        good = numbers and all(is_whole(k) and 0 <= k < count for k in numbers)
+        if good and all(k < following for k, following in pairwise(numbers)):
+            return tuple(map(int, numbers))
+    example = f"such as {sorted({0, count - 1})}, or None for the last block"
+    needed = f"a list of rising numbers from 0 to {count - 1}, {example}"
+    raise RangeError(f"blocks are {shown(blocks)}; they must be {needed}")
 
 
 def check_finite(name: str, x: Array, cause: str) -> None:

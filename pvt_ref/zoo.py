@@ -41,12 +41,13 @@ def load(
     - ``"digits"``, ``"cifar10"``, ``"imagenette"``: in the package, trained with its gradients.
       ``info.training`` says how.
     - ``"pvt_tiny"``, ``"pvt_small"``, ``"pvt_medium"``, ``"pvt_large"``, ``"pvt_v2_b0"`` to
-      ``"pvt_v2_b5"`` and ``"pvt_v2_b2_li"``: released for ImageNet. A file of that name
-      (.safetensors, .pth or .bin) in the weights folder is taken if there is one; else they are
-      fetched from the Hugging Face Hub, with its cache and its progress bar, which needs the
-      package ``huggingface_hub``. Commit and SHA-256 of what was fetched first are kept in the
-      weights folder, and the name means that file from then on. The weights folder is what the
-      environment variable PVT_REF_WEIGHTS names, or ``~/.cache/pvt_ref``.
+      ``"pvt_v2_b5"``, ``"pvt_v2_b2_li"``, ``"deit_ti_16"``, ``"deit_s_16"``, ``"deit_b_16"``:
+      released for ImageNet. A file of that name, or of another name of the variant (.safetensors,
+      .pth or .bin), in the weights folder is taken if there is one; else they are fetched from the
+      Hugging Face Hub, with its cache and its progress bar, which needs the package
+      ``huggingface_hub``. Commit and SHA-256 of what was fetched first are kept in the weights
+      folder, and the name means that file from then on. The weights folder is what the environment
+      variable PVT_REF_WEIGHTS names, or ``~/.cache/pvt_ref``.
 
     Args:
         name: a known name, or a path, of what :func:`pvt_ref.checkpoint.load` reads.
@@ -112,6 +113,7 @@ def _find(name: str, mirror: str | None) -> tuple[Path, str]:
     for path in (weights_folder() / f"{x}{suffix}" for x in names for suffix in _SUFFIXES):
         if path.exists():
             return path, f"{path.name} of the weights folder"
+    name = next((x for x in names if x in RELEASED), name)
     if name not in RELEASED:
         what = f"{name}: its weights were not released. If you have some, put them at"
         raise DownloadError(f"{what} {weights_folder() / name}.pth, or load them by their path")

@@ -113,6 +113,7 @@ WITH_EVERY_TABLE = (
     *("test_namespaces.py", "test_transformers.py", "test_bad_input.py", "test_training_parts.py"),
     *("test_a_hundred_steps_are_pytorchs", "test_one_batch_is_learnt_by_heart"),
     *("test_a_version_2_computes_on_every_library", "test_its_gradients_are_slopes"),
+    "test_a_vit_block_is_a_pvt_block_without_reduction",
 )
 
 

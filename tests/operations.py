@@ -18,11 +18,13 @@ from strategies import normal, seeds
 
 from pvt_ref.blocks import conv_mlp as conv_mlp_file
 from pvt_ref.blocks import linear_sra as linear_sra_file
+from pvt_ref.blocks import mha as mha_file
 from pvt_ref.blocks import mlp as mlp_file
 from pvt_ref.blocks import sra as sra_file
 from pvt_ref.blocks import transformer
 from pvt_ref.blocks.conv_mlp import ConvMLPParams, DWConvParams
 from pvt_ref.blocks.linear_sra import LinearSRAParams
+from pvt_ref.blocks.mha import MHAParams
 from pvt_ref.blocks.mlp import MLPParams
 from pvt_ref.blocks.sra import SRAParams, SRASettings
 from pvt_ref.blocks.transformer import BlockParams, BlockSettings
@@ -69,6 +71,7 @@ READABLE: dict[str, Operation] = {
         attention_file: ["attention"],
         sra_file: ["sra"],
         linear_sra_file: ["linear_sra"],
+        mha_file: ["mha"],
         mlp_file: ["mlp"],
         conv_mlp_file: ["conv_mlp"],
         transformer: ["block", "blocks"],
@@ -534,6 +537,52 @@ def sra(draw) -> OpCase:
     )
 
 
+def _torch_mha(i: Inputs, x, N: int, prefix: str = ""):
+    """PyTorch's own multi-head attention, whose in_proj is our qkv."""
+    C, (in_weight, in_bias, weight, bias) = (
+        x.shape[-1],
+        (i.get(f"{prefix}{key}") for key in ("qkv.weight", "qkv.bias", "proj.weight", "proj.bias")),
+    )
+    x = x.transpose(0, 1)
+    y, _ = F.multi_head_attention_forward(
+        *(x, x, x, C, N, in_weight, in_bias, None, None, False, 0.0, weight, bias),
+        training=False,
+        need_weights=False,
+    )
+    return y.transpose(0, 1)
+
+
+def _mha_shapes(C: int, bias: bool, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    shapes = {"qkv__weight": (3 * C, C), "proj__weight": (C, C), "proj__bias": (C,)}
+    shapes |= {"qkv__bias": (3 * C,)} if bias else {}
+    return {prefix + name: shape for name, shape in shapes.items()}
+
+
+@st.composite
+def mha(draw) -> OpCase:
+    B, n, N, d = draw(small), draw(st.integers(1, 6)), draw(st.integers(1, 3)), draw(small)
+    bias, seed = draw(st.booleans()), draw(seeds)
+    C = N * max(d, 2)
+    shapes = {"x": (B, n, C), **_mha_shapes(C, bias)}
+    settings = sra_settings(N, 1 / math.sqrt(C // N), 1e-6)
+
+    def params(i):
+        return MHAParams(_linear(i, "qkv"), _linear(i, "proj"))
+
+    def gradients(i, cache, dy):
+        dx, d = backward("mha", params(i), cache, dy)
+        return {"x": dx, **_named(d.qkv, "qkv"), **_named(d.proj, "proj")}
+
+    return OpCase(
+        "mha",
+        f"{shapes}, N={N}, seed={seed}",
+        _random(seed, **shapes),
+        lambda i, keep=True: forward("mha", params(i), i["x"], (1, n), settings, keep=keep),
+        gradients,
+        lambda i: _torch_mha(i, i["x"], N),
+    )
+
+
 @st.composite
 def linear_sra(draw) -> OpCase:
     N, d, B = draw(st.integers(1, 3)), draw(st.integers(2, 3)), draw(small)
@@ -640,14 +689,16 @@ def conv_mlp(draw) -> OpCase:
 
 
 @st.composite
-def block(draw) -> OpCase:
-    R, h, w = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+def block(draw, of_vit: bool = False) -> OpCase:
+    """Of a PVT; or of a ViT, whose attention has one matrix qkv, and which has a cls token."""
+    R = 1 if of_vit else draw(st.integers(1, 2))
+    h, w = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     N, d, B, E = draw(st.integers(1, 2)), draw(st.integers(2, 3)), draw(st.integers(1, 3)), 2
     bias, seed = draw(st.booleans()), draw(seeds)
     eps, projection_eps = draw(st.permutations([1e-6, 1e-2]))
     C, grid = N * d + (N == 1), (h * R, w * R)
     shapes = {
-        "x": (B, grid[0] * grid[1], C),
+        "x": (B, grid[0] * grid[1] + of_vit, C),
         "norm1__weight": (C,),
         "norm1__bias": (C,),
         "norm2__weight": (C,),
@@ -656,14 +707,15 @@ def block(draw) -> OpCase:
         "fc1__bias": (E * C,),
         "fc2__weight": (C, E * C),
         "fc2__bias": (C,),
-        **_sra_shapes(C, R, bias, "attn__"),
+        **(_mha_shapes(C, bias, "attn__") if of_vit else _sra_shapes(C, R, bias, "attn__")),
     }
     block_settings = BlockSettings(eps, sra_settings(N, 1 / math.sqrt(C // N), projection_eps))
 
     def params(i):
+        mha = MHAParams(_linear(i, "attn.qkv"), _linear(i, "attn.proj")) if of_vit else None
         return BlockParams(
             _norm(i, "norm1"),
-            _sra_params(i, "attn."),
+            mha or _sra_params(i, "attn."),
             _norm(i, "norm2"),
             MLPParams(_linear(i, "fc1"), _linear(i, "fc2")),
         )
@@ -672,12 +724,17 @@ def block(draw) -> OpCase:
         dx, g = backward("block", params(i), cache, dy)
         named = {"x": dx, **_named(g.norm1, "norm1"), **_named(g.norm2, "norm2")}
         named |= _named(g.mlp.fc1, "fc1") | _named(g.mlp.fc2, "fc2")
+        if of_vit:
+            return named | _named(g.attn.qkv, "attn.qkv") | _named(g.attn.proj, "attn.proj")
         return named | _sra_gradients(g.attn, "attn.")
 
     def reference(i):
         x = i["x"]
         normed = F.layer_norm(x, (C,), i["norm1.weight"], i["norm1.bias"], eps)
-        x = x + _torch_sra(i, normed, grid, N, projection_eps, "attn.")
+        if of_vit:
+            x = x + _torch_mha(i, normed, N, "attn.")
+        else:
+            x = x + _torch_sra(i, normed, grid, N, projection_eps, "attn.")
         normed = F.layer_norm(x, (C,), i["norm2.weight"], i["norm2.bias"], eps)
         hidden = F.gelu(F.linear(normed, i["fc1.weight"], i["fc1.bias"]))
         return x + F.linear(hidden, i["fc2.weight"], i["fc2.bias"])
@@ -745,9 +802,11 @@ OPERATIONS = {
     "attention": attention(),
     "sra": sra(),
     "linear_sra": linear_sra(),
+    "mha": mha(),
     "mlp": mlp(),
     "conv_mlp": conv_mlp(),
     "block": block(),
+    "vit block": block(of_vit=True),
     "sum_rows": sum_rows(),
     "drop": dropped(),
 }

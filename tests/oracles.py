@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pvt_ref import PVTConfig, PVTv2Config, from_state_dict, to_state_dict
+from pvt_ref import (
+    PVTConfig,
+    PVTv2Config,
+    ViTConfig,
+    ViTParams,
+    from_state_dict,
+    to_state_dict,
+)
 from pvt_ref.draws import Draws, What, generator_at
 
 torch.set_num_threads(1)  # NumPy's threads and PyTorch's disturb each other
@@ -235,6 +242,96 @@ def transformers_forward(
         result.hidden_states[end].permute(0, 2, 1).reshape(images.shape[0], C, *grid)
         for end, C, grid in zip(ends, config.embed_dims, config.grids(*size), strict=True)
     ]
+    return maps, leaves, x
+
+
+def build_vit(config: ViTConfig):
+    """The ViT of transformers, on meta; eager attention would compute its softmax in float32."""
+    from transformers import ViTConfig as TheirConfig
+    from transformers import ViTForImageClassification
+
+    settings = TheirConfig(
+        image_size=config.img_size,
+        patch_size=config.patch_size,
+        num_channels=config.in_chans,
+        hidden_size=config.embed_dim,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.num_heads,
+        intermediate_size=config.hidden_dim,
+        qkv_bias=config.qkv_bias,
+        layer_norm_eps=config.norm_eps,
+        num_labels=max(config.num_classes, 1),
+        attn_implementation="sdpa",
+    )
+    with torch.device("meta"):
+        model = ViTForImageClassification(settings)
+    return model.eval()
+
+
+def translate_vit(native: dict, config: ViTConfig) -> dict:
+    """Tensors by DeiT's names to tensors by those that transformers has in memory."""
+    theirs = {
+        "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
+        "norm": "vit.layernorm",
+        "head": "classifier",
+    }
+    for b in range(config.depth):
+        ours, layer = f"blocks.{b}", f"vit.layers.{b}"
+        theirs[f"{ours}.norm1"] = f"{layer}.layernorm_before"
+        theirs[f"{ours}.norm2"] = f"{layer}.layernorm_after"
+        theirs[f"{ours}.attn.proj"] = f"{layer}.attention.o_proj"
+        theirs |= {f"{ours}.mlp.{fc}": f"{layer}.mlp.{fc}" for fc in ("fc1", "fc2")}
+    state = {
+        "vit.embeddings.cls_token": native["cls_token"],
+        "vit.embeddings.position_embeddings": native["pos_embed"],
+    }
+    C = config.embed_dim
+    for kind in ("weight", "bias"):
+        for ours, name in theirs.items():
+            if f"{ours}.{kind}" in native:
+                state[f"{name}.{kind}"] = native[f"{ours}.{kind}"]
+        for b in range(config.depth):
+            qkv = native.get(f"blocks.{b}.attn.qkv.{kind}")
+            for i, part in enumerate("qkv" if qkv is not None else ""):
+                key = f"vit.layers.{b}.attention.{part}_proj.{kind}"
+                state[key] = qkv[i * C : (i + 1) * C]
+    if not config.has_classifier:  # they run, but only the hidden states before them are looked at
+        unread = torch.zeros(1, C, dtype=native["cls_token"].dtype)
+        for kind in ("weight", "bias"):
+            state[f"vit.layernorm.{kind}"] = unread[0]
+        state |= {"classifier.weight": unread, "classifier.bias": unread[:, 0]}
+    return state
+
+
+def transformers_vit_forward(
+    params: ViTParams, images: np.ndarray, config: ViTConfig, blocks: list[int] | None = None
+):
+    """Logits (or the maps after some blocks) as tensors, and the leaves that made them.
+
+    transformers resizes tables bicubically itself. To see them resized bilinearly, they are handed
+    over resized.
+    """
+    model = build_vit(config)
+    leaves = {key: tensor(x, grad=True) for key, x in to_state_dict(params).items()}
+    x = tensor(images, grad=True)
+    B, _, H, W = images.shape
+    (grid,), side = config.grids(H, W), config.table_sides[0]
+    state = translate_vit(leaves, config)
+    kwargs = {"pixel_values": x}
+    if config.position_resize == "bicubic":
+        kwargs["interpolate_pos_encoding"] = True
+    else:
+        table = state["vit.embeddings.position_embeddings"]
+        resized = torch.cat([table[:, :1], resized_table(table[:, 1:], side, grid)], dim=1)
+        state["vit.embeddings.position_embeddings"] = resized
+        model.vit.embeddings.image_size = (H, W)
+    tokens = []  # after every block
+    for layer in model.vit.layers:
+        layer.register_forward_hook(lambda module, args, result: tokens.append(result))
+    result = torch.func.functional_call(model, state, kwargs=kwargs)
+    if blocks is None:
+        return [result.logits], leaves, x
+    maps = [tokens[k][:, 1:].permute(0, 2, 1).reshape(B, config.embed_dim, *grid) for k in blocks]
     return maps, leaves, x
 
 

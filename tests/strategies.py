@@ -13,7 +13,7 @@ import numpy as np
 from hypothesis import assume, event
 from hypothesis import strategies as st
 
-from pvt_ref import PVTConfig, PVTv2Config, from_state_dict
+from pvt_ref import PVTConfig, PVTv2Config, ViTConfig, from_state_dict
 from pvt_ref.models.architecture import param_shapes
 
 seeds = st.integers(0, 2**32 - 1)
@@ -179,6 +179,55 @@ def v2_cases(draw, classifier: bool = True, dropout: bool = False) -> ModelCase:
     ]
     size = draw(st.tuples(st.sampled_from(fitting), st.sampled_from(fitting)))
     return ModelCase(config, draw(st.integers(1, 3)), size, draw(seeds))
+
+
+@dataclass(frozen=True)
+class ViTCase(ModelCase):
+    """A columnar ViT, an image size and a seed."""
+
+    config: ViTConfig
+
+    def tags(self) -> set[str]:
+        c = self.config
+        facts = {
+            "H != W": self.size[0] != self.size[1],
+            "heads > 1": c.num_heads > 1,
+            "B > 1": self.batch > 1,
+            "no qkv bias": not c.qkv_bias,
+            "resized table": self.size != (c.img_size, c.img_size),
+            "native size": self.size == (c.img_size, c.img_size),
+            "no classifier": not c.has_classifier,
+        }
+        return {name for name, true in facts.items() if true}
+
+
+@st.composite
+def vit_cases(
+    draw, classifier: bool | None = True, dropout: bool = False, resizes=("bicubic",)
+) -> ViTCase:
+    """A small ViT with a batch of images, often not square, often not of its table's size."""
+    P, N = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    has_classifier = draw(st.booleans()) if classifier is None else classifier
+    config = ViTConfig(
+        img_size=P * draw(st.integers(1, 5)),
+        patch_size=P,
+        embed_dim=N * draw(st.integers(3 if N == 1 else 2, 4)),
+        depth=draw(st.integers(1, 3)),
+        num_heads=N,
+        mlp_ratio=draw(st.sampled_from([1, 2, 3])),
+        qkv_bias=draw(st.booleans()),
+        in_chans=draw(st.sampled_from([1, 3])),
+        num_classes=draw(st.integers(1, 5)) if has_classifier else 0,
+        norm_eps=draw(st.sampled_from([1e-6, 1e-3])),
+        position_resize=draw(st.sampled_from(resizes)),
+        drop_rate=0.3 if dropout else 0.0,
+        attn_drop_rate=0.2 if dropout else 0.0,
+        drop_path_rate=0.4 if dropout else 0.0,
+    )
+    sides = st.integers(1, 6).map(lambda k: k * P)
+    native = (config.img_size, config.img_size)
+    size = native if draw(st.integers(0, 3)) == 0 else draw(st.tuples(sides, sides))
+    return ViTCase(config, draw(st.integers(1, 3)), size, draw(seeds))
 
 
 def without_dropout(config: PVTConfig) -> PVTConfig:

@@ -1245,9 +1245,52 @@ def test_vit_of_impossible_numbers(change):
         ViTConfig(**({"patch_size": 16} | change))
 
 
-def test_pyramid_of_a_vit():
-    with refused(ConfigError, "ViT", "pyramid"):
-        count_cost(VITS["deit_s_16"], 224, pyramid=True)
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num_classes": -1}, "a whole number, 0 or more"),
+        ({"mlp_ratio": 0}, "a positive number"),
+        ({"mlp_ratio": math.nan}, "a positive number"),
+        ({"qkv_bias": 1}, "True or False"),
+        ({"qk_scale": math.inf}, "None (for 1/sqrt(d)) or finite"),
+        ({"drop_rate": 1.0}, "in [0, 1)"),
+        ({"drop_path_rate": -0.1}, "in [0, 1)"),
+        ({"norm_eps": -1e-6}, "a finite number, 0 or more"),
+        ({"norm_eps": "1e-6"}, "a finite number, 0 or more"),
+        ({"position_resize": "nearest"}, "bicubic or bilinear"),
+        ({"position_resize": None}, "bicubic or bilinear"),
+        ({"depth": 1001}, "at most 1000"),
+    ],
+)
+def test_vit_with_a_field_of_another_kind(change, says):
+    name, value = next(iter(change.items()))
+    with refused(ConfigError, "this ViT cannot be built", f"{name} is {value!r}", says):
+        ViTConfig(**change)
+
+
+def test_vit_with_several_faults_is_told_all_of_them():
+    with refused(ConfigError, "depth is 0", "qkv_bias is None", "drop_rate is 2"):
+        ViTConfig(depth=0, qkv_bias=None, drop_rate=2)
+    with refused(ConfigError, "patch_size 15", "num_heads 7 does not", "times mlp_ratio 0.1 is"):
+        ViTConfig(patch_size=15, num_heads=7, mlp_ratio=0.1)
+
+
+VIT = ViTConfig(img_size=16, patch_size=8, embed_dim=8, depth=3, num_heads=2, num_classes=4)
+
+
+@pytest.mark.parametrize("blocks", [[], [3], [-1], [1, 0], [1, 1], [0.0], [True], 2, "02", [None]])
+def test_maps_of_blocks_that_there_are_not(blocks):
+    params, images = random_params(VIT, 0), normal(0, 1, 3, 16, 16)
+    for run in (pvt_ref.forward_pyramid, pvt_ref.forward_pyramid_with_cache):
+        with refused(RangeError, "blocks are", "rising numbers from 0 to 2", "such as [0, 2]"):
+            run(params, images, VIT, blocks=blocks)
+
+
+def test_maps_of_blocks_of_a_network_with_stages():
+    with refused(ConfigError, "blocks are [0]", "the maps of a PVT are those of its stages"):
+        pvt_ref.forward_pyramid(PARAMS, IMAGES, SMALL, blocks=[0])
+    with refused(ConfigError, "blocks are [0]", "the maps of a PVT are those of its stages"):
+        Model(PARAMS, SMALL).pyramid(IMAGES, blocks=[0])
 
 
 def test_numbers_too_large_for_floats_in_a_configuration():

@@ -15,7 +15,9 @@ from strategies import rng_of
 import pvt_ref
 from pvt_ref import VARIANTS
 from pvt_ref.__main__ import main
+from pvt_ref.models import architecture
 from pvt_ref.models.architecture import known_variants
+from pvt_ref.models.vit import VIT
 
 
 def run(capsys, *argv: str) -> tuple[int, str, str]:
@@ -81,10 +83,19 @@ def test_summary_of_what_is_shipped_and_of_its_file(name, capsys, tmp_path):
     assert first.split()[-1] == f"{cost.cache_bytes / 2**20:,.2f}"
 
 
-def test_the_pyramid_of_a_network_without_one_is_refused(capsys):
+def test_the_pyramid_of_a_vit_is_one_map(capsys):
+    status, out, err = run(capsys, "summary", "vit_s_16", "--pyramid")
+    assert (status, err) == (0, "")
+    assert "stage 1: grid 14x14" in out
+    assert "classifier" not in out
+
+
+def test_the_pyramid_of_a_network_without_one_is_refused(capsys, monkeypatch):
+    row = dataclasses.replace(VIT, forward_pyramid=None, backward_pyramid=None)
+    monkeypatch.setitem(architecture._rows, row.config_type, row)
     status, out, err = run(capsys, "summary", "vit_s_16", "--pyramid")
     assert (status, out) == (2, "")
-    assert "no pyramid" in err
+    assert "a ViT has no pyramid" in err
 
 
 def test_help_names_every_variant(capsys):

@@ -122,6 +122,25 @@ def test_the_columnar_vits_of_the_comparison():
     assert fine.macs > 40 * count_cost(VARIANTS["pvt_small"]).macs
 
 
+def test_deit_has_as_many_weights_and_macs_as_released():
+    for name, parameters in (
+        ("deit_ti_16", 5_717_416),
+        ("deit_s_16", 22_050_664),
+        ("deit_b_16", 86_567_656),
+    ):
+        assert count_cost(VITS[name]).parameters == parameters
+    assert round(count_cost(VITS["deit_s_16"]).macs / 1e9, 3) == 4.595
+    assert round(count_cost(VITS["deit_s_16"], 512).macs / 1e9, 1) == 31.7
+
+
+def test_the_map_of_a_vit_is_billed_for_all_but_norm_and_head():
+    for config in (VITS["deit_s_32"], replace(VITS["deit_s_32"], num_classes=0)):
+        cost = count_cost(config, pyramid=True)
+        whole = count_cost(VITS["deit_s_32"])
+        assert cost.items == tuple(i for i in whole.items if i.stage)
+        assert cost.parameters == whole.parameters - 2 * 384 - 1000 * 385
+
+
 @pytest.mark.parametrize(
     ("name", "millions", "gmacs"), [("deit_s_16", 22.1, 4.6), ("vit_s_16", 48.8, 9.9)]
 )
@@ -142,7 +161,7 @@ def test_a_vit_has_as_many_weights_as_that_of_transformers(name):
                 hidden_size=config.embed_dim,
                 num_hidden_layers=config.depth,
                 num_attention_heads=config.num_heads,
-                intermediate_size=config.mlp_ratio * config.embed_dim,
+                intermediate_size=config.hidden_dim,
                 patch_size=config.patch_size,
                 image_size=config.img_size,
                 num_labels=config.num_classes,
@@ -377,6 +396,8 @@ def test_a_vit_counts_like_a_stage_of_pvt_with_r_1():
     vit = ViTConfig(patch_size=4, embed_dim=64, depth=2, num_heads=1, mlp_ratio=8)
     pvt = replace(TINY, sr_ratios=(1, 1, 1, 1))
     ours = {i.operation: i for i in count_cost(pvt, pyramid=True).items if i.stage == 1}
+    q, kv = ours.pop("attn.q"), ours.pop("attn.kv")
+    ours["attn.qkv"] = replace(q, macs=q.macs + kv.macs)
     for item in count_cost(vit).items:
         if item.stage == 1 and item.operation != "pos_embed":
             tokens = 1 if item.operation in ("patch_embed", "attn.weights") else 3137 / 3136

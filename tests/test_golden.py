@@ -1,8 +1,8 @@
 """Our numbers are those of the authors' own code: outputs, and the gradient of every parameter.
 
 The golden files were computed once by the released classifiers and dense backbones, of PVT and of
-PVT v2.
-Weights, images and cotangents are drawn here by the recipe it was made with.
+PVT v2; that of the columnar ViT by Hugging Face's classifier, and its maps by MMSegmentation's
+backbone. Weights, images and cotangents are drawn here by the recipe that all were made with.
 """
 
 import zlib
@@ -14,11 +14,12 @@ import pytest
 from closeness import split_key_bias
 
 import pvt_ref
-from pvt_ref import VARIANTS, PVTv2Config
+from pvt_ref import VARIANTS, PVTv2Config, ViTConfig
 from pvt_ref.models.architecture import param_shapes
 from pvt_ref.tree import named_arrays
 
-GOLDEN = [Path(__file__).parent / "golden" / name for name in ("golden.npz", "pvt_v2.npz")]
+FOLDER = Path(__file__).parent / "golden"
+GOLDEN = [FOLDER / name for name in ("golden.npz", "pvt_v2.npz", "vit_setr.npz")]
 
 TINY = VARIANTS["pvt_tiny"]
 MICRO = replace(
@@ -132,6 +133,56 @@ def test_pyramid_equals_the_released_dense_backbone(case, golden):
     for i, (x, y) in enumerate(
         zip(maps, pvt_ref.forward_pyramid(params, images, config), strict=True)
     ):
+        assert_digest(f"{tag}/out{i}", x, seed, golden, 1e-12)
+        np.testing.assert_array_equal(x, y)
+    dmaps = [draw(f"{tag}/dy{i}", x.shape, seed) for i, x in enumerate(maps)]
+    grads, dimages = pvt_ref.backward_pyramid(params, cache, dmaps, config)
+    assert_gradient_digests(tag, grads, dimages, seed, golden)
+
+
+# The columnar ViT ---------------------------------------------------------------------------------
+
+VIT_CASES = {  # seed, batch, size of the maps' images, blocks that have a map, configuration
+    "vit_micro_32": (
+        *(41, 2, (48, 64), [0, 2]),
+        ViTConfig(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=7),
+    ),
+    "vit_micro_48": (
+        *(42, 1, (64, 32), [1]),
+        ViTConfig(img_size=48, embed_dim=32, depth=2, num_heads=4, mlp_ratio=3, num_classes=5),
+    ),
+}
+
+
+def vit_params(config: ViTConfig, seed: int):
+    state = {key: draw_weight(key, shape, seed) for key, shape in param_shapes(config).items()}
+    return pvt_ref.from_state_dict(state, config)
+
+
+@pytest.mark.parametrize("case", VIT_CASES)
+def test_vit_equals_hugging_faces(case, golden):
+    seed, batch, _, _, config = VIT_CASES[case]
+    params, tag = vit_params(config, seed), f"{case}/logits"
+    images = draw("images", (batch, 3, config.img_size, config.img_size), seed)
+    logits, cache = pvt_ref.forward_with_cache(params, images, config)
+    expected = golden[f"{tag}/out0"]
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+    np.testing.assert_array_equal(pvt_ref.forward(params, images, config), logits)
+    grads, dimages = pvt_ref.backward(params, cache, draw(f"{tag}/dy0", logits.shape, seed), config)
+    assert_gradient_digests(tag, grads, dimages, seed, golden)
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["classifier", "backbone"])
+@pytest.mark.parametrize("case", VIT_CASES)
+def test_maps_of_vit_equal_mmsegmentations(case, bare, golden):
+    seed, batch, size, blocks, config = VIT_CASES[case]
+    config = replace(config, position_resize="bilinear")
+    config = replace(config, num_classes=0) if bare else config
+    params, tag = vit_params(config, seed), f"{case}/maps"
+    images = draw("images", (batch, 3, *size), seed)
+    maps, cache = pvt_ref.forward_pyramid_with_cache(params, images, config, blocks=blocks)
+    alone = pvt_ref.forward_pyramid(params, images, config, blocks=blocks)
+    for i, (x, y) in enumerate(zip(maps, alone, strict=True)):
         assert_digest(f"{tag}/out{i}", x, seed, golden, 1e-12)
         np.testing.assert_array_equal(x, y)
     dmaps = [draw(f"{tag}/dy{i}", x.shape, seed) for i, x in enumerate(maps)]

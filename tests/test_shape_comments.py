@@ -15,7 +15,7 @@ from shape_comments import ShapeComments, find_shapes, read_functions, spelt
 import pvt_ref
 import pvt_ref.blocks
 import pvt_ref.layers
-from pvt_ref import PVTConfig, PVTv2Config
+from pvt_ref import PVTConfig, PVTv2Config, ViTConfig
 from pvt_ref.layers.conv import ConvParams, conv
 from pvt_ref.layers.cross_entropy import cross_entropy
 from pvt_ref.layers.depthwise_conv import depthwise_conv
@@ -25,6 +25,7 @@ from pvt_ref.layers.relu import relu
 from pvt_ref.layers.resize import resize
 from pvt_ref.models.pvt import model
 from pvt_ref.models.pvt_v2 import model as model_v2
+from pvt_ref.models.vit import model as vit_model
 from pvt_ref.ops import REFERENCE
 
 #: Sizes that coincide nowhere within a stage, not even those that are made of others.
@@ -56,7 +57,7 @@ STAGES = {
 
 def modules() -> list[types.ModuleType]:
     """Every file of layers and blocks, and the models."""
-    found = [model, model_v2]
+    found = [model, model_v2, vit_model]
     for package in (pvt_ref.layers, pvt_ref.blocks):
         for file in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             found.append(importlib.import_module(file.name))
@@ -91,7 +92,22 @@ def comments() -> ShapeComments:
         _, cache = position.forward(table, x, REFERENCE, (3, 7), (4, 9), True)
         position.backward(table, cache, x)
         run_on_maps(rng)
+        run_vit(rng)
     return comments
+
+
+def run_vit(rng: np.random.Generator) -> None:
+    """The columnar ViT, on sizes of which no two agree."""
+    config = ViTConfig(
+        img_size=8, patch_size=4, embed_dim=10, depth=2, num_heads=2, mlp_ratio=3, in_chans=5,
+        num_classes=K, drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.1,
+    )  # fmt: skip
+    params = pvt_ref.init_params(config, rng)
+    images = rng.standard_normal((B, 5, 12, 28), np.float32)
+    logits, cache = vit_model.forward(params, images, config, REFERENCE, rng)
+    vit_model.backward(params, cache, logits, REFERENCE)
+    maps, cache = vit_model.forward_pyramid(params, images, config, REFERENCE, rng, numbers=(0, 1))
+    vit_model.backward_pyramid(params, cache, maps, REFERENCE)
 
 
 def run_on_maps(rng: np.random.Generator) -> None:

@@ -1,4 +1,4 @@
-"""The whole model against Hugging Face's PVT (see oracles.py): values and all gradients."""
+"""The whole model against Hugging Face's PVT and ViT (see oracles.py): values, all gradients."""
 
 from collections import Counter
 from dataclasses import replace
@@ -14,7 +14,8 @@ from closeness import (
     split_key_bias,
 )
 from hypothesis import given, settings
-from oracles import transformers_backward, transformers_forward
+from hypothesis import strategies as st
+from oracles import transformers_backward, transformers_forward, transformers_vit_forward
 from strategies import (
     MUST_BE_DRAWN,
     ModelCase,
@@ -24,6 +25,7 @@ from strategies import (
     random_params,
     rng_of,
     v2_cases,
+    vit_cases,
 )
 
 import pvt_ref
@@ -222,3 +224,72 @@ def exact_run(case: ModelCase, pyramid: bool):
     dy = normal(case.seed, *logits.shape, dtype=np.float32)
     grads, dimages = pvt_ref.backward(params, cache, dy, config)
     return [logits], grads, dimages
+
+
+# The columnar ViT ---------------------------------------------------------------------------------
+
+
+def assert_vit_equals(case, blocks=None):
+    config, params, images = case.config, case.params(), case.images()
+    if blocks is None:
+        logits, cache = pvt_ref.forward_with_cache(params, images, config)
+        outputs = [logits]
+    else:
+        outputs, cache = pvt_ref.forward_pyramid_with_cache(params, images, config, blocks=blocks)
+    dys = [normal(case.seed + i, *y.shape) for i, y in enumerate(outputs)]
+    if blocks is None:
+        grads, dimages = pvt_ref.backward(params, cache, dys[0], config)
+    else:
+        grads, dimages = pvt_ref.backward_pyramid(params, cache, dys, config)
+    theirs, leaves, x = transformers_vit_forward(params, images, config, blocks)
+    their_grads, their_dimages = transformers_backward(theirs, dys, leaves, x, config)
+    for i, (a, b) in enumerate(zip(outputs, theirs, strict=True)):
+        assert_near(a, b.detach().numpy(), FORWARD, f"output {i}")
+    assert_near(dimages, their_dimages, GRADIENT, "images")
+    mine, unused = dict(named_arrays(grads)), set()
+    if blocks is not None:
+        later = tuple(f"blocks.{k}." for k in range(blocks[-1] + 1, config.depth))
+        unused = {key for key in mine if key.startswith(("norm.", "head.", *later))}
+    assert_gradients_near(mine, dict(named_arrays(their_grads)), unused=unused)
+
+
+MUST_BE_DRAWN_OF_A_VIT = {
+    *("H != W", "heads > 1", "B > 1", "no qkv bias", "resized table", "native size"),
+}
+
+
+def test_small_random_vits_equal_transformers():
+    seen = Counter()
+
+    @settings(max_examples=40)
+    @given(vit_cases())
+    def check(case):
+        seen.update(case.tags())
+        assert_vit_equals(case)
+
+    check()
+    assert_all_drawn(seen, MUST_BE_DRAWN_OF_A_VIT)
+
+
+def test_maps_of_small_random_vits_equal_transformers():
+    seen = Counter()
+
+    @settings(max_examples=40)
+    @given(vit_cases(classifier=None, resizes=("bicubic", "bilinear")), st.data())
+    def check(case, data):
+        seen.update(case.tags())
+        numbers = st.sets(st.integers(0, case.config.depth - 1), min_size=1)
+        assert_vit_equals(case, sorted(data.draw(numbers)))
+
+    check()
+    assert_all_drawn(seen, MUST_BE_DRAWN_OF_A_VIT | {"no classifier"})
+
+
+def test_deit_tiny_equals_transformers_in_float32():
+    config = pvt_ref.VITS["deit_ti_16"]
+    params = random_params(config, 3, np.float32)
+    images = normal(3, 1, 3, 224, 224, dtype=np.float32)
+    (theirs,), _, _ = transformers_vit_forward(params, images, config)
+    ours = pvt_ref.forward(params, images, config)
+    assert ours.dtype == np.float32
+    assert_near(ours, theirs.detach().numpy(), 5e-5)

@@ -125,7 +125,9 @@ def cases(tmp_path) -> dict[str, tuple[Any, dict[str, Any]]]:
     photo = str(tmp_path / "photo.png")
     PICTURE.save(photo)
     vit = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6, "mlp_ratio": 4}
-    vit |= {"img_size": 224, "in_chans": 3, "num_classes": 1000}
+    vit |= {"img_size": 224, "in_chans": 3, "num_classes": 1000, "qkv_bias": True}
+    vit |= dict.fromkeys(("drop_rate", "attn_drop_rate", "drop_path_rate"), 0.0)
+    vit |= {"qk_scale": None, "norm_eps": 1e-6, "position_resize": "bicubic"}
     config = {
         name: getattr(SMALL, name) for name in inspect.signature(pvt_ref.PVTConfig).parameters
     }
@@ -140,7 +142,7 @@ def cases(tmp_path) -> dict[str, tuple[Any, dict[str, Any]]]:
             consumed(MODEL.predict_each),
             {"images": [PICTURE], "top": 2, "size": 32},
         ),
-        "Model.pyramid": (MODEL.pyramid, {"images": IMAGES, "ops": None}),
+        "Model.pyramid": (MODEL.pyramid, {"images": IMAGES, "ops": None, "blocks": None}),
         "Model.summary": (MODEL.summary, {"size": 32}),
         "ModelInfo": (ModelInfo, info),
         "PVTConfig": (pvt_ref.PVTConfig, config),
@@ -183,10 +185,10 @@ def cases(tmp_path) -> dict[str, tuple[Any, dict[str, Any]]]:
             },
         ),
         "forward": (pvt_ref.forward, net),
-        "forward_pyramid": (pvt_ref.forward_pyramid, net),
+        "forward_pyramid": (pvt_ref.forward_pyramid, {**net, "blocks": None}),
         "forward_pyramid_with_cache": (
             pvt_ref.forward_pyramid_with_cache,
-            {**net, "rng": None},
+            {**net, "rng": None, "blocks": None},
         ),
         "forward_with_cache": (pvt_ref.forward_with_cache, {**net, "rng": None}),
         "from_state_dict": (
@@ -235,6 +237,7 @@ NOT_CALLED = {
     "REFERENCE",
     "VARIANTS",
     "VITS",
+    "ViTParams",  # checked where it is used
 }
 
 

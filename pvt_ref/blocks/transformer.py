@@ -9,6 +9,7 @@ from typing import Any
 from pvt_ref.arrays import Array, Grid
 from pvt_ref.blocks.conv_mlp import ConvMLPParams, conv_mlp
 from pvt_ref.blocks.linear_sra import LinearSRAParams, linear_sra
+from pvt_ref.blocks.mha import MHAParams, mha
 from pvt_ref.blocks.mlp import MLPParams, mlp
 from pvt_ref.blocks.sra import SRAParams, SRASettings, sra
 from pvt_ref.draws import Rng, Source, What, generator_at
@@ -31,7 +32,7 @@ class BlockSettings:
 
 
 #: The operation of an attention, by the type of its weights.
-ATTENTIONS: dict[type, Operation] = {SRAParams: sra, LinearSRAParams: linear_sra}
+ATTENTIONS: dict[type, Operation] = {SRAParams: sra, LinearSRAParams: linear_sra, MHAParams: mha}
 
 #: The operation of an MLP, by the type of its weights.
 MLPS: dict[type, Operation] = {MLPParams: mlp, ConvMLPParams: conv_mlp}

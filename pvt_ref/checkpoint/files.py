@@ -25,9 +25,10 @@ def load(
     Reads the authors' .pth files (without PyTorch, and without running anything in them), training
     checkpoints with the weights in any entry, Hugging Face PvtForImageClassification and PvtModel
     (.safetensors or .bin, one file or several), PVT backbones of MMDetection and of the authors'
-    own detectors, the same of PVT v2 and timm's of it, and files of :func:`save`. Files without a
-    head become bare backbones. What weights do not tell is read from Hugging Face's config.json and
-    preprocessor_config.json beside them, chosen by an argument, or assumed; ``source`` says which.
+    own detectors, the same of PVT v2 and timm's of it, and files of :func:`save`; likewise ViTs of
+    DeiT, timm, Hugging Face and MMSegmentation. Files without a head become bare backbones. What
+    weights do not tell is read from Hugging Face's config.json and preprocessor_config.json beside
+    them, chosen by an argument, or assumed; ``source`` says which.
 
     Args:
         path: the file, a folder of ``save_pretrained``, or the index.json of several files.
@@ -43,7 +44,8 @@ def load(
             ``(norm_eps, projection_norm_eps)``. None takes what a JSON file says; else what config
             says, if it is not the default; else what was saved, for files of :func:`save`, or what
             the code that made the file uses: ``(1e-6, 1e-5)`` for the authors' files, 1e-6 for
-            Hugging Face (whose published weights were trained with the former) and MMDetection.
+            Hugging Face (whose published weights were trained with the former) and MMDetection; of
+            a ViT, which has one, 1e-6, and 1e-12 for Hugging Face.
 
     Returns:
         The model, on the host, float32 or float64 as stored (float16 and bfloat16 become float32).

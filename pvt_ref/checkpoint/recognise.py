@@ -279,13 +279,14 @@ def complete(stated: Stated, model: Found) -> Any:
     if "num_heads" in stated.left_open:
         widths = changes.get(files.widths, getattr(stated.config, files.widths))
         known = model.row.variants.values()
-        heads = [x.num_heads for x in known if getattr(x, files.widths) == widths]
-        if not heads:
+        heads = {x.num_heads for x in known if getattr(x, files.widths) == widths}
+        if len(heads) != 1:
             what = f"{stated.origin} does not say how many heads the model has"
-            other = f"which no shape shows, and {files.widths} {widths} are those of no variant"
+            whose = "variants with different ones" if heads else "no variant"
+            other = f"which no shape shows, and {files.widths} {widths} are those of {whose}"
             advice = "Write num_heads into it (num_attention_heads in Hugging Face's config.json)"
             raise CheckpointError(f"{what}, {other}. {advice}, or pass config={kind}(...)")
-        changes["num_heads"] = heads[0]
+        (changes["num_heads"],) = heads
     return dataclasses.replace(stated.config, **changes)
 
 

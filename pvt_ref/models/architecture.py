@@ -60,6 +60,9 @@ class Architecture:
     # the same with a list of maps (B, C_i, H_i, W_i), and a dmap for every map; None without maps
     forward_pyramid: Callable[..., tuple[list[Array], Any]] | None = None
     backward_pyramid: Callable[[Any, Any, Sequence[Array], Ops], tuple[Any, Array]] | None = None
+    # of a configuration, how many blocks there are of which forward_pyramid, which then also takes
+    # their numbers or None, can give maps; None if its maps are those of its stages only
+    map_blocks: Callable[[Any], int] | None = None
     operations: frozenset[Operation]  # all that its passes can ask for, also inside others
     place: Callable[[str], Place | None]  # of an operation, by its path; None inside another
     describe: Callable[[Any], str]  # a configuration: "pvt_tiny, 1000 classes, 224 px"

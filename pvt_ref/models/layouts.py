@@ -79,7 +79,8 @@ class Files:
     readable: str  # which files are read, in words
     layouts: tuple[Layout, ...]  # looked for in this order; of all networks those with marks first
     probes: tuple[str, ...]  # our keys; one of them, as a layout renames it, shows that layout
-    # (layout, state, wanted) -> layout and prefix in which a model without classifier is read
+    # (layout, state, wanted) -> layout and prefix in which a model without classifier is read;
+    # a CheckpointError for a state that is of a relative of the network
     bare: Callable[[Layout, Mapping[str, Any], bool], tuple[Layout, str]]
     model_type: str  # in Hugging Face's config.json
     telling: frozenset[str]  # fields of a config.json that describes a model, and not a training
@@ -93,3 +94,4 @@ class Files:
     advice: Callable[[Iterable[str]], str] = lambda keys: ""  # a sentence on keys that do not fit
     hub: Mapping[str, str] = field(default_factory=dict)  # Hugging Face repositories by variant
     url: str = ""  # where the authors' own files are, with `{name}`
+    file_names: Mapping[str, str] = field(default_factory=dict)  # where it is not the variant's

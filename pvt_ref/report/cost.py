@@ -129,8 +129,8 @@ def count_cost(
         size: (H, W) of the image, or a side, in pixels; None takes config.img_size.
         batch: B.
         dtype: ``"float32"`` or ``"float64"``.
-        pyramid: count the dense pyramid instead of the classifier: no cls token, final norm or
-            head, and all maps stay alive.
+        pyramid: count the dense pyramid instead of the classifier: no final norm or head, of a PVT
+            no cls token either, and all maps stay alive.
 
     Returns:
         The bill. Weights that a pyramid leaves unused are not in it.

@@ -9,12 +9,13 @@ gradients, over all tokens at once.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from pvt_ref.arrays import Grid
+from pvt_ref.blocks.mha import MHAParams, mha
 from pvt_ref.blocks.mlp import MLPParams, mlp
 from pvt_ref.blocks.sra import SRAParams, sra
 from pvt_ref.blocks.transformer import BlockParams, BlockSettings, block
@@ -131,6 +132,24 @@ def _scale_samples(branch: np.ndarray, gain: np.ndarray | None, rows: slice, n: 
             branch[part] *= gain[b, 0, 0]
 
 
+def _with_separate_qkv(p: BlockParams) -> BlockParams:
+    """A ViT's block as that of a PVT with R = 1: q and kv are rows of its qkv, not copies."""
+    if not isinstance(p.attn, MHAParams):
+        return p
+    (weight, bias), C = (p.attn.qkv.weight, p.attn.qkv.bias), p.norm1.weight.shape[0]
+    q, kv = (
+        LinearParams(weight[rows], None if bias is None else bias[rows])
+        for rows in (slice(0, C), slice(C, None))
+    )
+    return replace(p, attn=SRAParams(q, kv, p.attn.proj, sr=None, norm=None))
+
+
+def _glued(q: LinearParams, kv: LinearParams) -> LinearParams:
+    """Of the gradients of q and kv, that of qkv."""
+    bias = None if q.bias is None or kv.bias is None else np.concatenate((q.bias, kv.bias))
+    return LinearParams(np.concatenate((q.weight, kv.weight)), bias)
+
+
 def block_forward(
     p: BlockParams,
     x: np.ndarray,
@@ -147,10 +166,11 @@ def block_forward(
     That one runs where there is dropout, or attention or MLP is of a kind that is not known here.
     """
     attn = settings.attn
-    known = isinstance(p.attn, SRAParams) and isinstance(p.mlp, MLPParams)
+    known = isinstance(p.attn, SRAParams | MHAParams) and isinstance(p.mlp, MLPParams)
     drops = rng is not None and (settings.drop_rate or attn.drop_rate or attn.attn_drop_rate)
     if drops or not known:
         return block.forward(p, x, ops, grid, settings, rng, keep)
+    p = _with_separate_qkv(p)
     B, n, C = x.shape
     N, eps = attn.num_heads, settings.norm_eps
     rate = settings.drop_path_rate
@@ -229,6 +249,7 @@ def block_backward(
     """As :func:`pvt_ref.blocks.transformer.block_backward`."""
     if not isinstance(cache, KeptCache):
         return block.backward(p, cache, dy, ops)
+    of_vit, p = isinstance(p.attn, MHAParams), _with_separate_qkv(p)
     (B, n, C), kv, reduction = dy.shape, cache.kv, cache.reduction
     attn, (gain1, gain2) = cache.settings.attn, cache.gains
     N, dtype = attn.num_heads, dy.dtype
@@ -329,9 +350,11 @@ def block_backward(
     if reduction is not None and p.attn.sr is not None:
         dsr, dsr_norm = embed_gradients(p.attn.sr, reduction, weights["sr"], key_sums)
     dq_params, dkv_params = gradients("q", p.attn.q), gradients("kv", p.attn.kv)
+    dproj_params = gradients("proj", p.attn.proj)
+    dattn = SRAParams(dq_params, dkv_params, dproj_params, dsr, dsr_norm)
     return dnormed1.reshape(dy.shape), BlockParams(
         norm1=add_up_norm(key_sums, "norm1", dtype),
-        attn=SRAParams(dq_params, dkv_params, gradients("proj", p.attn.proj), dsr, dsr_norm),
+        attn=MHAParams(_glued(dq_params, dkv_params), dproj_params) if of_vit else dattn,
         norm2=add_up_norm(row_sums, "norm2", dtype),
         mlp=MLPParams(gradients("fc1", p.mlp.fc1), gradients("fc2", p.mlp.fc2)),
     )
@@ -342,7 +365,7 @@ block_kernel = Kernel(
     block_forward,
     block_backward,
     absorbs=(
-        *(sra, attention, *attention_kernel.absorbs),
+        *(sra, mha, attention, *attention_kernel.absorbs),
         *(patch_embed, *patch_embed_kernel.absorbs),
         *(mlp, *mlp_kernel.absorbs, drop_path, sum_rows),
     ),

@@ -4,7 +4,7 @@ This file says in what order the operations are applied, and the backward says i
 they compute stands in layers/ and blocks/. The stages are those of sections 3.1 and 3.2 of the
 paper. Two readings share them but differ in the fourth, as the authors' classifier and their dense
 backbones do: :func:`forward` starts it with the cls token (section 4.1), :func:`forward_pyramid`
-does not (section 4.2). A columnar ViT is the same classifier with one stage.
+does not (section 4.2).
 
 Nothing is checked here: :mod:`pvt_ref.api` does that, and calls these functions.
 """

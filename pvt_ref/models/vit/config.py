@@ -2,59 +2,141 @@
 
 import functools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from operator import attrgetter
-from typing import ClassVar, NamedTuple
+from typing import Any
 
 from pvt_ref.blocks.sra import SRASettings
 from pvt_ref.blocks.transformer import BlockSettings
-from pvt_ref.checks import TOO_LARGE, is_whole
+from pvt_ref.checks import TOO_LARGE, is_moderate, is_real, is_whole
 from pvt_ref.errors import ConfigError, ShapeError, shown
 
-#: Epsilon of all norms, as in the released code of both.
-NORM_EPS = 1e-6
+#: Blocks. The largest published ViT has 48; each costs memory before any weight.
+MAX_DEPTH = 1000
 
-
-class ViTStage(NamedTuple):
-    """What its stage needs to know, by the names of a PVT's."""
-
-    patch_size: int
-    blocks: tuple[BlockSettings, ...]
-    projection_norm_eps: float = NORM_EPS  # of the norm after the projection, which it lacks
-    drop_rate: float = 0.0
+#: How a position table reaches another grid.
+RESIZES = ("bicubic", "bilinear")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViTConfig:
     """A columnar ViT (Dosovitskiy et al. 2021, arXiv 2010.11929); DeiT is the same network.
 
-    Raises: ConfigError if a field is no positive whole number, the patch does not divide img_size,
-    or the heads do not divide the width.
+    The defaults are DeiT-S/16. What has the name of a field of PVTConfig means the same.
+
+    Attributes:
+        img_size: side in pixels of the square image that the position table is made for.
+        patch_size: P, in pixels; must divide img_size.
+        embed_dim: C.
+        depth: L, at most 1000.
+        num_heads: N; must divide C.
+        mlp_ratio: E; C * E must be whole.
+        qkv_bias: whether qkv has a bias.
+        qk_scale: replaces 1 / sqrt(d) as the factor on the scores; None keeps it.
+        in_chans: channels of the image.
+        num_classes: outputs of the classifier. 0 makes a bare backbone: with the cls token, which
+            patches look at, but without final norm and head.
+        drop_rate: dropout after the position embedding, the attention projection and in the MLP.
+        attn_drop_rate: dropout on the attention weights.
+        drop_path_rate: stochastic depth of the last block.
+        norm_eps: epsilon of all norms.
+        position_resize: ``"bicubic"``, as DeiT and Hugging Face, or ``"bilinear"``, as SETR.
+
+    Raises:
+        ConfigError: if it cannot be built; the message lists every reason.
     """
 
-    patch_size: int  # P, in pixels
-    embed_dim: int = 384  # C
-    depth: int = 12  # blocks
-    num_heads: int = 6  # N; must divide C
-    mlp_ratio: int = 4  # E
-    img_size: int = 224  # side in pixels of the square image that the position table is made for
-    in_chans: int = 3  # channels of the image
-    num_classes: int = 1000  # outputs of the classifier
-    norm_eps: ClassVar[float] = NORM_EPS
-    drop_path_rate: ClassVar[float] = 0.0  # nothing is dropped
-    has_classifier: ClassVar[bool] = True
+    img_size: int = 224
+    patch_size: int = 16
+    embed_dim: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mlp_ratio: float = 4
+    qkv_bias: bool = True
+    qk_scale: float | None = None
+    in_chans: int = 3
+    num_classes: int = 1000
+    drop_rate: float = 0.0
+    attn_drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    norm_eps: float = 1e-6
+    position_resize: str = "bicubic"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not is_whole(value) or not 1 <= value < TOO_LARGE:
-                need = "it must be a positive whole number below 2**31"
-                raise ConfigError(f"{field.name} is {shown(value)}; {need}")
-        P, C, N = self.patch_size, self.embed_dim, self.num_heads
-        if self.img_size % P:
-            raise ConfigError(f"img_size {self.img_size} is not a multiple of patch_size {P}")
-        if C % N:
-            raise ConfigError(f"num_heads {N} does not divide embed_dim {C}")
+        problems: dict[str, str] = {}  # by field
+        wholes = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "in_chans")
+        for name in (*wholes, "num_classes"):
+            least = 0 if name == "num_classes" else 1
+            value = getattr(self, name)
+            if is_whole(value) and least <= value < TOO_LARGE:
+                self._set(name, int(value))
+            else:
+                kind = "a positive whole number" if least else "a whole number, 0 or more,"
+                problems[name] = f"{shown(value)}; it must be {kind} below 2**31"
+        for name in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
+            value = getattr(self, name)
+            if is_real(value) and 0 <= value < 1:
+                self._set(name, float(value))
+            else:
+                problems[name] = f"{shown(value)}; it must be in [0, 1)"
+        E, eps, resize = self.mlp_ratio, self.norm_eps, self.position_resize
+        for name, good, needed in (
+            ("mlp_ratio", is_moderate(E) and E > 0, "a positive number below 2**31"),
+            ("norm_eps", is_moderate(eps) and eps >= 0, "a finite number, 0 or more"),
+            ("qkv_bias", isinstance(self.qkv_bias, bool), "True or False"),
+            (
+                "position_resize",
+                isinstance(resize, str) and resize in RESIZES,
+                " or ".join(RESIZES),
+            ),
+        ):
+            if not good:
+                problems[name] = f"{shown(getattr(self, name))}; it must be {needed}"
+        if self.qk_scale is not None and not is_moderate(self.qk_scale):
+            needed = "None (for 1/sqrt(d)) or finite"
+            problems["qk_scale"] = f"{shown(self.qk_scale)}; it must be {needed}"
+        lines = [f"{name} is {problem}" for name, problem in problems.items()]
+        if not lines:
+            whole = float(self.mlp_ratio).is_integer()
+            self._set("mlp_ratio", int(self.mlp_ratio) if whole else float(self.mlp_ratio))
+            self._set("norm_eps", float(self.norm_eps))
+            self._set("qk_scale", None if self.qk_scale is None else float(self.qk_scale))
+            lines = self._conflicts()
+        if lines:
+            raise ConfigError(
+                "this ViT cannot be built:\n  - "
+                + "\n  - ".join(lines)
+                + "\nStart from VITS['deit_s_16'] and change it with dataclasses.replace."
+            )
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # frozen: only __post_init__ may normalise
+
+    def _conflicts(self) -> list[str]:
+        """What is wrong between fields that are right in themselves."""
+        C, E = self.embed_dim, self.mlp_ratio
+        lines = []
+        if self.depth > MAX_DEPTH:
+            lines.append(f"depth is {self.depth}; it must be at most {MAX_DEPTH}")
+        if self.img_size % self.patch_size:
+            lines.append(
+                f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        if C % self.num_heads:
+            lines.append(f"num_heads {self.num_heads} does not divide embed_dim {C}")
+        if not float(C * E).is_integer():
+            lines.append(f"embed_dim {C} times mlp_ratio {E} is {C * E}, not a whole number")
+        return lines
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether there are a final norm and a head."""
+        return self.num_classes > 0
+
+    @property
+    def hidden_dim(self) -> int:
+        """E * C, of the MLPs."""
+        return int(self.embed_dim * self.mlp_ratio)
 
     @property
     def size_multiple(self) -> int:
@@ -76,17 +158,6 @@ class ViTConfig:
         """(S,), side of the square grid that the position table belongs to."""
         return (self.img_size // self.patch_size,)
 
-    def of_stage(self, i: int) -> "ViTStage":
-        """What its one stage needs.
-
-        Args:
-            i: 1.
-
-        Returns:
-            The settings of the stage.
-        """
-        return _stage(self)
-
     def grids(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
         """The token grid of an image, as the only one of a tuple.
         Raises: ShapeError if a border of the image would fall outside the last whole patch.
@@ -98,38 +169,69 @@ class ViTConfig:
         Returns:
             ((H / P, W / P),).
         """
-        P = self.patch_size
-        if height < 1 or width < 1 or height % P or width % P:
+        P, sides = self.patch_size, (height, width)
+        if not all(is_whole(side) and 0 < side < TOO_LARGE and side % P == 0 for side in sides):
             need = f"positive multiples of the patch size {P}"
-            raise ShapeError(f"image size {height}x{width} must be {need}")
-        return ((height // P, width // P),)
+            advice = f"pvt_ref.pad_to_multiple(images, {P}) pads images"
+            size = f"{shown(height)}x{shown(width)}"
+            raise ShapeError(f"image size {size} must be {need}. {advice}")
+        return ((int(height) // P, int(width) // P),)
 
 
 @functools.lru_cache(maxsize=64)  # every forward asks
-def _stage(config: ViTConfig) -> ViTStage:
-    scale = 1 / math.sqrt(config.embed_dim // config.num_heads)
-    attn = SRASettings(config.num_heads, scale, NORM_EPS)
-    blocks = tuple(BlockSettings(NORM_EPS, attn, number=k) for k in range(config.depth))
-    return ViTStage(config.patch_size, blocks)
+def block_settings(config: ViTConfig) -> tuple[BlockSettings, ...]:
+    """What each block is told; rates of drop path rise in a line from the first to the last."""
+    scale = config.qk_scale
+    attn = SRASettings(
+        num_heads=config.num_heads,
+        scale=1 / math.sqrt(config.embed_dim // config.num_heads) if scale is None else scale,
+        norm_eps=config.norm_eps,
+        attn_drop_rate=config.attn_drop_rate,
+        drop_rate=config.drop_rate,
+    )
+    rates = (config.drop_path_rate * k / max(config.depth - 1, 1) for k in range(config.depth))
+    return tuple(
+        BlockSettings(config.norm_eps, attn, config.drop_rate, rate, k)
+        for k, rate in enumerate(rates)
+    )
 
 
-_VIT_SMALL = {"embed_dim": 768, "depth": 8, "num_heads": 8, "mlp_ratio": 3}
+_VIT_SMALL: Any = {"embed_dim": 768, "depth": 8, "num_heads": 8, "mlp_ratio": 3}
 
-#: Columnar models to compare with: DeiT-Small (deit_s_16 is in the paper's Table 2), the same on
-#: other patches, and the paper's ViT-Small (vit_s_16 in Table 2, the other two in Table 8).
-VITS: dict[str, ViTConfig] = {
+#: DeiT as released (arXiv 2012.12877), and the columnar models that the paper compares with:
+#: DeiT-Small (deit_s_16 is in Table 2), the same on other patches, and ViT-Small (vit_s_16 in Table
+#: 2, the other two in Table 8).
+VARIANTS: dict[str, ViTConfig] = {
+    "deit_ti_16": ViTConfig(embed_dim=192, num_heads=3),
+    "deit_s_16": ViTConfig(),
+    "deit_b_16": ViTConfig(embed_dim=768, num_heads=12),
     "deit_s_32": ViTConfig(patch_size=32),
-    "deit_s_16": ViTConfig(patch_size=16),
     "deit_s_4": ViTConfig(patch_size=4),
     "vit_s_32": ViTConfig(patch_size=32, **_VIT_SMALL),
     "vit_s_16": ViTConfig(patch_size=16, **_VIT_SMALL),
     "vit_s_4": ViTConfig(patch_size=4, **_VIT_SMALL),
 }
 
+#: The same, by its public name.
+VITS = VARIANTS
+
+#: timm's names, which those of the released files begin with.
+ALIASES = {
+    "deit_tiny_patch16_224": "deit_ti_16",
+    "deit_small_patch16_224": "deit_s_16",
+    "deit_base_patch16_224": "deit_b_16",
+}
+
+_STRUCTURE = attrgetter(
+    *("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "qk_scale")
+)
+
 
 def describe(config: ViTConfig) -> str:
-    """A configuration in a few words: its variant or shape, classes and image size."""
-    shape = attrgetter("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "in_chans")
-    fits = (name for name, vit in VITS.items() if shape(vit) == shape(config))
+    """A configuration in a few words: ``deit_s_16, 1000 classes, 224 px``."""
+    fits = (name for name, vit in VARIANTS.items() if _STRUCTURE(vit) == _STRUCTURE(config))
     name = next(fits, f"ViT of {config.depth} blocks, {config.embed_dim} channels")
-    return f"{name}, {config.num_classes} classes, {config.img_size} px"
+    head = f"{config.num_classes} classes" if config.has_classifier else "no classifier"
+    channels = "" if config.in_chans == 3 else f", in_chans={config.in_chans}"
+    resize = "" if config.position_resize == "bicubic" else f", {config.position_resize} resizing"
+    return f"{name}, {head}, {config.img_size} px{channels}{resize}"

@@ -1,0 +1,238 @@
+"""A ViT in the files of other projects: DeiT and timm, Hugging Face, MMSegmentation."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from pvt_ref.checks import is_whole
+from pvt_ref.errors import CheckpointError, ConfigError, shown
+from pvt_ref.models.layouts import WHOLE, Files, Layout, Piece, Shape, renaming
+from pvt_ref.models.vit.config import ViTConfig
+
+_BASE = "vit."  # of every key but the classifier's: what transformers calls a base model
+_HF, _MM = "vit.encoder.layer.{b}.", "layers.{b}."
+
+#: Our templates, Hugging Face's on disk, and MMSegmentation's, which has no classifier.
+_KEYS = {
+    "cls_token": ("vit.embeddings.cls_token", "cls_token"),
+    "pos_embed": ("vit.embeddings.position_embeddings", "pos_embed"),
+    "patch_embed.proj": ("vit.embeddings.patch_embeddings.projection", "patch_embed.projection"),
+    "blocks.{b}.norm1": (_HF + "layernorm_before", _MM + "ln1"),
+    # and attention.attention.key and .value: see below
+    "blocks.{b}.attn.qkv": (_HF + "attention.attention.query", _MM + "attn.attn.in_proj_{leaf}"),
+    "blocks.{b}.attn.proj": (_HF + "attention.output.dense", _MM + "attn.attn.out_proj"),
+    "blocks.{b}.norm2": (_HF + "layernorm_after", _MM + "ln2"),
+    "blocks.{b}.mlp.fc1": (_HF + "intermediate.dense", _MM + "ffn.layers.0.0"),
+    "blocks.{b}.mlp.fc2": (_HF + "output.dense", _MM + "ffn.layers.1"),
+    "norm": ("vit.layernorm", "ln1"),
+    "head": ("classifier",),
+}
+
+_hugging_face_name = renaming({ours: theirs[0] for ours, theirs in _KEYS.items()})
+_bare_name = renaming({ours: theirs[0].removeprefix(_BASE) for ours, theirs in _KEYS.items()})
+_mmsegmentation_name = renaming({k: theirs[1] for k, theirs in _KEYS.items() if len(theirs) > 1})
+
+
+def _hugging_face(key: str, shape: Shape, config: ViTConfig) -> list[Piece]:
+    name = _hugging_face_name(key)
+    assert name is not None, key
+    if ".attn.qkv." not in key:
+        return [Piece(key, WHOLE, name, WHOLE, shape)]
+    C = shape[0] // 3  # (3C, ...): queries above keys above values
+    return [
+        Piece(
+            key,
+            (slice(i * C, (i + 1) * C),),
+            name.replace(".query.", f".{part}."),
+            WHOLE,
+            (C, *shape[1:]),
+        )
+        for i, part in enumerate(("query", "key", "value"))
+    ]
+
+
+def _hugging_face_bare(key: str, shape: Shape, config: ViTConfig) -> list[Piece]:
+    found = _hugging_face(key, shape, config)
+    return [piece._replace(foreign=piece.foreign.removeprefix(_BASE)) for piece in found]
+
+
+def _mmsegmentation(key: str, shape: Shape, config: ViTConfig) -> list[Piece]:
+    name = _mmsegmentation_name(key)
+    if name is None or (key.endswith("attn.proj.bias") and not config.qkv_bias):
+        return []  # its attention has both biases or none
+    return [Piece(key, WHOLE, name, WHOLE, shape)]
+
+
+_MARKS = ("cls_token", "pos_embed")  # without them the blocks are of another network, as of a Swin
+_CLASSIFIER = ("norm.weight", "norm.bias", "head.weight", "head.bias")
+_PORT_ADVICE = "pass eps=1e-6 for DeiT's training setting"
+
+DEIT = Layout(name="DeiT layout", eps=(1e-6,), marks=_MARKS)
+DEIT_BARE = Layout(
+    name="DeiT layout without classifier",
+    eps=(1e-6,),
+    marks=_MARKS,
+    has_classifier=False,
+    unused=_CLASSIFIER,
+)
+HUGGING_FACE = Layout(
+    name="Hugging Face ViT layout",
+    rename=_hugging_face_name,
+    pieces_of=_hugging_face,
+    eps=(1e-12,),
+    marks=_CLASSIFIER[2:],
+    has_classifier=True,
+    config_beside=True,
+    eps_advice=_PORT_ADVICE,
+)
+HUGGING_FACE_BARE = Layout(
+    name="Hugging Face ViT layout without classifier",
+    rename=_bare_name,
+    pieces_of=_hugging_face_bare,
+    eps=(1e-12,),
+    marks=_MARKS,
+    has_classifier=False,
+    unused=("layernorm.weight", "layernorm.bias", "pooler.dense.weight", "pooler.dense.bias"),
+    config_beside=True,
+    eps_advice=_PORT_ADVICE,
+)
+MMSEGMENTATION = Layout(
+    name="MMSegmentation ViT layout",
+    rename=_mmsegmentation_name,
+    pieces_of=_mmsegmentation,
+    eps=(1e-6,),
+    marks=_MARKS,
+    has_classifier=False,
+    unused=("ln1.weight", "ln1.bias"),
+)
+
+
+def _bare(layout: Layout, state: Mapping[str, Any], wanted: bool) -> tuple[Layout, str]:
+    marks = ("dist_token", "distillation", "head_dist")
+    distilled = [key for key in state if any(mark in key for mark in marks)]
+    if distilled:
+        raise CheckpointError(
+            f"a distilled DeiT ({', '.join(map(shown, sorted(distilled)[:3]))}): it has a token, a "
+            f"table row and a head more than a ViT, and its logits are the mean of two heads. That "
+            f"is not read here; the DeiT of the same size without distillation is"
+        )
+    if layout is DEIT and (wanted or not {"head.weight", "head.bias"} & state.keys()):
+        return DEIT_BARE, ""
+    return (HUGGING_FACE_BARE, _BASE) if layout is HUGGING_FACE and wanted else (layout, "")
+
+
+def _fit(config: ViTConfig, shapes: Mapping[str, Shape], layout: Layout) -> ViTConfig:
+    def first(*keys: str) -> Shape:
+        return next((s for k in keys if (s := shapes.get(layout.rename(k) or ""))), ())
+
+    head = first("head.weight", "head.bias")
+    kernel, table = first("patch_embed.proj.weight"), first("pos_embed")
+    changes: dict[str, Any] = {}
+    if layout.has_classifier is False:
+        changes["num_classes"] = 0
+    elif head:
+        changes["num_classes"] = head[0]
+    if len(kernel) == 4:
+        changes["in_chans"] = kernel[1]
+    if layout is MMSEGMENTATION:
+        changes["position_resize"] = "bilinear"
+    side = math.isqrt(max(table[1] - 1, 0)) * config.patch_size if len(table) == 3 else 0
+    for img_size in (side, config.img_size):
+        try:
+            return dataclasses.replace(config, **changes, img_size=img_size)
+        except ConfigError:
+            continue  # no such image size: the table is what is wrong
+    return config
+
+
+def _shown(shapes: Mapping[str, Shape], layout: Layout) -> dict[str, Any]:
+    def shape(key: str) -> Shape:
+        return shapes[layout.rename(key) or ""]
+
+    def present(key: str) -> bool:
+        return layout.rename(key) in shapes
+
+    try:
+        C, in_chans, P, _ = shape("patch_embed.proj.weight")
+        hidden = shape("blocks.0.mlp.fc1.weight")[0]
+        return {
+            "img_size": math.isqrt(shape("pos_embed")[1] - 1) * P,
+            "patch_size": P,
+            "embed_dim": C,
+            "depth": next(b for b in itertools.count() if not present(f"blocks.{b}.norm1.weight")),
+            "mlp_ratio": hidden / C if hidden % C else hidden // C,
+            "qkv_bias": present("blocks.0.attn.qkv.bias"),
+            "in_chans": in_chans,
+            "num_classes": shape("head.weight")[0] if present("head.weight") else 0,
+        }
+    except (KeyError, IndexError, ValueError, ZeroDivisionError):
+        return {}
+
+
+#: Fields of Hugging Face's ViTConfig that mean the same here.
+_SAME = {
+    **{"image_size": "img_size", "num_channels": "in_chans", "hidden_size": "embed_dim"},
+    **{"num_hidden_layers": "depth", "num_attention_heads": "num_heads"},
+    **{"hidden_dropout_prob": "drop_rate", "attention_probs_dropout_prob": "attn_drop_rate"},
+    **{"layer_norm_eps": "norm_eps", "patch_size": "patch_size", "qkv_bias": "qkv_bias"},
+}
+
+
+def _from_hugging_face(fields: Mapping[str, Any]) -> dict[str, Any]:
+    if fields.get("hidden_act", "gelu") != "gelu":
+        raise CheckpointError(f"hidden_act is {shown(fields['hidden_act'])}; known is 'gelu' only")
+    values = {ours: fields[theirs] for theirs, ours in _SAME.items() if theirs in fields}
+    for name in ("img_size", "patch_size"):
+        side = values.get(name)
+        if isinstance(side, list):
+            if len(side) != 2 or side[0] != side[1]:
+                raise CheckpointError(f"{name} is {shown(side)}; both are square here")
+            values[name] = side[0]
+    if "intermediate_size" in fields:
+        hidden, C = fields["intermediate_size"], fields.get("hidden_size", 0)
+        if not (is_whole(hidden) and is_whole(C) and C > 0):
+            what = f"intermediate_size is {shown(hidden)} and hidden_size {shown(C)}"
+            raise CheckpointError(f"{what}; both must be positive whole numbers")
+        values["mlp_ratio"] = hidden / C if hidden % C else hidden // C
+    return {**values, "qk_scale": None}  # its code has no such thing
+
+
+def _partial(values: dict[str, Any]) -> ViTConfig:
+    filled: dict[str, Any] = {
+        **{"patch_size": 1, "num_heads": 1, "mlp_ratio": 1, "num_classes": 0},
+        "embed_dim": values.get("num_heads", 1),
+        **values,
+    }
+    if "img_size" not in values:
+        filled["img_size"] = filled["patch_size"]
+    return ViTConfig(**filled)
+
+
+FILES = Files(
+    readable="DeiT and timm ViT .pth files, Hugging Face ViTForImageClassification and ViTModel, "
+    "MMSegmentation ViT backbones",
+    layouts=(HUGGING_FACE, HUGGING_FACE_BARE, MMSEGMENTATION, DEIT),
+    probes=("patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.0.attn.qkv.weight"),
+    bare=_bare,
+    model_type="vit",
+    telling=frozenset(("hidden_size", "num_hidden_layers", "embed_dim", "num_heads")),
+    hugging_face=_from_hugging_face,
+    partial=_partial,
+    fit=_fit,
+    shown=_shown,
+    widths="embed_dim",
+    blocks=lambda config: config.depth,
+    hub={
+        "deit_ti_16": "facebook/deit-tiny-patch16-224",
+        "deit_s_16": "facebook/deit-small-patch16-224",
+        "deit_b_16": "facebook/deit-base-patch16-224",
+    },
+    url="https://dl.fbaipublicfiles.com/deit/{name}.pth",
+    file_names={
+        "deit_ti_16": "deit_tiny_patch16_224-a1311bcf",
+        "deit_s_16": "deit_small_patch16_224-cd65a155",
+        "deit_b_16": "deit_base_patch16_224-b5f2ef4d",
+    },
+)
