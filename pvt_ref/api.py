@@ -95,10 +95,9 @@ def draw_leaf(leaf: Leaf, rng: np.random.Generator, dtype: Any) -> np.ndarray:
         return np.zeros(leaf.shape, dtype)
     if leaf.init == "ones":
         return np.ones(leaf.shape, dtype)
-    if leaf.init == "normal":
-        return (0.02 * rng.standard_normal(leaf.shape)).astype(dtype)
-    if leaf.init == "fan_out":
-        return (math.sqrt(2 / leaf.fan_out) * rng.standard_normal(leaf.shape)).astype(dtype)
+    if leaf.init in ("normal", "fan_out"):
+        std = 0.02 if leaf.init == "normal" else math.sqrt(2 / leaf.fan_out)
+        return (std * rng.standard_normal(leaf.shape)).astype(dtype)
     bound = 1 / math.sqrt(leaf.fan_in)
     return rng.uniform(-bound, bound, leaf.shape).astype(dtype)
 
