@@ -91,10 +91,9 @@ def draw_leaf(leaf: Leaf, rng: Generator, dtype: Any) -> np.ndarray:
     """One array of :func:`init_params`."""
     if leaf.init in ("zeros", "ones"):
         return np.full(leaf.shape, 0 if leaf.init == "zeros" else 1, dtype)
-    if leaf.init == "normal":
-        return (0.02 * rng.standard_normal(leaf.shape)).astype(dtype)
-    if leaf.init == "fan_out":
-        return (math.sqrt(2 / leaf.fan_out) * rng.standard_normal(leaf.shape)).astype(dtype)
+    if leaf.init in ("normal", "fan_out"):
+        std = 0.02 if leaf.init == "normal" else math.sqrt(2 / leaf.fan_out)
+        return (std * rng.standard_normal(leaf.shape)).astype(dtype)
     bound = 1 / math.sqrt(leaf.fan_in)
     return rng.uniform(-bound, bound, leaf.shape).astype(dtype)
 
