@@ -35,6 +35,8 @@ from pvt_ref.kernels.cpu.patch_embed import projection
 from pvt_ref.kernels.cpu.threads import Scratch, default_threads, run_pieces
 from pvt_ref.kernels.cpu.tiling import Tiling, by_group, cut, elements_for, share_columns
 from pvt_ref.layers.attention import attention
+from pvt_ref.layers.conv import ConvParams, conv
+from pvt_ref.layers.depthwise_conv import depthwise_conv
 from pvt_ref.layers.gelu import gelu
 from pvt_ref.layers.layer_norm import LayerNormParams, layer_norm
 from pvt_ref.layers.linear import LinearParams, linear
@@ -312,6 +314,38 @@ def test_memory_grows_with_the_number_of_tokens_and_not_with_its_square():
     bills = [count_cost(CONFIG, side, dtype="float64").peak_bytes for side in sides]
     assert bills[1] > 8 * bills[0]
     assert large < bills[1] / 5
+
+
+def test_a_convolution_holds_no_array_of_all_windows():
+    x, p = normal(1, 1, 64, 48, 8), ConvParams(normal(2, 8, 8, 5, 5), normal(3, 8))
+
+    def peaks(ops):
+        gc.collect()
+        tracemalloc.start()
+        try:
+            y, cache = ops[conv].forward(p, x, ops, 1, 2)
+            forward = tracemalloc.get_traced_memory()[1]
+            tracemalloc.reset_peak()
+            ops[conv].backward(p, cache, y, ops)
+            return forward, tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert min(peaks(REFERENCE)) > 25 * x.nbytes
+    assert max(peaks(blocked_ops(2, elements=2**10))) < 6 * x.nbytes
+
+
+@pytest.mark.parametrize("op", [conv, depthwise_conv])
+def test_convolutions_of_some_threads_give_the_same_bits_each_time(op):
+    x, settings = normal(1, 6, 24, 18, 8, dtype=np.float32), (2, 1) if op is conv else ()
+    weight = normal(2, 8, 8 if op is conv else 1, 3, 3, dtype=np.float32)
+    p, ops = ConvParams(weight, normal(3, 8, dtype=np.float32)), blocked_ops(4, elements=2**10)
+    runs = []
+    for _ in range(4):
+        y, cache = ops[op].forward(p, x, ops, *settings)
+        dx, grads = ops[op].backward(p, cache, y, ops)
+        runs.append([a.tobytes() for a in (y, dx, grads.weight, grads.bias)])
+    assert all(run == runs[0] for run in runs)
 
 
 # Threads --------------------------------------------------------------------------------------
