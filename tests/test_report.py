@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from strategies import configs, normal, random_params, rng_of
 
 import pvt_ref
-from pvt_ref import REFERENCE, VARIANTS, VITS, PVTConfig, ViTConfig, blocked_ops, count_cost
+from pvt_ref import (
+    REFERENCE,
+    VARIANTS,
+    VITS,
+    PVTConfig,
+    PVTv2Config,
+    ViTConfig,
+    blocked_ops,
+    count_cost,
+)
 from pvt_ref.arrays import array_module
 from pvt_ref.blocks.transformer import blocks
 from pvt_ref.errors import ArrayTypeError, ConfigError, RangeError
@@ -568,6 +577,6 @@ def test_every_known_variant_is_counted(name):
     shapes = architecture.param_shapes(config)
     assert cost.parameters == sum(math.prod(shape) for shape in shapes.values())
     assert cost.cache_bytes > cost.peak_bytes  # of a deep network, inference holds a small part
-    assert isinstance(config, PVTConfig | ViTConfig)
+    assert isinstance(config, PVTConfig | PVTv2Config | ViTConfig)
     assert isinstance(Shapes().empty((1,)), ShapeArray)
     assert map_arrays(lambda x: x.shape, Shapes().empty((2, 3))) == (2, 3)
