@@ -130,7 +130,9 @@ def from_state_dict(state: Mapping[str, Array], config: Any) -> Any:
             of float16, float32 or float64.
     """
     build = architecture_of(config).build_params
-    check_type("state", state, Mapping, "of key names to arrays; pvt_ref.load(path) reads a file")
+    if not isinstance(state, Mapping):
+        needed = "it must map key names to arrays; pvt_ref.load(path) reads a file"
+        raise ArrayTypeError(f"state is a {type(state).__name__}; {needed}")
     check_keys(state, config)
     dtype = _common_dtype(state)
 

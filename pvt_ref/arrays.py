@@ -106,7 +106,7 @@ def dtype_name(x: Array) -> str:
     return _name_of(x.dtype)
 
 
-@functools.cache
+@functools.lru_cache(typed=True)  # some libraries' dtypes warn if compared with another's
 def _name_of(dtype: Any) -> str:
     return str(dtype).rsplit(".", 1)[-1]
 

@@ -194,7 +194,8 @@ def _fetch(name: str, mirror: str | None, commit: str | None) -> tuple[Path, str
 
 
 def _by_hand(name: str) -> str:
-    url = next(files.url for files in _FILES if name in files.hub).format(name=name)
+    files = next(files for files in _FILES if name in files.hub)
+    url = files.url.format(name=files.file_names.get(name, name))
     hub = f"https://huggingface.co/{RELEASED[name]}/resolve/main/{_FILE}"
     place = weights_folder() / name
     what = f"{url} to {place}.pth, or {hub} to {place}.safetensors"

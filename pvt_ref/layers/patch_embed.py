@@ -61,7 +61,7 @@ def unpatchify(patches: Array, P: int, grid: Grid) -> Array:
 
 
 def kernel_to_matrix(weight: Array) -> Array:
-    """A kernel (C_out, C_in, k_h, k_w) as a matrix, columns in the order of patchify."""
+    """A kernel weight (C_out, C_in, k_h, k_w) as a matrix, columns in the order of patchify."""
     xp = array_module(weight)
     weight = xp.permute_dims(weight, (0, 2, 3, 1))  # (C_out, k_h, k_w, C_in)
     return xp.reshape(weight, (weight.shape[0], -1))  # (C_out, k_h*k_w*C_in)

@@ -192,7 +192,7 @@ class _Run:
         self.grids = config.grids(*self.size)  # refuses sizes that would lose pixels
         self.pyramid = bool(pyramid) or not config.has_classifier
         if self.pyramid and self.row.forward_pyramid is None:
-            what = f"a {self.row.title} has one scale and no pyramid"
+            what = f"a {self.row.title} has no pyramid"
             raise ConfigError(f"{what}; leave pyramid=False")
 
     def arrays(self, xp: Shapes) -> tuple[Any, ShapeArray]:
