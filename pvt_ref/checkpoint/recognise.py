@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pvt_ref.models  # noqa: F401 (enters the networks)
@@ -101,8 +101,8 @@ def find_models(tree: Any, config: Any = None) -> list[Found]:
             raise whole_object(x.name, f"the entry {shown(name)}" if name else "what was saved")
     if states:
         keys = [str(key) for key in max(states, key=len)]
-        what = f"its {len(keys)} keys are of no known layout: {few(keys)}. {_advice(keys)}"
-        raise CheckpointError(f"{what}Needed is one of: {layouts_read()}")
+        what = f"its {len(keys)} keys are of no known layout: {few(keys)}"
+        raise CheckpointError(f"{what}. Needed is one of: {layouts_read()}")
     is_dict = isinstance(tree, Mapping)
     holds = f"a dict with the entries {few(tree)}" if is_dict else f"a {type(tree).__name__}"
     what = f"no weights in it: it holds {holds}; needed is a state dict (key names to tensors), at"
@@ -206,11 +206,6 @@ def as_read(model: Found, bare: bool) -> tuple[Found, list[str]]:
     return model, sorted({key.rpartition(".")[2] for key in counters})
 
 
-def _advice(keys: Iterable[str]) -> str:
-    files = (row.files for row in architectures() if row.files)
-    return next((advice for x in files if (advice := x.advice(keys))), "")
-
-
 def few(names: Collection[Any], show: Any = None, count: int = 3, joint: str = ", ") -> str:
     """The first names as show makes them a text, for a message, and how many more there are."""
     texts = map(show or (lambda name: shown(name, 60)), itertools.islice(names, count))
@@ -253,7 +248,7 @@ def check_state(model: Found, config: Any, origin: str = "") -> None:
     if problems := _problems(model, config):
         what = f"{layout.name}, but it does not fit {whose} ({model.row.describe(config)})"
         cause = "The likely cause is a configuration of another variant, class count or image size"
-        raise CheckpointError(f"{what}:{_lines(problems)}\n{_advice(state)}{cause}")
+        raise CheckpointError(f"{what}:{_lines(problems)}\n{cause}")
 
 
 def _lines(problems: list[str]) -> str:
@@ -308,9 +303,9 @@ def recognise_config(model: Found) -> Any:
         tried.append((len(problems), name, config, problems))
     kind = row.config_type.__name__
     advice = (
-        f"{_advice(state)}If it is another model, pass its configuration, load(path, config={kind}"
-        f"(...)) or config='path/to/config.json': head counts (num_heads) cannot be read off "
-        f"shapes, so only the published variants are recognised without"
+        f"If it is another model, pass its configuration, load(path, config={kind}(...)) or "
+        f"config='path/to/config.json': head counts (num_heads) cannot be read off shapes, so only "
+        f"the published variants are recognised without"
     )
     count, name, config, problems = min(tried, key=lambda entry: entry[0])
     if count <= len(shapes) // 4:  # a variant with faults, or a variant changed a little

@@ -1,4 +1,4 @@
-"""What configurations of networks with four stages share: the checks of fields, and the blocks."""
+"""What configurations of the networks share: the checks of fields, and the settings of blocks."""
 
 import dataclasses
 import math
@@ -22,43 +22,56 @@ _NOT_STRUCTURE = (
     *("drop_rate", "attn_drop_rate", "drop_path_rate"),
 )
 
+#: How a position table reaches another grid.
+RESIZES = ("bicubic", "bilinear")
+
+
+def _plain(v: Any) -> int | float:
+    return int(v) if float(v).is_integer() else float(v)
+
+
 _COUNT = ("a whole number, 1 or more", lambda v: is_whole(v) and v >= 1, int)
 _RATE = ("in [0, 1)", lambda v: is_real(v) and 0 <= v < 1, float)
 _FLAG = ("True or False", lambda v: isinstance(v, bool), bool)
 _EPSILON = ("a finite number, 0 or more", lambda v: is_moderate(v) and v >= 0, float)
 
-#: By field of one value: what it must be, in words and as a test, and the type that it gets.
-_RULES: dict[str, tuple[str, Callable[[Any], bool], type]] = {
-    **dict.fromkeys(("img_size", "in_chans"), _COUNT),
+#: By field of one value: what it must be, in words and as a test, and what makes it plain.
+_RULES: dict[str, tuple[str, Callable[[Any], bool], Callable[[Any], Any]]] = {
+    **dict.fromkeys(("img_size", "in_chans", "patch_size", "embed_dim"), _COUNT),
+    **dict.fromkeys(("depth", "num_heads"), _COUNT),
     "num_classes": ("a whole number, 0 or more", lambda v: is_whole(v) and v >= 0, int),
+    "mlp_ratio": ("a positive number below 2**31", lambda v: is_moderate(v) and v > 0, _plain),
     **dict.fromkeys(("drop_rate", "attn_drop_rate", "drop_path_rate"), _RATE),
     **dict.fromkeys(("norm_eps", "projection_norm_eps"), _EPSILON),
     **dict.fromkeys(("qkv_bias", "linear"), _FLAG),
     "qk_scale": ("None (for 1/sqrt(d)) or finite", lambda v: v is None or is_moderate(v), float),
+    "position_resize": (" or ".join(RESIZES), lambda v: isinstance(v, str) and v in RESIZES, str),
 }
 
 
 def settle_fields(config: Any) -> dict[str, str]:
-    """Makes the fields of a frozen configuration plain; what is wrong with the others, by field."""
+    """Makes the fields of a frozen configuration plain; what is wrong with the others, by field.
+
+    What has a tuple for its default is one number a stage.
+    """
     problems: dict[str, str] = {}
-    for name in ("patch_sizes", "embed_dims", "num_heads", "depths", "sr_ratios"):
-        if hasattr(config, name):
-            value = _positive_per_stage(name, getattr(config, name), problems, whole=True)
-            _set(config, name, value)
-    if "depths" not in problems and max(config.depths) > MAX_DEPTH:
-        problems["depths"] = f"{shown(config.depths)}; each must be at most {MAX_DEPTH}"
-    ratios = _positive_per_stage("mlp_ratios", config.mlp_ratios, problems, whole=False)
-    _set(config, "mlp_ratios", ratios)
-    for name, (needed, good, kind) in _RULES.items():
-        if not hasattr(config, name):
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if isinstance(field.default, tuple):
+            whole = name != "mlp_ratios"
+            _set(config, name, _positive_per_stage(name, value, problems, whole=whole))
             continue
-        value = getattr(config, name)
+        needed, good, plain = _RULES[name]
         if not good(value):
             problems[name] = f"{shown(value)}; it must be {needed}"
-        elif kind is int and value >= TOO_LARGE:
+        elif plain is int and value >= TOO_LARGE:
             problems[name] = "too large; it must be below 2**31"
         elif value is not None:
-            _set(config, name, kind(value))
+            _set(config, name, plain(value))
+    name, each = ("depths", "each") if hasattr(config, "depths") else ("depth", "it")
+    depths = getattr(config, name)
+    if name not in problems and max(depths if each == "each" else [depths]) > MAX_DEPTH:
+        problems[name] = f"{shown(depths)}; {each} must be at most {MAX_DEPTH}"
     return problems
 
 
@@ -82,7 +95,7 @@ def _positive_per_stage(name: str, value: Any, problems: dict[str, str], *, whol
     if any(v >= TOO_LARGE for v in value):
         problems[name] = "not right: a number is too large; each must be below 2**31"
         return value
-    return tuple(int(v) if float(v).is_integer() else float(v) for v in value)
+    return tuple(map(_plain, value))
 
 
 def width_conflicts(config: Any, wrong: AbstractSet[str]) -> list[str]:

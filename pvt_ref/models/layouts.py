@@ -6,7 +6,7 @@ own folder; :mod:`pvt_ref.checkpoint`, which knows no network, does the rest.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -91,7 +91,6 @@ class Files:
     shown: Callable[[Mapping[str, Shape], Layout], dict[str, Any]]  # all fields that shapes show
     widths: str  # the field by which `num_heads`, which no shape shows, is known of a variant
     blocks: Callable[[Any], int]  # of a config
-    advice: Callable[[Iterable[str]], str] = lambda keys: ""  # a sentence on keys that do not fit
     hub: Mapping[str, str] = field(default_factory=dict)  # Hugging Face repositories by variant
     url: str = ""  # where the authors' own files are, with `{name}`
     file_names: Mapping[str, str] = field(default_factory=dict)  # where it is not the variant's

@@ -8,14 +8,9 @@ from typing import Any
 
 from pvt_ref.blocks.sra import SRASettings
 from pvt_ref.blocks.transformer import BlockSettings
-from pvt_ref.checks import TOO_LARGE, is_moderate, is_real, is_whole
-from pvt_ref.errors import ConfigError, ShapeError, shown
-
-#: Blocks. The largest published ViT has 48; each costs memory before any weight.
-MAX_DEPTH = 1000
-
-#: How a position table reaches another grid.
-RESIZES = ("bicubic", "bilinear")
+from pvt_ref.checks import TOO_LARGE, is_whole
+from pvt_ref.errors import ShapeError, shown
+from pvt_ref.models.fields import refuse, settle_fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,70 +58,18 @@ class ViTConfig:
     position_resize: str = "bicubic"
 
     def __post_init__(self) -> None:
-        problems: dict[str, str] = {}  # by field
-        wholes = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "in_chans")
-        for name in (*wholes, "num_classes"):
-            least = 0 if name == "num_classes" else 1
-            value = getattr(self, name)
-            if is_whole(value) and least <= value < TOO_LARGE:
-                self._set(name, int(value))
-            else:
-                kind = "a positive whole number" if least else "a whole number, 0 or more,"
-                problems[name] = f"{shown(value)}; it must be {kind} below 2**31"
-        for name in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
-            value = getattr(self, name)
-            if is_real(value) and 0 <= value < 1:
-                self._set(name, float(value))
-            else:
-                problems[name] = f"{shown(value)}; it must be in [0, 1)"
-        E, eps, resize = self.mlp_ratio, self.norm_eps, self.position_resize
-        for name, good, needed in (
-            ("mlp_ratio", is_moderate(E) and E > 0, "a positive number below 2**31"),
-            ("norm_eps", is_moderate(eps) and eps >= 0, "a finite number, 0 or more"),
-            ("qkv_bias", isinstance(self.qkv_bias, bool), "True or False"),
-            (
-                "position_resize",
-                isinstance(resize, str) and resize in RESIZES,
-                " or ".join(RESIZES),
-            ),
-        ):
-            if not good:
-                problems[name] = f"{shown(getattr(self, name))}; it must be {needed}"
-        if self.qk_scale is not None and not is_moderate(self.qk_scale):
-            needed = "None (for 1/sqrt(d)) or finite"
-            problems["qk_scale"] = f"{shown(self.qk_scale)}; it must be {needed}"
-        lines = [f"{name} is {problem}" for name, problem in problems.items()]
-        if not lines:
-            whole = float(self.mlp_ratio).is_integer()
-            self._set("mlp_ratio", int(self.mlp_ratio) if whole else float(self.mlp_ratio))
-            self._set("norm_eps", float(self.norm_eps))
-            self._set("qk_scale", None if self.qk_scale is None else float(self.qk_scale))
-            lines = self._conflicts()
-        if lines:
-            raise ConfigError(
-                "this ViT cannot be built:\n  - "
-                + "\n  - ".join(lines)
-                + "\nStart from VITS['deit_s_16'] and change it with dataclasses.replace."
-            )
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # frozen: only __post_init__ may normalise
+        problems = settle_fields(self)
+        refuse("ViT", problems, [] if problems else self._conflicts(), "deit_s_16")
 
     def _conflicts(self) -> list[str]:
         """What is wrong between fields that are right in themselves."""
-        C, E = self.embed_dim, self.mlp_ratio
-        lines = []
-        if self.depth > MAX_DEPTH:
-            lines.append(f"depth is {self.depth}; it must be at most {MAX_DEPTH}")
-        if self.img_size % self.patch_size:
-            lines.append(
-                f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}"
-            )
-        if C % self.num_heads:
-            lines.append(f"num_heads {self.num_heads} does not divide embed_dim {C}")
-        if not float(C * E).is_integer():
-            lines.append(f"embed_dim {C} times mlp_ratio {E} is {C * E}, not a whole number")
-        return lines
+        P, C, N, E = self.patch_size, self.embed_dim, self.num_heads, self.mlp_ratio
+        conflicts = {
+            f"img_size {self.img_size} is not a multiple of patch_size {P}": self.img_size % P,
+            f"num_heads {N} does not divide embed_dim {C}": C % N,
+            f"embed_dim {C} times mlp_ratio {E} is {C * E}, not a whole number": C * E % 1,
+        }
+        return [conflict for conflict, rest in conflicts.items() if rest]
 
     @property
     def has_classifier(self) -> bool:
