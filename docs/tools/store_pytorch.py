@@ -412,6 +412,78 @@ def training() -> dict[str, torch.Tensor]:
     }
 
 
+@page
+def vit() -> dict[str, torch.Tensor]:
+    """The draws of docs/course/vit.md, in the same order: attention, then a whole small ViT.
+
+    PyTorch has the block of a ViT as a layer of its own, TransformerEncoderLayer.
+    """
+    from pvt_ref import ViTConfig
+    from pvt_ref.models.architecture import param_shapes
+
+    rng = np.random.default_rng(17)
+    F = torch.nn.functional
+    B, rows, C, N = 3, 7, 10, 2
+
+    def draw(scale: float, *shape: int) -> torch.Tensor:
+        return torch.tensor(scale * rng.standard_normal(shape), requires_grad=True)
+
+    qkv, proj = ((draw(0.5, out, C), draw(1.0, out)) for out in (3 * C, C))
+    x, dy = draw(1.0, B, rows, C), draw(1.0, B, rows, C)
+    tokens_first = x.transpose(0, 1)
+    attended, _ = F.multi_head_attention_forward(
+        tokens_first, tokens_first, tokens_first, C, N, *qkv, None, None, False, 0.0, *proj,
+        need_weights=False,
+    )  # fmt: skip
+    y = attended.transpose(0, 1)
+    dx, dqkv, dqkv_bias, dproj = torch.autograd.grad(y, (x, *qkv, proj[0]), dy)
+    results = {"y": y, "dx": dx, "dqkv": dqkv, "dqkv_bias": dqkv_bias, "dproj": dproj}
+
+    config = ViTConfig(
+        img_size=12, patch_size=4, embed_dim=8, depth=2, num_heads=2, mlp_ratio=2, in_chans=1,
+        num_classes=3,
+    )  # fmt: skip
+    norms = ("norm.weight", "norm1.weight", "norm2.weight")
+    w = {
+        key: torch.tensor(
+            key.endswith(norms) + 0.3 * rng.standard_normal(shape), requires_grad=True
+        )
+        for key, shape in param_shapes(config).items()
+    }
+    images, dz = draw(1.0, 2, 1, 8, 20), torch.tensor(rng.standard_normal((2, 3)))
+    encoder = torch.nn.TransformerEncoderLayer(
+        8, 2, 16, 0.0, "gelu", 1e-6, batch_first=True, norm_first=True, dtype=torch.float64
+    )
+    theirs = {
+        "self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj.",
+        "linear1.": "mlp.fc1.", "linear2.": "mlp.fc2.", "norm1.": "norm1.", "norm2.": "norm2.",
+    }  # fmt: skip
+    for mode in ("bicubic", "bilinear"):
+        table = w["pos_embed"]
+        patches = table[:, 1:].transpose(1, 2).unflatten(-1, (3, 3))
+        patches = F.interpolate(patches, size=(2, 5), mode=mode, align_corners=False)
+        added = torch.cat((table[:, :1], patches.flatten(2).transpose(1, 2)), dim=1)
+        embedded = F.conv2d(
+            images, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=4
+        )
+        tokens = embedded.flatten(2).transpose(1, 2)
+        tokens = torch.cat((w["cls_token"].expand(2, -1, -1), tokens), dim=1) + added
+        for k in range(2):
+            weights = {
+                their + kind: w[f"blocks.{k}.{our}{kind}"]
+                for their, our in theirs.items()
+                for kind in ("weight", "bias")
+            }
+            tokens = torch.func.functional_call(encoder, weights, (tokens,))
+        normed = F.layer_norm(tokens[:, 0], (8,), w["norm.weight"], w["norm.bias"], 1e-6)
+        results[f"z_{mode}"] = F.linear(normed, w["head.weight"], w["head.bias"])
+    names = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight",
+             "blocks.1.mlp.fc1.weight", "head.weight")  # fmt: skip
+    leaves = [images, *(w[name] for name in names)]
+    grads = torch.autograd.grad(results["z_bicubic"], leaves, dz)
+    return results | dict(zip(("images", *names), grads, strict=True))
+
+
 def main() -> None:
     """Writes the pages named, or all; floats in JSON keep every bit."""
     FOLDER.mkdir(exist_ok=True)
