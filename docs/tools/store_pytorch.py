@@ -442,15 +442,13 @@ def convolution() -> dict[str, torch.Tensor]:
     ):
         y = last(F.conv2d(first(x), w, b, padding=1, **settings))
         grads = torch.autograd.grad(y, (x, w, b), given)
-        names = ("y", "dx", "dweight", "dbias")
+        names = ("y", "dx", "dK", "db")
         results |= {f"{title}.{n}": v for n, v in zip(names, (y, *grads), strict=True)}
     fixed = {
         "pool": F.adaptive_avg_pool2d(first(z), (2, 7)),
         "nearest": F.interpolate(first(z), size=(3, 9), mode="nearest"),
         "bilinear": F.interpolate(first(z), size=(3, 9), mode="bilinear"),
-        "bilinear+corners": F.interpolate(
-            first(z), size=(3, 9), mode="bilinear", align_corners=True
-        ),
+        "corners": F.interpolate(first(z), size=(3, 9), mode="bilinear", align_corners=True),
         "bicubic": F.interpolate(first(z), size=(3, 9), mode="bicubic"),
         "relu": F.relu(first(z)),
     }
