@@ -484,6 +484,54 @@ def vit() -> dict[str, torch.Tensor]:
     return results | dict(zip(("images", *names), grads, strict=True))
 
 
+def convolution() -> dict[str, torch.Tensor]:
+    """The draws of docs/course/convolution.md, in the same order: conv2d, pooling, resizing."""
+    rng = np.random.default_rng(18)
+    F = torch.nn.functional
+
+    def leaf(scale: float, *shape: int) -> torch.Tensor:
+        return torch.tensor(scale * rng.standard_normal(shape), requires_grad=True)
+
+    def first(x: torch.Tensor) -> torch.Tensor:
+        return x.permute(0, 3, 1, 2)
+
+    def last(x: torch.Tensor) -> torch.Tensor:
+        return x.permute(0, 2, 3, 1)
+
+    weight, bias, x, dy = (
+        leaf(0.5, 8, 6, 3, 3),
+        leaf(1, 8),
+        leaf(1, 2, 7, 10, 6),
+        leaf(1, 2, 4, 5, 8),
+    )
+    depth_weight, depth_bias, depth_dy = leaf(1, 6, 1, 3, 3), leaf(1, 6), leaf(1, 2, 7, 10, 6)
+    z = leaf(1, 1, 5, 4, 2)
+    results = {}
+    for title, w, b, given, settings in (
+        ("conv", weight, bias, dy, {"stride": 2}),
+        ("depth", depth_weight, depth_bias, depth_dy, {"groups": 6}),
+    ):
+        y = last(F.conv2d(first(x), w, b, padding=1, **settings))
+        grads = torch.autograd.grad(y, (x, w, b), given)
+        names = ("y", "dx", "dK", "db")
+        results |= {f"{title}.{n}": v for n, v in zip(names, (y, *grads), strict=True)}
+    fixed = {
+        "pool": F.adaptive_avg_pool2d(first(z), (2, 7)),
+        "nearest": F.interpolate(first(z), size=(3, 9), mode="nearest"),
+        "bilinear": F.interpolate(first(z), size=(3, 9), mode="bilinear"),
+        "corners": F.interpolate(first(z), size=(3, 9), mode="bilinear", align_corners=True),
+        "bicubic": F.interpolate(first(z), size=(3, 9), mode="bicubic"),
+        "relu": F.relu(first(z)),
+    }
+    for title, y in fixed.items():
+        y = last(y)
+        (dx,) = torch.autograd.grad(y, z, torch.arange(y.numel()).reshape(y.shape) - 9.0)
+        results |= {f"{title}.y": y, f"{title}.dx": dx}
+    zero = torch.zeros(1, requires_grad=True)
+    (results["relu.at_zero"],) = torch.autograd.grad(F.relu(zero).sum(), zero)
+    return results
+
+
 def main() -> None:
     """Writes the pages named, or all; floats in JSON keep every bit."""
     FOLDER.mkdir(exist_ok=True)
