@@ -484,6 +484,7 @@ def vit() -> dict[str, torch.Tensor]:
     return results | dict(zip(("images", *names), grads, strict=True))
 
 
+@page
 def convolution() -> dict[str, torch.Tensor]:
     """The draws of docs/course/convolution.md, in the same order: conv2d, pooling, resizing."""
     rng = np.random.default_rng(18)
