@@ -533,6 +533,51 @@ def convolution() -> dict[str, torch.Tensor]:
     return results
 
 
+@page
+def pvt_v2() -> dict[str, torch.Tensor]:
+    """The draws of docs/course/pvt_v2.md, in the same order: linear SRA, then the MLP."""
+    rng = np.random.default_rng(20)
+    F = torch.nn.functional
+    B, H, W, C, N, EC = 2, 5, 8, 12, 4, 36
+
+    def leaf(x: np.ndarray) -> torch.Tensor:
+        return torch.tensor(x, requires_grad=True)
+
+    def layer(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return leaf(0.5 * rng.standard_normal(shape)), leaf(rng.standard_normal(shape[0]))
+
+    q, kv, proj, sr = layer(C, C), layer(2 * C, C), layer(C, C), layer(C, C, 1, 1)
+    gamma, beta = leaf(1 + 0.1 * rng.standard_normal(C)), leaf(rng.standard_normal(C))
+    fc1, dwconv, fc2 = layer(EC, C), layer(EC, 1, 3, 3), layer(C, EC)
+    x = leaf(rng.standard_normal((B, H * W, C)))
+    dy = torch.tensor(rng.standard_normal((B, H * W, C)))
+
+    def to_map(tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.transpose(1, 2).unflatten(-1, (H, W))
+
+    def to_tokens(x_map: torch.Tensor) -> torch.Tensor:
+        return x_map.flatten(2).transpose(1, 2)
+
+    def heads(tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.unflatten(-1, (N, C // N)).transpose(1, 2)
+
+    cells = to_tokens(F.conv2d(F.adaptive_avg_pool2d(to_map(x), 7), *sr))
+    cells = F.gelu(F.layer_norm(cells, (C,), gamma, beta, eps=1e-5))
+    k, v = F.linear(cells, *kv).chunk(2, dim=-1)
+    y = F.scaled_dot_product_attention(heads(F.linear(x, *q)), heads(k), heads(v))
+    y_attn = F.linear(y.transpose(1, 2).flatten(2), *proj)
+    hidden = F.conv2d(to_map(F.relu(F.linear(x, *fc1))), *dwconv, padding=1, groups=EC)
+    y_mlp = F.linear(F.gelu(to_tokens(hidden)), *fc2)
+    results = {"y_attn": y_attn, "y_mlp": y_mlp}
+    for y, leaves in (
+        (y_attn, {"dx_attn": x, "dq": q[0], "dsr": sr[0], "dnorm": gamma}),
+        (y_mlp, {"dx_mlp": x, "dfc1_bias": fc1[1], "dkappa": dwconv[0], "dkappa_bias": dwconv[1]}),
+    ):
+        grads = torch.autograd.grad(y, list(leaves.values()), dy)
+        results |= dict(zip(leaves, grads, strict=True))
+    return results
+
+
 def main() -> None:
     """Writes the pages named, or all; floats in JSON keep every bit."""
     FOLDER.mkdir(exist_ok=True)
