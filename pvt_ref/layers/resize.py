@@ -65,7 +65,8 @@ def resize_matrix(
     if mode == "bilinear":
         centre = np.maximum(centre, 0)  # before the first cell
     left = np.floor(centre).astype(int)
-    for k, weight in _WEIGHTS[mode](centre - left).items():
+    toward_right = centre - left
+    for k, weight in _WEIGHTS[mode](toward_right).items():
         # added: at the border, several of them are one cell
         A[cells, np.clip(left + k, 0, in_size - 1)] += weight
     return A
