@@ -1,14 +1,17 @@
 """How files of other projects name and cut a network's weights, and what else they say of it.
 
-Most weights are only renamed; a few are cut or glued, so the map is spelled out as pieces: some
+Most weights are only pieces_by; a few are cut or glued, so the map is spelled out as pieces: some
 rows of our array are some rows of theirs. A network makes its layouts, and a :class:`Files`, in its
 own folder; :mod:`pvt_ref.checkpoint`, which knows no network, does the rest.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from pvt_ref.errors import CheckpointError, shown
 
 Region = tuple[slice, ...]
 Shape = tuple[int, ...]
@@ -29,11 +32,6 @@ class Piece(NamedTuple):
 def same_key(key: str) -> str:
     """A layout that renames nothing."""
     return key
-
-
-def same_pieces(key: str, shape: Shape, config: Any) -> list[Piece]:
-    """A layout that cuts nothing and renames nothing."""
-    return [Piece(key, WHOLE, key, WHOLE, shape)]
 
 
 def renaming(table: Mapping[str, str]) -> Callable[[str], str | None]:
@@ -57,6 +55,47 @@ def renaming(table: Mapping[str, str]) -> Callable[[str], str | None]:
     return rename
 
 
+def pieces_by(
+    rename: Callable[[str], str | None], stacked: tuple[str, ...] = ()
+) -> Callable[[str, Shape, Any], list[Piece]]:
+    """The ``pieces_of`` of a layout that renames, and may keep apart what we stack.
+
+    stacked are the names of these parts in our rows, from above; rename gives the first.
+    """
+
+    def pieces_of(key: str, shape: Shape, config: Any) -> list[Piece]:
+        name = rename(key)
+        assert name is not None, key
+        if not stacked or f".{stacked[0]}." not in name:
+            return [Piece(key, WHOLE, name, WHOLE, shape)]
+        rows = shape[0] // len(stacked)
+        return [
+            Piece(
+                key,
+                (slice(i * rows, (i + 1) * rows),),
+                name.replace(f".{stacked[0]}.", f".{part}."),
+                WHOLE,
+                (rows, *shape[1:]),
+            )
+            for i, part in enumerate(stacked)
+        ]
+
+    return pieces_of
+
+
+#: Of a layout that renames nothing.
+same_pieces = pieces_by(same_key)
+
+
+def one_side(name: str, sides: Any, why: str) -> Any:
+    """The side of a square that a config.json names, alone or twice. Raises: CheckpointError."""
+    if not isinstance(sides, list):
+        return sides
+    if len(sides) != 2 or sides[0] != sides[1]:
+        raise CheckpointError(f"{name} is {shown(sides)}; {why}")
+    return sides[0]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """How one family of files names and cuts the weights."""
@@ -70,6 +109,35 @@ class Layout:
     unused: tuple[str, ...] = ()  # their keys that are left out, such as those of a head
     config_beside: bool = False  # whether a config.json lies beside such files
     eps_advice: str = ""  # which other eps to pass, and when; for `source`
+
+
+class Seen(NamedTuple):
+    """What the shapes in a file show of a network, asked by our keys."""
+
+    shapes: Mapping[str, Shape]
+    layout: Layout
+
+    def has(self, key: str) -> bool:
+        """Whether the file has that array."""
+        return self.layout.rename(key) in self.shapes
+
+    def shape(self, key: str) -> Shape:
+        """Of an array; a KeyError if the file has none."""
+        return self.shapes[self.layout.rename(key) or ""]
+
+    def first(self, *keys: str) -> Shape:
+        """Of the first of these that the file has, with an axis or more; () if it has none."""
+        found = (self.shapes.get(self.layout.rename(key) or "") for key in keys)
+        return next(filter(None, found), ())
+
+    def depth(self, blocks: str) -> int:
+        """How many blocks have keys ``{blocks}.{number}``."""
+        return next(b for b in itertools.count() if not self.has(f"{blocks}.{b}.norm1.weight"))
+
+    def mlp_ratio(self, block: str) -> float:
+        """E, whole if it is."""
+        hidden, C = self.shape(f"{block}.mlp.fc1.weight")[:2]
+        return hidden / C if hidden % C else hidden // C
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -1,14 +1,24 @@
 """A PVT in the files of other projects: four layouts, and Hugging Face's config.json."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from pvt_ref.checks import TOO_LARGE, is_whole
 from pvt_ref.errors import CheckpointError, ConfigError, shown
-from pvt_ref.models.layouts import WHOLE, Files, Layout, Piece, Shape, renaming, same_key
+from pvt_ref.models.layouts import (
+    WHOLE,
+    Files,
+    Layout,
+    Piece,
+    Seen,
+    Shape,
+    one_side,
+    pieces_by,
+    renaming,
+    same_key,
+)
 from pvt_ref.models.pvt.config import NUM_STAGES, VARIANTS, PVTConfig
 
 _BASE = "pvt."  # of every key but the classifier's: what transformers calls a base model
@@ -43,36 +53,35 @@ _mm_name = renaming({ours: theirs[1] for ours, theirs in _KEYS.items() if len(th
 
 def _pieces(rename: Callable[[str], str | None], keeps_cls_row: bool = True) -> Any:
     """The ``pieces_of`` of a layout: backbones keep the cls row of the last table and skip it."""
+    plain = pieces_by(rename, stacked=("key", "value"))
 
     def pieces_of(key: str, shape: Shape, config: PVTConfig) -> list[Piece]:
-        name = rename(key)
-        assert name is not None, key
+        pieces = plain(key, shape, config)
         if keeps_cls_row and key == _LAST_TABLE:
             _, n, C = shape
-            return [Piece(key, WHOLE, name, (slice(None), slice(1, None)), (1, n + 1, C))]
-        if ".self.key." in name:  # ours are (2C, ...): keys above values
-            C, value = shape[0] // 2, name.replace(".key.", ".value.")
-            half = (C, *shape[1:])
-            return [
-                Piece(key, (slice(0, C),), name, WHOLE, half),
-                Piece(key, (slice(C, 2 * C),), value, WHOLE, half),
-            ]
-        return [Piece(key, WHOLE, name, WHOLE, shape)]
+            rows = (slice(None), slice(1, None))
+            return [x._replace(foreign_region=rows, foreign_shape=(1, n + 1, C)) for x in pieces]
+        return pieces
 
     return pieces_of
 
 
-def _mm_pieces(key: str, shape: Shape, config: PVTConfig) -> list[Piece]:
-    name = _mm_name(key)
-    if name is None or (key.endswith("attn.proj.bias") and not config.qkv_bias):
-        return []
-    if ".attn.q." in key or ".attn.kv." in key:  # glued: (3C, ...), q above k above v
-        C = config.embed_dims[int(key[len("block")]) - 1]
-        rows = slice(0, C) if ".attn.q." in key else slice(C, 3 * C)
-        return [Piece(key, WHOLE, name, (rows,), (3 * C, *shape[1:]))]
-    if ".mlp." in key and key.endswith(".weight"):  # a linear layer written as 1x1 convolution
-        shape = (*shape, 1, 1)
-    return [Piece(key, WHOLE, name, WHOLE, shape)]
+def mmdetection_pieces(rename: Callable[[str], str | None]) -> Any:
+    """The ``pieces_of`` of MMDetection's backbones, of either version of PVT."""
+
+    def pieces_of(key: str, shape: Shape, config: Any) -> list[Piece]:
+        name = rename(key)
+        if name is None or (key.endswith("attn.proj.bias") and not config.qkv_bias):
+            return []
+        if ".attn.q." in key or ".attn.kv." in key:  # glued: (3C, ...), q above k above v
+            C = config.embed_dims[int(key[len("block")]) - 1]
+            rows = slice(0, C) if ".attn.q." in key else slice(C, 3 * C)
+            return [Piece(key, WHOLE, name, (rows,), (3 * C, *shape[1:]))]
+        if ".mlp.fc" in key and key.endswith(".weight"):  # linear, written as 1x1 convolution
+            shape = (*shape, 1, 1)
+        return [Piece(key, WHOLE, name, WHOLE, shape)]
+
+    return pieces_of
 
 
 _CLS = ("cls_token", "norm.weight", "norm.bias")
@@ -106,7 +115,11 @@ HUGGING_FACE_BARE = Layout(
     **_PORT,
 )
 MMDETECTION = Layout(
-    name="MMDetection layout", rename=_mm_name, pieces_of=_mm_pieces, has_classifier=False, **_PORT
+    name="MMDetection layout",
+    rename=_mm_name,
+    pieces_of=mmdetection_pieces(_mm_name),
+    has_classifier=False,
+    **_PORT,
 )
 
 
@@ -121,14 +134,12 @@ def _bare(layout: Layout, state: Mapping[str, Any], wanted: bool) -> tuple[Layou
 
 
 def _fit(config: PVTConfig, shapes: Mapping[str, Shape], layout: Layout) -> PVTConfig:
-    def first(*keys: str) -> Shape:
-        return next((s for k in keys if (s := shapes.get(layout.rename(k) or ""))), ())
-
-    head = first("head.weight", "head.bias")
+    seen = Seen(shapes, layout)
+    head = seen.first("head.weight", "head.bias")
     num_classes = head[0] if head else config.num_classes
-    if layout.has_classifier is False or not (head or first("cls_token", "norm.weight")):
+    if layout.has_classifier is False or not (head or seen.first("cls_token", "norm.weight")):
         num_classes = 0
-    kernel, table = first("patch_embed1.proj.weight"), first("pos_embed1")
+    kernel, table = seen.first("patch_embed1.proj.weight"), seen.first("pos_embed1")
     in_chans = kernel[1] if len(kernel) == 4 else config.in_chans
     side = math.isqrt(table[1]) * config.patch_sizes[0] if len(table) == 3 else config.img_size
     changes = {"num_classes": num_classes, "in_chans": in_chans}
@@ -141,30 +152,20 @@ def _fit(config: PVTConfig, shapes: Mapping[str, Shape], layout: Layout) -> PVTC
 
 
 def _shown(shapes: Mapping[str, Shape], layout: Layout) -> dict[str, Any]:
-    def present(key: str) -> bool:
-        return layout.rename(key) in shapes
-
-    def shape(key: str) -> Shape:
-        return shapes[layout.rename(key) or ""]
-
-    def depth(i: int) -> int:
-        return next(b for b in itertools.count() if not present(f"block{i}.{b}.norm1.weight"))
-
-    stages = range(1, NUM_STAGES + 1)
+    seen, stages = Seen(shapes, layout), range(1, NUM_STAGES + 1)
     reductions = [f"block{i}.0.attn.sr.weight" for i in stages]
     try:
-        P = [shape(f"patch_embed{i}.proj.weight")[2] for i in stages]
-        widths = [shape(f"block{i}.0.mlp.fc1.weight")[:2] for i in stages]  # hidden, C
+        P = [seen.shape(f"patch_embed{i}.proj.weight")[2] for i in stages]
         return {
-            "img_size": math.isqrt(shape("pos_embed1")[1]) * P[0],
-            "in_chans": shape("patch_embed1.proj.weight")[1],
-            "num_classes": shape("head.weight")[0] if present("head.weight") else 0,
+            "img_size": math.isqrt(seen.shape("pos_embed1")[1]) * P[0],
+            "in_chans": seen.shape("patch_embed1.proj.weight")[1],
+            "num_classes": seen.shape("head.weight")[0] if seen.has("head.weight") else 0,
             "patch_sizes": tuple(P),
-            "embed_dims": tuple(shape(f"pos_embed{i}")[2] for i in stages),
-            "mlp_ratios": tuple(h / C if h % C else h // C for h, C in widths),
-            "qkv_bias": present("block1.0.attn.q.bias"),
-            "depths": tuple(map(depth, stages)),
-            "sr_ratios": tuple(shape(key)[2] if present(key) else 1 for key in reductions),
+            "embed_dims": tuple(seen.shape(f"pos_embed{i}")[2] for i in stages),
+            "mlp_ratios": tuple(seen.mlp_ratio(f"block{i}.0") for i in stages),
+            "qkv_bias": seen.has("block1.0.attn.q.bias"),
+            "depths": tuple(seen.depth(f"block{i}") for i in stages),
+            "sr_ratios": tuple(seen.shape(key)[2] if seen.has(key) else 1 for key in reductions),
         }
     except (KeyError, IndexError, ValueError, ZeroDivisionError):
         return {}
@@ -195,11 +196,8 @@ def _from_hugging_face(fields: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"{what}: its patches overlap, and those of this project do not")
     values = {ours: fields[theirs] for theirs, ours in _SAME.items() if theirs in fields}
     if "image_size" in fields:
-        side = fields["image_size"]
-        sides = side if isinstance(side, list) else [side, side]
-        if len(sides) != 2 or sides[0] != sides[1]:
-            raise CheckpointError(f"image_size is {shown(side)}; tables here are square")
-        values["img_size"] = sides[0]
+        why = "tables here are square"
+        values["img_size"] = one_side("image_size", fields["image_size"], why)
     if "layer_norm_eps" in fields:
         values |= dict.fromkeys(("norm_eps", "projection_norm_eps"), fields["layer_norm_eps"])
     return {**values, "qk_scale": None}  # its code has no such thing

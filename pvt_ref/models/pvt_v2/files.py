@@ -4,14 +4,14 @@ Depth-wise convolutions tell them apart from a PVT's.
 """
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pvt_ref.checks import TOO_LARGE, is_whole
 from pvt_ref.errors import CheckpointError, ConfigError, shown
 from pvt_ref.models.fields import NUM_STAGES
-from pvt_ref.models.layouts import WHOLE, Files, Layout, Piece, Shape, renaming
+from pvt_ref.models.layouts import Files, Layout, Seen, Shape, one_side, pieces_by, renaming
+from pvt_ref.models.pvt.files import mmdetection_pieces
 from pvt_ref.models.pvt_v2.config import KERNELS, STRIDES, VARIANTS, PVTv2Config
 
 _BASE = "pvt_v2."  # of every key but the classifier's: what transformers calls a base model
@@ -71,43 +71,6 @@ def _timm_name(key: str) -> str | None:
     return name and name.replace("stages.0.downsample", "patch_embed")
 
 
-def _renamed(rename: Callable[[str], str | None]) -> Callable[..., list[Piece]]:
-    """Pieces of a layout that cuts nothing."""
-
-    def pieces_of(key: str, shape: Shape, config: PVTv2Config) -> list[Piece]:
-        return [Piece(key, WHOLE, rename(key) or "", WHOLE, shape)]
-
-    return pieces_of
-
-
-def _hugging_face(rename: Callable[[str], str | None]) -> Callable[..., list[Piece]]:
-    def pieces_of(key: str, shape: Shape, config: PVTv2Config) -> list[Piece]:
-        name = rename(key) or ""
-        if ".attn.kv." not in key:
-            return [Piece(key, WHOLE, name, WHOLE, shape)]
-        C = shape[0] // 2  # (2C, ...): keys above values
-        half = (C, *shape[1:])
-        return [
-            Piece(key, (slice(0, C),), name, WHOLE, half),
-            Piece(key, (slice(C, 2 * C),), name.replace(".key.", ".value."), WHOLE, half),
-        ]
-
-    return pieces_of
-
-
-def _mmdetection(key: str, shape: Shape, config: PVTv2Config) -> list[Piece]:
-    name = _mmdetection_name(key)
-    if name is None or (key.endswith("attn.proj.bias") and not config.qkv_bias):
-        return []
-    if ".attn.q." in key or ".attn.kv." in key:  # glued: (3C, ...), q above k above v
-        C = config.embed_dims[int(key[len("block")]) - 1]
-        rows = slice(0, C) if ".attn.q." in key else slice(C, 3 * C)
-        return [Piece(key, WHOLE, name, (rows,), (3 * C, *shape[1:]))]
-    if ".mlp.fc" in key and key.endswith(".weight"):  # a linear layer written as 1x1 convolution
-        return [Piece(key, WHOLE, name, WHOLE, (*shape, 1, 1))]
-    return [Piece(key, WHOLE, name, WHOLE, shape)]
-
-
 _DWCONV = tuple(f"block{i}.0.mlp.dwconv.dwconv.weight" for i in range(1, NUM_STAGES + 1))
 _HEAD = ("head.weight", "head.bias")
 _PORT: Any = {
@@ -119,14 +82,14 @@ AUTHORS = Layout(name="authors' layout", marks=_DWCONV, eps=(1e-6, 1e-5))
 TIMM = Layout(
     name="timm layout",
     rename=_timm_name,
-    pieces_of=_renamed(_timm_name),
+    pieces_of=pieces_by(_timm_name),
     marks=_DWCONV,
     eps=(1e-6, 1e-5),
 )
 HUGGING_FACE = Layout(
     name="Hugging Face layout",
     rename=_hugging_face_name,
-    pieces_of=_hugging_face(_hugging_face_name),
+    pieces_of=pieces_by(_hugging_face_name, stacked=("key", "value")),
     marks=_HEAD,
     has_classifier=True,
     config_beside=True,
@@ -135,7 +98,7 @@ HUGGING_FACE = Layout(
 HUGGING_FACE_BARE = Layout(
     name="Hugging Face layout without classifier",
     rename=_bare_name,
-    pieces_of=_hugging_face(_bare_name),
+    pieces_of=pieces_by(_bare_name, stacked=("key", "value")),
     marks=_DWCONV,
     has_classifier=False,
     config_beside=True,
@@ -144,7 +107,7 @@ HUGGING_FACE_BARE = Layout(
 MMDETECTION = Layout(
     name="MMDetection layout",
     rename=_mmdetection_name,
-    pieces_of=_mmdetection,
+    pieces_of=mmdetection_pieces(_mmdetection_name),
     marks=_DWCONV,
     has_classifier=False,
     **_PORT,
@@ -162,10 +125,8 @@ def _bare(layout: Layout, state: Mapping[str, Any], wanted: bool) -> tuple[Layou
 
 
 def _fit(config: PVTv2Config, shapes: Mapping[str, Shape], layout: Layout) -> PVTv2Config:
-    def first(*keys: str) -> Shape:
-        return next((s for k in keys if (s := shapes.get(layout.rename(k) or ""))), ())
-
-    head, kernel = first(*_HEAD), first("patch_embed1.proj.weight")
+    seen = Seen(shapes, layout)
+    head, kernel = seen.first(*_HEAD), seen.first("patch_embed1.proj.weight")
     has_head = head and layout.has_classifier is not False and not layout.unused
     in_chans = kernel[1] if len(kernel) == 4 else config.in_chans
     num_classes = head[0] if has_head else 0
@@ -176,35 +137,19 @@ def _fit(config: PVTv2Config, shapes: Mapping[str, Shape], layout: Layout) -> PV
 
 
 def _shown(shapes: Mapping[str, Shape], layout: Layout) -> dict[str, Any]:
-    def shape(key: str) -> Shape:
-        return shapes[layout.rename(key) or ""]
-
-    def present(key: str) -> bool:
-        return layout.rename(key) in shapes
-
-    def ratio(i: int) -> float:
-        hidden, C_i = shape(f"block{i}.0.mlp.fc1.weight")[:2]
-        return hidden / C_i if hidden % C_i else hidden // C_i
-
-    def depth(i: int) -> int:
-        return next(b for b in itertools.count() if not present(f"block{i}.{b}.norm1.weight"))
-
-    def reduction(i: int) -> int:
-        key = f"block{i}.0.attn.sr.weight"
-        return shape(key)[2] if present(key) else 0
-
-    stages = range(1, NUM_STAGES + 1)
+    seen, stages = Seen(shapes, layout), range(1, NUM_STAGES + 1)
+    reductions = [f"block{i}.0.attn.sr.weight" for i in stages]
     try:
-        R = tuple(map(reduction, stages))
+        R = tuple(seen.shape(key)[2] if seen.has(key) else 0 for key in reductions)
         linear = R == (1,) * NUM_STAGES
         ratios = PVTv2Config().sr_ratios if linear else tuple(r or 1 for r in R)
         return {
-            "in_chans": shape("patch_embed1.proj.weight")[1],
-            "num_classes": shape("head.weight")[0] if present("head.weight") else 0,
-            "embed_dims": tuple(shape(f"patch_embed{i}.proj.weight")[0] for i in stages),
-            "mlp_ratios": tuple(map(ratio, stages)),
-            "qkv_bias": present("block1.0.attn.q.bias"),
-            "depths": tuple(map(depth, stages)),
+            "in_chans": seen.shape("patch_embed1.proj.weight")[1],
+            "num_classes": seen.shape("head.weight")[0] if seen.has("head.weight") else 0,
+            "embed_dims": tuple(seen.shape(f"patch_embed{i}.proj.weight")[0] for i in stages),
+            "mlp_ratios": tuple(seen.mlp_ratio(f"block{i}.0") for i in stages),
+            "qkv_bias": seen.has("block1.0.attn.q.bias"),
+            "depths": tuple(seen.depth(f"block{i}") for i in stages),
             "sr_ratios": ratios,
             "linear": linear,
         }
@@ -237,11 +182,8 @@ def _from_hugging_face(fields: Mapping[str, Any]) -> dict[str, Any]:
             raise CheckpointError(f"{name} is {shown(fields[name])}; known is {known!r} only")
     values = {ours: fields[theirs] for theirs, ours in _SAME.items() if theirs in fields}
     if "image_size" in fields:
-        side = fields["image_size"]
-        sides = side if isinstance(side, list) else [side, side]
-        if len(sides) != 2 or sides[0] != sides[1]:
-            raise CheckpointError(f"image_size is {shown(side)}; it must be one side, of a square")
-        values["img_size"] = sides[0]
+        why = "it must be one side, of a square"
+        values["img_size"] = one_side("image_size", fields["image_size"], why)
     if "layer_norm_eps" in fields:
         values |= dict.fromkeys(("norm_eps", "projection_norm_eps"), fields["layer_norm_eps"])
     return {**values, "qk_scale": None}  # its code has no such thing

@@ -1,14 +1,23 @@
 """A ViT in the files of other projects: DeiT and timm, Hugging Face, MMSegmentation."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from pvt_ref.checks import is_whole
 from pvt_ref.errors import CheckpointError, ConfigError, shown
-from pvt_ref.models.layouts import WHOLE, Files, Layout, Piece, Shape, renaming
+from pvt_ref.models.layouts import (
+    WHOLE,
+    Files,
+    Layout,
+    Piece,
+    Seen,
+    Shape,
+    one_side,
+    pieces_by,
+    renaming,
+)
 from pvt_ref.models.vit.config import ViTConfig
 
 _BASE = "vit."  # of every key but the classifier's: what transformers calls a base model
@@ -35,29 +44,6 @@ _bare_name = renaming({ours: theirs[0].removeprefix(_BASE) for ours, theirs in _
 _mmsegmentation_name = renaming({k: theirs[1] for k, theirs in _KEYS.items() if len(theirs) > 1})
 
 
-def _hugging_face(key: str, shape: Shape, config: ViTConfig) -> list[Piece]:
-    name = _hugging_face_name(key)
-    assert name is not None, key
-    if ".attn.qkv." not in key:
-        return [Piece(key, WHOLE, name, WHOLE, shape)]
-    C = shape[0] // 3  # (3C, ...): queries above keys above values
-    return [
-        Piece(
-            key,
-            (slice(i * C, (i + 1) * C),),
-            name.replace(".query.", f".{part}."),
-            WHOLE,
-            (C, *shape[1:]),
-        )
-        for i, part in enumerate(("query", "key", "value"))
-    ]
-
-
-def _hugging_face_bare(key: str, shape: Shape, config: ViTConfig) -> list[Piece]:
-    found = _hugging_face(key, shape, config)
-    return [piece._replace(foreign=piece.foreign.removeprefix(_BASE)) for piece in found]
-
-
 def _mmsegmentation(key: str, shape: Shape, config: ViTConfig) -> list[Piece]:
     name = _mmsegmentation_name(key)
     if name is None or (key.endswith("attn.proj.bias") and not config.qkv_bias):
@@ -66,6 +52,7 @@ def _mmsegmentation(key: str, shape: Shape, config: ViTConfig) -> list[Piece]:
 
 
 _MARKS = ("cls_token", "pos_embed")  # without them the blocks are of another network, as of a Swin
+_QKV = ("query", "key", "value")
 _CLASSIFIER = ("norm.weight", "norm.bias", "head.weight", "head.bias")
 _PORT_ADVICE = "pass eps=1e-6 for DeiT's training setting"
 
@@ -80,7 +67,7 @@ DEIT_BARE = Layout(
 HUGGING_FACE = Layout(
     name="Hugging Face ViT layout",
     rename=_hugging_face_name,
-    pieces_of=_hugging_face,
+    pieces_of=pieces_by(_hugging_face_name, stacked=_QKV),
     eps=(1e-12,),
     marks=_CLASSIFIER[2:],
     has_classifier=True,
@@ -90,7 +77,7 @@ HUGGING_FACE = Layout(
 HUGGING_FACE_BARE = Layout(
     name="Hugging Face ViT layout without classifier",
     rename=_bare_name,
-    pieces_of=_hugging_face_bare,
+    pieces_of=pieces_by(_bare_name, stacked=_QKV),
     eps=(1e-12,),
     marks=_MARKS,
     has_classifier=False,
@@ -124,11 +111,9 @@ def _bare(layout: Layout, state: Mapping[str, Any], wanted: bool) -> tuple[Layou
 
 
 def _fit(config: ViTConfig, shapes: Mapping[str, Shape], layout: Layout) -> ViTConfig:
-    def first(*keys: str) -> Shape:
-        return next((s for k in keys if (s := shapes.get(layout.rename(k) or ""))), ())
-
-    head = first("head.weight", "head.bias")
-    kernel, table = first("patch_embed.proj.weight"), first("pos_embed")
+    seen = Seen(shapes, layout)
+    head = seen.first("head.weight", "head.bias")
+    kernel, table = seen.first("patch_embed.proj.weight"), seen.first("pos_embed")
     changes: dict[str, Any] = {}
     if layout.has_classifier is False:
         changes["num_classes"] = 0
@@ -148,24 +133,18 @@ def _fit(config: ViTConfig, shapes: Mapping[str, Shape], layout: Layout) -> ViTC
 
 
 def _shown(shapes: Mapping[str, Shape], layout: Layout) -> dict[str, Any]:
-    def shape(key: str) -> Shape:
-        return shapes[layout.rename(key) or ""]
-
-    def present(key: str) -> bool:
-        return layout.rename(key) in shapes
-
+    seen = Seen(shapes, layout)
     try:
-        C, in_chans, P, _ = shape("patch_embed.proj.weight")
-        hidden = shape("blocks.0.mlp.fc1.weight")[0]
+        C, in_chans, P, _ = seen.shape("patch_embed.proj.weight")
         return {
-            "img_size": math.isqrt(shape("pos_embed")[1] - 1) * P,
+            "img_size": math.isqrt(seen.shape("pos_embed")[1] - 1) * P,
             "patch_size": P,
             "embed_dim": C,
-            "depth": next(b for b in itertools.count() if not present(f"blocks.{b}.norm1.weight")),
-            "mlp_ratio": hidden / C if hidden % C else hidden // C,
-            "qkv_bias": present("blocks.0.attn.qkv.bias"),
+            "depth": seen.depth("blocks"),
+            "mlp_ratio": seen.mlp_ratio("blocks.0"),
+            "qkv_bias": seen.has("blocks.0.attn.qkv.bias"),
             "in_chans": in_chans,
-            "num_classes": shape("head.weight")[0] if present("head.weight") else 0,
+            "num_classes": seen.shape("head.weight")[0] if seen.has("head.weight") else 0,
         }
     except (KeyError, IndexError, ValueError, ZeroDivisionError):
         return {}
@@ -185,11 +164,8 @@ def _from_hugging_face(fields: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"hidden_act is {shown(fields['hidden_act'])}; known is 'gelu' only")
     values = {ours: fields[theirs] for theirs, ours in _SAME.items() if theirs in fields}
     for name in ("img_size", "patch_size"):
-        side = values.get(name)
-        if isinstance(side, list):
-            if len(side) != 2 or side[0] != side[1]:
-                raise CheckpointError(f"{name} is {shown(side)}; both are square here")
-            values[name] = side[0]
+        if name in values:
+            values[name] = one_side(name, values[name], "both are square here")
     if "intermediate_size" in fields:
         hidden, C = fields["intermediate_size"], fields.get("hidden_size", 0)
         if not (is_whole(hidden) and is_whole(C) and C > 0):
