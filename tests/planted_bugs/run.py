@@ -58,6 +58,11 @@ COPIED = (
     "LICENSE",
     "constraints.txt",
     "mkdocs.yml",
+    "Makefile",
+    "NOTICE",
+    ".ci",
+    ".github",
+    ".pre-commit-config.yaml",
 )
 NOT_COPIED = ("planted_bugs", "__pycache__", ".pytest_cache", ".hypothesis", "*.pyc")
 
