@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pvt_ref import __version__
 from pvt_ref.checkpoint import save
@@ -75,8 +75,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _say(message: object) -> None:
     if sys.stderr is not None:  # for None, print would take standard output
-        with suppress(OSError):  # a full disk, a closed pipe: the answers go on
+        try:
             print(printable(str(message)), file=sys.stderr, flush=True)
+        except OSError:  # a full disk, a closed pipe: the answers go on
+            _give_up(sys.stderr)
+
+
+def _give_up(stream: TextIO) -> None:
+    """What could not be written goes nowhere: Python would try once more at exit, and fail."""
+    with suppress(OSError):  # a stream of the caller's may have no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _status(inputs: int, failed: int) -> int:
@@ -227,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not closed:
             _say(f"error: {error}")
         assert sys.stdout is not None
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or exit tries once more
+        _give_up(sys.stdout)
         return _PIPE_CLOSED if closed else _NONE
     except KeyboardInterrupt:
         return _INTERRUPTED

@@ -30,13 +30,17 @@ def photo(tmp_path):
 
 
 def in_a_shell(redirection, *arguments):
-    """The program with a stream closed or redirected: status, output, errors."""
+    """The program with a stream closed or redirected: status, output, errors.
+
+    Buffered, as streams usually are: what could not be written is then tried again at exit.
+    """
     done = subprocess.run(
         ["sh", "-c", f'"$@" {redirection}', "sh", sys.executable, "-m", "pvt_ref", *arguments],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
+        env={k: value for k, value in os.environ.items() if k != "PYTHONUNBUFFERED"},
     )
     return done.returncode, done.stdout, done.stderr
 
