@@ -194,6 +194,7 @@ INTERNAL = (
     )),
     *(f"pvt_ref.train.{name}." for name in ("checks", "interrupts", "lock", "progress")),
     *(f"pvt_ref.report.{name}." for name in ("items", "shapes")),
+    "pvt_ref.models.pvt.files.",
 )  # fmt: skip
 
 
