@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from pvt_ref.kernels.cpu.threads import Scratch
-from pvt_ref.kernels.cpu.tiling import Kernel, Tiling, cut
+from pvt_ref.kernels.cpu.tiling import Kernel, Tiling
 from pvt_ref.layers.gelu import gelu
 from pvt_ref.ops import Ops
 from pvt_ref.tree import record
@@ -35,22 +35,15 @@ _COMMON = {
     for dtype in (np.float32, np.float64)
 }
 
-#: So many numbers are worked on at once. Four arrays of float32 then take 1 MiB of cache; fewer
-#: numbers would make threads wait for the interpreter. It changes no bit.
-_AT_ONCE = 2**16
-
-
 def gelu_rows(
     x: np.ndarray, scratch: Scratch, slope: np.ndarray | None = None, bias: np.ndarray | None = None
 ) -> None:
-    """x (rows, width), plus bias (width,), becomes x Phi(x), and slope Phi(x) + x phi(x)."""
-    for rows in cut(slice(0, len(x)), max(1, _AT_ONCE // x.shape[1])):
-        if bias is not None:
-            x[rows] += bias
-        _gelu(x[rows], scratch, None if slope is None else slope[rows])
+    """x (rows, width), plus bias (width,), becomes x Phi(x), and slope Phi(x) + x phi(x).
 
-
-def _gelu(x: np.ndarray, scratch: Scratch, slope: np.ndarray | None) -> None:
+    All of a tile at once: between any two calls of NumPy threads wait for the interpreter.
+    """
+    if bias is not None:
+        x += bias
     square = scratch("gelu.square", *x.shape, dtype=x.dtype)
     cdf = scratch("gelu.cdf", *x.shape, dtype=x.dtype)
     one, half, minus_half, peak, root_half = _COMMON[x.dtype]
