@@ -1,8 +1,11 @@
-"""Depth-wise convolution by lines of a map, its shifted products made and added in cache."""
+"""Depth-wise convolution by lines of a map: the sum of shifted maps is one call of einsum."""
+
+from typing import NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
-from pvt_ref.kernels.cpu.conv import padded_lines
+from pvt_ref.arrays import Grid
 from pvt_ref.kernels.cpu.linear import Sums, add_up, column_sums
 from pvt_ref.kernels.cpu.threads import Scratch
 from pvt_ref.kernels.cpu.tiling import Kernel, Tiling, by_group
@@ -12,28 +15,92 @@ from pvt_ref.layers.sum_rows import sum_rows
 from pvt_ref.ops import Ops
 from pvt_ref.tree import record
 
-#: So many numbers are worked on at once: line, product and sum then stay in a core's cache.
-_AT_ONCE = 2**16
 
-
-def _for_lines(weight: np.ndarray, W: int) -> np.ndarray:
-    """(k_h, k_w, W, C): the kernel (C, 1, k_h, k_w) again for each pixel of a line.
+def kernel_of_lines(weight: np.ndarray, W: int) -> np.ndarray:
+    """(k_h, k_w, W + b, C): the kernel (C, 1, k_h, k_w) again for each pixel of a line.
 
     NumPy then multiplies a line in one loop, instead of C numbers at a time.
     """
     C, _, k_h, k_w = weight.shape
     kernel = weight.transpose(2, 3, 1, 0)  # (k_h, k_w, 1, C)
-    return np.ascontiguousarray(np.broadcast_to(kernel, (k_h, k_w, W, C)))
+    return np.ascontiguousarray(np.broadcast_to(kernel, (k_h, k_w, W + k_w // 2, C)))
 
 
-def _sum_lines(kernel: np.ndarray, padded: np.ndarray, y: np.ndarray, scratch: Scratch) -> None:
-    """y (lines, W, C), arbitrary before, becomes the sum of the products."""
-    lines, W, _ = y.shape
-    np.multiply(padded[:lines, :W], kernel[0, 0], out=y)
-    product = scratch("depthwise.product", *y.shape, dtype=y.dtype)
-    for u, v in list(np.ndindex(kernel.shape[:2]))[1:]:
-        np.multiply(padded[u : u + lines, v : v + W], kernel[u, v], out=product)
-        y += product
+class Lines(NamedTuple):
+    """Some lines of one image, counted through the whole batch."""
+
+    lines: slice
+    seen: slice  # what a kernel sees from them
+    above: int  # lines of zeros above these
+
+
+def by_image(tile: slice, k_h: int, H: int) -> list[Lines]:
+    """A tile of lines, split where a new image of H lines begins."""
+    a, parts = k_h // 2, []
+    for b, within, _ in by_group(tile, H):
+        lines = slice(max(within.start - a, 0), min(within.stop + a, H))
+        seen, own = (slice(b * H + each.start, b * H + each.stop) for each in (lines, within))
+        parts.append(Lines(own, seen, max(a - within.start, 0)))
+    return parts
+
+
+def after(start: int, lines: slice) -> slice:
+    """The same lines in an array whose first line is that one."""
+    return slice(lines.start - start, lines.stop - start)
+
+
+def shifted_lines(
+    seen: np.ndarray, above: int, count: int, k: Grid, name: str, scratch: Scratch
+) -> np.ndarray:
+    """(k_h, k_w, count, (W + b)*C): what every number of the kernel sees of some lines of a map.
+
+    seen are those that exist, (lines, W, C), and above as many before them do not. Around them are
+    zeros, and those right of a line are also those left of the next one: so each shifted map is one
+    stretch of the thread's memory. The b = k_w // 2 pixels that end a line of results mean nothing.
+    """
+    (lines, W, C), b = seen.shape, k[1] // 2
+    line, end = (W + b) * C, b * C
+    memory = scratch(name, (count + 2 * (k[0] // 2)) * line + 2 * end, dtype=seen.dtype)
+    framed = memory[end : len(memory) - end].reshape(-1, W + b, C)
+    memory[:end] = 0
+    memory[len(memory) - end :] = 0
+    framed[:above] = 0
+    framed[above + lines :] = 0
+    framed[above : above + lines, :W] = seen
+    framed[above : above + lines, W:] = 0
+    one = memory.itemsize
+    return as_strided(memory, (*k, count, line), (line * one, C * one, line * one, one))
+
+
+def sum_lines(
+    kernel: np.ndarray,
+    bias: np.ndarray | None,
+    shifted: np.ndarray,
+    y: np.ndarray,
+    scratch: Scratch,
+) -> None:
+    """y (lines, W, C) becomes the sum of the shifted maps, each times its numbers of the kernel."""
+    lines, W, C = y.shape
+    summed = scratch("depthwise.summed", *shifted.shape[2:], dtype=y.dtype)
+    np.einsum("uvlx,uvx->lx", shifted, kernel.reshape(*kernel.shape[:2], -1), out=summed)
+    valid = summed.reshape(lines, -1, C)[:, :W]
+    if bias is None:
+        y[...] = valid
+    else:
+        np.add(valid, bias, out=y)
+
+
+def kernel_gradient(shifted: np.ndarray, dshifted: np.ndarray, C: int) -> np.ndarray:
+    """(k_h, k_w, C) float64, what these lines add: dy at every place times what was seen there."""
+    k_h, k_w, _, line = shifted.shape
+    # dy itself, with zeros where results mean nothing
+    found = np.einsum("uvlx,lx->uvx", shifted, dshifted[k_h // 2, k_w // 2])
+    return found.reshape(k_h, k_w, line // C, C).sum(axis=2, dtype=np.float64)
+
+
+def to_weight(dkernel: np.ndarray) -> np.ndarray:
+    """(k_h, k_w, C) as a weight (C, 1, k_h, k_w)."""
+    return np.ascontiguousarray(dkernel.transpose(2, 0, 1)[:, None])
 
 
 @record
@@ -47,23 +114,19 @@ def depthwise_conv_forward(
     p: ConvParams, x: np.ndarray, ops: Ops, keep: bool = True, *, tiling: Tiling
 ) -> tuple[np.ndarray, DepthwiseConvCache | None]:
     """As :func:`pvt_ref.layers.depthwise_conv.depthwise_conv_forward`."""
-    B, H, W, C = x.shape
-    kernel = _for_lines(p.weight, W)
-    k_h, k_w = kernel.shape[:2]
+    (B, H, W, C), k = x.shape, p.weight.shape[2:]
+    kernel = kernel_of_lines(p.weight, W)
     y = np.empty(x.shape, x.dtype)
+    x_lines, y_lines = (each.reshape(B * H, W, C) for each in (x, y))
 
-    def work(pieces: list[slice], scratch: Scratch) -> None:
-        for tile in pieces:
-            for b, part, _ in by_group(tile, H):
-                reached = slice(part.start, part.stop + k_h - 1)
-                padded = padded_lines(
-                    x[b], reached, (k_h // 2, k_w // 2), "depthwise.padded", scratch
-                )
-                _sum_lines(kernel, padded, y[b, part], scratch)
-                if p.bias is not None:
-                    y[b, part] += p.bias
+    def work(tiles: list[slice], scratch: Scratch) -> None:
+        for tile in tiles:
+            for lines, seen, above in by_image(tile, k[0], H):
+                target = y_lines[lines]
+                shifted = shifted_lines(x_lines[seen], above, len(target), k, "shifted.x", scratch)
+                sum_lines(kernel, p.bias, shifted, target, scratch)
 
-    tiling.run(work, B * H, _lines(tiling, W, C), tokens=W)
+    tiling.run_lines(work, B * H, W, C)
     return y, DepthwiseConvCache(x) if keep else None
 
 
@@ -74,42 +137,28 @@ def depthwise_conv_backward(
 
     dx is the same operation on dy, with the kernel turned by 180 degrees.
     """
-    x = cache.x
-    B, H, W, C = x.shape
-    turned = _for_lines(p.weight[:, :, ::-1, ::-1], W)
-    k_h, k_w = turned.shape[:2]
-    dx = np.empty(x.shape, dy.dtype)
+    (B, H, W, C), k = dy.shape, p.weight.shape[2:]
+    turned = kernel_of_lines(p.weight[:, :, ::-1, ::-1], W)
+    dx = np.empty(dy.shape, dy.dtype)
+    x_lines, dy_lines, dx_lines = (each.reshape(B * H, W, C) for each in (cache.x, dy, dx))
 
-    def work(pieces: list[slice], scratch: Scratch) -> Sums:
+    def work(tiles: list[slice], scratch: Scratch) -> Sums:
         sums = Sums()
-        for tile in pieces:
-            for b, part, _ in by_group(tile, H):
-                reached = slice(part.start, part.stop + k_h - 1)
-                frame = (k_h // 2, k_w // 2)
-                dpadded = padded_lines(dy[b], reached, frame, "depthwise.padded", scratch)
-                _sum_lines(turned, dpadded, dx[b, part], scratch)
-                padded = padded_lines(x[b], reached, frame, "depthwise.padded", scratch)
-                dy_part = dy[b, part]
-                product = scratch("depthwise.product", *dy_part.shape, dtype=dy.dtype)
-                for u, v in np.ndindex(k_h, k_w):
-                    seen = padded[u : u + len(dy_part), v : v + W]
-                    np.multiply(dy_part, seen, out=product)
-                    sums.add(f"weight {u} {v}", column_sums(product.reshape(-1, C)))
-                if p.bias is not None:
-                    sums.add("bias", column_sums(dy_part.reshape(-1, C)))
+        for tile in tiles:
+            for lines, seen, above in by_image(tile, k[0], H):
+                target = dx_lines[lines]
+                shifted, dshifted = (
+                    shifted_lines(each[seen], above, len(target), k, name, scratch)
+                    for each, name in ((x_lines, "shifted.x"), (dy_lines, "shifted.dy"))
+                )
+                sum_lines(turned, None, dshifted, target, scratch)
+                sums.add("kernel", kernel_gradient(shifted, dshifted, C))
+            sums.add("bias", column_sums(dy_lines[tile].reshape(-1, C)))
         return sums
 
-    pieces = tiling.run(work, B * H, _lines(tiling, W, C), tokens=W)
-    dweight = np.empty(p.weight.shape, dy.dtype)
-    for u, v in np.ndindex(k_h, k_w):
-        dweight[:, 0, u, v] = add_up(pieces, f"weight {u} {v}", dy.dtype)
+    pieces = tiling.run_lines(work, B * H, W, C)
     dbias = None if p.bias is None else add_up(pieces, "bias", dy.dtype)
-    return dx, ConvParams(dweight, dbias)
-
-
-def _lines(tiling: Tiling, W: int, C: int) -> int:
-    """How many lines of (W, C) a tile has."""
-    return max(1, min(tiling.elements, _AT_ONCE) // (W * C))
+    return dx, ConvParams(to_weight(add_up(pieces, "kernel", dy.dtype)), dbias)
 
 
 depthwise_conv_kernel = Kernel(

@@ -57,6 +57,23 @@ def mlp_rows(
     linear_rows(p.fc2, wide, y, scratch)
 
 
+def hidden_backward_rows(
+    fc2: LinearParams, slope: np.ndarray, dy: np.ndarray, dhidden: np.ndarray, scratch: Scratch
+) -> np.ndarray:
+    """dhidden (rows, E*C) becomes the gradient before GELU, back through fc2.
+
+    Returns its sums over these rows, made while they are in cache.
+    """
+
+    def work(columns: slice, scratch: Scratch) -> np.ndarray:
+        part = dhidden[:, columns]
+        np.matmul(dy, fc2.weight[:, columns], out=part)
+        part *= slope[:, columns]
+        return column_sums(part)
+
+    return np.concatenate(share_columns(work, dhidden.shape[1], scratch))
+
+
 def mlp_backward_rows(
     p: MLPParams,
     slope: np.ndarray,
@@ -65,18 +82,8 @@ def mlp_backward_rows(
     dx: np.ndarray,
     scratch: Scratch,
 ) -> np.ndarray:
-    """dx (rows, C) becomes the gradient, dhidden (rows, E*C) that before GELU.
-
-    Returns the sums of dhidden over these rows, made while they are in cache.
-    """
-
-    def expand(columns: slice, scratch: Scratch) -> np.ndarray:
-        part = dhidden[:, columns]
-        np.matmul(dy, p.fc2.weight[:, columns], out=part)
-        part *= slope[:, columns]
-        return column_sums(part)
-
-    sums = np.concatenate(share_columns(expand, dhidden.shape[1], scratch))
+    """dx (rows, C) becomes the gradient, and as :func:`hidden_backward_rows`."""
+    sums = hidden_backward_rows(p.fc2, slope, dy, dhidden, scratch)
     times_weight_rows(p.fc1, dhidden, dx, scratch)
     return sums
 

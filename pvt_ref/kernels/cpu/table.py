@@ -8,6 +8,7 @@ from pvt_ref.errors import RangeError, shown
 from pvt_ref.kernels.cpu.attention import attention_kernel
 from pvt_ref.kernels.cpu.block import block_kernel
 from pvt_ref.kernels.cpu.conv import conv_kernel
+from pvt_ref.kernels.cpu.conv_mlp import conv_mlp_kernel
 from pvt_ref.kernels.cpu.depthwise_conv import depthwise_conv_kernel
 from pvt_ref.kernels.cpu.gelu import gelu_kernel
 from pvt_ref.kernels.cpu.layer_norm import layer_norm_kernel
@@ -54,6 +55,6 @@ def _table(tiling: Tiling) -> Ops:
 
     # what the block computes itself: these serve outside of it, and where it steps aside
     layers = of(linear_kernel, layer_norm_kernel, gelu_kernel, softmax_kernel)
-    parts = layers | of(attention_kernel, patch_embed_kernel, mlp_kernel)
-    twins = of(position_kernel, block_kernel, conv_kernel, depthwise_conv_kernel)
+    parts = layers | of(attention_kernel, patch_embed_kernel, mlp_kernel, depthwise_conv_kernel)
+    twins = of(position_kernel, block_kernel, conv_kernel, conv_mlp_kernel)
     return Ops(twins, parts=parts, name="blocked", accepts=is_numpy, settings=tiling)
