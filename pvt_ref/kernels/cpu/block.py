@@ -6,6 +6,8 @@ rows after the other through all the rest: queries, attention, projection, sum, 
 Nothing but the tokens, the keys and the values exists at full length. The backward goes the same
 way back: first the rows, then the keys and values; last, the products that give the weights'
 gradients, over all tokens at once.
+
+A convolution in the MLP sees tokens of other tiles, so PVT v2's MLP follows as a sweep of its own.
 """
 
 from collections import defaultdict
@@ -15,12 +17,18 @@ from typing import Any
 import numpy as np
 
 from pvt_ref.arrays import Grid
+from pvt_ref.blocks.conv_mlp import ConvMLPParams, conv_mlp
 from pvt_ref.blocks.mha import MHAParams, mha
 from pvt_ref.blocks.mlp import MLPParams, mlp
 from pvt_ref.blocks.sra import SRAParams, sra
 from pvt_ref.blocks.transformer import BlockParams, BlockSettings, block
 from pvt_ref.draws import Rng
 from pvt_ref.kernels.cpu.attention import attend_backward_rows, attend_rows, attention_kernel
+from pvt_ref.kernels.cpu.conv_mlp import (
+    conv_mlp_backward,
+    conv_mlp_forward,
+    conv_mlp_kernel,
+)
 from pvt_ref.kernels.cpu.layer_norm import (
     add_up_norm,
     empty_layer_norm_cache,
@@ -37,7 +45,6 @@ from pvt_ref.kernels.cpu.linear import (
     weight_gradients,
 )
 from pvt_ref.kernels.cpu.mlp import (
-    HiddenCache,
     empty_hidden,
     mlp_backward_rows,
     mlp_kernel,
@@ -61,7 +68,6 @@ from pvt_ref.layers.dropout import drop_path
 from pvt_ref.layers.layer_norm import LayerNormCache
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.layers.patch_embed import patch_embed
-from pvt_ref.layers.sum_rows import sum_rows
 from pvt_ref.ops import REFERENCE, Ops
 from pvt_ref.tree import record
 
@@ -74,7 +80,7 @@ class KeptCache:
     q: np.ndarray  # (B*n, C)
     heads: np.ndarray  # (B*n, C), attention's result before W^O
     norm2: LayerNormCache  # over (B*n, C)
-    hidden: HiddenCache  # (B*n, E*C)
+    hidden: Any  # HiddenCache (B*n, E*C), or what the kernel of an MLP with a convolution keeps
     reduction: Projection | None  # None if R = 1, like the next
     embedded: EmbeddedCache | None  # over (B*m, R*R*C)
     reduced: np.ndarray  # (B*m, C), SR(norm1(x)): keys and values are made of it
@@ -166,7 +172,7 @@ def block_forward(
     That one runs where there is dropout, or attention or MLP is of a kind that is not known here.
     """
     attn = settings.attn
-    known = isinstance(p.attn, SRAParams | MHAParams) and isinstance(p.mlp, MLPParams)
+    known = isinstance(p.attn, SRAParams | MHAParams) and type(p.mlp) in (MLPParams, ConvMLPParams)
     drops = rng is not None and (settings.drop_rate or attn.drop_rate or attn.attn_drop_rate)
     if drops or not known:
         return block.forward(p, x, ops, grid, settings, rng, keep)
@@ -177,6 +183,7 @@ def block_forward(
     gains = (_draw_gain(x, rate, rng), _draw_gain(x, rate, rng))
     tokens = np.ascontiguousarray(x).reshape(B * n, C)
     y = np.empty_like(tokens)
+    normed2 = np.empty_like(tokens) if isinstance(p.mlp, ConvMLPParams) else None
     lines = _Lines.of(p.attn, x.shape, grid)
     m = lines.count * lines.keys // B
     kv = np.empty((B, m, 2 * C), x.dtype)
@@ -188,7 +195,7 @@ def block_forward(
     if keep:
         norm1, norm2 = (empty_layer_norm_cache(B * n, C, x.dtype) for _ in range(2))
         q, heads, reduced = (np.empty((rows, C), x.dtype) for rows in (B * n, B * n, B * m))
-        hidden = empty_hidden(p.mlp, B * n, x.dtype)
+        hidden = empty_hidden(p.mlp, B * n, x.dtype) if isinstance(p.mlp, MLPParams) else None
         if reduction is not None:
             embedded = empty_embedded_cache(B * m, reduction)
         kept = KeptCache(
@@ -230,17 +237,28 @@ def block_forward(
             _scale_samples(y_rows, gains[0], rows, n)
             y_rows += x_rows
             # x = x + droppath(mlp(norm2(x)))
+            normed = normed if normed2 is None else normed2[rows]
             layer_norm_rows(p.norm2, y_rows, eps, normed, rows_of(norm2, rows))
+            if mlp_params is None:
+                continue
             mlp_rows(mlp_params, normed, branch, rows_of(hidden, rows), scratch)
             _scale_samples(branch, gains[1], rows, n)
             y_rows += branch
 
     q_params, proj = for_many_rows(p.attn.q, B * n), for_many_rows(p.attn.proj, B * n)
     kv_params = for_many_rows(p.attn.kv, B * m)
-    mlp_params = MLPParams(for_many_rows(p.mlp.fc1, B * n), for_many_rows(p.mlp.fc2, B * n))
+    mlp_params = None
+    if isinstance(p.mlp, MLPParams):
+        mlp_params = MLPParams(for_many_rows(p.mlp.fc1, B * n), for_many_rows(p.mlp.fc2, B * n))
     tiling.run_lines(make_keys, lines.count, lines.tokens, C)
     tiling.run(make_rows, B * n, tiling.rows(p.mlp.fc1.weight.shape[0]))
-    return y.reshape(x.shape), kept
+    y = y.reshape(x.shape)
+    if normed2 is not None:
+        tokens, told = normed2.reshape(x.shape), (grid, settings.has_relu)
+        branch, hidden = conv_mlp_forward(p.mlp, tokens, ops, *told, keep=keep, tiling=tiling)
+        y += branch if gains[1] is None else branch * gains[1]
+        kept = None if kept is None else replace(kept, hidden=hidden)
+    return y, kept
 
 
 def block_backward(
@@ -255,11 +273,17 @@ def block_backward(
     N, dtype = attn.num_heads, dy.dtype
     dy_rows = np.ascontiguousarray(dy).reshape(-1, C)
     lines = _Lines.of(p.attn, dy.shape, cache.grid)
-    dx = np.empty_like(dy_rows)  # of what norm2 and its skip were given
+    dfc2 = dy_rows if gain2 is None else (dy * gain2).reshape(-1, C)
+    # dx: of what norm2 and its skip were given
+    if isinstance(p.mlp, ConvMLPParams):
+        dtokens, dmlp = conv_mlp_backward(
+            p.mlp, cache.hidden, dfc2.reshape(dy.shape), ops, tiling=tiling
+        )
+        dx, dhidden = dtokens.reshape(-1, C), None
+    else:
+        dx, dhidden, dmlp = np.empty_like(dy_rows), np.empty_like(cache.hidden.slope), None
     dq, dnormed1 = np.empty_like(dy_rows), np.empty_like(dy_rows)
     dproj = dx if gain1 is None else np.empty_like(dy_rows)
-    dfc2 = dy_rows if gain2 is None else np.empty_like(dy_rows)
-    dhidden = np.empty_like(cache.hidden.slope)  # before GELU
     dprojected = np.empty((0 if reduction is None else len(cache.reduced), C), dtype)  # by W^S
 
     def back_through_rows(
@@ -268,15 +292,14 @@ def block_backward(
         """Through MLP and attention to the queries; dkv of the images that the tiles belong to."""
         sums, dkvs = Sums(), defaultdict(lambda: np.zeros_like(kv[0]))
         for rows in tiles:
-            dx_rows, dfc2_rows, dproj_rows, dq_rows = dx[rows], dfc2[rows], dproj[rows], dq[rows]
+            dx_rows, dproj_rows, dq_rows = dx[rows], dproj[rows], dq[rows]
             # x = x + droppath(mlp(norm2(x)))
-            if gain2 is not None:
-                dfc2_rows[...] = dy_rows[rows]
-                _scale_samples(dfc2_rows, gain2, rows, n)
-            slope, norm2 = cache.hidden.slope[rows], rows_of(cache.norm2, rows)
-            sums.add("fc2", column_sums(dfc2_rows))
-            dfc1_bias = mlp_backward_rows(p.mlp, slope, dfc2_rows, dhidden[rows], dx_rows, scratch)
-            sums.add("fc1", dfc1_bias)
+            if dhidden is not None:
+                slope, dfc2_rows = cache.hidden.slope[rows], dfc2[rows]
+                sums.add("fc2", column_sums(dfc2_rows))
+                of_fc1 = mlp_backward_rows(p.mlp, slope, dfc2_rows, dhidden[rows], dx_rows, scratch)
+                sums.add("fc1", of_fc1)
+            norm2 = rows_of(cache.norm2, rows)
             layer_norm_backward_rows(p.norm2, norm2, dx_rows, dx_rows, sums, "norm2", scratch)
             dx_rows += dy_rows[rows]  # branch + skip
             # x = x + droppath(heads W^O)
@@ -298,7 +321,7 @@ def block_backward(
             times_weight_rows(p.attn.q, dq_rows, dnormed1[rows], scratch)
         return sums, dkvs
 
-    results = tiling.run(back_through_rows, B * n, tiling.rows(dhidden.shape[1]))
+    results = tiling.run(back_through_rows, B * n, tiling.rows(len(p.mlp.fc1.weight)))
     row_sums = [sums for sums, _ in results]
     dkv = np.zeros_like(kv)
     for _, dkvs in results:
@@ -330,15 +353,17 @@ def block_backward(
         return sums
 
     key_sums = tiling.run_lines(back_through_keys, lines.count, lines.tokens, C)
-    biases = {name: add_up(row_sums, name, dtype) for name in ("fc1", "fc2", "proj", "q")}
+    biases = {name: add_up(row_sums, name, dtype) for name in ("proj", "q")}
     biases["kv"] = add_up(key_sums, "kv", dtype)
     layers = {  # by name: the gradient of the layer's result, its input, the norm of that
-        "fc1": (dhidden, cache.norm2.x_hat, (p.norm2, biases["fc1"])),
-        "fc2": (dfc2, cache.hidden.y, None),
         "q": (dq, cache.norm1.x_hat, (p.norm1, biases["q"])),
         "proj": (dproj, cache.heads, None),
         "kv": (dkv, cache.reduced, None),
     }
+    if dhidden is not None:
+        biases |= {name: add_up(row_sums, name, dtype) for name in ("fc1", "fc2")}
+        layers["fc1"] = (dhidden, cache.norm2.x_hat, (p.norm2, biases["fc1"]))
+        layers["fc2"] = (dfc2, cache.hidden.y, None)
     if cache.embedded is not None:
         layers["sr"] = (dprojected, cache.embedded.patches, None)
     weights = dict(zip(layers, weight_gradients(list(layers.values()), tiling), strict=True))
@@ -356,7 +381,7 @@ def block_backward(
         norm1=add_up_norm(key_sums, "norm1", dtype),
         attn=MHAParams(_glued(dq_params, dkv_params), dproj_params) if of_vit else dattn,
         norm2=add_up_norm(row_sums, "norm2", dtype),
-        mlp=MLPParams(gradients("fc1", p.mlp.fc1), gradients("fc2", p.mlp.fc2)),
+        mlp=dmlp or MLPParams(gradients("fc1", p.mlp.fc1), gradients("fc2", p.mlp.fc2)),
     )
 
 
@@ -367,6 +392,6 @@ block_kernel = Kernel(
     absorbs=(
         *(sra, mha, attention, *attention_kernel.absorbs),
         *(patch_embed, *patch_embed_kernel.absorbs),
-        *(mlp, *mlp_kernel.absorbs, drop_path, sum_rows),
+        *(mlp, *mlp_kernel.absorbs, conv_mlp, *conv_mlp_kernel.absorbs, drop_path),
     ),
 )

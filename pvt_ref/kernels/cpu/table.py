@@ -55,6 +55,7 @@ def _table(tiling: Tiling) -> Ops:
 
     # what the block computes itself: these serve outside of it, and where it steps aside
     layers = of(linear_kernel, layer_norm_kernel, gelu_kernel, softmax_kernel)
-    parts = layers | of(attention_kernel, patch_embed_kernel, mlp_kernel, depthwise_conv_kernel)
-    twins = of(position_kernel, block_kernel, conv_kernel, conv_mlp_kernel)
+    parts = layers | of(attention_kernel, patch_embed_kernel, mlp_kernel)
+    parts |= of(conv_mlp_kernel, depthwise_conv_kernel)
+    twins = of(position_kernel, block_kernel, conv_kernel)
     return Ops(twins, parts=parts, name="blocked", accepts=is_numpy, settings=tiling)
