@@ -253,7 +253,7 @@ def block_forward(
     tiling.run_lines(make_keys, lines.count, lines.tokens, C)
     tiling.run(make_rows, B * n, tiling.rows(p.mlp.fc1.weight.shape[0]))
     y = y.reshape(x.shape)
-    if normed2 is not None:
+    if normed2 is not None and isinstance(p.mlp, ConvMLPParams):
         tokens, told = normed2.reshape(x.shape), (grid, settings.has_relu)
         branch, hidden = conv_mlp_forward(p.mlp, tokens, ops, *told, keep=keep, tiling=tiling)
         y += branch if gains[1] is None else branch * gains[1]
