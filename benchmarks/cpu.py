@@ -41,7 +41,7 @@ from pvt_ref import VARIANTS, PVTConfig
 #: What is measured if nothing is said.
 MODELS = ("pvt_tiny", "pvt_small", "pvt_v2_b0", "pvt_v2_b2", "deit_s_16")
 LARGE = (512, 1024, 2048)
-#: Who is timed on models other than PVT if nobody is named, and in how many rounds at most.
+#: Who is timed on models other than PVT, unless told --all, and in how many rounds at most.
 FEW, FEW_ROUNDS = ("pvt_ref", "pvt_ref, readable layers", RIVAL, "torch.compile"), 3
 
 
@@ -161,7 +161,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="pvt_tiny at 224 x 224 only")
     parser.add_argument("--large", action="store_true", help="only the large images")
-    parser.add_argument("--models", nargs="+", default=MODELS, choices=VARIANTS, metavar="NAME")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=MODELS,
+        choices=VARIANTS,
+        metavar="NAME",
+        help=f"default: {' '.join(MODELS)}",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="times that each is asked")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing a case and round")
     parser.add_argument("--skip", nargs="*", default=[], choices=rest, metavar="NAME")
@@ -176,7 +183,7 @@ def main() -> None:
         say(f"{name} is not run; {reason}")
     if RIVAL in not_run:
         parser.error(f"there is nothing to compare with: {RIVAL} is {not_run[RIVAL]}")
-    models = ["pvt_tiny"] if args.quick else list(dict.fromkeys(args.models))
+    models = ["pvt_tiny"] if args.quick or args.large else list(dict.fromkeys(args.models))
     pvts = [model for model in models if isinstance(VARIANTS[model], PVTConfig)]
     others = [model for model in models if model not in pvts]
     few = asked if args.all else [name for name in asked if name in FEW]
@@ -201,7 +208,7 @@ def main() -> None:
             runs = run(bench.times, asked, pvts, args.rounds)
         if "pvt_tiny" in models and not args.quick:
             runs = run(bench.large, asked)
-        if others and not args.large:
+        if others:
             runs = run(bench.times, few, others, min(args.rounds, FEW_ROUNDS))
     write_report(runs, args.out)
     say(f"Written to {args.out}: cpu.json, cpu_tables.md and pictures")
