@@ -53,7 +53,7 @@ demo: .venv/.stamp-examples ## one photo through a PVT; writes pyramid.png
 	@$(PY) examples/forward.py $(ARGS)
 	@echo "Next: '. .venv/bin/activate', then 'python -m pvt_ref classify examples/chelsea.jpg --size 192'"
 
-bench: .venv/.stamp-bench ## times everything against PyTorch and others on this CPU, 45 minutes
+bench: .venv/.stamp-bench ## times everything against PyTorch and others on this CPU, an hour
 	@$(PY) benchmarks/cpu.py $(ARGS)
 
 # Checking --------------------------------------------------------------------------------------

@@ -4,16 +4,22 @@
 
 A function's time is its own: what it spends in others that are listed is theirs. Threads are added
 up, so the sum is threads times the duration; "waiting" is what a thread spends without work.
-Matrix products are NumPy's matmul, whoever calls it.
+Matrix products are NumPy's matmul, whoever calls it. What was measured of other models, or other
+numbers of images, stays in docs/results/cpu_operations.json and on its page.
 """
 
 import argparse
+import functools
+import importlib
 import json
+import pkgutil
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 from machine import describe_machine
@@ -21,20 +27,14 @@ from report import RESULTS, markdown
 
 import pvt_ref
 from pvt_ref import REFERENCE, VARIANTS, blocked_ops
-from pvt_ref.kernels.cpu import (
-    attention,
-    block,
-    gelu,
-    layer_norm,
-    linear,
-    mlp,
-    patch_embed,
-    tiling,
-)
-from pvt_ref.models.pvt import PVT
+from pvt_ref.kernels import cpu
+from pvt_ref.kernels.cpu import tiling
+from pvt_ref.models.architecture import architecture_of
 from pvt_ref.ops import Operation
 
 PRODUCTS = "matrix products"
+#: What the name of a pass by the readable layers begins with.
+READABLE = "readable layers, "
 #: The functions that are told apart, and what they are called in the table.
 KERNELS = {
     "gelu_rows": "GELU",
@@ -46,7 +46,10 @@ KERNELS = {
     "embed_rows": "cutting patches",
     "embed_backward_rows": "cutting patches, backward",
     "mlp_backward_rows": "GELU, backward",
-    "column_sums": "gradients of biases",
+    "column_sums": "sums over tokens",
+    "padded_lines": "framing maps with zeros",
+    "unfold_lines": "unfolding windows of convolutions",
+    "_sum_lines": "depth-wise convolution",
 }
 REPEATS = 10
 
@@ -55,7 +58,8 @@ HEADING = """# Speed by operation
 Where the time of [the whole](cpu.md) goes, written by `benchmarks/by_operation.py`. A line's time
 is its own, without what it spends in other lines, added up over all threads; so the sum is
 threads times the duration. "Waiting" is a thread without work while another has some; "no work,
-or outside" is the rest: the interpreter between operations, and what is in no line.
+or outside" is the rest: the interpreter between operations, and what is in no line. "Rest of" a
+kernel is what the threads do there beside the other lines: sums, copies, and Python.
 """
 
 
@@ -70,6 +74,7 @@ class Stopwatch:
     def time(self, name: str, function: Callable) -> Callable:
         """function, timed under name."""
 
+        @functools.wraps(function)
         def timed(*args, **kwargs):
             stack = self.inner.__dict__.setdefault("stack", [])
             stack.append(0.0)
@@ -86,28 +91,44 @@ class Stopwatch:
         return timed
 
 
+def kernel_modules() -> list[ModuleType]:
+    """All that the functions of KERNELS may stand in."""
+    names = [module.name for module in pkgutil.iter_modules(cpu.__path__)]
+    return [importlib.import_module(f"{cpu.__name__}.{name}") for name in names]
+
+
 def watch_kernels(watch: Stopwatch) -> None:
     """Replaces the kernels, for good, by timed ones."""
-    modules = (attention, block, gelu, layer_norm, linear, mlp, patch_embed)
+    modules = kernel_modules()
     for function, name in KERNELS.items():
         timed = None
         for module in modules:
             if hasattr(module, function):
                 timed = timed or watch.time(name, getattr(module, function))
                 setattr(module, function, timed)
-    run_pieces = tiling.run_pieces
+    run_pieces, by_rows = tiling.run_pieces, tiling.Tiling.by_rows
+
+    def rest_of(work):
+        """work, a function inside of a kernel's, or a part of a kernel with its weights."""
+        function = work.func if isinstance(work, functools.partial) else work
+        return watch.time(f"rest of {function.__qualname__.partition('.')[0]}", work)
 
     def run_watched(work, pieces, threads):
-        return run_pieces(watch.time("sums, copies, Python", work), pieces, threads)
+        return run_pieces(rest_of(work), pieces, threads)
+
+    def by_rows_watched(tiling, work, *arrays, width=None):
+        by_rows(tiling, rest_of(work), *arrays, width=width)
+
+    tiling.Tiling.by_rows = by_rows_watched
 
     # the caller's own time in there is spent starting threads and waiting for them
     tiling.run_pieces = watch.time("waiting", run_watched)
 
 
-def watch_table(watch: Stopwatch) -> pvt_ref.Ops:
+def watch_table(config: Any, watch: Stopwatch) -> pvt_ref.Ops:
     """The readable layers, timed."""
     table = REFERENCE
-    for op in PVT.operations:
+    for op in architecture_of(config).operations:
         timed = Operation(
             watch.time(op.name, op.forward), watch.time(f"{op.name}, backward", op.backward)
         )
@@ -119,7 +140,8 @@ def measure(model: str, batch: int, train: bool, ops: pvt_ref.Ops, watch: Stopwa
     """Seconds by name and in all, of one pass."""
     config = VARIANTS[model]
     params = pvt_ref.init_params(config, np.random.default_rng(0))
-    images = np.random.default_rng(1).standard_normal((batch, 3, 224, 224), dtype=np.float32)
+    shape = (batch, config.in_chans, config.img_size, config.img_size)
+    images = np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
 
     def run():
         if not train:
@@ -150,6 +172,44 @@ def table(found: dict, threads: int) -> str:
     return markdown(["", "ms, all threads", "share"], rows)
 
 
+def machine_words(machine: dict) -> str:
+    commit = machine.get("commit", "not known")  # the first one stored did not say
+    return (
+        f"Measured {machine['date']} on {machine['threads']} threads of: {machine['processor']}. "
+        f"pvt_ref {machine['pvt_ref']} (commit {commit}); {'; '.join(machine['blas'])}.\n"
+    )
+
+
+def case_page(case: dict) -> str:
+    """The part of the page on one model and number of images."""
+    model, batch, threads = case["model"], case["batch"], case["machine"]["threads"]
+    text = [f"## {model}, B = {batch}\n", machine_words(case["machine"])]
+    for what, found in case["seconds"].items():
+        title = f"{model}, {what.removeprefix(READABLE)}, B = {batch}"
+        whole = f"{1e3 * found['whole']:.0f} ms"
+        if what.startswith(READABLE):
+            text.append(f"Readable layers, {title}, {whole}\n\n{table(found, 1)}")
+            continue
+        share = found["parts"][PRODUCTS] / (found["whole"] * threads)
+        text.append(
+            f"Kernels, {title}, {threads} threads, {whole}; share of matrix products {share:.2f}"
+            f"\n\n{table(found, threads)}"
+        )
+    return "\n".join(text)
+
+
+def store(case: dict, folder: Path) -> None:
+    """Puts a case in the place of an earlier one of that model and number of images."""
+    file, key = folder / "cpu_operations.json", (case["model"], case["batch"])
+    stored = json.loads(file.read_text()) if file.exists() else {"cases": []}
+    before = stored.get("cases", [stored])  # the first ones held one case
+    cases = [case, *(other for other in before if (other["model"], other["batch"]) != key)]
+    cases.sort(key=lambda case: (list(VARIANTS).index(case["model"]), case["batch"]))
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"cases": cases}, indent=1) + "\n")
+    (folder / "cpu_operations.md").write_text("\n".join([HEADING, *map(case_page, cases)]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="pvt_tiny", choices=list(VARIANTS))
@@ -161,28 +221,19 @@ def main() -> None:
     watch = Stopwatch()
     np.matmul = watch.time(PRODUCTS, np.matmul)
     watch_kernels(watch)
-    results, text = {}, [HEADING]
-    for train in (False, True):
-        what = "forward + backward" if train else "forward"
-        found = measure(args.model, args.batch, train, blocked_ops(threads), watch)
-        results[what] = found
-        share = found["parts"][PRODUCTS] / (found["whole"] * threads)
-        text.append(
-            f"Kernels, {args.model}, {what}, B = {args.batch}, {threads} threads, "
-            f"{1e3 * found['whole']:.0f} ms; share of matrix products {share:.2f}\n\n"
-            + table(found, threads)
+    results = {
+        "forward + backward" if train else "forward": measure(
+            args.model, args.batch, train, blocked_ops(threads), watch
         )
+        for train in (False, True)
+    }
     watch = Stopwatch()
-    found = measure(args.model, args.batch, False, watch_table(watch), watch)
-    results["readable layers, forward"] = found
-    title = f"Readable layers, {args.model}, forward, B = {args.batch}"
-    text.append(f"{title}, {1e3 * found['whole']:.0f} ms\n\n{table(found, 1)}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    machine = describe_machine(threads)
-    stored = {"machine": machine, "model": args.model, "batch": args.batch, "seconds": results}
-    (args.out / "cpu_operations.json").write_text(json.dumps(stored, indent=1) + "\n")
-    (args.out / "cpu_operations.md").write_text("\n".join(text))
-    print("\n".join(text))
+    readable = watch_table(VARIANTS[args.model], watch)
+    results[f"{READABLE}forward"] = measure(args.model, args.batch, False, readable, watch)
+    case = {"machine": describe_machine(threads), "model": args.model, "batch": args.batch}
+    case["seconds"] = results
+    store(case, args.out)
+    print(case_page(case))
 
 
 if __name__ == "__main__":

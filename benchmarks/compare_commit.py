@@ -2,6 +2,7 @@
 
     python benchmarks/compare_commit.py bfea25b
     python benchmarks/compare_commit.py bfea25b --quick --rounds 9
+    python benchmarks/compare_commit.py HEAD~1 --models pvt_v2_b0 deit_s_16
 
 The other commit's files are written into a temporary folder and run by its own
 benchmarks/worker.py, since the names of functions change between commits. Else all is as in cpu.py:
@@ -19,6 +20,8 @@ from pathlib import Path
 from in_turn import NATIVE, ROOT, Worker, check_equality, make_weights, say, time_in_turn
 from machine import cores, describe_machine
 from report import RIVAL, machine_line, ratio_table, times_table
+
+from pvt_ref import VARIANTS
 
 
 def git(*words: str) -> str:
@@ -39,6 +42,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("commit", help="what git calls it")
     parser.add_argument("--quick", action="store_true", help="pvt_tiny, B = 1 only")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["pvt_tiny", "pvt_small"],
+        choices=VARIANTS,
+        metavar="NAME",
+        help="not PVT: of commits that time them",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="times that each is asked")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing a case and round")
     parser.add_argument("--threads", type=int, default=None, help="default: all cores")
@@ -50,7 +61,7 @@ def main() -> None:
     except subprocess.CalledProcessError:
         parser.error(f"git knows no commit {args.commit}")
     other = f"pvt_ref at {commit}"
-    models, batches = (["pvt_tiny"], [1]) if args.quick else (["pvt_tiny", "pvt_small"], [1, 8])
+    models, batches = (["pvt_tiny"], [1]) if args.quick else (args.models, [1, 8])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         workers = [

@@ -16,10 +16,18 @@ from typing import Any
 import numpy as np
 
 import pvt_ref
-from pvt_ref import PVTConfig
+from pvt_ref import PVTConfig, PVTParams, PVTv2Config, PVTv2Params, ViTConfig, ViTParams
 
 #: The gradients that are compared before anything is timed, by the names of the weights.
-COMPARED = ("patch_embed1.proj.weight", "block1.0.attn.sr.weight", "block4.1.mlp.fc1.weight")
+_PVT = ("patch_embed1.proj.weight", "block1.0.attn.sr.weight", "block4.1.mlp.fc1.weight")
+_PVT_V2 = (*_PVT[:2], "block1.0.mlp.dwconv.dwconv.weight")
+_VIT = ("patch_embed.proj.weight", "pos_embed", "blocks.1.mlp.fc1.weight")
+#: They are asked for by the type of a configuration, or of a record of gradients.
+COMPARED: dict[type, tuple[str, ...]] = {
+    PVTConfig: _PVT, PVTParams: _PVT,
+    PVTv2Config: _PVT_V2, PVTv2Params: _PVT_V2,
+    ViTConfig: _VIT, ViTParams: _VIT,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Contender:
 READABLE = pvt_ref.REFERENCE
 
 
-def our_pass(params: Any, images: Any, dlogits: Any, config: PVTConfig, ops: Any = None) -> tuple:
+def our_pass(params: Any, images: Any, dlogits: Any, config: Any, ops: Any = None) -> tuple:
     """pvt_ref's logits, gradients of the weights, and gradient of the images."""
     logits, cache = pvt_ref.forward_with_cache(params, images, config, ops=ops)
     return logits, *pvt_ref.backward(params, cache, dlogits, config)
@@ -51,12 +59,12 @@ def our_arrays(result: Any) -> dict[str, np.ndarray]:
     if not isinstance(result, tuple):
         return {"logits": result}
     logits, grads, dimages = result
-    state = pvt_ref.to_state_dict(grads)
-    return {"logits": logits, "dimages": dimages} | {key: state[key] for key in COMPARED}
+    state, keys = pvt_ref.to_state_dict(grads), COMPARED[type(grads)]
+    return {"logits": logits, "dimages": dimages} | {key: state[key] for key in keys}
 
 
 def ours(
-    weights: Path, config: PVTConfig, size: int, threads: int, device: str, readable: bool
+    weights: Path, config: Any, size: int, threads: int, device: str, readable: bool
 ) -> Contender:
     """pvt_ref itself. Its threads are as many as BLAS has, which the environment says."""
     import scipy
@@ -134,46 +142,53 @@ def _torch(module: Any, keys: dict[str, Any], versions: str, device: str) -> Con
 
 def pytorch(
     weights: Path,
-    config: PVTConfig,
+    config: Any,
     size: int,
     threads: int,
     device: str,
     fused: bool,
     compiled: bool,
 ) -> Contender:
-    """benchmarks/torch_pvt.py, as it is or compiled."""
+    """The network in torch.nn, as it is or compiled."""
     import torch
     from safetensors.torch import load_file
-    from torch_pvt import PVT
+    from torch_networks import network
 
     torch.set_num_threads(threads)
     with torch.device("meta"):
-        model = PVT(config, fused)
+        model = network(config, fused)
     model.load_state_dict(load_file(weights, device=device), assign=True)
     parameters = dict(model.named_parameters())
     torch.compiler.reset()  # it counts the shapes it has compiled for, over all models
     module = torch.compile(model, dynamic=False) if compiled else model
-    keys = {key: parameters[key] for key in COMPARED}
+    keys = {key: parameters[key] for key in COMPARED[type(config)]}
     return _torch(module, keys, f"PyTorch {torch.__version__}", device)
 
 
-def hugging_face(
-    weights: Path, config: PVTConfig, size: int, threads: int, device: str
-) -> Contender:
-    """transformers' PvtForImageClassification, mended as in tests/oracles.py."""
+def hugging_face(weights: Path, config: Any, size: int, threads: int, device: str) -> Contender:
+    """transformers' classifier of that kind, built and mended as in tests/oracles.py."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    import oracles
     import torch
     import transformers
-    from oracles import build, translate
     from safetensors.torch import load_file
     from torch import nn
 
     torch.set_num_threads(threads)
-    model = build(config, None, pyramid=False)
     state = load_file(weights, device=device)
-    for name, x in translate(state, config, (size, size), pyramid=False).items():
+    if isinstance(config, PVTv2Config):
+        model, theirs = oracles.build_v2(config, None), oracles.translate_v2(state, config)
+    elif isinstance(config, ViTConfig):
+        model, theirs = oracles.build_vit(config), oracles.translate_vit(state, config)
+    else:
+        model = oracles.build(config, None, pyramid=False)
+        theirs = oracles.translate(state, config, (size, size), pyramid=False)
+    keys = {}
+    for name, x in theirs.items():
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(x.clone()))
+        parameter = nn.Parameter(x.clone())
+        setattr(model.get_submodule(owner), leaf, parameter)
+        keys |= {key: parameter for key in COMPARED[type(config)] if state[key] is x}
 
     class Logits(nn.Module):
         def __init__(self):
@@ -183,12 +198,6 @@ def hugging_face(
         def forward(self, images):
             return self.model(pixel_values=images).logits
 
-    encoder = model.pvt.encoder
-    keys = {
-        COMPARED[0]: encoder.patch_embeddings[0].projection.weight,
-        COMPARED[1]: encoder.block[0][0].attention.self.sequence_reduction.weight,
-        COMPARED[2]: encoder.block[3][1].mlp.dense1.weight,
-    }
     versions = f"transformers {transformers.__version__}, PyTorch {torch.__version__}"
     return _torch(Logits(), keys, versions, device)
 
@@ -225,9 +234,7 @@ def _onnx(weights: Path, size: int, versions: str, compile: Callable[[Path], Any
     )
 
 
-def onnx_runtime(
-    weights: Path, config: PVTConfig, size: int, threads: int, device: str
-) -> Contender:
+def onnx_runtime(weights: Path, config: Any, size: int, threads: int, device: str) -> Contender:
     """The exported network in ONNX Runtime."""
     import onnxruntime
 
@@ -242,7 +249,7 @@ def onnx_runtime(
     return _onnx(weights, size, f"ONNX Runtime {onnxruntime.__version__}", compile)
 
 
-def openvino(weights: Path, config: PVTConfig, size: int, threads: int, device: str) -> Contender:
+def openvino(weights: Path, config: Any, size: int, threads: int, device: str) -> Contender:
     """The exported network in OpenVINO, in float32 also where the processor has bfloat16."""
     import openvino
 
@@ -261,7 +268,7 @@ def openvino(weights: Path, config: PVTConfig, size: int, threads: int, device: 
     return _onnx(weights, size, f"OpenVINO {openvino.__version__.split('-')[0]}", compile)
 
 
-CONTENDERS: dict[str, Callable[[Path, PVTConfig, int, int, str], Contender]] = {
+CONTENDERS: dict[str, Callable[[Path, Any, int, int, str], Contender]] = {
     "pvt_ref": lambda *a: ours(*a, readable=False),
     "pvt_ref, readable layers": lambda *a: ours(*a, readable=True),
     "PyTorch eager": lambda *a: pytorch(*a, fused=False, compiled=False),

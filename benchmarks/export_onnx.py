@@ -1,4 +1,4 @@
-"""Writes the PyTorch network of torch_pvt.py as an ONNX file, for ONNX Runtime and OpenVINO.
+"""Writes the network of torch_networks.py as an ONNX file, for ONNX Runtime and OpenVINO.
 
     python benchmarks/export_onnx.py WEIGHTS MODEL SIZE BATCH FILE
 
@@ -10,14 +10,14 @@ import sys
 
 import torch
 from safetensors.torch import load_file
-from torch_pvt import PVT
+from torch_networks import network
 
 from pvt_ref import VARIANTS
 
 
 def main() -> None:
     weights, name, size, batch, file = sys.argv[1:]
-    model = PVT(VARIANTS[name], fused=False).eval()
+    model = network(VARIANTS[name], fused=False).eval()
     model.load_state_dict(load_file(weights))
     images = torch.zeros(int(batch), 3, int(size), int(size))
     names = {"input_names": ["images"], "output_names": ["logits"]}

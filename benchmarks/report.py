@@ -8,6 +8,8 @@ import math
 import statistics
 from pathlib import Path
 
+from pvt_ref import VARIANTS, PVTConfig
+
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 RIVAL = "PyTorch eager"
 COLOURS = {
@@ -20,6 +22,24 @@ COLOURS = {
     "ONNX Runtime": "#00897b",
     "OpenVINO": "#8e24aa",
 }
+#: What a run may hold, beside its machine and versions: lists of cases, each of one model.
+CASES = ("errors", "times", "busy", "large")
+
+
+def read_runs(file: Path) -> list[dict]:
+    """The runs of a cpu.json; the first ones had a single run."""
+    stored = json.loads(file.read_text())
+    return stored.get("runs", [stored])
+
+
+def all_cases(run: dict) -> list[dict]:
+    """All that was timed in a run."""
+    return [case for key in CASES[1:] for case in run.get(key, [])]
+
+
+def models_of(run: dict) -> list[str]:
+    """The models that were timed in a run."""
+    return list(dict.fromkeys(case["model"] for case in all_cases(run)))
 
 
 def ratio(case: dict, name: str, rival: str = RIVAL) -> tuple[float, float, float]:
@@ -174,12 +194,12 @@ def plot_ratios(result: dict, path: Path) -> None:
     from matplotlib.figure import Figure
 
     cases = result["times"]
-    names = [name for name in cases[0]["seconds"] if name != RIVAL]
+    names = list(dict.fromkeys(n for case in cases for n in case["seconds"] if n != RIVAL))
     figure = Figure(figsize=(9, 0.95 * len(cases) + 1.2))
     axes = figure.subplots()
     height = 0.8 / len(names)
     for k, name in enumerate(names):
-        ran = [i for i, case in enumerate(cases) if case["seconds"][name]]
+        ran = [i for i, case in enumerate(cases) if case["seconds"].get(name)]
         ys = [i + (k - (len(names) - 1) / 2) * height for i in ran]
         found = [ratio(cases[i], name) for i in ran]
         middle = [m for m, _, _ in found]
@@ -225,30 +245,53 @@ def plot_large(result: dict, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def write_report(result: dict, folder: Path) -> None:
-    """cpu_tables.md and the pictures; the tables are printed too."""
-    parts = [machine_line(result), summary_table(result), time_tables(result)]
-    plot_ratios(result, folder / "cpu_ratios.svg")
-    if "busy" in result:
-        parts.append(busy_table(result))
-    if "large" in result:
-        parts.append(large_table(result))
-        plot_large(result, folder / "cpu_large.svg")
+def run_tables(run: dict) -> list[str]:
+    """A heading, the machine, and the tables of a run."""
+    parts = ["## " + ", ".join(models_of(run)) + "\n", machine_line(run)]
+    if "times" in run:
+        parts += [summary_table(run), time_tables(run)]
+    if "busy" in run:
+        parts.append(busy_table(run))
+    if "large" in run:
+        parts.append(large_table(run))
+    return parts
+
+
+def plot_runs(runs: list[dict], folder: Path) -> None:
+    """The pictures: ratios of PVT, ratios of other models, and large images."""
+    cases = [case for run in runs for case in run.get("times", [])]
+    pvt = [case for case in cases if isinstance(VARIANTS[case["model"]], PVTConfig)]
+    others = [case for case in cases if case not in pvt]
+    for name, chosen in (("cpu_ratios", pvt), ("cpu_ratios_others", others)):
+        if chosen:
+            plot_ratios({"times": chosen}, folder / f"{name}.svg")
+    for run in runs:
+        if "large" in run:
+            plot_large(run, folder / "cpu_large.svg")
+
+
+def write_report(runs: list[dict], folder: Path) -> None:
+    """cpu_tables.md and the pictures; the ratios are printed too."""
     heading = (
         "# Times and memory on a CPU\n\nWhat is read off them: [how fast it is on a CPU](cpu.md).\n"
     )
-    (folder / "cpu_tables.md").write_text("\n".join([heading, *parts]))
-    names = list(result["times"][0]["seconds"])
-    rows = [
-        [
-            label(case),
-            *(f"{ratio(case, name)[0]:.2f}" if case["seconds"][name] else "" for name in names),
-        ]
-        for case in result["times"]
-    ]
+    parts = [heading, *(part for run in runs for part in run_tables(run))]
+    (folder / "cpu_tables.md").write_text("\n".join(parts))
+    plot_runs(runs, folder)
     print(f"\nSpeed as a multiple of {RIVAL}'s:\n")
-    print(markdown(["", *names], rows))
+    for run in runs:
+        if "times" not in run:
+            continue
+        names = list(run["times"][0]["seconds"])
+        rows = [
+            [
+                label(case),
+                *(f"{ratio(case, name)[0]:.2f}" if case["seconds"][name] else "" for name in names),
+            ]
+            for case in run["times"]
+        ]
+        print(markdown(["", *names], rows))
 
 
 if __name__ == "__main__":
-    write_report(json.loads((RESULTS / "cpu.json").read_text()), RESULTS)
+    write_report(read_runs(RESULTS / "cpu.json"), RESULTS)

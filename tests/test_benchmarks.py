@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pvt_ref import REFERENCE, VARIANTS
+from pvt_ref import REFERENCE, VARIANTS, PVTConfig, PVTv2Config, ViTConfig
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -40,7 +40,7 @@ def test_tables_tell_who_ran_and_why_others_did_not(tmp_path, capsys):
     absent = {"OpenVINO": "not installed: openvino"}
     ours, torch = [0.050, 0.040, 0.060], [0.025, 0.040, 0.030]
     no_backward = absent | {"ONNX Runtime": "it computes no gradients"}
-    result = {
+    run = {
         "machine": MACHINE,
         "versions": {"pvt_ref": "NumPy 2"},
         "times": [
@@ -49,7 +49,9 @@ def test_tables_tell_who_ran_and_why_others_did_not(tmp_path, capsys):
         ],
         "busy": [timed(False, absent, ours=[0.1] * 3, torch=[0.2, 0.4, 0.3], ort=[])],
     }
-    import_module("report").write_report(result, tmp_path)
+    later = run | {"times": [timed(False, {}, ours=ours, torch=torch)]}
+    del later["busy"]
+    import_module("report").write_report([run, later], tmp_path)
     lines = (tmp_path / "cpu_tables.md").read_text("utf-8").splitlines()
     case = "| pvt_tiny, forward, B = 1 "
     assert f"{case}| 50.0 (40.0-60.0) | 30.0 (25.0-40.0) | 20.0 (20.0-30.0) |" in lines
@@ -88,27 +90,51 @@ class Answers:
             return {"not_run": "it computes no gradients"}
         if self.outputs and order["do"] == "outputs":
             np.savez(order["file"], **self.outputs)
-        return {"times": [0.25, 0.5, 0.75], "versions": self.name}
+        return {"times": [0.25, 0.5, 0.75], "versions": self.name, "peak": 9, "before": 4}
 
     def close(self):
         pass
 
 
-def test_an_absent_library_is_reported_as_not_run_and_never_asked(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def run_cpu(monkeypatch, tmp_path):
+    """Runs cpu.py with contenders that answer at once; returns the runs it stored.
+
+    Its ``drawn`` is, by picture, what the last one would draw.
+    """
     cpu, contenders = import_module("cpu"), import_module("contenders")
     needs = dict.fromkeys(contenders.CONTENDERS, ("json",)) | {"OpenVINO": ("json", "no_library")}
     monkeypatch.setattr(contenders, "NEEDS", needs)
     monkeypatch.setattr(cpu, "Worker", Answers)
-    monkeypatch.setattr(Answers, "made", ())
-    monkeypatch.setattr(cpu, "check_equality", lambda *_: [])
     monkeypatch.setattr(cpu, "make_weights", lambda name, folder: folder / name)
-    arguments = ["--quick", "--rounds", "2", "--skip", "transformers", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["cpu.py", *arguments])
-    cpu.main()
+    monkeypatch.setattr(
+        cpu,
+        "check_equality",
+        lambda workers, orders, folder: [{"model": order["model"]} for order in orders],
+    )
+
+    report = import_module("report")
+    for plot in ("plot_ratios", "plot_large"):
+        monkeypatch.setattr(
+            report, plot, lambda result, file: run.drawn.update({file.name: result})
+        )
+
+    def run(*arguments):
+        run.drawn = {}
+        monkeypatch.setattr(Answers, "made", ())
+        monkeypatch.setattr(sys, "argv", ["cpu.py", *arguments, "--out", str(tmp_path)])
+        cpu.main()
+        return json.loads((tmp_path / "cpu.json").read_text())["runs"]
+
+    return run
+
+
+def test_an_absent_library_is_reported_as_not_run_and_never_asked(run_cpu, tmp_path, capsys):
+    (result,) = run_cpu("--quick", "--rounds", "2", "--skip", "transformers")
     assert "OpenVINO is not run; not installed: no_library" in capsys.readouterr().out
-    asked = [name for name in contenders.CONTENDERS if name not in ("OpenVINO", "transformers")]
+    names = import_module("contenders").CONTENDERS
+    asked = [name for name in names if name not in ("OpenVINO", "transformers")]
     assert list(Answers.made) == asked
-    result = json.loads((tmp_path / "cpu.json").read_text())
     assert (len(result["times"]), len(result["busy"])) == (4, 1)
     for case in result["times"] + result["busy"]:
         assert case["seconds"] == {name: [0.5, 0.5] for name in asked}
@@ -117,6 +143,68 @@ def test_an_absent_library_is_reported_as_not_run_and_never_asked(tmp_path, monk
     assert "- OpenVINO: not installed: no_library" in (tmp_path / "cpu_tables.md").read_text(
         "utf-8"
     )
+
+
+FEW = ("pvt_ref", "pvt_ref, readable layers", "PyTorch eager", "torch.compile")
+
+
+def timed_models(run):
+    return [case["model"] for case in run.get("times", ())]
+
+
+def test_models_other_than_pvt_are_timed_beside_few_and_in_fewer_rounds(run_cpu):
+    pvt, others, large = run_cpu("--rounds", "4")
+    assert timed_models(pvt) == ["pvt_tiny"] * 4 + ["pvt_small"] * 4
+    assert timed_models(others) == ["pvt_v2_b0"] * 4 + ["pvt_v2_b2"] * 4 + ["deit_s_16"] * 4
+    cases = [(case["train"], case["batch"]) for case in others["times"][:4]]
+    assert cases == [(False, 1), (False, 8), (True, 1), (True, 8)]
+    assert others["times"][0]["seconds"] == {name: [0.5] * 3 for name in FEW}
+    assert "not_run" not in others["times"][0]  # what is not wanted is not missed
+    assert others["versions"] == {name: name for name in FEW}
+    assert len(pvt["times"][0]["seconds"]) == 7
+    assert pvt["times"][0]["seconds"]["pvt_ref"] == [0.5] * 4
+    assert "busy" in pvt
+    assert "busy" not in others
+    assert [case["size"] for case in large["large"]] == [224, 512, 1024, 2048]
+    assert set(large["versions"]) == set(large["large"][0]["peak_mib"])
+    assert run_cpu.drawn == {
+        "cpu_ratios.svg": {"times": pvt["times"]},
+        "cpu_ratios_others.svg": {"times": others["times"]},
+        "cpu_large.svg": large,
+    }
+
+
+def test_all_contenders_are_asked_of_any_model_if_told_to(run_cpu):
+    (run,) = run_cpu("--models", "deit_s_16", "--all")
+    assert len(run["times"][0]["seconds"]) == 7
+    assert list(run["times"][0]["not_run"]) == ["OpenVINO"]
+
+
+def test_what_is_not_measured_again_stays_with_the_machine_it_was_measured_on(run_cpu, tmp_path):
+    pvt, _, large = run_cpu("--rounds", "1")
+    # the first file that was stored had one run, the large images in it
+    old = pvt | {"machine": MACHINE, "large": large["large"]}
+    (tmp_path / "cpu.json").write_text(json.dumps(old))
+    kept, small, deit = run_cpu("--rounds", "2", "--models", "deit_s_16", "pvt_small")
+    assert kept["machine"] == MACHINE
+    assert timed_models(kept) == ["pvt_tiny"] * 4
+    assert {case["model"] for case in kept["errors"]} == {"pvt_tiny"}
+    assert (kept["busy"], kept["large"]) == (old["busy"], old["large"])
+    assert timed_models(small) == ["pvt_small"] * 4
+    assert small["times"][0]["seconds"]["pvt_ref"] == [0.5] * 2
+    assert timed_models(deit) == ["deit_s_16"] * 4
+    assert run_cpu.drawn["cpu_ratios.svg"] == {"times": kept["times"] + small["times"]}
+    *times, again = run_cpu("--large")
+    assert times == [{key: x for key, x in kept.items() if key != "large"}, small, deit]
+    assert list(again) == ["machine", "versions", "large"]
+    lines = (tmp_path / "cpu_tables.md").read_text("utf-8").splitlines()
+    assert [line for line in lines if line.startswith("## ")] == [
+        *("## pvt_tiny", "## pvt_small", "## deit_s_16", "## pvt_tiny")
+    ]
+    measured = [line[: len("Measured 2026-01-02")] for line in lines if "Measured" in line]
+    assert measured[0] == "Measured 2026-01-02"
+    assert len(measured) == 4
+    assert "Measured 2026-01-02" not in measured[1:]
 
 
 def test_nothing_is_timed_without_what_all_is_compared_with(monkeypatch, capsys):
@@ -172,6 +260,45 @@ def test_contenders_give_the_numbers_of_the_readable_layers(tmp_path):
         assert worker.process.returncode == 0
     assert len(errors) == 2 * 5
     assert all(0 < error["error"] < in_turn.ALLOWED for error in errors)
+
+
+_STAGES = {"img_size": 64, "embed_dims": (8, 16, 20, 16), "num_heads": (1, 2, 2, 4)}
+_STAGES |= {"mlp_ratios": (4, 2, 2, 2)}
+SMALL = {
+    "pvt": PVTConfig(**_STAGES),
+    "pvt_v2": PVTv2Config(**_STAGES),
+    "pvt_v2_li": PVTv2Config(**_STAGES, linear=True),
+    "vit": ViTConfig(img_size=64, embed_dim=24, depth=2, num_heads=3),
+}
+TORCH = ("PyTorch eager", "PyTorch eager, fused attention")
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "names"),
+    [
+        ("pvt", 64, ("pvt_ref", *TORCH, "transformers")),
+        ("pvt_v2", 64, ("pvt_ref", *TORCH, "transformers")),
+        ("pvt_v2_li", 72, ("pvt_ref", *TORCH, "transformers")),  # averaged cells overlap
+        ("vit", 64, ("pvt_ref", *TORCH, "transformers")),
+        ("vit", 96, TORCH[:1]),  # its table is resized
+    ],
+)
+def test_every_kind_of_network_has_its_contenders(model, size, names, tmp_path, monkeypatch):
+    monkeypatch.setitem(VARIANTS, model, SMALL[model])
+    in_turn, contenders = import_module("in_turn"), import_module("contenders")
+    weights = in_turn.make_weights(model, tmp_path)
+    exact = in_turn.exact_outputs(model, weights, size, 2, train=True)
+    assert set(exact) == {"logits", "dimages", *contenders.COMPARED[type(SMALL[model])]}
+    for name in names:
+        contender = contenders.CONTENDERS[name](weights, SMALL[model], size, 1, "cpu")
+        images, dlogits = map(contender.prepare, in_turn.inputs(2, size))
+        found = contender.to_numpy(contender.train(images, dlogits))
+        assert found.keys() == exact.keys()
+        for key, x in exact.items():
+            error = np.linalg.norm(found[key] - x) / np.linalg.norm(x)
+            assert 0 < error < in_turn.ALLOWED, (name, key)
+        logits = contender.to_numpy(contender.forward(images))["logits"]
+        np.testing.assert_allclose(logits, found["logits"], rtol=1e-4, atol=1e-5)
 
 
 def test_a_contender_of_ours_computes_with_the_operations_of_its_name(monkeypatch):
@@ -234,6 +361,57 @@ def test_another_commit_is_taken_out_as_it_was(tmp_path, monkeypatch):
     root = compare.take_out("HEAD", tmp_path)
     files = {str(p.relative_to(root)): p.read_text() for p in root.rglob("*.py")}
     assert files == {"pvt_ref/file.py": "old\n", "benchmarks/file.py": "old\n"}
+
+
+# Time by operation -------------------------------------------------------------------------------
+
+
+def test_time_by_operation_knows_the_kernels_of_every_network(tmp_path, monkeypatch):
+    """In a process of its own, since the kernels are replaced for good."""
+    code = (
+        "import sys, json, by_operation as b\n"
+        "from pvt_ref import VARIANTS, PVTv2Config\n"
+        "VARIANTS['pvt_v2_b0'] = PVTv2Config(**json.loads(sys.argv.pop(1)))\n"
+        "b.REPEATS = 1\n"
+        "b.main()\n"
+    )
+    small = json.dumps({**_STAGES, "num_classes": 5})
+    arguments = ["--model", "pvt_v2_b0", "--batch", "2", "--threads", "2", "--out", str(tmp_path)]
+    stored = {"machine": MACHINE, "model": "pvt_tiny", "batch": 8}
+    old = {"whole": 0.5, "parts": {"matrix products": 0.5, "GELU": 0.25}}
+    stored["seconds"] = {"forward": old, "readable layers, forward": old}
+    cases = [stored, stored | {"model": "pvt_v2_b0", "batch": 2}]  # the second is measured again
+    (tmp_path / "cpu_operations.json").write_text(json.dumps({"cases": cases}))
+    path = os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])
+    subprocess.run(
+        [sys.executable, "-c", code, small, *arguments],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    kept, new = json.loads((tmp_path / "cpu_operations.json").read_text())["cases"]
+    assert kept == stored
+    assert (new["model"], new["batch"]) == ("pvt_v2_b0", 2)
+    forward, train = new["seconds"]["forward"], new["seconds"]["forward + backward"]
+    assert {"depth-wise convolution", "unfolding windows of convolutions"} <= set(forward["parts"])
+    assert {"GELU", "matrix products", "layer norm"} <= set(forward["parts"])
+    assert {"layer norm, backward", "softmax of attention, backward"} <= set(train["parts"])
+    readable = new["seconds"]["readable layers, forward"]["parts"]
+    assert {"conv", "depthwise_conv", "sra"} <= set(readable)
+    page = (tmp_path / "cpu_operations.md").read_text("utf-8")
+    assert "| GELU | 250.0 | 25% |" in page.splitlines()
+    assert (
+        "Kernels, pvt_tiny, forward, B = 8, 2 threads, 500 ms; share of matrix products 0.50"
+        in page
+    )
+    assert page.index("## pvt_tiny, B = 8") < page.index("## pvt_v2_b0, B = 2")
+
+
+def test_every_kernel_that_is_timed_by_name_exists():
+    by_operation = import_module("by_operation")
+    modules = by_operation.kernel_modules()
+    for name in by_operation.KERNELS:
+        assert any(hasattr(module, name) for module in modules), name
 
 
 # The busy core -----------------------------------------------------------------------------------

@@ -1,0 +1,17 @@
+"""The network in torch.nn for a configuration."""
+
+from typing import Any
+
+from torch import nn
+from torch_pvt import PVT
+from torch_pvt_v2 import PVTv2
+from torch_vit import ViT
+
+from pvt_ref import PVTConfig, PVTv2Config, ViTConfig
+
+NETWORKS = {PVTConfig: PVT, PVTv2Config: PVTv2, ViTConfig: ViT}
+
+
+def network(config: Any, fused: bool) -> nn.Module:
+    """Its weights are those that PyTorch begins with, and its parameters are named like ours."""
+    return NETWORKS[type(config)](config, fused)
