@@ -45,11 +45,13 @@ KERNELS = {
     "attend_backward_rows": "softmax of attention, backward",
     "embed_rows": "cutting patches",
     "embed_backward_rows": "cutting patches, backward",
-    "mlp_backward_rows": "GELU, backward",
+    "hidden_backward_rows": "GELU, backward",
     "column_sums": "sums over tokens",
     "padded_lines": "framing maps with zeros",
     "unfold_lines": "unfolding windows of convolutions",
-    "_sum_lines": "depth-wise convolution",
+    "shifted_lines": "framing maps with zeros",
+    "sum_lines": "depth-wise convolution",
+    "kernel_gradient": "depth-wise convolution, gradient of the kernel",
 }
 REPEATS = 10
 
