@@ -452,7 +452,12 @@ def test_a_model_of_it_predicts_pictures(config):
     assert [x.shape for x in model.pyramid(images)] == [
         (2, C, 64 // s, 32 // s) for C, s in zip(config.embed_dims, (4, 8, 16, 32), strict=True)
     ]
-    assert [info["reduction"] for info in model.feature_info] == [4, 8, 16, 32]
+    for size in [(64, 32), (61, 64)]:  # 61 pixels make 16, 8, 4 and 2 rows
+        maps = model.pyramid(normal(0, 1, 3, *size, dtype=np.float32))
+        for said, x in zip(model.feature_info, maps, strict=True):
+            assert said.keys() == {"num_chs", "reduction"}
+            sides = [math.ceil(side / said["reduction"]) for side in size]
+            assert x.shape == (1, said["num_chs"], *sides)
     assert "custom configuration, 4 classes, 32 px" in repr(model)
     np.testing.assert_array_equal(to_device(model, "cpu")(images), model(images))
     larger = pvt_ref.with_new_head(model, 7, rng_of(0))

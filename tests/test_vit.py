@@ -5,6 +5,7 @@ Properties 56 and 57 of the catalogue that test_properties.py begins stand here.
 """
 
 import dataclasses
+import itertools
 import json
 import warnings
 from collections import Counter
@@ -723,6 +724,11 @@ def test_a_model_of_it_predicts_pictures():
     assert [m.shape for m in model.pyramid(x)] == [(2, 12, 4, 4)]
     assert [m.shape for m in model.pyramid(x, blocks=[0, 1])] == [(2, 12, 4, 4)] * 2
     assert model.feature_info == [{"num_chs": 12, "reduction": 4}]
+    wide = dataclasses.replace(CONFIG, patch_size=2, embed_dim=6)
+    other = Model(random_params(wide, 0), wide)
+    for blocks in (None, [0, 2]):
+        for said, m in itertools.product(other.feature_info, other.pyramid(IMAGES, blocks=blocks)):
+            assert said == {"num_chs": m.shape[1], "reduction": IMAGES.shape[3] / m.shape[3]}
     assert "ViT of 3 blocks, 12 channels, 5 classes" in repr(model)
     assert "stage 1: grid 4x4" in model.summary()
 
