@@ -103,7 +103,12 @@ class Model(_Core):
 
     @property
     def feature_info(self) -> list[dict[str, int]]:
-        """Channels and strides of the maps of :meth:`pyramid`, by timm's names; [] without maps."""
+        """Channels and strides of the maps of :meth:`pyramid`, by timm's names; [] without maps.
+
+        One record a map, ``num_chs`` and ``reduction``: ``config.channels`` and ``config.strides``.
+        The columnar ViT has one, and with ``blocks`` it holds for each of the maps. A side that the
+        stride does not divide, which a PVT v2 may take, is rounded up.
+        """
         if architecture_of(self.config).forward_pyramid is None:
             return []
         maps = zip(self.config.channels, self.config.strides, strict=True)

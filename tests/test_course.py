@@ -95,7 +95,7 @@ def elsewhere(monkeypatch):
 
     @functools.wraps(load)
     def load_offline(name, *args, **kwargs):
-        if str(name).startswith(("pvt_", "retinanet_")):
+        if str(name).startswith(("pvt_", "deit_", "retinanet_")):
             config = pvt_ref.PVTConfig(embed_dims=(8, 16, 20, 16), img_size=32)
             return pvt_ref.Model(pvt_ref.init_params(config, np.random.default_rng(0)), config)
         return load(name, *args, **kwargs)

@@ -1,7 +1,8 @@
-"""Laws of the operations on maps: convolutions, resizing, pooling, and ReLU.
+"""Properties 37 to 51, of the operations on maps: convolutions, resizing, pooling, and ReLU.
 
 That they equal PyTorch's is shown with all others in test_layers.py, for every kernel, stride,
-padding and size. Here stands what must hold whatever the numbers, and where PyTorch is no oracle.
+padding and size. Here stands what must hold whatever the numbers, by the
+numbers that test_properties.py begins, and what is shown where PyTorch is no oracle.
 """
 
 import math
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closeness import FORWARD, assert_near, relative
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from operations import OPERATIONS, backward, forward, table_under_test
 from oracles import tensor
@@ -79,7 +80,7 @@ def windows_of(x: np.ndarray, k: tuple[int, int], stride: int, padding: int) -> 
 
 
 @given(k=kernels, stride=small, padding=st.integers(0, 3), size=grids, C=small, seed=seeds)
-def test_convolution_is_unfold_and_a_product(k, stride, padding, size, C, seed):
+def test_37_convolution_is_unfold_and_a_product(k, stride, padding, size, C, seed):
     assume(min(size[i] + 2 * padding - k[i] for i in range(2)) >= 0)
     x, p = normal(seed, 2, *size, C), ConvParams(normal(seed, 3, C, *k), normal(seed, 3))
     expected = windows_of(x, k, stride, padding)
@@ -96,7 +97,7 @@ def test_convolution_is_unfold_and_a_product(k, stride, padding, size, C, seed):
 
 
 @given(k=kernels, stride=small, padding=st.integers(0, 3), size=grids, C=small, seed=seeds)
-def test_fold_is_the_transpose_of_unfold(k, stride, padding, size, C, seed):
+def test_38_fold_is_the_transpose_of_unfold(k, stride, padding, size, C, seed):
     assume(min(size[i] + 2 * padding - k[i] for i in range(2)) >= 0)
     x = normal(seed, 2, *size, C)
     windows = unfold(x, k, stride, padding)
@@ -106,7 +107,7 @@ def test_fold_is_the_transpose_of_unfold(k, stride, padding, size, C, seed):
 
 
 @given(P=small, h=small, w=small, C=small, seed=seeds)
-def test_windows_side_by_side_are_patches(P, h, w, C, seed):
+def test_39_windows_side_by_side_are_patches(P, h, w, C, seed):
     x = normal(seed, 2, h * P, w * P, C)
     patches = patchify(x, P)
     np.testing.assert_array_equal(unfold(x, (P, P), P, 0), patches)
@@ -115,7 +116,7 @@ def test_windows_side_by_side_are_patches(P, h, w, C, seed):
 
 
 @given(P=small, h=small, w=small, C_in=small, C=small, seed=seeds)
-def test_convolution_with_stride_its_kernel_is_the_patch_embedding(P, h, w, C_in, C, seed):
+def test_39_convolution_with_stride_its_kernel_is_the_patch_embedding(P, h, w, C_in, C, seed):
     x = normal(seed, 2, h * P, w * P, C_in)
     p = ConvParams(normal(seed, C, C_in, P, P), normal(seed, C))
     embed = PatchEmbedParams(LinearParams(p.weight, p.bias), None)
@@ -139,7 +140,7 @@ def test_convolution_with_stride_its_kernel_is_the_patch_embedding(P, h, w, C_in
     size=st.tuples(st.integers(12, 16), st.integers(12, 16)),
     seed=seeds,
 )
-def test_a_shift_by_the_stride_moves_the_inner_outputs_by_one(stride, k, padding, size, seed):
+def test_40_a_shift_by_the_stride_moves_the_inner_outputs_by_one(stride, k, padding, size, seed):
     x, p = normal(seed, 1, *size, 2), ConvParams(normal(seed, 3, 2, k, k), normal(seed, 3))
     moved = np.zeros_like(x)
     moved[:, stride:, stride:] = x[:, :-stride, :-stride]
@@ -152,8 +153,33 @@ def test_a_shift_by_the_stride_moves_the_inner_outputs_by_one(stride, k, padding
     np.testing.assert_allclose(inner, y[:, first - 1 : last[0], first - 1 : last[1]], atol=1e-12)
 
 
+layers = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 2))  # k, stride, padding
+
+
+@given(first=layers, second=layers, size=st.tuples(*[st.integers(30, 34)] * 2), seed=seeds)
+@example(first=(7, 4, 3), second=(3, 2, 1), size=(32, 37), seed=0)  # of PVT v2
+def test_40_a_shift_by_the_total_stride_moves_the_inner_outputs_by_one(first, second, size, seed):
+    x, ((k, s, a), (k_2, s_2, a_2)) = normal(seed, 1, *size, 2), (first, second)
+    p = ConvParams(normal(seed, 3, 2, k, k), normal(seed, 3))
+    q = ConvParams(normal(seed, 2, 3, k_2, k_2), normal(seed, 2))
+    moved = np.zeros_like(x)
+    moved[:, s * s_2 :, s * s_2 :] = x[:, : -s * s_2, : -s * s_2]
+    y, y_moved = (conv_forward(q, conv_forward(p, image, s, a), s_2, a_2) for image in (x, moved))
+
+    def inner(n):  # outputs of moved that read what was moved, and no padding
+        for i in range(1, n):
+            begin = (i * s_2 - a_2) * s - a
+            if begin >= s * s_2 and begin + (k_2 - 1) * s + k <= n:
+                yield i
+
+    rows, columns = (np.array(list(inner(n))) for n in size)
+    assert min(len(rows), len(columns)) > 0
+    expected = y[:, rows - 1][:, :, columns - 1]
+    np.testing.assert_allclose(y_moved[:, rows][:, :, columns], expected, atol=1e-11)
+
+
 @given(k=small, stride=st.integers(1, 6), padding=st.integers(0, 2), n=sides, seed=seeds)
-def test_pixels_that_no_window_reaches_get_no_gradient(k, stride, padding, n, seed):
+def test_41_pixels_that_no_window_reaches_get_no_gradient(k, stride, padding, n, seed):
     assume(n + 2 * padding >= k)
     x, p = normal(seed, 1, n, n, 1), ConvParams(1 + np.abs(normal(seed, 1, 1, k, k)), None)
     y, cache = forward("conv", p, x, stride, padding)
@@ -167,7 +193,7 @@ def test_pixels_that_no_window_reaches_get_no_gradient(k, stride, padding, n, se
 
 
 @given(H=st.integers(1, 40), W=st.integers(1, 40))
-def test_an_overlapping_embedding_loses_no_pixel(H, W):
+def test_41_an_overlapping_embedding_loses_no_pixel(H, W):
     # the two convolutions of PVT v2: ceil(H/4) and ceil(H/2), whatever the size
     for k, stride in ((7, 4), (3, 2)):
         p = ConvParams(np.ones((1, 1, k, k)), None)
@@ -190,7 +216,7 @@ def test_a_cache_of_a_convolution_does_not_change_with_the_callers_map():
 
 
 @given(k=st.sampled_from([1, 3, 5]), size=grids, C=small, seed=seeds)
-def test_depthwise_is_a_convolution_whose_kernel_is_diagonal_in_the_channels(k, size, C, seed):
+def test_42_depthwise_is_a_convolution_in_as_many_groups_as_channels(k, size, C, seed):
     x, p = normal(seed, 2, *size, C), ConvParams(normal(seed, C, 1, k, k), normal(seed, C))
     diagonal = np.zeros((C, C, k, k))
     diagonal[range(C), range(C)] = p.weight[:, 0]
@@ -205,10 +231,13 @@ def test_depthwise_is_a_convolution_whose_kernel_is_diagonal_in_the_channels(k, 
     of_channels = other_grads.weight[range(C), range(C)]
     np.testing.assert_allclose(grads.weight[:, 0], of_channels, rtol=1e-11, atol=1e-11)
     np.testing.assert_allclose(grads.bias, other_grads.bias, rtol=1e-11, atol=1e-11)
+    for c in range(C):  # and each group is a convolution of its own
+        of_one = ConvParams(p.weight[c : c + 1], p.bias[c : c + 1])
+        assert_rounded(conv_forward(of_one, x[..., c : c + 1], 1, k // 2), y[..., c : c + 1])
 
 
 @given(k=st.sampled_from([(1, 3), (3, 3), (5, 3), (7, 7)]), size=grids, C=small, seed=seeds)
-def test_a_kernel_with_a_one_in_the_middle_changes_nothing(k, size, C, seed):
+def test_43_a_kernel_with_a_one_in_the_middle_changes_nothing(k, size, C, seed):
     x, weight = normal(seed, 2, *size, C), np.zeros((C, 1, *k))
     weight[:, 0, k[0] // 2, k[1] // 2] = 1
     y, cache = forward("depthwise_conv", ConvParams(weight, None), x)
@@ -236,7 +265,7 @@ def test_float32_gradients_of_a_large_depthwise_kernel_keep_their_digits():
 
 @each_matrix
 @given(out=st.integers(1, 60), n=st.integers(1, 60))
-def test_rows_sum_to_one(name, out, n):
+def test_44_rows_sum_to_one(name, out, n):
     A = MATRICES[name](out, n)
     assert A.shape == (out, n)
     assert A.dtype == np.float64
@@ -246,14 +275,14 @@ def test_rows_sum_to_one(name, out, n):
 
 @each_matrix
 @given(size=grids, C=small, dtype=st.sampled_from([np.float32, np.float64]), seed=seeds)
-def test_to_its_own_size_a_map_is_itself(name, size, C, dtype, seed):
+def test_44_to_its_own_size_a_map_is_itself(name, size, C, dtype, seed):
     x = normal(seed, 2, *size, C, dtype=dtype)
     np.testing.assert_array_equal(resized(x, size, name), x)
 
 
 @each_matrix
 @given(size=grids, new=grids, C_in=small, C=small, seed=seeds)
-def test_resizing_commutes_with_a_pointwise_convolution(name, size, new, C_in, C, seed):
+def test_45_resizing_commutes_with_a_pointwise_convolution(name, size, new, C_in, C, seed):
     # the rows sum to 1, so that even the bias passes through
     x, p = normal(seed, 2, *size, C_in), ConvParams(normal(seed, C, C_in, 1, 1), normal(seed, C))
     first = resized(conv_forward(p, x, 1, 0), new, name)
@@ -262,7 +291,7 @@ def test_resizing_commutes_with_a_pointwise_convolution(name, size, new, C_in, C
 
 @each_matrix
 @given(size=grids, new=grids, C=small, seed=seeds)
-def test_height_and_width_can_change_places(name, size, new, C, seed):
+def test_46_height_and_width_can_change_places(name, size, new, C, seed):
     x = normal(seed, 2, *size, C)
     y = resized(x, new, name)
     turned = resized(x.transpose(0, 2, 1, 3), new[::-1], name)
@@ -294,7 +323,7 @@ def test_the_matrix_is_that_of_interpolate(name, out, n):
 
 
 @given(out=st.integers(1, 200), n=st.integers(1, 200))
-def test_nearest_takes_the_exact_quotient_rounded_down(out, n):
+def test_47_nearest_takes_the_exact_quotient_rounded_down(out, n):
     read = resize_matrix(out, n, "nearest").argmax(axis=1)
     assert read.tolist() == [math.floor(i * Fraction(n, out)) for i in range(out)]
 
@@ -315,7 +344,7 @@ def test_nearest_is_exact_where_pytorch_is_not():
 
 
 @given(size=grids, C=small, seed=seeds)
-def test_back_from_twice_the_size_nearest_adds_up_squares(size, C, seed):
+def test_47_back_from_twice_the_size_nearest_adds_up_squares(size, C, seed):
     x = normal(seed, 2, *size, C)
     y, cache = forward("resize", None, x, (2 * size[0], 2 * size[1]), "nearest")
     np.testing.assert_array_equal(y, x.repeat(2, axis=1).repeat(2, axis=2))
@@ -326,14 +355,14 @@ def test_back_from_twice_the_size_nearest_adds_up_squares(size, C, seed):
 
 
 @given(out=sides, n=sides)
-def test_pooling_is_the_mean_of_each_cell(out, n):
+def test_48_pooling_is_the_mean_of_each_cell(out, n):
     x = normal(3, n)
     cells = [x[math.floor(i * n / out) : math.ceil((i + 1) * n / out)] for i in range(out)]
     np.testing.assert_allclose(pool_matrix(out, n) @ x, [c.mean() for c in cells], rtol=1e-12)
 
 
 @given(n=st.integers(1, 30), more=st.integers(0, 30))
-def test_enlarging_by_pooling_repeats_only_where_n_divides_o(n, more):
+def test_48_enlarging_by_pooling_repeats_only_where_n_divides_o(n, more):
     P = pool_matrix(n + more, n)
     repeats = bool((P == 1).any(axis=1).all())
     assert repeats == ((n + more) % n == 0)
@@ -348,13 +377,27 @@ def test_two_inputs_become_seven():
 
 
 @given(size=grids, new=grids, C=small, mode=st.sampled_from(["bilinear", "bicubic"]), seed=seeds)
-def test_position_tables_are_resized_as_maps_are(size, new, C, mode, seed):
+def test_49_position_tables_are_resized_as_maps_are(size, new, C, mode, seed):
     rows = normal(seed, size[0] * size[1], C)
     y, _ = forward("resize", None, rows.reshape(1, *size, C), new, mode)
     np.testing.assert_array_equal(resize_positions(rows, size, new, mode), y.reshape(-1, C))
 
 
 # ReLU -----------------------------------------------------------------------------------------
+
+
+@given(scale=st.sampled_from([0.0, 0.1, 10.0]), seed=seeds)
+def test_50_relu_minus_its_mirror_is_x_and_a_positive_factor_passes(scale, seed):
+    x, dy = normal(seed, 5, 7), normal(seed + 1, 5, 7)
+    (y, cache), (mirror, mirror_cache) = (forward("relu", None, at) for at in (x, -x))
+    np.testing.assert_array_equal(y - mirror, x)
+    np.testing.assert_array_equal(y + mirror, np.abs(x))
+    np.testing.assert_array_equal(forward("relu", None, y)[0], y)  # once is enough
+    np.testing.assert_array_equal(forward("relu", None, scale * x)[0], scale * y)
+    # every gradient goes through one of the two
+    dx, dmirror = (backward("relu", None, at, dy)[0] for at in (cache, mirror_cache))
+    np.testing.assert_array_equal(dx + dmirror, dy)
+    assert not (dx * dmirror).any()
 
 
 def test_relu_of_what_is_not_finite_is_pytorchs():
@@ -376,7 +419,7 @@ LINEAR_IN_X = ("conv", "depthwise_conv", "pool", "resize")
 
 
 @pytest.mark.parametrize("name", LINEAR_IN_X)
-def test_adjoint_to_the_last_digits(name):
+def test_51_adjoint_to_the_last_digits(name):
     @given(OPERATIONS[name], seeds)
     def check(case, seed):
         biasless = {key: x for key, x in case.inputs.items() if not key.endswith("bias")}

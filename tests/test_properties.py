@@ -1,9 +1,11 @@
-"""Properties 1 to 35: what must hold of PVT's mathematics, whatever the numbers.
+"""Properties 1 to 35, and 58: what must hold of the mathematics, whatever the numbers.
 
 They need no reference implementation, and they find what a reference cannot: a mistake that two
 implementations share, an input that is written to, a sum that loses its digits. The letters say of
 what kind a property is: V value, G gradient, L layout, S stability, P purity, R randomness.
-(Property 36, on files, stands in test_checkpoint.py.)
+The others stand with what they speak of: 36, on files, in test_checkpoint.py; 37 to 51, of the
+operations on maps, in test_maps.py; 52 to 55, of PVT v2, in test_pvt_v2.py; 56 and 57, of ViT, in
+test_vit.py.
 """
 
 import dataclasses
@@ -16,7 +18,17 @@ from closeness import FORWARD, assert_float32_error, assert_near, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operations import OPERATIONS, backward, forward, sra_settings, table_under_test
-from strategies import ModelCase, configs, model_cases, normal, random_params, rng_of, seeds
+from strategies import (
+    ModelCase,
+    configs,
+    model_cases,
+    normal,
+    random_params,
+    rng_of,
+    seeds,
+    v2_cases,
+    vit_cases,
+)
 
 import pvt_ref
 from pvt_ref import REFERENCE, VARIANTS, cross_entropy
@@ -75,6 +87,9 @@ def sra_forward(p, x, grid, attn):
 
 
 any_operation = pytest.mark.parametrize("name", OPERATIONS)
+any_network = pytest.mark.parametrize(
+    "cases", [model_cases, v2_cases, vit_cases], ids=["PVT", "PVT v2", "ViT"]
+)
 small = st.integers(1, 4)
 
 
@@ -369,10 +384,17 @@ def test_19_a_zero_query_gets_the_mean_of_the_values(n, m, seed):
     np.testing.assert_allclose(attend(np.zeros_like(q), k, v), expected, atol=1e-14)
 
 
-@settings(max_examples=20)
-@given(case=model_cases(classifier=True))
-def test_20_samples_do_not_see_each_other(case):
-    case = dataclasses.replace(case, batch=3)
+@any_network
+def test_20_samples_do_not_see_each_other(cases):
+    @settings(max_examples=20)
+    @given(cases(classifier=True))
+    def check(case):
+        assert_samples_are_apart(dataclasses.replace(case, batch=3))
+
+    check()
+
+
+def assert_samples_are_apart(case: ModelCase) -> None:
     params, images, config = case.params(), case.images(), case.config
     logits = pvt_ref.forward(params, images, config)
     maps = pvt_ref.forward_pyramid(params, images, config)
@@ -433,10 +455,11 @@ def test_22_adjoint_identity_of_every_operation(name):
     check()
 
 
+@any_network
 @pytest.mark.parametrize("pyramid", [False, True], ids=["logits", "pyramid"])
-def test_22_adjoint_identity_of_the_model(pyramid):
+def test_22_adjoint_identity_of_the_model(pyramid, cases):
     @settings(max_examples=20)
-    @given(model_cases(classifier=None if pyramid else True, dropout=True))
+    @given(cases(classifier=None if pyramid else True, dropout=True))
     def check(case):
         config, params, images = case.config, case.params(), case.images()
         tree = (params, images)
@@ -525,7 +548,7 @@ def test_24_gradients_of_parts_of_a_batch_add_up(case):
 
 WITH_PARAMETERS = (
     *("linear", "layer_norm", "patch_embed", "conv", "depthwise_conv", "position"),
-    *("sra", "mlp", "block"),
+    *("sra", "linear_sra", "mha", "mlp", "conv_mlp", "block", "vit block"),
 )
 
 
@@ -545,6 +568,25 @@ def test_25_parameter_gradient_is_the_sum_of_per_sample_ones(name):
             total = {key: total[key] + parts[key] for key in shared}
         for key in shared:
             np.testing.assert_allclose(grads[key], total[key], rtol=1e-9, atol=1e-11, err_msg=key)
+
+    check()
+
+
+@pytest.mark.parametrize(("name", "key"), [("sra", "kv"), ("linear_sra", "kv"), ("mha", "qkv")])
+def test_58_the_bias_of_the_keys_has_no_influence(name, key):
+    # it adds one number to all scores of a query, which softmax does not notice
+    @given(OPERATIONS[name].filter(lambda case: f"{key}.bias" in case.inputs), seeds)
+    def check(case, seed):
+        y, cache = case.forward(case.inputs)
+        bias = case.inputs[f"{key}.bias"]
+        C = case.inputs["x"].shape[-1]
+        of_keys = slice(len(bias) - 2 * C, len(bias) - C)
+        moved = bias.copy()
+        moved[of_keys] += normal(seed, C)
+        assert_near(case.forward({**case.inputs, f"{key}.bias": moved})[0], y, 1e-11)
+        grads = case.backward(case.inputs, cache, normal(seed + 1, *y.shape))
+        largest = max(np.abs(g).max() for g in grads.values())
+        assert np.abs(grads[f"{key}.bias"][of_keys]).max() <= 1e-12 * largest
 
     check()
 

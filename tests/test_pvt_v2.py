@@ -1,4 +1,7 @@
-"""PVT v2 as a network of the family: its shape, its laws, and everything it goes through."""
+"""PVT v2 as a network of the family: its shape, its laws, and everything it goes through.
+
+Properties 52 to 55 of the catalogue that test_properties.py begins stand here, and 43 of the MLP.
+"""
 
 import dataclasses
 import json
@@ -6,19 +9,22 @@ import math
 
 import numpy as np
 import pytest
+from closeness import FORWARD, assert_near
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operations import backward, forward, sra_settings, table_under_test
 from PIL import Image
-from strategies import normal, random_params, rng_of
+from strategies import normal, random_params, rng_of, seeds, v2_cases
 
 import pvt_ref
 from pvt_ref import REFERENCE, VARIANTS, Model, ModelInfo, Preprocessing, PVTv2Config, PVTv2Params
 from pvt_ref.__main__ import main
-from pvt_ref.blocks.conv_mlp import ConvMLPParams, DWConvParams, conv_mlp
+from pvt_ref.blocks.conv_mlp import ConvMLPParams, DWConvParams
 from pvt_ref.blocks.linear_sra import LinearSRAParams
-from pvt_ref.blocks.mlp import MLPParams, mlp
+from pvt_ref.blocks.mlp import MLPParams
 from pvt_ref.errors import ConfigError, RangeError, ShapeError
 from pvt_ref.layers.conv import ConvParams, conv
+from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.models.architecture import architecture_of, param_shapes
 from pvt_ref.models.pvt_v2 import PVT_V2
@@ -264,35 +270,52 @@ def test_the_key_half_of_a_bias_has_no_influence(config):
             assert np.abs(g[:C]).max() < 1e-12 * np.abs(g[C:]).max(), key
 
 
-@BOTH
-def test_the_classifier_reads_the_mean_of_the_last_map(config):
-    params, images = params_of(config), normal(1, 2, 3, 64, 96)
-    last = pvt_ref.forward_pyramid(params, images, config)[-1]  # (B, C_4, H_4, W_4)
-    B, C_4 = last.shape[:2]
-    tokens = last.reshape(B, C_4, -1)
-    shuffled = tokens[..., rng_of(0).permutation(tokens.shape[-1])]
-    for order in (tokens, shuffled):
-        logits = order.mean(axis=-1) @ params.head.weight.T + params.head.bias
-        np.testing.assert_allclose(pvt_ref.forward(params, images, config), logits, rtol=1e-12)
+@settings(max_examples=20)
+@given(case=v2_cases())
+def test_52_mean_pooling_ignores_the_order_of_tokens(case):
+    params, images, config, ops = case.params(), case.images(), case.config, table_under_test()
+    logits, cache = pvt_ref.forward_with_cache(params, images, config, ops=ops)
+    maps, maps_cache = pvt_ref.forward_pyramid_with_cache(params, images, config, ops=ops)
+    B, C_4 = maps[-1].shape[:2]
+    tokens = maps[-1].reshape(B, C_4, -1)
+    n = tokens.shape[-1]
+    for order in (np.arange(n), rng_of(case.seed).permutation(n)):
+        by_hand = tokens[..., order].mean(axis=-1) @ params.head.weight.T + params.head.bias
+        assert_near(logits, by_hand, FORWARD)
+    # hence every token gets the same gradient, whatever the image
+    dlogits = normal(case.seed, *logits.shape)
+    grads, dimages = pvt_ref.backward(params, cache, dlogits, config)
+    dtoken = (dlogits @ params.head.weight / n)[:, :, None, None]
+    dmaps = [None, None, None, np.broadcast_to(dtoken, maps[-1].shape)]
+    by_maps, dimages_by_maps = pvt_ref.backward_pyramid(params, maps_cache, dmaps, config)
+    largest = max(np.abs(g).max() for _, g in named_arrays((grads, dimages)))
+    for (key, g), (_, other) in zip(
+        named_arrays((grads, dimages)), named_arrays((by_maps, dimages_by_maps)), strict=True
+    ):
+        if "head" not in key:
+            np.testing.assert_allclose(g, other, rtol=0, atol=1e-11 * largest, err_msg=key)
 
 
-@BOTH
-def test_every_map_is_normed(config):
+@settings(max_examples=20)
+@given(case=v2_cases(classifier=False))
+def test_53_every_map_is_normed(case):
+    config = dataclasses.replace(case.config, norm_eps=1e-9)
     plain = map_named(
-        lambda key, x: np.ones_like(x) if "weight" in key else np.zeros_like(x),
-        params_of(config),
+        lambda key, x: np.ones_like(x) if "weight" in key else np.zeros_like(x), case.params()
     )
     norms = {f"norm{i}": getattr(plain, f"norm{i}") for i in range(1, 5)}
-    params = dataclasses.replace(params_of(config), **norms)
-    for x in pvt_ref.forward_pyramid(params, normal(1, 2, 3, 64, 96), config):
+    params = dataclasses.replace(case.params(), **norms)
+    for x in pvt_ref.forward_pyramid(params, case.images(), config, ops=table_under_test()):
         np.testing.assert_allclose(x.mean(axis=1), 0, atol=1e-12)
         np.testing.assert_allclose(x.std(axis=1), 1, rtol=1e-3)
 
 
 @settings(max_examples=15)
 @given(st.integers(1, 70), st.integers(1, 70))
-def test_linear_attention_has_49_keys_at_any_size(height, width):
-    maps = pvt_ref.attention_maps(params_of(LINEAR), normal(1, 1, 3, height, width), LINEAR)
+def test_54_linear_attention_has_49_keys_at_any_size(height, width):
+    maps = pvt_ref.attention_maps(
+        params_of(LINEAR), normal(1, 1, 3, height, width), LINEAR, ops=table_under_test()
+    )
     assert set(maps) == {(1, 0), (2, 0), (2, 1), (3, 0), (4, 0)}
     for (stage, _), weights in maps.items():
         h, w = LINEAR.grids(height, width)[stage - 1]
@@ -300,16 +323,46 @@ def test_linear_attention_has_49_keys_at_any_size(height, width):
         np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-12)
 
 
-def test_a_centred_kernel_makes_an_mlp_without_it():
-    rng, hidden, C = rng_of(0), 10, 4
+@given(a=st.integers(1, 2), b=st.integers(1, 3), N=st.integers(1, 2), seed=seeds)
+def test_55_tokens_of_a_cell_can_change_places(a, b, N, seed):
+    # with cells of a x b tokens the means, hence keys and values, stay; the outputs move along
+    grid, C = (7 * a, 7 * b), 4
+    rng, shapes = rng_of(seed), ((C, C), (2 * C, C), (C, C), (C, C, 1, 1))
+    q, kv, proj, sr = (
+        LinearParams(rng.standard_normal(s), rng.standard_normal(s[0])) for s in shapes
+    )
+    p = LinearSRAParams(q, kv, proj, sr, LayerNormParams(np.ones(C), np.zeros(C)))
+    told = sra_settings(N, 0.5, 1e-5)
+    cells = rng.standard_normal((2, 49, a * b, C))
+    order = rng.permutation(a * b)
+
+    def run(cells):
+        x = cells.reshape(2, 7, 7, a, b, C).transpose(0, 1, 3, 2, 4, 5).reshape(2, -1, C)
+        y, _ = forward("linear_sra", p, x, grid, told)
+        by_cell = y.reshape(2, 7, a, 7, b, C).transpose(0, 1, 3, 2, 4, 5)
+        return by_cell.reshape(2, 49, a * b, C)
+
+    np.testing.assert_allclose(run(cells[:, :, order]), run(cells)[:, :, order], atol=1e-11)
+
+
+@given(grid=st.tuples(st.integers(1, 6), st.integers(1, 6)), hidden=st.integers(1, 9), seed=seeds)
+def test_43_a_centred_kernel_makes_an_mlp_without_it(grid, hidden, seed):
+    rng, C = rng_of(seed), 4
     one_hot = np.zeros((hidden, 1, 3, 3))
     one_hot[:, :, 1, 1] = 1
     fc1 = LinearParams(rng.standard_normal((hidden, C)), rng.standard_normal(hidden))
     fc2 = LinearParams(rng.standard_normal((C, hidden)), rng.standard_normal(C))
-    x = rng.standard_normal((2, 15, C))
-    inside = DWConvParams(ConvParams(one_hot, np.zeros(hidden)))
-    with_it, _ = conv_mlp.forward(ConvMLPParams(fc1, inside, fc2), x, REFERENCE, (3, 5))
-    np.testing.assert_allclose(with_it, mlp.forward(MLPParams(fc1, fc2), x, REFERENCE)[0])
+    x = rng.standard_normal((2, grid[0] * grid[1], C))
+    p = ConvMLPParams(fc1, DWConvParams(ConvParams(one_hot, np.zeros(hidden))), fc2)
+    y, cache = forward("conv_mlp", p, x, grid)
+    plain, plain_cache = forward("mlp", MLPParams(fc1, fc2), x)
+    np.testing.assert_allclose(y, plain, rtol=1e-11, atol=1e-12)
+    dy = normal(seed, *y.shape)
+    dx, grads = backward("conv_mlp", p, cache, dy)
+    plain_dx, plain_grads = backward("mlp", MLPParams(fc1, fc2), plain_cache, dy)
+    np.testing.assert_allclose(dx, plain_dx, rtol=1e-10, atol=1e-11)
+    np.testing.assert_allclose(grads.fc1.weight, plain_grads.fc1.weight, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(grads.fc2.weight, plain_grads.fc2.weight, rtol=1e-10, atol=1e-10)
 
 
 def test_a_pixel_shift_of_a_stride_moves_the_first_map():
@@ -399,7 +452,12 @@ def test_a_model_of_it_predicts_pictures(config):
     assert [x.shape for x in model.pyramid(images)] == [
         (2, C, 64 // s, 32 // s) for C, s in zip(config.embed_dims, (4, 8, 16, 32), strict=True)
     ]
-    assert [info["reduction"] for info in model.feature_info] == [4, 8, 16, 32]
+    for size in [(64, 32), (61, 64)]:  # 61 pixels make 16, 8, 4 and 2 rows
+        maps = model.pyramid(normal(0, 1, 3, *size, dtype=np.float32))
+        for said, x in zip(model.feature_info, maps, strict=True):
+            assert said.keys() == {"num_chs", "reduction"}
+            sides = [math.ceil(side / said["reduction"]) for side in size]
+            assert x.shape == (1, said["num_chs"], *sides)
     assert "custom configuration, 4 classes, 32 px" in repr(model)
     np.testing.assert_array_equal(to_device(model, "cpu")(images), model(images))
     larger = pvt_ref.with_new_head(model, 7, rng_of(0))

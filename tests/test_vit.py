@@ -1,9 +1,11 @@
 """The columnar ViT as a network of the family: its blocks, its files, and everywhere it goes.
 
 What it computes is compared with others' numbers in test_golden.py and test_transformers.py.
+Properties 56 and 57 of the catalogue that test_properties.py begins stand here.
 """
 
 import dataclasses
+import itertools
 import json
 import warnings
 from collections import Counter
@@ -15,7 +17,7 @@ import torch
 from closeness import assert_near
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operations import sra_settings, table_under_test
+from operations import backward, forward, sra_settings, table_under_test
 from PIL import Image
 from strategies import normal, random_params, rng_of, seeds, vit_cases
 from test_checkpoint import as_torch, assert_same_state, random_state, to_foreign, write_pth
@@ -104,7 +106,7 @@ def run_block(p, x, settings, ops, seed=None):
 
 
 @pytest.mark.parametrize("dropout", [False, True])
-def test_a_vit_block_is_a_pvt_block_without_reduction(dropout):
+def test_56_a_vit_block_is_a_pvt_block_without_reduction(dropout):
     @given(blocks())
     def check(drawn):
         ours, pvts, x, told, seed = drawn
@@ -132,6 +134,41 @@ def test_a_vit_block_is_a_pvt_block_without_reduction(dropout):
             )
 
     check()
+
+
+@given(drawn=blocks())
+def test_57_without_a_table_tokens_can_change_places(drawn):
+    ours, _, x, told, seed = drawn
+    order = rng_of(seed).permutation(x.shape[1])
+    y, cache = forward("mha", ours.attn, x, (1, x.shape[1]), told.attn)
+    moved, moved_cache = forward("mha", ours.attn, x[:, order], (1, x.shape[1]), told.attn)
+    np.testing.assert_allclose(moved, y[:, order], rtol=1e-11, atol=1e-12)
+    dy = normal(seed, *y.shape)
+    dx, grads = backward("mha", ours.attn, cache, dy)
+    dmoved, others = backward("mha", ours.attn, moved_cache, dy[:, order])
+    np.testing.assert_allclose(dmoved, dx[:, order], rtol=1e-10, atol=1e-11)
+    np.testing.assert_allclose(others.qkv.weight, grads.qkv.weight, rtol=1e-10, atol=1e-11)
+
+
+@settings(max_examples=20)
+@given(case=vit_cases())
+def test_57_without_a_table_patches_can_change_places(case):
+    config, images = case.config, case.images()
+    P, (B, C_0, H, W) = config.patch_size, images.shape
+    params = dataclasses.replace(case.params(), pos_embed=0 * case.params().pos_embed)
+    h, w = H // P, W // P
+    order = rng_of(case.seed).permutation(h * w)
+    patches = images.reshape(B, C_0, h, P, w, P).transpose(2, 4, 0, 1, 3, 5)
+    patches = patches.reshape(h * w, B, C_0, P, P)[order].reshape(h, w, B, C_0, P, P)
+    moved = patches.transpose(2, 3, 0, 4, 1, 5).reshape(images.shape)
+    logits, (last,), z, (other,) = (
+        f(params, x, config, ops=table_under_test())
+        for x in (images, moved)
+        for f in (pvt_ref.forward, pvt_ref.forward_pyramid)
+    )
+    assert_near(z, logits, 1e-11)
+    shape = (B, config.embed_dim, h * w)
+    assert_near(other.reshape(shape), last.reshape(shape)[..., order], 1e-11)
 
 
 def test_the_block_kernel_takes_qkv_apart_without_a_copy_and_asks_for_no_part():
@@ -687,6 +724,11 @@ def test_a_model_of_it_predicts_pictures():
     assert [m.shape for m in model.pyramid(x)] == [(2, 12, 4, 4)]
     assert [m.shape for m in model.pyramid(x, blocks=[0, 1])] == [(2, 12, 4, 4)] * 2
     assert model.feature_info == [{"num_chs": 12, "reduction": 4}]
+    wide = dataclasses.replace(CONFIG, patch_size=2, embed_dim=6)
+    other = Model(random_params(wide, 0), wide)
+    for blocks in (None, [0, 2]):
+        for said, m in itertools.product(other.feature_info, other.pyramid(IMAGES, blocks=blocks)):
+            assert said == {"num_chs": m.shape[1], "reduction": IMAGES.shape[3] / m.shape[3]}
     assert "ViT of 3 blocks, 12 channels, 5 classes" in repr(model)
     assert "stage 1: grid 4x4" in model.summary()
 
