@@ -35,6 +35,7 @@ _COMMON = {
     for dtype in (np.float32, np.float64)
 }
 
+
 def gelu_rows(
     x: np.ndarray, scratch: Scratch, slope: np.ndarray | None = None, bias: np.ndarray | None = None
 ) -> None:
