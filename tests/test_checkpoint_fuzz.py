@@ -18,31 +18,31 @@ from pvt_ref.checkpoint import load
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
 def test_damaged_files_are_refused_or_load_exactly(kind):
     lines = []
-    outcomes, failures = fuzz_checkpoints.run((kind,), 0, 0, 800, lines.append)
+    outcomes, failures = fuzz_checkpoints.run((kind,), 0, 0, 1000, lines.append)
     assert not failures, "\n".join(lines)
-    assert sum(outcomes.values()) == 800
-    assert outcomes[kind, "refused"] > 400  # the damage is real
+    assert sum(outcomes.values()) == 1000
+    assert outcomes[kind, "refused"] > 500  # the damage is real
     assert outcomes[kind, "the same"] > 0  # and not every damage matters
 
 
 @pytest.mark.parametrize("kind", ["legacy", "resealed", "lies"])
 def test_what_no_checksum_can_tell_is_refused_or_gives_some_model(kind):
     lines = []
-    outcomes, failures = fuzz_checkpoints.run((kind,), 0, 0, 400, lines.append)
+    outcomes, failures = fuzz_checkpoints.run((kind,), 0, 0, 500, lines.append)
     assert not failures, "\n".join(lines)
-    assert sum(outcomes.values()) == 400
-    assert outcomes[kind, "refused"] > 160
+    assert sum(outcomes.values()) == 500
+    assert outcomes[kind, "refused"] > 200
     assert outcomes[kind, "another model"] > 0
 
 
 @pytest.mark.parametrize("kind", fuzz_layouts.KINDS)
 def test_files_of_other_projects_are_refused_or_load_what_they_say(kind):
     lines = []
-    outcomes, failures = fuzz_checkpoints.run((kind,), 0, 0, 250, lines.append)
+    outcomes, failures = fuzz_checkpoints.run((kind,), 0, 0, 150, lines.append)
     assert not failures, "\n".join(lines)
-    assert sum(outcomes.values()) == 250
-    assert outcomes[kind, "refused"] > 100
-    assert outcomes[kind, "right"] > 30
+    assert sum(outcomes.values()) == 150
+    assert outcomes[kind, "refused"] > 60
+    assert outcomes[kind, "right"] > 20
 
 
 def good_case(kind, name, **changes):
@@ -120,7 +120,7 @@ def test_a_good_file_must_be_loaded(monkeypatch):
 @pytest.mark.parametrize("kind", fuzz_layouts.KINDS)
 def test_every_layout_and_damage_is_drawn(kind):
     rng = random.Random(0)
-    cases = [fuzz_layouts.make_case(kind, rng, fuzz_checkpoints.DAMAGES) for _ in range(250)]
+    cases = [fuzz_layouts.make_case(kind, rng, fuzz_checkpoints.DAMAGES) for _ in range(150)]
     assert {case.layout.name for case in cases} == {x.name for x in fuzz_layouts.LAYOUTS[kind]}
     assert {case.container for case in cases} == {"zip", "legacy", "safetensors"}
     done = {how for case in cases for how in case.done}
