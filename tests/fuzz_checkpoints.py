@@ -13,11 +13,15 @@ Case n depends on the kind, the seed and n alone, so that a run can be taken up 
     lies         either format, its pickle rewritten by whole instructions (other names, numbers,
                  memo slots and order, repeated thousands of times), its list of storages and
                  their sizes changed: well-formed, which random damage hardly ever is
+    pvt_v2       a PVT v2 as other projects write it, in five layouts, with a config.json where
+                 there is one; damaged in bytes, headers, keys, shapes, dtypes, values, or asked for
+                 as something else: see fuzz_layouts.py
+    vit          a ViT in four layouts, likewise
 
-In the last three kinds the content is really different where no checksum can tell: it must be
-refused or be some model, no more. An outcome other than CheckpointError or the model is a failure:
-other numbers, another configuration, a foreign exception (warnings too), ten seconds of work, or
-256 MiB of memory.
+In legacy, resealed and lies the content is really different where no checksum can tell: it must be
+refused or be some model, no more. In the last two, a second reader says what is right. An outcome
+other than CheckpointError or the model is a failure: other numbers, another configuration, a
+foreign exception (warnings too), ten seconds of work, or 256 MiB of memory.
 """
 
 import argparse
@@ -37,7 +41,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import fuzz_layouts
 import numpy as np
 
 from pvt_ref import Model, PVTConfig, init_params, to_state_dict
@@ -55,7 +61,7 @@ CONFIG = PVTConfig(  # as few bytes as a PVT can have
     norm_eps=1e-6,
     projection_norm_eps=1e-6,
 )
-KINDS = ("pth", "safetensors", "legacy", "resealed", "lies")
+KINDS = ("pth", "safetensors", "legacy", "resealed", "lies", *fuzz_layouts.KINDS)
 CHECKSUMMED = ("pth", "safetensors")
 MEMORY = 256 * 2**20
 SECONDS = 10
@@ -383,40 +389,60 @@ def make_lies(rng: random.Random) -> tuple[Sample, bytes, str]:
 # --- judgement -----------------------------------------------------------------------------------
 
 
-def make_case(kind: str, seed: int, index: int) -> tuple[Sample, bytes, str]:
+class Case(NamedTuple):
+    """A file, what load is asked for, and who judges the model that comes."""
+
+    path: Path
+    arguments: dict[str, Any]
+    done: str  # what was done to it
+    judge: Callable[[Model], tuple[str, str]]  # the outcome, and what is wrong with it
+
+
+def make_case(kind: str, seed: int, index: int, path: Path) -> Case:
     rng = random.Random(f"{kind} {seed} {index}")
+    if kind in fuzz_layouts.KINDS:
+        case = fuzz_layouts.make_case(kind, rng, DAMAGES)
+        done = "+".join(case.done) or "nothing"
+        place = fuzz_layouts.put(case, path.with_name("folder"))
+        return Case(place, case.arguments, done, lambda m: ("right", fuzz_layouts.wrong(case, m)))
     if kind == "lies":
-        return make_lies(rng)
-    good = sample("pth" if kind == "resealed" else kind)
-    data, done = (damage_resealed if kind == "resealed" else damage)(good, rng)
-    return good, data, done
+        good, data, done = make_lies(rng)
+    else:
+        good = sample("pth" if kind == "resealed" else kind)
+        data, done = (damage_resealed if kind == "resealed" else damage)(good, rng)
+    path.write_bytes(data)
+
+    def judge(model: Model) -> tuple[str, str]:
+        if is_same(model, good.model):
+            return "the same", ""
+        return "another model", "loaded silently different" if kind in CHECKSUMMED else ""
+
+    return Case(path, {"config": good.config}, done, judge)
 
 
 def check_case(kind: str, seed: int, index: int, path: Path) -> str:
-    """``"refused"``, ``"the same"`` or, where no checksum can tell, ``"another model"``.
+    """``"refused"``, ``"the same"``, ``"right"`` or, where nothing can tell, ``"another model"``.
 
     Raises:
         WrongOutcomeError: for anything else, with the line that repeats the case.
     """
-    good, data, done = make_case(kind, seed, index)
-    path.write_bytes(data)
+    case = make_case(kind, seed, index, path)
     try:
         with time_limit():
-            model = load(path, good.config)
+            model = load(case.path, **case.arguments)
     except CheckpointError as error:
-        if str(path) in str(error):
-            return "refused"
-        problem = f"a message without the path: {error}"
+        problem = "" if str(case.path) in str(error) else f"a message without the path: {error}"
+        if not problem and case.done == "nothing" and kind in fuzz_layouts.KINDS:
+            problem = f"a good file was refused: {error}"
+        outcome = "refused"
     except (Exception, Hang) as error:
-        problem = f"{type(error).__name__}: {error}"
+        outcome, problem = "", f"{type(error).__name__}: {error}"
     else:
-        if is_same(model, good.model):
-            return "the same"
-        if kind not in CHECKSUMMED:
-            return "another model"
-        problem = "loaded silently different"
+        outcome, problem = case.judge(model)
+    if not problem:
+        return outcome
     raise WrongOutcomeError(
-        f"{kind}, {done}: {problem}\n  python tests/fuzz_checkpoints.py --kind {kind} "
+        f"{kind}, {case.done}: {problem}\n  python tests/fuzz_checkpoints.py --kind {kind} "
         f"--seed {seed} --start {index} --count 1"
     )
 
@@ -478,16 +504,14 @@ def run(
     """count cases of each kind, from number start. Counts by (kind, outcome), and the failures."""
     outcomes: Counter = Counter()
     failures: list[WrongOutcomeError] = []
-    for kind in kinds:
-        make_case(kind, seed, start)  # loads and makes what is needed before the limit
     began = time.monotonic()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        warnings.catch_warnings(),
-        memory_limit() as limited,
-    ):
-        warnings.simplefilter("error")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         path = Path(folder) / "damaged"
+        for kind in kinds:
+            make_case(kind, seed, start, path)  # loads what is needed before the limit
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("error")
+        limited = stack.enter_context(memory_limit())
         for index in range(start, start + count):
             for kind in kinds:
                 try:
@@ -496,7 +520,7 @@ def run(
                     outcomes[kind, "FAILED"] += 1
                     failures.append(failure)
                     report(str(failure))
-            if (index + 1) % 5000 == 0 or index == start + count - 1:
+            if (index + 1) % 1000 == 0 or index == start + count - 1:
                 counts = ", ".join(f"{k} {o} {n}" for (k, o), n in sorted(outcomes.items()))
                 seconds = time.monotonic() - began
                 report(f"up to {index}: {counts}; {seconds:.0f} s (--start {index + 1} goes on)")

@@ -28,6 +28,7 @@ from pvt_ref import (
     Ops,
     PVTConfig,
     PVTError,
+    PVTv2Config,
     ViTConfig,
     count_cost,
     cross_entropy,
@@ -1038,10 +1039,12 @@ def test_cost_of_an_unknown_stage():
 
 
 def test_vit_that_cannot_be_built():
-    with refused(ConfigError, "img_size 224 is not a multiple of patch_size 15"):
+    with refused(ConfigError, "img_size 224 is not a multiple of patch_size 15", "would be lost"):
         ViTConfig(patch_size=15)
-    with refused(ConfigError, "num_heads 7 does not divide embed_dim 384"):
+    with refused(ConfigError, "num_heads 7 does not divide embed_dim 384", "the same width"):
         ViTConfig(patch_size=16, num_heads=7)
+    with refused(ConfigError, "times mlp_ratio 0.3 is", "not a whole number of hidden units"):
+        ViTConfig(mlp_ratio=0.3)
 
 
 # Further kinds ---------------------------------------------------------------------------------
@@ -1278,6 +1281,99 @@ def test_vit_with_several_faults_is_told_all_of_them():
 VIT = ViTConfig(img_size=16, patch_size=8, embed_dim=8, depth=3, num_heads=2, num_classes=4)
 
 
+@pytest.mark.parametrize(
+    ("size", "near", "padded"),
+    [((17, 16), "16x16", "24x16"), ((4, 30), "8x32", "8x32"), ((0, 8), "8x8", "8x8")],
+)
+def test_vit_of_an_image_that_its_patches_do_not_fill(size, near, padded):
+    shape = "x".join(map(str, size))
+    said = [f"image size {shape} does not fit", "positive multiples of the patch size 8"]
+    said += ["a border of pixels would be lost", f"Resize to {near}", f"or pad to {padded}"]
+    with refused(ShapeError, *said, "pvt_ref.pad_to_multiple(images, 8)"):
+        VIT.grids(*size)
+
+
+V2 = PVTv2Config(
+    img_size=32,
+    num_classes=4,
+    embed_dims=(4, 8, 4, 8),
+    num_heads=(1, 2, 1, 2),
+    mlp_ratios=(1, 1, 1, 1),
+    depths=(1, 1, 1, 1),
+    sr_ratios=(2, 2, 1, 1),
+)
+LINEAR = replace(V2, linear=True)
+V2_PARAMS = random_params(V2, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"linear": 1}, "linear is 1; it must be True or False"),
+        ({"linear": "yes"}, "linear is 'yes'; it must be True or False"),
+        ({"linear": None}, "linear is None; it must be True or False"),
+        ({"linear": True, "sr_ratios": (0, 1, 1, 1)}, "sr_ratios is (0, 1, 1, 1); each must be"),
+        ({"embed_dims": 64}, "embed_dims is 64; it must be four whole numbers, one per stage"),
+        ({"embed_dims": (64, 128, 320)}, "embed_dims is (64, 128, 320); it must be four"),
+        ({"num_heads": "1258"}, "num_heads is '1258'; it must be four whole numbers"),
+        ({"depths": (2, 2, 2, 0)}, "depths is (2, 2, 2, 0); each must be a positive whole number"),
+        ({"depths": (2, 2, 2, 1001)}, "each must be at most 1000"),
+        ({"mlp_ratios": (8, 8, 4, 0.3)}, "stage 4: embed_dims 512 times mlp_ratios 0.3 is"),
+        ({"num_heads": (1, 2, 3, 8)}, "stage 3: num_heads 3 does not divide embed_dims 320"),
+        ({"img_size": 225}, "img_size 225 makes 57 rows of tokens in stage 1, no multiple of"),
+        ({"num_classes": True}, "num_classes is True; it must be a whole number, 0 or more"),
+        ({"norm_eps": "1e-6"}, "norm_eps is '1e-6'; it must be a finite number, 0 or more"),
+        ({"projection_norm_eps": -1}, "projection_norm_eps is -1; it must be a finite number"),
+        ({"qk_scale": math.nan}, "qk_scale is nan; it must be None (for 1/sqrt(d)) or finite"),
+    ],
+)
+def test_version_2_that_cannot_be_built(change, says):
+    with refused(ConfigError, "this PVT v2 cannot be built", says, "VARIANTS['pvt_v2_b0']"):
+        PVTv2Config(**change)
+
+
+def test_linear_attention_takes_any_size_and_the_other_says_so():
+    images = normal(0, 1, 3, 33, 47)
+    assert pvt_ref.forward(random_params(LINEAR, 2), images, LINEAR).shape == (1, 4)
+    for run in (pvt_ref.forward, pvt_ref.forward_pyramid):
+        said = ["33x47 does not fit", "grid in stage 1 is 9x12", "multiples of 2 there"]
+        said += ["resize to 32x32", "pad to 64x64", "Linear attention takes any size"]
+        with refused(ShapeError, *said):
+            run(V2_PARAMS, images, V2)
+
+
+def test_weights_and_configurations_of_different_networks():
+    pairs = [(V2_PARAMS, VIT), (V2_PARAMS, SMALL), (random_params(VIT, 0), V2), (PARAMS, V2)]
+    for params, config in pairs:
+        kinds = f"params is a {type(params).__name__} and config a {type(config).__name__}"
+        for run in (
+            lambda params=params, config=config: pvt_ref.forward(params, IMAGES, config),
+            lambda params=params, config=config: Model(params, config),
+        ):
+            with refused(ArrayTypeError, kinds, "different networks"):
+                run()
+    for params, config in ((V2_PARAMS, LINEAR), (random_params(LINEAR, 2), V2)):
+        with refused(ShapeError, "do not belong to this config", "block1.0.attn.sr.weight"):
+            pvt_ref.forward(params, IMAGES, config)
+
+
+def test_states_of_different_networks():
+    state = pvt_ref.to_state_dict(V2_PARAMS)
+    with refused(CheckpointError, "missing: cls_token", "unexpected: patch_embed1.proj.weight"):
+        pvt_ref.from_state_dict(state, VIT)
+    with refused(CheckpointError, "missing: block3.0.attn.sr.weight (4, 4, 1, 1)", "mis-shaped"):
+        pvt_ref.from_state_dict(state, LINEAR)
+
+
+def test_logits_of_bare_networks():
+    for config in (replace(V2, num_classes=0), replace(VIT, num_classes=0)):
+        params = random_params(config, 0)
+        with refused(ConfigError, "a bare backbone (num_classes 0", "forward_pyramid"):
+            pvt_ref.forward(params, IMAGES, config)
+        with refused(ConfigError, "a bare backbone (num_classes 0", "forward_pyramid"):
+            Model(params, config)(IMAGES)
+
+
 @pytest.mark.parametrize("blocks", [[], [3], [-1], [1, 0], [1, 1], [0.0], [True], 2, "02", [None]])
 def test_maps_of_blocks_that_there_are_not(blocks):
     params, images = random_params(VIT, 0), normal(0, 1, 3, 16, 16)
@@ -1291,6 +1387,8 @@ def test_maps_of_blocks_of_a_network_with_stages():
         pvt_ref.forward_pyramid(PARAMS, IMAGES, SMALL, blocks=[0])
     with refused(ConfigError, "blocks are [0]", "the maps of a PVT are those of its stages"):
         Model(PARAMS, SMALL).pyramid(IMAGES, blocks=[0])
+    with refused(ConfigError, "blocks are [0]", "the maps of a PVT v2 are those of its stages"):
+        Model(V2_PARAMS, V2).pyramid(IMAGES, blocks=[0])
 
 
 def test_numbers_too_large_for_floats_in_a_configuration():

@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import re
 
 import numpy as np
 import pytest
 import torch
+from spelt_layouts import config_json, hugging_face_v2, mmdetection_v2, timm_v2_key
 from test_checkpoint import as_torch, assert_same_state, random_state, refusal, to_foreign
 
 import pvt_ref
@@ -41,42 +41,6 @@ def bare(config):
 def written(path, state, legacy=False):
     torch.save(as_torch(state), path, _use_new_zipfile_serialization=not legacy)
     return path
-
-
-def timm_key(key):
-    """timm's name, spelt out."""
-    key = key.replace("patch_embed1", "patch_embed")
-    key = re.sub(r"patch_embed(\d)", lambda m: f"stages.{int(m[1]) - 1}.downsample", key)
-    key = re.sub(r"^block(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.", key)
-    key = re.sub(r"^norm(\d)", lambda m: f"stages.{int(m[1]) - 1}.norm", key)
-    return key.replace("dwconv.dwconv", "dwconv")
-
-
-def mmdetection_state(state):
-    """The layout of MMDetection's PyramidVisionTransformerV2, spelt out."""
-    out = {}
-    for key, x in state.items():
-        first, _, rest = key.partition(".")
-        j = int(first[-1]) - 1
-        if first.startswith("patch_embed"):
-            out[f"layers.{j}.0.{rest.replace('proj', 'projection')}"] = x
-        elif first.startswith("norm"):
-            out[f"layers.{j}.2.{rest}"] = x
-        else:
-            b, _, part = rest.partition(".")
-            theirs, leaf = f"layers.{j}.1.{b}", part.rpartition(".")[2]
-            if part.startswith("attn.q."):
-                kv = state[key.replace("attn.q.", "attn.kv.")]
-                out[f"{theirs}.attn.attn.in_proj_{leaf}"] = np.concatenate((x, kv))
-            elif part.startswith("attn.proj."):
-                out[f"{theirs}.attn.attn.out_proj.{leaf}"] = x
-            elif part.startswith("mlp."):
-                n = {"fc1": 0, "dwconv": 1, "fc2": 4}[part.split(".")[1]]
-                wide = leaf == "weight" and n != 1
-                out[f"{theirs}.ffn.layers.{n}.{leaf}"] = x[:, :, None, None] if wide else x
-            elif not part.startswith("attn.kv."):
-                out[f"{theirs}.{part}"] = x
-    return out
 
 
 # The authors' files -------------------------------------------------------------------------------
@@ -139,7 +103,7 @@ def test_a_dense_backbone_has_no_head_and_a_classifier_can_be_read_without(tmp_p
     assert_same_state(model, state)
     assert load(written(tmp_path / "dense.pth", state), bare(MICRO)).config == bare(MICRO)
     state = random_state(MICRO)
-    for rename in (str, timm_key):
+    for rename in (str, timm_v2_key):
         path = written(tmp_path / "classifier.pth", {rename(k): x for k, x in state.items()})
         model = load(path, bare(MICRO))
         body = {k: x for k, x in state.items() if not k.startswith("head")}
@@ -171,6 +135,42 @@ def test_the_two_versions_are_told_apart(tmp_path):
     assert load(path, other).config == other
 
 
+def test_the_other_versions_weights_in_the_same_file_are_named(tmp_path):
+    names = ("img_size", "num_classes", "embed_dims", "num_heads", "mlp_ratios", "depths")
+    other = PVTConfig(**{name: getattr(MICRO, name) for name in names}, sr_ratios=MICRO.sr_ratios)
+    state = random_state(MICRO)
+    both = {f"a.{k}": x for k, x in state.items()}
+    both |= {f"b.{k}": x for k, x in random_state(other).items()}
+    path = written(tmp_path / "both.pth", both)
+    model = load(path, MICRO)
+    assert_same_state(model, state)
+    assert "other weights in the file: entry='b'" in model.source
+    assert "other weights in the file: entry='a'" in load(path, other).source
+    assert "it holds a PVT, and config is a PVTv2Config" in refusal(path, MICRO, entry="b")
+    message = refusal(path, None)
+    assert "it holds several models. Choose one of: entry='a'; entry='b'" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"linear": True}, "show linear=False"),
+        ({"sr_ratios": (8, 4, 2, 1)}, "show sr_ratios=(4, 2, 1, 1)"),
+        ({"depths": (1, 1, 1, 1), "num_classes": 5}, "show num_classes=3, depths=(1, 2, 1, 1)"),
+        ({"qkv_bias": False}, "show qkv_bias=True"),
+        ({"embed_dims": (4, 8, 12, 16)}, "show embed_dims=(4, 8, 12, 8)"),
+    ],
+)
+def test_what_the_shapes_show_instead_is_said(tmp_path, changes, says):
+    path = written(tmp_path / "v2.pth", random_state(MICRO))
+    message = refusal(path, dataclasses.replace(MICRO, **changes))
+    assert "The likely cause is a configuration of another variant" in message
+    assert message.endswith(says)
+    if "linear" in changes:
+        path = written(tmp_path / "linear.pth", random_state(LINEAR))
+        assert refusal(path, MICRO).endswith("show linear=True")  # then no shape shows ratios
+
+
 def test_what_does_not_fit_is_listed(tmp_path):
     state = random_state(MICRO)
     del state["block2.1.mlp.dwconv.dwconv.bias"]
@@ -178,6 +178,7 @@ def test_what_does_not_fit_is_listed(tmp_path):
     message = refusal(written(tmp_path / "spoilt.pth", state), MICRO)
     assert "missing: block2.1.mlp.dwconv.dwconv.bias (8,)" in message
     assert "mis-shaped: norm3.weight is (5,), the configuration needs (12,)" in message
+    assert "The likely cause is a damaged file, or one of a relative of the network" in message
 
 
 # timm and MMDetection -----------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def test_what_does_not_fit_is_listed(tmp_path):
 @BOTH
 def test_timm(tmp_path, config):
     state = random_state(config)
-    theirs = {timm_key(key): x for key, x in state.items()}
+    theirs = {timm_v2_key(key): x for key, x in state.items()}
     assert "stages.1.downsample.proj.weight" in theirs
     model = load(written(tmp_path / "timm.pth", theirs), config)
     assert_same_state(model, state)
@@ -200,9 +201,9 @@ def test_timm(tmp_path, config):
 def test_mmdetection(tmp_path, qkv_bias):
     config = dataclasses.replace(bare(MICRO), qkv_bias=qkv_bias)
     state = random_state(config)
-    theirs = mmdetection_state(state)
+    theirs = mmdetection_v2(state)
     if not qkv_bias:  # its attention then has no bias at all
-        theirs = {k: x for k, x in theirs.items() if not k.endswith("out_proj.bias")}
+        assert not any(k.endswith("out_proj.bias") for k in theirs)
         zeros = {k: np.zeros_like(x) for k, x in state.items() if k.endswith("attn.proj.bias")}
         state |= zeros
     model = load(written(tmp_path / "mm.pth", theirs), config)
@@ -289,6 +290,33 @@ def test_hugging_faces_bare_model_and_the_body_of_its_classifier(tmp_path):
     body = load(tmp_path / "whole.bin", bare(MICRO), eps=1e-6)
     assert "the classifier is left out, as config asks" in body.source
     assert body.source.startswith("Hugging Face layout without classifier (under 'pvt_v2')")
+
+
+def test_hugging_faces_backbone_for_detectors(tmp_path):
+    theirs = hugging_face_model(MICRO, "PvtV2Backbone", out_features=["stage1", "stage3"])
+    theirs.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert model.config == dataclasses.replace(bare(MICRO), **PORT_EPS)
+    images = np.random.default_rng(5).standard_normal((1, 3, 64, 32))
+    with torch.no_grad():
+        first, third = theirs(torch.from_numpy(images)).feature_maps
+    maps = model.pyramid(images)
+    np.testing.assert_allclose(maps[0], first.numpy(), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(maps[2], third.numpy(), rtol=1e-9, atol=1e-12)
+
+
+def test_the_names_spelt_out_by_hand_are_those_that_transformers_writes(tmp_path):
+    import safetensors.numpy
+
+    for config in (MICRO, LINEAR, dataclasses.replace(MICRO, qkv_bias=False)):
+        hugging_face_model(config, qkv_bias=config.qkv_bias).save_pretrained(tmp_path)
+        theirs = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+        ours = hugging_face_v2(random_state(config))
+        assert {k: x.shape for k, x in theirs.items()} == {k: x.shape for k, x in ours.items()}
+        written_json = json.loads((tmp_path / "config.json").read_text())
+        spelt = config_json(dataclasses.replace(config, norm_eps=1e-6))
+        told = spelt.keys() - {"dtype", "id2label", "label2id", "transformers_version"}
+        assert {k: written_json[k] for k in told} == {k: spelt[k] for k in told}
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,17 @@ MODEL = Model(PARAMS, SMALL)
 IMAGES = normal(1, 1, 3, 32, 32)
 LOGITS, CACHE = pvt_ref.forward_with_cache(PARAMS, IMAGES, SMALL)
 MAPS, PYRAMID_CACHE = pvt_ref.forward_pyramid_with_cache(PARAMS, IMAGES, SMALL)
+V2 = replace(
+    VARIANTS["pvt_v2_b0"],
+    img_size=32,
+    num_classes=5,
+    embed_dims=(4, 8, 4, 8),
+    num_heads=(1, 2, 1, 2),
+    mlp_ratios=(1, 1, 1, 1),
+    depths=(1, 1, 1, 1),
+)
+VIT = replace(VITS["deit_s_16"], img_size=32, num_classes=5, embed_dim=8, depth=2, num_heads=2)
+V2_PARAMS, VIT_PARAMS = random_params(V2, 1), random_params(VIT, 1)
 PICTURE = Image.new("RGB", (40, 40), "red")
 
 WRONG: dict[str, Any] = {
@@ -97,7 +108,11 @@ WRONG: dict[str, Any] = {
     "dtype": np.dtype("float32"),
     "config": SMALL,
     "vit": VITS["deit_s_16"],
+    "small vit": VIT,
+    "version 2": V2,
     "params": PARAMS,
+    "params of a vit": VIT_PARAMS,
+    "params of version 2": V2_PARAMS,
     "model": MODEL,
     "cache": CACHE,
     "pyramid cache": PYRAMID_CACHE,
@@ -120,6 +135,8 @@ def consumed(function):
 def cases(tmp_path) -> dict[str, tuple[Any, dict[str, Any]]]:
     """By name: what is called, and good arguments."""
     net = {"params": PARAMS, "images": IMAGES, "config": SMALL, "ops": None}
+    v2_net = {**net, "params": V2_PARAMS, "config": V2}
+    vit_net = {**net, "params": VIT_PARAMS, "config": VIT}
     file = str(tmp_path / "model.safetensors")
     pvt_ref.save(file, MODEL)
     photo = str(tmp_path / "photo.png")
@@ -131,6 +148,7 @@ def cases(tmp_path) -> dict[str, tuple[Any, dict[str, Any]]]:
     config = {
         name: getattr(SMALL, name) for name in inspect.signature(pvt_ref.PVTConfig).parameters
     }
+    v2 = {name: getattr(V2, name) for name in inspect.signature(pvt_ref.PVTv2Config).parameters}
     info = {"title": "", "classes": (), "preprocessing": Preprocessing(), "training": {}}
     return {
         "Model": (Model, {"params": PARAMS, "config": SMALL, "source": "", "info": ModelInfo()}),
@@ -148,11 +166,15 @@ def cases(tmp_path) -> dict[str, tuple[Any, dict[str, Any]]]:
         "PVTConfig": (pvt_ref.PVTConfig, config),
         "PVTConfig.of_stage": (SMALL.of_stage, {"i": 1}),
         "PVTConfig.grids": (SMALL.grids, {"height": 32, "width": 32}),
+        "PVTv2Config": (pvt_ref.PVTv2Config, v2),
+        "PVTv2Config.grids": (V2.grids, {"height": 32, "width": 32}),
+        "PVTv2Config.of_stage": (V2.of_stage, {"i": 1}),
         "Preprocessing": (
             Preprocessing,
             {"mode": "RGB", "mean": (0.5, 0.5, 0.5), "std": (1.0, 1.0, 1.0)},
         ),
         "ViTConfig": (pvt_ref.ViTConfig, vit),
+        "ViTConfig.grids": (VIT.grids, {"height": 32, "width": 32}),
         "attention_maps": (pvt_ref.attention_maps, {**net, "stages": (1, 4)}),
         "backward": (
             pvt_ref.backward,
@@ -190,6 +212,8 @@ def cases(tmp_path) -> dict[str, tuple[Any, dict[str, Any]]]:
             pvt_ref.forward_pyramid_with_cache,
             {**net, "rng": None, "blocks": None},
         ),
+        "forward_pyramid of a ViT": (pvt_ref.forward_pyramid, {**vit_net, "blocks": [0, 1]}),
+        "forward_pyramid of version 2": (pvt_ref.forward_pyramid, {**v2_net, "blocks": None}),
         "forward_with_cache": (pvt_ref.forward_with_cache, {**net, "rng": None}),
         "from_state_dict": (
             pvt_ref.from_state_dict,
@@ -230,7 +254,6 @@ NOT_CALLED = {
     "Ops",  # a table of operations
     "PVTError",
     "PVTParams",  # checked where it is used
-    "PVTv2Config",  # as PVTConfig, by the same checks
     "PVTv2Params",  # as PVTParams
     "Prepared",  # likewise
     "Prediction",

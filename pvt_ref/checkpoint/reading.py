@@ -190,7 +190,8 @@ def _load(
     chosen = eps_of(used)  # as they are for released weights, whatever layout they are in
     if eps is not None:
         if len(set(eps)) > len(chosen):
-            raise CheckpointError(f"eps is {eps}; a {row.title} has {len(chosen)}")
+            what = f"eps is {eps}; a {row.title} has {len(chosen)}. Pass one number"
+            raise CheckpointError(what)
         chosen = dict(zip(chosen, eps, strict=False))
     elif model.layout.eps and not released and not (stated and stated.says_eps):
         usual = dict(zip(chosen, model.layout.eps, strict=True))
@@ -205,7 +206,8 @@ def _load(
     rest = sorted(model.prefix + key for key in model.state.keys() - state.keys())
     if rest:
         notes.append(f"left out, since there is no head: {', '.join(rest)}")
-    params = from_state_dict(to_native(opened.read(state), model.layout, used), used)
+    with np.errstate(invalid="ignore"):  # of a signalling NaN, which Model refuses below
+        params = from_state_dict(to_native(opened.read(state), model.layout, used), used)
     if not info:
         info, more = _info(used, stored, stated, folder, released, notes)
         assumed += more
@@ -240,7 +242,8 @@ def _unsaid(config: Any, stated: Stated, eps: tuple[float, ...] | None) -> Itera
 def _choose(opened: _Opened, stated: Stated | None, entry: str | None, notes: list[str]) -> Found:
     """The model that is meant, in the layout that it will be read in."""
     config = stated.config if stated else None
-    chosen, others = recognise.choose_model(recognise.find_models(opened.tree, config), entry)
+    models = recognise.find_models(opened.tree, config)
+    chosen, others = recognise.choose_model(models, entry, config)
     if chosen.layout.rename is same_key:  # as files of save have it
         own.check_foreign_metadata(opened.metadata)
     if opened.metadata.keys() - {"format"}:
@@ -327,16 +330,16 @@ def _info(
 def _as_stored(stated: Stated, stored: Any, notes: list[str]) -> Any:
     """What a file of save says, with the eps and drop rates of a given configuration."""
     changes = {name: getattr(stored, name) for name in stated.left_open}
-    config = dataclasses.replace(stated.config, **changes)
     if stated.num_labels not in (None, stored.num_classes):
         what = f"{stated.origin} says {stated.num_labels} labels, and the file"
         raise CheckpointError(f"{what} num_classes={stored.num_classes}. {_OWN_CONFIG}")
-    saved, given = dataclasses.asdict(stored), dataclasses.asdict(config)
+    saved, given = dataclasses.asdict(stored), dataclasses.asdict(stated.config) | changes
     free = ("norm_eps", "drop_rate", "drop_path_rate")  # and what ends so: no weight depends on it
     wrong = [name for name in saved if not name.endswith(free) and saved[name] != given[name]]
     if wrong:
         what = "; ".join(f"{x} is {saved[x]} in the file and {given[x]} in config" for x in wrong)
         raise CheckpointError(f"a pvt_ref file of another model than config: {what}. {_OWN_CONFIG}")
+    config = dataclasses.replace(stated.config, **changes)
     if not stated.says_eps and eps_of(config) != eps_of(stored):
         notes.append("eps as it was saved, since config has the defaults")
         config = dataclasses.replace(config, **eps_of(stored))

@@ -90,11 +90,11 @@ def _signs(config: Any) -> list[_Sign]:
 
 
 def find_models(tree: Any, config: Any = None) -> list[Found]:
-    """All models in a file's tree, told from key names; of config's network if there are any."""
+    """All models in a file's tree, told from key names."""
     signs, mappings = _signs(config), list(_mappings(tree))
     found = [model for entry, state in mappings for model in _models_in(entry, state, signs)]
     if found:
-        return [model for model in found if type(config) is model.row.config_type] or found
+        return found
     states = [state for _, state in mappings if any(map(is_entry, state.values()))]
     for name, x in [("", tree), *(item for _, state in mappings for item in state.items())]:
         if isinstance(x, Record) and not is_known(x.name) and (name in _WHOLE_MODELS or not states):
@@ -148,14 +148,23 @@ def _models_in(entry: str, mapping: Mapping[Any, Any], signs: list[_Sign]) -> li
     ]
 
 
-def choose_model(models: Sequence[Found], entry: str | None) -> tuple[Found, list[Found]]:
-    """The model called entry, or the only one, or that in STATE_ENTRIES; and other weights."""
-    names = few(models, Found.as_argument, 8, "; ")
+def choose_model(
+    models: Sequence[Found], entry: str | None, config: Any = None
+) -> tuple[Found, list[Found]]:
+    """The model called entry, or the only one, or that in STATE_ENTRIES; and other weights.
+
+    Of several, those of config's network are meant.
+    """
+
+    def meant(models: Sequence[Found]) -> Sequence[Found]:
+        return [x for x in models if type(config) is x.row.config_type] or models
+
+    there, names = models, few(models, Found.as_argument, 8, "; ")
     if entry is not None:
         begin = f"{entry}."
-        fitting = [x for x in models if x.name == entry] or [
-            x for x in models if f"{x.name}.".startswith(begin) or x.prefix.startswith(begin)
-        ]
+        fitting = [x for x in models if x.name == entry] or meant(
+            [x for x in models if f"{x.name}.".startswith(begin) or x.prefix.startswith(begin)]
+        )
         if len(fitting) != 1:
             what = f"{'several' if fitting else 'none'} of the models in it are called so"
             advice = f"There are: {names}"
@@ -164,13 +173,13 @@ def choose_model(models: Sequence[Found], entry: str | None) -> tuple[Found, lis
                 advice = f"Save one alone: {SAFE_LOAD}; torch.save(state[...], new_path)"
             raise CheckpointError(f"entry is {shown(entry, _MAX_NAME)}, and {what}. {advice}")
     else:
-        fitting = models = _different(models)
+        fitting = models = _different(meant(models))
         if len(models) > 1:
             fitting = [model for model in models if model.entry in STATE_ENTRIES]
         if len(fitting) != 1:
             raise CheckpointError(f"it holds several models. Choose one of: {names}")
     (chosen,) = fitting
-    return chosen, [model for model in _different(models) if not _same(model, chosen)]
+    return chosen, [model for model in _different(there) if not _same(model, chosen)]
 
 
 def _different(models: Sequence[Found]) -> list[Found]:
@@ -247,8 +256,22 @@ def check_state(model: Found, config: Any, origin: str = "") -> None:
         raise CheckpointError(f"{what}. Correct its depth")
     if problems := _problems(model, config):
         what = f"{layout.name}, but it does not fit {whose} ({model.row.describe(config)})"
+        raise CheckpointError(f"{what}:{_lines(problems)}\n{_cause(model, config)}")
+
+
+def _cause(model: Found, config: Any) -> str:
+    """Why a state does not fit, with the fields in which its shapes show another configuration."""
+    files = model.row.files
+    seen = files.shown(_shapes(model.state), model.layout) if files else {}
+    if seen.get("linear"):  # then its ratios mean nothing
+        seen = {name: value for name, value in seen.items() if name != "sr_ratios"}
+    other = [f"{k}={value}" for k, value in seen.items() if getattr(config, k) != value]
+    if other:
         cause = "The likely cause is a configuration of another variant, class count or image size"
-        raise CheckpointError(f"{what}:{_lines(problems)}\n{cause}")
+        return f"{cause}: the shapes in the file show {', '.join(other)}"
+    if seen:
+        return "The likely cause is a damaged file, or one of a relative of the network"
+    return "The likely cause is a configuration of another variant, class count or image size"
 
 
 def _lines(problems: list[str]) -> str:

@@ -89,6 +89,10 @@ def read_config(path: Path, origin: str, row: Architecture | None = None) -> Sta
                 raise CheckpointError(f"{what}, not {files.model_type!r}")
             values, outputs = files.hugging_face(fields), _outputs(fields, origin)
         elif not fields or not fields.keys() <= known.keys():
+            for other in architectures():
+                if fields and fields.keys() <= _fields(other).keys():
+                    what = f"it has the fields of a {other.title}, and the weights are of a"
+                    raise CheckpointError(f"{what} {row.title}. Name the file that belongs to these")
             what = "it is neither Hugging Face's config.json (which has a model_type) nor this"
             unknown = f"unknown fields are {shown(sorted(fields.keys() - known.keys()))}"
             raise CheckpointError(f"{what} project's: {unknown}, known ones {', '.join(known)}")

@@ -8,9 +8,8 @@ from typing import Any
 
 from pvt_ref.blocks.sra import SRASettings
 from pvt_ref.blocks.transformer import BlockSettings
-from pvt_ref.checks import TOO_LARGE, is_whole
-from pvt_ref.errors import ShapeError, shown
-from pvt_ref.models.fields import refuse, settle_fields
+from pvt_ref.errors import ShapeError
+from pvt_ref.models.fields import refuse, settle_fields, whole_pixels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,9 +64,12 @@ class ViTConfig:
         """What is wrong between fields that are right in themselves."""
         P, C, N, E = self.patch_size, self.embed_dim, self.num_heads, self.mlp_ratio
         conflicts = {
-            f"img_size {self.img_size} is not a multiple of patch_size {P}": self.img_size % P,
-            f"num_heads {N} does not divide embed_dim {C}": C % N,
-            f"embed_dim {C} times mlp_ratio {E} is {C * E}, not a whole number": C * E % 1,
+            f"img_size {self.img_size} is not a multiple of patch_size {P}; "
+            f"a border of pixels would be lost": self.img_size % P,
+            f"num_heads {N} does not divide embed_dim {C}; every head needs the same width": C % N,
+            f"embed_dim {C} times mlp_ratio {E} is {C * E}, not a whole number of hidden units": (
+                C * E % 1
+            ),
         }
         return [conflict for conflict, rest in conflicts.items() if rest]
 
@@ -103,7 +105,6 @@ class ViTConfig:
 
     def grids(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
         """The token grid of an image, as the only one of a tuple.
-        Raises: ShapeError if a border of the image would fall outside the last whole patch.
 
         Args:
             height: H, in pixels.
@@ -111,14 +112,22 @@ class ViTConfig:
 
         Returns:
             ((H / P, W / P),).
+
+        Raises:
+            ShapeError: if these are no positive whole numbers, or a border would be lost.
         """
-        P, sides = self.patch_size, (height, width)
-        if not all(is_whole(side) and 0 < side < TOO_LARGE and side % P == 0 for side in sides):
-            need = f"positive multiples of the patch size {P}"
-            advice = f"pvt_ref.pad_to_multiple(images, {P}) pads images"
-            size = f"{shown(height)}x{shown(width)}"
-            raise ShapeError(f"image size {size} must be {need}. {advice}")
-        return ((int(height) // P, int(width) // P),)
+        P = self.patch_size
+        height, width = whole_pixels(height, width)
+        if height < 1 or width < 1 or height % P or width % P:
+            near = [max(P, round(side / P) * P) for side in (height, width)]
+            padded = [max(P, math.ceil(side / P) * P) for side in (height, width)]
+            raise ShapeError(
+                f"image size {height}x{width} does not fit: H and W must be positive multiples of "
+                f"the patch size {P}, or a border of pixels would be lost. Resize to "
+                f"{near[0]}x{near[1]}, or pad to {padded[0]}x{padded[1]} with "
+                f"pvt_ref.pad_to_multiple(images, {P})"
+            )
+        return ((height // P, width // P),)
 
 
 @functools.lru_cache(maxsize=64)  # every forward asks

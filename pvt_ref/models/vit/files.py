@@ -96,18 +96,53 @@ MMSEGMENTATION = Layout(
 )
 
 
+#: Relatives that are not read here: what they are, what is different, and parts of their keys.
+_RELATIVES = (
+    (
+        "a distilled DeiT",
+        "it has a token, a table row and a head more than a ViT, and its logits are the mean of "
+        "two heads. That is not read here; the DeiT of the same size without distillation is",
+        ("dist_token", "distillation", "head_dist"),
+    ),
+    (
+        "a ViT with global pooling",
+        "its head reads the mean of the patches, and not the cls token. That is not read here",
+        ("fc_norm.",),
+    ),
+    (
+        "a ViT with LayerScale, such as DeiT III or DINOv2",
+        "learned factors scale its branches. That is not read here",
+        (".ls1.", ".gamma_1", ".layer_scale1.", ".lambda_1"),
+    ),
+    (
+        "a ViT with further norms, such as CLIP's",
+        "they stand before its blocks, or on queries and keys. That is not read here",
+        ("norm_pre.", "pre_layrnorm.", ".q_norm."),
+    ),
+    (
+        "a ViT with register tokens",
+        "it has more tokens than patches and cls token. That is not read here",
+        ("reg_token", "register_tokens"),
+    ),
+)
+
+
 def _bare(layout: Layout, state: Mapping[str, Any], wanted: bool) -> tuple[Layout, str]:
-    marks = ("dist_token", "distillation", "head_dist")
-    distilled = [key for key in state if any(mark in key for mark in marks)]
-    if distilled:
-        raise CheckpointError(
-            f"a distilled DeiT ({', '.join(map(shown, sorted(distilled)[:3]))}): it has a token, a "
-            f"table row and a head more than a ViT, and its logits are the mean of two heads. That "
-            f"is not read here; the DeiT of the same size without distillation is"
-        )
+    for what, why, marks in _RELATIVES:
+        if keys := sorted(key for key in state if any(mark in key for mark in marks)):
+            raise CheckpointError(f"{what} ({', '.join(map(shown, keys[:3]))}): {why}")
+    if (token := layout.rename("cls_token")) not in state:
+        what = f"{layout.name}, but it has no {token}. The likely cause is a ViT that averages its"
+        raise CheckpointError(f"{what} patches, which is not read here, or a lost key")
     if layout is DEIT and (wanted or not {"head.weight", "head.bias"} & state.keys()):
         return DEIT_BARE, ""
     return (HUGGING_FACE_BARE, _BASE) if layout is HUGGING_FACE and wanted else (layout, "")
+
+
+def _table_side(rows: int) -> int:
+    """Of the grid of a table, which should have a row more, and of some relatives has none."""
+    side = math.isqrt(rows)
+    return side if rows > 1 and side * side == rows else math.isqrt(max(rows - 1, 0))
 
 
 def _fit(config: ViTConfig, shapes: Mapping[str, Shape], layout: Layout) -> ViTConfig:
@@ -123,7 +158,7 @@ def _fit(config: ViTConfig, shapes: Mapping[str, Shape], layout: Layout) -> ViTC
         changes["in_chans"] = kernel[1]
     if layout is MMSEGMENTATION:
         changes["position_resize"] = "bilinear"
-    side = math.isqrt(max(table[1] - 1, 0)) * config.patch_size if len(table) == 3 else 0
+    side = _table_side(table[1]) * config.patch_size if len(table) == 3 else 0
     for img_size in (side, config.img_size):
         try:
             return dataclasses.replace(config, **changes, img_size=img_size)
@@ -137,7 +172,7 @@ def _shown(shapes: Mapping[str, Shape], layout: Layout) -> dict[str, Any]:
     try:
         C, in_chans, P, _ = seen.shape("patch_embed.proj.weight")
         return {
-            "img_size": math.isqrt(seen.shape("pos_embed")[1] - 1) * P,
+            "img_size": _table_side(seen.shape("pos_embed")[1]) * P,
             "patch_size": P,
             "embed_dim": C,
             "depth": seen.depth("blocks"),
