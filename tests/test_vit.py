@@ -56,8 +56,9 @@ from pvt_ref.models.vit.files import (
     HUGGING_FACE_BARE,
     MMSEGMENTATION,
 )
+from pvt_ref.report.diagnosis import first_non_finite
 from pvt_ref.report.times import time_operations, time_stages
-from pvt_ref.tree import map_named, named_arrays, record
+from pvt_ref.tree import map_arrays, map_named, named_arrays, record
 from pvt_ref.zoo import RELEASED
 
 CONFIG = ViTConfig(
@@ -893,3 +894,37 @@ def test_other_heads_make_another_model():
     for changes in ({"num_heads": 12}, {"qkv_bias": False}, {"qk_scale": 0.1}, {"depth": 11}):
         described = VIT.describe(dataclasses.replace(VITS["deit_s_16"], **changes))
         assert described.startswith(f"ViT of {changes.get('depth', 12)} blocks, 384 channels, ")
+
+
+@pytest.mark.parametrize("maps", [False, True], ids=["classifier", "maps"])
+def test_its_gradients_with_dropout_are_slopes(maps):
+    config = dataclasses.replace(CONFIG, drop_rate=0.2, attn_drop_rate=0.1, drop_path_rate=0.3)
+    params, direction, along = random_params(config, 0), random_params(config, 9), IMAGES[::-1]
+
+    def run(p, images):
+        if maps:
+            return pvt_ref.forward_pyramid_with_cache(p, images, config, rng_of(5), blocks=[0, 2])
+        return pvt_ref.forward_with_cache(p, images, config, rng_of(5))
+
+    y, cache = run(params, IMAGES)
+    back = pvt_ref.backward_pyramid if maps else pvt_ref.backward
+    grads, dimages = back(params, cache, y, config)
+
+    def at(h):
+        moved, _ = run(map_arrays(lambda w, v: w + h * v, params, direction), IMAGES + h * along)
+        return sum((a * b).sum() for a, b in zip(moved, y, strict=True))
+
+    slope = (dimages * along).sum()
+    pairs = zip(named_arrays(grads), named_arrays(direction), strict=True)
+    slope += sum((g * v).sum() for (_, g), (_, v) in pairs)
+    np.testing.assert_allclose((at(1e-6) - at(-1e-6)) / 2e-6, slope, rtol=1e-6)
+
+
+def test_an_overflow_by_dropout_itself_is_found_with_the_generator_only():
+    config = dataclasses.replace(CONFIG, drop_rate=0.9)
+    params = random_params(config, 0, np.float32)
+    params = dataclasses.replace(params, pos_embed=np.full_like(params.pos_embed, 1e38))
+    images = IMAGES[..., :16].astype(np.float32)
+    found = first_non_finite(params, images, config, rng_of(0))
+    assert found.endswith("is the dropout inside the network")
+    assert "dropout" not in first_non_finite(params, images, config)
