@@ -658,3 +658,12 @@ def test_sums_over_rows_are_asked_for_by_the_small_twins():
 
 def summed(p, x, ops, keep=True):
     return np.full(x.shape[1], 7.0), None
+
+
+def test_rows_wider_than_1024_are_cut_into_tiles_of_as_many_rows():
+    settings = Tiling(1, 2**18)
+    assert [settings.rows(width) for width in (1, 256, 1024, 1025, 2048, 2**20)] == [
+        *(2**18, 1024, 256),
+        *(256, 256, 256),
+    ]
+    assert Tiling(1, 16).rows(64) == 1

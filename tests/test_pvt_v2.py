@@ -535,3 +535,51 @@ def test_the_command_line_takes_it(tmp_path, capsys):
     assert "a small PVT v2" in capsys.readouterr().out
     assert main(["convert", weights, str(tmp_path / "again.safetensors")]) == 0
     assert pvt_ref.load(tmp_path / "again.safetensors").config == LINEAR
+
+
+# What a configuration says ------------------------------------------------------------------------
+
+
+@BOTH
+def test_a_factor_of_the_scores_may_stand_in_the_queries_weights_as_well(config):
+    params, images = params_of(config), normal(1, 2, 3, 64, 32)
+    halved = map_named(lambda key, x: x / 2 if ".attn.q." in key else x, params)
+    said, one = (dataclasses.replace(config, qk_scale=scale) for scale in (0.5, 1.0))
+    for ops in (REFERENCE, None):
+        y = pvt_ref.forward(params, images, said, ops=ops)
+        np.testing.assert_allclose(pvt_ref.forward(halved, images, one, ops=ops), y, rtol=1e-12)
+        assert np.abs(pvt_ref.forward(params, images, one, ops=ops) - y).max() > 1e-6
+
+
+@pytest.mark.parametrize("sr_ratios", [(8, 4, 2, 1), (3, 4, 1, 1), (5, 1, 1, 3), (1, 1, 1, 1)])
+def test_the_size_multiple_is_the_smallest_that_all_stages_divide(sr_ratios):
+    config = dataclasses.replace(MICRO, img_size=960, sr_ratios=sr_ratios)
+    g = config.size_multiple
+    assert config.grids(g, 2 * g) == tuple((g // s, 2 * g // s) for s in config.strides)
+    sides = [s * R for s, R in zip(config.strides, sr_ratios, strict=True)]
+    assert [n for n in range(1, g + 1) if not any(n % side for side in sides)] == [g]
+
+
+def test_an_image_far_too_small_is_told_a_size_that_fits():
+    with pytest.raises(ShapeError, match=r"5x70 does not fit.* resize to 32x64, or pad to 32x96"):
+        MICRO.grids(5, 70)
+
+
+def test_ratios_may_be_broken_if_hidden_units_are_whole():
+    config = dataclasses.replace(MICRO, mlp_ratios=(1.5, 2.5, 0.5, 2))
+    shapes = param_shapes(config)
+    hidden = [shapes[f"block{i}.0.mlp.fc1.weight"][0] for i in range(1, 5)]
+    assert hidden == [9, 30, 10, 48]
+    assert pvt_ref.forward(params_of(config), normal(1, 1, 3, 32, 32), config).shape == (1, 4)
+
+
+def test_what_is_no_structure_leaves_a_variant_its_name():
+    variant = VARIANTS["pvt_v2_b2"]
+    changes = {"img_size": 256, "in_chans": 4, "num_classes": 10, "norm_eps": 1e-5}
+    changes |= {"projection_norm_eps": 1e-6, "drop_rate": 0.1, "attn_drop_rate": 0.1}
+    for name, value in {**changes, "drop_path_rate": 0.0}.items():
+        assert PVT_V2.describe(dataclasses.replace(variant, **{name: value})).startswith(
+            "pvt_v2_b2, "
+        ), name
+    other = dataclasses.replace(variant, qkv_bias=False)
+    assert PVT_V2.describe(other).startswith("custom configuration, ")

@@ -377,3 +377,39 @@ def test_the_command_line_converts_them(tmp_path, capsys, config):
     assert main(arguments) == 0
     assert "Hugging Face layout" in capsys.readouterr().out
     assert pvt_ref.load(target).config == config
+
+
+# What a config.json or the shapes say -------------------------------------------------------------
+
+
+def test_the_rates_of_a_config_json_are_each_its_own(tmp_path):
+    rates = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2}
+    hugging_face_model(MICRO, **rates, drop_path_rate=0.3).save_pretrained(tmp_path)
+    config = dataclasses.replace(MICRO, drop_rate=0.1, attn_drop_rate=0.2, drop_path_rate=0.3)
+    assert load(tmp_path).config == dataclasses.replace(config, **PORT_EPS)
+
+
+@pytest.mark.parametrize("sr_ratios", [(4, 2, 1, 1), (8, 1, 2, 1), (1, 1, 1, 1)])
+def test_the_ratios_are_seen_in_a_file(tmp_path, sr_ratios):
+    config = dataclasses.replace(MICRO, img_size=224, sr_ratios=sr_ratios)
+    path = written(tmp_path / "v2.pth", random_state(config))
+    (tmp_path / "heads.json").write_text(
+        json.dumps({"num_heads": config.num_heads, "linear": False})
+    )
+    assert load(path, tmp_path / "heads.json").config == config
+
+
+def test_where_no_image_size_is_said_one_is_taken_that_the_ratios_divide(tmp_path):
+    config = dataclasses.replace(MICRO, img_size=320, sr_ratios=(5, 2, 1, 1))
+    path = written(tmp_path / "v2.pth", random_state(config))
+    said = {"num_heads": config.num_heads, "sr_ratios": config.sr_ratios}
+    (tmp_path / "few.json").write_text(json.dumps(said))
+    assert load(path, tmp_path / "few.json").config == config
+
+
+def test_timms_backbone_without_a_head_is_known_by_its_convolutions(tmp_path):
+    state = random_state(bare(MICRO))
+    path = written(tmp_path / "timm.pth", {timm_key(key): x for key, x in state.items()})
+    model = load(path, bare(MICRO))
+    assert_same_state(model, state)
+    assert model.source.startswith("timm layout, custom configuration, no classifier")

@@ -45,6 +45,7 @@ from pvt_ref.checkpoint import load
 from pvt_ref.checkpoint.key_maps import foreign_shapes, to_native
 from pvt_ref.draws import Draws
 from pvt_ref.errors import CheckpointError, ConfigError, DownloadError
+from pvt_ref.layers.gelu import gelu
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.models.architecture import architecture_of, known_variants, param_shapes
@@ -57,8 +58,9 @@ from pvt_ref.models.vit.files import (
     HUGGING_FACE_BARE,
     MMSEGMENTATION,
 )
-from pvt_ref.report.times import time_stages
-from pvt_ref.tree import named_arrays, record
+from pvt_ref.report.diagnosis import first_non_finite
+from pvt_ref.report.times import time_operations, time_stages
+from pvt_ref.tree import map_arrays, map_named, named_arrays, record
 from pvt_ref.zoo import RELEASED
 
 CONFIG = ViTConfig(
@@ -817,3 +819,154 @@ def test_the_command_line_takes_it(tmp_path, capsys):
 def test_its_row():
     assert architecture_of(CONFIG) is VIT
     assert VIT.map_blocks(CONFIG) == 3
+
+
+# What a configuration and its files say -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("ops", TABLES.values(), ids=TABLES)
+def test_a_factor_of_the_scores_may_stand_in_the_queries_weights_as_well(ops):
+    params = random_params(CONFIG, 0)
+    queries = np.arange(3 * CONFIG.embed_dim) < CONFIG.embed_dim
+
+    def halved(key, x):
+        if ".attn.qkv." not in key:
+            return x
+        return np.where(queries.reshape(-1, *[1] * (x.ndim - 1)), x / 2, x)
+
+    said, one = (dataclasses.replace(CONFIG, qk_scale=scale) for scale in (0.5, 1.0))
+    y = pvt_ref.forward(params, IMAGES, said, ops=ops)
+    same = pvt_ref.forward(map_named(halved, params), IMAGES, one, ops=ops)
+    np.testing.assert_allclose(same, y, rtol=1e-12)
+    assert np.abs(pvt_ref.forward(params, IMAGES, one, ops=ops) - y).max() > 1e-6
+
+
+def test_a_scale_of_zero_looks_everywhere_alike():
+    config = dataclasses.replace(CONFIG, qk_scale=0)
+    for weights in pvt_ref.attention_maps(random_params(CONFIG, 0), IMAGES, config).values():
+        np.testing.assert_allclose(weights, 1 / 25, rtol=1e-12)
+
+
+def test_a_thousand_blocks_are_the_most():
+    v2 = pvt_ref.VARIANTS["pvt_v2_b0"]
+    assert ViTConfig(depth=1000).depth == 1000
+    assert dataclasses.replace(v2, depths=(1, 1, 1000, 1)).depths[2] == 1000
+    with pytest.raises(ConfigError, match="depth is 1001; it must be at most 1000"):
+        ViTConfig(depth=1001)
+    with pytest.raises(ConfigError, match=r"depths is \(1, 1, 1001, 1\); each must be at most"):
+        dataclasses.replace(v2, depths=(1, 1, 1001, 1))
+
+
+def test_rates_and_a_broken_ratio_of_a_config_json(tmp_path):
+    config = dataclasses.replace(
+        CONFIG, mlp_ratio=2.5, drop_rate=0.1, attn_drop_rate=0.2, norm_eps=1e-12
+    )
+    foreign = to_foreign(vit_state(config), HUGGING_FACE, config)
+    safetensors.numpy.save_file(foreign, tmp_path / "model.safetensors")
+    said = {"model_type": "vit", "hidden_size": 12, "num_hidden_layers": 3, "image_size": 16}
+    said |= {"patch_size": 4, "num_attention_heads": 3, "intermediate_size": 30}
+    said |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    assert load(tmp_path).config == config
+
+
+def test_the_deviation_of_grey_is_the_mean_of_the_three():
+    preprocessing = Preprocessing("RGB", (0.5, 0.4, 0.3), (0.1, 0.2, 0.6))
+    info = ModelInfo(classes=INFO.classes, preprocessing=preprocessing)
+    grey = pvt_ref.with_channels(Model(random_params(CONFIG, 0), CONFIG, info=info), 1)
+    assert grey.info.preprocessing.mean == pytest.approx([0.4])
+    assert grey.info.preprocessing.std == pytest.approx([0.3])
+
+
+def test_the_pass_that_warms_up_counts_in_no_time(monkeypatch):
+    """By a clock that only GELU moves: a thousand seconds in the first pass, one in the others."""
+    now, calls = [0.0], [0]
+
+    def slow(*args, **kwargs):
+        now[0] += 1000 if calls[0] < CONFIG.depth else 1
+        calls[0] += 1
+        return gelu.forward(*args, **kwargs)
+
+    monkeypatch.setattr("pvt_ref.report.times.time.perf_counter", lambda: now[0])
+    ops, params = REFERENCE.replace(gelu, Operation(slow, gelu.backward)), random_params(CONFIG, 0)
+    assert time_stages(params, IMAGES, CONFIG, 1, ops=ops) == [CONFIG.depth, 0]
+    calls[0] = 0
+    by_operation = time_operations(params, IMAGES, CONFIG, 1, ops=ops)
+    assert by_operation[1, "mlp.gelu"] == CONFIG.depth
+    assert sum(by_operation.values()) == CONFIG.depth
+
+
+def test_what_the_shapes_of_a_file_say(tmp_path):
+    config = dataclasses.replace(CONFIG, mlp_ratio=2.5, qkv_bias=False, in_chans=1)
+    path = write_pth(tmp_path / "vit.pth", as_torch(vit_state(config)))
+    (tmp_path / "heads.json").write_text('{"num_heads": 3, "depth": 3}')
+    assert load(path, tmp_path / "heads.json").config == config
+
+
+def test_hugging_faces_bare_model_alone_has_the_eps_of_its_code(tmp_path):
+    foreign = to_foreign(vit_state(BARE), HUGGING_FACE_BARE, BARE)
+    safetensors.numpy.save_file(foreign, tmp_path / "model.safetensors")
+    model = load(tmp_path / "model.safetensors", BARE)
+    assert model.config == dataclasses.replace(BARE, norm_eps=1e-12)
+    assert "eps of this layout's code (pass eps=1e-6 for DeiT's training setting)" in model.source
+
+
+def test_a_distilled_backbone_is_known_by_its_token(tmp_path):
+    state = vit_state(BARE) | {"dist_token": np.zeros((1, 1, 12), np.float32)}
+    state["pos_embed"] = np.zeros((1, 18, 12), np.float32)
+    with pytest.raises(CheckpointError, match=r"a distilled DeiT \('?dist_token.*not read here"):
+        load(write_pth(tmp_path / "distilled.pth", as_torch(state)), BARE)
+
+
+def test_before_the_blocks_it_drops_at_drop_rate():
+    silent = ("attn.proj.weight", "attn.proj.bias", "mlp.fc2.weight", "mlp.fc2.bias")
+    params = map_named(  # the branches of all blocks add nothing
+        lambda key, x: np.zeros_like(x) if key.endswith(silent) else x, random_params(CONFIG, 0)
+    )
+    y = pvt_ref.forward(params, IMAGES, CONFIG)
+    inside = dataclasses.replace(CONFIG, attn_drop_rate=0.5)
+    z, _ = pvt_ref.forward_with_cache(params, IMAGES, inside, rng_of(0))
+    np.testing.assert_allclose(z, y, rtol=1e-12)
+    before = dataclasses.replace(CONFIG, drop_rate=0.5)
+    z, _ = pvt_ref.forward_with_cache(params, IMAGES, before, rng_of(0))
+    assert np.abs(z - y).max() > 1e-3
+
+
+def test_other_heads_make_another_model():
+    for changes in ({"num_heads": 12}, {"qkv_bias": False}, {"qk_scale": 0.1}, {"depth": 11}):
+        described = VIT.describe(dataclasses.replace(VITS["deit_s_16"], **changes))
+        assert described.startswith(f"ViT of {changes.get('depth', 12)} blocks, 384 channels, ")
+
+
+@pytest.mark.parametrize("maps", [False, True], ids=["classifier", "maps"])
+def test_its_gradients_with_dropout_are_slopes(maps):
+    config = dataclasses.replace(CONFIG, drop_rate=0.2, attn_drop_rate=0.1, drop_path_rate=0.3)
+    params, direction, along = random_params(config, 0), random_params(config, 9), IMAGES[::-1]
+
+    def run(p, images):
+        if maps:
+            return pvt_ref.forward_pyramid_with_cache(p, images, config, rng_of(5), blocks=[0, 2])
+        return pvt_ref.forward_with_cache(p, images, config, rng_of(5))
+
+    y, cache = run(params, IMAGES)
+    back = pvt_ref.backward_pyramid if maps else pvt_ref.backward
+    grads, dimages = back(params, cache, y, config)
+
+    def at(h):
+        moved, _ = run(map_arrays(lambda w, v: w + h * v, params, direction), IMAGES + h * along)
+        return sum((a * b).sum() for a, b in zip(moved, y, strict=True))
+
+    slope = (dimages * along).sum()
+    pairs = zip(named_arrays(grads), named_arrays(direction), strict=True)
+    slope += sum((g * v).sum() for (_, g), (_, v) in pairs)
+    np.testing.assert_allclose((at(1e-6) - at(-1e-6)) / 2e-6, slope, rtol=1e-6)
+
+
+def test_an_overflow_by_dropout_itself_is_found_with_the_generator_only():
+    config = dataclasses.replace(CONFIG, drop_rate=0.9)
+    params = random_params(config, 0, np.float32)
+    params = dataclasses.replace(params, pos_embed=np.full_like(params.pos_embed, 1e38))
+    images = IMAGES[..., :16].astype(np.float32)
+    found = first_non_finite(params, images, config, rng_of(0))
+    assert found.endswith("is the dropout inside the network")
+    assert "dropout" not in first_non_finite(params, images, config)
