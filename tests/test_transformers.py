@@ -86,16 +86,18 @@ def assert_equal_in_float64(case: ModelCase, pyramid: bool = False, masks: int |
 
 
 @pytest.mark.parametrize("pyramid", [False, True], ids=["logits", "pyramid"])
-@pytest.mark.parametrize("size", [(224, 224), (96, 160)], ids=str)
+@pytest.mark.parametrize("size", [(64, 64), (96, 160)], ids=str)
 def test_tiny_equals_transformers_in_float64(size, pyramid):
     assert_equal_in_float64(ModelCase(TINY, 1, size, 11), pyramid)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variants_forward_equals_transformers(variant):
-    config = VARIANTS[variant]
+    # up to eleven blocks a stage: more are more of the same, and pvt_huge_v2 has 300M weights
+    depths = tuple(min(depth, 11) for depth in VARIANTS[variant].depths)
+    config = replace(VARIANTS[variant], depths=depths)
     params = random_params(config, 3, np.float32)
-    images = normal(3, 1, 3, 224, 224, dtype=np.float32)
+    images = normal(3, 1, 3, 64, 96, dtype=np.float32)
     (theirs,), _, _ = transformers_forward(params, images, config)
     ours = pvt_ref.forward(params, images, config)
     assert ours.dtype == np.float32
@@ -106,7 +108,7 @@ def test_every_variants_forward_equals_transformers(variant):
 def test_small_random_models_equal_transformers(pyramid):
     seen = Counter()
 
-    @settings(max_examples=40)
+    @settings(max_examples=25)
     @given(model_cases(classifier=None if pyramid else True))
     def check(case):
         seen.update(case.tags())
@@ -120,7 +122,7 @@ def test_small_random_models_equal_transformers(pyramid):
 def test_dropout_and_drop_path_equal_transformers_with_the_same_masks(pyramid):
     seen = Counter()
 
-    @settings(max_examples=25)
+    @settings(max_examples=15)
     @given(model_cases(dropout=True))
     def check(case):
         seen.update(case.tags())
@@ -135,7 +137,7 @@ def test_dropout_and_drop_path_equal_transformers_with_the_same_masks(pyramid):
 def test_small_random_models_of_version_2_equal_transformers(pyramid):
     seen = Counter()
 
-    @settings(max_examples=40)
+    @settings(max_examples=25)
     @given(v2_cases(classifier=not pyramid))
     def check(case):
         seen.update(case.tags())
@@ -150,7 +152,7 @@ def test_small_random_models_of_version_2_equal_transformers(pyramid):
 def test_version_2_drops_with_the_masks_of_transformers(pyramid):
     seen = Counter()
 
-    @settings(max_examples=25)
+    @settings(max_examples=15)
     @given(v2_cases(dropout=True))
     def check(case):
         seen.update(case.tags())
@@ -261,7 +263,7 @@ MUST_BE_DRAWN_OF_A_VIT = {
 def test_small_random_vits_equal_transformers():
     seen = Counter()
 
-    @settings(max_examples=40)
+    @settings(max_examples=25)
     @given(vit_cases())
     def check(case):
         seen.update(case.tags())
@@ -274,7 +276,7 @@ def test_small_random_vits_equal_transformers():
 def test_maps_of_small_random_vits_equal_transformers():
     seen = Counter()
 
-    @settings(max_examples=40)
+    @settings(max_examples=25)
     @given(vit_cases(classifier=None, resizes=("bicubic", "bilinear")), st.data())
     def check(case, data):
         seen.update(case.tags())
