@@ -16,7 +16,7 @@ settings.register_profile(
     "ci",
     derandomize=True,
     deadline=None,
-    max_examples=25,
+    max_examples=20,
     print_blob=True,
     suppress_health_check=_SLOW_IS_FINE,
 )
@@ -126,7 +126,8 @@ WITH_EVERY_TABLE = (
 
 def pytest_generate_tests(metafunc):
     names = {metafunc.definition.path.name, metafunc.function.__name__}
-    if names & set(WITH_EVERY_TABLE) and "PVT_REF_OPS" not in os.environ:
+    chosen = any("table" in m.args[0] for m in metafunc.definition.iter_markers("parametrize"))
+    if names & set(WITH_EVERY_TABLE) and not chosen and "PVT_REF_OPS" not in os.environ:
         metafunc.parametrize("table", ["blocked", "reference"], indirect=True, scope="function")
 
 

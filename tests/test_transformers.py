@@ -91,11 +91,14 @@ def test_tiny_equals_transformers_in_float64(size, pyramid):
     assert_equal_in_float64(ModelCase(TINY, 1, size, 11), pyramid)
 
 
+def not_so_deep(config):
+    """Up to eleven blocks a stage: more are more of the same, and pvt_huge_v2 has 300M weights."""
+    return replace(config, depths=tuple(min(depth, 11) for depth in config.depths))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variants_forward_equals_transformers(variant):
-    # up to eleven blocks a stage: more are more of the same, and pvt_huge_v2 has 300M weights
-    depths = tuple(min(depth, 11) for depth in VARIANTS[variant].depths)
-    config = replace(VARIANTS[variant], depths=depths)
+    config = not_so_deep(VARIANTS[variant])
     params = random_params(config, 3, np.float32)
     images = normal(3, 1, 3, 64, 96, dtype=np.float32)
     (theirs,), _, _ = transformers_forward(params, images, config)
@@ -165,7 +168,7 @@ def test_version_2_drops_with_the_masks_of_transformers(pyramid):
 
 @pytest.mark.parametrize("variant", [name for name in pvt_ref.VARIANTS if "v2_b" in name])
 def test_every_variant_of_version_2_equals_transformers(variant):
-    config = pvt_ref.VARIANTS[variant]
+    config = not_so_deep(pvt_ref.VARIANTS[variant])
     params = random_params(config, 3, np.float32)
     images = normal(3, 1, 3, 64, 96, dtype=np.float32)
     (theirs,), _, _ = transformers_forward(params, images, config)
