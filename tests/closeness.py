@@ -70,6 +70,17 @@ def assert_gradients_near(
         assert error <= allowed, f"{key}: error {error:.2e} > {allowed:.2e}"
 
 
+def squared_errors(ours, theirs, exact) -> tuple[float, float]:
+    """Of two float32 results, relative to the exact one."""
+    exact = np.asarray(exact, np.float64)
+    norm = np.linalg.norm(exact.ravel())
+    first, second = (
+        (np.linalg.norm((np.asarray(x, np.float64) - exact).ravel()) / norm) ** 2
+        for x in (ours, theirs)
+    )
+    return first, second
+
+
 def assert_float32_error(pairs, floor_ulp: float = 4.0, what: str = "") -> None:
     """Our float32 errs at most twice as much as PyTorch's on the same inputs.
 
@@ -78,15 +89,12 @@ def assert_float32_error(pairs, floor_ulp: float = 4.0, what: str = "") -> None:
             are added up before the comparison.
         floor_ulp: an error of so many units in the last place is always allowed.
     """
-    ours, theirs, size = 0.0, 0.0, 0.0
-    for a, b, exact in pairs:
-        norm = np.linalg.norm(np.asarray(exact, np.float64).ravel())
-        if norm == 0:
-            continue
-        ours += (np.linalg.norm((np.asarray(a, np.float64) - exact).ravel()) / norm) ** 2
-        theirs += (np.linalg.norm((np.asarray(b, np.float64) - exact).ravel()) / norm) ** 2
-        size += 1
-    assert size, f"{what}: nothing was compared"
-    ours, theirs = np.sqrt(ours / size), np.sqrt(theirs / size)
+    assert_errs_at_most_twice([squared_errors(*x) for x in pairs if np.any(x[2])], floor_ulp, what)
+
+
+def assert_errs_at_most_twice(squares, floor_ulp: float = 4.0, what: str = "") -> None:
+    """The same of :func:`squared_errors`."""
+    assert squares, f"{what}: nothing was compared"
+    ours, theirs = np.sqrt(np.mean(squares, axis=0))
     floor = floor_ulp * np.finfo(np.float32).eps / 2
     assert ours <= max(2 * theirs, floor), f"{what}: float32 error {ours:.1e}, PyTorch {theirs:.1e}"

@@ -1,6 +1,8 @@
 """What every test file shares: Hypothesis profiles, array libraries, and the GPU's absence told."""
 
+import gc
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test touches the network
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else two thread pools fight over the cores
@@ -14,7 +16,7 @@ settings.register_profile(
     "ci",
     derandomize=True,
     deadline=None,
-    max_examples=40,
+    max_examples=20,
     print_blob=True,
     suppress_health_check=_SLOW_IS_FINE,
 )
@@ -64,6 +66,11 @@ def pytest_addoption(parser):
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: group(item.nodeid))  # stable: within a group, order stays
+
+
+def pytest_collection_finish():
+    """Garbage collections skip what was imported; with PyTorch among it, each took 0.2 s."""
+    gc.freeze()
 
 
 _failed_groups: set[int] = set()
@@ -125,7 +132,8 @@ WITH_EVERY_TABLE = (
 
 def pytest_generate_tests(metafunc):
     names = {metafunc.definition.path.name, metafunc.function.__name__}
-    if names & set(WITH_EVERY_TABLE) and "PVT_REF_OPS" not in os.environ:
+    chosen = any("table" in m.args[0] for m in metafunc.definition.iter_markers("parametrize"))
+    if names & set(WITH_EVERY_TABLE) and not chosen and "PVT_REF_OPS" not in os.environ:
         metafunc.parametrize("table", ["blocked", "reference"], indirect=True, scope="function")
 
 
@@ -135,6 +143,29 @@ def table(request, monkeypatch):
     if hasattr(request, "param"):
         monkeypatch.setenv("PVT_REF_OPS", request.param)
     return os.environ.get("PVT_REF_OPS", "blocked")
+
+
+# What a training draws ----------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """A training leaves an empty curves.png: drawing it takes longer than a small training does.
+
+    A test of the picture itself asks for ``drawn``.
+    """
+    metrics = sys.modules.get("pvt_ref.train.metrics")  # where nobody trains, there is none
+    if metrics is not None and "drawn" not in request.fixturenames:
+        signature = b"\x89PNG"
+        monkeypatch.setattr(metrics, "_draw", lambda lines, file, form: file.write(signature))
+
+
+@pytest.fixture
+def drawn():
+    """With this, matplotlib draws the curves."""
+
+
+# Array libraries ----------------------------------------------------------------------------------
 
 
 def why_no_gpu() -> str | None:

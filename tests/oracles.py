@@ -6,6 +6,7 @@ over already resized (it sizes them for patches 4, 2, 2, 2 and resizes them wron
 dense pyramid its cls token is taken away.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,9 @@ class MaskedDrop(nn.Module):
         return x * torch.tensor(kept).to(x.dtype) / (1 - self.rate)
 
 
-def build(config: PVTConfig, rng: np.random.Generator | Draws | None, pyramid: bool):
+@functools.lru_cache(maxsize=4)
+def without_weights(config: PVTConfig, pyramid: bool, drops: bool):
+    """The network on meta: every weight is handed over at the call."""
     from transformers import PvtConfig, PvtForImageClassification
 
     settings = PvtConfig(
@@ -62,7 +65,7 @@ def build(config: PVTConfig, rng: np.random.Generator | Draws | None, pyramid: b
         layer_norm_eps=config.norm_eps,
         num_labels=max(config.num_classes, 1),
     )
-    with torch.device("meta"):  # every weight is handed over at the call
+    with torch.device("meta"):
         model = PvtForImageClassification(settings)
     encoder = model.pvt.encoder
     for i in range(4):
@@ -72,7 +75,13 @@ def build(config: PVTConfig, rng: np.random.Generator | Draws | None, pyramid: b
                 block.attention.self.layer_norm.eps = config.projection_norm_eps
     if pyramid:
         encoder.patch_embeddings[3].cls_token = None
-    if rng is not None:
+    return model.eval()  # the drops below do not ask whether they train
+
+
+def build(config: PVTConfig, rng: np.random.Generator | Draws | None, pyramid: bool):
+    model = without_weights(config, pyramid, rng is not None)
+    encoder = model.pvt.encoder
+    if rng is not None:  # every drop is replaced, so those of an earlier call are gone
         rates = enumerate(np.linspace(0, config.drop_path_rate, sum(config.depths)))
         for i in range(4):
             entry = generator_at(rng, What.STAGE_DROPOUT, i + 1)
@@ -84,7 +93,7 @@ def build(config: PVTConfig, rng: np.random.Generator | Draws | None, pyramid: b
                 attention.output.dropout = MaskedDrop(config.drop_rate, own, False)
                 block.drop_path = MaskedDrop(float(rate), own, True)
                 block.mlp.dropout = MaskedDrop(config.drop_rate, own, False)
-    return model.eval()  # the drops above do not ask whether they train
+    return model
 
 
 def build_v2(config: PVTv2Config, rng: np.random.Generator | Draws | None):

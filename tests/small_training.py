@@ -3,7 +3,6 @@
 import dataclasses
 
 import numpy as np
-from strategies import rng_of
 
 from pvt_ref import Preprocessing, PVTConfig
 from pvt_ref.train import LabelledImages, Recipe
@@ -41,7 +40,7 @@ PREPROCESSING = Preprocessing("L", (0.5,), (0.25,))
 
 def stripes(samples: int, seed: int) -> LabelledImages:
     """Three kinds of noisy pictures: stripes across, stripes along, and none."""
-    rng = rng_of(seed)
+    rng = np.random.default_rng([seed])
     labels = rng.integers(0, 3, samples)
     wave = np.where(np.arange(16) // 2 % 2, 220, 30)
     kinds = np.stack([np.tile(wave, (16, 1)), np.tile(wave, (16, 1)).T, np.full((16, 16), 125)])

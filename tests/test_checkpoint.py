@@ -1171,7 +1171,7 @@ def test_a_model_on_the_gpu_is_saved_from_the_host(tmp_path, cupy):
 def test_36_key_maps_lose_nothing_and_save_load_is_bitwise(tmp_path):
     seen = collections.Counter()
 
-    @settings(max_examples=60, suppress_health_check=[HealthCheck.filter_too_much])
+    @settings(max_examples=30, suppress_health_check=[HealthCheck.filter_too_much])
     @given(
         config=configs(),
         dtype=float_dtypes,

@@ -112,7 +112,18 @@ def golden():
     return {name: file[name] for file in map(np.load, GOLDEN) for name in file.files}
 
 
-@pytest.mark.parametrize("case", CASES)
+#: Networks of full size with some of the tables, where small ones are computed with every one.
+FULL_SIZE = [
+    ("tiny_224", "reference"),
+    ("tiny_256x320", "blocked"),
+    ("tiny_256x320", "reference"),
+    ("small_224", "blocked"),
+]
+full_size = pytest.mark.parametrize(("case", "table"), FULL_SIZE, indirect=["table"])
+small = pytest.mark.parametrize("case", [case for case in CASES if case not in dict(FULL_SIZE)])
+
+
+@small
 def test_classifier_equals_the_released_code(case, golden):
     params, images, config, seed = inputs(case)
     tag = f"{case}/logits"
@@ -125,7 +136,7 @@ def test_classifier_equals_the_released_code(case, golden):
     assert_gradient_digests(tag, grads, dimages, seed, golden)
 
 
-@pytest.mark.parametrize("case", CASES)
+@small
 def test_pyramid_equals_the_released_dense_backbone(case, golden):
     params, images, config, seed = inputs(case)
     tag = f"{case}/pyramid"
@@ -138,6 +149,16 @@ def test_pyramid_equals_the_released_dense_backbone(case, golden):
     dmaps = [draw(f"{tag}/dy{i}", x.shape, seed) for i, x in enumerate(maps)]
     grads, dimages = pvt_ref.backward_pyramid(params, cache, dmaps, config)
     assert_gradient_digests(tag, grads, dimages, seed, golden)
+
+
+@full_size
+def test_a_classifier_of_full_size_equals_the_released_code(case, table, golden):
+    test_classifier_equals_the_released_code(case, golden)
+
+
+@full_size
+def test_a_pyramid_of_full_size_equals_the_released_dense_backbone(case, table, golden):
+    test_pyramid_equals_the_released_dense_backbone(case, golden)
 
 
 # The columnar ViT ---------------------------------------------------------------------------------

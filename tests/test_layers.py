@@ -45,7 +45,7 @@ def run_torch(case: OpCase, dtype):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation_equals_pytorch_in_float64(name):
-    @settings(max_examples=60)
+    @settings(max_examples=20)
     @given(OPERATIONS[name])
     def check(case):
         y, grads = run_ours(case, np.float64)
@@ -69,7 +69,7 @@ def test_operation_equals_pytorch_in_float64(name):
 def test_operation_errs_at_most_twice_as_much_as_pytorch_in_float32(name):
     outputs, gradients = [], []
 
-    @settings(max_examples=60)
+    @settings(max_examples=30)  # whatever the profile: the errors of fewer scatter
     @given(OPERATIONS[name])
     def collect(case):
         rounded = OpCase(

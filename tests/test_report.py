@@ -7,7 +7,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import configs, normal, random_params, rng_of
 
@@ -110,6 +110,7 @@ def test_a_run_on_shapes_is_a_run(config):
     agrees_with_a_real_run(config, (config.img_size, config.img_size))
 
 
+@settings(max_examples=15)
 @given(config=configs())
 def test_a_run_on_shapes_is_a_run_for_any_pvt(config):
     agrees_with_a_real_run(config, (config.size_multiple, 2 * config.size_multiple))

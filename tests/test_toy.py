@@ -15,6 +15,7 @@ from pvt_ref.__main__ import main
 from pvt_ref.errors import ArrayTypeError, CheckpointError, ConfigError, ShapeError
 from pvt_ref.models.architecture import architecture_of, known_variants
 from pvt_ref.report.times import time_stages
+from pvt_ref.train import LabelledImages, Recipe, fit
 from pvt_ref.tree import named_arrays
 
 CONFIG = ToyConfig()
@@ -151,8 +152,6 @@ def test_without_attention_there_are_no_attention_maps():
 
 
 def test_it_learns_stops_and_goes_on(tmp_path):
-    from pvt_ref.train import LabelledImages, Recipe, fit
-
     rng = rng_of(0)
     labels = rng.integers(0, 4, 40)
     pixels = (60 * labels[:, None, None, None] + rng.integers(0, 40, (40, 3, 8, 8))).astype("uint8")

@@ -322,7 +322,7 @@ def test_metrics_that_are_damaged_while_it_runs(line, halfway, monkeypatch, tmp_
 
 
 @pytest.mark.parametrize("loss", [1e308, -1e308, 5e-324])
-def test_curves_of_any_numbers_can_be_drawn(loss, tmp_path):
+def test_curves_of_any_numbers_can_be_drawn(loss, drawn, tmp_path):
     lines = [EPOCH | {"step": 2**52 + n, "epoch": 2**52 + n} for n in range(3)]
     for line, factor in zip(lines, (1, 0.5, -1), strict=True):
         line |= {"train_loss": loss * factor, "held_out_loss": -loss}

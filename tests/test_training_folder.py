@@ -40,6 +40,7 @@ warnings.simplefilter("ignore", DeprecationWarning)  # of fork, where other libr
 from small_training import CONFIG, DATA, HELD_OUT, RECIPE
 from pvt_ref.errors import TrainingError
 from pvt_ref.train import fit, loop
+loop.draw_curves = lambda *_: None
 def train(**options):
     return fit(CONFIG, RECIPE, DATA, HELD_OUT, sys.argv[1], log_steps=1, **options)
 def at_step(number, act):
@@ -348,7 +349,6 @@ def strike(place, times):
 def epoch(resume=False):
     return fit(CONFIG, recipe, DATA, HELD_OUT, folder, log_steps=1, resume=resume)
 recipe = dataclasses.replace(RECIPE, epochs=1, batch_size=27)
-loop.draw_curves = lambda *_: None
 total, struck = strike(0, 1), 0
 for place in range(1, total + 1, STRIDE):
     strike(place, 1 + place // STRIDE % 3)
@@ -361,8 +361,8 @@ for place in range(1, total + 1, STRIDE):
     struck += 1
 print(struck)
 """
-    (struck,) = run_code(code.replace("STRIDE", "4"), tmp_path / "run")
-    assert int(struck) > 50
+    (struck,) = run_code(code.replace("STRIDE", "7"), tmp_path / "run")
+    assert int(struck) > 30
 
 
 @POSIX

@@ -84,7 +84,7 @@ def test_adamw_is_pytorchs(seed, dtype, beta1, beta2, eps, decay, positions):
     groups = [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": decay}]
     optimizer = torch.optim.AdamW(groups, betas=(beta1, beta2), eps=eps)
     state = adamw_init(params)
-    for step in range(5):
+    for step in range(3):
         lr = 0.01 / (1 + step)
         grads = params_of(seed + step + 1, dtype)
         for key, g in to_state_dict(grads).items():
@@ -96,7 +96,7 @@ def test_adamw_is_pytorchs(seed, dtype, beta1, beta2, eps, decay, positions):
         old = params
         params, state = adamw_step(params, grads, state, lr, settings)
         assert all(np.array_equal(x, before[k]) for k, x in to_state_dict(old).items())
-    assert state.t == 5
+    assert state.t == 3
     for key, x in to_state_dict(params).items():
         assert x.dtype == dtype
         assert relative(x, theirs[key].numpy()) < (1e-13 if dtype == np.float64 else 1e-5), key

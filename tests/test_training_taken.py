@@ -50,6 +50,14 @@ def halfway(halfway_once, tmp_path):
     return Path(shutil.copytree(halfway_once, tmp_path / "run"))
 
 
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory):
+    """And two steps more."""
+    folder = tmp_path_factory.mktemp("two epochs")
+    train(folder, stop_at_step=10)
+    return folder
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -319,7 +327,6 @@ def test_what_numpy_warns_of_is_the_callers_after_an_interrupt(where, tmp_path, 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "draw_curves", lambda *_: None)
     monkeypatch.setattr(np.errstate, "__exit__", interrupted)
     try:
         work()
@@ -379,12 +386,12 @@ def test_a_program_that_ends_itself_is_not_kept_from_it(tmp_path):
         train(tmp_path, console=Console(file=Ends()))
 
 
-def test_a_picture_is_drawn_whatever_a_user_has_set(tmp_path):
+def test_a_picture_is_drawn_whatever_a_user_has_set(drawn, tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
     with matplotlib.rc_context({"text.usetex": True, "lines.linewidth": 9}):
-        train(tmp_path / "own")
+        train(tmp_path / "own", stop_at_step=4)
         assert matplotlib.rcParams["lines.linewidth"] == 9
-    train(tmp_path / "plain")
+    train(tmp_path / "plain", stop_at_step=4)
     metrics = (tmp_path / "plain" / METRICS).read_bytes()
     (tmp_path / "own" / METRICS).write_bytes(metrics)
     with matplotlib.rc_context({"text.usetex": True, "font.size": 3}):
@@ -485,14 +492,13 @@ def edits(lines: list[dict], number: int, **changes) -> list[dict]:
         (lambda ls: ls[:4] + ls[3:], "line 5: step is 4, and was 4"),
     ],
 )
-def test_metrics_that_this_run_cannot_have_written_are_refused(edit, message, tmp_path):
-    train(tmp_path, stop_at_step=10)
-    lines = edit(lines_of(tmp_path))
-    write_lines(tmp_path, lines)
-    before = (tmp_path / METRICS).read_bytes()
+def test_metrics_that_this_run_cannot_have_written_are_refused(edit, message, two_epochs, tmp_path):
+    run = Path(shutil.copytree(two_epochs, tmp_path / "run"))
+    write_lines(run, edit(lines_of(run)))
+    before = (run / METRICS).read_bytes()
     with pytest.raises(CheckpointError, match=message):
-        train(tmp_path, resume=True)
-    assert (tmp_path / METRICS).read_bytes() == before
+        train(run, resume=True)
+    assert (run / METRICS).read_bytes() == before
 
 
 def test_metrics_of_another_run_are_refused(tmp_path, halfway):

@@ -8,10 +8,12 @@ import pytest
 from closeness import (
     FORWARD,
     GRADIENT,
+    assert_errs_at_most_twice,
     assert_float32_error,
     assert_gradients_near,
     assert_near,
     split_key_bias,
+    squared_errors,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -86,16 +88,21 @@ def assert_equal_in_float64(case: ModelCase, pyramid: bool = False, masks: int |
 
 
 @pytest.mark.parametrize("pyramid", [False, True], ids=["logits", "pyramid"])
-@pytest.mark.parametrize("size", [(224, 224), (96, 160)], ids=str)
+@pytest.mark.parametrize("size", [(64, 64), (96, 160)], ids=str)
 def test_tiny_equals_transformers_in_float64(size, pyramid):
     assert_equal_in_float64(ModelCase(TINY, 1, size, 11), pyramid)
 
 
+def not_so_deep(config):
+    """Up to eleven blocks a stage: more are more of the same, and pvt_huge_v2 has 300M weights."""
+    return replace(config, depths=tuple(min(depth, 11) for depth in config.depths))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variants_forward_equals_transformers(variant):
-    config = VARIANTS[variant]
+    config = not_so_deep(VARIANTS[variant])
     params = random_params(config, 3, np.float32)
-    images = normal(3, 1, 3, 224, 224, dtype=np.float32)
+    images = normal(3, 1, 3, 64, 96, dtype=np.float32)
     (theirs,), _, _ = transformers_forward(params, images, config)
     ours = pvt_ref.forward(params, images, config)
     assert ours.dtype == np.float32
@@ -106,7 +113,7 @@ def test_every_variants_forward_equals_transformers(variant):
 def test_small_random_models_equal_transformers(pyramid):
     seen = Counter()
 
-    @settings(max_examples=40)
+    @settings(max_examples=25)
     @given(model_cases(classifier=None if pyramid else True))
     def check(case):
         seen.update(case.tags())
@@ -120,7 +127,7 @@ def test_small_random_models_equal_transformers(pyramid):
 def test_dropout_and_drop_path_equal_transformers_with_the_same_masks(pyramid):
     seen = Counter()
 
-    @settings(max_examples=25)
+    @settings(max_examples=15)
     @given(model_cases(dropout=True))
     def check(case):
         seen.update(case.tags())
@@ -135,7 +142,7 @@ def test_dropout_and_drop_path_equal_transformers_with_the_same_masks(pyramid):
 def test_small_random_models_of_version_2_equal_transformers(pyramid):
     seen = Counter()
 
-    @settings(max_examples=40)
+    @settings(max_examples=25)
     @given(v2_cases(classifier=not pyramid))
     def check(case):
         seen.update(case.tags())
@@ -150,7 +157,7 @@ def test_small_random_models_of_version_2_equal_transformers(pyramid):
 def test_version_2_drops_with_the_masks_of_transformers(pyramid):
     seen = Counter()
 
-    @settings(max_examples=25)
+    @settings(max_examples=15)
     @given(v2_cases(dropout=True))
     def check(case):
         seen.update(case.tags())
@@ -163,7 +170,7 @@ def test_version_2_drops_with_the_masks_of_transformers(pyramid):
 
 @pytest.mark.parametrize("variant", [name for name in pvt_ref.VARIANTS if "v2_b" in name])
 def test_every_variant_of_version_2_equals_transformers(variant):
-    config = pvt_ref.VARIANTS[variant]
+    config = not_so_deep(pvt_ref.VARIANTS[variant])
     params = random_params(config, 3, np.float32)
     images = normal(3, 1, 3, 64, 96, dtype=np.float32)
     (theirs,), _, _ = transformers_forward(params, images, config)
@@ -198,16 +205,15 @@ def test_float32_errs_no_more_than_twice_as_much_as_pytorch(pyramid):
     for triple in zip(ours, theirs, exact, strict=True):
         assert_float32_error([triple], what="output")
     assert_float32_error([(dimages, their_dimages, exact_dimages)], what="images")
-    triples = []
+    squares = []
     exact_by_key, theirs_by_key = dict(named_arrays(exact_grads)), dict(named_arrays(their_grads))
     for key, g in named_arrays(grads):
         if pyramid and key in UNUSED_BY_A_PYRAMID:
             continue
         parts = [split_key_bias(key, x)[1] for x in (g, theirs_by_key[key], exact_by_key[key])]
-        triples.append(tuple(parts))
-        # one array alone scatters: three times is allowed it, twice holds over all of them
-        assert_float32_error([tuple(parts), *triples[:-1]], what=key)
-    assert_float32_error(triples, what="all parameter gradients")
+        if np.any(parts[2]):
+            squares.append(squared_errors(*parts))
+        assert_errs_at_most_twice(squares, what=key)  # one array alone scatters: all so far
 
 
 def exact_run(case: ModelCase, pyramid: bool):
@@ -261,7 +267,7 @@ MUST_BE_DRAWN_OF_A_VIT = {
 def test_small_random_vits_equal_transformers():
     seen = Counter()
 
-    @settings(max_examples=40)
+    @settings(max_examples=25)
     @given(vit_cases())
     def check(case):
         seen.update(case.tags())
@@ -274,7 +280,7 @@ def test_small_random_vits_equal_transformers():
 def test_maps_of_small_random_vits_equal_transformers():
     seen = Counter()
 
-    @settings(max_examples=40)
+    @settings(max_examples=25)
     @given(vit_cases(classifier=None, resizes=("bicubic", "bilinear")), st.data())
     def check(case, data):
         seen.update(case.tags())
