@@ -386,7 +386,7 @@ def test_19_a_zero_query_gets_the_mean_of_the_values(n, m, seed):
 
 @any_network
 def test_20_samples_do_not_see_each_other(cases):
-    @settings(max_examples=20)
+    @settings(max_examples=15)
     @given(cases(classifier=True))
     def check(case):
         assert_samples_are_apart(dataclasses.replace(case, batch=3))
@@ -445,12 +445,12 @@ def test_22_adjoint_identity_of_every_operation(name):
         right = sum((v[key] * grads[key]).sum() for key in v)
         size = math.sqrt(sum((grads[key] ** 2).sum() for key in v))
         # where a norm meets an almost constant token the function bends within the step
-        left = [
-            (directional_derivative(lambda i: case.forward(i)[0], case.inputs, v, step) * u).sum()
-            for step in (1e-5, 1e-6, 1e-7)
-        ]
         allowed = 1e-5 * (size + abs(right)) + 1e-8  # and the differences' own rounding
-        assert min(abs(x - right) for x in left) <= allowed, (left, right)
+        left = (
+            (directional_derivative(lambda i: case.forward(i)[0], case.inputs, v, step) * u).sum()
+            for step in (1e-6, 1e-5, 1e-7)
+        )
+        assert any(abs(x - right) <= allowed for x in left), right
 
     check()
 
@@ -458,7 +458,7 @@ def test_22_adjoint_identity_of_every_operation(name):
 @any_network
 @pytest.mark.parametrize("pyramid", [False, True], ids=["logits", "pyramid"])
 def test_22_adjoint_identity_of_the_model(pyramid, cases):
-    @settings(max_examples=20)
+    @settings(max_examples=15)
     @given(cases(classifier=None if pyramid else True, dropout=True))
     def check(case):
         config, params, images = case.config, case.params(), case.images()
@@ -531,7 +531,7 @@ def gradients(case: ModelCase, params, images, dlogits):
     return pvt_ref.backward(params, cache, dlogits, case.config)
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(case=model_cases(classifier=True))
 def test_24_gradients_of_parts_of_a_batch_add_up(case):
     case = dataclasses.replace(case, batch=4)
@@ -632,7 +632,7 @@ def test_26_grids_of_equal_area_get_different_tables():
     assert relative(flat, square) > 0.1
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(case=model_cases(classifier=None))
 def test_27_no_pixel_is_without_gradient(case):
     config = dataclasses.replace(  # a norm over one or two channels has no derivative
@@ -823,7 +823,7 @@ def test_32_model_keeps_the_dtype_of_weights(dtype):
     check()
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(case=model_cases(classifier=None), contiguous_inside=st.booleans())
 def test_31_a_cache_does_not_change_with_the_callers_arrays(case, contiguous_inside):
     config, params, images = case.config, case.params(), case.images()
@@ -913,7 +913,7 @@ def test_35_float32_error_at_every_depth_is_at_most_twice_pytorchs():
 # Attention maps are what the forward uses -----------------------------------------------------
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(case=model_cases(classifier=None))
 def test_attention_maps_are_the_weights_the_forward_uses(case):
     seen = []

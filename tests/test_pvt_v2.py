@@ -29,6 +29,7 @@ from pvt_ref.layers.linear import LinearParams
 from pvt_ref.models.architecture import architecture_of, param_shapes
 from pvt_ref.models.pvt_v2 import PVT_V2
 from pvt_ref.report.times import time_operations, time_stages
+from pvt_ref.train import LabelledImages, Recipe, fit
 from pvt_ref.tree import map_arrays, map_named, named_arrays, to_device
 
 MICRO = PVTv2Config(
@@ -500,8 +501,6 @@ def test_its_times_are_those_of_its_stages():
 
 
 def test_it_learns_stops_and_goes_on(tmp_path):
-    from pvt_ref.train import LabelledImages, Recipe, fit
-
     rng = rng_of(0)
     labels = rng.integers(0, 4, 40)
     pixels = 60 * labels[:, None, None, None] + rng.integers(0, 40, (40, 3, 32, 32))

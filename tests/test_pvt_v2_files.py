@@ -409,7 +409,7 @@ def test_where_no_image_size_is_said_one_is_taken_that_the_ratios_divide(tmp_pat
 
 def test_timms_backbone_without_a_head_is_known_by_its_convolutions(tmp_path):
     state = random_state(bare(MICRO))
-    path = written(tmp_path / "timm.pth", {timm_key(key): x for key, x in state.items()})
+    path = written(tmp_path / "timm.pth", {timm_v2_key(key): x for key, x in state.items()})
     model = load(path, bare(MICRO))
     assert_same_state(model, state)
     assert model.source.startswith("timm layout, custom configuration, no classifier")

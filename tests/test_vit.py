@@ -60,6 +60,7 @@ from pvt_ref.models.vit.files import (
 )
 from pvt_ref.report.diagnosis import first_non_finite
 from pvt_ref.report.times import time_operations, time_stages
+from pvt_ref.train import LabelledImages, Recipe, fit
 from pvt_ref.tree import map_arrays, map_named, named_arrays, record
 from pvt_ref.zoo import RELEASED
 
@@ -760,8 +761,6 @@ def test_where_it_looks_and_how_long_it_takes(ops):
 
 
 def test_it_learns_with_all_options_stops_and_goes_on(tmp_path):
-    from pvt_ref.train import LabelledImages, Recipe, fit
-
     config = dataclasses.replace(
         CONFIG, depth=2, drop_rate=0.05, attn_drop_rate=0.05, drop_path_rate=0.1
     )
