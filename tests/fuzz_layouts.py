@@ -341,6 +341,8 @@ def rectype(case: Case, rng: random.Random) -> None:
     everything = list(case.state)
     some = rng.sample(everything, min(5, len(everything)))
     kind = rng.choice(DTYPES + NARROW)
+    if kind == NARROW[1] and case.container == "legacy":
+        return  # PyTorch writes these, and cannot read them
     for key in rng.choice(([some_key(case, rng)], everything, some)):
         x = case.state[key]
         if not isinstance(x, np.ndarray) or x.dtype.kind != "f":
