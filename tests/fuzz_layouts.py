@@ -341,6 +341,8 @@ def rectype(case: Case, rng: random.Random) -> None:
     everything = list(case.state)
     some = rng.sample(everything, min(5, len(everything)))
     kind = rng.choice(DTYPES + NARROW)
+    if kind == NARROW[1] and case.container == "legacy":
+        return  # PyTorch writes these, and cannot read them
     for key in rng.choice(([some_key(case, rng)], everything, some)):
         x = case.state[key]
         if not isinstance(x, np.ndarray) or x.dtype.kind != "f":
@@ -350,8 +352,7 @@ def rectype(case: Case, rng: random.Random) -> None:
         elif kind == "float64":
             case.state[key] = x.astype(np.float64) + 2.0**-30
         else:
-            with np.errstate(all="ignore"):
-                case.state[key] = x.astype(kind)
+            case.state[key] = x.astype(kind)
 
 
 def spoil_numbers(case: Case, rng: random.Random) -> None:
@@ -599,7 +600,8 @@ def make_case(network: str, rng: random.Random, damages: Sequence[Any]) -> Case:
     for _ in range(times - sum(late)):
         how = rng.choice(OF_CONTENT)
         if case.state or how in (change_json, ask_otherwise):
-            how(case, rng)
+            with np.errstate(all="ignore"):  # of numbers that a dtype cannot hold
+                how(case, rng)
             case.done.append(how.__name__)
     if rng.random() < 0.05 and case.json_text:
         case.json_text = spoil_bytes(case.json_text, rng, [], damages)

@@ -92,7 +92,8 @@ def read_config(path: Path, origin: str, row: Architecture | None = None) -> Sta
             for other in architectures():
                 if fields and fields.keys() <= _fields(other).keys():
                     what = f"it has the fields of a {other.title}, and the weights are of a"
-                    raise CheckpointError(f"{what} {row.title}. Name the file that belongs to these")
+                    advice = "Name the file that belongs to these"
+                    raise CheckpointError(f"{what} {row.title}. {advice}")
             what = "it is neither Hugging Face's config.json (which has a model_type) nor this"
             unknown = f"unknown fields are {shown(sorted(fields.keys() - known.keys()))}"
             raise CheckpointError(f"{what} project's: {unknown}, known ones {', '.join(known)}")
