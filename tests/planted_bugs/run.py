@@ -315,6 +315,8 @@ def run_pytest(copy: Path, file: str, arguments: list[str], timeout: float | Non
 def _pytest_in(copy: str, file: str, arguments: list[str], output: str) -> None:
     """The forked process: imports the package from the copy, then runs pytest there."""
     os.setsid()  # so that a test's own children end with it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job ignores it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this
     with open(output, "w", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
