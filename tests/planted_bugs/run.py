@@ -114,11 +114,12 @@ class DoesNotApplyError(Exception):
 #: with which the source's path begins is the one that counts.
 SHOWN_BY = {
     "pvt_ref/layers/cross_entropy": "layers cross_entropy_dense properties",
+    "pvt_ref/layers/attention": "ops layers properties",
     "pvt_ref/layers/": "layers maps properties",
     "pvt_ref/blocks/conv_mlp": "layers pvt_v2 cost",
     "pvt_ref/blocks/linear_sra": "layers pvt_v2 cost",
     "pvt_ref/blocks/mha": "layers vit",
-    "pvt_ref/blocks/": "layers properties planted_gaps",
+    "pvt_ref/blocks/": "ops layers planted_gaps properties",
     "pvt_ref/kernels/": "layers kernels properties ops",
     "pvt_ref/models/vit/files": "vit loading",
     "pvt_ref/models/vit/": "vit report",
