@@ -5,10 +5,15 @@
     python tests/planted_bugs/run.py --only gelu-tanh drop-no-rescale
     python tests/planted_bugs/run.py --first tests/test_layers.py -- --ignore tests/test_image.py
 
-What stands after ``--`` goes to pytest as it is; paths among it replace the folder ``tests``. For
-every bug the package and its tests are copied to a temporary folder, one line of the copy is
+For every bug the package and its tests are copied to a temporary folder, one line of the copy is
 changed, and pytest runs there until its first failure. The repository itself is never written to.
 This folder is not part of the copy, so a test of the catalogue has to be left out with --ignore.
+
+The test files that SHOWN_BY names for the edited source run first, alone, and of their tests those
+first whose names hold the source's. Most bugs end there, within seconds. Only if nothing fails does
+the whole suite run. --first names other files than SHOWN_BY does. What stands after ``--``
+goes to pytest as it is; paths among it are all that runs. Whatever is run for a bug is run without
+one before, once, and has to pass.
 
 The exit status is 0 if every bug was caught, 1 if one survived, timed out or did not apply, 2 if
 the tests fail without any bug or the arguments make no sense.
@@ -24,6 +29,7 @@ import multiprocessing
 import multiprocessing.process
 import os
 import py_compile
+import re
 import shutil
 import signal
 import subprocess
@@ -102,6 +108,44 @@ class Result:
 
 class DoesNotApplyError(Exception):
     """The line to be changed is not there, not unique, or not code."""
+
+
+#: Test files, as in tests/test_NAME.py, that soon notice a mistake in a source. The first entry
+#: with which the source's path begins is the one that counts.
+SHOWN_BY = {
+    "pvt_ref/layers/cross_entropy": "layers cross_entropy_dense namespaces",
+    "pvt_ref/layers/attention": "ops layers properties",
+    "pvt_ref/layers/": "layers maps properties",
+    "pvt_ref/blocks/conv_mlp": "layers pvt_v2 cost",
+    "pvt_ref/blocks/linear_sra": "layers pvt_v2 cost",
+    "pvt_ref/blocks/mha": "layers vit",
+    "pvt_ref/blocks/": "ops layers planted_gaps properties",
+    "pvt_ref/kernels/": "layers kernels properties ops",
+    "pvt_ref/models/vit/files": "vit loading",
+    "pvt_ref/models/vit/": "vit report",
+    "pvt_ref/models/pvt_v2/files": "pvt_v2_files",
+    "pvt_ref/models/pvt_v2/": "pvt_v2",
+    "pvt_ref/models/pvt/model": "golden properties planted_gaps",
+    "pvt_ref/models/pvt/files": "checkpoint loading",
+    "pvt_ref/models/": "config_and_params ops planted_gaps properties",
+    "pvt_ref/train/": "training_parts training_draws training_files training_folder training",
+    "pvt_ref/checkpoint/": "checkpoint whole_file loading training_files",
+    "pvt_ref/report/attention": "properties ops report",
+    "pvt_ref/report/": "report cost",
+    "pvt_ref/data/augment": "training_parts",
+    "pvt_ref/data/imagenet": "zoo loading",
+    "pvt_ref/data/": "image app training_parts",
+    "pvt_ref/zoo.py": "zoo",
+    "pvt_ref/ops.py": "ops report planted_gaps",
+    "pvt_ref/draws.py": "training_draws planted_gaps",
+    "pvt_ref/tree.py": "config_and_params planted_gaps ops repr report",
+    "pvt_ref/app.py": "app image config_and_params zoo",
+    "pvt_ref/__main__.py": "cli cli_inputs",
+    "pvt_ref/api.py": "api bad_input config_and_params ops planted_gaps",
+    "pvt_ref/arrays.py": "layers properties",
+    "pvt_ref/checks.py": "bad_input api properties",
+    "examples/": "training_examples examples",
+}
 
 
 # The catalogue --------------------------------------------------------------------------------
@@ -238,6 +282,9 @@ PRELOADED = [
     "rich.table",
     "safetensors.numpy",
     "scipy.special",
+    "hypothesis",  # pytest would rewrite its asserts every time
+    "_hypothesis_pytestplugin",
+    "xdist.plugin",
     "torch",
     "transformers.models.pvt.modeling_pvt",
 ]
@@ -272,6 +319,8 @@ def run_pytest(copy: Path, file: str, arguments: list[str], timeout: float | Non
 def _pytest_in(copy: str, file: str, arguments: list[str], output: str) -> None:
     """The forked process: imports the package from the copy, then runs pytest there."""
     os.setsid()  # so that a test's own children end with it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job ignores it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this
     with open(output, "w", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -293,7 +342,23 @@ def _pytest_in(copy: str, file: str, arguments: list[str], output: str) -> None:
         os._exit(_IMPORT_FAILED)
     import pytest
 
-    status = int(pytest.main(arguments))
+    class NamesakesFirst:
+        """Tests with the edited source's table first; of those, tests that bear its name first."""
+
+        @pytest.hookimpl(wrapper=True, tryfirst=True)
+        def pytest_collection_modifyitems(self, items):
+            result = yield  # tests/conftest.py sorts them too
+            name, other = Path(file).stem, "[reference" if "/kernels/" in file else "[blocked"
+            layers = {path.stem for path in Path("pvt_ref/layers").glob("*.py")}
+
+            def key(item) -> tuple[bool, bool, bool]:
+                cases = set(re.split(r"[\[\]-]", item.nodeid)[1:])
+                return other in item.nodeid, name not in item.nodeid, bool(cases & layers)
+
+            items.sort(key=key)
+            return result
+
+    status = int(pytest.main(arguments, plugins=[NamesakesFirst()]))
     sys.stdout.flush()
     os._exit(status)
 
@@ -307,14 +372,47 @@ def first_failure(output: str) -> str:
     return ""
 
 
-def pytest_command(first: list[str], extra: list[str]) -> list[str]:
-    """Arguments of pytest: first's files, then the paths in extra, or all tests."""
-    given = any((ROOT / argument.split("::")[0]).exists() for argument in paths_in(extra))
-    # file by file: pytest would drop those that a folder among the arguments contains
-    others = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py"))
-    paths = [*first] if given else [*first, *(path for path in others if path not in first)]
-    preloaded = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # plugins are loaded already
-    return ["-x", "-q", "-p", "no:cacheprovider", *preloaded, *extra, *paths]
+class Tests:
+    """The tests in parts; a bug that one part does not notice is given to the next.
+
+    Args:
+        first: test files to begin with, in place of those that SHOWN_BY names.
+        extra: arguments for pytest; paths among them are the only part.
+        timeout: seconds a part may take with a bug; None for three times what it takes without,
+            and 30.
+    """
+
+    def __init__(self, first: list[str], extra: list[str], timeout: float | None):
+        self.first, self.extra, self.timeout = first, extra, timeout
+        self._timeouts: dict[tuple[str, ...], float] = {}
+        self._lock = threading.Lock()
+
+    def parts(self, file: str) -> list[tuple[str, ...]]:
+        """pytest's arguments for a bug in file, one part after another."""
+        options = ("-x", "-q", "-p", "no:cacheprovider")
+        options += ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # plugins are loaded already
+        options += tuple(self.extra)
+        if any((ROOT / argument.split("::")[0]).exists() for argument in paths_in(self.extra)):
+            return [(*options, *self.first)]
+        first = self.first or shown_by(file)
+        # file by file: pytest would drop those that a folder among the arguments contains
+        every = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py"))
+        return [(*options, *part) for part in (first, every) if part]
+
+    def seconds(self, part: tuple[str, ...]) -> float:
+        """How long a part may take with a bug; leaves the program if it fails without one."""
+        if part not in self._timeouts:
+            with self._lock:  # one waits for the other rather than run the same
+                if part not in self._timeouts:
+                    took = run_without_bug(list(part))
+                    self._timeouts[part] = self.timeout or 3 * took + 30
+        return self._timeouts[part]
+
+
+def shown_by(file: str) -> list[str]:
+    """The test files that SHOWN_BY names for a source."""
+    names = next((SHOWN_BY[start] for start in SHOWN_BY if file.startswith(start)), "")
+    return [f"tests/test_{name}.py" for name in names.split()]
 
 
 def paths_in(extra: list[str]) -> list[str]:
@@ -331,42 +429,49 @@ def paths_in(extra: list[str]) -> list[str]:
     return found
 
 
-def run_bug(bug: Bug, command: list[str], timeout: float) -> Result:
+def run_bug(bug: Bug, tests: Tests) -> Result:
     """Plants the bug and runs the tests until the first failure."""
-    start = time.monotonic()
+    seconds = 0.0
 
     def result(status: str, by: str) -> Result:
-        return Result(bug.id, status, by, round(time.monotonic() - start, 1), bug.digest)
+        return Result(bug.id, status, by, round(seconds, 1), bug.digest)
 
     try:
         with copy_with(bug) as copy:
-            status, output = run_pytest(copy, bug.file, command, timeout)
+            for part in tests.parts(bug.file):
+                timeout = tests.seconds(part)
+                start = time.monotonic()
+                status, output = run_pytest(copy, bug.file, [*part, "--tb=no"], timeout)
+                seconds += time.monotonic() - start
+                if status is None:
+                    return result(TIMEOUT, f"no result in {timeout:.0f} s")
+                by = first_failure(output)
+                # 1: a test failed. 2 with a test named: it failed while it was collected.
+                if status == 1 or (status == 2 and by):
+                    return result(CAUGHT, by or "?")
+                if status != 0:
+                    last = output.strip().splitlines()[-1:] or [""]
+                    return result(BROKEN, f"pytest ended with {status}: {last[0]}")
     except DoesNotApplyError as error:
         return result(NOT_APPLIED, str(error))
-    if status is None:
-        return result(TIMEOUT, f"no result in {timeout:.0f} s")
-    if status == 0:
-        return result(SURVIVED, "")
-    by = first_failure(output)
-    # 1: a test failed. 2 with a test named: it failed while it was collected.
-    if status == 1 or (status == 2 and by):
-        return result(CAUGHT, by or "?")
-    last = output.strip().splitlines()[-1:] or [""]
-    return result(BROKEN, f"pytest ended with {status}: {last[0]}")
+    return result(SURVIVED, "")
 
 
-def run_without_bug(command: list[str], timeout: float | None) -> float:
+def run_without_bug(part: list[str]) -> float:
     """Seconds that the tests take on the unedited copy; leaves the program if they fail."""
+    print("without a bug: python -m pytest " + " ".join(part), flush=True)
     start = time.monotonic()
     with copy_with(None) as copy:
         try:
-            status, output = run_pytest(copy, "pvt_ref/__init__.py", command, timeout)
+            status, output = run_pytest(copy, "pvt_ref/__init__.py", part, None)
         except DoesNotApplyError as error:
             sys.exit(refuse(f"the unedited copy: {error}"))
     if status != 0:
         print("\n".join(output.splitlines()[-40:]))
         sys.exit(refuse(f"the tests must pass without any bug; pytest ended with {status}"))
-    return time.monotonic() - start
+    seconds = time.monotonic() - start
+    print(f"passes in {seconds:.1f} s", flush=True)
+    return seconds
 
 
 def refuse(message: str) -> int:
@@ -465,10 +570,10 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
         "--retry", action="store_true", help="run those again that the log has as not caught"
     )
     parser.add_argument(
-        "--first", nargs="+", default=[], metavar="TEST_FILE", help="run these before the others"
+        "--first", nargs="+", default=[], metavar="TEST_FILE", help="run these first"
     )
     parser.add_argument(
-        "--timeout", type=float, help="seconds a bug (three times the run without a bug, and 30)"
+        "--timeout", type=float, help="seconds a part (three times its run without a bug, and 30)"
     )
     return parser.parse_args(own), extra
 
@@ -510,14 +615,8 @@ def main() -> int:
     }
     todo = [bug for bug in bugs if bug.id not in done]
     if todo:
-        command = pytest_command(options.first, extra)
-        print("without a bug: python " + " ".join(command), flush=True)
-        seconds = run_without_bug(command, None)
-        timeout = options.timeout or 3 * seconds + 30
-        print(f"passes in {seconds:.1f} s; {len(todo)} bugs, {timeout:.0f} s each at most\n")
-        done |= work_through(
-            todo, lambda bug: run_bug(bug, command, timeout), options.workers, options.log
-        )
+        tests = Tests(options.first, extra, options.timeout)
+        done |= work_through(todo, lambda bug: run_bug(bug, tests), options.workers, options.log)
     print_table(bugs, done)
     return 0 if all(result.status == CAUGHT for result in done.values()) else 1
 
