@@ -332,7 +332,7 @@ def check_has_classifier(config: Any) -> None:
     """Refuses a model that has no head to make logits with. Raises: ConfigError."""
     architecture_of(config)
     if not config.has_classifier:
-        what = "this model is a bare backbone (num_classes 0: no final norm and no head)"
+        what = "this model is a bare backbone (num_classes 0: no head)"
         advice = "forward_pyramid gives its feature maps; weights with a classifier give both"
         raise ConfigError(f"{what} and has no logits. {advice}")
 
