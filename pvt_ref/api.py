@@ -163,9 +163,10 @@ def check_keys(state: Mapping[str, Array], config: Any) -> None:
     ]
     if problems:
         raise CheckpointError(
-            f"these weights do not fit the configuration ({len(problems)} of {len(shapes)} keys):"
-            "\n  - " + "\n  - ".join(problems) + "\nThe likely cause is a configuration of another "
-            "variant, class count or image size; dataclasses.replace(config, ...) changes one"
+            f"these weights do not fit the configuration ({len(problems)} differences; it has "
+            f"{len(shapes)} keys):\n  - " + "\n  - ".join(problems) + "\nThe likely cause is a "
+            "configuration of another network, variant, class count or image size; "
+            "dataclasses.replace(config, ...) changes one"
         )
 
 

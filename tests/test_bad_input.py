@@ -408,7 +408,7 @@ def test_missing_unexpected_and_mis_shaped_keys_are_listed_together():
     state["pos_embed1"] = np.ones((1, 5, 4))
     with refused(
         CheckpointError,
-        "5 of 93 keys",
+        "5 differences; it has 93 keys",
         "missing: block1.0.attn.q.weight (4, 4)",
         "missing: norm.bias (8,)",
         "unexpected: fc_norm.weight (2, 3)",
