@@ -260,6 +260,14 @@ def test_the_cache_of_one_gelu_by_hand():
     assert gelus.cache_bytes == 2 * 2 * hidden  # two blocks: x and Phi(x) each
 
 
+@pytest.mark.parametrize(("ratio", "with_keys"), [(1, False), (2, True)])
+def test_tokens_that_queries_and_keys_share_are_kept_once(ratio, with_keys):
+    found = cache_bytes(dataclasses.replace(PVT, sr_ratios=(ratio, 1, 1, 1)), ops=REFERENCE)
+    parts = {place.part for place in found if (place.stage, place.block) == (1, 0)}
+    assert "attn.q" in parts
+    assert ("attn.kv" in parts) == with_keys
+
+
 def test_kernels_are_measured_once_a_shape():
     calls = []
     twin = blocked_ops()[linear]
