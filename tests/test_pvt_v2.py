@@ -410,6 +410,18 @@ def test_the_tables_agree_and_their_parts_compute(config):
     assert not asked & {"depthwise_conv", "relu"}
 
 
+@BOTH
+def test_the_tables_agree_where_samples_drop_a_branch_and_threads_share_channels(config):
+    config = dataclasses.replace(config, drop_path_rate=0.5, mlp_ratios=(12, 8, 8, 8))
+    params, images = params_of(config), normal(1, 5, 3, 32, 64)  # few rows: channels are shared
+    found = []
+    for table in (REFERENCE, pvt_ref.blocked_ops(3)):
+        y, cache = pvt_ref.forward_with_cache(params, images, config, ops=table, rng=rng_of(2))
+        found.append(named_arrays((y, *pvt_ref.backward(params, cache, np.cos(y), config))))
+    for (key, a), (_, b) in zip(*found, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * max(np.abs(a).max(), 1), err_msg=key)
+
+
 def test_a_replacement_is_asked_for_or_refused():
     from pvt_ref.layers.depthwise_conv import depthwise_conv
     from pvt_ref.layers.position import position
