@@ -20,29 +20,21 @@ import pvt_ref
 from pvt_ref import VARIANTS, VITS, Model, ModelInfo, Preprocessing, PVTError
 from pvt_ref.report.times import time_stages
 
-SMALL = replace(
-    VARIANTS["pvt_tiny"],
-    img_size=32,
-    num_classes=5,
-    embed_dims=(4, 8, 4, 8),
-    num_heads=(1, 2, 1, 2),
-    mlp_ratios=(1, 1, 1, 1),
-    depths=(1, 1, 1, 1),
-)
+SIZES = {
+    "img_size": 32,
+    "num_classes": 5,
+    "embed_dims": (4, 8, 4, 8),
+    "num_heads": (1, 2, 1, 2),
+    "mlp_ratios": (1, 1, 1, 1),
+    "depths": (1, 1, 1, 1),
+}
+SMALL = replace(VARIANTS["pvt_tiny"], **SIZES)
 PARAMS = random_params(SMALL, 1)
 MODEL = Model(PARAMS, SMALL)
 IMAGES = normal(1, 1, 3, 32, 32)
 LOGITS, CACHE = pvt_ref.forward_with_cache(PARAMS, IMAGES, SMALL)
 MAPS, PYRAMID_CACHE = pvt_ref.forward_pyramid_with_cache(PARAMS, IMAGES, SMALL)
-V2 = replace(
-    VARIANTS["pvt_v2_b0"],
-    img_size=32,
-    num_classes=5,
-    embed_dims=(4, 8, 4, 8),
-    num_heads=(1, 2, 1, 2),
-    mlp_ratios=(1, 1, 1, 1),
-    depths=(1, 1, 1, 1),
-)
+V2 = replace(VARIANTS["pvt_v2_b0"], **SIZES)
 VIT = replace(VITS["deit_s_16"], img_size=32, num_classes=5, embed_dim=8, depth=2, num_heads=2)
 V2_PARAMS, VIT_PARAMS = random_params(V2, 1), random_params(VIT, 1)
 PICTURE = Image.new("RGB", (40, 40), "red")

@@ -266,12 +266,10 @@ def _cause(model: Found, config: Any) -> str:
     if seen.get("linear"):  # then its ratios mean nothing
         seen = {name: value for name, value in seen.items() if name != "sr_ratios"}
     other = [f"{k}={value}" for k, value in seen.items() if getattr(config, k) != value]
-    if other:
-        cause = "The likely cause is a configuration of another variant, class count or image size"
-        return f"{cause}: the shapes in the file show {', '.join(other)}"
-    if seen:
+    if seen and not other:
         return "The likely cause is a damaged file, or one of a relative of the network"
-    return "The likely cause is a configuration of another variant, class count or image size"
+    cause = "The likely cause is a configuration of another variant, class count or image size"
+    return f"{cause}: the shapes in the file show {', '.join(other)}" if other else cause
 
 
 def _lines(problems: list[str]) -> str:

@@ -145,6 +145,13 @@ def whole_pixels(height: Any, width: Any) -> tuple[int, int]:
     return int(height), int(width)  # a NumPy uint8 would wrap round
 
 
+def fitting_sizes(height: int, width: int, multiple: int) -> tuple[str, str]:
+    """The nearest image size with sides of this multiple, and the smallest to pad to, as texts."""
+    near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
+    padded = [max(multiple, math.ceil(side / multiple) * multiple) for side in (height, width)]
+    return f"{near[0]}x{near[1]}", f"{padded[0]}x{padded[1]}"
+
+
 def block_settings(config: Any) -> list[tuple[BlockSettings, ...]]:
     """What each block of each stage is told beside its weights.
 

@@ -239,11 +239,10 @@ def block_forward(
             # x = x + droppath(mlp(norm2(x)))
             normed = normed if normed2 is None else normed2[rows]
             layer_norm_rows(p.norm2, y_rows, eps, normed, rows_of(norm2, rows))
-            if mlp_params is None:
-                continue
-            mlp_rows(mlp_params, normed, branch, rows_of(hidden, rows), scratch)
-            _scale_samples(branch, gains[1], rows, n)
-            y_rows += branch
+            if mlp_params is not None:
+                mlp_rows(mlp_params, normed, branch, rows_of(hidden, rows), scratch)
+                _scale_samples(branch, gains[1], rows, n)
+                y_rows += branch
 
     q_params, proj = for_many_rows(p.attn.q, B * n), for_many_rows(p.attn.proj, B * n)
     kv_params = for_many_rows(p.attn.kv, B * m)
@@ -254,8 +253,8 @@ def block_forward(
     tiling.run(make_rows, B * n, tiling.rows(p.mlp.fc1.weight.shape[0]))
     y = y.reshape(x.shape)
     if normed2 is not None and isinstance(p.mlp, ConvMLPParams):
-        tokens, told = normed2.reshape(x.shape), (grid, settings.has_relu)
-        branch, hidden = conv_mlp_forward(p.mlp, tokens, ops, *told, keep=keep, tiling=tiling)
+        x2, has_relu = normed2.reshape(x.shape), settings.has_relu
+        branch, hidden = conv_mlp_forward(p.mlp, x2, ops, grid, has_relu, keep=keep, tiling=tiling)
         y += branch if gains[1] is None else branch * gains[1]
         kept = None if kept is None else replace(kept, hidden=hidden)
     return y, kept

@@ -22,6 +22,7 @@ from pvt_ref.models.fields import (
     NUM_STAGES,
     block_settings,
     check_stage,
+    fitting_sizes,
     refuse,
     settle_fields,
     whole_pixels,
@@ -190,13 +191,12 @@ class PVTConfig:
         g = self.size_multiple
         height, width = whole_pixels(height, width)
         if height < 1 or width < 1 or height % g or width % g:
-            near = [max(g, round(side / g) * g) for side in (height, width)]
-            padded = [max(g, math.ceil(side / g) * g) for side in (height, width)]
+            near, padded = fitting_sizes(height, width, g)
             raise ShapeError(
                 f"image size {height}x{width} does not fit: H and W must be multiples of {g}, or "
                 f"border pixels would be lost (patch sizes {self.patch_sizes}, spatial-reduction "
-                f"ratios {self.sr_ratios}). Resize to {near[0]}x{near[1]}, or pad to "
-                f"{padded[0]}x{padded[1]} with pvt_ref.pad_to_multiple(images, {g})"
+                f"ratios {self.sr_ratios}). Resize to {near}, or pad to "
+                f"{padded} with pvt_ref.pad_to_multiple(images, {g})"
             )
         return tuple((height // s, width // s) for s in self.strides)
 

@@ -18,6 +18,7 @@ from pvt_ref.models import fields
 from pvt_ref.models.fields import (
     block_settings,
     check_stage,
+    fitting_sizes,
     refuse,
     settle_fields,
     whole_pixels,
@@ -172,13 +173,12 @@ class PVTv2Config:
         if cut is not None:
             i, (rows, columns) = cut
             g, R = self.size_multiple, self.sr_ratios[i - 1]
-            near = [max(g, round(side / g) * g) for side in (height, width)]
-            padded = [math.ceil(side / g) * g for side in (height, width)]
+            near, padded = fitting_sizes(height, width, g)
             raise ShapeError(
                 f"image size {height}x{width} does not fit: its grid in stage {i} is "
                 f"{rows}x{columns}, and spatial reduction takes multiples of {R} there, or tokens "
                 f"at the border would be lost. Multiples of {g} always fit: resize to "
-                f"{near[0]}x{near[1]}, or pad to {padded[0]}x{padded[1]} with "
+                f"{near}, or pad to {padded} with "
                 f"pvt_ref.pad_to_multiple(images, {g}). Linear attention takes any size"
             )
         return self._grids(height, width)

@@ -9,7 +9,7 @@ from typing import Any
 from pvt_ref.blocks.sra import SRASettings
 from pvt_ref.blocks.transformer import BlockSettings
 from pvt_ref.errors import ShapeError
-from pvt_ref.models.fields import refuse, settle_fields, whole_pixels
+from pvt_ref.models.fields import fitting_sizes, refuse, settle_fields, whole_pixels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,12 +119,11 @@ class ViTConfig:
         P = self.patch_size
         height, width = whole_pixels(height, width)
         if height < 1 or width < 1 or height % P or width % P:
-            near = [max(P, round(side / P) * P) for side in (height, width)]
-            padded = [max(P, math.ceil(side / P) * P) for side in (height, width)]
+            near, padded = fitting_sizes(height, width, P)
             raise ShapeError(
                 f"image size {height}x{width} does not fit: H and W must be positive multiples of "
                 f"the patch size {P}, or a border of pixels would be lost. Resize to "
-                f"{near[0]}x{near[1]}, or pad to {padded[0]}x{padded[1]} with "
+                f"{near}, or pad to {padded} with "
                 f"pvt_ref.pad_to_multiple(images, {P})"
             )
         return ((height // P, width // P),)
