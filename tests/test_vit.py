@@ -969,3 +969,7 @@ def test_an_overflow_by_dropout_itself_is_found_with_the_generator_only():
     found = first_non_finite(params, images, config, rng_of(0))
     assert found.endswith("is the dropout inside the network")
     assert "dropout" not in first_non_finite(params, images, config)
+
+
+def test_a_grid_has_as_many_rows_as_the_image_is_high():
+    assert pvt_ref.VARIANTS["deit_s_16"].grids(32, 64) == ((2, 4),)
