@@ -25,7 +25,7 @@ from pvt_ref.zoo import RELEASED, SHIPPED, load
 _SOME, _NONE, _INTERRUPTED, _PIPE_CLOSED = 1, 2, 130, 141
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(training: bool) -> argparse.ArgumentParser:
     about = "The Pyramid Vision Transformer in NumPy."
     text = "Exit status: 0; 1 if some of several inputs failed; 2 if all did, if the command is "
     text += "wrong, or if the output could not be written to its end."
@@ -61,6 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     summary.add_argument("--dtype", choices=dtypes, default="float32", help="default float32")
     text = "the dense pyramid instead of the classifier"
     summary.add_argument("--pyramid", action="store_true", help=text)
+
+    text = "a network on a folder of photos: TRAIN/CLASS/PHOTO.jpg"
+    train = commands.add_parser("train", help=text)
+    if training:  # its options need the package's training, which takes a while to import
+        from pvt_ref.train.options import add_options
+
+        add_options(train)
 
     text = "weights of any readable layout to this project's .safetensors"
     convert = commands.add_parser("convert", parents=[of_file], help=text)
@@ -199,8 +206,15 @@ def _convert(args: argparse.Namespace) -> int:
     return _status(len(args.src), failed)
 
 
+def _train(args: argparse.Namespace) -> int:
+    from pvt_ref.train.options import train
+
+    return train(args)
+
+
 def _run(argv: Sequence[str] | None) -> int:
-    parser = _parser()
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = _parser(training="train" in arguments[:1])
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()
@@ -208,7 +222,7 @@ def _run(argv: Sequence[str] | None) -> int:
     if sys.stdout is None:
         _say("error: standard output is closed: there is nowhere to print to")
         return _NONE
-    commands = {"classify": _classify, "summary": _summary, "convert": _convert}
+    commands = {"classify": _classify, "summary": _summary, "train": _train, "convert": _convert}
     try:
         return commands[args.command](args)
     except (PVTError, OSError, MemoryError) as error:

@@ -362,6 +362,34 @@ def with_new_head(model: Model, num_classes: int, rng: Generator) -> Model:
     return Model(params, config, f"{model.source}; new head for {num_classes} classes", info)
 
 
+def with_image_size(model: Model, img_size: int) -> Model:
+    """The same model made for another image size, with its position tables resized for good.
+
+    A model takes any size without: then its tables are resized for each call. This makes the new
+    size the one that it is trained, asked and saved with.
+
+    Args:
+        model: any model; arrays that stay the same are shared, not copied.
+        img_size: side of the square, in pixels.
+
+    Returns:
+        A model whose config has img_size.
+
+    Raises:
+        ArrayTypeError: if model is not a Model.
+        ConfigError, ShapeError: if the model cannot be made for that size.
+    """
+    check_type("model", model, Model, "from load(path) or Model(params, config)")
+    config = dataclasses.replace(model.config, img_size=img_size)
+    H, W = as_size(img_size)
+    config.grids(H, W)
+    keys = [key for key, _ in named_arrays(model.params) if key.startswith("pos_embed")]
+    made = architecture_of(config).prepare(model.params, model.config, (H, W)) if keys else ()
+    tables = dict(zip(keys, made, strict=True))
+    params = map_named(lambda key, w: tables.get(key, w), model.params)
+    return Model(params, config, f"{model.source}; for {img_size} pixels", model.info)
+
+
 def with_channels(model: Model, in_chans: int) -> Model:
     """The same model for images of another number of channels, with its first weights adapted.
 

@@ -63,7 +63,7 @@ def fingerprint(state: TrainState) -> dict[str, bytes | str]:
 def what_counts(folder: Path) -> list[dict]:
     """The metrics without what depends on the clock."""
     lines = read_metrics(folder / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")} for line in lines]
 
 
 def saved(folder: Path) -> TrainState:

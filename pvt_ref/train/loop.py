@@ -28,7 +28,7 @@ from pvt_ref.arrays import dtype_name, quietly
 from pvt_ref.checkpoint import load, save
 from pvt_ref.checks import check_flag, check_number, check_type
 from pvt_ref.data.info import ModelInfo
-from pvt_ref.data.labelled import LabelledImages, evaluate
+from pvt_ref.data.labelled import Ahead, Samples, evaluate
 from pvt_ref.draws import What, generator
 from pvt_ref.errors import PVTError, TrainingError, reason, shown
 from pvt_ref.kernels.cpu.threads import default_threads
@@ -46,8 +46,18 @@ from pvt_ref.train.saved import (
     save_state,
     weights_sha256,
 )
-from pvt_ref.train.step import TrainState, check_samples, diverged, start_training, train_step
+from pvt_ref.train.step import (
+    TrainState,
+    batch_of_step,
+    check_samples,
+    diverged,
+    start_training,
+    train_step,
+)
 from pvt_ref.tree import first_array, named_arrays, record, to_device, to_numpy
+
+#: Steps whose photos are read at once, the present one's among them.
+_STEPS_AHEAD = 3
 
 STATE, BEST = "training.safetensors", "best.safetensors"
 METRICS, CURVES = "metrics.jsonl", "curves.png"
@@ -65,8 +75,8 @@ class Run:
 def fit(
     config: Any,
     recipe: Recipe,
-    data: LabelledImages,
-    held_out: LabelledImages,
+    data: Samples,
+    held_out: Samples,
     folder: str | os.PathLike[str],
     *,
     info: ModelInfo | None = None,
@@ -76,6 +86,7 @@ def fit(
     save_seconds: float = 120.0,
     log_steps: int = 50,
     stop_at_step: int | None = None,
+    workers: int | None = None,
     console: Console | None = None,
 ) -> Run:
     """Trains a model, or goes on training it.
@@ -103,6 +114,8 @@ def fit(
         save_seconds: how often the state is saved, besides after every epoch.
         log_steps: a line of metrics comes every so many steps.
         stop_at_step: end there as Ctrl-C does, for trials.
+        workers: threads that read and decode photos ahead of the step; None takes one a core. They
+            change no bit.
         console: where progress is shown; None shows nothing.
 
     Returns:
@@ -132,6 +145,8 @@ def fit(
         first = init_params(config, generator(recipe.seed, What.FIRST_WEIGHTS))
     Model(to_numpy(first), config, info=job.info)  # refuses what is not finite or does not fit
     params: Any = to_device(first, device)
+    if workers is not None:
+        workers = check_number("workers", workers, least=1, most=2**10, whole=True)
     run = describe_run(config, recipe, data, held_out, first if said else None)
     table = f"{default_ops(first_array(params))!r}, {default_threads()} threads"
     run["operations"] = {"table": table}  # they decide the last bits
@@ -163,13 +178,19 @@ def fit(
         if metrics.epochs != list(range(1, state.step // job.steps + 1)):
             job.say(f"{metrics.path} lacks epochs that were done, and so will the curves")
         saved_at = time.monotonic()
-        with Progress(console, last, state.step) as progress:
+        with Progress(console, last, state.step) as progress, Ahead(data, workers) as samples:
+            clock = _WaitClock(samples)
             while state.step < end and not interrupts:
-                state, report = interrupts.allow(train_step, state, data, config, recipe)
+                for step in range(state.step, min(end, state.step + _STEPS_AHEAD)):
+                    epoch, chosen = batch_of_step(state.seed, step, len(data), recipe)
+                    samples.expect(chosen, state.seed, epoch)
+                state, report = interrupts.allow(train_step, state, samples, config, recipe)
                 index = state.step % job.steps
                 progress.step(report, recipe.batch_size)
                 line = {"step": state.step, "epoch": state.step / job.steps, "lr": report.lr}
                 line |= {"images_per_second": round(progress.images_per_second, 1)}
+                if data.from_files and (index == 0 or state.step % log_steps == 0):
+                    line["data_wait"] = clock.share()
                 if index == 0:
                     _check_weights(job, state, report.lr)
                     loss, accuracy = interrupts.allow(_measure, job, state, report.lr)
@@ -185,6 +206,7 @@ def fit(
                     saved_at = time.monotonic()
                     _draw(job)
                     progress.epoch(line)
+                    clock = _WaitClock(samples)  # evaluation is no part of the next step
                 elif state.step % log_steps == 0:
                     job.lock.check()
                     metrics.write({**line, "loss": report.loss, "grad_norm": report.grad_norm})
@@ -208,6 +230,20 @@ def fit(
     return Run(state, state.step == last, job.place)
 
 
+class _WaitClock:
+    """The share of the time, since it was made or last asked, that steps waited for photos."""
+
+    def __init__(self, samples: Ahead) -> None:
+        self._samples = samples
+        self._waited, self._since = samples.waited, time.monotonic()
+
+    def share(self) -> float:
+        waited, now = self._samples.waited, time.monotonic()
+        share = (waited - self._waited) / max(now - self._since, 1e-9)
+        self._waited, self._since = waited, now
+        return min(1.0, share)
+
+
 @record
 class _Job:
     """What stays the same from the first step to the last; steps are those of an epoch."""
@@ -215,7 +251,7 @@ class _Job:
     config: Any
     recipe: Recipe
     samples: int
-    held_out: LabelledImages
+    held_out: Samples
     info: ModelInfo
     place: Path
     lock: RunLock

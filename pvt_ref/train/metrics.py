@@ -4,7 +4,7 @@ import io
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,10 +13,19 @@ import numpy as np
 from pvt_ref.checkpoint.bounded_json import parse_json
 from pvt_ref.checkpoint.whole_file import write_whole
 from pvt_ref.checks import check_number
-from pvt_ref.errors import CheckpointError, MissingFileError, PVTError, TrainingError, reason, shown
+from pvt_ref.errors import (
+    CheckpointError,
+    MissingFileError,
+    PVTError,
+    ShapeError,
+    TrainingError,
+    reason,
+    shown,
+)
 from pvt_ref.train.checks import check_path
 from pvt_ref.train.step import TrainState
 
+_NAMED = 40  # classes that have room for their names beside the confusion matrix
 _LONGEST = 2**16  # bytes of a line that are read; ours have some 400
 _AWAY = "or, to resume without what was written so far, move the file away"
 
@@ -24,7 +33,7 @@ _AWAY = "or, to resume without what was written so far, move the file away"
 _COUNT: dict[str, Any] = {"least": 1, "most": 2**53, "whole": True}
 _FROM_0, _SHARE = {"least": 0}, {"least": 0, "most": 1}
 _LINE: dict[str, dict[str, Any]] = {"step": _COUNT, "loss": {}, "epoch": _FROM_0, "lr": _FROM_0}
-_LINE |= {"images_per_second": _FROM_0, "grad_norm": _FROM_0}
+_LINE |= {"images_per_second": _FROM_0, "grad_norm": _FROM_0, "data_wait": _SHARE}
 _EPOCH = {"epoch": _COUNT, "best_epoch": _COUNT, "train_loss": {}, "held_out_loss": {}}
 _EPOCH |= {"train_accuracy": _SHARE, "held_out_accuracy": _SHARE, "best_accuracy": _SHARE}
 
@@ -186,15 +195,50 @@ def draw_curves(metrics: str | os.PathLike[str], picture: str | os.PathLike[str]
         MissingFileError, CheckpointError: as :func:`read_metrics`; also if it cannot be written.
         TrainingError, ArrayTypeError: if picture ends in something else, or is no path.
     """
+    target = _check_picture(picture)
+    import matplotlib  # noqa: F401 (before the file is read: without it there is no picture)
+
+    lines = [line for line in read_metrics(metrics) if "held_out_accuracy" in line]
+    _write_picture(target, lambda file, form: _draw(lines, file, form))
+
+
+def draw_confusion(
+    counts: np.ndarray, classes: Sequence[str], picture: str | os.PathLike[str]
+) -> None:
+    """How often a class was taken for which, as a picture. Needs matplotlib, the extra ``plots``.
+
+    Args:
+        counts: (K, K), row the true class, column the answer, as
+            :func:`~pvt_ref.train.confusion_matrix` makes it.
+        classes: K names.
+        picture: ends in .png, .svg or .pdf; it appears complete or not at all.
+
+    Raises:
+        ImportError: if there is no matplotlib.
+        ShapeError: if counts are not (K, K) for so many classes.
+        CheckpointError: if it cannot be written.
+        TrainingError, ArrayTypeError: if picture ends in something else, or is no path.
+    """
+    target = _check_picture(picture)
+    K, shape = len(classes), np.shape(counts)
+    if shape != (K, K) or not K:
+        raise ShapeError(f"counts have shape {shape}; for {K} classes they must be ({K}, {K})")
+    _write_picture(target, lambda file, form: _draw_confusion(counts, classes, file, form))
+
+
+def _check_picture(picture: str | os.PathLike[str]) -> Path:
     target = check_path("picture", picture)
     if target.suffix not in (".png", ".svg", ".pdf"):
         raise TrainingError(f"picture is {shown(str(target))}; it must end in .png, .svg or .pdf")
+    return target
+
+
+def _write_picture(target: Path, draw: Callable[[BinaryIO, str], None]) -> None:
     from matplotlib import style
 
-    lines = [line for line in read_metrics(metrics) if "held_out_accuracy" in line]
     drawn = io.BytesIO()
     with style.context("default"):  # the user's own may ask for what is not here, such as LaTeX
-        _draw(lines, drawn, target.suffix.removeprefix("."))
+        draw(drawn, target.suffix.removeprefix("."))
     try:
         write_whole(Path(os.path.realpath(target)), drawn.getvalue())
     except OSError as error:
@@ -225,4 +269,26 @@ def _draw(lines: list[dict[str, Any]], file: BinaryIO, form: str) -> None:
         accuracy.set_title(f"accuracy (held out, best: {where})")
     loss.legend(loc="upper right")  # "best" warns where looking for it takes a second
     undated = {"Date": None} if form == "svg" else None  # the same run gives the same file
+    figure.savefig(file, format=form, dpi=120, metadata=undated)
+
+
+def _draw_confusion(counts: np.ndarray, classes: Sequence[str], file: BinaryIO, form: str) -> None:
+    from matplotlib.figure import Figure
+
+    K = len(classes)
+    of_true = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = min(14.0, 3.0 + 0.4 * K)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    ax = figure.subplots()
+    ax.imshow(of_true, cmap="Blues", vmin=0, vmax=1)
+    ax.set(xlabel="answered", ylabel="true")
+    if K <= _NAMED:
+        names = [name if len(name) <= 20 else f"{name[:19]}\u2026" for name in classes]
+        ax.set_xticks(range(K), names, rotation=90, parse_math=False)
+        ax.set_yticks(range(K), names, parse_math=False)
+        for (i, j), count in np.ndenumerate(counts):
+            if count:
+                colour = "white" if of_true[i, j] > 0.5 else "black"
+                ax.text(j, i, str(count), ha="center", va="center", color=colour, fontsize=8)
+    undated = {"Date": None} if form == "svg" else None
     figure.savefig(file, format=form, dpi=120, metadata=undated)

@@ -17,7 +17,7 @@ from pvt_ref.checkpoint.bounded_json import parse_json
 from pvt_ref.checkpoint.safetensors_file import TRAINING_KEY, digest, pack, read_safetensors
 from pvt_ref.checkpoint.whole_file import write_whole
 from pvt_ref.data.info import ModelInfo
-from pvt_ref.data.labelled import LabelledImages
+from pvt_ref.data.labelled import Samples
 from pvt_ref.errors import CheckpointError, PVTError, TrainingError, reason, shown
 from pvt_ref.models.architecture import architecture_of, config_to_dict
 from pvt_ref.train.adamw import AdamWState
@@ -208,12 +208,12 @@ def _check_same_run(path: Path, saved: Mapping[str, Any], given: Mapping[str, An
 
 
 def describe_run(
-    config: Any, recipe: Recipe, data: LabelledImages, held_out: LabelledImages, first: Any = None
+    config: Any, recipe: Recipe, data: Samples, held_out: Samples, first: Any = None
 ) -> dict[str, Any]:
     """What must stay the same for a training to go on: model, recipe, samples, first weights."""
     run = {"model": {"architecture": architecture_of(config).name}}
     run |= {"config": config_to_dict(config), "recipe": recipe.to_dict()}
-    run |= {"data": _describe(data), "held_out": _describe(held_out)}
+    run |= {"data": data.describe(), "held_out": held_out.describe()}
     return run if first is None else run | {"first": {"sha256": weights_sha256(first)}}
 
 
@@ -232,9 +232,3 @@ def different_fields(model: Model, config: Any, info: ModelInfo) -> str:
         for field in dataclasses.fields(found)
         if getattr(found, field.name) != getattr(wanted, field.name)
     )
-
-
-def _describe(data: LabelledImages) -> dict[str, Any]:
-    samples = {"images": data.images, "labels": data.labels.astype(np.int64)}
-    preprocessing = dataclasses.asdict(data.preprocessing)
-    return {"samples": len(data), "sha256": digest(samples, preprocessing)}

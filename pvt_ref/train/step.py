@@ -17,7 +17,7 @@ from pvt_ref.api import backward, check_has_classifier, forward_with_cache
 from pvt_ref.arrays import Array, array_module, dtype_name, from_host, quietly
 from pvt_ref.checks import check_number, check_type
 from pvt_ref.data.augment import cutout, mixup, one_hot, random_crop, random_flip
-from pvt_ref.data.labelled import LabelledImages
+from pvt_ref.data.labelled import Samples
 from pvt_ref.draws import Draws, SampleDraws, What, generator
 from pvt_ref.errors import RangeError, ShapeError, TrainingError, shown
 from pvt_ref.layers.cross_entropy import cross_entropy
@@ -81,7 +81,7 @@ def start_training(params: Any, samples: int, seed: int) -> TrainState:
 
 
 def train_step(
-    state: TrainState, data: LabelledImages, config: Any, recipe: Recipe
+    state: TrainState, data: Samples, config: Any, recipe: Recipe
 ) -> tuple[TrainState, StepReport]:
     """The next state: draw a batch, change it at random, forward, loss, backward, clip, update.
 
@@ -109,15 +109,14 @@ def train_step(
 
 
 def _step(
-    state: TrainState, data: LabelledImages, config: Any, recipe: Recipe
+    state: TrainState, data: Samples, config: Any, recipe: Recipe
 ) -> tuple[TrainState, StepReport]:
     steps = recipe.steps_per_epoch(len(data))
     epoch, index = divmod(state.step, steps)
     config = config_of_epoch(config, epoch, recipe.drop_path_ramp_epochs)
     if index == 0:
         state = dataclasses.replace(state, epoch_loss=0.0, epoch_hits=0)
-    order = order_of_epoch(state.seed, epoch, len(data))
-    chosen = order[index * recipe.batch_size : (index + 1) * recipe.batch_size]
+    chosen = batch_of_step(state.seed, state.step, len(data), recipe)[1]
     lr = recipe.learning_rate(state.step, steps)
 
     loss, hits, grads = 0.0, 0, None
@@ -163,9 +162,16 @@ def order_of_epoch(seed: int, epoch: int, samples: int) -> np.ndarray:
     return order
 
 
+def batch_of_step(seed: int, step: int, samples: int, recipe: Recipe) -> tuple[int, np.ndarray]:
+    """The epoch that a step belongs to, and the samples of its batch, (batch_size,)."""
+    epoch, index = divmod(step, recipe.steps_per_epoch(samples))
+    first = index * recipe.batch_size
+    return epoch, order_of_epoch(seed, epoch, samples)[first : first + recipe.batch_size]
+
+
 def draw_batch(
     params: Any,
-    data: LabelledImages,
+    data: Samples,
     chosen: np.ndarray,
     config: Any,
     recipe: Recipe,
@@ -179,7 +185,8 @@ def draw_batch(
     """
     like = first_array(params)
     rng = SampleDraws(draws.seed, epoch, chosen)
-    images = random_crop(data.batch(chosen, like), recipe.crop_padding, rng)
+    pixels = data.drawn_pixels(chosen, draws.seed, epoch)
+    images = random_crop(data.preprocessing.normalize(pixels, like), recipe.crop_padding, rng)
     if recipe.flip:
         images = random_flip(images, rng)
     images = cutout(images, recipe.cutout, rng)
@@ -190,13 +197,13 @@ def draw_batch(
     return mixup(images, targets, recipe.mixup_alpha, draws.at(What.MIXUP))
 
 
-def check_samples(data: LabelledImages, name: str, config: Any, recipe: Recipe) -> None:
+def check_samples(data: Samples, name: str, config: Any, recipe: Recipe) -> None:
     """Refuses samples that do not suit a model and a recipe. Raises: RangeError and others."""
     check_has_classifier(config)
     check_type("recipe", recipe, Recipe)
-    check_type(name, data, LabelledImages, "LabelledImages(images, labels, preprocessing)")
+    check_type(name, data, Samples, "such as LabelledImages(images, labels, preprocessing)")
     data.check_fits(config, name)
-    side = max(data.images.shape[2:])
+    side = max(data.size)
     if recipe.crop_padding > side:
         raise RangeError(f"crop_padding is {recipe.crop_padding}, and images have {side} a side")
 

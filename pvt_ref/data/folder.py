@@ -1,0 +1,250 @@
+"""Photos in folders named after what they show, read from disk when a step needs them.
+
+The convention that most data sets and tools share: ``root/tench/a.jpg``, ``root/golf ball/b.jpg``.
+Nothing but names, labels and sizes of files is kept in memory.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pvt_ref.checkpoint.safetensors_file import digest
+from pvt_ref.checks import Size, as_size, check_type
+from pvt_ref.data.ahead import in_order
+from pvt_ref.data.image import read_rgb
+from pvt_ref.data.labelled import Samples
+from pvt_ref.data.photo_augment import PhotoAugment
+from pvt_ref.data.picture_file import SUFFIXES
+from pvt_ref.data.preprocessing import IMAGENET, Preprocessing
+from pvt_ref.draws import What, generator
+from pvt_ref.errors import (
+    ConfigError,
+    MissingFileError,
+    PVTError,
+    TrainingError,
+    reason,
+    shown,
+)
+
+#: Photos that are being read while :meth:`ImageFolder.check` waits for the next one.
+_AHEAD = 64
+
+#: What becomes of a photo: see :meth:`ImageFolder.replace`.
+_SETTINGS = ("size", "preprocessing", "augment")
+
+
+class Damaged(NamedTuple):
+    """A file that is named as a photo is and cannot be read, and why."""
+
+    file: str  # below the root, with slashes
+    why: str
+
+
+class ImageFolder(Samples):
+    """A folder of labelled photos, of any sizes and of the formats that a prediction takes.
+
+    Folders directly in path are the classes, in the order of their names' code points, and all
+    photos in a class's folder, however deep, are its samples, in the order of theirs. Hidden files
+    and folders are not looked at, nor names that end in none of
+    :data:`pvt_ref.data.picture_file.SUFFIXES`.
+
+    Args:
+        path: the folder.
+        size: of what a photo becomes: the side of a square, or (H, W), in pixels.
+        preprocessing: how pixels become numbers, for colours or grey.
+        augment: how photos are changed at random when a step of a training draws them. None resizes
+            and cuts them as for a prediction, always.
+        classes: names of folders in another order, or more of them (a split need not have photos
+            of every class). A folder that is not among them is refused.
+
+    Attributes:
+        root: the folder, an absolute path.
+        files: names of the photos below it, with slashes.
+        labels: (N,) int64, the place of each photo's class in ``classes``.
+        classes: names of the classes.
+        sizes: (N,) int64, bytes of the files.
+
+    Raises:
+        MissingFileError: if there is no such folder.
+        TrainingError: if there is no class or no photo in it, or a folder that is no class.
+        ConfigError: if preprocessing is for bands, which no file has, or classes come twice.
+        ShapeError, ArrayTypeError: if size or another argument is none.
+    """
+
+    from_files = True
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        size: Size = 224,
+        *,
+        preprocessing: Preprocessing = IMAGENET,
+        augment: PhotoAugment | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        self._settle(size, preprocessing, augment)
+        try:
+            self.root = Path(path).absolute()
+            found = _folders(self.root)
+        except FileNotFoundError as error:
+            what = f"there is no folder {shown(os.fspath(path), 200)}"
+            raise MissingFileError(f"{what}; check the spelling") from error
+        except OSError as error:
+            what = f"the folder {shown(os.fspath(path), 200)} cannot be read ({reason(error)})"
+            raise TrainingError(what) from error
+        self.classes = tuple(found if classes is None else classes)
+        place = {name: k for k, name in enumerate(self.classes)}
+        if len(place) < len(self.classes):
+            raise ConfigError(f"classes are {shown(self.classes)}; a name comes twice")
+        if strange := [name for name in found if name not in place]:
+            what = f"{self._shown()} has the folder {shown(strange[0])}, which is no class"
+            raise TrainingError(f"{what}. Classes are {shown(self.classes, 200)}")
+        photos = [(*photo, place[name]) for name in found for photo in _photos(self.root, name)]
+        if not photos:
+            raise TrainingError(self._why_empty(found))
+        names, sizes, labels = zip(*photos, strict=True)
+        self.files: tuple[str, ...] = names
+        self.sizes, self.labels = np.array(sizes, np.int64), np.array(labels, np.int64)
+
+    def __repr__(self) -> str:
+        what = f"{len(self)} photos of {len(self.classes)} classes"
+        return f"ImageFolder({self._shown()}: {what}, {self._size[0]}x{self._size[1]} pixels)"
+
+    def _shown(self) -> str:
+        return shown(str(self.root), 200)
+
+    def _why_empty(self, classes: list[str]) -> str:
+        expected = "Needed are folders named after the classes, with photos in them: cat/1.jpg"
+        if not classes:
+            there = any(entry.name.lower().endswith(SUFFIXES) for entry in os.scandir(self.root))
+            photos = ", but photos: which class are they?" if there else ""
+            return f"{self._shown()} has no folders in it{photos}. {expected}"
+        names = f"no file there ends in one of {', '.join(SUFFIXES)}"
+        return f"{self._shown()} has {len(classes)} folders and no photo: {names}. {expected}"
+
+    def subset(self, chosen: Sequence[int] | np.ndarray) -> "ImageFolder":
+        """Some of the photos, by their numbers, in that order; the classes stay."""
+        if not len(chosen):
+            raise TrainingError(f"none of the photos of {self._shown()} is left")
+        new = self._copy()
+        new.files = tuple(self.files[i] for i in chosen)
+        new.sizes, new.labels = self.sizes[chosen], self.labels[chosen]
+        return new
+
+    def replace(self, **changes: Any) -> "ImageFolder":
+        """The same photos with another size, preprocessing or augment, as at first."""
+        new = self._copy()
+        new._settle(**({name: getattr(self, name) for name in _SETTINGS} | changes))
+        return new
+
+    def _settle(self, size: Any, preprocessing: Any, augment: Any) -> None:
+        """What becomes of a photo, checked."""
+        self._size = as_size(size, "the side of a square", least=1)
+        check_type("preprocessing", preprocessing, Preprocessing)
+        if preprocessing.mode == "bands":
+            what = "preprocessing has mode 'bands', and photos in files have colours or grey"
+            raise ConfigError(f"{what}. LabelledImages takes arrays of bands")
+        if augment is not None:
+            check_type("augment", augment, PhotoAugment, "or None")
+        self.preprocessing, self.augment = preprocessing, augment
+
+    def _copy(self) -> "ImageFolder":
+        new = object.__new__(ImageFolder)
+        new.__dict__.update(self.__dict__)
+        return new
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of what a photo becomes."""
+        return self._size
+
+    def path(self, i: int) -> Path:
+        """Where a photo lies."""
+        return self.root / self.files[i]
+
+    def pixels(self, chosen: np.ndarray | slice) -> np.ndarray:
+        """The photos at some places as for a prediction, (B, C, H, W) uint8."""
+        paths = [self.path(i) for i in np.arange(len(self))[chosen]]
+        return self._channels_first(self.preprocessing.pixels(paths, self.size))
+
+    def drawn_pixels(self, chosen: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """As :meth:`pixels`, changed at random as ``augment`` says."""
+        if self.augment is None:
+            return self.pixels(chosen)
+        H, W = self.size
+        drawn = []
+        for i in chosen.tolist():
+            rng = generator(seed, What.PHOTO, epoch, i)
+            photo = self.augment(read_rgb(self.path(i)), (H, W), rng)
+            if self.preprocessing.mode == "L":
+                photo = photo.convert("L")
+            drawn.append(np.asarray(photo).reshape(H, W, -1))
+        return self._channels_first(np.stack(drawn))
+
+    @staticmethod
+    def _channels_first(pixels: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))  # (B, C, H, W)
+
+    def describe(self) -> dict[str, Any]:
+        """How many, and the SHA-256 of names, sizes of the files, labels and what becomes of them.
+
+        Not of their content: to read all of a large folder takes long.
+        """
+        names = np.frombuffer("\0".join(self.files).encode("utf-8", "surrogateescape"), np.uint8)
+        arrays = {"names": names, "sizes": self.sizes, "labels": self.labels}
+        augment = None if self.augment is None else self.augment.to_dict()
+        made = [asdict(self.preprocessing), self.size, augment, self.classes]
+        return {"samples": len(self), "sha256": digest(arrays, made)}
+
+    def check(self, workers: int | None = None) -> Iterator[Damaged | None]:
+        """Reads every photo: for each, in order, None, or what is wrong with it.
+
+        Args:
+            workers: threads that decode; None takes one a core.
+        """
+
+        def fault(i: int) -> Damaged | None:
+            try:
+                read_rgb(self.path(i))
+            except PVTError as error:
+                return Damaged(self.files[i], str(error))
+            return None
+
+        return in_order(fault, range(len(self)), _AHEAD, workers)
+
+
+def _folders(root: Path) -> list[str]:
+    """Names of the folders in root that are not hidden, by code point."""
+    with os.scandir(root) as entries:
+        return sorted(e.name for e in entries if e.name[0] != "." and e.is_dir())
+
+
+def _photos(root: Path, name: str) -> Iterator[tuple[str, int]]:
+    """Photos in a class's folder, by their names below root: the name, and the file's bytes."""
+    found = []
+    seen = set[tuple[int, int]]()  # folders, so that a link to one above ends
+    waiting = [name]
+    while waiting:
+        folder = waiting.pop()
+        status = os.stat(root / folder)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(root / folder) as entries:
+            for entry in entries:
+                if entry.name[0] == ".":
+                    continue
+                below = f"{folder}/{entry.name}"
+                if entry.is_dir():
+                    waiting.append(below)
+                elif entry.name.lower().endswith(SUFFIXES):
+                    size = 0
+                    with suppress(FileNotFoundError):  # a link to nothing, which check finds
+                        size = entry.stat().st_size
+                    found.append((below, size))
+    yield from sorted(found)

@@ -1,0 +1,466 @@
+"""``python -m pvt_ref train DIR --out RUN``: from a folder of photos to a network that knows them.
+
+What :func:`~pvt_ref.train.loop.fit` needs is made of the folder and a few options: the samples and
+those held out, the network to begin with, and a recipe. A run's folder has, beside fit's files::
+
+    run.json             options, the photos held out, those that are damaged
+    start.safetensors    the weights that the training began with, class names, preprocessing
+    model.safetensors    at the end: the best weights in half precision, and what was measured
+    confusion.png        at the end: which class was taken for which, of the photos held out
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from pvt_ref.api import init_params
+from pvt_ref.app import Model, with_image_size, with_new_head
+from pvt_ref.arrays import dtype_name
+from pvt_ref.checkpoint import save
+from pvt_ref.checkpoint.bounded_json import parse_json
+from pvt_ref.checks import check_number
+from pvt_ref.data.folder import Damaged, ImageFolder
+from pvt_ref.data.info import ModelInfo
+from pvt_ref.data.labelled import confusion_matrix
+from pvt_ref.data.photo_augment import PhotoAugment
+from pvt_ref.draws import What, generator
+from pvt_ref.errors import (
+    CheckpointError,
+    ConfigError,
+    MissingFileError,
+    TrainingError,
+    reason,
+    shown,
+)
+from pvt_ref.models.architecture import config_to_dict, known_variants
+from pvt_ref.report.tables import text_table
+from pvt_ref.train.checks import check_path
+from pvt_ref.train.loop import BEST, METRICS, STATE, Run, fit
+from pvt_ref.train.metrics import draw_confusion
+from pvt_ref.train.progress import show
+from pvt_ref.train.recipe import Recipe
+from pvt_ref.tree import first_array, map_arrays
+from pvt_ref.zoo import load
+
+RUN, START, MODEL, CONFUSION = "run.json", "start.safetensors", "model.safetensors", "confusion.png"
+
+#: What folders of photos held out are called.
+_HELD_OUT_NAMES = ("val", "valid", "validation")
+#: Of a class, the share that is held out where no folder is.
+_HELD_OUT_SHARE = 0.1
+
+#: How photos are changed at random, by the names of --augment.
+AUGMENTS: Mapping[str, PhotoAugment | None] = {
+    "none": None,
+    "light": PhotoAugment(crop_area=(0.35, 1.0)),
+    "strong": PhotoAugment(crop_area=(0.2, 1.0), rand_augment=(2, 6)),
+}
+
+#: Weights to begin with where nothing is said.
+DEFAULT_WEIGHTS = "imagenette"
+#: Recipes for photos. Those that begin with weights keep most of what these know.
+_FINE_TUNING = {"epochs": 10, "batch_size": 64, "lr": 3e-4, "layer_decay": 0.75}
+_FINE_TUNING |= {"warmup_epochs": 1.0, "ema_decay": 0.99, "crop_padding": 0}
+_FROM_NOTHING = {"epochs": 100, "batch_size": 64, "lr": 1e-3, "warmup_epochs": 5.0}
+_FROM_NOTHING |= {"mixup_alpha": 0.2, "cutmix_alpha": 0.5, "erasing": 0.1, "crop_padding": 0}
+
+_FORMAT = "pvt_ref folder run 1"
+_LONGEST_RUN = 2**28  # bytes of run.json that are read: it holds the names of photos held out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the command line says of a run; None is the default, which depends on the others."""
+
+    weights: str | None = None  # name or file to begin with
+    variant: str | None = None  # network; without weights it begins from nothing
+    size: int | None = None  # side of what a photo becomes, in pixels
+    augment: str | None = None  # a name of AUGMENTS
+    class_names: str | None = None  # file with names of the classes
+    recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of Recipe
+    damaged: str | None = None  # "refuse" (default) or "skip"
+
+
+def train_folder(
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    options: Options,
+    *,
+    resume: bool = False,
+    device: str = "cpu",
+    workers: int | None = None,
+    console: Console | None = None,
+    stop_at_step: int | None = None,
+) -> Run:
+    """Trains on a folder of photos, or goes on.
+
+    data holds ``train`` and ``val`` (or ``valid``, ``validation``) with a folder a class in each.
+    Where there is nothing but ``train``, or the classes' folders themselves, a tenth of each class
+    is held out, chosen by the seed, and its list is kept in the run.
+
+    Args:
+        data: the folder of photos.
+        out: the run's folder.
+        options: see :class:`Options`. Resuming, those that are given must be those of the run.
+        resume: go on with what the run's folder holds.
+        device: as for :func:`fit`.
+        workers: as for :func:`fit`.
+        console: where it is said what happens; None says nothing.
+        stop_at_step: as for :func:`fit`.
+
+    Returns:
+        As :func:`fit`.
+
+    Raises:
+        TrainingError: if there are no samples, some are damaged, the options contradict one
+            another, or the folder holds another run.
+        MissingFileError: if a folder or file is not there.
+        PVTError: as :func:`fit` and :func:`pvt_ref.load`.
+    """
+    place = check_path("out", out)
+    of_data = check_path("data", data)
+    if resume:
+        record, model = _read_run(place)
+        _check_same(place, record["options"], options)
+        options = Options(**record["options"])
+        learnt, held_out = _same_samples(of_data, record)
+        augment, recipe = _augment(options), _recipe(options, len(learnt))
+    else:
+        there = [name for name in (RUN, START, STATE, BEST, METRICS) if (place / name).exists()]
+        if there:
+            what = f"{place} holds a training already ({', '.join(there)})"
+            raise TrainingError(f"{what}. Go on with it (--resume), or name another folder")
+        learnt, held_out = _folders(of_data)
+        augment, model = _augment(options), _first_model(learnt.classes, options)
+        learnt, held_out, record = _samples(learnt, held_out, options, workers, console)
+        recipe = _recipe(options, len(learnt))
+        _write_run(place, {"format": _FORMAT, "options": _plain(options), **record}, model)
+    made = {"size": model.config.img_size, "preprocessing": model.info.preprocessing}
+    learnt, held_out = learnt.replace(**made, augment=augment), held_out.replace(**made)
+    K, N = len(learnt.classes), len(learnt)
+    told = f"{N:,} photos of {K} classes to learn from, {len(held_out):,} held out"
+    show(console, f"{told}; {model.source}")
+    done = fit(
+        model.config,
+        recipe,
+        learnt,
+        held_out,
+        place,
+        info=model.info,
+        first=model.params,
+        resume=resume and (place / STATE).exists(),
+        device=device,
+        workers=workers,
+        console=console,
+        stop_at_step=stop_at_step,
+    )
+    if done.finished:
+        _finish(done, held_out, options, recipe, console)
+    return done
+
+
+def _folders(data: Path) -> tuple[ImageFolder, ImageFolder | None]:
+    """The photos to learn from, and those held out; None if they are to be split off."""
+    if not data.is_dir():
+        what = f"there is no folder {shown(str(data), 200)}"
+        raise MissingFileError(f"{what}; check the spelling")
+    if not (data / "train").is_dir():
+        return ImageFolder(data), None
+    there = [data / name for name in _HELD_OUT_NAMES if (data / name).is_dir()]
+    if len(there) > 1:
+        names = " and ".join(path.name for path in there)
+        what = f"{shown(str(data), 200)} has the folders {names}"
+        raise TrainingError(f"{what}; one of them must hold the photos held out. Move the other")
+    learnt = ImageFolder(data / "train")
+    return learnt, ImageFolder(there[0], classes=learnt.classes) if there else None
+
+
+def _samples(
+    learnt: ImageFolder,
+    held_out: ImageFolder | None,
+    options: Options,
+    workers: int | None,
+    console: Console | None,
+) -> tuple[ImageFolder, ImageFolder, dict[str, Any]]:
+    """What to learn from, what is held out, and what of both has to be kept."""
+    if len(learnt.classes) < 2:
+        what = f"{shown(str(learnt.root), 200)} has one class, {shown(learnt.classes[0])}"
+        raise TrainingError(f"{what}, and there is nothing to tell apart. Add folders of others")
+    folders = [folder for folder in (learnt, held_out) if folder is not None]
+    show(console, f"reading {sum(map(len, folders)):,} photos, to see whether any is damaged")
+    damaged = [_damaged(folder, workers) for folder in folders]
+    if any(damaged):
+        photos = [photo for of_folder in damaged for photo in of_folder.values()]
+        _refuse_or_say(photos, options, console)
+    learnt = _without(learnt, damaged[0])
+    if held_out is not None:
+        held_out, names = _without(held_out, damaged[1]), None
+    else:
+        chosen = stratified_split(learnt.labels, _HELD_OUT_SHARE, _seed(options))
+        if not len(chosen):
+            what = f"no class of {shown(str(learnt.root), 200)} has two photos"
+            raise TrainingError(f"{what}, one to learn from and one to hold out. Add photos")
+        rest = np.setdiff1d(np.arange(len(learnt)), chosen)
+        learnt, held_out = learnt.subset(rest), learnt.subset(chosen)
+        names = list(held_out.files)
+    listed = [[list(photo) for photo in of_folder.values()] for of_folder in damaged]
+    return learnt, held_out, {"damaged": listed, "held_out": names}
+
+
+def _seed(options: Options) -> int:
+    return options.recipe.get("seed", 0)
+
+
+def _damaged(folder: ImageFolder, workers: int | None) -> dict[int, Damaged]:
+    """The photos that cannot be read, by their numbers."""
+    return {i: fault for i, fault in enumerate(folder.check(workers)) if fault is not None}
+
+
+def _without(folder: ImageFolder, left_out: Iterable[int]) -> ImageFolder:
+    return folder.subset(np.setdiff1d(np.arange(len(folder)), list(left_out)))
+
+
+def _refuse_or_say(damaged: list[Damaged], options: Options, console: Console | None) -> None:
+    shown_ones = [f"\n  - {photo.why}" for photo in damaged[:20]]
+    more = f"\n  - and {len(damaged) - 20} more" if len(damaged) > 20 else ""
+    photos = "1 photo" if len(damaged) == 1 else f"{len(damaged):,} photos"
+    what = f"{photos} cannot be read:{''.join(shown_ones)}{more}"
+    if options.damaged != "skip":
+        raise TrainingError(f"{what}\nMend or remove them, or leave them out: --damaged skip")
+    show(console, f"left out: {what}")
+
+
+def stratified_split(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Some samples of every class that has at least two, the rest of which stays.
+
+    Args:
+        labels: (N,) integers.
+        share: of each class, above 0 and below 1; at least one sample is chosen, and one stays.
+        seed: of the choice.
+
+    Returns:
+        (n,) int64, their numbers, rising.
+    """
+    share = check_number("share", share, above=0, below=1)
+    chosen = []
+    for k in np.unique(labels):
+        places = np.flatnonzero(labels == k)
+        rng = generator(seed, What.SPLIT, int(k))
+        count = min(max(1, round(share * len(places))), len(places) - 1)
+        chosen.append(rng.permutation(places)[:count])
+    return np.sort(np.concatenate(chosen))
+
+
+def _first_model(folders: tuple[str, ...], options: Options) -> Model:
+    """The network before the first step, for classes in folders of these names."""
+    rng, variants = generator(_seed(options), What.FIRST_WEIGHTS), known_variants()
+    names = _class_names(folders, options.class_names)
+    if options.variant is not None and options.variant not in variants:
+        what = f"variant is {shown(options.variant)}; known are {', '.join(variants)}"
+        raise TrainingError(what)
+    if options.weights is None and options.variant is not None:
+        config = dataclasses.replace(variants[options.variant], num_classes=len(names))
+        if options.size is not None:
+            config = dataclasses.replace(config, img_size=options.size)
+        model = Model(init_params(config, rng), config, f"{options.variant}, from nothing")
+    else:
+        model = load(options.weights or DEFAULT_WEIGHTS)
+        _check_variant(model, options, variants)
+        if model.info.classes != names:
+            model = with_new_head(model, len(names), rng)
+        if options.size is not None and options.size != model.config.img_size:
+            model = with_image_size(model, options.size)
+    info = ModelInfo(classes=names, preprocessing=model.info.preprocessing)
+    return dataclasses.replace(model, info=info)
+
+
+def _check_variant(model: Model, options: Options, variants: Mapping[str, Any]) -> None:
+    """Refuses a variant that the weights are not of."""
+    if options.variant is None:
+        return
+    wanted, free = variants[options.variant], {"num_classes", "img_size"}
+    if type(wanted) is type(model.config):
+        old, new = config_to_dict(model.config), config_to_dict(wanted)
+        other = [name for name in old if old[name] != new[name] and name not in free]
+        if not other:
+            return
+        differ = "in " + ", ".join(other)
+    else:
+        differ = f"in kind: they are for a {type(model.config).__name__}"
+    what = (
+        f"the weights {shown(options.weights)} are not of {options.variant}; they differ {differ}"
+    )
+    raise TrainingError(f"{what}. Leave --variant out, or --weights to begin from nothing")
+
+
+def _class_names(folders: tuple[str, ...], file: str | None) -> tuple[str, ...]:
+    """Names of the classes: those of the folders, or what a file says of them."""
+    if file is None:
+        return folders
+    try:
+        data = Path(file).read_bytes()
+        text = data.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MissingFileError(
+            f"{shown(file, 200)}: class names cannot be read: {error}"
+        ) from error
+    if text.lstrip().startswith("{"):
+        known = parse_json(text, f"{shown(file, 200)}")
+    else:
+        lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
+        known = {line[0]: line[1].strip() for line in lines if len(line) == 2}
+    form = "a line each, the folder and the name, or a JSON object of them"
+    if missing := [name for name in folders if not isinstance(known.get(name), str)]:
+        what = f"{shown(file, 200)} has no name for the folder {shown(missing[0])}"
+        raise TrainingError(f"{what}. Needed is {form}: {missing[0]} tench")
+    names = tuple(known[name] for name in folders)
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"{shown(file, 200)} gives two folders the same name: {shown(names, 200)}"
+        )
+    return names
+
+
+def _augment(options: Options) -> PhotoAugment | None:
+    name = options.augment or ("strong" if _from_nothing(options) else "light")
+    if name not in AUGMENTS:
+        raise TrainingError(f"augment is {shown(name)}; it must be one of {', '.join(AUGMENTS)}")
+    return AUGMENTS[name]
+
+
+def _from_nothing(options: Options) -> bool:
+    return options.weights is None and options.variant is not None
+
+
+def _recipe(options: Options, samples: int) -> Recipe:
+    """The recipe of the options; what they leave out is for fine-tuning, or to begin with."""
+    values = dict(_FROM_NOTHING if _from_nothing(options) else _FINE_TUNING) | options.recipe
+    if "batch_size" not in options.recipe:
+        values["batch_size"] = min(values["batch_size"], samples)
+    if "warmup_epochs" not in options.recipe:
+        values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 10)
+    if "lr_floor" not in options.recipe:
+        values["lr_floor"] = values["lr"] / 100
+    return Recipe(**values)
+
+
+def _plain(options: Options) -> dict[str, Any]:
+    """As JSON would give it back."""
+    return json.loads(json.dumps(dataclasses.asdict(options)))
+
+
+def _write_run(place: Path, record: Mapping[str, Any], model: Model) -> None:
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with (place / RUN).open("x", encoding="utf-8") as file:  # of two at once, one is refused
+            json.dump(record, file, indent=1)
+    except FileExistsError as error:
+        what = f"{place / RUN} is there already: another training begins in this folder"
+        raise TrainingError(f"{what}. Name another folder") from error
+    except OSError as error:
+        what = f"{place}: the folder of the run cannot be made ({reason(error)})"
+        raise TrainingError(f"{what}. Name another") from error
+    save(place / START, model)
+
+
+def _read_run(place: Path) -> tuple[dict[str, Any], Model]:
+    if not place.is_dir():
+        what = f"{place}: there is no such folder, so no training to go on with"
+        raise MissingFileError(f"{what}. Start one: without --resume")
+    path = place / RUN
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        what = f"{path} cannot be read ({reason(error)}), so there is no training to go on with"
+        raise MissingFileError(f"{what}. Start one: without --resume") from error
+    record = parse_json(data, str(path), _LONGEST_RUN)
+    names = {field.name for field in dataclasses.fields(Options)}
+    options = record.get("options") if isinstance(record, dict) else None
+    good = isinstance(options, dict) and options.keys() == names and record["format"] == _FORMAT
+    good = good and isinstance(options["recipe"], dict) and isinstance(record["damaged"], list)
+    if not good:
+        what = f"{path} is no record of a run that this version reads"
+        raise CheckpointError(f"{what}. It was edited, or is of another version: start anew")
+    return record, load(str(place / START))
+
+
+def _check_same(place: Path, saved: Mapping[str, Any], given: Options) -> None:
+    """Refuses options that are not those of the run; those that are not given do not count."""
+    new = _plain(given)
+    recipe = new.pop("recipe")
+    flat = {**saved, **saved["recipe"]}
+    wanted = {name: value for name, value in new.items() if value is not None} | recipe
+    wrong = [name for name, value in wanted.items() if name not in flat or flat[name] != value]
+    if wrong:
+        differences = [
+            f"\n  - {name} is {shown(flat.get(name))} there and {shown(wanted[name])} here"
+            for name in wrong
+        ]
+        what = f"{place} holds another run:{''.join(differences)}"
+        raise TrainingError(f"{what}\nResuming, options may be left out; or name another folder")
+
+
+def _same_samples(data: Path, record: Mapping[str, Any]) -> tuple[ImageFolder, ImageFolder]:
+    """The photos as they were split; fit refuses them if they are not the same any more."""
+    learnt, held_out = _folders(data)
+    left_out = [{photo[0] for photo in folder} for folder in record["damaged"]]
+
+    def some(folder: ImageFolder, wanted: Callable[[str], bool]) -> ImageFolder:
+        return folder.subset([i for i, file in enumerate(folder.files) if wanted(file)])
+
+    if record["held_out"] is not None:
+        names = set(record["held_out"])
+        left_out[0] |= names
+        held_out = some(learnt, names.__contains__)
+    elif held_out is None:
+        what = f"{shown(str(data), 200)} has no folder of photos held out any more"
+        raise TrainingError(f"{what}, on which the run's epochs were compared. Put it back")
+    else:
+        held_out = some(held_out, lambda file: file not in left_out[1])
+    return some(learnt, lambda file: file not in left_out[0]), held_out
+
+
+def _finish(
+    done: Run, held_out: ImageFolder, options: Options, recipe: Recipe, console: Console | None
+) -> None:
+    """Writes the best weights in half precision, with what was measured of them as they are."""
+    best = load(str(done.folder / BEST))
+    dtype = dtype_name(first_array(best.params))
+    rounded = map_arrays(lambda w: w.astype(np.float16).astype(dtype), best.params)
+    counts = confusion_matrix(rounded, best.config, held_out)
+    right, of = int(np.trace(counts)), len(held_out)
+    training = {
+        "data": "photos in folders",
+        "options": _plain(options),
+        "seed": recipe.seed,
+        "epochs": recipe.epochs,
+        "best_epoch": done.state.best_epoch,
+        "steps": done.state.step,
+        "samples": done.state.samples,
+        "held_out_samples": of,
+        "held_out_accuracy": right / of,
+    }
+    info, path = dataclasses.replace(best.info, training=training), done.folder / MODEL
+    save(path, Model(rounded, best.config, info=info), dtype="float16")
+    try:
+        draw_confusion(counts, best.classes, done.folder / CONFUSION)
+    except ImportError:  # without matplotlib there is none
+        show(console, f"{CONFUSION} is not drawn: matplotlib is not installed (extra 'plots')")
+    table = [
+        [n, str(row[k]), str(row.sum())]
+        for k, (n, row) in enumerate(zip(best.classes, counts, strict=True))
+    ]
+    show(console, text_table(["class", "right", "held out"], table))
+    show(
+        console,
+        f"{right} of {of} photos held out are right: {right / of:.2%}. The epoch was chosen",
+    )
+    show(console, "by them, so photos that nobody looked at may do a little worse.")
+    show(console, f"written: {path}. Ask it: python -m pvt_ref classify PHOTO --weights {path}")

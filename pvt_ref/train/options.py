@@ -1,0 +1,105 @@
+"""Options of the command line for trainings: one for each field of the recipe, and the rest."""
+
+import argparse
+import dataclasses
+import shlex
+import sys
+from typing import Any
+
+from rich.console import Console
+
+from pvt_ref.data.picture_file import SUFFIXES
+from pvt_ref.errors import printable
+from pvt_ref.models.architecture import known_variants
+from pvt_ref.train.from_folder import AUGMENTS, DEFAULT_WEIGHTS, MODEL, Options, train_folder
+from pvt_ref.train.recipe import Recipe
+
+#: Exit status of a training that was stopped before its end, as of one ended by Ctrl-C.
+STOPPED = 130
+
+_ABOUT = f"""DIR holds the folders train and val (or valid, validation), each with a folder a class
+and photos in it. Without val, or where DIR holds the classes' folders itself, a tenth of each class is
+held out. Photos are files named {", ".join(SUFFIXES)}. Everything goes into the folder
+RUN; at its end, RUN/{MODEL} is what classify takes as --weights."""
+
+
+def add_recipe_options(parser: argparse.ArgumentParser, recipe: Recipe | None) -> None:
+    """An option for each field of the recipe. Without one, what is not given stays unset."""
+    group = parser.add_argument_group("recipe", "see pvt_ref.train.Recipe")
+    typical = recipe or Recipe(epochs=1, batch_size=1)
+    for field in dataclasses.fields(Recipe):
+        value = getattr(typical, field.name)
+        option = "--" + field.name.replace("_", "-")
+        kind: dict[str, Any] = {"type": type(value)}
+        if isinstance(value, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(value, tuple):
+            kind = {"nargs": "*", "metavar": "PREFIX"}
+        elif field.name == "clip_norm":
+            kind = {"type": _number_or_none}
+        if recipe is None:
+            kind["default"] = argparse.SUPPRESS
+        else:
+            said = " ".join(value) or "none" if isinstance(value, tuple) else value
+            kind |= {"default": value, "help": f"default {said}"}
+        group.add_argument(option, **kind)
+
+
+def _number_or_none(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
+def recipe_values(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of a recipe that the options say."""
+    names = (field.name for field in dataclasses.fields(Recipe))
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of ``python -m pvt_ref train``."""
+    parser.epilog = _ABOUT
+    parser.add_argument("data", metavar="DIR", help="the folder of photos")
+    parser.add_argument("--out", required=True, metavar="RUN", help="the folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in RUN")
+    text = f"begin with these (default {DEFAULT_WEIGHTS}); with other classes they get a new head"
+    parser.add_argument("--weights", metavar="NAME|FILE", help=text)
+    text = f"begin from nothing with one of: {', '.join(known_variants())}"
+    parser.add_argument("--variant", metavar="NAME", help=text)
+    text = "side of what a photo becomes (default: that of the network)"
+    parser.add_argument("--size", type=int, metavar="PIXELS", help=text)
+    text = "how much photos are changed at random (default light, from nothing strong)"
+    parser.add_argument("--augment", choices=tuple(AUGMENTS), help=text)
+    text = "names of the classes: a line each, folder and name, or a JSON object"
+    parser.add_argument("--class-names", metavar="FILE", help=text)
+    text = "what to do with photos that cannot be read (default refuse)"
+    parser.add_argument("--damaged", choices=("refuse", "skip"), help=text)
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    text = "threads that read photos ahead (default one a core)"
+    parser.add_argument("--workers", type=int, metavar="N", help=text)
+    add_recipe_options(parser, None)
+
+
+def train(args: argparse.Namespace) -> int:
+    """``python -m pvt_ref train``; returns its exit status."""
+    names = (field.name for field in dataclasses.fields(Options) if field.name != "recipe")
+    given = {name: getattr(args, name) for name in names}
+    options = Options(**given, recipe=recipe_values(args))
+    command = ["python", "-m", "pvt_ref", *(a for a in sys.argv[1:] if a != "--resume")]
+    go_on = f"To go on:\n\n    {printable(shlex.join([*command, '--resume']))}"
+    try:
+        done = train_folder(
+            args.data,
+            args.out,
+            options,
+            resume=args.resume,
+            device=args.device,
+            workers=args.workers,
+            console=Console(),
+        )
+    except KeyboardInterrupt:  # the second one, in the middle of a step
+        print(f"Interrupted. {go_on}")
+        return STOPPED
+    if not done.finished:
+        print(f"Stopped and saved after step {done.state.step}. {go_on}")
+        return STOPPED
+    return 0
