@@ -12,49 +12,59 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
+
 import pvt_ref
 from pvt_ref import PVTError
 from pvt_ref.errors import printable
+from pvt_ref.train import ImageFolder, confusion_matrix
 
-#: Folders of the ten classes, in the order of the network's outputs.
-FOLDERS = (
-    *("n01440764", "n02102040", "n02979186", "n03000684", "n03028079"),
-    *("n03394916", "n03417042", "n03425413", "n03445777", "n03888257"),
-)
+#: Folders of the ten classes, in the order of the network's outputs, and what they show.
+CLASSES = {
+    "n01440764": "tench",
+    "n02102040": "English springer",
+    "n02979186": "cassette player",
+    "n03000684": "chain saw",
+    "n03028079": "church",
+    "n03394916": "French horn",
+    "n03417042": "garbage truck",
+    "n03425413": "gas pump",
+    "n03445777": "golf ball",
+    "n03888257": "parachute",
+}
 
 
-def photos(root: Path) -> list[tuple[Path, int]]:
-    """Every photo with its class, by folder and name."""
-    missing = [folder for folder in FOLDERS if not (root / folder).is_dir()]
-    if missing:
-        raise FileNotFoundError(f"{root} has no folder {missing[0]}; it must be Imagenette's val")
-    return [(p, y) for y, folder in enumerate(FOLDERS) for p in sorted((root / folder).iterdir())]
+def photos(model: pvt_ref.Model, folder: str | Path) -> ImageFolder:
+    """The photos of one of Imagenette's two folders, as the model wants them."""
+    size, preprocessing = model.config.img_size, model.info.preprocessing
+    return ImageFolder(folder, size, preprocessing=preprocessing, classes=tuple(CLASSES))
+
+
+def report(counts: np.ndarray) -> str:
+    """How many are right, class by class and in all, from a confusion matrix (10, 10)."""
+    lines = [
+        f"{name:18} {counts[k, k]:4} of {counts[k].sum()}"
+        for k, name in enumerate(CLASSES.values())
+    ]
+    right, of = np.trace(counts), counts.sum()
+    return "\n".join([*lines, f"{right} of {of} photos are right: {right / of:.2%}"])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints how many are right, class by class; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Scores the shipped Imagenette network.")
-    parser.add_argument("folder", type=Path, help="Imagenette's folder val")
+    """Prints how many are right; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Scores a network on Imagenette.")
+    parser.add_argument("folder", help="Imagenette's folder val")
     parser.add_argument("--weights", default="imagenette", help="a name or file")
     parser.add_argument("--every", type=int, default=1, help="every n-th photo only")
     args = parser.parse_args(argv)
     try:
         model = pvt_ref.load(args.weights)
-        samples = photos(args.folder)[:: args.every]
-    except (PVTError, OSError) as error:
+        found = photos(model, args.folder)
+        found = found.subset(range(0, len(found), args.every))
+        print(report(confusion_matrix(model.params, model.config, found)))
+    except PVTError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
-    right, count = [0] * len(FOLDERS), [0] * len(FOLDERS)
-    answers = model.predict_each((path for path, _ in samples), top=1)
-    for (path, label), answer in zip(samples, answers, strict=True):
-        if isinstance(answer, PVTError):
-            print(f"error: {printable(f'{path}: {answer}')}", file=sys.stderr)
-            return 2
-        right[label] += answer[0].index == label
-        count[label] += 1
-    for name, r, n in zip(model.classes, right, count, strict=True):
-        print(f"{name:18} {r:4} of {n}")
-    print(f"{sum(right)} of {sum(count)} photos are right: {sum(right) / sum(count):.2%}")
     return 0
 
 

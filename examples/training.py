@@ -16,6 +16,7 @@ from pvt_ref import Model, ModelInfo, PVTConfig
 from pvt_ref.errors import TrainingError, printable
 from pvt_ref.train import LabelledImages, Recipe, Run, evaluate, fit
 from pvt_ref.train.loop import STATE
+from pvt_ref.train.options import add_recipe_options, recipe_values
 from pvt_ref.train.saved import different_fields, weights_sha256
 from pvt_ref.tree import map_arrays
 
@@ -27,24 +28,12 @@ def add_run_arguments(parser: argparse.ArgumentParser, recipe: Recipe, folder: s
     parser.add_argument("--folder", default=folder, help=f"of the run (default {folder})")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    group = parser.add_argument_group("recipe", "see pvt_ref.train.Recipe")
-    for field in dataclasses.fields(Recipe):
-        default = getattr(recipe, field.name)
-        option = "--" + field.name.replace("_", "-")
-        if isinstance(default, bool):
-            group.add_argument(option, action=argparse.BooleanOptionalAction, default=default)
-        else:
-            kind = type(default) if field.name != "clip_norm" else _number_or_none
-            group.add_argument(option, type=kind, default=default, help=f"default {default}")
-
-
-def _number_or_none(text: str) -> float | None:
-    return None if text == "none" else float(text)
+    add_recipe_options(parser, recipe)
 
 
 def recipe_from(args: argparse.Namespace) -> Recipe:
     """The recipe that the options say."""
-    return Recipe(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe)})
+    return Recipe(**recipe_values(args))
 
 
 def run(

@@ -2,6 +2,7 @@
 
     python tests/kill_training.py --rounds 50 --seed 0
     python tests/kill_training.py --rounds 5 --wait 8      waits 8 times as long before each kill
+    python tests/kill_training.py --photos                 photos in folders, which threads read
 
 A child process trains; the parent ends it with SIGKILL after a random time and starts the next one
 with resume. After every kill what was saved must load. In the end weights, moments, averages
@@ -63,7 +64,10 @@ def fingerprint(state: TrainState) -> dict[str, bytes | str]:
 def what_counts(folder: Path) -> list[dict]:
     """The metrics without what depends on the clock."""
     lines = read_metrics(folder / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")}
+        for line in lines
+    ]
 
 
 def saved(folder: Path) -> TrainState:
@@ -157,16 +161,30 @@ def fill_the_disk(share: float) -> str:
         return message
 
 
+def learn_from_photos(folder: Path) -> None:
+    """From here on the trainings learn from photos in files, which are written there."""
+    from small_photos import AUGMENT, photos, write_photos
+
+    global DATA, HELD_OUT, RUN
+    DATA = photos(write_photos(folder / "learnt", 27, 1), augment=AUGMENT)
+    HELD_OUT = photos(write_photos(folder / "held_out", 9, 2))
+    RUN = describe_run(CONFIG, RECIPE, DATA, HELD_OUT)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Kills a training at random moments.")
     parser.add_argument("--rounds", type=int, default=50, help="kills (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     parser.add_argument("--wait", type=float, default=1.0, help="times as long (default 1)")
+    parser.add_argument("--photos", action="store_true", help="learn from photos in folders")
     parser.add_argument("--full-disk", action="store_true", help="a full disk instead of kills")
     options = parser.parse_args()
     loop.draw_curves = lambda *_: None
     if options.full_disk:
         print(fill_the_disk(0.5))
     else:
-        killed, finished = kill_many_times(options.rounds, options.seed, options.wait)
+        with tempfile.TemporaryDirectory() as photos_folder:
+            if options.photos:
+                learn_from_photos(Path(photos_folder))
+            killed, finished = kill_many_times(options.rounds, options.seed, options.wait)
         print(f"killed {killed} times; the bits are the same ({finished} had finished before)")

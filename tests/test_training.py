@@ -224,6 +224,13 @@ def test_killed_fifteen_times():
     assert "killed 15 times; the bits are the same" in done.stdout
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
+def test_killed_ten_times_while_threads_read_photos():
+    done = run_script("kill_training.py", "--photos", "--rounds", "10")
+    assert done.returncode == 0, done.stderr
+    assert "killed 10 times; the bits are the same" in done.stdout
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs RLIMIT_FSIZE")
 def test_a_full_disk_leaves_what_was_saved():
     done = run_script("kill_training.py", "--full-disk")

@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import http.server
 import importlib
 import io
+import json
 import sys
 import tarfile
 import threading
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from strategies import rng_of
 
 import pvt_ref
@@ -23,6 +26,7 @@ from pvt_ref.tree import map_arrays, named_arrays
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = ("cifar10_data", "train_cifar10", "train_digits", "training")
+SCRIPTS += ("score_imagenette", "train_imagenette")
 
 
 @pytest.fixture
@@ -329,3 +333,59 @@ def test_a_model_that_is_in_the_way_is_found_before_the_training(examples, tmp_p
     assert program.main(["--folder", str(folder)]) == 2
     assert "model.safetensors is of another run" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
+
+
+# Imagenette ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def imagenette(examples, tmp_path):
+    """The program, and photos of ten colours in its folders."""
+    program = examples("train_imagenette")
+    for part, count in (("train", 4), ("val", 2)):
+        for k, folder in enumerate(program.CLASSES):
+            place = tmp_path / "data" / part / folder
+            place.mkdir(parents=True)
+            for i in range(count):
+                colour = (25 * k, 250 - 25 * k, 60 * i)
+                Image.new("RGB", (48, 40), colour).save(place / f"{i}.jpg")
+    return program
+
+
+def test_imagenette_is_trained_stopped_resumed_and_scored_once(
+    imagenette, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "run"
+    command = ["--data", str(tmp_path / "data"), "--out", str(out)]
+    given = ["--network", "v2", "--size", "32", "--epochs", "2", "--batch-size", "10"]
+    given += ["--warmup-epochs", "1"]
+    train_folder = imagenette.train_folder
+    stopped = functools.partial(train_folder, stop_at_step=2)
+    monkeypatch.setattr(imagenette, "train_folder", stopped)
+    assert imagenette.main(command + given) == 130
+    assert "--resume goes on" in capsys.readouterr().out
+    assert not (out / imagenette.SCORE).exists()
+    monkeypatch.setattr(imagenette, "train_folder", train_folder)
+    assert imagenette.main([*command, "--resume"]) == 0
+    said = capsys.readouterr().out
+    model = pvt_ref.load(out / "model.safetensors")
+    assert model.classes == tuple(imagenette.CLASSES.values())
+    assert type(model.config) is pvt_ref.PVTv2Config
+    assert (model.config.img_size, model.config.num_classes) == (32, 10)
+    photos = imagenette.photos(model, tmp_path / "data" / "val")
+    assert len(photos) == 20
+    accuracy = evaluate(model.params, model.config, photos)[1]
+    assert f"{round(20 * accuracy)} of 20 photos are right" in said
+    counts = np.diag([2] * 10)  # what was counted stays: it is not counted again
+    (out / imagenette.SCORE).write_text(json.dumps(counts.tolist()))
+    assert imagenette.main([*command, "--resume"]) == 0
+    assert "20 of 20 photos are right" in capsys.readouterr().out
+    assert imagenette.main(command) == 2
+    assert "holds a training already" in capsys.readouterr().err
+
+
+def test_imagenettes_networks_are_those_that_are_said(imagenette):
+    assert imagenette.V1 == dataclasses.replace(pvt_ref.load("imagenette").config, num_classes=1000)
+    for network in (imagenette.V1, imagenette.V2):
+        config = dataclasses.replace(network, num_classes=10, img_size=128)
+        assert count_cost(config).parameters < 4_900_000

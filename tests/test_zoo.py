@@ -106,16 +106,17 @@ def test_the_score_of_imagenette_is_counted_class_by_class(tmp_path, capsys, mon
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
     import score_imagenette
 
-    for y, folder in enumerate(score_imagenette.FOLDERS):
+    for y, folder in enumerate(score_imagenette.CLASSES):
         (tmp_path / folder).mkdir()
         colour = tuple(int(c) for c in np.random.default_rng(y).integers(0, 256, 3))
         Image.new("RGB", (140, 150), colour).save(tmp_path / folder / "a.png")
     model = pvt_ref.load("imagenette")
-    pictures = [tmp_path / folder / "a.png" for folder in score_imagenette.FOLDERS]
+    pictures = [tmp_path / folder / "a.png" for folder in score_imagenette.CLASSES]
     right = sum(a[0].index == y for y, a in enumerate(model.predict(pictures, top=1)))
     assert score_imagenette.main([str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert f"{right} of 10 photos are right" in out
+    assert tuple(score_imagenette.CLASSES.values()) == model.classes
     (tmp_path / "n01440764" / "b.png").write_bytes(b"no picture")
     assert score_imagenette.main([str(tmp_path)]) == 2
     assert score_imagenette.main([str(tmp_path / "n01440764")]) == 2

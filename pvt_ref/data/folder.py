@@ -121,7 +121,7 @@ class ImageFolder(Samples):
     def _why_empty(self, classes: list[str]) -> str:
         expected = "Needed are folders named after the classes, with photos in them: cat/1.jpg"
         if not classes:
-            there = any(entry.name.lower().endswith(SUFFIXES) for entry in os.scandir(self.root))
+            there = any(name.lower().endswith(SUFFIXES) for name in os.listdir(self.root))
             photos = ", but photos: which class are they?" if there else ""
             return f"{self._shown()} has no folders in it{photos}. {expected}"
         names = f"no file there ends in one of {', '.join(SUFFIXES)}"

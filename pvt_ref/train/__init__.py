@@ -5,13 +5,16 @@ them together. See docs/training.md.
 """
 
 from pvt_ref.data.augment import cutout, mixup, one_hot, random_crop, random_flip
-from pvt_ref.data.labelled import LabelledImages, evaluate
+from pvt_ref.data.folder import Damaged, ImageFolder
+from pvt_ref.data.labelled import Ahead, LabelledImages, Samples, confusion_matrix, evaluate
+from pvt_ref.data.photo_augment import PhotoAugment
 from pvt_ref.report.diagnosis import first_non_finite
 from pvt_ref.train.adamw import AdamW, AdamWState, adamw_init, adamw_step, is_decayed
 from pvt_ref.train.ema import ema_decay_of_step, ema_step
 from pvt_ref.train.gradients import add_gradients, clip_by_global_norm, global_norm
 from pvt_ref.train.loop import Run, fit
-from pvt_ref.train.metrics import draw_curves, read_metrics
+from pvt_ref.train.from_folder import Options, stratified_split, train_folder
+from pvt_ref.train.metrics import draw_confusion, draw_curves, read_metrics
 from pvt_ref.train.recipe import Recipe
 from pvt_ref.train.saved import load_state, save_state
 from pvt_ref.train.schedule import config_of_epoch, drop_path_of_epoch, warmup_cosine

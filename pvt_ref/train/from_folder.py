@@ -83,7 +83,7 @@ class Options:
     variant: str | None = None  # network; without weights it begins from nothing
     size: int | None = None  # side of what a photo becomes, in pixels
     augment: str | None = None  # a name of AUGMENTS
-    class_names: str | None = None  # file with names of the classes
+    class_names: str | Mapping[str, str] | None = None  # by folder, or the file that says them
     recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of Recipe
     damaged: str | None = None  # "refuse" (default) or "skip"
 
@@ -93,6 +93,7 @@ def train_folder(
     out: str | os.PathLike[str],
     options: Options,
     *,
+    config: Any = None,
     resume: bool = False,
     device: str = "cpu",
     workers: int | None = None,
@@ -109,6 +110,8 @@ def train_folder(
         data: the folder of photos.
         out: the run's folder.
         options: see :class:`Options`. Resuming, those that are given must be those of the run.
+        config: a network to begin from nothing with, instead of ``options.variant``; its number of
+            classes becomes that of the folders. Resuming, it is that of the run.
         resume: go on with what the run's folder holds.
         device: as for :func:`fit`.
         workers: as for :func:`fit`.
@@ -124,29 +127,35 @@ def train_folder(
         MissingFileError: if a folder or file is not there.
         PVTError: as :func:`fit` and :func:`pvt_ref.load`.
     """
-    place = check_path("out", out)
-    of_data = check_path("data", data)
+    of_data, place = check_path("data", data), check_path("out", out)
     if resume:
         record, model = _read_run(place)
-        _check_same(place, record["options"], options)
-        options = Options(**record["options"])
+        _check_same(place, record, options)
         learnt, held_out = _same_samples(of_data, record)
-        augment, recipe = _augment(options), _recipe(options, len(learnt))
     else:
         there = [name for name in (RUN, START, STATE, BEST, METRICS) if (place / name).exists()]
         if there:
             what = f"{place} holds a training already ({', '.join(there)})"
             raise TrainingError(f"{what}. Go on with it (--resume), or name another folder")
         learnt, held_out = _folders(of_data)
-        augment, model = _augment(options), _first_model(learnt.classes, options)
+        from_nothing = options.weights is None and (options.variant or config) is not None
+        augment = options.augment or ("strong" if from_nothing else "light")
+        if augment not in AUGMENTS:
+            known = ", ".join(AUGMENTS)
+            raise TrainingError(f"augment is {shown(augment)}; it must be one of {known}")
+        model = _first_model(learnt.classes, options, config)
         learnt, held_out, record = _samples(learnt, held_out, options, workers, console)
-        recipe = _recipe(options, len(learnt))
-        _write_run(place, {"format": _FORMAT, "options": _plain(options), **record}, model)
+        recipe = _recipe(options.recipe, from_nothing, len(learnt))
+        record |= {"format": _FORMAT, "options": _plain(options)}
+        record |= {"augment": augment, "recipe": recipe.to_dict()}
+        _write_run(place, record, model)
+    recipe = Recipe(**record["recipe"])
     made = {"size": model.config.img_size, "preprocessing": model.info.preprocessing}
-    learnt, held_out = learnt.replace(**made, augment=augment), held_out.replace(**made)
+    learnt = learnt.replace(**made, augment=AUGMENTS[record["augment"]])
+    held_out = held_out.replace(**made)
     K, N = len(learnt.classes), len(learnt)
     told = f"{N:,} photos of {K} classes to learn from, {len(held_out):,} held out"
-    show(console, f"{told}; {model.source}")
+    show(console, f"{told}; begun with {model.source}")
     done = fit(
         model.config,
         recipe,
@@ -162,7 +171,7 @@ def train_folder(
         stop_at_step=stop_at_step,
     )
     if done.finished:
-        _finish(done, held_out, options, recipe, console)
+        _finish(done, held_out, record, console)
     return done
 
 
@@ -258,18 +267,23 @@ def stratified_split(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-def _first_model(folders: tuple[str, ...], options: Options) -> Model:
+def _first_model(folders: tuple[str, ...], options: Options, config: Any) -> Model:
     """The network before the first step, for classes in folders of these names."""
     rng, variants = generator(_seed(options), What.FIRST_WEIGHTS), known_variants()
     names = _class_names(folders, options.class_names)
     if options.variant is not None and options.variant not in variants:
         what = f"variant is {shown(options.variant)}; known are {', '.join(variants)}"
         raise TrainingError(what)
-    if options.weights is None and options.variant is not None:
-        config = dataclasses.replace(variants[options.variant], num_classes=len(names))
+    if config is not None and (options.weights is not None or options.variant is not None):
+        raise TrainingError("config is given, and weights or variant too; it must stand alone")
+    if options.weights is None and (config is not None or options.variant is not None):
+        name = options.variant or "a network of its own"
+        config = variants[options.variant] if config is None else config
+        config = dataclasses.replace(config, num_classes=len(names))
         if options.size is not None:
             config = dataclasses.replace(config, img_size=options.size)
-        model = Model(init_params(config, rng), config, f"{options.variant}, from nothing")
+        config.grids(config.img_size, config.img_size)  # refuses sizes that would lose pixels
+        model = Model(init_params(config, rng), config, f"{name}, random weights")
     else:
         model = load(options.weights or DEFAULT_WEIGHTS)
         _check_variant(model, options, variants)
@@ -300,53 +314,46 @@ def _check_variant(model: Model, options: Options, variants: Mapping[str, Any]) 
     raise TrainingError(f"{what}. Leave --variant out, or --weights to begin from nothing")
 
 
-def _class_names(folders: tuple[str, ...], file: str | None) -> tuple[str, ...]:
-    """Names of the classes: those of the folders, or what a file says of them."""
-    if file is None:
+def _class_names(
+    folders: tuple[str, ...], given: str | Mapping[str, str] | None
+) -> tuple[str, ...]:
+    """Names of the classes: those of the folders, or what is said of these."""
+    if given is None:
         return folders
-    try:
-        data = Path(file).read_bytes()
-        text = data.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MissingFileError(
-            f"{shown(file, 200)}: class names cannot be read: {error}"
-        ) from error
-    if text.lstrip().startswith("{"):
-        known = parse_json(text, f"{shown(file, 200)}")
-    else:
-        lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
-        known = {line[0]: line[1].strip() for line in lines if len(line) == 2}
-    form = "a line each, the folder and the name, or a JSON object of them"
+    known, said_by = given, "class_names"
+    if isinstance(given, str):
+        said_by = shown(given, 200)
+        known = _read_names(given)
     if missing := [name for name in folders if not isinstance(known.get(name), str)]:
-        what = f"{shown(file, 200)} has no name for the folder {shown(missing[0])}"
+        what = f"{said_by} has no name for the folder {shown(missing[0])}"
+        form = "a line each, the folder and the name, or a JSON object of them"
         raise TrainingError(f"{what}. Needed is {form}: {missing[0]} tench")
     names = tuple(known[name] for name in folders)
     if len(set(names)) < len(names):
-        raise ConfigError(
-            f"{shown(file, 200)} gives two folders the same name: {shown(names, 200)}"
-        )
+        raise ConfigError(f"{said_by} gives two folders the same name: {shown(names, 200)}")
     return names
 
 
-def _augment(options: Options) -> PhotoAugment | None:
-    name = options.augment or ("strong" if _from_nothing(options) else "light")
-    if name not in AUGMENTS:
-        raise TrainingError(f"augment is {shown(name)}; it must be one of {', '.join(AUGMENTS)}")
-    return AUGMENTS[name]
+def _read_names(file: str) -> dict[str, Any]:
+    try:
+        text = Path(file).read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        what = f"{shown(file, 200)}: class names cannot be read ({reason(error)})"
+        raise MissingFileError(f"{what}. Check the name, and that it is text in UTF-8") from error
+    if text.lstrip().startswith("{"):
+        return parse_json(text, shown(file, 200))
+    lines = [line.split(maxsplit=1) for line in text.splitlines()]
+    return {line[0]: line[1].strip() for line in lines if len(line) == 2}
 
 
-def _from_nothing(options: Options) -> bool:
-    return options.weights is None and options.variant is not None
-
-
-def _recipe(options: Options, samples: int) -> Recipe:
-    """The recipe of the options; what they leave out is for fine-tuning, or to begin with."""
-    values = dict(_FROM_NOTHING if _from_nothing(options) else _FINE_TUNING) | options.recipe
-    if "batch_size" not in options.recipe:
+def _recipe(given: Mapping[str, Any], from_nothing: bool, samples: int) -> Recipe:
+    """What is given, and for the rest what suits photos, so many of them."""
+    values = {**(_FROM_NOTHING if from_nothing else _FINE_TUNING), **given}
+    if "batch_size" not in given:
         values["batch_size"] = min(values["batch_size"], samples)
-    if "warmup_epochs" not in options.recipe:
+    if "warmup_epochs" not in given:
         values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 10)
-    if "lr_floor" not in options.recipe:
+    if "lr_floor" not in given:
         values["lr_floor"] = values["lr"] / 100
     return Recipe(**values)
 
@@ -383,19 +390,21 @@ def _read_run(place: Path) -> tuple[dict[str, Any], Model]:
     record = parse_json(data, str(path), _LONGEST_RUN)
     names = {field.name for field in dataclasses.fields(Options)}
     options = record.get("options") if isinstance(record, dict) else None
-    good = isinstance(options, dict) and options.keys() == names and record["format"] == _FORMAT
-    good = good and isinstance(options["recipe"], dict) and isinstance(record["damaged"], list)
-    if not good:
+    parts = {"format", "options", "recipe", "augment", "damaged", "held_out"}
+    good = isinstance(options, dict) and options.keys() == names and record.keys() == parts
+    good = good and record["format"] == _FORMAT and record["augment"] in AUGMENTS
+    good = good and all(isinstance(x["recipe"], dict) for x in (record, options))
+    if not good or not isinstance(record["damaged"], list):
         what = f"{path} is no record of a run that this version reads"
         raise CheckpointError(f"{what}. It was edited, or is of another version: start anew")
     return record, load(str(place / START))
 
 
-def _check_same(place: Path, saved: Mapping[str, Any], given: Options) -> None:
+def _check_same(place: Path, record: Mapping[str, Any], given: Options) -> None:
     """Refuses options that are not those of the run; those that are not given do not count."""
     new = _plain(given)
     recipe = new.pop("recipe")
-    flat = {**saved, **saved["recipe"]}
+    flat = {**record["options"], "augment": record["augment"], **record["recipe"]}
     wanted = {name: value for name, value in new.items() if value is not None} | recipe
     wrong = [name for name, value in wanted.items() if name not in flat or flat[name] != value]
     if wrong:
@@ -428,7 +437,7 @@ def _same_samples(data: Path, record: Mapping[str, Any]) -> tuple[ImageFolder, I
 
 
 def _finish(
-    done: Run, held_out: ImageFolder, options: Options, recipe: Recipe, console: Console | None
+    done: Run, held_out: ImageFolder, record: Mapping[str, Any], console: Console | None
 ) -> None:
     """Writes the best weights in half precision, with what was measured of them as they are."""
     best = load(str(done.folder / BEST))
@@ -438,9 +447,9 @@ def _finish(
     right, of = int(np.trace(counts)), len(held_out)
     training = {
         "data": "photos in folders",
-        "options": _plain(options),
-        "seed": recipe.seed,
-        "epochs": recipe.epochs,
+        "options": {name: x for name, x in record["options"].items() if x is not None},
+        "recipe": record["recipe"],
+        "augment": record["augment"],
         "best_epoch": done.state.best_epoch,
         "steps": done.state.step,
         "samples": done.state.samples,

@@ -18,9 +18,9 @@ from pvt_ref.train.recipe import Recipe
 STOPPED = 130
 
 _ABOUT = f"""DIR holds the folders train and val (or valid, validation), each with a folder a class
-and photos in it. Without val, or where DIR holds the classes' folders itself, a tenth of each class is
-held out. Photos are files named {", ".join(SUFFIXES)}. Everything goes into the folder
-RUN; at its end, RUN/{MODEL} is what classify takes as --weights."""
+and photos in it. Without val, or where DIR holds the classes' folders itself, a tenth of each class
+is held out. Photos are files named {", ".join(SUFFIXES)}. Everything goes into the folder RUN; at
+its end, RUN/{MODEL} is what classify takes as --weights."""
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, recipe: Recipe | None) -> None:
