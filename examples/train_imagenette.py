@@ -1,8 +1,10 @@
 """A PVT, or a PVT v2, learns Imagenette's ten classes of photos from nothing.
 
-    python examples/train_imagenette.py --data DIR --out RUN                 PVT v1, 4.7 M parameters
-    python examples/train_imagenette.py --data DIR --out RUN --network v2    PVT v2 b0, 3.4 M
-    python examples/train_imagenette.py --data DIR --out RUN --resume        goes on
+    python examples/train_imagenette.py --data DIR --out RUN
+    python examples/train_imagenette.py --data DIR --out RUN --network v2
+    python examples/train_imagenette.py --data DIR --out RUN --resume
+
+Network v1 has 4.7 million parameters, v2 is PVT v2 b0 with 3.4 million. --resume goes on.
 
 DIR is what Imagenette's project offers as an archive (https://github.com/fastai/imagenette): it
 holds train and val, each with a folder for every class. A tenth of train is held out, and the epoch

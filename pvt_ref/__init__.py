@@ -32,7 +32,7 @@ from pvt_ref.ops import REFERENCE, Operation, Ops
 from pvt_ref.tree import to_device, to_numpy
 
 if TYPE_CHECKING:
-    from pvt_ref.app import Model, Prediction, with_channels, with_new_head
+    from pvt_ref.app import Model, Prediction, with_channels, with_image_size, with_new_head
     from pvt_ref.checkpoint import save
     from pvt_ref.data.info import ModelInfo
     from pvt_ref.data.preprocessing import (
@@ -52,7 +52,7 @@ __version__ = "0.2.0"
 
 #: Where the names stand that are imported when first asked for: nobody who computes waits for them.
 _LATER = {
-    "app": ("Model", "Prediction", "with_channels", "with_new_head"),
+    "app": ("Model", "Prediction", "with_channels", "with_image_size", "with_new_head"),
     "checkpoint": ("save",),
     "data.info": ("ModelInfo",),
     "data.preprocessing": (
@@ -88,5 +88,6 @@ __all__ = [
     "load_image", "normalize", "pad_to_multiple", "prepare", "preprocess", "save", "to_device",
     "to_numpy", "to_state_dict",
     "with_channels",
+    "with_image_size",
     "with_new_head",
 ]  # fmt: skip
