@@ -298,7 +298,6 @@ def test_damaged_photos_are_left_out_by_choice(with_damage, tmp_path):
         (Options(weights="cifar10", variant="pvt_tiny"), TrainingError, r"not of pvt_tiny; they"),
         (Options(weights="cifar10", variant="pvt_v2_b0"), TrainingError, r"they are for a PVTC"),
         (Options(weights="no/such.file"), MissingFileError, r"no/such\.file"),
-        (Options(weights="cifar10", augment="much"), TrainingError, r"augment is 'much'"),
         (Options(weights="cifar10", size=31), ShapeError, "31"),
         (Options(weights="cifar10", class_names="none.txt"), MissingFileError, "none.txt"),
         (Options(weights="digits", recipe={"epochs": 0}), ValueError, "epochs is 0"),

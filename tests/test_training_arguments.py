@@ -17,8 +17,18 @@ import pvt_ref.train
 from pvt_ref import ModelInfo
 from pvt_ref.checks import check_number
 from pvt_ref.errors import ArrayTypeError, PVTError, RangeError, ShapeError, TrainingError
-from pvt_ref.train import AdamW, adamw_init, adamw_step, ema_step, fit, start_training, train_step
+from pvt_ref.train import (
+    AdamW,
+    Options,
+    adamw_init,
+    adamw_step,
+    ema_step,
+    fit,
+    start_training,
+    train_step,
+)
 from pvt_ref.train.checks import check_path
+from pvt_ref.train.data_parallel import ALONE
 from pvt_ref.train.saved import describe_run
 
 PARAMS = random_params(CONFIG, 0, np.float32)
@@ -90,14 +100,22 @@ def right(tmp_path: Path) -> dict[str, dict[str, Any]]:
         "fit": {"config": CONFIG, "recipe": RECIPE, "data": DATA, "held_out": HELD_OUT}
         | {"folder": tmp_path / "run", "info": ModelInfo(), "first": PARAMS, "resume": False}
         | {"device": "cpu", "save_seconds": 1.0, "log_steps": 1, "stop_at_step": 0}
-        | {"console": None},
+        | {"workers": None, "console": None, "ranks": ALONE},
+        "draw_confusion": {"counts": np.eye(3), "classes": "abc", "picture": tmp_path / "y.png"},
+        "Options": {"weights": None, "variant": "pvt_v2_b0", "size": 32, "augment": None}
+        | {"class_names": None, "recipe": {"epochs": 1}, "damaged": None},
+        "stratified_split": {"labels": DATA.labels, "share": 0.1, "seed": 0},
+        "train_folder": {"data": tmp_path / "none", "out": tmp_path / "run", "options": Options()}
+        | {"config": None, "resume": False, "device": "cpu", "workers": None, "console": None}
+        | {"stop_at_step": 0, "ranks": ALONE},
         "global_norm": {"grads": PARAMS},
         "is_decayed": {"key": "pos_embed1", "x": PARAMS.pos_embed1, "decay_positions": False},
         "load_state": {"path": path, "config": CONFIG, "run": RUN, "like": np.empty(0)},
         "read_metrics": {"path": path},
         "save_state": {"path": path, "state": STATE, "run": RUN},
         "start_training": {"params": PARAMS, "samples": 27, "seed": 0},
-        "train_step": {"state": STATE, "data": DATA, "config": CONFIG, "recipe": RECIPE},
+        "train_step": {"state": STATE, "data": DATA, "config": CONFIG, "recipe": RECIPE}
+        | {"ranks": ALONE},
         "warmup_cosine": {
             "step": 1,
             "total_steps": 9,
@@ -108,10 +126,16 @@ def right(tmp_path: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-RECORDS = {"AdamWState", "Run", "StepReport", "TrainState"}  # made by the functions, seen by them
+RECORDS = {
+    "AdamWState",
+    "Damaged",
+    "Run",
+    "StepReport",
+    "TrainState",
+}  # made by the functions, seen by them
 #: Of samples and their augmentation, which other tests look at.
 ELSEWHERE = {"LabelledImages", "cutout", "evaluate", "mixup", "one_hot", "random_crop"} | {
-    "random_flip"
+    *("random_flip", "Ahead", "ImageFolder", "PhotoAugment", "Samples", "confusion_matrix"),
 }
 
 

@@ -52,6 +52,7 @@ class Waited:
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self._then = (0.0, time.monotonic())
 
     def result(self, future: Future[Any]) -> Any:
         """The result, or what was raised instead."""
@@ -60,3 +61,9 @@ class Waited:
             return future.result()
         finally:
             self.seconds += time.monotonic() - start
+
+    def share(self) -> float:
+        """Of the time since this was asked last, or since the beginning; from 0 to 1."""
+        (waited, since), now = self._then, time.monotonic()
+        self._then = (self.seconds, now)
+        return min(1.0, (self.seconds - waited) / max(now - since, 1e-9))

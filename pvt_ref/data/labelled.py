@@ -185,6 +185,10 @@ class Ahead(Samples):
         """Seconds that steps have waited for pixels so far."""
         return self._waited.seconds
 
+    def share_waited(self) -> float:
+        """The share of the time, since this was asked last, that steps waited for pixels."""
+        return self._waited.share()
+
     def expect(self, chosen: np.ndarray, seed: int, epoch: int) -> None:
         """Has samples read, if they are not being read yet: a coming step will draw them."""
         if self._pool is None:
@@ -217,7 +221,7 @@ class Ahead(Samples):
 
 
 def evaluate(
-    params: Any, config: Any, data: Samples, batch_size: int | None = None
+    params: Any, config: Any, data: Samples, batch_size: int | None = None, ranks: Any = None
 ) -> tuple[float, float]:
     """Mean cross-entropy and share of right answers over all of data, without augmentation.
 
@@ -228,6 +232,8 @@ def evaluate(
         config: their configuration.
         data: what to look at.
         batch_size: samples at once. None takes as many as have 1,048,576 pixels, at most 256.
+        ranks: :class:`~pvt_ref.train.data_parallel.Ranks` that share the batches; the result is the
+            same for any number of them. None: this process does all.
 
     Returns:
         loss, without label smoothing, and accuracy in [0, 1].
@@ -235,12 +241,17 @@ def evaluate(
     Raises:
         PVTError: as :func:`pvt_ref.forward`; a RangeError for batch_size or a label.
     """
-    loss, hits, like = 0.0, 0, first_array(params)
-    for labels, images in batches(data, batch_size, like):
+    found = []
+    for labels, images in batches(data, batch_size, first_array(params), ranks):
         logits = forward(params, images, config)
         targets = from_host(labels.astype(np.int64), like=logits)
-        loss += float(cross_entropy(logits, targets, reduction="sum")[0])
-        hits += int(np.sum(to_numpy(logits).argmax(axis=1) == labels))
+        loss = float(cross_entropy(logits, targets, reduction="sum")[0])
+        found.append((loss, int(np.sum(to_numpy(logits).argmax(axis=1) == labels))))
+    if ranks is not None:
+        found = [of_batch for of_rank in ranks.gather(found) for of_batch in of_rank]
+    loss, hits = 0.0, 0
+    for of_loss, of_hits in found:  # in order, so that they are rounded alike
+        loss, hits = loss + of_loss, hits + of_hits
     return loss / len(data), hits / len(data)
 
 
@@ -267,7 +278,7 @@ def confusion_matrix(params: Any, config: Any, data: Samples) -> np.ndarray:
 
 
 def batches(
-    data: Samples, batch_size: int | None, like: Array
+    data: Samples, batch_size: int | None, like: Array, ranks: Any = None
 ) -> Iterator[tuple[np.ndarray, Array]]:
     """Labels and normalised images, batch by batch, of all samples in their order.
 
@@ -275,16 +286,20 @@ def batches(
         data: the samples. Those that are read from files are read ahead, a batch at most.
         batch_size: samples at once. None takes as many as have 1,048,576 pixels, at most 256.
         like: an array that says where to, and of which dtype.
+        ranks: None for all; else those that the rank takes.
     """
     if batch_size is None:
         batch_size = max(1, min(256, _PIXELS_AT_ONCE // math.prod(data.size)))
     count = check_number("batch_size", batch_size, least=1, whole=True)
     places = [slice(start, start + count) for start in range(0, len(data), count)]
+    if ranks is not None:
+        places = [places[i] for i in ranks.share(len(places))]
     if not data.from_files:
         for chosen in places:
             yield data.labels[chosen], data.batch(chosen, like)
         return
-    with closing(in_order(data.pixels, np.arange(len(data))[:, None], count)) as pixels:
+    samples = (np.array([i]) for chosen in places for i in range(*chosen.indices(len(data))))
+    with closing(in_order(data.pixels, samples, count)) as pixels:
         for chosen in places:
             labels = data.labels[chosen]
             read = np.concatenate([next(pixels) for _ in labels])

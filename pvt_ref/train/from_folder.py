@@ -12,7 +12,7 @@ those held out, the network to begin with, and a recipe. A run's folder has, bes
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,19 @@ from pvt_ref.app import Model, with_image_size, with_new_head
 from pvt_ref.arrays import dtype_name
 from pvt_ref.checkpoint import save
 from pvt_ref.checkpoint.bounded_json import parse_json
-from pvt_ref.checks import check_number
+from pvt_ref.checks import check_flag, check_number, check_type, settle
 from pvt_ref.data.folder import Damaged, ImageFolder
 from pvt_ref.data.info import ModelInfo
 from pvt_ref.data.labelled import confusion_matrix
 from pvt_ref.data.photo_augment import PhotoAugment
 from pvt_ref.draws import What, generator
 from pvt_ref.errors import (
+    ArrayTypeError,
     CheckpointError,
     ConfigError,
     MissingFileError,
+    PVTError,
+    RangeError,
     TrainingError,
     reason,
     shown,
@@ -42,6 +45,7 @@ from pvt_ref.errors import (
 from pvt_ref.models.architecture import config_to_dict, known_variants
 from pvt_ref.report.tables import text_table
 from pvt_ref.train.checks import check_path
+from pvt_ref.train.data_parallel import ALONE, Ranks
 from pvt_ref.train.loop import BEST, METRICS, STATE, Run, fit
 from pvt_ref.train.metrics import draw_confusion
 from pvt_ref.train.progress import show
@@ -77,7 +81,10 @@ _LONGEST_RUN = 2**28  # bytes of run.json that are read: it holds the names of p
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the command line says of a run; None is the default, which depends on the others."""
+    """What is said of a run. None is the default, which can depend on the others.
+
+    Raises: ArrayTypeError or RangeError if a field is of another type.
+    """
 
     weights: str | None = None  # name or file to begin with
     variant: str | None = None  # network; without weights it begins from nothing
@@ -86,6 +93,24 @@ class Options:
     class_names: str | Mapping[str, str] | None = None  # by folder, or the file that says them
     recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of Recipe
     damaged: str | None = None  # "refuse" (default) or "skip"
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "variant", "augment", "damaged"):
+            if getattr(self, name) is not None:
+                check_type(name, getattr(self, name), str, "or None")
+        if self.size is not None:
+            settle(self, "size", least=1, most=2**15, whole=True)
+        if self.class_names is not None and not isinstance(self.class_names, str):
+            check_type("class_names", self.class_names, Mapping, "a file's name, or None")
+        for name, known in (("augment", AUGMENTS), ("damaged", ("refuse", "skip"))):
+            if getattr(self, name) not in (None, *known):
+                needed = f"it must be one of {', '.join(known)}"
+                raise RangeError(f"{name} is {shown(getattr(self, name))}; {needed}")
+        check_type("recipe", self.recipe, Mapping, "of fields of Recipe")
+        fields = [field.name for field in dataclasses.fields(Recipe)]
+        if strange := [name for name in self.recipe if name not in fields]:
+            what = f"recipe has {shown(strange[0])}, which is no field of Recipe"
+            raise TrainingError(f"{what}; these are {', '.join(fields)}")
 
 
 def train_folder(
@@ -99,6 +124,7 @@ def train_folder(
     workers: int | None = None,
     console: Console | None = None,
     stop_at_step: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Run:
     """Trains on a folder of photos, or goes on.
 
@@ -117,6 +143,7 @@ def train_folder(
         workers: as for :func:`fit`.
         console: where it is said what happens; None says nothing.
         stop_at_step: as for :func:`fit`.
+        ranks: as for :func:`fit`. Where the recipe says nothing, each gets a micro-batch.
 
     Returns:
         As :func:`fit`.
@@ -127,35 +154,37 @@ def train_folder(
         MissingFileError: if a folder or file is not there.
         PVTError: as :func:`fit` and :func:`pvt_ref.load`.
     """
-    of_data, place = check_path("data", data), check_path("out", out)
-    if resume:
-        record, model = _read_run(place)
-        _check_same(place, record, options)
-        learnt, held_out = _same_samples(of_data, record)
-    else:
-        there = [name for name in (RUN, START, STATE, BEST, METRICS) if (place / name).exists()]
-        if there:
-            what = f"{place} holds a training already ({', '.join(there)})"
-            raise TrainingError(f"{what}. Go on with it (--resume), or name another folder")
-        learnt, held_out = _folders(of_data)
-        from_nothing = options.weights is None and (options.variant or config) is not None
-        augment = options.augment or ("strong" if from_nothing else "light")
-        if augment not in AUGMENTS:
-            known = ", ".join(AUGMENTS)
-            raise TrainingError(f"augment is {shown(augment)}; it must be one of {known}")
-        model = _first_model(learnt.classes, options, config)
-        learnt, held_out, record = _samples(learnt, held_out, options, workers, console)
-        recipe = _recipe(options.recipe, from_nothing, len(learnt))
-        record |= {"format": _FORMAT, "options": _plain(options)}
-        record |= {"augment": augment, "recipe": recipe.to_dict()}
-        _write_run(place, record, model)
-    recipe = Recipe(**record["recipe"])
-    made = {"size": model.config.img_size, "preprocessing": model.info.preprocessing}
-    learnt = learnt.replace(**made, augment=AUGMENTS[record["augment"]])
-    held_out = held_out.replace(**made)
+    check_type("ranks", ranks, Ranks, "from pvt_ref.train.data_parallel")
+    try:
+        of_data, place = check_path("data", data), check_path("out", out)
+        check_type("options", options, Options)
+        check_flag("resume", resume)
+        ranks.gather(None)  # all are there
+    except PVTError as error:
+        ranks.fail(error)
+        raise
+
+    def begin() -> tuple[dict[str, Any], Model]:
+        if resume:
+            record, model = _read_run(place)
+            _check_same(place, record, options)
+            return record, model
+        return _new_run(of_data, place, options, config, workers, console, ranks.size)
+
+    record, model = ranks.from_first(begin)
+    try:
+        recipe = Recipe(**record["recipe"])
+        learnt, held_out = _split(of_data, record)
+        made = {"size": model.config.img_size, "preprocessing": model.info.preprocessing}
+        learnt = learnt.replace(**made, augment=AUGMENTS[record["augment"]])
+        held_out = held_out.replace(**made)
+    except PVTError as error:
+        ranks.fail(error)
+        raise
     K, N = len(learnt.classes), len(learnt)
     told = f"{N:,} photos of {K} classes to learn from, {len(held_out):,} held out"
     show(console, f"{told}; begun with {model.source}")
+    there = ranks.from_first(lambda: (place / STATE).exists())
     done = fit(
         model.config,
         recipe,
@@ -164,15 +193,42 @@ def train_folder(
         place,
         info=model.info,
         first=model.params,
-        resume=resume and (place / STATE).exists(),
+        resume=resume and there,
         device=device,
         workers=workers,
         console=console,
         stop_at_step=stop_at_step,
+        ranks=ranks,
     )
-    if done.finished:
+    if done.finished and ranks.is_first:
         _finish(done, held_out, record, console)
     return done
+
+
+def _new_run(
+    data: Path,
+    place: Path,
+    options: Options,
+    config: Any,
+    workers: int | None,
+    console: Console | None,
+    ranks: int,
+) -> tuple[dict[str, Any], Model]:
+    """The record of a run, and the network that it begins with, both written to its folder."""
+    there = [name for name in (RUN, START, STATE, BEST, METRICS) if (place / name).exists()]
+    if there:
+        what = f"{place} holds a training already ({', '.join(there)})"
+        raise TrainingError(f"{what}. Go on with it (--resume), or name another folder")
+    learnt, held_out = _folders(data)
+    from_nothing = options.weights is None and (options.variant or config) is not None
+    model = _first_model(learnt.classes, options, config)
+    learnt, record = _samples(learnt, held_out, options, workers, console)
+    recipe = _recipe(options.recipe, from_nothing, len(learnt), ranks)
+    record |= {"format": _FORMAT, "options": _plain(options), "recipe": recipe.to_dict()}
+    record["augment"] = options.augment or ("strong" if from_nothing else "light")
+    record = json.loads(json.dumps(record))  # as it will be read
+    _write_run(place, record, model)
+    return record, model
 
 
 def _folders(data: Path) -> tuple[ImageFolder, ImageFolder | None]:
@@ -197,43 +253,44 @@ def _samples(
     options: Options,
     workers: int | None,
     console: Console | None,
-) -> tuple[ImageFolder, ImageFolder, dict[str, Any]]:
-    """What to learn from, what is held out, and what of both has to be kept."""
+) -> tuple[ImageFolder, dict[str, Any]]:
+    """What is learnt from, and the names of what is held out of it or damaged."""
     if len(learnt.classes) < 2:
         what = f"{shown(str(learnt.root), 200)} has one class, {shown(learnt.classes[0])}"
         raise TrainingError(f"{what}, and there is nothing to tell apart. Add folders of others")
     folders = [folder for folder in (learnt, held_out) if folder is not None]
     show(console, f"reading {sum(map(len, folders)):,} photos, to see whether any is damaged")
-    damaged = [_damaged(folder, workers) for folder in folders]
+    damaged = [[fault for fault in folder.check(workers) if fault] for folder in folders]
     if any(damaged):
-        photos = [photo for of_folder in damaged for photo in of_folder.values()]
-        _refuse_or_say(photos, options, console)
-    learnt = _without(learnt, damaged[0])
-    if held_out is not None:
-        held_out, names = _without(held_out, damaged[1]), None
-    else:
-        chosen = stratified_split(learnt.labels, _HELD_OUT_SHARE, _seed(options))
+        _refuse_or_say([photo for of_folder in damaged for photo in of_folder], options, console)
+    left_out, names = {photo.file for photo in damaged[0]}, None
+    learnt = _without(learnt, left_out)
+    if held_out is None:
+        chosen = stratified_split(learnt.labels, _HELD_OUT_SHARE, options.recipe.get("seed", 0))
         if not len(chosen):
             what = f"no class of {shown(str(learnt.root), 200)} has two photos"
             raise TrainingError(f"{what}, one to learn from and one to hold out. Add photos")
-        rest = np.setdiff1d(np.arange(len(learnt)), chosen)
-        learnt, held_out = learnt.subset(rest), learnt.subset(chosen)
-        names = list(held_out.files)
-    listed = [[list(photo) for photo in of_folder.values()] for of_folder in damaged]
-    return learnt, held_out, {"damaged": listed, "held_out": names}
+        names = [learnt.files[i] for i in chosen]
+        learnt = _without(learnt, set(names))
+    return learnt, {"damaged": damaged, "held_out": names}
 
 
-def _seed(options: Options) -> int:
-    return options.recipe.get("seed", 0)
+def _split(data: Path, record: Mapping[str, Any]) -> tuple[ImageFolder, ImageFolder]:
+    """What is learnt from and what is held out, as a run's record says."""
+    learnt, held_out = _folders(data)
+    damaged = [{photo[0] for photo in of_folder} for of_folder in record["damaged"]]
+    if record["held_out"] is not None:
+        names = set(record["held_out"])
+        held_out = learnt.subset([i for i, file in enumerate(learnt.files) if file in names])
+        return _without(learnt, damaged[0] | names), held_out
+    if held_out is None:
+        what = f"{shown(str(data), 200)} has no folder of photos held out any more"
+        raise TrainingError(f"{what}, on which the run's epochs were compared. Put it back")
+    return _without(learnt, damaged[0]), _without(held_out, damaged[1])
 
 
-def _damaged(folder: ImageFolder, workers: int | None) -> dict[int, Damaged]:
-    """The photos that cannot be read, by their numbers."""
-    return {i: fault for i, fault in enumerate(folder.check(workers)) if fault is not None}
-
-
-def _without(folder: ImageFolder, left_out: Iterable[int]) -> ImageFolder:
-    return folder.subset(np.setdiff1d(np.arange(len(folder)), list(left_out)))
+def _without(folder: ImageFolder, left_out: Collection[str]) -> ImageFolder:
+    return folder.subset([i for i, file in enumerate(folder.files) if file not in left_out])
 
 
 def _refuse_or_say(damaged: list[Damaged], options: Options, console: Console | None) -> None:
@@ -248,6 +305,7 @@ def _refuse_or_say(damaged: list[Damaged], options: Options, console: Console | 
 
 def stratified_split(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
     """Some samples of every class that has at least two, the rest of which stays.
+    Raises: ArrayTypeError or RangeError if an argument is none of these.
 
     Args:
         labels: (N,) integers.
@@ -258,6 +316,11 @@ def stratified_split(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
         (n,) int64, their numbers, rising.
     """
     share = check_number("share", share, above=0, below=1)
+    seed = check_number("seed", seed, least=0, whole=True)
+    if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise ArrayTypeError(f"labels are {shown(labels)}; they must be an array (N,) of integers")
+    if not labels.size or labels.min() < 0:
+        raise RangeError("labels must be classes from 0 on, of at least one sample")
     chosen = []
     for k in np.unique(labels):
         places = np.flatnonzero(labels == k)
@@ -269,7 +332,7 @@ def stratified_split(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 def _first_model(folders: tuple[str, ...], options: Options, config: Any) -> Model:
     """The network before the first step, for classes in folders of these names."""
-    rng, variants = generator(_seed(options), What.FIRST_WEIGHTS), known_variants()
+    rng, variants = generator(options.recipe.get("seed", 0), What.FIRST_WEIGHTS), known_variants()
     names = _class_names(folders, options.class_names)
     if options.variant is not None and options.variant not in variants:
         what = f"variant is {shown(options.variant)}; known are {', '.join(variants)}"
@@ -346,9 +409,9 @@ def _read_names(file: str) -> dict[str, Any]:
     return {line[0]: line[1].strip() for line in lines if len(line) == 2}
 
 
-def _recipe(given: Mapping[str, Any], from_nothing: bool, samples: int) -> Recipe:
-    """What is given, and for the rest what suits photos, so many of them."""
-    values = {**(_FROM_NOTHING if from_nothing else _FINE_TUNING), **given}
+def _recipe(given: Mapping[str, Any], from_nothing: bool, samples: int, ranks: int) -> Recipe:
+    """What is given, and for the rest what suits so many photos and ranks."""
+    values = {"accumulate": ranks, **(_FROM_NOTHING if from_nothing else _FINE_TUNING), **given}
     if "batch_size" not in given:
         values["batch_size"] = min(values["batch_size"], samples)
     if "warmup_epochs" not in given:
@@ -414,26 +477,6 @@ def _check_same(place: Path, record: Mapping[str, Any], given: Options) -> None:
         ]
         what = f"{place} holds another run:{''.join(differences)}"
         raise TrainingError(f"{what}\nResuming, options may be left out; or name another folder")
-
-
-def _same_samples(data: Path, record: Mapping[str, Any]) -> tuple[ImageFolder, ImageFolder]:
-    """The photos as they were split; fit refuses them if they are not the same any more."""
-    learnt, held_out = _folders(data)
-    left_out = [{photo[0] for photo in folder} for folder in record["damaged"]]
-
-    def some(folder: ImageFolder, wanted: Callable[[str], bool]) -> ImageFolder:
-        return folder.subset([i for i, file in enumerate(folder.files) if wanted(file)])
-
-    if record["held_out"] is not None:
-        names = set(record["held_out"])
-        left_out[0] |= names
-        held_out = some(learnt, names.__contains__)
-    elif held_out is None:
-        what = f"{shown(str(data), 200)} has no folder of photos held out any more"
-        raise TrainingError(f"{what}, on which the run's epochs were compared. Put it back")
-    else:
-        held_out = some(held_out, lambda file: file not in left_out[1])
-    return some(learnt, lambda file: file not in left_out[0]), held_out
 
 
 def _finish(

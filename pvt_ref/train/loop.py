@@ -34,6 +34,7 @@ from pvt_ref.errors import PVTError, TrainingError, reason, shown
 from pvt_ref.kernels.cpu.threads import default_threads
 from pvt_ref.report.diagnosis import first_non_finite, is_finite
 from pvt_ref.train.checks import check_path
+from pvt_ref.train.data_parallel import ALONE, Ranks
 from pvt_ref.train.interrupts import Interrupts
 from pvt_ref.train.lock import RunLock
 from pvt_ref.train.metrics import Metrics, draw_curves
@@ -51,6 +52,7 @@ from pvt_ref.train.step import (
     batch_of_step,
     check_samples,
     diverged,
+    shard_of,
     start_training,
     train_step,
 )
@@ -88,6 +90,7 @@ def fit(
     stop_at_step: int | None = None,
     workers: int | None = None,
     console: Console | None = None,
+    ranks: Ranks = ALONE,
 ) -> Run:
     """Trains a model, or goes on training it.
 
@@ -117,6 +120,9 @@ def fit(
         workers: threads that read and decode photos ahead of the step; None takes one a core. They
             change no bit.
         console: where progress is shown; None shows nothing.
+        ranks: the processes that train together; each calls this with the same arguments. Rank 0
+            alone touches the folder. Their number changes no bit, if the table of operations and
+            the number of threads are the same.
 
     Returns:
         How it ended.
@@ -130,67 +136,56 @@ def fit(
         MissingFileError: if there is nothing to go on with.
         KeyboardInterrupt: at a second Ctrl-C.
     """
-    job = _job(config, recipe, data, held_out, folder, info, console)
-    check_flag("resume", resume)
-    check_number("save_seconds", save_seconds, least=0)
-    log_steps = check_number("log_steps", log_steps, least=1, whole=True)
-    last = end = recipe.epochs * job.steps
-    if stop_at_step is not None:
-        end = min(last, check_number("stop_at_step", stop_at_step, least=0, whole=True))
-    if not isinstance(device, str) or device not in ("cpu", "cuda"):
-        cuda = "'cuda', the current CUDA device (for another GPU: CUDA_VISIBLE_DEVICES=1)"
-        raise errors.DeviceError(f"device is {shown(device)}; a training runs on 'cpu' or {cuda}")
-    said = first is not None or not resume  # whether the first weights must be those of the run
-    if first is None:
-        first = init_params(config, generator(recipe.seed, What.FIRST_WEIGHTS))
-    Model(to_numpy(first), config, info=job.info)  # refuses what is not finite or does not fit
-    params: Any = to_device(first, device)
-    if workers is not None:
-        workers = check_number("workers", workers, least=1, most=2**10, whole=True)
-    run = describe_run(config, recipe, data, held_out, first if said else None)
-    table = f"{default_ops(first_array(params))!r}, {default_threads()} threads"
-    run["operations"] = {"table": table}  # they decide the last bits
+    check_type("ranks", ranks, Ranks, "from pvt_ref.train.data_parallel")
+    try:
+        job = _job(config, recipe, data, held_out, folder, info, console, ranks)
+        check_flag("resume", resume)
+        check_number("save_seconds", save_seconds, least=0)
+        log_steps = check_number("log_steps", log_steps, least=1, whole=True)
+        last = end = recipe.epochs * job.steps
+        if stop_at_step is not None:
+            end = min(last, check_number("stop_at_step", stop_at_step, least=0, whole=True))
+        if workers is not None:
+            workers = check_number("workers", workers, least=1, most=2**10, whole=True)
+        if not isinstance(device, str) or device not in ("cpu", "cuda"):
+            cuda = "'cuda', the current CUDA device (for another GPU: CUDA_VISIBLE_DEVICES=1)"
+            what = f"device is {shown(device)}; a training runs on 'cpu' or {cuda}"
+            raise errors.DeviceError(what)
+        said = first is not None or not resume  # whether the first weights must be those of the run
+        if first is None:
+            first = init_params(config, generator(recipe.seed, What.FIRST_WEIGHTS))
+        Model(to_numpy(first), config, info=job.info)  # refuses what is not finite or does not fit
+        params: Any = to_device(first, device)
+        run = describe_run(config, recipe, data, held_out, first if said else None)
+        table = f"{default_ops(first_array(params))!r}, {default_threads()} threads"
+        _check_same_table(ranks.gather(table))  # it decides the last bits
+        run["operations"] = {"table": table}
+    except PVTError as error:
+        ranks.fail(error)
+        raise
 
     interrupts, report = Interrupts(), None
     try:
         interrupts.install()
-        _make_folder(job.place, resume)
-        job.lock.acquire()
-        if resume:
-            state, saved = load_state_and_run(job.place / STATE, config, run, first_array(params))
-            _check_resumed(job, state)
-            if (then := saved.get("operations", {}).get("table")) != table:
-                then = shown(then, 200)
-                job.say(f"saved with {then}, goes on with {table}: last bits may differ")
-            run = saved | {"operations": run["operations"]}  # saved may know the first weights
-        else:
-            there = [name for name in (STATE, BEST, METRICS) if os.path.lexists(job.place / name)]
-            if there:
-                what = f"{job.place} holds a training already ({', '.join(there)})"
-                go_on = "Go on with it (resume=True, on the command line --resume)"
-                raise TrainingError(f"{what}. {go_on}, or name another folder")
-            state = start_training(params, len(data), recipe.seed)
-            _save(job, state, run)
-        for orphan in job.place.glob(f".{'[0-9a-f]' * 16}.tmp"):  # killed while it was written
-            with contextlib.suppress(OSError):
-                orphan.unlink()
-        metrics = Metrics(job.place / METRICS, state, job.steps)
-        if metrics.epochs != list(range(1, state.step // job.steps + 1)):
+        state, run = ranks.from_first(lambda: _begin(job, params, data, run, resume))
+        state = to_device(state, device)
+        metrics = Metrics(job.place / METRICS, state, job.steps) if ranks.is_first else None
+        if metrics and metrics.epochs != list(range(1, state.step // job.steps + 1)):
             job.say(f"{metrics.path} lacks epochs that were done, and so will the curves")
         saved_at = time.monotonic()
         with Progress(console, last, state.step) as progress, Ahead(data, workers) as samples:
-            clock = _WaitClock(samples)
-            while state.step < end and not interrupts:
+            while state.step < end and not any(ranks.gather(bool(interrupts))):
                 for step in range(state.step, min(end, state.step + _STEPS_AHEAD)):
                     epoch, chosen = batch_of_step(state.seed, step, len(data), recipe)
-                    samples.expect(chosen, state.seed, epoch)
-                state, report = interrupts.allow(train_step, state, samples, config, recipe)
+                    for _, mine in shard_of(chosen, recipe, ranks):
+                        samples.expect(mine, state.seed, epoch)
+                state, report = interrupts.allow(train_step, state, samples, config, recipe, ranks)
                 index = state.step % job.steps
                 progress.step(report, recipe.batch_size)
                 line = {"step": state.step, "epoch": state.step / job.steps, "lr": report.lr}
                 line |= {"images_per_second": round(progress.images_per_second, 1)}
                 if data.from_files and (index == 0 or state.step % log_steps == 0):
-                    line["data_wait"] = clock.share()
+                    line["data_wait"] = samples.share_waited()
                 if index == 0:
                     _check_weights(job, state, report.lr)
                     loss, accuracy = interrupts.allow(_measure, job, state, report.lr)
@@ -198,18 +193,17 @@ def fit(
                     line |= of_epoch
                     # the metrics come first: lines beyond what is saved are dropped on
                     # resuming, but a line that was never written would be missed for ever
-                    job.lock.check()
-                    metrics.write(line)
+                    _write(job, metrics, line)
                     _save(job, state, run)
                     if state.best_epoch == line["epoch"]:
                         _save_best(job, state)
                     saved_at = time.monotonic()
                     _draw(job)
                     progress.epoch(line)
-                    clock = _WaitClock(samples)  # evaluation is no part of the next step
+                    samples.share_waited()  # evaluation is no part of the next steps' time
                 elif state.step % log_steps == 0:
-                    job.lock.check()
-                    metrics.write({**line, "loss": report.loss, "grad_norm": report.grad_norm})
+                    line |= {"loss": report.loss, "grad_norm": report.grad_norm}
+                    _write(job, metrics, line)
                 if index and time.monotonic() - saved_at > save_seconds:
                     _check_weights(job, state, report.lr)
                     _save(job, state, run)
@@ -219,9 +213,15 @@ def fit(
                 _save(job, state, run)
             elif state.step and report is None:  # nothing was left to do, but maybe to draw
                 _draw(job)
-        if state.step == last:
+        if state.step == last and ranks.is_first:
             job.lock.check()
             _check_best(job, state)
+    except PVTError as error:
+        ranks.fail(error)
+        raise
+    except BaseException:  # amid anything: the others cannot go on without this one
+        ranks.abort()
+        raise
     finally:
         try:
             _end(job.lock, interrupts)
@@ -230,18 +230,41 @@ def fit(
     return Run(state, state.step == last, job.place)
 
 
-class _WaitClock:
-    """The share of the time, since it was made or last asked, that steps waited for photos."""
+def _check_same_table(tables: list[str]) -> None:
+    """Refuses ranks that would round differently."""
+    for rank, table in enumerate(tables):
+        if table != tables[0]:
+            what = f"rank 0 computes with {shown(tables[0], 200)}, and rank {rank} with {table}"
+            cure = "Give all the same number of threads: OPENBLAS_NUM_THREADS=1, for instance"
+            raise TrainingError(f"{what}: their last bits would differ. {cure}")
 
-    def __init__(self, samples: Ahead) -> None:
-        self._samples = samples
-        self._waited, self._since = samples.waited, time.monotonic()
 
-    def share(self) -> float:
-        waited, now = self._samples.waited, time.monotonic()
-        share = (waited - self._waited) / max(now - self._since, 1e-9)
-        self._waited, self._since = waited, now
-        return min(1.0, share)
+def _begin(
+    job: "_Job", params: Any, data: Samples, run: dict[str, Any], resume: bool
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state to go on from, and what is saved of the run. The folder is this process's now."""
+    _make_folder(job.place, resume)
+    job.lock.acquire()
+    if resume:
+        table = run["operations"]["table"]
+        state, saved = load_state_and_run(job.place / STATE, job.config, run, first_array(params))
+        _check_resumed(job, state)
+        if (then := saved.get("operations", {}).get("table")) != table:
+            then = shown(then, 200)
+            job.say(f"saved with {then}, goes on with {table}: last bits may differ")
+        run = saved | {"operations": run["operations"]}  # saved may know the first weights
+    else:
+        there = [name for name in (STATE, BEST, METRICS) if os.path.lexists(job.place / name)]
+        if there:
+            what = f"{job.place} holds a training already ({', '.join(there)})"
+            go_on = "Go on with it (resume=True, on the command line --resume)"
+            raise TrainingError(f"{what}. {go_on}, or name another folder")
+        state = start_training(params, len(data), job.recipe.seed)
+        _save(job, state, run)
+    for orphan in job.place.glob(f".{'[0-9a-f]' * 16}.tmp"):  # killed while it was written
+        with contextlib.suppress(OSError):
+            orphan.unlink()
+    return state, run
 
 
 @record
@@ -257,13 +280,21 @@ class _Job:
     lock: RunLock
     steps: int
     console: Console | None
+    ranks: Ranks
 
     def say(self, text: str) -> None:
         show(self.console, text)
 
 
 def _job(
-    config: Any, recipe: Recipe, data: Any, held_out: Any, folder: Any, info: Any, console: Any
+    config: Any,
+    recipe: Recipe,
+    data: Any,
+    held_out: Any,
+    folder: Any,
+    info: Any,
+    console: Any,
+    ranks: Ranks,
 ) -> _Job:
     check_samples(data, "the samples to learn from", config, recipe)
     check_samples(held_out, "held out", config, recipe)
@@ -281,8 +312,12 @@ def _job(
         what = f"{place}: there is no working directory any more"
         raise TrainingError(f"{what}. Name the folder by its whole path") from error
     info = dataclasses.replace(info or ModelInfo(), preprocessing=data.preprocessing)
+    if recipe.accumulate < ranks.size:
+        what = f"there are {ranks.size} ranks, and the recipe has accumulate={recipe.accumulate}"
+        cure = f"Each rank needs a micro-batch of its own: accumulate={ranks.size} or more"
+        raise TrainingError(f"{what}. {cure}, or fewer ranks")
     steps, lock = recipe.steps_per_epoch(len(data)), RunLock(place)
-    return _Job(config, recipe, len(data), held_out, info, place, lock, steps, console)
+    return _Job(config, recipe, len(data), held_out, info, place, lock, steps, console, ranks)
 
 
 def _end(lock: RunLock, interrupts: Interrupts) -> None:
@@ -293,8 +328,16 @@ def _end(lock: RunLock, interrupts: Interrupts) -> None:
 
 
 def _save(job: _Job, state: TrainState, run: Mapping[str, Any]) -> None:
+    if not job.ranks.is_first:
+        return
     job.lock.check()
     save_state(job.place / STATE, state, run)
+
+
+def _write(job: _Job, metrics: Metrics | None, line: Mapping[str, Any]) -> None:
+    if metrics is not None:
+        job.lock.check()
+        metrics.write(line)
 
 
 def _make_folder(place: Path, resume: bool) -> None:
@@ -341,7 +384,7 @@ def _edited(job: _Job, what: str) -> errors.CheckpointError:
 def _measure(job: _Job, state: TrainState, lr: float) -> tuple[float, float]:
     """Loss and accuracy of the averaged weights on what is held out."""
     config, held_out = job.config, job.held_out
-    loss, accuracy = quietly(evaluate, state.average, config, held_out)
+    loss, accuracy = quietly(evaluate, state.average, config, held_out, None, job.ranks)
     if not math.isfinite(loss):
         images = held_out.batch(slice(0, 64), like=first_array(state.average))
         culprit = first_non_finite(state.average, images, config)
@@ -369,6 +412,8 @@ def _save_best(job: _Job, state: TrainState) -> None:
 
     Should the process end in between, they are written again from its average.
     """
+    if not job.ranks.is_first:
+        return
     job.lock.check()
     save(job.place / BEST, Model(to_numpy(state.average), job.config, info=job.info))
 
@@ -411,6 +456,8 @@ def _check_weights(job: _Job, state: TrainState, lr: float) -> None:
 
 
 def _draw(job: _Job) -> None:
+    if not job.ranks.is_first:
+        return
     job.lock.check()
     try:
         draw_curves(job.place / METRICS, job.place / CURVES)

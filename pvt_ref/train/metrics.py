@@ -14,9 +14,11 @@ from pvt_ref.checkpoint.bounded_json import parse_json
 from pvt_ref.checkpoint.whole_file import write_whole
 from pvt_ref.checks import check_number
 from pvt_ref.errors import (
+    ArrayTypeError,
     CheckpointError,
     MissingFileError,
     PVTError,
+    RangeError,
     ShapeError,
     TrainingError,
     reason,
@@ -215,14 +217,23 @@ def draw_confusion(
 
     Raises:
         ImportError: if there is no matplotlib.
-        ShapeError: if counts are not (K, K) for so many classes.
+        ShapeError, RangeError: if counts are not (K, K) for so many classes, or below 0.
+        ArrayTypeError: if counts are no array of numbers, or classes no names.
         CheckpointError: if it cannot be written.
-        TrainingError, ArrayTypeError: if picture ends in something else, or is no path.
+        TrainingError: if picture ends in something else, or is no path.
     """
     target = _check_picture(picture)
-    K, shape = len(classes), np.shape(counts)
-    if shape != (K, K) or not K:
+    good = isinstance(classes, Sequence) and all(isinstance(name, str) for name in classes)
+    if not good or not len(classes):
+        raise ArrayTypeError(f"classes are {shown(classes)}; they must be a list of names")
+    if not isinstance(counts, np.ndarray) or counts.dtype.kind not in "iuf":
+        what = f"counts are {shown(counts)}; they must be an array (K, K) of numbers"
+        raise ArrayTypeError(f"{what}, from pvt_ref.train.confusion_matrix")
+    K, shape = len(classes), counts.shape
+    if shape != (K, K):
         raise ShapeError(f"counts have shape {shape}; for {K} classes they must be ({K}, {K})")
+    if not (np.isfinite(counts).all() and counts.min() >= 0):
+        raise RangeError("counts hold numbers below 0, or that are not finite")
     _write_picture(target, lambda file, form: _draw_confusion(counts, classes, file, form))
 
 

@@ -9,8 +9,9 @@ from typing import Any
 from rich.console import Console
 
 from pvt_ref.data.picture_file import SUFFIXES
-from pvt_ref.errors import printable
+from pvt_ref.errors import PVTError, printable
 from pvt_ref.models.architecture import known_variants
+from pvt_ref.train.data_parallel import ranks_here
 from pvt_ref.train.from_folder import AUGMENTS, DEFAULT_WEIGHTS, MODEL, Options, train_folder
 from pvt_ref.train.recipe import Recipe
 
@@ -80,26 +81,34 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
-    """``python -m pvt_ref train``; returns its exit status."""
+    """``python -m pvt_ref train``, also started several times by mpiexec; returns its status."""
     names = (field.name for field in dataclasses.fields(Options) if field.name != "recipe")
     given = {name: getattr(args, name) for name in names}
-    options = Options(**given, recipe=recipe_values(args))
     command = ["python", "-m", "pvt_ref", *(a for a in sys.argv[1:] if a != "--resume")]
     go_on = f"To go on:\n\n    {printable(shlex.join([*command, '--resume']))}"
+    ranks = ranks_here()
     try:
         done = train_folder(
             args.data,
             args.out,
-            options,
+            Options(**given, recipe=recipe_values(args)),
             resume=args.resume,
             device=args.device,
             workers=args.workers,
-            console=Console(),
+            console=Console() if ranks.is_first else None,
+            ranks=ranks,
         )
+    except PVTError:
+        if ranks.is_first:
+            raise
+        return 0  # the first rank says it, and its status is that of all
     except KeyboardInterrupt:  # the second one, in the middle of a step
         print(f"Interrupted. {go_on}")
         return STOPPED
-    if not done.finished:
+    except BaseException:
+        ranks.abort()  # the others would wait for ever
+        raise
+    if not done.finished and ranks.is_first:
         print(f"Stopped and saved after step {done.state.step}. {go_on}")
         return STOPPED
     return 0

@@ -6,6 +6,7 @@ so a training can be stopped after any step, and going on from a saved one gives
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ from pvt_ref.checks import check_number, check_type
 from pvt_ref.data.augment import cutout, mixup, one_hot, random_crop, random_flip
 from pvt_ref.data.labelled import Samples
 from pvt_ref.draws import Draws, SampleDraws, What, generator
-from pvt_ref.errors import RangeError, ShapeError, TrainingError, shown
+from pvt_ref.errors import PVTError, RangeError, ShapeError, TrainingError, shown
 from pvt_ref.layers.cross_entropy import cross_entropy
 from pvt_ref.models.architecture import check_params_type
 from pvt_ref.report.diagnosis import first_non_finite
 from pvt_ref.train.adamw import AdamWState, adamw_init, adamw_step
+from pvt_ref.train.data_parallel import ALONE, Part, Ranks, add_part, add_trees
 from pvt_ref.train.ema import ema_decay_of_step, ema_step
 from pvt_ref.train.gradients import add_gradients, clip_by_global_norm
 from pvt_ref.train.recipe import Recipe
@@ -81,7 +83,7 @@ def start_training(params: Any, samples: int, seed: int) -> TrainState:
 
 
 def train_step(
-    state: TrainState, data: Samples, config: Any, recipe: Recipe
+    state: TrainState, data: Samples, config: Any, recipe: Recipe, ranks: Ranks = ALONE
 ) -> tuple[TrainState, StepReport]:
     """The next state: draw a batch, change it at random, forward, loss, backward, clip, update.
 
@@ -90,6 +92,7 @@ def train_step(
         data: what it learns from; the same at every step.
         config: the model, with drop-path rates as they are at their peak.
         recipe: how.
+        ranks: the processes that share the step's micro-batches; all call this with the same.
 
     Returns:
         The next state, and how the step went.
@@ -105,11 +108,13 @@ def train_step(
     check_state(state)
     if state.samples != len(data):
         raise ShapeError(f"state is of a training on {state.samples} samples; data has {len(data)}")
-    return quietly(_step, state, data, config, recipe)  # what is not finite is found, and named
+    return quietly(
+        _step, state, data, config, recipe, ranks
+    )  # what is not finite is found, and named
 
 
 def _step(
-    state: TrainState, data: Samples, config: Any, recipe: Recipe
+    state: TrainState, data: Samples, config: Any, recipe: Recipe, ranks: Ranks
 ) -> tuple[TrainState, StepReport]:
     steps = recipe.steps_per_epoch(len(data))
     epoch, index = divmod(state.step, steps)
@@ -119,25 +124,33 @@ def _step(
     chosen = batch_of_step(state.seed, state.step, len(data), recipe)[1]
     lr = recipe.learning_rate(state.step, steps)
 
-    loss, hits, grads = 0.0, 0, None
-    for micro_batch, part in enumerate(np.array_split(chosen, recipe.accumulate)):
-        draws = Draws(state.seed, state.step, micro_batch)
-        images, targets = draw_batch(state.params, data, part, config, recipe, epoch, draws)
-        logits, cache = forward_with_cache(state.params, images, config, draws)
-        part_loss, dlogits = cross_entropy(logits, targets, recipe.label_smoothing)
-        value = float(part_loss)  # once: it makes the host wait for the device
-        if not math.isfinite(value):
-            culprit = first_non_finite(state.params, images, config, draws)
-            raise diverged(f"the loss is {value}", state.step, steps, lr, culprit)
-        part_grads, _ = backward(state.params, cache, dlogits, config)
-        del cache  # the largest thing here; the next part makes its own
-        share = len(part) / len(chosen)
-        grads = add_gradients(grads, part_grads, share)
-        loss += share * value
-        xp = array_module(logits)
-        if targets.ndim == 2:  # mixed: the class with the larger share
-            targets = xp.argmax(targets, axis=1)
-        hits += int(to_numpy(xp.sum(xp.argmax(logits, axis=1) == targets)))
+    told, parts = [], []
+    try:
+        for micro_batch, samples in shard_of(chosen, recipe, ranks):
+            draws = Draws(state.seed, state.step, micro_batch)
+            images, targets = draw_batch(state.params, data, samples, config, recipe, epoch, draws)
+            logits, cache = forward_with_cache(state.params, images, config, draws)
+            part_loss, dlogits = cross_entropy(logits, targets, recipe.label_smoothing)
+            value = float(part_loss)  # once: it makes the host wait for the device
+            if not math.isfinite(value):
+                culprit = first_non_finite(state.params, images, config, draws)
+                raise diverged(f"the loss is {value}", state.step, steps, lr, culprit)
+            part_grads, _ = backward(state.params, cache, dlogits, config)
+            del cache  # the largest thing here; the next micro-batch makes its own
+            share = len(samples) / len(chosen)
+            add_part(parts, Part(0, micro_batch, add_gradients(None, part_grads, share)), add_trees)
+            xp = array_module(logits)
+            if targets.ndim == 2:  # mixed: the class with the larger share
+                targets = xp.argmax(targets, axis=1)
+            part_hits = int(to_numpy(xp.sum(xp.argmax(logits, axis=1) == targets)))
+            told.append((share * value, part_hits))
+    except PVTError as error:
+        ranks.fail(error)
+        raise
+    loss, hits = 0.0, 0
+    for part_loss, part_hits in itertools.chain(*ranks.gather(told)):  # in order of micro-batches
+        loss, hits = loss + part_loss, hits + part_hits
+    grads = ranks.sum(parts, recipe.accumulate)
     max_norm = math.inf if recipe.clip_norm is None else recipe.clip_norm
     grads, norm = clip_by_global_norm(grads, max_norm)
     largest = float(np.finfo(dtype_name(first_array(state.params))).max)
@@ -167,6 +180,12 @@ def batch_of_step(seed: int, step: int, samples: int, recipe: Recipe) -> tuple[i
     epoch, index = divmod(step, recipe.steps_per_epoch(samples))
     first = index * recipe.batch_size
     return epoch, order_of_epoch(seed, epoch, samples)[first : first + recipe.batch_size]
+
+
+def shard_of(chosen: np.ndarray, recipe: Recipe, ranks: Ranks) -> list[tuple[int, np.ndarray]]:
+    """Of a batch, the micro-batches that a rank computes: their numbers, and their samples."""
+    parts = np.array_split(chosen, recipe.accumulate)
+    return [(number, parts[number]) for number in ranks.share(recipe.accumulate)]
 
 
 def draw_batch(

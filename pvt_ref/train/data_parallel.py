@@ -1,0 +1,249 @@
+"""One training on several processes (ranks), to the bit as on one.
+
+The batch of a step is cut into micro-batches; each draws its own random numbers, wherever it is
+computed. A rank takes some consecutive ones. What is left is that sums of floats depend on their
+order. So the gradients of all micro-batches are always added up along one tree, whose leaves are
+the micro-batches and whose shape depends on nothing but their number::
+
+    ((g_0 + g_1) + (g_2 + g_3)) + (g_4 + g_5)
+
+A rank adds up the subtrees that it has whole. Then the ranks exchange slices: each gets one slice
+of everybody's subtrees, adds these up as the tree says, and sends the sum to all. So each number
+crosses the network twice, however many ranks there are, and every rank has the same bits.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pvt_ref.arrays import dtype_name, from_host
+from pvt_ref.errors import PVTError, TrainingError
+from pvt_ref.tree import map_arrays, named_arrays, to_numpy
+
+
+class Part(NamedTuple):
+    """A subtree: the sum over micro-batches ``index * 2**level`` up to the next index's."""
+
+    level: int
+    index: int
+    value: Any
+
+
+def add_part(parts: list[Part], part: Part, add: Callable[[Any, Any], Any]) -> None:
+    """Appends a subtree, the next one from the left. Two halves of a larger one become it."""
+    parts.append(part)
+    while len(parts) > 1:
+        left, right = parts[-2:]
+        if left.level != right.level or left.index % 2 or right.index != left.index + 1:
+            return
+        parts[-2:] = [Part(left.level + 1, left.index // 2, add(left.value, right.value))]
+
+
+def add_up_parts(parts: list[Part], add: Callable[[Any, Any], Any]) -> Any:
+    """The sum over all, from the right: what is left of a tree that is not full."""
+    total = parts[-1].value
+    for part in reversed(parts[:-1]):
+        total = add(part.value, total)
+    return total
+
+
+def add_trees(a: Any, b: Any) -> Any:
+    """a + b, array by array."""
+    return map_arrays(lambda x, y: x + y, a, b)
+
+
+class Failure(NamedTuple):
+    """What a rank says instead of a result: why it cannot go on."""
+
+    why: str
+
+
+class Ranks:
+    """One process alone: the only rank. Others derive from it.
+
+    Attributes:
+        rank: of this process, from 0. Rank 0 writes files and speaks.
+        size: how many there are.
+    """
+
+    rank, size = 0, 1
+    #: Whether this rank has failed, or knows that another has.
+    over = False
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """Which of so many things, micro-batches say, this rank takes."""
+        return share_of(count, self.rank, self.size)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank; small ones. All ranks have to call it.
+
+        Raises:
+            TrainingError: if a rank has failed meanwhile, on all others.
+        """
+        return [value]
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """What make() gives on rank 0, where alone it is called; on others its arrays are NumPy's.
+
+        Raises:
+            PVTError: what make raises; on the other ranks a TrainingError that says so.
+        """
+        return make()
+
+    def sum(self, parts: list[Part], count: int) -> Any:
+        """The sum over all micro-batches.
+
+        Args:
+            parts: subtrees of this rank's micro-batches, from the left; trees of arrays.
+            count: micro-batches of all ranks.
+
+        Returns:
+            A tree as the parts', with the same bits on every rank and for any number of ranks.
+        """
+        return add_up_parts(parts, add_trees)
+
+    def fail(self, error: BaseException) -> None:
+        """Tells the others, who wait in :meth:`gather` or will, why this rank ends. Once."""
+
+    def abort(self) -> None:
+        """Ends all ranks at once, wherever they are."""
+
+
+ALONE = Ranks()
+
+
+class MPIRanks(Ranks):
+    """The processes that ``mpiexec -n R python -m pvt_ref train ...`` started, by mpi4py.
+
+    Arrays on a device travel through the host.
+
+    Raises:
+        TrainingError: if mpi4py, or the MPI library that it needs, is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library
+            how = "pip install 'pvt-ref[mpi]' brings both mpi4py and an MPI library"
+            raise TrainingError(f"MPI cannot be used here ({error}). {how}") from error
+        self._mpi, self._comm = MPI, MPI.COMM_WORLD
+        self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
+
+    def gather(self, value: Any) -> list[Any]:
+        """See :meth:`Ranks.gather`."""
+        values = self._comm.allgather(value)
+        failed = [(r, x) for r, x in enumerate(values) if isinstance(x, Failure)]
+        if failed and not self.over:
+            self.over = True
+            rank, failure = failed[0]
+            raise TrainingError(f"rank {rank} of {self.size} has failed: {failure.why}")
+        return values
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """See :meth:`Ranks.from_first`. What it raises there, all raise."""
+        if self.is_first:
+            try:
+                made = make()
+            except PVTError as error:
+                self.over = True
+                self._comm.bcast(Failure(str(error)))
+                raise
+            self._comm.bcast(to_numpy(made))
+            return made
+        made = self._comm.bcast(None)
+        if isinstance(made, Failure):
+            self.over = True
+            raise TrainingError(f"rank 0 of {self.size} has failed: {made.why}")
+        return made
+
+    def sum(self, parts: list[Part], count: int) -> Any:
+        """See :meth:`Ranks.sum`."""
+        like = parts[0].value
+        dtypes = {dtype_name(x) for _, x in named_arrays(like)}
+        total = {name: self._sum_flat(parts, count, name) for name in sorted(dtypes)}
+        used = dict.fromkeys(total, 0)
+
+        def take(x: Any) -> Any:
+            name = dtype_name(x)
+            start = used[name]
+            used[name] += x.size
+            return from_host(total[name][start : used[name]].reshape(x.shape), like=x)
+
+        return map_arrays(take, like)
+
+    def _sum_flat(self, parts: list[Part], count: int, dtype: str) -> np.ndarray:
+        """All arrays of that dtype one behind the other, (L,), summed over all micro-batches."""
+        flat = [Part(p.level, p.index, _flat(p.value, dtype)) for p in parts]
+        length = len(flat[0].value)
+        bounds = [length * r // self.size for r in range(self.size + 1)]
+        mine = bounds[self.rank + 1] - bounds[self.rank]
+        of_rank = [list(subtrees(share_of(count, r, self.size))) for r in range(self.size)]
+
+        # to every rank its slice of all my subtrees, from everybody my slice of theirs
+        send = np.concatenate(
+            [p.value[a:b] for a, b in pairwise(bounds) for p in flat], dtype=np.dtype(dtype)
+        )
+        send_counts = [len(flat) * (b - a) for a, b in pairwise(bounds)]
+        counts = [len(names) * mine for names in of_rank]
+        received = np.empty(sum(counts), send.dtype)
+        self._comm.Alltoallv([send, send_counts], [received, counts])
+        merged: list[Part] = []
+        start = 0
+        for level, index in (name for names in of_rank for name in names):
+            add_part(merged, Part(level, index, received[start : start + mine]), np.add)
+            start += mine
+        total = np.empty(length, send.dtype)
+        sizes = [b - a for a, b in pairwise(bounds)]
+        self._comm.Allgatherv(np.ascontiguousarray(add_up_parts(merged, np.add)), [total, sizes])
+        return total
+
+    def fail(self, error: BaseException) -> None:
+        """See :meth:`Ranks.fail`."""
+        if not self.over:
+            self.over = True
+            self.gather(Failure(str(error)))
+
+    def abort(self) -> None:
+        """See :meth:`Ranks.abort`. Says first what is being raised."""
+        traceback.print_exc()
+        sys.stderr.flush()
+        self._comm.Abort(1)
+
+
+def share_of(count: int, rank: int, size: int) -> range:
+    """Consecutive ones of so many things, as many for each rank as can be."""
+    return range(count * rank // size, count * (rank + 1) // size)
+
+
+def subtrees(leaves: range) -> Iterator[tuple[int, int]]:
+    """Level and index of the largest subtrees that consecutive micro-batches make up."""
+    names: list[Part] = []
+    for index in leaves:
+        add_part(names, Part(0, index, None), lambda a, b: None)
+    yield from ((part.level, part.index) for part in names)
+
+
+def _flat(tree: Any, dtype: str) -> np.ndarray:
+    arrays = [x for _, x in named_arrays(to_numpy(tree)) if dtype_name(x) == dtype]
+    return np.concatenate([np.ravel(x) for x in arrays])
+
+
+#: What launchers of MPI programs set: MPICH and its relatives, Open MPI, Slurm's srun with PMI.
+_OF_MPI = ("PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
+
+
+def ranks_here() -> Ranks:
+    """Those that mpiexec started this process with, or it alone."""
+    started = any(name in os.environ for name in _OF_MPI)
+    return MPIRanks() if started else ALONE
