@@ -1,7 +1,7 @@
 """A small training on the ranks that mpiexec started; what it ends with is compared by its tests.
 
-    mpiexec -n 2 python tests/mpi_training.py FOLDER [--photos DIR] [--network pvt|pvt_v2|vit]
-        [--accumulate 4] [--stop 5] [--resume] [--fail RANK STEP HOW] [--double]
+mpiexec -n 2 python tests/mpi_training.py FOLDER [--photos DIR] [--network pvt|pvt_v2|vit]
+    [--accumulate 4] [--stop 5] [--resume] [--fail RANK STEP HOW] [--double] ...
 """
 
 import os
@@ -15,13 +15,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from small_training import CONFIG, DATA, HELD_OUT, RECIPE
+from small_training import CONFIG, DATA, HELD_OUT, RECIPE, without_chance
 
 import pvt_ref
 from pvt_ref.errors import PVTError, TrainingError
-from pvt_ref.tree import map_arrays
-from pvt_ref.train import fit, step
+from pvt_ref.train import fit, loop, step
 from pvt_ref.train.data_parallel import ranks_here
+from pvt_ref.tree import map_arrays, named_arrays
 
 NETWORKS = {
     "pvt": CONFIG,
@@ -50,6 +50,32 @@ def fail_at(rank: int, number: int, how: str, ranks) -> None:
     step.draw_batch = draw
 
 
+def keep_gradients(path: str, ranks) -> None:
+    """Writes the sum of a step's gradients over all micro-batches."""
+    inner = ranks.sum
+
+    def add_up(*arguments):
+        total = inner(*arguments)
+        if ranks.is_first:
+            np.savez(path, **dict(named_arrays(total)))
+        return total
+
+    type(ranks).sum = lambda self, *arguments: add_up(*arguments)
+
+
+def count_photos(data) -> list[int]:
+    """The samples that this rank's steps have read so far."""
+    read: list[int] = []
+    inner = type(data).drawn_pixels
+
+    def drawn_pixels(self, chosen, seed, epoch):
+        read.extend(chosen.tolist())
+        return inner(self, chosen, seed, epoch)
+
+    type(data).drawn_pixels = drawn_pixels
+    return read
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
@@ -60,6 +86,10 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--double", action="store_true")
     parser.add_argument("--fail", nargs=3)
+    parser.add_argument("--calm", action="store_true")
+    parser.add_argument("--count", action="store_true")
+    parser.add_argument("--gradients")
+    parser.add_argument("--threads-by-rank", action="store_true")
     args = parser.parse_args()
     ranks = ranks_here()
     config = NETWORKS[args.network]
@@ -78,6 +108,14 @@ def main() -> int:
     if args.double:
         first = map_arrays(lambda w: w.astype(np.float64), first)
     recipe = dataclasses.replace(RECIPE, accumulate=args.accumulate)
+    if args.calm:
+        recipe = without_chance(recipe)
+        config = dataclasses.replace(config, drop_path_rate=0.0)
+    if args.threads_by_rank:
+        loop.default_threads = lambda: 1 + ranks.rank
+    if args.gradients:
+        keep_gradients(args.gradients, ranks)
+    read = count_photos(data) if args.count else []
     if args.fail:
         rank, number, how = args.fail
         fail_at(int(rank), int(number), how, ranks)
@@ -89,6 +127,8 @@ def main() -> int:
     except PVTError as error:
         print(f"rank {ranks.rank}: {error}", file=sys.stderr)
         return 2 if ranks.is_first else 0
+    if args.count:
+        print(f"rank {ranks.rank} read {len(read)} photos")
     print(f"rank {ranks.rank} of {ranks.size}: step {done.state.step}", flush=True)
     return 0
 

@@ -1,0 +1,253 @@
+"""Trainings on several ranks: the same bits as on one, and one message where a rank fails."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_photos import write_colours, write_photos
+
+import pvt_ref
+from pvt_ref.errors import TrainingError
+from pvt_ref.train import data_parallel, read_metrics
+from pvt_ref.train.data_parallel import ALONE, Part, add_part, add_up_parts, share_of, subtrees
+from pvt_ref.train.loop import BEST, METRICS, STATE
+
+HERE = Path(__file__).parent
+SCRIPT = str(HERE / "mpi_training.py")
+MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+MISSING = "mpiexec" if MPIEXEC is None else "mpi4py"
+THERE = MPIEXEC is not None and importlib.util.find_spec("mpi4py") is not None
+MPI = pytest.mark.skipif(not THERE, reason=f"no ranks ran: {MISSING} is missing (extra 'mpi')")
+
+
+def run(ranks: int, *arguments: object) -> subprocess.CompletedProcess:
+    """The program on so many ranks; without MPI if it is none."""
+    before = [] if not ranks else [str(MPIEXEC), "-n", str(ranks)]
+    command = [sys.executable, "-W", "error", *map(str, arguments)]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    if not ranks:  # what a launcher of the tests themselves may have set
+        for name in data_parallel._OF_MPI:
+            environment.pop(name, None)
+    return subprocess.run(
+        [*before, *command],
+        capture_output=True, text=True, timeout=300, check=False, env=environment,
+    )  # fmt: skip
+
+
+def train(ranks: int, folder: Path, *arguments: object) -> None:
+    done = run(ranks, SCRIPT, folder, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("rank ") == max(ranks, 1)
+
+
+def same(a: Path, b: Path) -> bool:
+    """Whether two runs ended with the same bits, and measured the same."""
+    clocks = ("images_per_second", "data_wait")
+    metrics = [
+        [{k: v for k, v in line.items() if k not in clocks} for line in read_metrics(x / METRICS)]
+        for x in (a, b)
+    ]
+    files = [(x / name).read_bytes() for name in (STATE, BEST) for x in (a, b)]
+    return files[0] == files[1] and files[2] == files[3] and metrics[0] == metrics[1]
+
+
+# The order of sums --------------------------------------------------------------------------------
+
+
+def named(leaves: range) -> list[Part]:
+    """Parts whose values say in which order they were added."""
+    parts: list[Part] = []
+    for i in leaves:
+        add_part(parts, Part(0, i, str(i)), lambda a, b: f"({a}+{b})")
+    return parts
+
+
+def test_the_tree_is_balanced_and_fixed():
+    def order(count: int) -> str:
+        return add_up_parts(named(range(count)), lambda a, b: f"({a}+{b})")
+
+    assert [order(n) for n in (1, 2, 3, 4)] == ["0", "(0+1)", "((0+1)+2)", "((0+1)+(2+3))"]
+    assert order(6) == "(((0+1)+(2+3))+(4+5))"
+    assert order(7) == "(((0+1)+(2+3))+((4+5)+6))"
+
+
+@given(count=st.integers(1, 70), size=st.integers(1, 9))
+def test_any_number_of_ranks_adds_in_the_same_order(count, size):
+    expected = add_up_parts(named(range(count)), lambda a, b: f"({a}+{b})")
+    merged: list[Part] = []
+    covered = []
+    for rank in range(size):
+        mine = share_of(count, rank, size)
+        parts = named(mine)
+        assert [(part.level, part.index) for part in parts] == list(subtrees(mine))
+        for part in parts:
+            covered += range(part.index << part.level, (part.index + 1) << part.level)
+            add_part(merged, part, lambda a, b: f"({a}+{b})")
+    assert covered == list(range(count))
+    assert add_up_parts(merged, lambda a, b: f"({a}+{b})") == expected
+
+
+def test_one_process_is_all_ranks():
+    assert (ALONE.rank, ALONE.size, ALONE.is_first) == (0, 1, True)
+    assert ALONE.share(5) == range(5)
+    assert ALONE.gather("x") == ["x"]
+    assert ALONE.from_first(lambda: 3) == 3
+    ALONE.fail(TrainingError("nobody hears it"))
+    ALONE.abort()
+
+
+def test_without_mpi_there_is_one_message(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    for name in data_parallel._OF_MPI:
+        monkeypatch.delenv(name, raising=False)
+    assert data_parallel.ranks_here() is ALONE
+    monkeypatch.setenv("PMI_RANK", "0")
+    with pytest.raises(
+        TrainingError, match=r"MPI cannot be used here .* pip install 'pvt-ref\[mpi"
+    ):
+        data_parallel.ranks_here()
+
+
+# The same bits ------------------------------------------------------------------------------------
+
+
+@MPI
+@pytest.mark.parametrize("network", ["pvt", "pvt_v2", "vit"])
+def test_ranks_change_no_bit(network, tmp_path):
+    train(0, tmp_path / "alone", "--network", network)
+    for ranks in (1, 2, 4) if network == "pvt" else (4,):
+        train(ranks, tmp_path / str(ranks), "--network", network)
+        assert same(tmp_path / "alone", tmp_path / str(ranks)), ranks
+
+
+@MPI
+def test_uneven_shares_and_float64(tmp_path):
+    given = ("--accumulate", 5, "--double")
+    train(0, tmp_path / "alone", *given)
+    train(3, tmp_path / "three", *given)
+    assert same(tmp_path / "alone", tmp_path / "three")
+
+
+@MPI
+@pytest.mark.parametrize("network", ["pvt", "pvt_v2", "vit"])
+def test_gradients_are_those_of_the_whole_batch(network, tmp_path):
+    """In float64, without chance: four ranks with a micro-batch each, and one process without."""
+    given = ("--network", network, "--double", "--calm", "--stop", 1)
+    train(0, tmp_path / "alone", "--accumulate", 1, "--gradients", tmp_path / "a.npz", *given)
+    train(4, tmp_path / "four", "--accumulate", 4, "--gradients", tmp_path / "b.npz", *given)
+    a, b = (np.load(tmp_path / f"{name}.npz") for name in "ab")
+    assert set(a) == set(b)
+    for key in a:
+        scale = np.abs(a[key]).max()
+        np.testing.assert_allclose(b[key], a[key], rtol=0, atol=1e-12 * max(scale, 1e-3))
+
+
+@MPI
+def test_photos_are_read_by_the_rank_that_needs_them(tmp_path):
+    write_photos(tmp_path / "learnt", 27, 1)
+    write_photos(tmp_path / "held_out", 9, 2)
+    train(0, tmp_path / "alone", "--photos", tmp_path)
+    done = run(2, SCRIPT, tmp_path / "two", "--photos", tmp_path, "--count")
+    assert done.returncode == 0, done.stderr
+    assert same(tmp_path / "alone", tmp_path / "two")
+    # 3 epochs of 4 steps of 6 samples, in 4 micro-batches: 2, 2, 1, 1
+    assert "rank 0 read 48 photos" in done.stdout
+    assert "rank 1 read 24 photos" in done.stdout
+
+
+@MPI
+def test_stopped_and_resumed_with_another_number_of_ranks(tmp_path):
+    train(0, tmp_path / "alone")
+    train(4, tmp_path / "run", "--stop", 5)
+    train(2, tmp_path / "run", "--stop", 9, "--resume")
+    train(0, tmp_path / "run", "--resume")
+    assert same(tmp_path / "alone", tmp_path / "run")
+
+
+# Failures -----------------------------------------------------------------------------------------
+
+
+@MPI
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rank_that_fails_ends_all_and_the_first_says_why(rank, tmp_path):
+    done = run(3, SCRIPT, tmp_path / "run", "--fail", rank, 5, "error")
+    assert done.returncode == 2
+    said = "made to fail" if rank == 0 else "rank 2 of 3 has failed: made to fail"
+    assert f"rank 0: {said}" in done.stderr
+    assert "rank 1: rank" in done.stderr
+
+
+@MPI
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_bug_in_a_rank_ends_all(rank, tmp_path):
+    done = run(3, SCRIPT, tmp_path / "run", "--fail", rank, 5, "bug")
+    assert done.returncode == 1
+    assert "ZeroDivisionError: a bug" in done.stderr
+
+
+@MPI
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_all_and_the_run_goes_on(rank, tmp_path):
+    train(0, tmp_path / "alone")
+    done = run(2, SCRIPT, tmp_path / "run", "--fail", rank, 6, "kill")
+    assert done.returncode != 0
+    assert "KILLED" in done.stdout.upper()
+    train(2, tmp_path / "run", "--resume")
+    assert same(tmp_path / "alone", tmp_path / "run")
+
+
+@MPI
+def test_more_ranks_than_micro_batches_are_refused(tmp_path):
+    done = run(4, SCRIPT, tmp_path / "run", "--accumulate", 3)
+    assert done.returncode == 2
+    assert "there are 4 ranks, and the recipe has accumulate=3" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@MPI
+def test_a_folder_of_another_run_is_refused_by_all(tmp_path):
+    train(2, tmp_path / "run", "--stop", 1)
+    done = run(2, SCRIPT, tmp_path / "run")
+    assert done.returncode == 2
+    assert "rank 0: " in done.stderr
+    assert "rank 1: rank 0 of 2 has failed: " in done.stderr
+    assert done.stderr.count("holds a training already") == 2
+
+
+@MPI
+def test_ranks_with_other_threads_are_refused(tmp_path):
+    done = run(2, SCRIPT, tmp_path / "run", "--threads-by-rank")
+    assert done.returncode == 2
+    assert "their last bits would differ" in done.stderr
+
+
+# The command line ---------------------------------------------------------------------------------
+
+
+@MPI
+def test_train_on_two_ranks_is_train_with_two_micro_batches(tmp_path):
+    data = write_colours(tmp_path / "data", 8)
+    command = ["-m", "pvt_ref", "train", data, "--variant", "pvt_v2_b0", "--size", 32]
+    command += ["--epochs", 1, "--batch-size", 7]
+    for ranks, name in ((0, "alone"), (2, "two")):
+        more = [] if ranks else ["--accumulate", 2]
+        done = run(ranks, *command, *more, "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("photos held out are right") == 1  # one speaks
+    assert same(tmp_path / "alone", tmp_path / "two")
+    model = pvt_ref.load(tmp_path / "two" / "model.safetensors")
+    assert model.info.training["recipe"]["accumulate"] == 2
+
+
+@MPI
+def test_the_command_line_says_once_what_is_wrong(tmp_path):
+    done = run(3, "-m", "pvt_ref", "train", tmp_path / "none", "--out", tmp_path / "run")
+    assert done.returncode == 2
+    assert done.stderr.count("there is no folder") == 1
