@@ -4,9 +4,11 @@ A record is a frozen dataclass of arrays, of other records, and of tuples of the
 are the key segments of a checkpoint, so the walk is the key map.
 """
 
+import hashlib
+import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, TypeVar, dataclass_transform
@@ -192,3 +194,14 @@ def to_device(tree: Any, device: str = "cuda") -> Any:
         raise DeviceError(f"device is {device!r}, but the CUDA devices here are 0 to {count - 1}")
     with cupy.cuda.Device(number):
         return map_arrays(cupy.asarray, tree)
+
+
+def digest(state: Mapping[str, np.ndarray], stated: Any) -> str:
+    """SHA-256 over plain values and every tensor's name, dtype, shape and bytes, in any order."""
+    sha256 = hashlib.sha256()
+    sha256.update(json.dumps(stated, sort_keys=True).encode())
+    for key, x in sorted(state.items()):  # no key comes twice, so no arrays are compared
+        sha256.update(json.dumps([key, x.dtype.name, x.shape]).encode())  # also says how many bytes
+        little = x.astype(x.dtype.newbyteorder("<"), copy=False)
+        sha256.update(np.ascontiguousarray(little).data)
+    return sha256.hexdigest()

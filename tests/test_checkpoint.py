@@ -34,7 +34,7 @@ from pvt_ref.checkpoint import files as files_module
 from pvt_ref.checkpoint import load, save
 from pvt_ref.checkpoint.key_maps import foreign_shapes, pieces, to_native
 from pvt_ref.checkpoint.pth import PthFile
-from pvt_ref.checkpoint.safetensors_file import METADATA_KEY, digest, to_bytes
+from pvt_ref.checkpoint.safetensors_file import METADATA_KEY, to_bytes
 from pvt_ref.checkpoint.stated import from_argument
 from pvt_ref.errors import ArrayTypeError, CheckpointError, ConfigError, MissingFileError
 from pvt_ref.layers.linear import LinearParams
@@ -42,6 +42,7 @@ from pvt_ref.models import architecture
 from pvt_ref.models.architecture import Leaf, config_to_dict, param_shapes
 from pvt_ref.models.layouts import Files, Layout
 from pvt_ref.models.pvt.files import AUTHORS, AUTHORS_DENSE, HUGGING_FACE, MMDETECTION
+from pvt_ref.tree import digest
 
 TINY = PVTConfig(
     img_size=32,

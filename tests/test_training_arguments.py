@@ -104,7 +104,6 @@ def right(tmp_path: Path) -> dict[str, dict[str, Any]]:
         "draw_confusion": {"counts": np.eye(3), "classes": "abc", "picture": tmp_path / "y.png"},
         "Options": {"weights": None, "variant": "pvt_v2_b0", "size": 32, "augment": None}
         | {"class_names": None, "recipe": {"epochs": 1}, "damaged": None},
-        "stratified_split": {"labels": DATA.labels, "share": 0.1, "seed": 0},
         "train_folder": {"data": tmp_path / "none", "out": tmp_path / "run", "options": Options()}
         | {"config": None, "resume": False, "device": "cpu", "workers": None, "console": None}
         | {"stop_at_step": 0, "ranks": ALONE},
@@ -135,7 +134,7 @@ RECORDS = {
 }  # made by the functions, seen by them
 #: Of samples and their augmentation, which other tests look at.
 ELSEWHERE = {"LabelledImages", "cutout", "evaluate", "mixup", "one_hot", "random_crop"} | {
-    *("random_flip", "Ahead", "ImageFolder", "PhotoAugment", "Samples", "confusion_matrix"),
+    *("random_flip", "ImageFolder", "PhotoAugment", "confusion_matrix"),
 }
 
 

@@ -11,10 +11,11 @@ from kill_training import RUN, fingerprint, saved
 from rich.console import Console
 from small_training import CONFIG, DATA, HELD_OUT, RECIPE
 
-from pvt_ref.checkpoint.safetensors_file import TRAINING_KEY, digest, pack, read_safetensors
+from pvt_ref.checkpoint.safetensors_file import TRAINING_KEY, pack, read_safetensors
 from pvt_ref.errors import CheckpointError, MissingFileError, TrainingError
 from pvt_ref.train import draw_curves, fit, load_state, loop, read_metrics, save_state
 from pvt_ref.train.loop import CURVES, METRICS, STATE
+from pvt_ref.tree import digest
 
 #: More digits than Python turns into a number, more levels than a reader should go down.
 DIGITS, DEEP = "7" * 5000, "[" * 100_000

@@ -5,7 +5,6 @@ library writes several in random order), a JSON text with the configuration, wha
 the model, and a SHA-256 over both and all tensors; what fails it is refused.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from pvt_ref.checkpoint.stored import MAX_RANK, UNEXPECTED, damaged, refuse_dama
 from pvt_ref.data.info import ModelInfo
 from pvt_ref.errors import CheckpointError, shown
 from pvt_ref.models.architecture import architecture_of, architectures, config_to_dict
+from pvt_ref.tree import digest
 
 METADATA_KEY = "pvt_ref"
 FORMAT = "pvt_ref weights 2"
@@ -190,14 +190,3 @@ def _sealed(record: Mapping[str, Any]) -> Any:
     if record["format"] == _FIRST_FORMAT:
         return [record[name] for name in ("format", "config", "info") if name in record]
     return {name: record[name] for name in record if name != "sha256"}
-
-
-def digest(state: Mapping[str, np.ndarray], stated: Any) -> str:
-    """SHA-256 over plain values and every tensor's name, dtype, shape and bytes, in any order."""
-    sha256 = hashlib.sha256()
-    sha256.update(json.dumps(stated, sort_keys=True).encode())
-    for key, x in sorted(state.items()):  # no key comes twice, so no arrays are compared
-        sha256.update(json.dumps([key, x.dtype.name, x.shape]).encode())  # also says how many bytes
-        little = x.astype(x.dtype.newbyteorder("<"), copy=False)
-        sha256.update(np.ascontiguousarray(little).data)
-    return sha256.hexdigest()

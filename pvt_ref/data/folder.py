@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pvt_ref.checkpoint.safetensors_file import digest
 from pvt_ref.checks import Size, as_size, check_type
 from pvt_ref.data.ahead import in_order
 from pvt_ref.data.image import read_rgb
@@ -30,6 +29,7 @@ from pvt_ref.errors import (
     reason,
     shown,
 )
+from pvt_ref.tree import digest
 
 #: Photos that are being read while :meth:`ImageFolder.check` waits for the next one.
 _AHEAD = 64
@@ -128,7 +128,17 @@ class ImageFolder(Samples):
         return f"{self._shown()} has {len(classes)} folders and no photo: {names}. {expected}"
 
     def subset(self, chosen: Sequence[int] | np.ndarray) -> "ImageFolder":
-        """Some of the photos, by their numbers, in that order; the classes stay."""
+        """Some of the photos; the classes stay.
+
+        Args:
+            chosen: (n,) whole numbers, in whatever order.
+
+        Returns:
+            A folder of these photos in that order.
+
+        Raises:
+            TrainingError: if there are none.
+        """
         if not len(chosen):
             raise TrainingError(f"none of the photos of {self._shown()} is left")
         new = self._copy()
@@ -137,7 +147,17 @@ class ImageFolder(Samples):
         return new
 
     def replace(self, **changes: Any) -> "ImageFolder":
-        """The same photos with another size, preprocessing or augment, as at first."""
+        """The same photos, of which something else becomes.
+
+        Args:
+            changes: size, preprocessing, augment: those that change.
+
+        Returns:
+            A folder of the same photos.
+
+        Raises:
+            PVTError: as making one.
+        """
         new = self._copy()
         new._settle(**({name: getattr(self, name) for name in _SETTINGS} | changes))
         return new
@@ -164,16 +184,45 @@ class ImageFolder(Samples):
         return self._size
 
     def path(self, i: int) -> Path:
-        """Where a photo lies."""
+        """Where a photo lies.
+
+        Args:
+            i: its number.
+
+        Returns:
+            An absolute path.
+        """
         return self.root / self.files[i]
 
     def pixels(self, chosen: np.ndarray | slice) -> np.ndarray:
-        """The photos at some places as for a prediction, (B, C, H, W) uint8."""
+        """Photos as for a prediction.
+
+        Args:
+            chosen: (B,) whole numbers, or a slice.
+
+        Returns:
+            (B, C, H, W) uint8.
+
+        Raises:
+            ImageError, MissingFileError: if one cannot be read; the message names it.
+        """
         paths = [self.path(i) for i in np.arange(len(self))[chosen]]
         return self._channels_first(self.preprocessing.pixels(paths, self.size))
 
     def drawn_pixels(self, chosen: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """As :meth:`pixels`, changed at random as ``augment`` says."""
+        """Photos changed at random, as ``augment`` says.
+
+        Args:
+            chosen: (B,) whole numbers.
+            seed: of the training.
+            epoch: from 0. A photo's changes depend on seed, epoch and its number only.
+
+        Returns:
+            (B, C, H, W) uint8.
+
+        Raises:
+            ImageError, MissingFileError: as :meth:`pixels`.
+        """
         if self.augment is None:
             return self.pixels(chosen)
         H, W = self.size
@@ -202,10 +251,13 @@ class ImageFolder(Samples):
         return {"samples": len(self), "sha256": digest(arrays, made)}
 
     def check(self, workers: int | None = None) -> Iterator[Damaged | None]:
-        """Reads every photo: for each, in order, None, or what is wrong with it.
+        """Reads every photo.
 
         Args:
             workers: threads that decode; None takes one a core.
+
+        Returns:
+            An iterator: for each photo, in order, None, or what is wrong with it.
         """
 
         def fault(i: int) -> Damaged | None:

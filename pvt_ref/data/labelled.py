@@ -12,13 +12,12 @@ import numpy as np
 
 from pvt_ref.api import forward
 from pvt_ref.arrays import Array, from_host
-from pvt_ref.checkpoint.safetensors_file import digest
 from pvt_ref.checks import check_number, check_type
 from pvt_ref.data.ahead import Pool, Waited, in_order
 from pvt_ref.data.preprocessing import Preprocessing
 from pvt_ref.errors import TrainingError
 from pvt_ref.layers.cross_entropy import cross_entropy
-from pvt_ref.tree import first_array, to_numpy
+from pvt_ref.tree import digest, first_array, to_numpy
 
 #: Pixels that go through the network together in :func:`evaluate`: 256 images of 64x64, say.
 _PIXELS_AT_ONCE = 2**20
@@ -141,11 +140,27 @@ class LabelledImages(Samples):
         return self.images.shape[2], self.images.shape[3]
 
     def pixels(self, chosen: np.ndarray | slice) -> np.ndarray:
-        """The images at some places, (B, C, H, W) uint8."""
+        """The images at some places.
+
+        Args:
+            chosen: (B,) integers, or a slice.
+
+        Returns:
+            (B, C, H, W) uint8.
+        """
         return self.images[chosen]
 
     def drawn_pixels(self, chosen: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """The same: a recipe changes them as numbers."""
+        """The same: a recipe changes them as numbers.
+
+        Args:
+            chosen: (B,) integers.
+            seed: not asked.
+            epoch: not asked.
+
+        Returns:
+            (B, C, H, W) uint8.
+        """
         return self.images[chosen]
 
     def describe(self) -> dict[str, Any]:

@@ -5,13 +5,13 @@ them together. See docs/training.md.
 """
 
 from pvt_ref.data.augment import cutout, mixup, one_hot, random_crop, random_flip
-from pvt_ref.data.folder import Damaged, ImageFolder
-from pvt_ref.data.labelled import Ahead, LabelledImages, Samples, confusion_matrix, evaluate
+from pvt_ref.data.folder import ImageFolder
+from pvt_ref.data.labelled import LabelledImages, confusion_matrix, evaluate
 from pvt_ref.data.photo_augment import PhotoAugment
 from pvt_ref.report.diagnosis import first_non_finite
 from pvt_ref.train.adamw import AdamW, AdamWState, adamw_init, adamw_step, is_decayed
 from pvt_ref.train.ema import ema_decay_of_step, ema_step
-from pvt_ref.train.from_folder import Options, stratified_split, train_folder
+from pvt_ref.train.from_folder import Options, train_folder
 from pvt_ref.train.gradients import add_gradients, clip_by_global_norm, global_norm
 from pvt_ref.train.loop import Run, fit
 from pvt_ref.train.metrics import draw_confusion, draw_curves, read_metrics
@@ -21,11 +21,11 @@ from pvt_ref.train.schedule import config_of_epoch, drop_path_of_epoch, warmup_c
 from pvt_ref.train.step import StepReport, TrainState, start_training, train_step
 
 __all__ = [
-    "AdamW", "AdamWState", "Ahead", "Damaged", "ImageFolder", "LabelledImages", "Options",
-    "PhotoAugment", "Recipe", "Run", "Samples", "StepReport", "TrainState", "adamw_init",
-    "adamw_step", "add_gradients", "clip_by_global_norm", "config_of_epoch", "confusion_matrix",
-    "cutout", "draw_confusion", "draw_curves", "drop_path_of_epoch", "ema_decay_of_step",
-    "ema_step", "evaluate", "first_non_finite", "fit", "global_norm", "is_decayed", "load_state",
-    "mixup", "one_hot", "random_crop", "random_flip", "read_metrics", "save_state",
-    "start_training", "stratified_split", "train_folder", "train_step", "warmup_cosine",
+    "AdamW", "AdamWState", "ImageFolder", "LabelledImages", "Options", "PhotoAugment", "Recipe",
+    "Run", "StepReport", "TrainState", "adamw_init", "adamw_step", "add_gradients",
+    "clip_by_global_norm", "config_of_epoch", "confusion_matrix", "cutout", "draw_confusion",
+    "draw_curves", "drop_path_of_epoch", "ema_decay_of_step", "ema_step", "evaluate",
+    "first_non_finite", "fit", "global_norm", "is_decayed", "load_state", "mixup", "one_hot",
+    "random_crop", "random_flip", "read_metrics", "save_state", "start_training", "train_folder",
+    "train_step", "warmup_cosine",
 ]  # fmt: skip

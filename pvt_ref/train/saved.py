@@ -14,7 +14,7 @@ from pvt_ref.api import from_state_dict, to_state_dict
 from pvt_ref.app import Model
 from pvt_ref.arrays import Array, dtype_name, from_host, is_array
 from pvt_ref.checkpoint.bounded_json import parse_json
-from pvt_ref.checkpoint.safetensors_file import TRAINING_KEY, digest, pack, read_safetensors
+from pvt_ref.checkpoint.safetensors_file import TRAINING_KEY, pack, read_safetensors
 from pvt_ref.checkpoint.whole_file import write_whole
 from pvt_ref.data.info import ModelInfo
 from pvt_ref.data.labelled import Samples
@@ -24,7 +24,7 @@ from pvt_ref.train.adamw import AdamWState
 from pvt_ref.train.checks import check_path
 from pvt_ref.train.recipe import Recipe
 from pvt_ref.train.step import BEST_SO_FAR, TrainState, check_state
-from pvt_ref.tree import to_numpy
+from pvt_ref.tree import digest, to_numpy
 
 FORMAT = "pvt_ref training 3"
 

@@ -104,6 +104,7 @@ def train_step(
         ShapeError: if state is of another model, or of another number of samples.
         ArrayTypeError, ConfigError, PVTError: as :func:`pvt_ref.forward_with_cache`.
     """
+    check_type("ranks", ranks, Ranks, "from pvt_ref.train.data_parallel")
     check_samples(data, "data", config, recipe)
     check_state(state)
     if state.samples != len(data):
