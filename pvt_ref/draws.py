@@ -29,6 +29,7 @@ class What(IntEnum):
     MIXUP = 4  # step, micro-batch
     STAGE_DROPOUT = 5  # step, micro-batch, stage
     BLOCK = 6  # step, micro-batch, block
+    PHOTO = 7  # epoch, sample: changes of a photo before it becomes numbers
 
 
 def generator(seed: int, what: What, *where: int) -> Generator:

@@ -17,7 +17,16 @@ import pvt_ref.train
 from pvt_ref import ModelInfo
 from pvt_ref.checks import check_number
 from pvt_ref.errors import ArrayTypeError, PVTError, RangeError, ShapeError, TrainingError
-from pvt_ref.train import AdamW, adamw_init, adamw_step, ema_step, fit, start_training, train_step
+from pvt_ref.train import (
+    AdamW,
+    PhotoAugment,
+    adamw_init,
+    adamw_step,
+    ema_step,
+    fit,
+    start_training,
+    train_step,
+)
 from pvt_ref.train.checks import check_path
 from pvt_ref.train.saved import describe_run
 
@@ -74,6 +83,7 @@ def right(tmp_path: Path) -> dict[str, dict[str, Any]]:
     return {
         "AdamW": {"beta1": 0.9, "beta2": 0.9, "eps": 1.0, "weight_decay": 0.1}
         | {"decay_positions": True},
+        "PhotoAugment": PhotoAugment().to_dict(),
         "Recipe": RECIPE.to_dict(),
         "adamw_init": {"params": PARAMS},
         "adamw_step": {"params": PARAMS, "grads": PARAMS, "state": adamw_init(PARAMS)}
@@ -110,9 +120,9 @@ def right(tmp_path: Path) -> dict[str, dict[str, Any]]:
 
 RECORDS = {"AdamWState", "Run", "StepReport", "TrainState"}  # made by the functions, seen by them
 #: Of samples and their augmentation, which other tests look at.
-ELSEWHERE = {"LabelledImages", "cutout", "evaluate", "mixup", "one_hot", "random_crop"} | {
-    "random_flip"
-}
+ELSEWHERE = {"LabelledImages", "cutmix", "cutout", "evaluate", "mixup", "one_hot"} | {
+    "random_crop", "random_erasing", "random_flip"
+}  # fmt: skip
 
 
 def test_the_catalogue_is_whole(tmp_path):

@@ -4,8 +4,17 @@ Each part is a function or a small record of its own file and can be used alone;
 them together. See docs/training.md.
 """
 
-from pvt_ref.data.augment import cutout, mixup, one_hot, random_crop, random_flip
+from pvt_ref.data.augment import (
+    cutmix,
+    cutout,
+    mixup,
+    one_hot,
+    random_crop,
+    random_erasing,
+    random_flip,
+)
 from pvt_ref.data.labelled import LabelledImages, evaluate
+from pvt_ref.data.photo_augment import PhotoAugment
 from pvt_ref.report.diagnosis import first_non_finite
 from pvt_ref.train.adamw import AdamW, AdamWState, adamw_init, adamw_step, is_decayed
 from pvt_ref.train.ema import ema_decay_of_step, ema_step
@@ -18,10 +27,10 @@ from pvt_ref.train.schedule import config_of_epoch, drop_path_of_epoch, warmup_c
 from pvt_ref.train.step import StepReport, TrainState, start_training, train_step
 
 __all__ = [
-    "AdamW", "AdamWState", "LabelledImages", "Recipe", "Run", "StepReport", "TrainState",
-    "adamw_init", "adamw_step", "add_gradients", "clip_by_global_norm", "config_of_epoch", "cutout",
-    "draw_curves", "drop_path_of_epoch", "ema_decay_of_step", "ema_step", "evaluate",
-    "first_non_finite", "fit", "global_norm", "is_decayed", "load_state", "mixup", "one_hot",
-    "random_crop", "random_flip", "read_metrics", "save_state", "start_training", "train_step",
-    "warmup_cosine",
+    "AdamW", "AdamWState", "LabelledImages", "PhotoAugment", "Recipe", "Run", "StepReport",
+    "TrainState", "adamw_init", "adamw_step", "add_gradients", "clip_by_global_norm",
+    "config_of_epoch", "cutmix", "cutout", "draw_curves", "drop_path_of_epoch", "ema_decay_of_step",
+    "ema_step", "evaluate", "first_non_finite", "fit", "global_norm", "is_decayed", "load_state",
+    "mixup", "one_hot", "random_crop", "random_erasing", "random_flip", "read_metrics",
+    "save_state", "start_training", "train_step", "warmup_cosine",
 ]  # fmt: skip
