@@ -87,6 +87,16 @@ def settle(record: Any, name: str, **bounds: Any) -> None:
     object.__setattr__(record, name, check_number(name, getattr(record, name), **bounds))
 
 
+def check_interval(
+    name: str, pair: Any, *, most: float, **bounds: float | None
+) -> tuple[float, float]:
+    """Two numbers within bounds, the first at most the second, as floats. Raises: RangeError."""
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        raise RangeError(f"{name} is {shown(pair)}; it must be two numbers, the smaller one first")
+    least = check_number(f"{name}[0]", pair[0], **bounds, most=most)
+    return least, check_number(f"{name}[1]", pair[1], least=least, most=most)
+
+
 def check_flag(name: str, value: object) -> None:
     """Refuses what is neither True nor False. Raises: RangeError."""
     if not isinstance(value, bool):

@@ -28,8 +28,10 @@ RECIPE = Recipe(
     lr=3e-3,
     warmup_epochs=1,
     mixup_alpha=0.5,
+    cutmix_alpha=1.0,
     crop_padding=2,
     cutout=4,
+    erasing=0.3,
     ema_decay=0.9,
     drop_path_ramp_epochs=2,
     seed=5,
@@ -53,4 +55,5 @@ DATA, HELD_OUT = stripes(27, 1), stripes(9, 2)  # 4 steps an epoch, and 3 sample
 
 def without_chance(recipe: Recipe) -> Recipe:
     """The same with every batch as it is."""
-    return dataclasses.replace(recipe, mixup_alpha=0.0, crop_padding=0, flip=False, cutout=0)
+    still = {"crop_padding": 0, "flip": False, "cutout": 0, "erasing": 0.0}
+    return dataclasses.replace(recipe, mixup_alpha=0.0, cutmix_alpha=0.0, **still)

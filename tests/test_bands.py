@@ -24,12 +24,14 @@ from pvt_ref.errors import (
 )
 from pvt_ref.train import (
     LabelledImages,
+    cutmix,
     cutout,
     evaluate,
     fit,
     mixup,
     one_hot,
     random_crop,
+    random_erasing,
     random_flip,
 )
 
@@ -255,7 +257,9 @@ def test_augmentation_moves_all_channels_alike(channels):
         random_crop(images, 2, rng_of(1)),
         random_flip(images, rng_of(1)),
         cutout(images, 3, rng_of(1)),
+        random_erasing(images, 0.9, rng_of(1)),
         mixup(images, np.eye(6), 0.5, rng_of(1))[0],
+        cutmix(images, np.eye(6), 1.0, rng_of(1))[0],
     ):
         assert changed.shape == images.shape
         assert np.array_equal(changed, np.repeat(changed[:, :1], channels, axis=1))
@@ -284,6 +288,29 @@ IMAGES = np.zeros((2, 3, 8, 8), np.float32)
         (lambda r: mixup(IMAGES, np.eye(2), -0.1, r), RangeError, "alpha is -0.1"),
         (lambda r: mixup(IMAGES, np.eye(2), float("nan"), r), RangeError, "alpha is nan"),
         (lambda r: mixup(IMAGES, np.eye(3), 0.2, r), ShapeError, r"targets have shape \(3, 3\)"),
+        (lambda r: random_erasing(IMAGES, 1.5, r), RangeError, "probability is 1.5"),
+        (lambda r: random_erasing(IMAGES, True, r), RangeError, "probability is True"),
+        (lambda r: random_erasing(IMAGES[0], 0, r), ShapeError, "must be"),
+        (lambda r: random_erasing(IMAGES, 0.5, None), ArrayTypeError, "rng is NoneType"),
+        (
+            lambda r: random_erasing(IMAGES, 0.5, r, area=(0, 0.5)),
+            RangeError,
+            r"area\[0\] is 0; it must be a number above 0",
+        ),
+        (
+            lambda r: random_erasing(IMAGES, 0.5, r, area=(0.4, 0.3)),
+            RangeError,
+            r"area\[1\] is 0.3; it must be a number .*at least 0.4",
+        ),
+        (
+            lambda r: random_erasing(IMAGES, 0.5, r, ratio=3),
+            RangeError,
+            "ratio is 3; it must be two numbers, the smaller one first",
+        ),
+        (lambda r: cutmix(IMAGES, np.eye(2), -0.1, r), RangeError, "alpha is -0.1"),
+        (lambda r: cutmix(IMAGES, np.eye(3), 1, r), ShapeError, r"targets have shape \(3, 3\)"),
+        (lambda r: cutmix(IMAGES, None, 1, r), ShapeError, r"targets have shape \(\)"),
+        (lambda r: cutmix(IMAGES, np.eye(2), 1, 5), ArrayTypeError, "rng is int"),
         (lambda r: one_hot(np.zeros(2), 3, IMAGES), ArrayTypeError, "labels are float64"),
         (lambda r: one_hot([1, 2], 3, IMAGES), ArrayTypeError, "labels are list"),
         (lambda r: one_hot(np.zeros((2, 1), int), 3, IMAGES), ShapeError, r"shape \(2, 1\)"),

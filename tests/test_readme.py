@@ -28,6 +28,7 @@ def test_the_code_in_the_readme_runs(tmp_path, monkeypatch, capsys):
 def test_the_code_on_the_training_page_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     page = Path(__file__).parents[1] / "docs" / "training.md"
+    monkeypatch.chdir(page.parents[1])  # a photo is in examples/
     names = {}
     for code in re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL):
         exec(code, names)

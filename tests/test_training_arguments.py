@@ -20,6 +20,7 @@ from pvt_ref.errors import ArrayTypeError, PVTError, RangeError, ShapeError, Tra
 from pvt_ref.train import (
     AdamW,
     Options,
+    PhotoAugment,
     adamw_init,
     adamw_step,
     ema_step,
@@ -84,6 +85,7 @@ def right(tmp_path: Path) -> dict[str, dict[str, Any]]:
     return {
         "AdamW": {"beta1": 0.9, "beta2": 0.9, "eps": 1.0, "weight_decay": 0.1}
         | {"decay_positions": True},
+        "PhotoAugment": PhotoAugment().to_dict(),
         "Recipe": RECIPE.to_dict(),
         "adamw_init": {"params": PARAMS},
         "adamw_step": {"params": PARAMS, "grads": PARAMS, "state": adamw_init(PARAMS)}
@@ -125,16 +127,10 @@ def right(tmp_path: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-RECORDS = {
-    "AdamWState",
-    "Damaged",
-    "Run",
-    "StepReport",
-    "TrainState",
-}  # made by the functions, seen by them
+RECORDS = {"AdamWState", "Run", "StepReport", "TrainState"}  # made by the functions, seen by them
 #: Of samples and their augmentation, which other tests look at.
-ELSEWHERE = {"LabelledImages", "cutout", "evaluate", "mixup", "one_hot", "random_crop"} | {
-    *("random_flip", "ImageFolder", "PhotoAugment", "confusion_matrix"),
+ELSEWHERE = {"LabelledImages", "cutmix", "cutout", "evaluate", "mixup", "one_hot"} | {
+    *("random_crop", "random_erasing", "random_flip", "ImageFolder", "confusion_matrix"),
 }
 
 

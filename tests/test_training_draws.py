@@ -47,7 +47,8 @@ def test_no_two_places_share_their_numbers():
     """NumPy fills a short key up with zeros, so that [5] and [5, 0] would be one generator."""
     places = [(What.FIRST_WEIGHTS,)]
     places += [(What.ORDER, epoch) for epoch in range(8)]
-    places += [(What.AUGMENTATION, *where) for where in itertools.product(range(8), repeat=2)]
+    for what in (What.AUGMENTATION, What.PHOTO):
+        places += [(what, *where) for where in itertools.product(range(8), repeat=2)]
     for what in (What.MIXUP, What.STAGE_DROPOUT, What.BLOCK):
         places += [(what, *where) for where in itertools.product(range(6), repeat=3)]
     seeds = (0, 1, 2, 2**40)
@@ -85,7 +86,7 @@ def test_the_order_of_an_epoch_depends_on_seed_and_epoch_only():
 
 def test_a_sample_is_changed_alike_in_every_batch():
     """Alone, in another order, or beside others: the same pixels; in another epoch, others."""
-    recipe = dataclasses.replace(RECIPE, mixup_alpha=0.0)
+    recipe = dataclasses.replace(RECIPE, mixup_alpha=0.0, cutmix_alpha=0.0, erasing=0.6)
 
     def changed(chosen, epoch: int, step: int) -> np.ndarray:
         return draw_batch(
@@ -101,8 +102,9 @@ def test_a_sample_is_changed_alike_in_every_batch():
     assert sum(np.array_equal(x, y) for x, y in zip(together, elsewhere, strict=True)) < 3
 
 
-def test_pairs_of_mixup_are_inside_a_micro_batch():
-    recipe = dataclasses.replace(RECIPE, mixup_alpha=0.5)
+@pytest.mark.parametrize("alphas", [(0.5, 0.0), (0.0, 1.0), (0.5, 1.0)])
+def test_pairs_of_mixup_and_cutmix_are_inside_a_micro_batch(alphas):
+    recipe = dataclasses.replace(RECIPE, mixup_alpha=alphas[0], cutmix_alpha=alphas[1])
     labels = np.zeros(27, int)
     labels[:3] = 1
     data = dataclasses.replace(DATA, labels=labels)

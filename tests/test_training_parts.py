@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from closeness import relative
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import kstest
 from small_training import CONFIG, DATA, RECIPE, stripes
 from strategies import float_dtypes, normal, random_params, rng_of, seeds
 
 from pvt_ref import VARIANTS, Preprocessing, cross_entropy, forward, init_params, to_state_dict
 from pvt_ref.arrays import array_module
-from pvt_ref.draws import Draws, What, generator
+from pvt_ref.draws import Draws, SampleDraws, What, generator
 from pvt_ref.errors import ConfigError, PVTError, RangeError, ShapeError, TrainingError
 from pvt_ref.models.architecture import param_shapes
 from pvt_ref.train import (
@@ -31,6 +32,7 @@ from pvt_ref.train import (
     add_gradients,
     clip_by_global_norm,
     config_of_epoch,
+    cutmix,
     cutout,
     drop_path_of_epoch,
     ema_decay_of_step,
@@ -42,6 +44,7 @@ from pvt_ref.train import (
     mixup,
     one_hot,
     random_crop,
+    random_erasing,
     random_flip,
     start_training,
     train_step,
@@ -304,6 +307,72 @@ def test_crops_flips_and_cutouts_reach_everything_evenly():
     assert 0.10 < holes[:, 0, 4, 4].mean() < 0.30  # 16 of 81 centres blank the middle
 
 
+def rectangles(erased: np.ndarray) -> np.ndarray:
+    """Rows and columns of the holes of images that were above 0: top, bottom, left, right.
+
+    Raises: AssertionError unless every hole is a rectangle, the same in all channels.
+    """
+    holes = erased == 0
+    assert np.array_equal(holes, np.repeat(holes[:, :1], holes.shape[1], axis=1))
+    found = []
+    for hole in holes[:, 0]:
+        rows, columns = hole.any(axis=1).nonzero()[0], hole.any(axis=0).nonzero()[0]
+        found.append((rows[0], rows[-1] + 1, columns[0], columns[-1] + 1) if len(rows) else [0] * 4)
+        assert np.array_equal(hole, np.outer(hole.any(axis=1), hole.any(axis=0)))
+    return np.array(found)
+
+
+@given(
+    seed=seeds,
+    H=st.integers(1, 40),
+    W=st.integers(1, 40),
+    areas=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)),
+    ratios=st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)),
+)
+def test_an_erased_rectangle_has_area_and_ratio_in_bounds(seed, H, W, areas, ratios):
+    area, ratio = sorted(areas), sorted(ratios)
+    images = 0.1 + np.abs(batch(seed, 3, 2, H, W))
+    erased = random_erasing(images, 1.0, rng_of(seed), area, ratio)
+    assert np.array_equal(erased[erased != 0], images[erased != 0])
+    for top, bottom, left, right in rectangles(erased):
+        h, w = bottom - top, right - left
+        assert h >= 1 <= w
+        if min(h, w) > 1:  # to half a pixel
+            assert (h - 0.5) * (w - 0.5) <= area[1] * H * W
+            assert (h + 0.5) * (w + 0.5) >= area[0] * H * W
+            # further only if it would not have fitted
+            assert (h - 0.5) / (w + 0.5) <= ratio[1] or w == W
+            assert (h + 0.5) / (w - 0.5) >= ratio[0] or h == H
+
+
+def test_erased_areas_ratios_and_places_are_drawn_evenly():
+    H, W = 90, 110
+    images = np.ones((3000, 1, H, W), np.float32)
+    top, bottom, left, right = rectangles(random_erasing(images, 1.0, rng_of(4))).T
+    h, w = bottom - top, right - left
+    assert kstest((h * w / (H * W) - 0.02) / (1 / 3 - 0.02), "uniform").statistic < 0.03
+    small = h * w < 0.2 * H * W  # of which every ratio fits
+    shape = np.log((h / w)[small] / 0.3) / np.log(3.3 / 0.3)
+    assert kstest(shape, "uniform").statistic < 0.04
+    assert kstest((top + 0.5) / (H - h + 1), "uniform").statistic < 0.03
+    assert kstest((left + 0.5) / (W - w + 1), "uniform").statistic < 0.03
+    assert min(top.min(), left.min()) == 0
+    assert (bottom.max(), right.max()) == (H, W)
+    for share in (0.0, 0.25, 1.0):
+        some = random_erasing(images[:2000, :, :9, :9], share, rng_of(5))
+        assert abs(np.mean((some == 0).any(axis=(1, 2, 3))) - share) < 0.03
+
+
+def test_what_is_erased_of_a_sample_does_not_depend_on_its_batch():
+    images = np.ones((40, 1, 12, 9), np.float32)
+    together = random_erasing(images, 0.5, SampleDraws(3, 1, range(40)))
+    assert 0.2 < np.mean((together == 0).any(axis=(1, 2, 3))) < 0.8
+    assert len(np.unique(together, axis=0)) > 10
+    for sample in range(40):
+        alone = random_erasing(images[:1], 0.5, SampleDraws(3, 1, [sample]))
+        assert np.array_equal(alone[0], together[sample])
+
+
 def test_cutout_reaches_every_place_of_an_oblong_image():
     holes = cutout(np.ones((3000, 1, 5, 17)), 2, rng_of(8))[:, 0] == 0
     assert holes.any(axis=0).all()
@@ -319,16 +388,46 @@ def test_a_batch_is_changed_as_the_recipe_says():
     expected = (DATA.images[chosen] / 255 - 0.5) / 0.25
     np.testing.assert_allclose(images, expected, rtol=1e-12, atol=1e-12)
     assert targets.tolist() == DATA.labels[chosen].tolist()
-    everything = dataclasses.replace(RECIPE, mixup_alpha=0.5)
-    images, targets = draw_batch(params, DATA, chosen, CONFIG, everything, epoch, draws)
+    everything = dataclasses.replace(RECIPE, erasing=0.5, cutmix_alpha=0.0)
     changed = []
     for image, sample in zip(expected, chosen, strict=True):
         rng = generator(2, What.AUGMENTATION, epoch, sample)
-        changed.append(cutout(random_flip(random_crop(image[None], 2, rng), rng), 4, rng))
-    rng = draws.at(What.MIXUP)
-    expected = mixup(np.concatenate(changed), np.eye(3)[DATA.labels[chosen]], 0.5, rng)
-    np.testing.assert_allclose(images, expected[0], rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(targets, expected[1], rtol=1e-12)
+        moved = cutout(random_flip(random_crop(image[None], 2, rng), rng), 4, rng)
+        changed.append(random_erasing(moved, 0.5, rng))
+    changed, labels = np.concatenate(changed), np.eye(3)[DATA.labels[chosen]]
+    mixing = {(0.5, 0.0): mixup, (0.0, 0.7): cutmix}
+    for (mixup_alpha, cutmix_alpha), mix in mixing.items():
+        recipe = dataclasses.replace(everything, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha)
+        images, targets = draw_batch(params, DATA, chosen, CONFIG, recipe, epoch, draws)
+        alpha, rng = mixup_alpha + cutmix_alpha, draws.at(What.MIXUP)  # nothing drawn before
+        expected = mix(changed, labels, alpha, rng)
+        np.testing.assert_allclose(images, expected[0], rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(targets, expected[1], rtol=1e-12)
+
+
+def test_with_mixup_and_cutmix_each_micro_batch_takes_one_of_them():
+    """Half of them each. A step, and so the way of mixing, does not depend on earlier ones."""
+    recipe = dataclasses.replace(small_training.without_chance(RECIPE), cutmix_alpha=1.0)
+    recipe = dataclasses.replace(recipe, mixup_alpha=1.0)
+    params, chosen, mixed = params_of(0), np.arange(6), []
+    plain = (DATA.images[chosen] / 255 - 0.5) / 0.25
+    for step in range(100):
+        for micro_batch in range(2):
+            draws = Draws(1, step, micro_batch)
+            images, targets = draw_batch(params, DATA, chosen, CONFIG, recipe, 0, draws)
+            assert np.allclose(targets.sum(axis=1), 1)
+            # CutMix leaves every number what it was, in one image of the batch or another
+            mixed.append(not np.isclose(images[:, None], plain[None]).any(axis=1).all())
+            rng = draws.at(What.MIXUP)
+            kind = (mixup, cutmix)[rng.integers(2)]
+            assert (kind is mixup) == mixed[-1]
+            expected = kind(plain, np.eye(3)[DATA.labels[chosen]], 1.0, rng)
+            np.testing.assert_allclose(images, expected[0], rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(targets, expected[1], rtol=1e-12)
+    assert 0.4 < np.mean(mixed) < 0.6
+    assert {(a, b) for a, b in zip(mixed[::2], mixed[1::2], strict=True)} == {
+        (a, b) for a in (False, True) for b in (False, True)
+    }
 
 
 def test_a_hit_is_the_class_with_the_larger_share():
@@ -378,12 +477,63 @@ def test_mixup_blends_images_and_targets_alike(seed, alpha):
     assert float(cross_entropy(logits, soft, 0.1)[0]) == pytest.approx(float(theirs), rel=1e-12)
 
 
+@given(
+    seed=seeds, alpha=st.floats(0.05, 4), H=st.integers(1, 9), W=st.integers(1, 9),
+    B=st.integers(1, 6), dtype=float_dtypes,
+)  # fmt: skip
+def test_targets_of_cutmix_are_the_shares_of_the_pixels(seed, alpha, H, W, B, dtype):
+    """Counted: pixels of image b are b + 1, so each says whose it is."""
+    images = np.broadcast_to(np.arange(1, B + 1, dtype=dtype)[:, None, None, None], (B, 2, H, W))
+    mixed, soft = cutmix(images, np.eye(B, dtype=dtype), alpha, rng_of(seed))
+    assert mixed.shape == images.shape
+    assert mixed.dtype == soft.dtype == dtype
+    for b in range(B):
+        shares = [np.mean(mixed[b] == other + 1) for other in range(B)]
+        np.testing.assert_allclose(soft[b], shares, rtol=0, atol=1e-6)
+        assert np.isclose(soft[b].sum(), 1)
+    replaced = mixed != images
+    rectangles(np.where(replaced, 0, images))
+    assert len({r.tobytes() for r in replaced if r.any()}) <= 1  # the same place for all
+
+
+def test_cutmix_takes_the_rectangle_of_the_paper():
+    """Sides in proportion to sqrt(1 - lambda), the centre anywhere; cut off at the border."""
+    H, W = 40, 60
+    images = np.stack([np.full((1, H, W), 1.0), np.full((1, H, W), 2.0)])
+
+    def cut(seed: int, alpha: float) -> tuple[float, np.ndarray | None]:
+        """lambda, and the rectangle if the two were exchanged."""
+        rng = rng_of(seed)
+        lam, partner = rng.beta(alpha, alpha), rng.permutation(2)
+        mixed, _ = cutmix(images, np.eye(2), alpha, rng_of(seed))
+        return lam, rectangles(np.where(mixed != images, 0, images))[0] if partner[0] else None
+
+    whole = 0
+    for seed in range(800):
+        lam, found = cut(seed, 1.0)
+        if found is not None and found.all() and found[1] < H and found[3] < W:
+            top, bottom, left, right = found
+            assert abs(bottom - top - H * math.sqrt(1 - lam)) <= 0.5
+            assert abs(right - left - W * math.sqrt(1 - lam)) <= 0.5
+            whole += 1
+    assert whole > 30
+    found = np.array([f for seed in range(2000) for _, f in [cut(seed, 1e9)] if f is not None])
+    top, bottom, left, right = found.T  # lambda is 1/2, and the sides 28 and 42
+    row = np.where(top > 0, top + 14, bottom - 14)
+    column = np.where(left > 0, left + 21, right - 21)
+    assert kstest((row + 0.5) / H, "uniform").statistic < 0.06
+    assert kstest((column + 0.5) / W, "uniform").statistic < 0.06
+    assert (row.min(), row.max(), column.min(), column.max()) == (0, H - 1, 0, W - 1)
+
+
 def test_what_is_off_draws_nothing():
     images, rng = batch(0), rng_of(1)
     before = rng.bit_generator.state
     assert random_crop(images, 0, rng) is images
     assert cutout(images, 0, rng) is images
+    assert random_erasing(images, 0, rng) is images
     assert mixup(images, images, 0, rng) == (images, images)
+    assert cutmix(images, images, 0, rng) == (images, images)
     assert rng.bit_generator.state == before
 
 
@@ -395,7 +545,10 @@ def test_augmentation_is_the_same_on_every_library(library):
         lambda x: random_crop(x, 3, rng_of(5)),
         lambda x: random_flip(x, rng_of(5)),
         lambda x: cutout(x, 3, rng_of(5)),
+        lambda x: random_erasing(x, 0.7, rng_of(5)),
         lambda x: mixup(x, x, 0.5, rng_of(5))[0],
+        lambda x: cutmix(x, x, 1.0, rng_of(5))[0],
+        lambda x: cutmix(x, x, 1.0, rng_of(5))[1],
         lambda x: one_hot(np.arange(6), 7, x),
     ):
         here, result = change(images), change(there)
@@ -441,6 +594,8 @@ def test_the_optimiser_runs_on_every_library(library):
         ({"clip_norm": 0}, "clip_norm is 0"),
         ({"label_smoothing": 1.1}, "label_smoothing is 1.1"),
         ({"mixup_alpha": "0.2"}, "mixup_alpha is '0.2'"),
+        ({"cutmix_alpha": -1}, "cutmix_alpha is -1; it must be a number at least 0"),
+        ({"erasing": 1.1}, "erasing is 1.1; it must be a number at least 0 and at most 1"),
         ({"flip": 1}, "flip is 1; it must be True or False"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0"),
         ({"seed": -1}, "seed is -1"),

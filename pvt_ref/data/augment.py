@@ -1,4 +1,7 @@
-"""Random changes of a batch that do not change what it shows: crop, flip, cutout; and mixup.
+"""Random changes of a batch that do not change what it shows: crop, flip, cutout, erasing.
+
+Mixup and CutMix do change it, and the targets with it. Photos can be changed before they become
+numbers, too: :mod:`pvt_ref.data.photo_augment`.
 
 Every function takes and returns a batch (B, C, H, W) of NumPy or CuPy arrays. A training gives
 every sample a generator of its own (:class:`~pvt_ref.draws.SampleDraws`), so that what happens to a
@@ -11,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 
 from pvt_ref.arrays import Array, array_module, from_host
-from pvt_ref.checks import batch_shape, check_number, check_rng
+from pvt_ref.checks import batch_shape, check_interval, check_number, check_rng
 from pvt_ref.draws import Generator, SampleDraws
 from pvt_ref.errors import ArrayTypeError, ShapeError
 
@@ -80,12 +83,63 @@ def cutout(images: Array, side: int, rng: Source) -> Array:
     B, _, H, W = _shape(images, rng)
     if side == 0:
         return images
-    xp = array_module(images)
     top = rng.integers(0, H, B)[:, None] - side // 2
     left = rng.integers(0, W, B)[:, None] - side // 2
-    rows, columns = np.arange(H), np.arange(W)
-    in_rows = (top <= rows) & (rows < top + side)  # (B, H)
-    in_columns = (left <= columns) & (columns < left + side)  # (B, W)
+    return _blanked(images, top, left, top + side, left + side)
+
+
+def random_erasing(
+    images: Array,
+    probability: float,
+    rng: Source,
+    area: tuple[float, float] = (0.02, 1 / 3),
+    ratio: tuple[float, float] = (0.3, 3.3),
+) -> Array:
+    """A rectangle of some of the images set to 0 (Zhong et al. 2017, arXiv 1708.04896).
+
+    Its share of the area is uniform, its height / width log-uniform among those that fit, and it
+    lies inside. (The paper draws both anew until they fit. Here every image takes five draws.)
+
+    Args:
+        images: (B, C, H, W) floats, normalised, so that 0 is the mean colour.
+        probability: that an image is changed, from 0 to 1. 0 draws nothing.
+        rng: source of the choice, the areas, the ratios and the places.
+        area: least and largest share of the image, above 0 and at most 1; kept but for rounding to
+            whole pixels, of which there is at least one.
+        ratio: least and largest height / width, from 0.01 to 100; exceeded where an image is so
+            oblong that no such rectangle fits.
+
+    Returns:
+        (B, C, H, W) of images' dtype; images itself if probability is 0.
+    """
+    probability = check_number("probability", probability, least=0, most=1)
+    area = check_interval("area", area, above=0, most=1)
+    ratio = check_interval("ratio", ratio, least=0.01, most=100)
+    B, _, H, W = _shape(images, rng)
+    if probability == 0:
+        return images
+    chosen = rng.random(B) < probability
+    pixels = H * W * (area[0] + (area[1] - area[0]) * rng.random(B))
+    # height = sqrt(pixels shape) <= H and width = sqrt(pixels / shape) <= W
+    fitting = pixels / W**2, H**2 / pixels
+    low, high = (np.log(np.clip(bound, *fitting)) for bound in ratio)
+    shape = np.exp(low + (high - low) * rng.random(B))
+    height = np.clip(np.rint(np.sqrt(pixels * shape)), 1, H)
+    width = np.clip(np.rint(np.sqrt(pixels / shape)), 1, W)
+    top = np.floor((H - height + 1) * rng.random(B))[:, None]
+    left = np.floor((W - width + 1) * rng.random(B))[:, None]
+    height = np.where(chosen, height, 0)
+    return _blanked(images, top, left, top + height[:, None], left + width[:, None])
+
+
+def _blanked(
+    images: Array, top: np.ndarray, left: np.ndarray, bottom: np.ndarray, right: np.ndarray
+) -> Array:
+    """A rectangle of each image set to 0; the borders are (B, 1) and may lie outside."""
+    xp = array_module(images)
+    rows, columns = np.arange(images.shape[2]), np.arange(images.shape[3])
+    in_rows = (top <= rows) & (rows < bottom)  # (B, H)
+    in_columns = (left <= columns) & (columns < right)  # (B, W)
     kept = ~(in_rows[:, :, None] & in_columns[:, None, :])  # (B, H, W)
     return images * xp.astype(from_host(kept[:, None], like=images), images.dtype)
 
@@ -111,12 +165,7 @@ def mixup(images: Array, targets: Array, alpha: float, rng: Generator) -> tuple[
         ShapeError: if images are not (B, C, H, W), or targets are not for B of them.
     """
     alpha = check_number("alpha", alpha, least=0)
-    check_rng(rng)  # one for all: pairs are of the batch
-    B = _shape(images, rng)[0]
-    shape = tuple(getattr(targets, "shape", ()))
-    if not shape or shape[0] != B:
-        hint = "pvt_ref.train.one_hot(labels, K, like=images) makes them of labels"
-        raise ShapeError(f"targets have shape {shape}; they must be ({B}, K) distributions. {hint}")
+    B, _, _, _ = _pairs_shape(images, targets, rng)
     if alpha == 0:
         return images, targets
     lam = float(rng.beta(alpha, alpha))
@@ -127,6 +176,44 @@ def mixup(images: Array, targets: Array, alpha: float, rng: Generator) -> tuple[
         return lam * x + (1 - lam) * xp.take(x, partner, axis=0)
 
     return blend(images), blend(targets)
+
+
+def cutmix(images: Array, targets: Array, alpha: float, rng: Generator) -> tuple[Array, Array]:
+    """A rectangle of each sample replaced by the same place of another, and its target blended.
+
+    Yun et al. 2019 (arXiv 1905.04899), with one lambda ~ Beta(alpha, alpha) and one rectangle a
+    batch. Its sides are sqrt(1 - lambda) of the image's and its centre lies anywhere; at the
+    border, a part is cut off. The targets are weighted by the pixels that are left of both::
+
+        t = kept t_b + (1 - kept) t_partner(b),    kept = 1 - pixels replaced / (H W)
+
+    Args:
+        images: (B, C, H, W) floats.
+        targets: (B, K) floats, a distribution a row.
+        alpha: at least 0. 0 draws nothing and replaces nothing; 1 takes every lambda alike.
+        rng: source of lambda, the partners, and the centre.
+
+    Returns:
+        images (B, C, H, W) and targets (B, K), of the dtypes that they had.
+
+    Raises:
+        ShapeError: if images are not (B, C, H, W), or targets are not for B of them.
+    """
+    alpha = check_number("alpha", alpha, least=0)
+    B, _, H, W = _pairs_shape(images, targets, rng)
+    if alpha == 0:
+        return images, targets
+    side = (1 - rng.beta(alpha, alpha)) ** 0.5  # of the rectangle, as a share of the image's
+    partner = from_host(rng.permutation(B), like=images)
+    height, width = round(H * side), round(W * side)
+    top = int(rng.integers(0, H)) - height // 2
+    left = int(rng.integers(0, W)) - width // 2
+    replaced = np.zeros((H, W), bool)
+    replaced[max(top, 0) : top + height, max(left, 0) : left + width] = True
+    kept = 1 - float(np.mean(replaced))
+    xp = array_module(images)
+    mixed = xp.where(from_host(replaced, like=images), xp.take(images, partner, axis=0), images)
+    return mixed, kept * targets + (1 - kept) * xp.take(targets, partner, axis=0)
 
 
 def one_hot(labels: np.ndarray, classes: int, like: Array) -> Array:
@@ -163,4 +250,15 @@ def _shape(images: Array, rng: Source) -> tuple[int, int, int, int]:
     B, C, H, W = batch_shape(images)
     if isinstance(rng, SampleDraws) and len(rng) != B:
         raise ShapeError(f"there are {B} images and the generators of {len(rng)} samples")
+    return B, C, H, W
+
+
+def _pairs_shape(images: Array, targets: Array, rng: Generator) -> tuple[int, int, int, int]:
+    """B, C, H, W, if these are images with their targets and that is one generator for all."""
+    check_rng(rng)  # pairs are of the batch
+    B, C, H, W = _shape(images, rng)
+    shape = tuple(getattr(targets, "shape", ()))
+    if not shape or shape[0] != B:
+        hint = "pvt_ref.train.one_hot(labels, K, like=images) makes them of labels"
+        raise ShapeError(f"targets have shape {shape}; they must be ({B}, K) distributions. {hint}")
     return B, C, H, W

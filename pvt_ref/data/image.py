@@ -155,6 +155,14 @@ def resize_and_crop(image: Image.Image, size: Size = 224) -> Image.Image:
         ShapeError: if size is not one or two positive whole numbers.
     """
     H, W = as_size(size, "the side of a square", least=1)
+    what = check_rgb(image)
+    with as_image_error(what):
+        decode(image, what)  # a PIL image may read its file only now
+        return _resized_and_cropped(image, H, W, what)
+
+
+def check_rgb(image: object) -> str:
+    """The words for a PIL image that is RGB and has pixels. Raises: ArrayTypeError, ImageError."""
     if not isinstance(image, Image.Image):
         needed = "a PIL image, from pvt_ref.data.image.read_rgb or PIL.Image.fromarray"
         raise ArrayTypeError(f"image is a {type(image).__name__}; it must be {needed}")
@@ -163,9 +171,7 @@ def resize_and_crop(image: Image.Image, size: Size = 224) -> Image.Image:
         raise ImageError(f"{what} must be in mode RGB; pvt_ref.data.image.read_rgb converts it")
     if 0 in image.size:
         raise ImageError(f"{what} has no pixels")
-    with as_image_error(what):
-        decode(image, what)  # a PIL image may read its file only now
-        return _resized_and_cropped(image, H, W, what)
+    return what
 
 
 def resize_and_crop_bands(pixels: np.ndarray, size: Size = 224) -> np.ndarray:
@@ -183,6 +189,14 @@ def resize_and_crop_bands(pixels: np.ndarray, size: Size = 224) -> np.ndarray:
     return np.stack(resized, axis=2)  # (H, W, C)
 
 
+def check_pixels(H: int, W: int) -> None:
+    """Refuses to make a picture larger than any that would be read. Raises: ImageError."""
+    allowed = pixel_limit()
+    if allowed < H * W:
+        limits = f"up to {allowed} are allowed. Ask for a smaller size"
+        raise ImageError(f"{W}x{H} pixels are suspiciously large; {limits}")
+
+
 def _resized_and_cropped(image: Image.Image, H: int, W: int, what: str) -> Image.Image:
     margin = (1, 1) if max(H, W) <= 32 else (256, 224)
     tall, wide = (side * margin[0] // margin[1] for side in (H, W))
@@ -196,10 +210,7 @@ def _resized_and_cropped(image: Image.Image, H: int, W: int, what: str) -> Image
             f"{MAX_RESIZED_PIXELS} pixels allowed here. Ask for a smaller size, or crop the "
             f"part of interest first: image.crop((left, top, right, bottom))"
         )
-    allowed = pixel_limit()
-    if allowed < H * W:
-        limits = f"up to {allowed} are allowed. Ask for a smaller size"
-        raise ImageError(f"{W}x{H} pixels are suspiciously large; {limits}")
+    check_pixels(H, W)
     left, top = round((width - W) / 2), round((height - H) / 2)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     return resized.crop((left, top, left + W, top + H))

@@ -4,7 +4,15 @@ Each part is a function or a small record of its own file and can be used alone;
 them together. See docs/training.md.
 """
 
-from pvt_ref.data.augment import cutout, mixup, one_hot, random_crop, random_flip
+from pvt_ref.data.augment import (
+    cutmix,
+    cutout,
+    mixup,
+    one_hot,
+    random_crop,
+    random_erasing,
+    random_flip,
+)
 from pvt_ref.data.folder import ImageFolder
 from pvt_ref.data.labelled import LabelledImages, confusion_matrix, evaluate
 from pvt_ref.data.photo_augment import PhotoAugment
@@ -23,9 +31,9 @@ from pvt_ref.train.step import StepReport, TrainState, start_training, train_ste
 __all__ = [
     "AdamW", "AdamWState", "ImageFolder", "LabelledImages", "Options", "PhotoAugment", "Recipe",
     "Run", "StepReport", "TrainState", "adamw_init", "adamw_step", "add_gradients",
-    "clip_by_global_norm", "config_of_epoch", "confusion_matrix", "cutout", "draw_confusion",
-    "draw_curves", "drop_path_of_epoch", "ema_decay_of_step", "ema_step", "evaluate",
-    "first_non_finite", "fit", "global_norm", "is_decayed", "load_state", "mixup", "one_hot",
-    "random_crop", "random_flip", "read_metrics", "save_state", "start_training", "train_folder",
-    "train_step", "warmup_cosine",
+    "clip_by_global_norm", "config_of_epoch", "confusion_matrix", "cutmix", "cutout",
+    "draw_confusion", "draw_curves", "drop_path_of_epoch", "ema_decay_of_step", "ema_step",
+    "evaluate", "first_non_finite", "fit", "global_norm", "is_decayed", "load_state", "mixup",
+    "one_hot", "random_crop", "random_erasing", "random_flip", "read_metrics", "save_state",
+    "start_training", "train_folder", "train_step", "warmup_cosine",
 ]  # fmt: skip

@@ -30,9 +30,11 @@ class Recipe:
     clip_norm: float | None = 1.0  # largest norm of the gradients, or None
     label_smoothing: float = 0.1  # share of each target spread over all classes
     mixup_alpha: float = 0.0  # see pvt_ref.train.mixup; 0 leaves it out
+    cutmix_alpha: float = 0.0  # see pvt_ref.train.cutmix; with both, each micro-batch takes one
     crop_padding: int = 4  # pixels by which images are moved at most
     flip: bool = True  # whether images are mirrored at random. (Digits must not be.)
     cutout: int = 0  # side of the square that is blanked, in pixels; 0 leaves it out
+    erasing: float = 0.0  # probability of pvt_ref.train.random_erasing
     ema_decay: float = 0.999  # how slowly the averaged weights forget; with 0 they are the last
     drop_path_ramp_epochs: int = 0  # epochs until config.drop_path_rate is reached
     seed: int = 0  # of all random numbers; see pvt_ref.draws
@@ -48,8 +50,10 @@ class Recipe:
         settle(self, "lr", above=0)
         settle(self, "lr_floor", least=0, most=self.lr)
         settle(self, "warmup_epochs", least=0, most=self.epochs)
-        settle(self, "label_smoothing", least=0, most=1)
-        settle(self, "mixup_alpha", least=0)
+        for name in ("label_smoothing", "erasing"):
+            settle(self, name, least=0, most=1)
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            settle(self, name, least=0)
         settle(self, "ema_decay", least=0, below=1)
         if self.clip_norm is not None:
             settle(self, "clip_norm", above=0)

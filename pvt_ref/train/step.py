@@ -17,7 +17,15 @@ import numpy as np
 from pvt_ref.api import backward, check_has_classifier, forward_with_cache
 from pvt_ref.arrays import Array, array_module, dtype_name, from_host, quietly
 from pvt_ref.checks import check_number, check_type
-from pvt_ref.data.augment import cutout, mixup, one_hot, random_crop, random_flip
+from pvt_ref.data.augment import (
+    cutmix,
+    cutout,
+    mixup,
+    one_hot,
+    random_crop,
+    random_erasing,
+    random_flip,
+)
 from pvt_ref.data.labelled import Samples
 from pvt_ref.draws import Draws, SampleDraws, What, generator
 from pvt_ref.errors import PVTError, RangeError, ShapeError, TrainingError, shown
@@ -57,7 +65,7 @@ class TrainState:
 class StepReport:
     """What a step was like."""
 
-    loss: float  # mean over the batch, label smoothing and mixup included
+    loss: float  # mean over the batch, label smoothing and mixing included
     hits: int  # samples of the batch whose likeliest class was (mostly) theirs
     lr: float  # the learning rate
     grad_norm: float  # norm of all gradients, before clipping
@@ -200,8 +208,9 @@ def draw_batch(
 ) -> tuple[Array, Array]:
     """A micro-batch: the chosen samples, changed at random as the recipe says.
 
-    Crop, flip and cutout of a sample depend on seed and epoch only, mixup on the micro-batch.
-    Returns images (B, C, H, W) and int64 labels (B,), or with mixup distributions (B, K).
+    Crop, flip, cutout and erasing of a sample depend on seed and epoch only, mixup and CutMix on
+    the micro-batch. Returns images (B, C, H, W) and int64 labels (B,), or, mixed, distributions
+    (B, K).
     """
     like = first_array(params)
     rng = SampleDraws(draws.seed, epoch, chosen)
@@ -210,11 +219,16 @@ def draw_batch(
     if recipe.flip:
         images = random_flip(images, rng)
     images = cutout(images, recipe.cutout, rng)
+    images = random_erasing(images, recipe.erasing, rng)
     labels = data.labels[chosen].astype(np.int64)
-    if recipe.mixup_alpha == 0:
+    both = (mixup, recipe.mixup_alpha), (cutmix, recipe.cutmix_alpha)
+    mixing = [(mix, alpha) for mix, alpha in both if alpha > 0]
+    if not mixing:
         return images, from_host(labels, like=like)
-    targets = one_hot(labels, config.num_classes, like)
-    return mixup(images, targets, recipe.mixup_alpha, draws.at(What.MIXUP))
+    shared = draws.at(What.MIXUP)
+    # a draw only if there is a choice
+    mix, alpha = mixing[shared.integers(2)] if len(mixing) == 2 else mixing[0]
+    return mix(images, one_hot(labels, config.num_classes, like), alpha, shared)
 
 
 def check_samples(data: Samples, name: str, config: Any, recipe: Recipe) -> None:

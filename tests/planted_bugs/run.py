@@ -133,6 +133,7 @@ SHOWN_BY = {
     "pvt_ref/report/attention": "properties ops report",
     "pvt_ref/report/": "report cost pvt_v2",
     "pvt_ref/data/augment": "training_parts",
+    "pvt_ref/data/photo_augment": "photo_augment",
     "pvt_ref/data/imagenet": "zoo loading",
     "pvt_ref/data/": "zoo image bands training_parts",
     "pvt_ref/zoo.py": "zoo",
