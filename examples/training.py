@@ -33,6 +33,9 @@ def add_run_arguments(parser: argparse.ArgumentParser, recipe: Recipe, folder: s
         option = "--" + field.name.replace("_", "-")
         if isinstance(default, bool):
             group.add_argument(option, action=argparse.BooleanOptionalAction, default=default)
+        elif isinstance(default, tuple):
+            said = " ".join(default) or "none"
+            group.add_argument(option, nargs="*", default=default, help=f"default {said}")
         else:
             kind = type(default) if field.name != "clip_norm" else _number_or_none
             group.add_argument(option, type=kind, default=default, help=f"default {default}")

@@ -12,6 +12,7 @@ from pvt_ref.train.ema import ema_decay_of_step, ema_step
 from pvt_ref.train.gradients import add_gradients, clip_by_global_norm, global_norm
 from pvt_ref.train.loop import Run, fit
 from pvt_ref.train.metrics import draw_curves, read_metrics
+from pvt_ref.train.rates import learning_rate_factors
 from pvt_ref.train.recipe import Recipe
 from pvt_ref.train.saved import load_state, save_state
 from pvt_ref.train.schedule import config_of_epoch, drop_path_of_epoch, warmup_cosine
@@ -21,7 +22,7 @@ __all__ = [
     "AdamW", "AdamWState", "LabelledImages", "Recipe", "Run", "StepReport", "TrainState",
     "adamw_init", "adamw_step", "add_gradients", "clip_by_global_norm", "config_of_epoch", "cutout",
     "draw_curves", "drop_path_of_epoch", "ema_decay_of_step", "ema_step", "evaluate",
-    "first_non_finite", "fit", "global_norm", "is_decayed", "load_state", "mixup", "one_hot",
-    "random_crop", "random_flip", "read_metrics", "save_state", "start_training", "train_step",
-    "warmup_cosine",
+    "first_non_finite", "fit", "global_norm", "is_decayed", "learning_rate_factors",
+    "load_state", "mixup", "one_hot", "random_crop", "random_flip", "read_metrics", "save_state",
+    "start_training", "train_step", "warmup_cosine",
 ]  # fmt: skip
