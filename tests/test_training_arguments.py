@@ -89,7 +89,7 @@ def right(tmp_path: Path) -> dict[str, dict[str, Any]]:
         "Recipe": RECIPE.to_dict(),
         "adamw_init": {"params": PARAMS},
         "adamw_step": {"params": PARAMS, "grads": PARAMS, "state": adamw_init(PARAMS)}
-        | {"lr": 0.1, "settings": AdamW()},
+        | {"lr": 0.1, "settings": AdamW(), "factors": {"head.bias": 0.5}},
         "add_gradients": {"total": PARAMS, "grads": PARAMS, "share": 0.5},
         "clip_by_global_norm": {"grads": PARAMS, "max_norm": 1.0},
         "config_of_epoch": {"config": CONFIG, "epoch": 1, "ramp_epochs": 2},
@@ -111,6 +111,7 @@ def right(tmp_path: Path) -> dict[str, dict[str, Any]]:
         | {"stop_at_step": 0, "ranks": ALONE},
         "global_norm": {"grads": PARAMS},
         "is_decayed": {"key": "pos_embed1", "x": PARAMS.pos_embed1, "decay_positions": False},
+        "learning_rate_factors": {"config": CONFIG, "layer_decay": 0.5, "frozen": ("block1",)},
         "load_state": {"path": path, "config": CONFIG, "run": RUN, "like": np.empty(0)},
         "read_metrics": {"path": path},
         "save_state": {"path": path, "state": STATE, "run": RUN},

@@ -233,6 +233,19 @@ def test_digits_learn_in_a_few_epochs(examples, monkeypatch, capsys, tmp_path):
     assert model.config.num_classes == 10
 
 
+def test_every_field_of_a_recipe_is_an_option(examples):
+    training, recipe = examples("training"), examples("train_digits").RECIPE
+    parser = argparse.ArgumentParser()
+    training.add_run_arguments(parser, recipe, "runs/x")
+    assert training.recipe_from(parser.parse_args([])) == recipe
+    args = ["--frozen", "patch_embed1", "block1.0", "--layer-decay", "0.75", "--clip-norm", "none"]
+    changed = {"frozen": ("patch_embed1", "block1.0"), "layer_decay": 0.75, "clip_norm": None}
+    again = training.recipe_from(parser.parse_args([*args, "--no-flip"]))
+    assert again == dataclasses.replace(recipe, **changed, flip=False)
+    assert training.recipe_from(parser.parse_args(["--frozen"])) == recipe
+    assert "--frozen [FROZEN ...]" in parser.format_help()
+
+
 def test_stopped_it_says_how_to_go_on(examples, monkeypatch, capsys):
     program, training = examples("train_digits"), examples("training")
     monkeypatch.setattr(sys, "argv", ["examples/train_digits.py", "--seed", "3"])

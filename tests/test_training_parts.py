@@ -598,6 +598,8 @@ def test_the_optimiser_runs_on_every_library(library):
         ({"erasing": 1.1}, "erasing is 1.1; it must be a number at least 0 and at most 1"),
         ({"flip": 1}, "flip is 1; it must be True or False"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"layer_decay": 0}, "layer_decay is 0; it must be a number above 0 and at most 1"),
+        ({"frozen": "head"}, "frozen is 'head'; it must be a tuple of beginnings of keys"),
         ({"seed": -1}, "seed is -1"),
         ({"crop_padding": True}, "crop_padding is True"),
     ],
@@ -730,7 +732,9 @@ def test_recipes_are_records_of_plain_numbers():
         warmup_epochs=1,
     )
     assert numpys == RECIPE
-    assert all(type(v) in (int, float, bool) for v in numpys.to_dict().values())
+    values = numpys.to_dict()
+    assert values.pop("frozen") == ()
+    assert all(type(v) in (int, float, bool) for v in values.values())
     assert all(
         type(v) in (float, bool) for v in dataclasses.asdict(AdamW(eps=np.float64(1))).values()
     )

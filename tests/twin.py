@@ -13,7 +13,7 @@ from oracles import tensor, transformers_forward
 
 from pvt_ref import PVTConfig, PVTParams, from_state_dict, to_state_dict
 from pvt_ref.draws import Draws
-from pvt_ref.train import LabelledImages, Recipe, train_step
+from pvt_ref.train import LabelledImages, Recipe, learning_rate_factors, train_step
 from pvt_ref.train.step import TrainState, draw_batch, order_of_epoch
 
 
@@ -32,13 +32,14 @@ def twin_losses(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[float]]:
     """Weights and averaged weights by key after so many steps, and the loss of each."""
     leaves = {key: tensor(x, grad=True) for key, x in to_state_dict(state.params).items()}
-    plain = [
-        x for k, x in leaves.items() if x.ndim == 1 or k == "cls_token" or k.startswith("pos_")
-    ]
-    decayed = [x for x in leaves.values() if not any(x is other for other in plain)]
+    plain = {k for k, x in leaves.items() if x.ndim == 1 or k == "cls_token" or k[:4] == "pos_"}
+    factors = learning_rate_factors(config, recipe.layer_decay, recipe.frozen)
+    trained = {key: x for key, x in leaves.items() if factors[key]}
+    groups = [{"params": [x], "lr": recipe.lr * factors[key]} for key, x in trained.items()]
+    for key, group in zip(trained, groups, strict=True):
+        group |= {"weight_decay": 0.0} if key in plain else {}
     optimizer = torch.optim.AdamW(
-        [{"params": plain, "weight_decay": 0.0}, {"params": decayed}],
-        lr=recipe.lr,
+        groups,
         betas=(recipe.beta1, recipe.beta2),
         eps=1e-8,
         weight_decay=recipe.weight_decay,
@@ -83,7 +84,7 @@ def twin_losses(
                 leaf.grad = used[key].grad if leaf.grad is None else leaf.grad + used[key].grad
             total_loss += float(loss.detach())
         if recipe.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(list(leaves.values()), recipe.clip_norm)
+            torch.nn.utils.clip_grad_norm_(list(trained.values()), recipe.clip_norm)
         optimizer.step()
         schedule.step()
         decay = min(recipe.ema_decay, (1 + step) / (10 + step))

@@ -27,7 +27,7 @@ class Leaf(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where an operation stands, read off its path."""
+    """Where an operation or a weight stands, read off its path or its key."""
 
     stage: int  # from 1; 0 is the classifier
     block: int | None  # of the stage, from 0; None is outside of them
@@ -64,7 +64,8 @@ class Architecture:
     # their numbers or None, can give maps; None if its maps are those of its stages only
     map_blocks: Callable[[Any], int] | None = None
     operations: frozenset[Operation]  # all that its passes can ask for, also inside others
-    place: Callable[[str], Place | None]  # of an operation, by its path; None inside another
+    # of an operation, by its path, or of a weight, by its key; None inside another operation
+    place: Callable[[str], Place | None]
     describe: Callable[[Any], str]  # a configuration: "pvt_tiny, 1000 classes, 224 px"
     # key of the weight that reads the image, (C_out, in_chans, ...), if other channels can be had
     stem: str | None = None
@@ -122,6 +123,34 @@ def param_shapes(config: Any) -> Mapping[str, tuple[int, ...]]:
     build = architecture_of(config).build_params
     build(config, lambda leaf: shapes.setdefault(leaf.key, leaf.shape))
     return MappingProxyType(shapes)
+
+
+@functools.lru_cache(maxsize=64)
+def layer_numbers(config: Any) -> Mapping[str, int]:
+    """Number of the layer that each array belongs to by key, from the image to the head; read-only.
+
+    The blocks of all stages count from 1 to L. What a stage has beside its blocks goes with the
+    first of them if it comes before (embedding, positions, cls token), and with the last if it
+    comes behind (PVT v2's norms). What stage 1 has before its blocks is layer 0, and what belongs
+    to no stage, the classifier's norm and head, is layer L + 1.
+    """
+    place = architecture_of(config).place
+    places = {key: place(key) or Place(0, None, key) for key in param_shapes(config)}
+    blocks = sorted({(stage, k) for stage, k, _ in places.values() if k is not None})
+    numbers = {block: number for number, block in enumerate(blocks, start=1)}
+    layers: dict[str, int] = {}
+    begun = set()  # stages of which a block has come; keys come in the order of the state dict
+    for key, (stage, k, _) in places.items():
+        if k is not None:
+            begun.add(stage)
+            layers[key] = numbers[stage, k]
+        elif stage == 0:
+            layers[key] = len(blocks) + 1
+        elif stage in begun:
+            layers[key] = sum(of <= stage for of, _ in blocks)
+        else:
+            layers[key] = sum(of < stage for of, _ in blocks) + 1 if stage > 1 else 0
+    return MappingProxyType(layers)
 
 
 def check_params_type(params: object) -> None:

@@ -23,6 +23,7 @@ from pvt_ref.train.from_folder import Options, train_folder
 from pvt_ref.train.gradients import add_gradients, clip_by_global_norm, global_norm
 from pvt_ref.train.loop import Run, fit
 from pvt_ref.train.metrics import draw_confusion, draw_curves, read_metrics
+from pvt_ref.train.rates import learning_rate_factors
 from pvt_ref.train.recipe import Recipe
 from pvt_ref.train.saved import load_state, save_state
 from pvt_ref.train.schedule import config_of_epoch, drop_path_of_epoch, warmup_cosine
@@ -33,7 +34,7 @@ __all__ = [
     "Run", "StepReport", "TrainState", "adamw_init", "adamw_step", "add_gradients",
     "clip_by_global_norm", "config_of_epoch", "confusion_matrix", "cutmix", "cutout",
     "draw_confusion", "draw_curves", "drop_path_of_epoch", "ema_decay_of_step", "ema_step",
-    "evaluate", "first_non_finite", "fit", "global_norm", "is_decayed", "load_state", "mixup",
-    "one_hot", "random_crop", "random_erasing", "random_flip", "read_metrics", "save_state",
-    "start_training", "train_folder", "train_step", "warmup_cosine",
+    "evaluate", "first_non_finite", "fit", "global_norm", "is_decayed", "learning_rate_factors",
+    "load_state", "mixup", "one_hot", "random_crop", "random_erasing", "random_flip",
+    "read_metrics", "save_state", "start_training", "train_folder", "train_step", "warmup_cosine",
 ]  # fmt: skip

@@ -13,14 +13,15 @@ learning rate, only by its schedule. PyTorch multiplies by both, and so does thi
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pvt_ref.arrays import Array, array_module, describe_type, is_array
 from pvt_ref.checks import check_flag, check_number, check_type, settle
-from pvt_ref.errors import ArrayTypeError
+from pvt_ref.errors import ArrayTypeError, ShapeError, shown
 from pvt_ref.train.checks import check_alike, check_record
-from pvt_ref.tree import map_arrays, map_named, record, zeros_like
+from pvt_ref.tree import map_arrays, map_named, named_arrays, record, zeros_like
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,11 +86,17 @@ def is_decayed(key: str, x: Array, decay_positions: bool = False) -> bool:
 
 
 def adamw_step(
-    params: Any, grads: Any, state: AdamWState, lr: float, settings: AdamW
+    params: Any,
+    grads: Any,
+    state: AdamWState,
+    lr: float,
+    settings: AdamW,
+    factors: Mapping[str, float] | None = None,
 ) -> tuple[Any, AdamWState]:
     """One step, by the equations in the head of this file. What is passed in stays as it was.
-    Raises: RangeError if lr or state.t is no number of at least 0; ArrayTypeError or ShapeError if
-    two trees differ in type, dtype, device, keys or shapes.
+    Raises: RangeError if lr, state.t or a factor is no number of at least 0; ArrayTypeError or
+    ShapeError if two trees differ in type, dtype, device, keys or shapes, or a factor is of no
+    weight.
 
     Args:
         params: the weights, NumPy or CuPy.
@@ -97,9 +104,13 @@ def adamw_step(
         state: from :func:`adamw_init` or the step before.
         lr: the learning rate of this step.
         settings: the constants.
+        factors: of lr, by key, as :func:`pvt_ref.train.learning_rate_factors` gives them; 1 for a
+            key that is not there. A weight of factor 0 is frozen: it stays as it is, and so do its
+            m and v. Its gradient is not looked at, and need not be finite.
 
     Returns:
-        The new weights and the new state, of the same shapes and dtypes, in new memory.
+        The new weights and the new state, of the same shapes and dtypes, in new memory. What is
+        frozen is the same array.
     """
     check_type("state", state, AdamWState, "from adamw_init or the step before")
     check_type("settings", settings, AdamW)
@@ -107,22 +118,41 @@ def adamw_step(
     check_number("state.t", state.t, least=0, most=2**53, whole=True)
     for name, tree in (("grads", grads), ("state.m", state.m), ("state.v", state.v)):
         check_alike(name, tree, params)
+    shares = _check_factors(factors, params)  # of lr
     b1, b2 = settings.beta1, settings.beta2
     t = state.t + 1
     bias_1, bias_2 = 1 - b1**t, 1 - b2**t
     decay, positions = lr * settings.weight_decay, settings.decay_positions
     rates = map_named(lambda key, w: decay * is_decayed(key, w, positions), params)
 
-    def new_w(w: Array, m: Array, v: Array, rate: float) -> Array:
+    def new_m(m: Array, g: Array, share: float) -> Array:
+        return b1 * m + (1 - b1) * g if share else m
+
+    def new_v(v: Array, g: Array, share: float) -> Array:
+        return b2 * v + (1 - b2) * (g * g) if share else v
+
+    def new_w(w: Array, m: Array, v: Array, rate: float, share: float) -> Array:
+        if not share:  # frozen; adding zeros would turn -0 into 0
+            return w
         # lr m^ / (sqrt(v^) + eps), with the two corrections drawn out of the arrays
         root = array_module(v).sqrt(v)
         root *= 1 / math.sqrt(bias_2)
         root += settings.eps
         step = m / root
-        step *= -lr / bias_1
-        step += w * (1 - rate)
+        step *= -lr * share / bias_1
+        step += w * (1 - rate * share)
         return step
 
-    m: Any = map_arrays(lambda m, g: b1 * m + (1 - b1) * g, state.m, grads)
-    v: Any = map_arrays(lambda v, g: b2 * v + (1 - b2) * (g * g), state.v, grads)
-    return map_arrays(new_w, params, m, v, rates), AdamWState(t, m, v)
+    m: Any = map_arrays(new_m, state.m, grads, shares)
+    v: Any = map_arrays(new_v, state.v, grads, shares)
+    return map_arrays(new_w, params, m, v, rates, shares), AdamWState(t, m, v)
+
+
+def _check_factors(factors: Any, params: Any) -> Any:
+    """A tree with the factor of each weight in its place."""
+    given: Mapping[str, float] = {} if factors is None else factors
+    check_type("factors", given, Mapping, "of numbers by key, or None")
+    for key in given.keys() - {key for key, _ in named_arrays(params)}:
+        raise ShapeError(f"factors has {shown(key)}, which is no key of params")
+    checked = {key: check_number(f"factors[{key!r}]", f, least=0) for key, f in given.items()}
+    return map_named(lambda key, _: checked.get(key, 1.0), params)

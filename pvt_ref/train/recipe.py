@@ -6,6 +6,7 @@ from typing import Any
 from pvt_ref.checks import check_flag, check_number, settle
 from pvt_ref.errors import RangeError, TrainingError
 from pvt_ref.train.adamw import AdamW
+from pvt_ref.train.rates import as_prefixes
 from pvt_ref.train.schedule import warmup_cosine
 
 
@@ -14,7 +15,8 @@ class Recipe:
     """How a model is trained. The same recipe, data and machine give the same weights, bit by bit.
 
     (The rate of drop path belongs to the model's configuration, as dropout does.)
-    Raises: RangeError if a number is outside its range.
+    What layer_decay and frozen mean is said by :func:`pvt_ref.train.learning_rate_factors`.
+    Raises: RangeError if a number is outside its range, or frozen no tuple or list of texts.
     """
 
     epochs: int  # passes through the data
@@ -23,6 +25,8 @@ class Recipe:
     lr: float = 1e-3  # the learning rate at its peak
     lr_floor: float = 1e-5  # the learning rate at the end
     warmup_epochs: float = 1.0  # epochs in which it rises; may be a fraction
+    layer_decay: float = 1.0  # of the learning rate, from a layer to the one before it; in (0, 1]
+    frozen: tuple[str, ...] = ()  # beginnings of keys, up to a dot, whose weights are not trained
     weight_decay: float = 0.05  # lambda of AdamW, at least 0
     decay_positions: bool = False  # whether position embeddings are decayed too
     beta1: float = 0.9  # how slowly AdamW's running mean forgets, in [0, 1)
@@ -50,6 +54,8 @@ class Recipe:
         settle(self, "lr", above=0)
         settle(self, "lr_floor", least=0, most=self.lr)
         settle(self, "warmup_epochs", least=0, most=self.epochs)
+        settle(self, "layer_decay", above=0, most=1)
+        object.__setattr__(self, "frozen", as_prefixes(self.frozen))
         for name in ("label_smoothing", "erasing"):
             settle(self, name, least=0, most=1)
         for name in ("mixup_alpha", "cutmix_alpha"):

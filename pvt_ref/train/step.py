@@ -36,6 +36,7 @@ from pvt_ref.train.adamw import AdamWState, adamw_init, adamw_step
 from pvt_ref.train.data_parallel import ALONE, Part, Ranks, add_part, add_trees
 from pvt_ref.train.ema import ema_decay_of_step, ema_step
 from pvt_ref.train.gradients import add_gradients, clip_by_global_norm
+from pvt_ref.train.rates import learning_rate_factors, without_frozen
 from pvt_ref.train.recipe import Recipe
 from pvt_ref.train.schedule import config_of_epoch
 from pvt_ref.tree import first_array, record, to_numpy
@@ -67,8 +68,8 @@ class StepReport:
 
     loss: float  # mean over the batch, label smoothing and mixing included
     hits: int  # samples of the batch whose likeliest class was (mostly) theirs
-    lr: float  # the learning rate
-    grad_norm: float  # norm of all gradients, before clipping
+    lr: float  # the learning rate, of the head if layers have their own
+    grad_norm: float  # norm of all gradients but those of frozen weights, before clipping
 
 
 def start_training(params: Any, samples: int, seed: int) -> TrainState:
@@ -106,8 +107,9 @@ def train_step(
         The next state, and how the step went.
 
     Raises:
-        TrainingError: if the loss or a gradient is not finite; the message has the step, the
-            learning rate, and the first layer whose output was not. Also if data do not suit.
+        TrainingError: if the loss or a gradient is not finite, but for gradients of frozen weights;
+            the message has the step, the learning rate, and the first layer whose output was not.
+            Also if data do not suit, or the model lacks what the recipe freezes.
         RangeError: if a number in state is outside its range, or crop_padding exceeds the images.
         ShapeError: if state is of another model, or of another number of samples.
         ArrayTypeError, ConfigError, PVTError: as :func:`pvt_ref.forward_with_cache`.
@@ -127,6 +129,7 @@ def _step(
 ) -> tuple[TrainState, StepReport]:
     steps = recipe.steps_per_epoch(len(data))
     epoch, index = divmod(state.step, steps)
+    factors = learning_rate_factors(config, recipe.layer_decay, recipe.frozen)
     config = config_of_epoch(config, epoch, recipe.drop_path_ramp_epochs)
     if index == 0:
         state = dataclasses.replace(state, epoch_loss=0.0, epoch_hits=0)
@@ -160,6 +163,7 @@ def _step(
     for part_loss, part_hits in itertools.chain(*ranks.gather(told)):  # in order of micro-batches
         loss, hits = loss + part_loss, hits + part_hits
     grads = ranks.sum(parts, recipe.accumulate)
+    grads = without_frozen(grads, factors)
     max_norm = math.inf if recipe.clip_norm is None else recipe.clip_norm
     grads, norm = clip_by_global_norm(grads, max_norm)
     largest = float(np.finfo(dtype_name(first_array(state.params))).max)
@@ -169,7 +173,9 @@ def _step(
 
     decay = ema_decay_of_step(state.step, recipe.ema_decay)
     # the loop looks at weights before it keeps them
-    params, optimizer = adamw_step(state.params, grads, state.optimizer, lr, recipe.optimizer)
+    params, optimizer = adamw_step(
+        state.params, grads, state.optimizer, lr, recipe.optimizer, factors
+    )
     average = ema_step(state.average, params, decay)
     changes = {"step": state.step + 1, "params": params, "optimizer": optimizer, "average": average}
     totals = {"epoch_loss": state.epoch_loss + loss, "epoch_hits": state.epoch_hits + hits}
@@ -232,9 +238,12 @@ def draw_batch(
 
 
 def check_samples(data: Samples, name: str, config: Any, recipe: Recipe) -> None:
-    """Refuses samples that do not suit a model and a recipe. Raises: RangeError and others."""
+    """Refuses samples that do not suit a model and a recipe, and a recipe that does not suit it.
+    Raises: RangeError, TrainingError and others.
+    """
     check_has_classifier(config)
     check_type("recipe", recipe, Recipe)
+    learning_rate_factors(config, recipe.layer_decay, recipe.frozen)
     check_type(name, data, Samples, "such as LabelledImages(images, labels, preprocessing)")
     data.check_fits(config, name)
     side = max(data.size)

@@ -127,8 +127,11 @@ SHOWN_BY = {
     "pvt_ref/models/pvt_v2/": "pvt_v2",
     "pvt_ref/models/pvt/model": "golden properties planted_gaps",
     "pvt_ref/models/pvt/files": "checkpoint loading",
+    "pvt_ref/models/architecture": "fine_tuning config_and_params ops planted_gaps properties",
     "pvt_ref/models/": "config_and_params ops planted_gaps properties",
-    "pvt_ref/train/": "training_parts training_draws training_files training_folder training",
+    "pvt_ref/train/rates": "fine_tuning",
+    "pvt_ref/train/": "training_parts fine_tuning training_draws training_files training_folder "
+    "training",
     "pvt_ref/checkpoint/": "checkpoint whole_file loading training_files",
     "pvt_ref/report/attention": "properties ops report",
     "pvt_ref/report/": "report cost pvt_v2",

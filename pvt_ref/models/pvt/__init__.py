@@ -16,7 +16,7 @@ from pvt_ref.layers.softmax import softmax
 from pvt_ref.layers.sum_rows import sum_rows
 from pvt_ref.models.architecture import Architecture, Place
 from pvt_ref.models.pvt import model
-from pvt_ref.models.pvt.config import ALIASES, VARIANTS, PVTConfig, describe
+from pvt_ref.models.pvt.config import ALIASES, NUM_STAGES, VARIANTS, PVTConfig, describe
 from pvt_ref.models.pvt.files import FILES
 from pvt_ref.models.pvt.params import PVTParams, build_params
 
@@ -24,12 +24,12 @@ _LAYERS = (linear, layer_norm, gelu, softmax, dropout, drop_path, patch_embed, p
 
 
 def place(path: str) -> Place | None:
-    """Where an operation of a PVT, or of a PVT v2, stands: paths begin with the weights' keys."""
+    """Where an operation or a weight of a PVT, or of a PVT v2, stands: paths begin with keys."""
     if found := re.match(r"block(\d)\.(\d+)(?:\.(.*))?$", path):
         return Place(int(found[1]), int(found[2]), found[3] or "")
     if found := re.match(r"(patch_embed|pos_embed|block|norm)(\d)(?:\.(.*))?$", path):
         return Place(int(found[2]), None, found[1] + (f".{found[3]}" if found[3] else ""))
-    return Place(0, None, path)
+    return Place(NUM_STAGES if path == "cls_token" else 0, None, path)
 
 
 PVT = Architecture(

@@ -25,10 +25,10 @@ _LAYERS = (linear, layer_norm, gelu, softmax, dropout, drop_path, patch_embed, p
 
 
 def place(path: str) -> Place | None:
-    """Where an operation of a ViT stands: all but norm and head are its one stage."""
+    """Where an operation or a weight of a ViT stands: all but norm and head are its one stage."""
     if found := re.match(r"blocks\.(\d+)(?:\.(.*))?$", path):
         return Place(1, int(found[1]), found[2] or "")
-    in_stage = path.split(".")[0] in ("patch_embed", "pos_embed", "blocks")
+    in_stage = path.split(".")[0] in ("cls_token", "patch_embed", "pos_embed", "blocks")
     return Place(1 if in_stage else 0, None, path)
 
 
