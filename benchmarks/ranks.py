@@ -88,7 +88,7 @@ def measure(ranks: int, steps: int) -> dict:
 
 def report(found: dict) -> str:
     """The page."""
-    machine, runs = found["machine"], found["runs"]
+    machine, runs, decoding = found["machine"], found["runs"], found["decode_ms"]
     parameters = pvt_ref.count_cost(pvt_ref.VARIANTS[MODEL]).parameters
     megabytes = 4 * parameters / 1e6
     rows, rate = [], {}
@@ -138,11 +138,11 @@ above, and a network that nobody waits for:
 | --- | --- | --- | --- | --- |
 {chr(10).join(calculated)}
 
-A rank sends its {megabytes:.0f} MB of gradients in slices, and its slice of the sums to all; what it
-would send to itself stays. Gigabit Ethernet carries 125 MB/s in each direction, so beside such slow
-cores it is not what limits. Decoding an ImageNet photo of 500×375 pixels and cutting a 224×224 crop
-out of it took {found["decode_ms"]:.1f} ms of a core here, {found["decode_ms"] * by_core / 1000:.1%} of
-what a step takes for it.
+A rank sends its {megabytes:.0f} MB of gradients in slices, and its slice of the sums to all; what
+it would send to itself stays. Gigabit Ethernet carries 125 MB/s in each direction, so beside such
+slow cores it is not what limits. Decoding a photo of 500×375 pixels, as ImageNet's usually are, and
+cutting a 224×224 crop out of it took {decoding:.1f} ms of a core here,
+{decoding * by_core / 1000:.1%} of what a step takes for it.
 """
 
 
