@@ -50,7 +50,7 @@ from pvt_ref.train.loop import BEST, METRICS, STATE, Run, fit
 from pvt_ref.train.metrics import draw_confusion
 from pvt_ref.train.progress import show
 from pvt_ref.train.recipe import Recipe
-from pvt_ref.tree import first_array, map_arrays
+from pvt_ref.tree import first_array, map_arrays, named_arrays
 from pvt_ref.zoo import load
 
 RUN, START, MODEL, CONFUSION = "run.json", "start.safetensors", "model.safetensors", "confusion.png"
@@ -183,7 +183,9 @@ def train_folder(
         raise
     K, N = len(learnt.classes), len(learnt)
     told = f"{N:,} photos of {K} classes to learn from, {len(held_out):,} held out"
-    show(console, f"{told}; begun with {model.source}")
+    numbers = sum(x.size for _, x in named_arrays(model.params))
+    begun = f"{record['begun_with']}, {numbers:,} parameters, {model.config.img_size} pixels"
+    show(console, f"{told}; begun with {begun}; {recipe.epochs} epochs")
     there = ranks.from_first(lambda: (place / STATE).exists())
     done = fit(
         model.config,
@@ -225,6 +227,9 @@ def _new_run(
     learnt, record = _samples(learnt, held_out, options, workers, console)
     recipe = _recipe(options.recipe, from_nothing, len(learnt), ranks)
     record |= {"format": _FORMAT, "options": _plain(options), "recipe": recipe.to_dict()}
+    random = options.variant or "a network of its own"
+    weights = f"the weights {options.weights or DEFAULT_WEIGHTS}"
+    record["begun_with"] = f"{random}, random weights" if from_nothing else weights
     record["augment"] = options.augment or ("strong" if from_nothing else "light")
     record = json.loads(json.dumps(record))  # as it will be read
     _write_run(place, record, model)
@@ -453,7 +458,7 @@ def _read_run(place: Path) -> tuple[dict[str, Any], Model]:
     record = parse_json(data, str(path), _LONGEST_RUN)
     names = {field.name for field in dataclasses.fields(Options)}
     options = record.get("options") if isinstance(record, dict) else None
-    parts = {"format", "options", "recipe", "augment", "damaged", "held_out"}
+    parts = {"format", "options", "recipe", "augment", "begun_with", "damaged", "held_out"}
     good = isinstance(options, dict) and options.keys() == names and record.keys() == parts
     good = good and record["format"] == _FORMAT and record["augment"] in AUGMENTS
     good = good and all(isinstance(x["recipe"], dict) for x in (record, options))
