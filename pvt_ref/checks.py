@@ -87,9 +87,7 @@ def settle(record: Any, name: str, **bounds: Any) -> None:
     object.__setattr__(record, name, check_number(name, getattr(record, name), **bounds))
 
 
-def check_interval(
-    name: str, pair: Any, *, most: float, **bounds: float | None
-) -> tuple[float, float]:
+def check_interval(name: str, pair: Any, *, most: float, **bounds: Any) -> tuple[float, float]:
     """Two numbers within bounds, the first at most the second, as floats. Raises: RangeError."""
     if not isinstance(pair, list | tuple) or len(pair) != 2:
         raise RangeError(f"{name} is {shown(pair)}; it must be two numbers, the smaller one first")

@@ -47,7 +47,10 @@ def changed() -> dict[str, Image.Image]:
 def of_a_batch(photo: Image.Image) -> dict[str, Image.Image]:
     """What is done to numbers: the photo, and its mirror image in grey as the other sample."""
     other = ImageOps.mirror(photo.convert("L")).convert("RGB")
-    pixels, targets = np.stack([photo, other]).transpose(0, 3, 1, 2), np.eye(2, dtype=np.float32)
+    pixels, targets = (
+        np.stack([np.asarray(photo), np.asarray(other)]).transpose(0, 3, 1, 2),
+        np.eye(2, dtype=np.float32),
+    )
     images = IMAGENET.normalize(pixels, like=targets)  # (B, 3, H, W)
     rng = np.random.default_rng(2)
     batches = {
