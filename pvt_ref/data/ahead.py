@@ -8,7 +8,7 @@ batches are in memory, however many photos there are.
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -22,7 +22,7 @@ def default_workers() -> int:
 
 def in_order(
     function: Callable[..., Any], items: Iterable[Any], ahead: int, workers: int | None = None
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """function(item) of every item, in their order, by threads that are so many items ahead.
 
     What function raises is raised when its turn comes. Closing the iterator ends the threads.

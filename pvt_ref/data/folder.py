@@ -4,6 +4,7 @@ The convention that most data sets and tools share: ``root/tench/a.jpg``, ``root
 Nothing but names, labels and sizes of files is kept in memory.
 """
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -141,7 +142,7 @@ class ImageFolder(Samples):
         """
         if not len(chosen):
             raise TrainingError(f"none of the photos of {self._shown()} is left")
-        new = self._copy()
+        new = copy.copy(self)
         new.files = tuple(self.files[i] for i in chosen)
         new.sizes, new.labels = self.sizes[chosen], self.labels[chosen]
         return new
@@ -158,7 +159,7 @@ class ImageFolder(Samples):
         Raises:
             PVTError: as making one.
         """
-        new = self._copy()
+        new = copy.copy(self)
         new._settle(**({name: getattr(self, name) for name in _SETTINGS} | changes))
         return new
 
@@ -172,11 +173,6 @@ class ImageFolder(Samples):
         if augment is not None:
             check_type("augment", augment, PhotoAugment, "or None")
         self.preprocessing, self.augment = preprocessing, augment
-
-    def _copy(self) -> "ImageFolder":
-        new = object.__new__(ImageFolder)
-        new.__dict__.update(self.__dict__)
-        return new
 
     @property
     def size(self) -> tuple[int, int]:

@@ -261,7 +261,7 @@ def _samples(
 ) -> tuple[ImageFolder, dict[str, Any]]:
     """What is learnt from, and the names of what is held out of it or damaged."""
     if len(learnt.classes) < 2:
-        what = f"{shown(str(learnt.root), 200)} has one class, {shown(learnt.classes[0])}"
+        what = f"{shown(str(learnt.root), 200)} has one class, {shown(next(iter(learnt.classes)))}"
         raise TrainingError(f"{what}, and there is nothing to tell apart. Add folders of others")
     folders = [folder for folder in (learnt, held_out) if folder is not None]
     show(console, f"reading {sum(map(len, folders)):,} photos, to see whether any is damaged")
@@ -345,13 +345,12 @@ def _first_model(folders: tuple[str, ...], options: Options, config: Any) -> Mod
     if config is not None and (options.weights is not None or options.variant is not None):
         raise TrainingError("config is given, and weights or variant too; it must stand alone")
     if options.weights is None and (config is not None or options.variant is not None):
-        name = options.variant or "a network of its own"
-        config = variants[options.variant] if config is None else config
+        config = variants[options.variant or ""] if config is None else config
         config = dataclasses.replace(config, num_classes=len(names))
         if options.size is not None:
             config = dataclasses.replace(config, img_size=options.size)
         config.grids(config.img_size, config.img_size)  # refuses sizes that would lose pixels
-        model = Model(init_params(config, rng), config, f"{name}, random weights")
+        model = Model(init_params(config, rng), config, "random weights")
     else:
         model = load(options.weights or DEFAULT_WEIGHTS)
         _check_variant(model, options, variants)
@@ -388,10 +387,8 @@ def _class_names(
     """Names of the classes: those of the folders, or what is said of these."""
     if given is None:
         return folders
-    known, said_by = given, "class_names"
-    if isinstance(given, str):
-        said_by = shown(given, 200)
-        known = _read_names(given)
+    in_file = isinstance(given, str)
+    known, said_by = (_read_names(given), shown(given, 200)) if in_file else (given, "class_names")
     if missing := [name for name in folders if not isinstance(known.get(name), str)]:
         what = f"{said_by} has no name for the folder {shown(missing[0])}"
         form = "a line each, the folder and the name, or a JSON object of them"
@@ -456,16 +453,22 @@ def _read_run(place: Path) -> tuple[dict[str, Any], Model]:
         what = f"{path} cannot be read ({reason(error)}), so there is no training to go on with"
         raise MissingFileError(f"{what}. Start one: without --resume") from error
     record = parse_json(data, str(path), _LONGEST_RUN)
-    names = {field.name for field in dataclasses.fields(Options)}
-    options = record.get("options") if isinstance(record, dict) else None
-    parts = {"format", "options", "recipe", "augment", "begun_with", "damaged", "held_out"}
-    good = isinstance(options, dict) and options.keys() == names and record.keys() == parts
-    good = good and record["format"] == _FORMAT and record["augment"] in AUGMENTS
-    good = good and all(isinstance(x["recipe"], dict) for x in (record, options))
-    if not good or not isinstance(record["damaged"], list):
+    if not isinstance(record, dict) or not _is_record(record):
         what = f"{path} is no record of a run that this version reads"
         raise CheckpointError(f"{what}. It was edited, or is of another version: start anew")
     return record, load(str(place / START))
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    """Whether it is what :func:`_new_run` writes, as far as the rest relies on it."""
+    parts = {"format", "options", "recipe", "augment", "begun_with", "damaged", "held_out"}
+    if record.keys() != parts or record["format"] != _FORMAT or record["augment"] not in AUGMENTS:
+        return False
+    options, recipe, damaged = record["options"], record["recipe"], record["damaged"]
+    if not all(isinstance(x, dict) for x in (options, recipe)) or not isinstance(damaged, list):
+        return False
+    names = {field.name for field in dataclasses.fields(Options)}
+    return options.keys() == names and isinstance(options["recipe"], dict)
 
 
 def _check_same(place: Path, record: Mapping[str, Any], given: Options) -> None:
