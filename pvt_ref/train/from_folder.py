@@ -70,10 +70,10 @@ AUGMENTS: Mapping[str, PhotoAugment | None] = {
 #: Weights to begin with where nothing is said.
 DEFAULT_WEIGHTS = "imagenette"
 #: Recipes for photos. Those that begin with weights keep most of what these know.
-_FINE_TUNING = {"epochs": 10, "batch_size": 64, "lr": 3e-4, "layer_decay": 0.75}
-_FINE_TUNING |= {"warmup_epochs": 1.0, "ema_decay": 0.99, "crop_padding": 0}
-_FROM_NOTHING = {"epochs": 100, "batch_size": 64, "lr": 1e-3, "warmup_epochs": 5.0}
-_FROM_NOTHING |= {"mixup_alpha": 0.2, "cutmix_alpha": 0.5, "erasing": 0.1, "crop_padding": 0}
+FINE_TUNING = {"epochs": 10, "batch_size": 64, "lr": 3e-4, "layer_decay": 0.75}
+FINE_TUNING |= {"warmup_epochs": 1.0, "ema_decay": 0.99, "crop_padding": 0}
+FROM_NOTHING = {"epochs": 100, "batch_size": 64, "lr": 1e-3, "warmup_epochs": 5.0}
+FROM_NOTHING |= {"mixup_alpha": 0.2, "cutmix_alpha": 0.5, "erasing": 0.1, "crop_padding": 0}
 
 _FORMAT = "pvt_ref folder run 1"
 _LONGEST_RUN = 2**28  # bytes of run.json that are read: it holds the names of photos held out
@@ -413,7 +413,7 @@ def _read_names(file: str) -> dict[str, Any]:
 
 def _recipe(given: Mapping[str, Any], from_nothing: bool, samples: int, ranks: int) -> Recipe:
     """What is given, and for the rest what suits so many photos and ranks."""
-    values = {"accumulate": ranks, **(_FROM_NOTHING if from_nothing else _FINE_TUNING), **given}
+    values = {"accumulate": ranks, **(FROM_NOTHING if from_nothing else FINE_TUNING), **given}
     if "batch_size" not in given:
         values["batch_size"] = min(values["batch_size"], samples)
     if "warmup_epochs" not in given:

@@ -12,7 +12,15 @@ from pvt_ref.data.picture_file import SUFFIXES
 from pvt_ref.errors import PVTError, printable
 from pvt_ref.models.architecture import known_variants
 from pvt_ref.train.data_parallel import ranks_here
-from pvt_ref.train.from_folder import AUGMENTS, DEFAULT_WEIGHTS, MODEL, Options, train_folder
+from pvt_ref.train.from_folder import (
+    AUGMENTS,
+    DEFAULT_WEIGHTS,
+    FINE_TUNING,
+    FROM_NOTHING,
+    MODEL,
+    Options,
+    train_folder,
+)
 from pvt_ref.train.recipe import Recipe
 
 #: Exit status of a training that was stopped before its end, as of one ended by Ctrl-C.
@@ -26,7 +34,15 @@ its end, RUN/{MODEL} is what classify takes as --weights."""
 
 def add_recipe_options(parser: argparse.ArgumentParser, recipe: Recipe | None) -> None:
     """An option for each field of the recipe. Without one, what is not given stays unset."""
-    group = parser.add_argument_group("recipe", "see pvt_ref.train.Recipe")
+    about = "see pvt_ref.train.Recipe"
+    if recipe is None:
+        kinds = (("beginning with weights", FINE_TUNING), ("from nothing", FROM_NOTHING))
+        about += ". Defaults " + "; ".join(
+            f"{kind}: {', '.join(f'{name} {value}' for name, value in values.items())}"
+            for kind, values in kinds
+        )
+        about += "; else those of Recipe"
+    group = parser.add_argument_group("recipe", about)
     typical = recipe or Recipe(epochs=1, batch_size=1)
     for field in dataclasses.fields(Recipe):
         value = getattr(typical, field.name)
