@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance
 from scipy.stats import kstest
 from strategies import rng_of, seeds
 
@@ -108,6 +108,8 @@ def test_after_ten_tries_it_is_the_middle(size, box):
     same.random(20)
     assert rng.bit_generator.state == same.bit_generator.state
     assert draw_crop((100, 400), (1.0, 1.0), (0.25, 0.25), rng) == (0, 0, 100, 400)
+    assert draw_crop((1, 9), (1.0, 1.0), (4, 4), rng) == (0, 4, 1, 5)  # a pixel at least
+    assert draw_crop((9, 1), (1.0, 1.0), (0.2, 0.2), rng) == (4, 0, 5, 1)
 
 
 def test_a_crop_is_resized_as_pillow_does():
@@ -194,7 +196,8 @@ def test_a_hue_goes_round_the_circle():
     colours = Image.fromarray(np.array([[[255, 0, 0], [90, 90, 90], [0, 0, 200]]], np.uint8))
     third = pixels(turn_hue(colours, 1 / 3))[0].tolist()
     assert third == [[0, 255, 0], [90, 90, 90], [200, 0, 0]]
-    assert turn_hue(colours, -1 / 3).tobytes() == turn_hue(colours, 2 / 3).tobytes()
+    back = pixels(turn_hue(colours, -1 / 3))[0].tolist()
+    assert back == [[0, 0, 255], [90, 90, 90], [0, 200, 0]]
     for turns in (0, 1e-4, 1, -1):
         assert turn_hue(colours, turns).tobytes() == colours.tobytes()
 
@@ -456,14 +459,6 @@ def test_a_photo_that_breaks_off_is_refused():
     broken = Image.open(io.BytesIO(file.getvalue()[: file.tell() // 2]))
     with pytest.raises(ImageError, match="mode RGB, 64x64"):
         ALL(broken, 16, rng_of(0))
-
-
-def test_pillow_does_what_the_other_tests_take_for_granted():
-    """Its own words, so that another release which means something else shows here."""
-    ramp = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8)[None, :, None], (2, 1, 3)))
-    inverted, coarse = ImageOps.solarize(ramp, 128), ImageOps.posterize(ramp, 4)
-    assert pixels(inverted)[0, [0, 127, 128, 255], 0].tolist() == [0, 127, 127, 0]
-    assert pixels(coarse)[0, [15, 16, 255], 0].tolist() == [0, 16, 240]
 
 
 def test_the_picture_in_the_docs_is_what_the_package_draws(monkeypatch):

@@ -356,8 +356,12 @@ def test_erased_areas_ratios_and_places_are_drawn_evenly():
     assert kstest(shape, "uniform").statistic < 0.04
     assert kstest((top + 0.5) / (H - h + 1), "uniform").statistic < 0.03
     assert kstest((left + 0.5) / (W - w + 1), "uniform").statistic < 0.03
-    assert min(top.min(), left.min()) == 0
-    assert (bottom.max(), right.max()) == (H, W)
+    sides = (0.1, 0.1), (1, 1)  # in 9 x 9 pixels, squares of 3
+    erased = random_erasing(images[:, :, :9, :9], 1.0, rng_of(6), *sides)
+    for first in rectangles(erased)[:, ::2].T:
+        counts = np.bincount(first)
+        assert len(counts) == 7
+        assert 350 < counts.min() <= counts.max() < 510  # 429 expected
     for share in (0.0, 0.25, 1.0):
         some = random_erasing(images[:2000, :, :9, :9], share, rng_of(5))
         assert abs(np.mean((some == 0).any(axis=(1, 2, 3))) - share) < 0.03
