@@ -51,7 +51,7 @@ $(NPM): docs/tools/package.json docs/tools/package-lock.json
 
 demo: .venv/.stamp-examples ## one photo through a PVT; writes pyramid.png
 	@$(PY) examples/forward.py $(ARGS)
-	@echo "Next: '. .venv/bin/activate', then 'python -m pvt_ref classify examples/chelsea.jpg --size 192'"
+	@echo "Next: '. .venv/bin/activate', then 'python -m pvt_ref classify .venv/lib/python3*/site-packages/sklearn/datasets/images/china.jpg', or a photo of yours"
 
 bench: .venv/.stamp-bench ## times everything against PyTorch and others on this CPU, an hour
 	@$(PY) benchmarks/cpu.py $(ARGS)

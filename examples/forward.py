@@ -1,23 +1,24 @@
 """What a trained Pyramid Vision Transformer sees, step by step, on the CPU.
 
-    python examples/forward.py                       a cat, and digits nobody trained on
-    python examples/forward.py photo.jpg             one of CIFAR-10's classes, whatever it shows
+    python examples/forward.py                       a temple, and digits nobody trained on
+    python examples/forward.py photo.jpg             one of Imagenette's classes, whatever it shows
     python examples/forward.py cat.jpg --weights pvt_small.pth        ImageNet's thousand classes
     python examples/forward.py street.png --variant pvt_tiny --size 512 768       random weights
 
 Prints what each stage works on and how long it takes, and the five likeliest classes, and writes
 pyramid.png: the photo, the four feature maps, and where one query looks at every stage.
 
-The cat is shown at 192x192, though the weights were trained at 32x32: the position tables are
-resized. At 32x32 there is little to see, and a close-up of a face is unlike CIFAR-10's small photos
-of whole animals.
+Imagenette's ten classes are all that the default weights know, and a temple is none of them: they
+say church, the class that is nearest. The temple comes with scikit-learn; without it the photo is
+the cat beside this file, for which no class is near. Both are shown at 128x128, as in the training.
 """
 
 import argparse
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from textwrap import fill
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -31,11 +32,27 @@ from pvt_ref.errors import CheckpointError, ImageError, printable
 from pvt_ref.report.tables import text_table
 from pvt_ref.report.times import time_stages
 
-#: Chelsea, by Stefan van der Walt, who waived all rights (CC0); from scikit-image's data.
-PHOTO = Path(__file__).with_name("chelsea.jpg")
+#: What is used unless --weights or --variant says otherwise.
+WEIGHTS = "imagenette"
 
-#: The side at which it is shown: large enough that feature maps and attention show a cat.
-PHOTO_SIZE = 192
+#: Weights that know no more classes than this have all of them named.
+FEW_CLASSES = 20
+
+
+class Photo(NamedTuple):
+    """A picture for those who name none: where it is, whose it is, and the truth about it."""
+
+    path: Path
+    credit: str
+    truth: str  # beside what WEIGHTS say
+
+
+#: Stefan van der Walt waived all rights; from scikit-image's data.
+CAT = Photo(
+    Path(__file__).with_name("chelsea.jpg"),
+    "chelsea.jpg by Stefan van der Walt (CC0, comes with the examples)",
+    "The photo shows a cat, which is none of the ten classes; every answer is wrong.",
+)
 
 #: Where the colours of attention end, in units of the weight that all keys would have if they were
 #: alike. The same for every stage and every model, so that what is nearly alike looks alike.
@@ -44,11 +61,12 @@ ATTENTION_RANGE = 4
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="One photo through a PVT, on the CPU.")
-    parser.add_argument("image", nargs="?", help="JPEG or PNG (default: a cat, and ten digits)")
+    parser.add_argument("image", nargs="?", help="JPEG or PNG (default: a temple, and ten digits)")
     parser.add_argument(
         "--weights",
         metavar="NAME|FILE",
-        help="cifar10 (default), digits, pvt_tiny ... pvt_large (fetched), or a checkpoint",
+        help=f"{WEIGHTS} (default), cifar10, digits, pvt_tiny ... pvt_large (fetched), or a "
+        "checkpoint",
     )
     parser.add_argument(
         "--variant",
@@ -60,7 +78,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs=2,
         type=int,
         metavar=("H", "W"),
-        help=f"default: the weights' own; {PHOTO_SIZE} {PHOTO_SIZE} for the cat",
+        help="default: that of the weights' training",
     )
     parser.add_argument("--output", default="pyramid.png", help="default pyramid.png")
     return parser.parse_args(argv)
@@ -69,7 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def get_model(weights: str | None, variant: str | None) -> Model:
     """Weights by name or file; random ones, drawn from seed 0, if only a variant is named."""
     if weights or not variant:
-        model = pvt_ref.load(weights or "cifar10")
+        model = pvt_ref.load(weights or WEIGHTS)
         if variant and model.config.depths != VARIANTS[variant].depths:
             raise CheckpointError(f"{weights} holds another model than {variant}: {model.source}")
         return model
@@ -78,10 +96,32 @@ def get_model(weights: str | None, variant: str | None) -> Model:
     return Model(params, config, f"{variant} with RANDOM weights (--weights names trained ones)")
 
 
+def default_photo() -> Photo:
+    """The temple among scikit-learn's pictures, or the cat where there is none."""
+    sklearn = find_spec("sklearn")  # found, not imported: that takes seconds
+    if sklearn and sklearn.origin:
+        path = Path(sklearn.origin).parent / "datasets" / "images" / "china.jpg"
+        if path.is_file():
+            return Photo(
+                path,
+                f"{path.name} by danielbuechele (CC BY 2.0, comes with scikit-learn)",
+                "The photo shows a temple, which is none of the ten classes; a church is nearest.",
+            )
+    return CAT
+
+
 def get_images(path: str | None, model: Model, size: tuple[int, int]) -> tuple[str, NDArray]:
     """What the photo is called, and (1, C, H, W) float32, as the model wants it."""
-    name = one_line(path) if path else f"{PHOTO.name} (comes with the examples)"
-    return name, model.preprocess([path or PHOTO], size)
+    if path:
+        return one_line(path), model.preprocess([path], size)
+    photo = default_photo()
+    return photo.credit, model.preprocess([photo.path], size)
+
+
+def few_classes(model: Model) -> str:
+    """The classes that the weights know, in a line; "" if they are many or have no names."""
+    names = model.info.classes
+    return ", ".join(map(one_line, names)) if len(names) <= FEW_CLASSES else ""
 
 
 def one_line(text: str) -> str:
@@ -181,7 +221,7 @@ def query_attention(model: Model, images: NDArray, point: tuple[float, float]) -
 def draw(model: Model, name: str, images: NDArray, path: Path, digits: bool) -> None:
     """Writes the figure: feature maps, below them the attention of one query, and maybe digits."""
     H, W = images.shape[2:]
-    height = 2 * (2.7 * H / W) + 2.8  # two rows of pictures, and the text around them
+    height = 2 * (2.7 * H / W) + 3.2  # two rows of pictures, and the text around them
     # without pyplot: a file is written, no window opened, and no setting outlives this
     with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 8}):
         figure = Figure(figsize=(14, height + 2.2 * digits), layout="constrained")
@@ -280,17 +320,20 @@ def draw_pyramid(figure: FigureBase, model: Model, name: str, images: NDArray) -
         range(ATTENTION_RANGE + 1), [*map(str, range(ATTENTION_RANGE)), f"≥{ATTENTION_RANGE}"]
     )
     trained = config.img_size
-    resized = f" (weights for {trained}×{trained} pixels; their position tables are resized)"
-    figure.suptitle(
-        f"{name} through: {one_line(model.info.title or model.source)}"
-        f"{'' if H == W == trained else resized}\n"
+    title = one_line(model.info.title or model.source)
+    if not H == W == trained:
+        title += f" (weights for {trained}×{trained} pixels; their position tables are resized)"
+    lines = [f"Photo: {name}", f"Network: {title}"]
+    if classes := few_classes(model):
+        lines += [fill(f"It knows {len(model.info.classes)} classes and no other: {classes}", 160)]
+    lines += [
         "Above: each feature map, its three principal components as red, green and blue. Finer "
-        "cells at first, more channels later.\n"
+        "cells at first, more channels later.",
         "Below: how one query of the last block spreads its attention. Spatial reduction keeps the "
         "keys few where the queries are many.",
-        fontsize=10,
-        parse_math=False,  # a file name may hold dollar signs
-    )
+    ]
+    # a file name may hold dollar signs
+    figure.suptitle("\n".join(lines), fontsize=10, parse_math=False)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -298,20 +341,23 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_output(args.output)
         model = get_model(args.weights, args.variant)
-        plain = not (args.image or args.weights or args.variant)
-        side = PHOTO_SIZE if plain else model.config.img_size
-        size = tuple(args.size) if args.size else (side, side)
+        plain = not args.image and not args.variant and args.weights in (None, WEIGHTS)
+        trained = model.config.img_size
+        size = tuple(args.size) if args.size else (trained, trained)
         model.config.grids(*size)  # before any work
         name, images = get_images(args.image, model, size)
         print(f"photo:   {name}, brought to {size[0]}x{size[1]} pixels")
         about = f"{model.info.title}; " if model.info.title else ""
         print(f"weights: {one_line(about + model.source)}")
-        trained = model.config.img_size
         if size != (trained, trained):
             print(f"         for {trained}x{trained} pixels; their position tables are resized")
+        if classes := few_classes(model):
+            print(f"classes: {classes}; no other is known")
         print()
         print(stage_table(model, images), "\n")
         print(top_five(model, images))
+        if plain:
+            print(default_photo().truth)
         if "RANDOM" in model.source:
             print("The weights are random, so the classes mean nothing. The arithmetic is real.")
         plain = plain and find_spec("sklearn") is not None  # the digits come with it

@@ -33,7 +33,7 @@ TOLERANCES = {"float32": (1e-4, 1e-3), "float64": (1e-11, 1e-9)}
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A PVT on CUDA, checked against NumPy.")
-    parser.add_argument("image", nargs="?", help="JPEG or PNG (default: a cat)")
+    parser.add_argument("image", nargs="?", help="JPEG or PNG (default: a temple)")
     parser.add_argument("--weights", metavar="NAME|FILE", help="trained ones (default: random)")
     parser.add_argument(
         "--variant",

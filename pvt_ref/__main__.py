@@ -24,6 +24,9 @@ from pvt_ref.zoo import RELEASED, SHIPPED, load
 #: by Ctrl-C; the reader of standard output left.
 _SOME, _NONE, _INTERRUPTED, _PIPE_CLOSED = 1, 2, 130, 141
 
+#: What ``classify`` asks if no weights are named.
+_DEFAULT_WEIGHTS = "imagenette"
+
 
 def _parser(training: bool) -> argparse.ArgumentParser:
     about = "The Pyramid Vision Transformer in NumPy."
@@ -47,8 +50,8 @@ def _parser(training: bool) -> argparse.ArgumentParser:
     text += "(.jpg, .png and so on) and not hidden"
     classify.add_argument("images", nargs="+", metavar="IMAGE", help=text)
     text = f"{', '.join(SHIPPED)} (in the package), {', '.join(RELEASED)} (fetched when first "
-    text += "asked for), or a file (default cifar10)"
-    classify.add_argument("--weights", default="cifar10", metavar="NAME|FILE", help=text)
+    text += f"asked for), or a file (default {_DEFAULT_WEIGHTS}: ten classes of photos)"
+    classify.add_argument("--weights", metavar="NAME|FILE", help=text)
     classify.add_argument("--top", type=int, default=5, help="classes a picture (default 5)")
     classify.add_argument("--json", action="store_true", help="a list, for programs")
 
@@ -130,7 +133,8 @@ def _one_or_all(values: Sequence[Any] | None) -> Any:
 
 
 def _classify(args: argparse.Namespace) -> int:
-    model = load(args.weights, config=args.config, entry=args.entry)
+    weights = _DEFAULT_WEIGHTS if args.weights is None else args.weights
+    model = load(weights, config=args.config, entry=args.entry)
     size = _one_or_all(args.size)
     inputs = list(_pictures(args.images))
     paths = (path for path, error in inputs if error is None)
@@ -145,7 +149,7 @@ def _classify(args: argparse.Namespace) -> int:
         else:
             said = {"predictions": [a._asdict() for a in answer]}
         if args.json:
-            record = {"image": path, "weights": args.weights, **said}
+            record = {"image": path, "weights": weights, **said}
             text = textwrap.indent(json.dumps(record, indent=2), "  ")
             print(",\n" if index else "[\n", text, sep="", end="", flush=True)
         elif not isinstance(answer, PVTError):
@@ -155,6 +159,9 @@ def _classify(args: argparse.Namespace) -> int:
             print(f"{gap}{one_line(path)}\n{table}", flush=True)
     if args.json:
         print("\n]")
+    elif args.weights is None and failed < len(inputs):  # who named weights knows what they know
+        known = ", ".join(model.classes)
+        _say(f"{weights} knows these classes and no other: {known}. --weights names another model")
     return _status(len(inputs), failed)
 
 

@@ -90,6 +90,30 @@ def test_a_folder_stands_for_its_pictures_by_name(capsys, pictures, tmp_path):
     assert ["error" in record for record in json.loads(out)] == [True, False, False, False]
 
 
+def test_without_weights_imagenette_answers_and_its_classes_are_named_once(capsys, pictures):
+    names = [str(pictures / name) for name in ("a.JPG", "notes.txt", "c.webp")]
+    model = pvt_ref.load("imagenette")
+    note = f"imagenette knows these classes and no other: {', '.join(model.classes)}. "
+    status, out, err = run(capsys, "classify", *names, "--top", "1")
+    assert status == 1
+    for table, name in zip(out.split("\n\n"), (names[0], names[2]), strict=True):
+        (answer,) = model.predict(name, top=1)[0]
+        assert table.splitlines()[-1].split() == [
+            *answer.label.split(),
+            f"{answer.probability:.4f}",
+        ]
+    assert err.count(note) == 1
+    assert err.splitlines()[-1].startswith(note)  # below the tables and the errors
+    assert "knows" not in out
+    # who named the weights, or reads by program, or got no answer, is not told
+    assert run(capsys, "classify", names[0], "--weights", "imagenette", "--top", "1")[2] == ""
+    status, out, err = run(capsys, "classify", names[0], "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)[0]["weights"] == "imagenette"
+    assert "knows" not in run(capsys, "classify", names[1])[2]
+    assert run(capsys, "classify", names[0], "--weights", "")[0] == 2  # no default for ""
+
+
 def test_names_and_labels_of_strangers_are_text(capsys, tmp_path):
     config = VARIANTS["pvt_tiny"]
     config = pvt_ref.PVTConfig(img_size=32, num_classes=2, depths=(1, 1, 1, 1))
@@ -320,10 +344,11 @@ def test_predict_each_refuses_at_once_what_no_picture_can_mend():
 
 def test_classify_at_another_size(capsys):
     photo = str(Path(__file__).parents[1] / "examples" / "chelsea.jpg")
-    status, out, _ = run(capsys, "classify", photo, "--top", "1", "--size", "192")
+    of_cifar = ["classify", photo, "--weights", "cifar10", "--top", "1"]
+    status, out, _ = run(capsys, *of_cifar, "--size", "192")
     assert status == 0
     assert out.splitlines()[-1].split() == ["cat", "0.6226"]
-    status, out, _ = run(capsys, "classify", photo, "--top", "1", "--size", "96", "128", "--json")
+    status, out, _ = run(capsys, *of_cifar, "--size", "96", "128", "--json")
     (answer,) = pvt_ref.load("cifar10").predict([photo], top=1, size=(96, 128))[0]
     assert json.loads(out)[0]["predictions"] == [answer._asdict()]
     for wrong in (["100"], ["0"], ["-16"], ["1", "2", "3"]):

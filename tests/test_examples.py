@@ -37,16 +37,18 @@ def test_forward_classifies_shows_the_stages_and_draws_the_pyramid(examples, cap
     forward = examples("forward")
     assert forward.main([]) == 0
     out = capsys.readouterr().out
-    assert "chelsea.jpg (comes with the examples)" in out
+    assert "china.jpg by danielbuechele (CC BY 2.0, comes with scikit-learn)" in out
     assert "random" not in out.lower()
-    assert "weights: CIFAR-10" in out
+    assert "trained from nothing on Imagenette" in out
+    model = pvt_ref.load("imagenette")
+    assert f"\nclasses: {', '.join(model.classes)}; no other is known\n" in out
+    assert "a temple, which is none of the ten classes" in out
     assert "are read as:                     0 1 2 3 4 5 6 7 8 9\n" in out
     table = [line.split() for line in out.splitlines()]
     stages = {row[0]: row[1:6] for row in table if row and row[0] in ("1", "2", "3", "4")}
-    model = pvt_ref.load("cifar10")
-    cost = pvt_ref.count_cost(model.config, 192)
-    assert "brought to 192x192 pixels" in out
-    assert "for 32x32 pixels; their position tables are resized" in out
+    cost = pvt_ref.count_cost(model.config)
+    assert "brought to 128x128 pixels" in out
+    assert "position tables are resized" not in out
     for s in cost.stages:
         macs = f"{cost.of_stage(s.stage).macs / 1e6:,.1f}"
         assert stages[f"{s.stage}"] == [
@@ -56,22 +58,117 @@ def test_forward_classifies_shows_the_stages_and_draws_the_pyramid(examples, cap
             f"{s.keys}",
             macs,
         ]
-    (answers,) = model.predict(model.preprocess([forward.PHOTO], 192))
-    assert answers[0].label == "cat"
+    (answers,) = model.predict(forward.default_photo().path)
+    assert answers[0].label == "church"
     heading = next(i for i, row in enumerate(table) if row == ["class", "probability"])
     shown = table[heading + 2 : heading + 7]
-    assert shown == [[a.label, f"{a.probability:.4f}"] for a in answers]
+    assert shown == [[*a.label.split(), f"{a.probability:.4f}"] for a in answers]
     with Image.open(tmp_path / "pyramid.png") as picture:
         assert picture.width > 1000
         pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
         assert len(np.unique(pixels, axis=0)) > 1000  # a photo is in it
-        drawn = np.asarray(picture.convert("RGB").resize((160, 119)), dtype=float)
+        drawn = np.asarray(picture.convert("RGB").resize((160, 123)), dtype=float)
     readme = EXAMPLES.parent / "docs" / "images" / "pyramid.png"
     assert readme.stat().st_size < 400_000
     with Image.open(readme) as picture:
-        shown = np.asarray(picture.convert("RGB").resize((160, 119)), dtype=float)
+        shown = np.asarray(picture.convert("RGB").resize((160, 123)), dtype=float)
     # it has 256 colours, and other fonts elsewhere
     assert np.percentile(np.abs(drawn - shown), 95) < 16
+
+
+@pytest.mark.parametrize("found", [None, types.SimpleNamespace(origin=None), "an empty folder"])
+def test_without_scikit_learns_photo_the_demo_shows_the_cat_and_says_what_it_is_not(
+    found, examples, capsys, tmp_path, monkeypatch
+):
+    forward = examples("forward")
+    if found == "an empty folder":
+        found = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(forward, "find_spec", lambda name: found)
+    assert forward.default_photo() is forward.CAT
+    if found is None:
+        assert forward.main([]) == 0
+        out = capsys.readouterr().out
+        assert "chelsea.jpg by Stefan van der Walt (CC0, comes with the examples)" in out
+        assert "a cat, which is none of the ten classes; every answer is wrong" in out
+        assert "digits" not in out
+        assert (tmp_path / "pyramid.png").exists()
+
+
+def test_the_truth_about_the_photo_is_told_only_beside_the_weights_that_it_is_about(
+    examples, capsys, monkeypatch
+):
+    forward = examples("forward")
+    monkeypatch.setattr(forward, "draw", lambda *args, **kwargs: None)  # what is printed will do
+    truth = forward.default_photo().truth
+    for arguments in ([], ["--size", "64", "96"], ["--weights", "imagenette"]):
+        assert forward.main(arguments) == 0
+        assert truth in capsys.readouterr().out
+    for arguments in (
+        [str(forward.CAT.path)],
+        ["--weights", "digits"],
+        ["--variant", "pvt_tiny", "--size", "32", "32"],
+    ):
+        assert forward.main(arguments) == 0
+        assert "The photo shows" not in capsys.readouterr().out
+
+
+def test_what_the_readme_and_the_pages_say_of_the_photos_is_so(examples):
+    """Sizes that are told with their answers, the unflattering ones among them."""
+    forward = examples("forward")
+    temple, model = forward.default_photo().path, pvt_ref.load("imagenette")
+    answers = {s: model.predict(temple, top=1, size=s)[0][0] for s in (80, 128, 176, 192, 224)}
+    likeliest = {size: answer.label for size, answer in answers.items()}
+    assert likeliest == {
+        80: "church",
+        128: "church",
+        176: "gas pump",
+        192: "church",
+        224: "parachute",
+    }
+    shown = {
+        size: f"{answer.probability:.0%}".replace("%", " %") for size, answer in answers.items()
+    }
+    root = EXAMPLES.parent
+    readme, use, decisions = (
+        (root / name).read_text("utf-8")
+        for name in ("README.md", "docs/use.md", "docs/decisions.md")
+    )
+    assert f"church ({shown[128]})" in readme
+    assert f"church ({shown[128]})" in use
+    assert f"parachute ({shown[224]})" in use
+    assert f"({shown[192][:2]} to\n{shown[80]})" in decisions
+    (cat,) = model.predict(forward.CAT.path, top=1)
+    assert (cat[0].label, cat[0].probability > 0.8) == ("French horn", True)
+    cifar = pvt_ref.load("cifar10")
+    assert [cifar.predict(forward.CAT.path, size=s)[0][0].label for s in (32, 192)] == [
+        "frog",
+        "cat",
+    ]
+    listed = ", ".join(model.classes)
+    assert listed in " ".join(readme.split())
+
+
+def test_classes_are_named_if_they_are_few(examples, capsys):
+    forward = examples("forward")
+    config = pvt_ref.PVTConfig(img_size=32, num_classes=21, depths=(1, 1, 1, 1))
+
+    def named(names):
+        config_of = dataclasses.replace(config, num_classes=len(names) or 3)
+        params = pvt_ref.init_params(config_of, rng_of(0))
+        return Model(params, config_of, info=pvt_ref.ModelInfo(classes=tuple(names)))
+
+    few = named([f"c{k}" for k in range(20)])
+    assert forward.few_classes(few) == ", ".join(few.classes)
+    assert forward.few_classes(named([f"c{k}" for k in range(21)])) == ""
+    assert forward.few_classes(named([])) == ""  # none has a name
+    assert forward.few_classes(named(["two\nlines", "\x1b"])) == r"two lines, \x1b"
+    photo = normal(0, 1, 3, 32, 32, dtype=np.float32)
+    above = pyramid_of(forward, few, photo).get_suptitle()
+    assert "It knows 20 classes and no other: c0, c1," in above
+    assert "c19" in above
+    assert "knows" not in pyramid_of(forward, named([]), photo).get_suptitle()
+    assert forward.main(["--weights", "digits"]) == 0
+    assert "classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9; no other is known" in capsys.readouterr().out
 
 
 def test_the_digits_shown_are_held_out_and_mostly_read(examples):
@@ -296,7 +393,7 @@ def test_attention_that_is_nearly_alike_looks_alike(examples):
         spread = np.ptp(colours[..., :3].reshape(-1, 3), axis=0)
         assert spread.max() < 0.1
     trained = pvt_ref.load("cifar10")
-    photo = trained.preprocess([forward.PHOTO], 192)
+    photo = trained.preprocess([forward.CAT.path], 192)
     for colours in attention_colours(pyramid_of(forward, trained, photo))[1:]:
         spread = np.ptp(colours[..., :3].reshape(-1, 3), axis=0)
         assert spread.max() > 0.5
