@@ -85,7 +85,7 @@ def test_a_hundred_steps_are_pytorchs(kind):
     start, frozen = to_state_dict(state.params), tuple(f"{x}." for x in recipe.frozen)
     moving = [k for k in weights if "mlp" in k and not k.startswith(frozen)]
     moved = [relative(weights[k], start[k]) for k in moving]
-    assert min(moved) > 0.01  # a training in which nothing happens would agree too
+    assert min(moved) > 0.005  # a training in which nothing happens would agree too
 
 
 @pytest.mark.gpu
