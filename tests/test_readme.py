@@ -34,7 +34,10 @@ def test_the_code_on_the_training_page_runs(tmp_path, monkeypatch, capsys):
         exec(code, names)
     assert names["losses"][-1] < 0.7 * names["losses"][0]
     assert names["run"].finished
-    assert "True" in [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    printed = capsys.readouterr().out.splitlines()
+    assert "True" in [line.split()[0] for line in printed]
+    promised = re.findall(r"^# (.+ (?:True|False))$", page.read_text("utf-8"), re.MULTILINE)
+    assert [line for line in printed if line in promised] == promised
 
 
 def test_the_agreement_in_the_readme_is_that_of_the_full_table():

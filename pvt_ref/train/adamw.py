@@ -132,7 +132,7 @@ def adamw_step(
         return b2 * v + (1 - b2) * (g * g) if share else v
 
     def new_w(w: Array, m: Array, v: Array, rate: float, share: float) -> Array:
-        if not share:  # frozen; adding zeros would turn -0 into 0
+        if not share:  # frozen; adding a step of 0 could turn -0 into 0
             return w
         # lr m^ / (sqrt(v^) + eps), with the two corrections drawn out of the arrays
         root = array_module(v).sqrt(v)

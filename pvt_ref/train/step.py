@@ -129,7 +129,9 @@ def _step(
 ) -> tuple[TrainState, StepReport]:
     steps = recipe.steps_per_epoch(len(data))
     epoch, index = divmod(state.step, steps)
-    factors = learning_rate_factors(config, recipe.layer_decay, recipe.frozen)
+    factors = None  # all are 1; left out, they save 1 % of a small model's step
+    if recipe.layer_decay < 1 or recipe.frozen:
+        factors = learning_rate_factors(config, recipe.layer_decay, recipe.frozen)
     config = config_of_epoch(config, epoch, recipe.drop_path_ramp_epochs)
     if index == 0:
         state = dataclasses.replace(state, epoch_loss=0.0, epoch_hits=0)
@@ -163,7 +165,8 @@ def _step(
     for part_loss, part_hits in itertools.chain(*ranks.gather(told)):  # in order of micro-batches
         loss, hits = loss + part_loss, hits + part_hits
     grads = ranks.sum(parts, recipe.accumulate)
-    grads = without_frozen(grads, factors)
+    if factors is not None:
+        grads = without_frozen(grads, factors)
     max_norm = math.inf if recipe.clip_norm is None else recipe.clip_norm
     grads, norm = clip_by_global_norm(grads, max_norm)
     largest = float(np.finfo(dtype_name(first_array(state.params))).max)
