@@ -1,5 +1,6 @@
 """States and metrics that somebody edited: this project's error, which names the field or line."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,11 +11,21 @@ import pytest
 from kill_training import RUN, fingerprint, saved
 from rich.console import Console
 from small_training import CONFIG, DATA, HELD_OUT, RECIPE
+from strategies import random_params
 
 from pvt_ref.checkpoint.safetensors_file import TRAINING_KEY, pack, read_safetensors
 from pvt_ref.errors import CheckpointError, MissingFileError, TrainingError
-from pvt_ref.train import draw_curves, fit, load_state, loop, read_metrics, save_state
+from pvt_ref.train import (
+    draw_curves,
+    fit,
+    load_state,
+    loop,
+    read_metrics,
+    save_state,
+    start_training,
+)
 from pvt_ref.train.loop import CURVES, METRICS, STATE
+from pvt_ref.train.saved import describe_run
 from pvt_ref.tree import digest
 
 #: More digits than Python turns into a number, more levels than a reader should go down.
@@ -339,3 +350,26 @@ def test_pictures_that_cannot_be_drawn(halfway):
     with pytest.raises(CheckpointError, match=r"x\.png could not be written"):
         draw_curves(halfway / METRICS, halfway / "no folder" / "x.png")
     assert not list(halfway.glob(".*"))
+
+
+def test_a_run_of_before_a_recipe_had_some_field_goes_on(tmp_path):
+    """It did what the field's default does."""
+    path, state = (
+        tmp_path / "state.safetensors",
+        start_training(random_params(CONFIG, 0, np.float32), len(DATA), 5),
+    )
+    calm = dataclasses.replace(RECIPE, cutmix_alpha=0.0, erasing=0.0)
+    run = describe_run(CONFIG, calm, DATA, HELD_OUT)
+    later = ("cutmix_alpha", "erasing", "layer_decay", "frozen")
+    old = {**run, "recipe": {k: v for k, v in run["recipe"].items() if k not in later}}
+    assert len(old["recipe"]) == len(run["recipe"]) - 4
+    save_state(path, state, old)
+    assert fingerprint(load_state(path, CONFIG, run, np.empty(0))) == fingerprint(state)
+    for change in ({"erasing": 0.5}, {"layer_decay": 0.5}, {"frozen": ("head",)}):
+        other = describe_run(CONFIG, dataclasses.replace(calm, **change), DATA, HELD_OUT)
+        with pytest.raises(TrainingError, match=f"recipe.{next(iter(change))} is "):
+            load_state(path, CONFIG, other, np.empty(0))
+    del old["recipe"]["mixup_alpha"]  # which every version has written
+    save_state(path, state, old)
+    with pytest.raises(TrainingError, match=r"recipe\.mixup_alpha is None there"):
+        load_state(path, CONFIG, run, np.empty(0))

@@ -38,6 +38,8 @@ _NUMBERS = (
     *("step", "seed", "samples", "epoch_loss", "epoch_hits"),
     *("best_accuracy", "best_epoch", "best_sha256"),
 )
+#: Of the recipe, since version 0.2.0.
+_LATER_FIELDS = ("cutmix_alpha", "erasing", "layer_decay", "frozen")
 _ANEW = "or start anew in another folder"
 
 
@@ -129,7 +131,7 @@ def load_state_and_run(
     try:
         tensors, metadata = read_safetensors(path)
         record = _record(tensors, metadata)
-        saved = _as_run(record["run"])
+        saved = _with_later_fields(_as_run(record["run"]))
     except (PVTError, OSError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     _check_same_run(path, saved, given)
@@ -189,6 +191,14 @@ def _state(
     state = TrainState(params=params, optimizer=optimizer, average=average, **numbers)
     check_state(state)
     return state
+
+
+def _with_later_fields(run: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A run of before the recipe had some field did what the field's default does: nothing."""
+    if "recipe" not in run:
+        return run
+    known = {f.name: f.default for f in dataclasses.fields(Recipe) if f.name in _LATER_FIELDS}
+    return run | _as_run({"recipe": known | run["recipe"]})
 
 
 def _check_same_run(path: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
