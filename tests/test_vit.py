@@ -670,6 +670,43 @@ def test_a_segmentor_s_variant_by_itself_resizes_as_setr(tmp_path):
     assert "deit_ti_16, no classifier, 512 px, bilinear resizing" in model.source
 
 
+def test_a_variant_s_name_leaves_the_resizing_to_the_layout(tmp_path):
+    config = dataclasses.replace(VITS["deit_ti_16"], num_classes=0)
+    state = {k: np.zeros(s, np.float16) for k, s in param_shapes(config).items()}
+    path = write_pth(tmp_path / "setr.pth", as_torch(mmsegmentation_state(state)))
+    bilinear = dataclasses.replace(config, position_resize="bilinear")
+    assert load(path, "deit_ti_16").config == bilinear
+    (tmp_path / "c.json").write_text('{"num_classes": 0, "embed_dim": 192}')
+    assert load(path, tmp_path / "c.json").config == bilinear
+    assert load(path, config).config == config  # a whole configuration says it
+    pvt_ref.save(tmp_path / "saved.safetensors", load(path))
+    assert load(tmp_path / "saved.safetensors", "deit_ti_16").config == bilinear
+
+
+def test_a_file_without_a_head_may_be_setrs_own(tmp_path):
+    whole = VITS["deit_ti_16"]
+    bare = dataclasses.replace(whole, num_classes=0)
+    state = {k: np.zeros(s, np.float16) for k, s in param_shapes(whole).items()}
+    headless = {k: x for k, x in state.items() if not k.startswith("head.")}
+    path = write_pth(tmp_path / "headless.pth", as_torch(headless))
+    (tmp_path / "c.json").write_text('{"num_classes": 0, "embed_dim": 192}')
+    for config in (None, "deit_ti_16", tmp_path / "c.json"):
+        model = load(path, config)
+        assert model.config == bare
+        assert "bicubic resizing of the position table (SETR resizes bil" in model.source
+    said = model.source.partition("assumed: ")[2]
+    asked = dataclasses.replace(model.config, position_resize="bilinear")
+    assert "config=dataclasses.replace(model.config, position_resize='bilinear')" in said
+    assert load(path, asked).config == asked
+    (tmp_path / "said.json").write_text(json.dumps(dataclasses.asdict(asked)))
+    for config in (bare, asked, tmp_path / "said.json"):  # which say how
+        assert "resizing of the position table" not in load(path, config).source
+    # one with a head is DeiT's or timm's, also where only its backbone is wanted
+    path = write_pth(tmp_path / "whole.pth", as_torch(state))
+    for config in (None, "deit_ti_16", bare, tmp_path / "c.json"):
+        assert "resizing" not in load(path, config).source
+
+
 # Names --------------------------------------------------------------------------------------------
 
 

@@ -201,6 +201,8 @@ def _load(
             assumed.append(f"eps of this layout's code{hint}")
         chosen = usual
     used = dataclasses.replace(used, **chosen)
+    if model.layout.resize_assumed and (not stated or "position_resize" in stated.left_open):
+        assumed.append(model.layout.resize_assumed)
     wanted = foreign_shapes(model.layout, used)
     state = {key: x for key, x in model.state.items() if key in wanted}
     rest = sorted(model.prefix + key for key in model.state.keys() - state.keys())
