@@ -13,7 +13,7 @@ import numpy as np
 from pvt_ref import errors
 from pvt_ref.api import from_state_dict
 from pvt_ref.app import Model
-from pvt_ref.arrays import dtype_name
+from pvt_ref.arrays import dtype_name, quietly
 from pvt_ref.checkpoint import recognise
 from pvt_ref.checkpoint import safetensors_file as own
 from pvt_ref.checkpoint import stated as statements
@@ -208,8 +208,8 @@ def _load(
     rest = sorted(model.prefix + key for key in model.state.keys() - state.keys())
     if rest:
         notes.append(f"left out, since there is no head: {', '.join(rest)}")
-    with np.errstate(invalid="ignore"):  # of a signalling NaN, which Model refuses below
-        params = from_state_dict(to_native(opened.read(state), model.layout, used), used)
+    # a cast of a signalling NaN would warn of what Model refuses below
+    params = from_state_dict(quietly(to_native, opened.read(state), model.layout, used), used)
     if not info:
         info, more = _info(used, stored, stated, folder, released, notes)
         assumed += more
