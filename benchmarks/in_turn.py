@@ -24,6 +24,9 @@ RESULTS = ROOT / "docs" / "results"
 NATIVE = 224  # the size the variants were made for
 #: Largest relative error (L2) against float64 with which a contender may be timed.
 ALLOWED = 1e-5
+#: The same for gradients through a ReLU. In any library, rounding moves one of ten million hidden
+#: units across 0, and the gradients of all layers before it change, by 3e-4 in pvt_v2_b2_li.
+ALLOWED_PAST_RELU = 1e-3
 
 
 class ContenderError(Exception):
@@ -105,6 +108,12 @@ def exact_outputs(name: str, weights: Path, size: int, batch: int, train: bool) 
     return our_arrays(our_pass(params, images, dlogits, config, READABLE))
 
 
+def allowed_error(name: str, quantity: str) -> float:
+    """With which a contender may be timed: of the logits, or of a gradient, of a variant."""
+    has_relu = getattr(VARIANTS[name], "linear", False)  # in its MLPs
+    return ALLOWED_PAST_RELU if has_relu and quantity != "logits" else ALLOWED
+
+
 def check_equality(workers: list[Worker], orders: list[dict], folder: Path) -> list[dict]:
     """Raises unless every contender is right; returns the errors found."""
     errors = []
@@ -120,19 +129,21 @@ def check_equality(workers: list[Worker], orders: list[dict], folder: Path) -> l
                 worker.ask(do="outputs", file=str(file), **order | {"train": False})
             with np.load(file) as found:
                 for key, x in wanted.items():
+                    allowed = allowed_error(order["model"], key)
                     error = float(np.linalg.norm(found[key] - x) / np.linalg.norm(x))
                     errors.append(
                         {"contender": worker.name, "model": order["model"], "size": order["size"]}
                         | {"quantity": key, "error": error}
                     )
-                    if not error < ALLOWED:
+                    if not error < allowed:
                         raise SystemExit(
                             f"{worker.name} is not timed: its {key} of {order['model']} at "
                             f"{order['size']} x {order['size']} is off by {error:.1e}, and "
-                            f"{ALLOWED:.0e} is allowed"
+                            f"{allowed:.0e} is allowed"
                         )
     worst = max(errors, key=lambda e: e["error"])
-    say(f"All results match float64 within {worst['error']:.1e} ({worst['contender']}).")
+    whose = f"{worst['quantity']} of {worst['model']} in {worst['contender']}"
+    say(f"All results match float64 within {worst['error']:.1e} ({whose}).")
     return errors
 
 

@@ -192,12 +192,14 @@ def machine_line(result: dict) -> str:
 
 def plot_ratios(result: dict, path: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
 
     cases = result["times"]
     names = list(dict.fromkeys(n for case in cases for n in case["seconds"] if n != RIVAL))
-    figure = Figure(figsize=(9, 0.95 * len(cases) + 1.2))
+    figure = Figure(figsize=(9, (0.25 + 0.14 * len(names)) * len(cases) + 1.2))
     axes = figure.subplots()
     height = 0.8 / len(names)
+    on_bars = [withStroke(linewidth=2.5, foreground="white")]  # or a line is lost on a dark one
     for k, name in enumerate(names):
         ran = [i for i, case in enumerate(cases) if case["seconds"].get(name)]
         ys = [i + (k - (len(names) - 1) / 2) * height for i in ran]
@@ -205,7 +207,7 @@ def plot_ratios(result: dict, path: Path) -> None:
         middle = [m for m, _, _ in found]
         errors = [[m - low for m, low, _ in found], [high - m for m, _, high in found]]
         axes.barh(ys, middle, height * 0.9, xerr=errors, color=COLOURS[name], label=name,
-                  error_kw={"lw": 0.8, "ecolor": "#555555"})  # fmt: skip
+                  error_kw={"lw": 1, "ecolor": "#222222", "path_effects": on_bars})  # fmt: skip
     axes.axvline(1, color=COLOURS[RIVAL], lw=1.5)
     axes.text(1, -0.62, RIVAL, color=COLOURS[RIVAL], ha="center", va="bottom", fontsize=9,
               bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})  # fmt: skip

@@ -239,7 +239,7 @@ def test_no_contender_is_timed_whose_results_do_not_match(tmp_path, monkeypatch,
         for key, x in exact.items()
         if trains or key == "logits"
     }
-    order = {"model": "m", "weights": "w", "size": 224, "batch": 2, "train": True}
+    order = {"model": "pvt_tiny", "weights": "w", "size": 224, "batch": 2, "train": True}
     worker = Answers("one", trains=trains, outputs=found)
     if wrong in found:
         with pytest.raises(SystemExit, match=rf"one is not timed: its {wrong} .* off by 2\.0e-05"):
@@ -247,6 +247,23 @@ def test_no_contender_is_timed_whose_results_do_not_match(tmp_path, monkeypatch,
     else:
         errors = in_turn.check_equality([worker], [order], tmp_path)
         assert [error["quantity"] for error in errors] == list(found)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "refused"),
+    [("logits", 2e-5, True), ("dimages", 2e-5, False), ("dimages", 2e-3, True)],
+)
+def test_gradients_through_a_relu_may_differ_more(tmp_path, monkeypatch, wrong, error, refused):
+    in_turn = import_module("in_turn")
+    exact = {"logits": np.array([3.0, 4.0]), "dimages": np.array([1.0, 0.0])}
+    monkeypatch.setattr(in_turn, "exact_outputs", lambda *_: exact)
+    worker = Answers("one", outputs=exact | {wrong: exact[wrong] * (1 + error)})
+    order = {"model": "pvt_v2_b2_li", "weights": "w", "size": 224, "batch": 2, "train": True}
+    if refused:
+        with pytest.raises(SystemExit, match=rf"one is not timed: its {wrong} "):
+            in_turn.check_equality([worker], [order], tmp_path)
+    else:
+        in_turn.check_equality([worker], [order], tmp_path)
 
 
 def test_contenders_give_the_numbers_of_the_readable_layers(tmp_path):

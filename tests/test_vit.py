@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operations import backward, forward, sra_settings, table_under_test
 from PIL import Image
+from spelt_layouts import mmsegmentation_vit
 from strategies import normal, random_params, rng_of, seeds, vit_cases
 from test_checkpoint import as_torch, assert_same_state, random_state, to_foreign, write_pth
 from test_ops import counted
@@ -628,26 +629,9 @@ def test_a_width_of_variants_with_different_heads_does_not_tell_the_heads(tmp_pa
 # MMSegmentation -----------------------------------------------------------------------------------
 
 
-def mmsegmentation_state(state):
-    """The layout of its VisionTransformer, written out by hand."""
-    named = {"norm1": "ln1", "norm2": "ln2", "attn.proj": "attn.attn.out_proj"}
-    named |= {"mlp.fc1": "ffn.layers.0.0", "mlp.fc2": "ffn.layers.1"}
-    out = {}
-    for key, x in state.items():
-        stem, _, kind = key.rpartition(".")
-        if key.startswith("patch_embed"):
-            key = f"patch_embed.projection.{kind}"
-        elif key.startswith("blocks"):
-            _, k, part = stem.split(".", 2)
-            theirs = f"{named[part]}.{kind}" if part in named else f"attn.attn.in_proj_{kind}"
-            key = f"layers.{k}.{theirs}"
-        out[key] = x
-    return out
-
-
 def test_a_segmentor_s_backbone(tmp_path):
     state = vit_state(BARE)
-    theirs = {f"backbone.{k}": x for k, x in as_torch(mmsegmentation_state(state)).items()}
+    theirs = {f"backbone.{k}": x for k, x in as_torch(mmsegmentation_vit(state)).items()}
     theirs |= {f"backbone.ln1.{kind}": torch.ones(12) for kind in ("weight", "bias")}
     theirs["decode_head.conv_seg.weight"] = torch.ones(150, 12, 1, 1)
     path = write_pth(tmp_path / "setr.pth", {"meta": {}, "state_dict": theirs})
@@ -664,10 +648,47 @@ def test_a_segmentor_s_backbone(tmp_path):
 def test_a_segmentor_s_variant_by_itself_resizes_as_setr(tmp_path):
     config = dataclasses.replace(VITS["deit_ti_16"], num_classes=0, img_size=512)
     state = {k: np.zeros(s, np.float16) for k, s in param_shapes(config).items()}
-    path = write_pth(tmp_path / "setr.pth", as_torch(mmsegmentation_state(state)))
+    path = write_pth(tmp_path / "setr.pth", as_torch(mmsegmentation_vit(state)))
     model = load(path)
     assert model.config == dataclasses.replace(config, position_resize="bilinear")
     assert "deit_ti_16, no classifier, 512 px, bilinear resizing" in model.source
+
+
+def test_a_variant_s_name_leaves_the_resizing_to_the_layout(tmp_path):
+    config = dataclasses.replace(VITS["deit_ti_16"], num_classes=0)
+    state = {k: np.zeros(s, np.float16) for k, s in param_shapes(config).items()}
+    path = write_pth(tmp_path / "setr.pth", as_torch(mmsegmentation_vit(state)))
+    bilinear = dataclasses.replace(config, position_resize="bilinear")
+    assert load(path, "deit_ti_16").config == bilinear
+    (tmp_path / "c.json").write_text('{"num_classes": 0, "embed_dim": 192}')
+    assert load(path, tmp_path / "c.json").config == bilinear
+    assert load(path, config).config == config  # a whole configuration says it
+    pvt_ref.save(tmp_path / "saved.safetensors", load(path))
+    assert load(tmp_path / "saved.safetensors", "deit_ti_16").config == bilinear
+
+
+def test_a_file_without_a_head_may_be_setrs_own(tmp_path):
+    whole = VITS["deit_ti_16"]
+    bare = dataclasses.replace(whole, num_classes=0)
+    state = {k: np.zeros(s, np.float16) for k, s in param_shapes(whole).items()}
+    headless = {k: x for k, x in state.items() if not k.startswith("head.")}
+    path = write_pth(tmp_path / "headless.pth", as_torch(headless))
+    (tmp_path / "c.json").write_text('{"num_classes": 0, "embed_dim": 192}')
+    for config in (None, "deit_ti_16", tmp_path / "c.json"):
+        model = load(path, config)
+        assert model.config == bare
+        assert "bicubic resizing of the position table (SETR resizes bil" in model.source
+    said = model.source.partition("assumed: ")[2]
+    asked = dataclasses.replace(model.config, position_resize="bilinear")
+    assert "config=dataclasses.replace(model.config, position_resize='bilinear')" in said
+    assert load(path, asked).config == asked
+    (tmp_path / "said.json").write_text(json.dumps(dataclasses.asdict(asked)))
+    for config in (bare, asked, tmp_path / "said.json"):  # which say how
+        assert "resizing of the position table" not in load(path, config).source
+    # one with a head is DeiT's or timm's, also where only its backbone is wanted
+    path = write_pth(tmp_path / "whole.pth", as_torch(state))
+    for config in (None, "deit_ti_16", bare, tmp_path / "c.json"):
+        assert "resizing" not in load(path, config).source
 
 
 # Names --------------------------------------------------------------------------------------------

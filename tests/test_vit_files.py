@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 import pvt_ref
 from pvt_ref import VITS, Model, PVTv2Config, from_state_dict
 from pvt_ref.checkpoint import load
-from pvt_ref.errors import CheckpointError
+from pvt_ref.errors import CheckpointError, NonFiniteError
 from pvt_ref.models.architecture import param_shapes
 
 DEIT, HUGGING_FACE, HUGGING_FACE_BARE, MMSEGMENTATION = SPELT["vit"]
@@ -141,12 +141,37 @@ def test_eps_of_hugging_face_is_read_and_can_be_replaced(path):
         load(path, dataclasses.replace(VIT, norm_eps=1e-5))
 
 
-@pytest.mark.parametrize(("kind", "bits"), [(np.float16, 0x7D01), (np.float32, 0x7FA00001)])
+SIGNALLING = pytest.mark.parametrize(
+    ("kind", "bits"), [(np.float16, 0x7D01), (np.float32, 0x7FA00001)]
+)
+
+
+def with_a_signalling_nan(layout, key, wide, kind, bits):
+    """A state of kind, which has to become wider; a float32 one because the array wide is."""
+    state = {key: x.astype(kind) for key, x in good_state("vit", layout, VIT).items()}
+    if kind is np.float32:
+        state[wide] = state[wide].astype(np.float64)
+    state[key].view(f"u{state[key].itemsize}")[2] = bits
+    return state
+
+
+@SIGNALLING
 def test_a_signalling_nan_is_refused_without_a_warning(path, kind, bits):
-    state = {key: x.astype(kind) for key, x in good_state("vit", DEIT, VIT).items()}
-    if kind is np.float32:  # which has to become float64, as another array is
-        state["norm.weight"] = state["norm.weight"].astype(np.float64)
-    spoilt = np.ones(6, kind)
-    spoilt.view(f"u{spoilt.itemsize}")[2] = bits
-    message = refusal(path, state | {"norm.bias": spoilt}, VIT)
-    assert "norm.bias holds 1 values of 6 that are NaN" in message
+    state = with_a_signalling_nan(DEIT, "norm.bias", "norm.weight", kind, bits)
+    assert "norm.bias holds 1 values of 6 that are NaN" in refusal(path, state, VIT)
+
+
+@SIGNALLING
+def test_a_signalling_nan_is_glued_without_a_warning(path, kind, bits):
+    key = "vit.encoder.layer.1.attention.attention.key.bias"
+    state = with_a_signalling_nan(HUGGING_FACE, key, "vit.layernorm.weight", kind, bits)
+    assert "blocks.1.attn.qkv.bias holds 1 values of 18 that are NaN" in refusal(path, state, VIT)
+
+
+@SIGNALLING
+def test_a_signalling_nan_in_a_state_dict_gives_no_warning(kind, bits):
+    state = with_a_signalling_nan(DEIT, "norm.bias", "norm.weight", kind, bits)
+    params = from_state_dict(state, VIT)
+    np.testing.assert_array_equal(np.isnan(params.norm.bias), np.arange(6) == 2)
+    with pytest.raises(NonFiniteError, match=r"norm\.bias holds 1 values of 6 that are NaN"):
+        Model(params, VIT)

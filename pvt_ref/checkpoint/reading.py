@@ -13,7 +13,7 @@ import numpy as np
 from pvt_ref import errors
 from pvt_ref.api import from_state_dict
 from pvt_ref.app import Model
-from pvt_ref.arrays import dtype_name
+from pvt_ref.arrays import dtype_name, quietly
 from pvt_ref.checkpoint import recognise
 from pvt_ref.checkpoint import safetensors_file as own
 from pvt_ref.checkpoint import stated as statements
@@ -201,13 +201,15 @@ def _load(
             assumed.append(f"eps of this layout's code{hint}")
         chosen = usual
     used = dataclasses.replace(used, **chosen)
+    if model.layout.resize_assumed and (not stated or "position_resize" in stated.left_open):
+        assumed.append(model.layout.resize_assumed)
     wanted = foreign_shapes(model.layout, used)
     state = {key: x for key, x in model.state.items() if key in wanted}
     rest = sorted(model.prefix + key for key in model.state.keys() - state.keys())
     if rest:
         notes.append(f"left out, since there is no head: {', '.join(rest)}")
-    with np.errstate(invalid="ignore"):  # of a signalling NaN, which Model refuses below
-        params = from_state_dict(to_native(opened.read(state), model.layout, used), used)
+    # a cast of a signalling NaN would warn of what Model refuses below
+    params = from_state_dict(quietly(to_native, opened.read(state), model.layout, used), used)
     if not info:
         info, more = _info(used, stored, stated, folder, released, notes)
         assumed += more

@@ -11,7 +11,7 @@ from pvt_ref.arrays import FLOAT_DTYPES, dtype_name
 from pvt_ref.checkpoint.key_maps import foreign_shapes
 from pvt_ref.checkpoint.pickles import Record, is_known, whole_object
 from pvt_ref.checkpoint.safetensors_file import QUANTIZED
-from pvt_ref.checkpoint.stated import SHOWN_BY_SHAPES, Stated
+from pvt_ref.checkpoint.stated import Stated, shown_by_file
 from pvt_ref.checkpoint.stored import SAFE_LOAD, StoredTensor
 from pvt_ref.errors import CheckpointError, key_name, shown
 from pvt_ref.models.architecture import Architecture, architectures, param_shapes
@@ -278,7 +278,7 @@ def _lines(problems: list[str]) -> str:
 
 
 def complete(stated: Stated, model: Found) -> Any:
-    """A stated configuration; what it leaves open is read off shapes. Raises: CheckpointError."""
+    """A stated configuration; what it leaves open is read off the file. Raises: CheckpointError."""
     files, kind = model.row.files, model.row.config_type.__name__
     if not files:
         return stated.config
@@ -288,7 +288,7 @@ def complete(stated: Stated, model: Found) -> Any:
         what = f"{stated.origin} says {stated.num_labels} labels, and the head in the file has"
         advice = f"Correct {stated.origin}, or pass config={kind}(...)"
         raise CheckpointError(f"{what} {seen.num_classes} outputs. {advice}")
-    fields = {name: getattr(seen, name) for name in SHOWN_BY_SHAPES}
+    fields = shown_by_file(seen)
     if not set(stated.left_open) <= fields.keys():
         fields |= files.shown(shapes, model.layout) | {"num_classes": seen.num_classes}
     changes = {name: fields[name] for name in stated.left_open if name in fields}

@@ -20,8 +20,8 @@ MAX_JSON = 2 * 2**20  # bytes that are read: 20,000 class names, twice, and some
 PREPROCESSOR_FILE = "preprocessor_config.json"
 #: Fields of it that change pictures, and are not followed here.
 _NOT_FOLLOWED = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "crop_pct")
-#: Fields that the shapes of a file show, and a variant's name leaves open.
-SHOWN_BY_SHAPES = ("img_size", "in_chans", "num_classes")
+#: Fields that the shapes of a file show, or its layout, and a variant's name leaves open.
+_SHOWN_BY_FILE = ("img_size", "in_chans", "num_classes", "position_resize")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,11 @@ class Stated:
     classes: tuple[str, ...] = ()  # names of the outputs, if they are said
     num_labels: int | None = None  # how many outputs there are, if that is said
     task: str = ""  # what the outputs mean, and who says so, if not one class per picture
+
+
+def shown_by_file(config: Any) -> dict[str, Any]:
+    """The fields of a configuration that a file shows and a variant's name does not say."""
+    return {name: getattr(config, name) for name in _SHOWN_BY_FILE if hasattr(config, name)}
 
 
 def eps_of(config: Any) -> dict[str, float]:
@@ -54,7 +59,7 @@ def from_argument(config: Any, row: Architecture | None = None) -> Stated | None
         says_eps = any(eps != defaults[name] for name, eps in eps_of(config).items())
         return Stated(config, "config", says_eps=says_eps)
     if isinstance(config, str) and config in variants:
-        return Stated(variants[config], config, SHOWN_BY_SHAPES)
+        return Stated(variants[config], config, tuple(shown_by_file(variants[config])))
     if not isinstance(config, str | os.PathLike) or not isinstance(os.fspath(config), str):
         types = " or ".join(kind.__name__ for kind in kinds)
         what = f"config is a {type(config).__name__}; it must be a {types}, a variant's name"

@@ -109,6 +109,7 @@ class Layout:
     unused: tuple[str, ...] = ()  # their keys that are left out, such as those of a head
     config_beside: bool = False  # whether a config.json lies beside such files
     eps_advice: str = ""  # which other eps to pass, and when; for `source`
+    resize_assumed: str = ""  # how its tables are resized if nobody says, and that it is a guess
 
 
 class Seen(NamedTuple):

@@ -64,6 +64,12 @@ DEIT_BARE = Layout(
     has_classifier=False,
     unused=_CLASSIFIER,
 )
+#: Of a file that has no classifier itself: SETR's own code has the same names, and no classifier.
+DEIT_OR_SETR = dataclasses.replace(
+    DEIT_BARE,
+    resize_assumed="bicubic resizing of the position table (SETR resizes bilinearly: for a file of "
+    "its own code pass config=dataclasses.replace(model.config, position_resize='bilinear'))",
+)
 HUGGING_FACE = Layout(
     name="Hugging Face ViT layout",
     rename=_hugging_face_name,
@@ -134,7 +140,9 @@ def _bare(layout: Layout, state: Mapping[str, Any], wanted: bool) -> tuple[Layou
     if (token := layout.rename("cls_token")) not in state:
         what = f"{layout.name}, but it has no {token}. The likely cause is a ViT that averages its"
         raise CheckpointError(f"{what} patches, which is not read here, or a lost key")
-    if layout is DEIT and (wanted or not {"head.weight", "head.bias"} & state.keys()):
+    if layout is DEIT and not {"head.weight", "head.bias"} & state.keys():
+        return DEIT_OR_SETR, ""
+    if layout is DEIT and wanted:
         return DEIT_BARE, ""
     return (HUGGING_FACE_BARE, _BASE) if layout is HUGGING_FACE and wanted else (layout, "")
 
