@@ -130,6 +130,10 @@ SHOWN_BY = {
     "pvt_ref/models/architecture": "fine_tuning config_and_params ops planted_gaps properties",
     "pvt_ref/models/": "config_and_params ops planted_gaps properties",
     "pvt_ref/train/rates": "fine_tuning",
+    "pvt_ref/train/data_parallel": "data_parallel",
+    "pvt_ref/train/from_folder": "from_folder",
+    "pvt_ref/data/folder": "folder from_folder",
+    "pvt_ref/data/labelled": "folder training_parts data_parallel training_files",
     "pvt_ref/train/": "training_parts fine_tuning training_draws training_files training_folder "
     "training",
     "pvt_ref/checkpoint/": "checkpoint whole_file loading training_files",
