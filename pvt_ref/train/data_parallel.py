@@ -14,6 +14,7 @@ crosses the network twice, however many ranks there are, and every rank has the 
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -216,8 +217,9 @@ class MPIRanks(Ranks):
 
     def abort(self) -> None:
         """See :meth:`Ranks.abort`. Says first what is being raised."""
-        traceback.print_exc()
+        sys.stderr.write(traceback.format_exc())
         sys.stderr.flush()
+        time.sleep(0.5)  # until it is passed on: what is under way when the ranks end is lost
         self._comm.Abort(1)
 
 
