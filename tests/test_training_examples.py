@@ -243,7 +243,7 @@ def test_every_field_of_a_recipe_is_an_option(examples):
     again = training.recipe_from(parser.parse_args([*args, "--no-flip"]))
     assert again == dataclasses.replace(recipe, **changed, flip=False)
     assert training.recipe_from(parser.parse_args(["--frozen"])) == recipe
-    assert "--frozen [FROZEN ...]" in parser.format_help()
+    assert "--frozen [PREFIX ...]" in parser.format_help()
 
 
 def test_stopped_it_says_how_to_go_on(examples, monkeypatch, capsys):
