@@ -15,9 +15,9 @@ from small_photos import AUGMENT, CLASSES, GREY, photos, write_colours, write_ph
 from small_training import CONFIG, RECIPE
 
 import pvt_ref
-from pvt_ref.data.ahead import in_order
+from pvt_ref.data.ahead import Ahead, in_order
 from pvt_ref.data.folder import Damaged, ImageFolder
-from pvt_ref.data.labelled import Ahead, LabelledImages, batches, confusion_matrix, evaluate
+from pvt_ref.data.labelled import LabelledImages, batches, confusion_matrix, evaluate
 from pvt_ref.data.photo_augment import PhotoAugment
 from pvt_ref.data.preprocessing import Preprocessing
 from pvt_ref.errors import (
@@ -168,6 +168,41 @@ def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainingError, match="cannot be read"):
         ImageFolder(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "match"),
+    [
+        (None, ArrayTypeError, "path is a NoneType"),
+        (b"photos", ArrayTypeError, "path is a bytes"),
+        ("nul\0", TrainingError, "cannot be read"),
+        ("", TrainingError, "has no folders"),  # the working folder, which is empty
+    ],
+)
+def test_what_is_no_path_is_refused(path, error, match, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=match):
+        ImageFolder(path)
+
+
+def test_a_folder_below_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    picture(tmp_path / "cat/a.png")
+    inner = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "cat":
+            raise PermissionError(13, "Permission denied", str(path))
+        return inner(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(TrainingError, match=r"cannot be read \(PermissionError: Permission denied"):
+        ImageFolder(tmp_path)
+
+
+@pytest.mark.parametrize("classes", ["cat", 5, [1], {"cat"}])
+def test_classes_that_are_no_names_are_refused(classes, root):
+    with pytest.raises(ArrayTypeError, match=r"classes are .* must be a list of names"):
+        ImageFolder(root, classes=classes)
 
 
 @pytest.mark.parametrize(
@@ -394,7 +429,8 @@ import os, resource, sys
 import numpy as np
 from PIL import Image
 from pvt_ref.data.folder import ImageFolder
-from pvt_ref.data.labelled import Ahead, batches
+from pvt_ref.data.ahead import Ahead
+from pvt_ref.data.labelled import batches
 root, count = sys.argv[1], 100_000
 Image.new("RGB", (8, 8), (9, 8, 7)).save(os.path.join(root, "one.png"))
 for k in range(10):

@@ -23,7 +23,9 @@ from pvt_ref.data.labelled import confusion_matrix, evaluate
 from pvt_ref.errors import (
     CheckpointError,
     ConfigError,
+    DeviceError,
     MissingFileError,
+    RangeError,
     ShapeError,
     TrainingError,
 )
@@ -306,7 +308,15 @@ def test_damaged_photos_are_left_out_by_choice(with_damage, tmp_path):
         (Options(weights="no/such.file"), MissingFileError, r"no/such\.file"),
         (Options(weights="cifar10", size=31), ConfigError, "img_size 31 is not a multiple"),
         (Options(weights="cifar10", class_names="none.txt"), MissingFileError, "none.txt"),
-        (Options(weights="digits", recipe={"epochs": 0}), ValueError, "epochs is 0"),
+        (Options(weights="digits", recipe={"epochs": 0}), RangeError, "epochs is 0"),
+        (Options(weights="digits", recipe={"seed": -1}), RangeError, "seed is -1"),
+        (Options(weights="digits", recipe={"seed": "x"}), RangeError, "seed is 'x'"),
+        (
+            Options(weights="cifar10", recipe={"frozen": ["blok1"]}),
+            TrainingError,
+            "'blok1'; no key",
+        ),
+        (Options(weights="cifar10", recipe={"batch_size": 99}), TrainingError, "fewer than one"),
     ],
 )
 def test_options_that_contradict_are_refused_before_anything_is_written(
@@ -316,6 +326,26 @@ def test_options_that_contradict_are_refused_before_anything_is_written(
     with pytest.raises(error, match=match):
         train_folder(colours, out, given)
     assert not out.exists()
+
+
+def test_a_wrong_device_leaves_nothing_behind_and_other_files_stay(colours, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(DeviceError, match="device is 'gpu'"):
+        train_folder(colours, out, options(), device="gpu")
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    assert not train_folder(colours, out, options(), stop_at_step=1).finished  # the same, mended
+
+
+def test_a_full_disk_at_the_start_leaves_nothing_behind(colours, tmp_path, monkeypatch):
+    def full(path, model, dtype=None):
+        raise CheckpointError(f"{path}: No space left on device")
+
+    monkeypatch.setattr(from_folder, "save", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        train_folder(colours, tmp_path / "run", options())
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_class_and_one_photo_are_refused(tmp_path):

@@ -5,19 +5,16 @@ its own draws only: neither the number of threads nor their order changes a bit.
 batches are in memory, however many photos there are.
 """
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 
-def default_workers() -> int:
-    """Threads that decode: as many as the process has cores, at most 16."""
-    if hasattr(os, "sched_getaffinity"):
-        return min(16, len(os.sched_getaffinity(0)))
-    return min(16, os.cpu_count() or 1)
+from pvt_ref.data.samples import Samples
+from pvt_ref.kernels.cpu.threads import default_threads
 
 
 def in_order(
@@ -38,32 +35,84 @@ def in_order(
 
 
 class Pool(ThreadPoolExecutor):
-    """Threads that decode. At the end of its ``with``, what was not begun is not done any more."""
+    """Threads that decode; None for as many as the kernels have, at most 16.
+
+    At the end of its ``with``, what was not begun is not done any more.
+    """
 
     def __init__(self, workers: int | None = None) -> None:
-        super().__init__(workers or default_workers(), thread_name_prefix="pvt_ref-decode")
+        super().__init__(workers or min(16, default_threads()), "pvt_ref-decode")
 
     def __exit__(self, *_: object) -> None:
         self.shutdown(wait=True, cancel_futures=True)
 
 
-class Waited:
-    """How long somebody waited for results."""
+class Ahead(Samples):
+    """Samples whose pixels of coming steps are read and decoded while the present one computes.
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._then = (0.0, time.monotonic())
+    Those that are in memory pass through untouched. A context manager, which ends its threads.
 
-    def result(self, future: Future[Any]) -> Any:
-        """The result, or what was raised instead."""
+    Attributes:
+        waited: seconds that steps have waited for pixels so far.
+
+    Args:
+        data: the samples.
+        workers: threads, as of :class:`Pool`.
+    """
+
+    __slots__ = ("_asked", "_data", "_futures", "_pool", "labels", "preprocessing", "waited")
+
+    def __init__(self, data: Samples, workers: int | None = None) -> None:
+        self._data, self.labels, self.preprocessing = data, data.labels, data.preprocessing
+        self._pool = Pool(workers) if data.from_files else None
+        self._futures: dict[tuple[int, int, int], Future[np.ndarray]] = {}
+        self.waited = 0.0
+        self._asked = 0.0, time.monotonic()  # what was waited then, and when that was
+
+    def __enter__(self) -> "Ahead":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._futures.clear()
+        if self._pool is not None:
+            self._pool.__exit__()
+
+    def share_waited(self) -> float:
+        """The share of the time, since this was asked last, that steps waited for pixels."""
+        (waited, since), now = self._asked, time.monotonic()
+        self._asked = self.waited, now
+        return min(1.0, (self.waited - waited) / max(now - since, 1e-9))
+
+    def expect(self, chosen: np.ndarray, seed: int, epoch: int) -> None:
+        """Has samples read, if they are not being read yet: a coming step will draw them."""
+        if self._pool is None:
+            return
+        for i in chosen.tolist():
+            if (seed, epoch, i) not in self._futures:
+                drawn = self._pool.submit(self._data.drawn_pixels, np.array([i]), seed, epoch)
+                self._futures[seed, epoch, i] = drawn
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """As of the samples."""
+        return self._data.size
+
+    def pixels(self, chosen: np.ndarray | slice) -> np.ndarray:
+        """As of the samples."""
+        return self._data.pixels(chosen)
+
+    def drawn_pixels(self, chosen: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """As of the samples; waits for what is still being read."""
+        if self._pool is None:
+            return self._data.drawn_pixels(chosen, seed, epoch)
+        self.expect(chosen, seed, epoch)
+        futures = [self._futures.pop((seed, epoch, i)) for i in chosen.tolist()]
         start = time.monotonic()
         try:
-            return future.result()
+            return np.concatenate([future.result() for future in futures])
         finally:
-            self.seconds += time.monotonic() - start
+            self.waited += time.monotonic() - start
 
-    def share(self) -> float:
-        """Of the time since this was asked last, or since the beginning; from 0 to 1."""
-        (waited, since), now = self._then, time.monotonic()
-        self._then = (self.seconds, now)
-        return min(1.0, (self.seconds - waited) / max(now - since, 1e-9))
+    def describe(self) -> dict[str, Any]:
+        """As of the samples."""
+        return self._data.describe()

@@ -17,12 +17,13 @@ import numpy as np
 from pvt_ref.checks import Size, as_size, check_type
 from pvt_ref.data.ahead import in_order
 from pvt_ref.data.image import read_rgb
-from pvt_ref.data.labelled import Samples
 from pvt_ref.data.photo_augment import PhotoAugment
 from pvt_ref.data.picture_file import SUFFIXES
 from pvt_ref.data.preprocessing import IMAGENET, Preprocessing
+from pvt_ref.data.samples import Samples
 from pvt_ref.draws import What, generator
 from pvt_ref.errors import (
+    ArrayTypeError,
     ConfigError,
     MissingFileError,
     PVTError,
@@ -89,15 +90,21 @@ class ImageFolder(Samples):
         classes: Sequence[str] | None = None,
     ) -> None:
         self._settle(size, preprocessing, augment)
+        if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+            raise ArrayTypeError(f"path is a {type(path).__name__}; it must be a str or Path")
+        several = isinstance(classes, list | tuple) and all(isinstance(c, str) for c in classes)
+        if classes is not None and not several:
+            raise ArrayTypeError(f"classes are {shown(classes)}; they must be a list of names")
         try:
             self.root = Path(path).absolute()
             found = _folders(self.root)
+            photos = [(name, *photo) for name in found for photo in _photos(self.root, name)]
         except FileNotFoundError as error:
-            what = f"there is no folder {shown(os.fspath(path), 200)}"
+            what = f"there is no folder {shown(error.filename or os.fspath(path), 200)}"
             raise MissingFileError(f"{what}; check the spelling") from error
-        except OSError as error:
+        except (OSError, ValueError) as error:  # permissions, or a name that cannot be one
             what = f"the folder {shown(os.fspath(path), 200)} cannot be read ({reason(error)})"
-            raise TrainingError(what) from error
+            raise TrainingError(f"{what}. Check name and permissions") from error
         self.classes = tuple(found if classes is None else classes)
         place = {name: k for k, name in enumerate(self.classes)}
         if len(place) < len(self.classes):
@@ -105,12 +112,12 @@ class ImageFolder(Samples):
         if strange := [name for name in found if name not in place]:
             what = f"{self._shown()} has the folder {shown(strange[0])}, which is no class"
             raise TrainingError(f"{what}. Classes are {shown(self.classes, 200)}")
-        photos = [(*photo, place[name]) for name in found for photo in _photos(self.root, name)]
         if not photos:
             raise TrainingError(self._why_empty(found))
-        names, sizes, labels = zip(*photos, strict=True)
-        self.files: tuple[str, ...] = names
-        self.sizes, self.labels = np.array(sizes, np.int64), np.array(labels, np.int64)
+        of_class, files, sizes = zip(*photos, strict=True)
+        self.files: tuple[str, ...] = files
+        self.sizes = np.array(sizes, np.int64)
+        self.labels = np.array([place[name] for name in of_class], np.int64)
 
     def __repr__(self) -> str:
         what = f"{len(self)} photos of {len(self.classes)} classes"
@@ -250,7 +257,7 @@ class ImageFolder(Samples):
         """Reads every photo.
 
         Args:
-            workers: threads that decode; None takes one a core.
+            workers: threads that decode; None takes as many as the kernels have.
 
         Returns:
             An iterator: for each photo, in order, None, or what is wrong with it.

@@ -1,98 +1,25 @@
 """Labelled images as a training wants them, and how often the model is right about them."""
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from pvt_ref.api import forward
 from pvt_ref.arrays import Array, from_host
 from pvt_ref.checks import check_number, check_type
-from pvt_ref.data.ahead import Pool, Waited, in_order
+from pvt_ref.data.ahead import in_order
 from pvt_ref.data.preprocessing import Preprocessing
+from pvt_ref.data.samples import Samples
 from pvt_ref.errors import TrainingError
 from pvt_ref.layers.cross_entropy import cross_entropy
 from pvt_ref.tree import digest, first_array, to_numpy
 
 #: Pixels that go through the network together in :func:`evaluate`: 256 images of 64x64, say.
 _PIXELS_AT_ONCE = 2**20
-
-
-class Samples(ABC):
-    """What a training learns from: images of one size and what they show, wherever they lie.
-
-    Attributes:
-        labels: (N,) integers, from 0.
-        preprocessing: how pixels become numbers.
-    """
-
-    __slots__ = ()
-    labels: np.ndarray
-    preprocessing: Preprocessing
-    #: Whether pixels have to be read and decoded: then threads do so ahead of the step.
-    from_files: ClassVar[bool] = False
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    @abstractmethod
-    def size(self) -> tuple[int, int]:
-        """(H, W) of every image, in pixels."""
-
-    @abstractmethod
-    def pixels(self, chosen: np.ndarray | slice) -> np.ndarray:
-        """The images at some places, (B, C, H, W) uint8, on the host."""
-
-    @abstractmethod
-    def drawn_pixels(self, chosen: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """As :meth:`pixels`, for a step of a training: what is changed at random before they are
-        numbers is changed by the draws of seed, epoch and sample.
-        """
-
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """By what they are known again when a training goes on: plain values, fit for JSON."""
-
-    def batch(self, chosen: np.ndarray | slice, like: Array) -> Array:
-        """The images at some places, normalised.
-
-        Args:
-            chosen: (B,) integers, or a slice.
-            like: an array of float32 or float64, of any shape.
-
-        Returns:
-            (B, C, H, W) of like's library, device and dtype.
-        """
-        return self.preprocessing.normalize(self.pixels(chosen), like)
-
-    def check_fits(self, config: Any, name: str) -> None:
-        """Refuses samples that a model cannot be trained on.
-
-        Args:
-            config: of the model.
-            name: of the samples, for the message.
-
-        Raises:
-            TrainingError: if a label is no class of the model, or the channels are not its.
-            ShapeError: if the model cannot take images of that size.
-        """
-        low, high = int(self.labels.min()), int(self.labels.max())
-        if low < 0 or high >= config.num_classes:
-            raise TrainingError(
-                f"{name}: labels run from {low} to {high}, but the model knows classes 0 to "
-                f"{config.num_classes - 1}. Are they one-based, or is num_classes from other data?"
-            )
-        C = self.preprocessing.channels
-        if config.in_chans != C:
-            wanted = f"the configuration has in_chans={config.in_chans}"
-            raise TrainingError(f"{name}: images have {C} channels, and {wanted}")
-        config.grids(*self.size)  # refuses sizes that would lose pixels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,72 +94,6 @@ class LabelledImages(Samples):
         """How many, and the SHA-256 of pixels, labels and preprocessing."""
         samples = {"images": self.images, "labels": self.labels.astype(np.int64)}
         return {"samples": len(self), "sha256": digest(samples, asdict(self.preprocessing))}
-
-
-class Ahead(Samples):
-    """Samples whose pixels of coming steps are read and decoded while the present one computes.
-
-    Those that are in memory pass through untouched. A context manager, which ends its threads.
-
-    Args:
-        data: the samples.
-        workers: threads; None takes :func:`pvt_ref.data.ahead.default_workers`.
-    """
-
-    __slots__ = ("_data", "_futures", "_pool", "_waited", "labels", "preprocessing")
-
-    def __init__(self, data: Samples, workers: int | None = None) -> None:
-        self._data, self.labels, self.preprocessing = data, data.labels, data.preprocessing
-        self._pool = Pool(workers) if data.from_files else None
-        self._futures: dict[tuple[int, int, int], Future[np.ndarray]] = {}
-        self._waited = Waited()
-
-    def __enter__(self) -> "Ahead":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._futures.clear()
-        if self._pool is not None:
-            self._pool.__exit__()
-
-    @property
-    def waited(self) -> float:
-        """Seconds that steps have waited for pixels so far."""
-        return self._waited.seconds
-
-    def share_waited(self) -> float:
-        """The share of the time, since this was asked last, that steps waited for pixels."""
-        return self._waited.share()
-
-    def expect(self, chosen: np.ndarray, seed: int, epoch: int) -> None:
-        """Has samples read, if they are not being read yet: a coming step will draw them."""
-        if self._pool is None:
-            return
-        for i in chosen.tolist():
-            if (seed, epoch, i) not in self._futures:
-                drawn = self._pool.submit(self._data.drawn_pixels, np.array([i]), seed, epoch)
-                self._futures[seed, epoch, i] = drawn
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """As of the samples."""
-        return self._data.size
-
-    def pixels(self, chosen: np.ndarray | slice) -> np.ndarray:
-        """As of the samples."""
-        return self._data.pixels(chosen)
-
-    def drawn_pixels(self, chosen: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """As of the samples; waits for what is still being read."""
-        if self._pool is None:
-            return self._data.drawn_pixels(chosen, seed, epoch)
-        self.expect(chosen, seed, epoch)
-        futures = [self._futures.pop((seed, epoch, i)) for i in chosen.tolist()]
-        return np.concatenate([self._waited.result(future) for future in futures])
-
-    def describe(self) -> dict[str, Any]:
-        """As of the samples."""
-        return self._data.describe()
 
 
 def evaluate(

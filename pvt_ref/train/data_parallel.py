@@ -138,7 +138,7 @@ class MPIRanks(Ranks):
         except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library
             how = "pip install 'pvt-ref[mpi]' brings both mpi4py and an MPI library"
             raise TrainingError(f"MPI cannot be used here ({error}). {how}") from error
-        self._mpi, self._comm = MPI, MPI.COMM_WORLD
+        self._comm = MPI.COMM_WORLD
         self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
 
     def gather(self, value: Any) -> list[Any]:

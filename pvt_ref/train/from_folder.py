@@ -9,6 +9,7 @@ those held out, the network to begin with, and a recipe. A run's folder has, bes
     confusion.png        at the end: which class was taken for which, of the photos held out
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -173,14 +174,34 @@ def train_folder(
 
     record, model = ranks.from_first(begin)
     try:
-        recipe = Recipe(**record["recipe"])
-        learnt, held_out = _split(of_data, record)
-        made = {"size": model.config.img_size, "preprocessing": model.info.preprocessing}
-        learnt = learnt.replace(**made, augment=AUGMENTS[record["augment"]])
-        held_out = held_out.replace(**made)
+        return _train(
+            of_data, place, record, model, resume, device, workers, console, stop_at_step, ranks
+        )
     except PVTError as error:
         ranks.fail(error)
+        if ranks.is_first and not resume and not (place / STATE).exists():
+            _take_back(place)  # nothing was learnt: the same command may be given again, mended
         raise
+
+
+def _train(
+    data: Path,
+    place: Path,
+    record: Mapping[str, Any],
+    model: Model,
+    resume: bool,
+    device: str,
+    workers: int | None,
+    console: Console | None,
+    stop_at_step: int | None,
+    ranks: Ranks,
+) -> Run:
+    """Trains as a run's record says, from its first model or from where it stands."""
+    recipe = Recipe(**record["recipe"])
+    learnt, held_out = _split(data, record)
+    made = {"size": model.config.img_size, "preprocessing": model.info.preprocessing}
+    learnt = learnt.replace(**made, augment=AUGMENTS[record["augment"]])
+    held_out = held_out.replace(**made)
     K, N = len(learnt.classes), len(learnt)
     told = f"{N:,} photos of {K} classes to learn from, {len(held_out):,} held out"
     numbers = sum(x.size for _, x in named_arrays(model.params))
@@ -207,6 +228,14 @@ def train_folder(
     return done
 
 
+def _take_back(place: Path) -> None:
+    """Removes what :func:`_new_run` wrote, and the folder if nothing else is in it."""
+    for name in (RUN, START):
+        (place / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        place.rmdir()
+
+
 def _new_run(
     data: Path,
     place: Path,
@@ -223,8 +252,9 @@ def _new_run(
         raise TrainingError(f"{what}. Go on with it (--resume), or name another folder")
     learnt, held_out = _folders(data)
     from_nothing = options.weights is None and (options.variant or config) is not None
-    model = _first_model(learnt.classes, options, config)
-    learnt, record = _samples(learnt, held_out, options, workers, console)
+    seed = _recipe(options.recipe, from_nothing, len(learnt), ranks).seed  # refuses a wrong one
+    model = _first_model(learnt.classes, options, config, seed)
+    learnt, record = _samples(learnt, held_out, options, seed, workers, console)
     recipe = _recipe(options.recipe, from_nothing, len(learnt), ranks)
     record |= {"format": _FORMAT, "options": _plain(options), "recipe": recipe.to_dict()}
     random = options.variant or "a network of its own"
@@ -256,6 +286,7 @@ def _samples(
     learnt: ImageFolder,
     held_out: ImageFolder | None,
     options: Options,
+    seed: int,
     workers: int | None,
     console: Console | None,
 ) -> tuple[ImageFolder, dict[str, Any]]:
@@ -271,7 +302,7 @@ def _samples(
     left_out, names = {photo.file for photo in damaged[0]}, None
     learnt = _without(learnt, left_out)
     if held_out is None:
-        chosen = stratified_split(learnt.labels, _HELD_OUT_SHARE, options.recipe.get("seed", 0))
+        chosen = stratified_split(learnt.labels, _HELD_OUT_SHARE, seed)
         if not len(chosen):
             what = f"no class of {shown(str(learnt.root), 200)} has two photos"
             raise TrainingError(f"{what}, one to learn from and one to hold out. Add photos")
@@ -335,9 +366,9 @@ def stratified_split(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-def _first_model(folders: tuple[str, ...], options: Options, config: Any) -> Model:
+def _first_model(folders: tuple[str, ...], options: Options, config: Any, seed: int) -> Model:
     """The network before the first step, for classes in folders of these names."""
-    rng, variants = generator(options.recipe.get("seed", 0), What.FIRST_WEIGHTS), known_variants()
+    rng, variants = generator(seed, What.FIRST_WEIGHTS), known_variants()
     names = _class_names(folders, options.class_names)
     if options.variant is not None and options.variant not in variants:
         what = f"variant is {shown(options.variant)}; known are {', '.join(variants)}"
@@ -439,7 +470,11 @@ def _write_run(place: Path, record: Mapping[str, Any], model: Model) -> None:
     except OSError as error:
         what = f"{place}: the folder of the run cannot be made ({reason(error)})"
         raise TrainingError(f"{what}. Name another") from error
-    save(place / START, model)
+    try:
+        save(place / START, model)
+    except PVTError:
+        _take_back(place)
+        raise
 
 
 def _read_run(place: Path) -> tuple[dict[str, Any], Model]:

@@ -27,8 +27,10 @@ from pvt_ref.app import Model
 from pvt_ref.arrays import dtype_name, quietly
 from pvt_ref.checkpoint import load, save
 from pvt_ref.checks import check_flag, check_number, check_type
+from pvt_ref.data.ahead import Ahead
 from pvt_ref.data.info import ModelInfo
-from pvt_ref.data.labelled import Ahead, Samples, evaluate
+from pvt_ref.data.labelled import evaluate
+from pvt_ref.data.samples import Samples
 from pvt_ref.draws import What, generator
 from pvt_ref.errors import PVTError, TrainingError, reason, shown
 from pvt_ref.kernels.cpu.threads import default_threads
@@ -117,8 +119,8 @@ def fit(
         save_seconds: how often the state is saved, besides after every epoch.
         log_steps: a line of metrics comes every so many steps.
         stop_at_step: end there as Ctrl-C does, for trials.
-        workers: threads that read and decode photos ahead of the step; None takes one a core. They
-            change no bit.
+        workers: threads that read and decode photos ahead of the step; None takes as many as the
+            kernels have. They change no bit.
         console: where progress is shown; None shows nothing.
         ranks: the processes that train together; each calls this with the same arguments. Rank 0
             alone touches the folder. Their number changes no bit, if the table of operations and
@@ -175,7 +177,8 @@ def fit(
         saved_at = time.monotonic()
         with Progress(console, last, state.step) as progress, Ahead(data, workers) as samples:
             while state.step < end and not any(ranks.gather(bool(interrupts))):
-                for step in range(state.step, min(end, state.step + _STEPS_AHEAD)):
+                coming = min(end, state.step + _STEPS_AHEAD) if data.from_files else state.step
+                for step in range(state.step, coming):
                     epoch, chosen = batch_of_step(state.seed, step, len(data), recipe)
                     for _, mine in shard_of(chosen, recipe, ranks):
                         samples.expect(mine, state.seed, epoch)

@@ -91,7 +91,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     text = "what to do with photos that cannot be read (default refuse)"
     parser.add_argument("--damaged", choices=("refuse", "skip"), help=text)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    text = "threads that read photos ahead (default one a core)"
+    text = "threads that read photos ahead (default as many as compute)"
     parser.add_argument("--workers", type=int, metavar="N", help=text)
     add_recipe_options(parser, None)
 

@@ -17,7 +17,7 @@ from pvt_ref.checkpoint.bounded_json import parse_json
 from pvt_ref.checkpoint.safetensors_file import TRAINING_KEY, pack, read_safetensors
 from pvt_ref.checkpoint.whole_file import write_whole
 from pvt_ref.data.info import ModelInfo
-from pvt_ref.data.labelled import Samples
+from pvt_ref.data.samples import Samples
 from pvt_ref.errors import CheckpointError, PVTError, TrainingError, reason, shown
 from pvt_ref.models.architecture import architecture_of, config_to_dict
 from pvt_ref.train.adamw import AdamWState

@@ -26,7 +26,7 @@ from pvt_ref.data.augment import (
     random_erasing,
     random_flip,
 )
-from pvt_ref.data.labelled import Samples
+from pvt_ref.data.samples import Samples
 from pvt_ref.draws import Draws, SampleDraws, What, generator
 from pvt_ref.errors import PVTError, RangeError, ShapeError, TrainingError, shown
 from pvt_ref.layers.cross_entropy import cross_entropy
@@ -119,9 +119,8 @@ def train_step(
     check_state(state)
     if state.samples != len(data):
         raise ShapeError(f"state is of a training on {state.samples} samples; data has {len(data)}")
-    return quietly(
-        _step, state, data, config, recipe, ranks
-    )  # what is not finite is found, and named
+    # what is not finite is found, and named
+    return quietly(_step, state, data, config, recipe, ranks)
 
 
 def _step(

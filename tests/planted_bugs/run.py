@@ -133,6 +133,7 @@ SHOWN_BY = {
     "pvt_ref/train/data_parallel": "data_parallel",
     "pvt_ref/train/from_folder": "from_folder",
     "pvt_ref/data/folder": "folder from_folder",
+    "pvt_ref/data/ahead": "folder",
     "pvt_ref/data/labelled": "folder training_parts data_parallel training_files",
     "pvt_ref/train/": "training_parts fine_tuning training_draws training_files training_folder "
     "training",
