@@ -8,8 +8,9 @@ the micro-batches and whose shape depends on nothing but their number::
     ((g_0 + g_1) + (g_2 + g_3)) + (g_4 + g_5)
 
 A rank adds up the subtrees that it has whole. Then the ranks exchange slices: each gets one slice
-of everybody's subtrees, adds these up as the tree says, and sends the sum to all. So each number
-crosses the network twice, however many ranks there are, and every rank has the same bits.
+of everybody's subtrees, adds these up as the tree says, and sends the sum to all, so every rank has
+the same bits. Each number crosses the network twice, however many ranks there are, if what a rank
+takes is a whole subtree; else once more for each further part.
 """
 
 import os
@@ -136,7 +137,7 @@ class MPIRanks(Ranks):
         try:
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library
-            how = "pip install 'pvt-ref[mpi]' brings both mpi4py and an MPI library"
+            how = "pip install mpi4py mpich brings it, and an MPI library that needs no root"
             raise TrainingError(f"MPI cannot be used here ({error}). {how}") from error
         self._comm = MPI.COMM_WORLD
         self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
