@@ -230,6 +230,7 @@ def cases(tmp_path) -> dict[str, tuple[Any, dict[str, Any]]]:
         "to_numpy": (pvt_ref.to_numpy, {"tree": PARAMS}),
         "to_state_dict": (pvt_ref.to_state_dict, {"params": PARAMS}),
         "with_channels": (pvt_ref.with_channels, {"model": MODEL, "in_chans": 1}),
+        "with_image_size": (pvt_ref.with_image_size, {"model": MODEL, "img_size": 64}),
         "with_new_head": (
             pvt_ref.with_new_head,
             {"model": MODEL, "num_classes": 3, "rng": rng_of(0)},
