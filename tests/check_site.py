@@ -458,14 +458,22 @@ _LOST = """
       const inside = "td, th, pre span, .base, .tag, svg, img, p, code";
       const article = document.querySelector("article");
       window.paper = innerWidth;
+      // A blank may hang beyond a line that it ends (white-space: pre-wrap), and nothing is lost.
+      const ends = text => [...text.data.matchAll(/\\S+/g)].map(word => {
+        const range = document.createRange();
+        range.setStart(text, word.index);
+        range.setEnd(text, word.index + word[0].length);
+        return range.getBoundingClientRect().right;
+      });
+      const reach = e => e.matches("code, span") && e.children.length === 0
+        ? Math.max(...[...e.childNodes].flatMap(ends)) : e.getBoundingClientRect().right;
       window.lost = [...article.querySelectorAll(inside)].filter(e => {
         if (e.closest(".katex-mathml")) return false;
         let end = article.getBoundingClientRect().right;
         for (let p = e.parentElement; p !== article; p = p.parentElement)
           if (getComputedStyle(p).overflowX !== "visible")
             end = Math.min(end, p.getBoundingClientRect().right);
-        const box = e.getBoundingClientRect();
-        return box.width > 0 && box.right > end + 1;
+        return e.getBoundingClientRect().width > 0 && reach(e) > end + 1;
       }).map(e => e.outerHTML.slice(0, 100));
     })
 """
