@@ -1,14 +1,26 @@
 """The table of the kernels for CuPy arrays."""
 
 import functools
+from collections.abc import Callable
 
-from pvt_ref.arrays import is_cupy
-from pvt_ref.kernels.cuda.sum_rows import SUM_ROWS
-from pvt_ref.layers.sum_rows import sum_rows
+from pvt_ref.arrays import Array, is_cupy
+from pvt_ref.kernels.cuda.launch import Cuda, Kernel
+from pvt_ref.kernels.cuda.sum_rows import sum_rows_kernel
 from pvt_ref.ops import Ops
 
 
-@functools.cache
 def cuda_ops() -> Ops:
-    """The readable layers, with the sum over rows by a matrix product."""
-    return Ops({sum_rows: SUM_ROWS}, name="cuda", accepts=is_cupy)
+    """The kernels for CuPy arrays of float32; what they cannot compute, the readable layers do."""
+    return table_with(Cuda(), is_cupy)
+
+
+@functools.lru_cache(maxsize=16)
+def table_with(settings: Cuda, accepts: Callable[[Array], bool]) -> Ops:
+    """The table with these settings, for the arrays that its launch takes."""
+
+    def of(*kernels: Kernel) -> dict:
+        return {kernel.readable: kernel.with_settings(settings) for kernel in kernels}
+
+    # what others compute themselves: these serve outside of them, and where they step aside
+    parts = of(sum_rows_kernel)
+    return Ops(parts=parts, name="cuda", accepts=accepts, settings=settings)

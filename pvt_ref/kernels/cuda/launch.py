@@ -1,0 +1,152 @@
+"""How kernels in CUDA C++ are launched: compiled when first asked for, with few arguments checked.
+
+A kernel lies in a .cu file beside the Python file that launches it. All are launched through the
+setting ``launch`` of their table, so whoever has another way to run them makes a table with it; the
+tests run them on NumPy arrays without a GPU.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from pvt_ref.arrays import Array, array_module, dtype_name
+from pvt_ref.errors import DeviceError, reason
+from pvt_ref.ops import Operation
+
+HERE = Path(__file__).parent
+
+#: More numbers than an int of a kernel counts are left to the readable layers.
+_MOST_NUMBERS = 2**31 - 1
+
+#: Threads of a block, where nothing speaks for another number.
+THREADS = 256
+
+
+class Function(NamedTuple):
+    """A kernel: its file, its name there, and the macros with which the file is compiled."""
+
+    file: str
+    name: str
+    macros: tuple[tuple[str, int | str], ...] = ()
+
+
+class Launch(Protocol):
+    """Starts a kernel: arrays become pointers, None the null pointer, int and float themselves.
+
+    grid counts blocks along x, y and z, threads those of a block; what is left out is 1. shared is
+    the number of bytes of shared memory that the kernel does not name itself.
+    """
+
+    def __call__(
+        self,
+        function: Function,
+        grid: Sequence[int],
+        threads: Sequence[int],
+        arguments: Sequence[Any],
+        shared: int = 0,
+    ) -> None: ...  # pragma: no cover
+
+
+@functools.cache
+def source(file: str) -> str:
+    """The text of a .cu file, with the text of a header in the place of each ``#include "..."``."""
+
+    def text(name: str) -> str:
+        return f'#line 1 "{name}"\n' + (HERE / name).read_text(encoding="utf-8")
+
+    parts = re.split(r'^#include "(\w+\.h)"\n', text(file), flags=re.MULTILINE)
+    for i in range(1, len(parts), 2):
+        lines = "".join(parts[:i:2]).count("\n") + (i - 1) // 2  # of the file, before this one
+        parts[i] = f'{text(parts[i])}#line {lines + 1} "{file}"\n'
+    return "".join(parts)
+
+
+@functools.cache
+def _loaded(cupy: Any, function: Function, device: int) -> Any:
+    """The kernel on the current device, which is of this number."""
+    options = ("-std=c++17", *(f"-D{name}={value}" for name, value in function.macros))
+    try:
+        module = cupy.RawModule(code=source(function.file), options=options, backend="nvrtc")
+        return module.get_function(function.name)
+    except Exception as error:  # CuPy has many: no NVRTC, no memory, a GPU older than the code
+        raise DeviceError(
+            f"the kernel {function.name} could not be compiled for CUDA device {device} "
+            f"({reason(error)}). It needs NVRTC, the compiler that comes with the CUDA toolkit or "
+            f"with pip install 'cupy-cuda12x[ctk]' (or 13x), and a GPU that it knows. The "
+            f"environment variable PVT_REF_OPS=reference computes without these kernels"
+        ) from error
+
+
+def on_gpu(
+    function: Function,
+    grid: Sequence[int],
+    threads: Sequence[int],
+    arguments: Sequence[Any],
+    shared: int = 0,
+) -> None:
+    """Launches on the device of the first array, in CuPy's current stream."""
+    first = next(x for x in arguments if hasattr(x, "device"))
+    with first.device:
+        kernel = _loaded(array_module(first), function, first.device.id)
+        kernel(tuple(grid), tuple(threads), tuple(map(_as_cuda, arguments)), shared_mem=shared)
+
+
+def _as_cuda(x: Any) -> Any:
+    """An argument of the type that kernels have: CuPy would make a Python int 64 bits wide."""
+    if x is None:
+        return np.uint64(0)
+    return np.int32(x) if type(x) is int else np.float32(x) if type(x) is float else x
+
+
+@dataclass(frozen=True, slots=True)
+class Cuda:
+    """Settings of the kernels.
+
+    Attributes:
+        launch: starts a kernel.
+        blocks: among how many blocks of threads a sum is shared at most. It decides how sums are
+            rounded, so it is no number of the GPU at hand: this many fill the largest of today.
+    """
+
+    launch: Launch = on_gpu
+    blocks: int = 264
+
+
+def is_float32(*arrays: Array) -> bool:
+    """Whether the kernels compute on these arrays: float32, and few enough numbers for an int."""
+    return all(dtype_name(x) == "float32" and x.size <= _MOST_NUMBERS for x in arrays)
+
+
+def blocks_for(count: int, threads: int = THREADS) -> int:
+    """How many blocks have a thread for each of count."""
+    return -(-count // threads)
+
+
+@dataclass(frozen=True, slots=True)
+class _WithSettings:
+    """A function and its settings; equal to another of the same, so that tables can be compared."""
+
+    function: Callable[..., Any]
+    cuda: Cuda
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs, cuda=self.cuda)
+
+
+class Kernel(NamedTuple):
+    """A twin whose functions take their settings by name; without a backward, the readable one."""
+
+    readable: Operation
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None
+    absorbs: tuple[Operation, ...] = ()
+
+    def with_settings(self, cuda: Cuda) -> Operation:
+        """The twin as the table has it."""
+        backward = _WithSettings(self.backward, cuda) if self.backward else self.readable.backward
+        return Operation(_WithSettings(self.forward, cuda), backward, self.absorbs)

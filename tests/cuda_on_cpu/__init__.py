@@ -1,0 +1,320 @@
+"""Kernels in CUDA C++ on NumPy arrays, without CUDA: compiled by g++ and a header, cuda_on_cpu.h.
+
+    launch = Emulation(order=2)
+    launch(Function("gelu.cu", "gelu"), 3, 256, (x, y, x.size // 4))
+
+An emulation takes the place of pvt_ref.kernels.cuda.launch.on_gpu in a table of operations. Every array
+is copied to pages of its own whose neighbours are forbidden, and back. What a kernel does wrong is a
+KernelError that names kernel, block and thread.
+"""
+
+import ctypes
+import functools
+import hashlib
+import mmap
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pvt_ref.kernels.cuda.launch import Function, source
+
+HEADER = Path(__file__).parent / "cuda_on_cpu.h"
+
+#: What g++ makes of each file is kept here, under a name that its content decides.
+CACHE = Path(tempfile.gettempdir()) / f"pvt_ref_cuda_on_cpu_{os.getuid()}"
+
+FLAGS = (
+    *("-std=c++17", "-O1", "-shared", "-fPIC", "-fno-gnu-unique", "-fno-exceptions", "-fno-rtti"),
+    *("-ffp-contract=off", "-U_FORTIFY_SOURCE", "-w", "-x", "c++"),
+    # what these find is an illegal instruction, which the header turns into a message
+    "-fsanitize=bounds-strict,signed-integer-overflow,integer-divide-by-zero,shift",
+    "-fsanitize-undefined-trap-on-error",
+)
+
+#: Bytes of a number and of the whole that a kernel reads at once: the alignment it needs.
+TYPES = {
+    "float": (np.dtype(np.float32), 4),
+    "float4": (np.dtype(np.float32), 16),
+    "double": (np.dtype(np.float64), 8),
+    "int": (np.dtype(np.int32), 4),
+}
+
+#: What the GPU of least size allows: threads of a block, and blocks along each axis.
+MOST_THREADS, MOST_BLOCKS = 1024, (2**31 - 1, 65535, 65535)
+
+_one_at_a_time = threading.RLock()  # the header's state is the process's
+
+
+class KernelError(AssertionError):
+    """A kernel that does what CUDA forbids, or a launch that it would refuse."""
+
+
+class Parameter(NamedTuple):
+    """One parameter of a kernel: ``const float4 *x``, or without a star, ``int rows``."""
+
+    type: str
+    is_pointer: bool
+    is_const: bool
+    name: str
+
+
+class Fault(ctypes.Structure):
+    """What the header tells of a kernel that was stopped."""
+
+    _fields_ = [  # noqa: RUF012
+        ("what", ctypes.c_char * 200),
+        ("address", ctypes.c_void_p),
+        ("block", ctypes.c_uint * 3),
+        ("thread", ctypes.c_uint * 3),
+    ]
+
+
+def why_not() -> str | None:
+    """The reason why kernels cannot be compiled here, or None if they can."""
+    return None if shutil.which("g++") else "no kernel was run: there is no g++"
+
+
+# Compiling ----------------------------------------------------------------------------------------
+
+
+def kernels_of(text: str) -> dict[str, tuple[list[Parameter], str]]:
+    """The parameters of each kernel of a source, and its launch bound as it is written, or ""."""
+    found = {}
+    pattern = (
+        r'extern "C" __global__ void\s+(?:__launch_bounds__\(([^)]*)\)\s*)?(\w+)\(([^)]*)\)\s*\{'
+    )
+    for bound, name, parameters in re.findall(pattern, text):
+        found[name] = [_parameter(each, name) for each in parameters.split(",")], bound
+    return found
+
+
+def _parameter(text: str, kernel: str) -> Parameter:
+    match = re.fullmatch(r"\s*(const )?(\w+) (\*?)(\w+)\s*", text)
+    if not match or match[2] not in TYPES:
+        raise KernelError(f"{kernel}: {text.strip()!r} is no parameter that the emulation knows")
+    return Parameter(match[2], bool(match[3]), bool(match[1]), match[4])
+
+
+def as_cpp(function: Function) -> str:
+    """The source as g++ takes it: with the macros, and for each kernel a function that calls it."""
+    text = source(function.file)
+    dynamic = r"extern __shared__ (\w+) (\w+)\[\];"
+    body = re.sub(dynamic, r"\1 *\2 = (\1 *)cuda_on_cpu::dynamic;", text)
+    # behind the header's own includes, or a macro could change those
+    defines = "".join(f"#define {name} {value}\n" for name, value in function.macros)
+    calls = ""
+    for name, (parameters, _) in kernels_of(text).items():
+        stars = [f"*({p.type} *{'*' if p.is_pointer else ''})v[{i}]" for i, p in enumerate(parameters)]
+        calls += (
+            f"static void call_{name}(void **v) {{ {name}({', '.join(stars)}); }}\n"
+            f'extern "C" int launch_{name}(void **v, const unsigned *grid, const unsigned *block, '
+            f"unsigned order, unsigned shared, cuda_on_cpu::Fault *fault)\n"
+            f"{{ return cuda_on_cpu::run(call_{name}, v, grid, block, order, shared, fault); }}\n"
+        )
+    return f'#include "cuda_on_cpu.h"\n{defines}{body}\n{calls}'
+
+
+@functools.cache
+def compiled(function: Function) -> ctypes.CDLL:
+    """The library of a function's file and macros, which g++ makes the first time."""
+    code = as_cpp(function)
+    key = hashlib.sha256(repr((code, HEADER.read_text("utf-8"), FLAGS)).encode()).hexdigest()[:16]
+    library = CACHE / f"{Path(function.file).stem}-{key}.so"
+    if not library.exists():
+        CACHE.mkdir(mode=0o700, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            made = Path(folder) / "made.so"
+            command = ["g++", *FLAGS, f"-I{HEADER.parent}", "-o", str(made), "-"]
+            done = subprocess.run(command, input=code, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise KernelError(f"{function.file} does not compile:\n{done.stderr}")
+            made.replace(library)  # whole, or not there: another process may compile the same
+    return ctypes.CDLL(str(library))
+
+
+# Memory -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _mprotect() -> Any:
+    return ctypes.CDLL(None, use_errno=True).mprotect
+
+
+class Pages:
+    """Room for the bytes from start to stop, which ends where a forbidden page begins.
+
+    Before them stand NaN, and a forbidden page. Between the last of them and the end are fewer bytes
+    than alignment, since the first has to lie as start does.
+    """
+
+    def __init__(self, start: int, stop: int, alignment: int):
+        page, self.size = mmap.PAGESIZE, stop - start
+        inside = max(-(-(self.size + alignment) // page), 1) * page
+        self.memory = mmap.mmap(-1, inside + 2 * page)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self.first, self.end = base + page, base + page + inside
+        self.start = self.end - self.size
+        self.start -= (self.start - start) % alignment
+        ctypes.memset(self.first, 0xFF, inside)
+        for forbidden in (base, self.end):
+            if _mprotect()(ctypes.c_void_p(forbidden), page, 0):
+                raise OSError(ctypes.get_errno(), "mprotect failed")
+
+    def outside(self) -> bytes:
+        """The bytes of the pages that are none of the array's."""
+        before = ctypes.string_at(self.first, self.start - self.first)
+        return before + ctypes.string_at(self.start + self.size, self.end - self.start - self.size)
+
+
+def span(x: np.ndarray) -> tuple[int, int]:
+    """The first byte of an array and the one behind its last; strides are not negative."""
+    start = x.__array_interface__["data"][0]
+    reach = sum((n - 1) * step for n, step in zip(x.shape, x.strides, strict=True))
+    return start, start + (reach + x.itemsize if x.size else 0)
+
+
+def merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same bytes in spans that do not meet: views of one array share memory."""
+    result: list[tuple[int, int]] = []
+    for start, stop in sorted(spans):
+        if result and start < result[-1][1]:
+            result[-1] = (result[-1][0], max(result[-1][1], stop))
+        else:
+            result.append((start, stop))
+    return result
+
+
+# Launching ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Emulation:
+    """Launches kernels on NumPy arrays, as pvt_ref.kernels.cuda.launch.on_gpu does on CuPy's.
+
+    Attributes:
+        order: of threads and blocks: 0 rising, 1 falling, others shuffle by it.
+    """
+
+    order: int = 0
+
+    def __call__(
+        self,
+        function: Function,
+        grid: Sequence[int],
+        threads: Sequence[int],
+        arguments: Sequence[Any],
+        shared: int = 0,
+    ) -> None:
+        known = kernels_of(source(function.file))
+        if function.name not in known:
+            raise KernelError(f"{function.file} has no kernel {function.name}")
+        parameters, bound = known[function.name]
+        grid, threads = (tuple(each) + (1,) * (3 - len(each)) for each in (grid, threads))
+        _check_launch(function, grid, threads, bound)
+        if len(arguments) != len(parameters):
+            many = f"{len(arguments)} arguments for {len(parameters)} parameters"
+            raise KernelError(f"{function.name}: {many}")
+        with _one_at_a_time:
+            _run(function, parameters, grid, threads, arguments, shared, self.order)
+
+
+def _check_launch(function: Function, grid: tuple, threads: tuple, bound: str) -> None:
+    """Refuses what cuLaunchKernel would."""
+    count = int(np.prod(threads))
+    most = int(dict(function.macros).get(bound, bound or MOST_THREADS))
+    if not 1 <= count <= min(most, MOST_THREADS):
+        raise KernelError(f"{function.name}: {count} threads in a block of at most {most}")
+    if not all(1 <= n <= limit for n, limit in zip(grid, MOST_BLOCKS, strict=True)):
+        raise KernelError(f"{function.name}: a grid of {grid} blocks; {MOST_BLOCKS} are the most")
+
+
+def _check(function: Function, parameter: Parameter, value: Any) -> None:
+    """Refuses an argument of another type than its parameter's."""
+    if parameter.is_pointer:
+        dtype, alignment = TYPES[parameter.type]
+        fits = value is None or (isinstance(value, np.ndarray) and value.dtype == dtype)
+        if fits and value is not None and span(value)[0] % alignment:
+            raise KernelError(f"{function.name}: {parameter.name} is not aligned to {alignment}")
+    elif parameter.type == "int":
+        fits = type(value) is int and -(2**31) <= value < 2**31
+    else:
+        fits = isinstance(value, float)
+    if not fits:
+        wanted = f"{parameter.type}{' *' if parameter.is_pointer else ''}"
+        raise KernelError(f"{function.name}: {parameter.name} is {value!r}, not {wanted}")
+
+
+def _run(
+    function: Function,
+    parameters: list[Parameter],
+    grid: tuple,
+    threads: tuple,
+    arguments: Sequence[Any],
+    shared: int,
+    order: int,
+) -> None:
+    launch = getattr(compiled(function), f"launch_{function.name}")
+    for parameter, value in zip(parameters, arguments, strict=True):
+        _check(function, parameter, value)
+    arrays = [(span(x), p) for x, p in zip(arguments, parameters, strict=True) if p.is_pointer and x is not None]
+    spans = merged([each for each, _ in arrays])
+    pages = []
+    for start, stop in spans:
+        inside = [TYPES[p.type][1] for (first, _), p in arrays if start <= first <= stop]
+        pages.append(Pages(start, stop, max(inside)))
+    for (start, stop), page in zip(spans, pages, strict=True):
+        ctypes.memmove(page.start, start, stop - start)
+    before = [page.outside() for page in pages]
+    values = [_value(p, x, spans, pages) for p, x in zip(parameters, arguments, strict=True)]
+    pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+    fault = Fault()
+    sizes = [(ctypes.c_uint * 3)(*each) for each in (grid, threads)]
+    failed = launch(pointers, *sizes, order, shared, ctypes.byref(fault))
+    if failed:
+        where = _owner(fault.address, parameters, values, pages)
+        block, thread = tuple(fault.block), tuple(fault.thread)
+        told = f"thread {thread} of block {block} {fault.what.decode()}{where}"
+        raise KernelError(f"{function.name} in {function.file}: {told}")
+    for page, bytes_before in zip(pages, before, strict=True):
+        if page.outside() != bytes_before:
+            where = _owner(page.start, parameters, values, pages)
+            raise KernelError(f"{function.name}: something was written beside an array{where}")
+    for (start, stop), page in zip(spans, pages, strict=True):
+        ctypes.memmove(start, page.start, stop - start)
+
+
+def _value(parameter: Parameter, value: Any, spans: list, pages: list[Pages]) -> Any:
+    """An argument as ctypes has it; an array is where its copy lies."""
+    if not parameter.is_pointer:
+        return (ctypes.c_int if parameter.type == "int" else ctypes.c_float)(value)
+    if value is None:
+        return ctypes.c_void_p(None)
+    address = span(value)[0]
+    for (start, stop), page in zip(spans, pages, strict=True):
+        if start <= address < stop or address == start:
+            return ctypes.c_void_p(page.start + address - start)
+    raise AssertionError("every array has its pages")
+
+
+def _owner(address: int | None, parameters: list, values: list, pages: list[Pages]) -> str:
+    """The parameter whose pages an address lies in or beside, for a message."""
+    for page in pages:
+        if address and page.first - mmap.PAGESIZE <= address < page.end + mmap.PAGESIZE:
+            of = [
+                p.name
+                for p, v in zip(parameters, values, strict=True)
+                if p.is_pointer and page.first <= (v.value or 0) < page.end
+            ]
+            beyond = address - (page.start + page.size)
+            place = f"{beyond} bytes behind the end" if beyond >= 0 else "before the end"
+            return f", {place} of {' or '.join(of)}"
+    return f", at address {address:#x}" if address else ""

@@ -1,0 +1,289 @@
+// CUDA C++ on a CPU: as much of it as this project's kernels use, so that g++ compiles them as they are.
+//
+// The threads of a block are fibers that take turns. A fiber runs until it reaches a barrier or an
+// exchange within its warp, and goes on when all others that take part have come. Blocks run one after
+// the other. The order of threads and blocks is the caller's choice, so whoever relies on an order that
+// CUDA does not promise gives other results in one of them.
+//
+// What is refused, with a message: different barriers reached by one block, threads that wait for ever,
+// a lane that takes part in an exchange that does not name it, memory touched outside of the arrays, an
+// index beyond an array of known size, an int that overflows. What cannot be seen: speed, registers,
+// caches and banks, memory ordering between blocks, and the compiler of the GPU.
+#pragma once
+#include <math.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static __attribute__((section("cuda_shared"))) // one block runs at a time
+
+extern "C" char __start_cuda_shared[] __attribute__((weak)), __stop_cuda_shared[] __attribute__((weak));
+
+struct dim3 { unsigned x, y, z; };
+struct alignas(16) float4 { float x, y, z, w; };
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline float __int_as_float(int i) { float x; memcpy(&x, &i, 4); return x; }
+static inline float __fdividef(float x, float y) { return x / y; }
+static inline int min(int a, int b) { return a < b ? a : b; }
+static inline int max(int a, int b) { return a > b ? a : b; }
+
+namespace cuda_on_cpu {
+
+enum State { READY, AT_BARRIER, IN_EXCHANGE, DONE };
+
+struct Fiber {
+    ucontext_t context; // of its first turn; later ones are faster by place
+    jmp_buf place;
+    bool begun;
+    State state;
+    int number; // in its block
+    dim3 index;
+    int line;                // of the barrier at which it waits
+    unsigned mask;           // lanes of the exchange in which it waits
+    int from;                // the lane whose value it wants
+    unsigned char value[8], got[8];
+};
+
+// What is told when a kernel is stopped. A Python structure has the same fields.
+struct Fault {
+    char what[200];
+    void *address; // that was touched, or null
+    unsigned block[3], thread[3];
+};
+
+constexpr int MOST = 1024;           // threads of a block
+constexpr size_t STACK = 1 << 16;    // bytes of a fiber, the last page of which is forbidden
+constexpr size_t MOST_SHARED = 48 << 10;
+
+inline Fiber fibers[MOST];
+inline char *stacks = nullptr;
+inline Fiber *current = nullptr;
+inline jmp_buf scheduler;
+inline sigjmp_buf way_out; // of a kernel that is stopped
+inline ucontext_t unused;
+inline dim3 grid_size, block_size, block_index;
+inline int in_block, waiting;
+inline char *dynamic; // the end of a page behind which nothing may be touched
+inline size_t dynamic_bytes;
+inline Fault *fault;
+inline void (*call)(void **);
+inline void **arguments;
+
+inline void tell_place()
+{
+    dim3 thread = current ? current->index : dim3{0, 0, 0};
+    unsigned block[3] = {block_index.x, block_index.y, block_index.z};
+    memcpy(fault->block, block, sizeof block);
+    memcpy(fault->thread, &thread, sizeof thread);
+}
+
+template <class... T> [[noreturn]] inline void stop(const char *format, T... values)
+{
+    snprintf(fault->what, sizeof fault->what, format, values...);
+    tell_place();
+    siglongjmp(way_out, 1);
+}
+
+inline void on_signal(int number, siginfo_t *info, void *)
+{
+    bool memory = number == SIGSEGV || number == SIGBUS;
+    const char *what = memory ? "touches memory that is not its own"
+                     : number == SIGFPE ? "divides by zero"
+                     : "has an index beyond its array, or an int that overflows";
+    snprintf(fault->what, sizeof fault->what, "%s", what);
+    fault->address = memory ? info->si_addr : nullptr;
+    tell_place();
+    siglongjmp(way_out, 1);
+}
+
+// Another's turn.
+inline __attribute__((noinline)) void hand_on()
+{
+    if (!_setjmp(current->place)) _longjmp(scheduler, 1);
+}
+
+inline void barrier(int line)
+{
+    for (int i = 0; i < in_block; i++)
+        if (fibers[i].state == AT_BARRIER && fibers[i].line != line)
+            stop("reaches the barrier of line %d while thread %d waits at that of line %d", line, i, fibers[i].line);
+    current->line = line;
+    current->state = AT_BARRIER;
+    if (++waiting == in_block) {
+        for (int i = 0; i < in_block; i++) fibers[i].state = READY;
+        waiting = 0;
+    }
+    hand_on();
+}
+
+// Gives value, and gets that of lane from, once all lanes that the mask names have given theirs.
+template <class T> inline T exchange(unsigned mask, T value, int from)
+{
+    static_assert(sizeof(T) <= 8, "a value of at most 8 bytes");
+    Fiber *warp = fibers + current->number / 32 * 32;
+    int lane = current->number % 32, lanes = min(32, in_block - current->number / 32 * 32);
+    if (!(mask >> lane & 1)) stop("is lane %d of an exchange whose mask %#x does not name it", lane, mask);
+    if (from < 0 || from > 31 || !(mask >> from & 1)) stop("asks lane %d, which the mask %#x does not name", from, mask);
+    current->mask = mask;
+    current->from = from;
+    memcpy(current->value, &value, sizeof value);
+    current->state = IN_EXCHANGE;
+    bool complete = true;
+    for (int i = 0; i < 32; i++)
+        if (mask >> i & 1) {
+            if (i >= lanes) stop("names lane %d in a mask, and its warp has %d", i, lanes);
+            if (warp[i].state == IN_EXCHANGE && warp[i].mask != mask)
+                stop("gives the mask %#x, and lane %d gave %#x", mask, i, warp[i].mask);
+            complete = complete && warp[i].state == IN_EXCHANGE;
+        }
+    if (complete)
+        for (int i = 0; i < 32; i++)
+            if (mask >> i & 1) memcpy(warp[i].got, warp[warp[i].from].value, 8), warp[i].state = READY;
+    hand_on();
+    T result;
+    memcpy(&result, current->got, sizeof result);
+    return result;
+}
+
+// What a fiber does: the kernel, once for every block.
+inline void live()
+{
+    for (;;) {
+        call(arguments);
+        current->state = DONE;
+        hand_on();
+    }
+}
+
+inline __attribute__((noinline)) void take_turn(Fiber &fiber)
+{
+    current = &fiber;
+    if (_setjmp(scheduler)) return;
+    if (fiber.begun) _longjmp(fiber.place, 1);
+    fiber.begun = true;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack = {stacks + fiber.number * STACK, 0, STACK};
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, live, 0);
+    swapcontext(&unused, &fiber.context);
+}
+
+[[noreturn]] inline void stop_waiting()
+{
+    for (int i = 0; i < in_block; i++) {
+        current = &fibers[i];
+        if (current->state == AT_BARRIER) stop("waits for ever at the barrier of line %d, which not all reach", current->line);
+        if (current->state == IN_EXCHANGE) stop("waits for ever in an exchange of the lanes %#x", current->mask);
+    }
+    stop("waits for ever");
+}
+
+inline unsigned next_random(unsigned &seed) { return (seed = seed * 1664525u + 1013904223u) >> 8; }
+
+inline void run_block(unsigned order)
+{
+    static int turns[MOST];
+    unsigned seed = order;
+    waiting = 0;
+    if (__start_cuda_shared) memset(__start_cuda_shared, 0xff, __stop_cuda_shared - __start_cuda_shared); // NaN
+    memset(dynamic, 0xff, dynamic_bytes);
+    for (int i = 0; i < in_block; i++) {
+        fibers[i].number = i;
+        fibers[i].state = READY;
+        unsigned n = i;
+        fibers[i].index = {n % block_size.x, n / block_size.x % block_size.y, n / (block_size.x * block_size.y)};
+        turns[i] = order == 1 ? in_block - 1 - i : i;
+    }
+    for (int left = in_block; left;) {
+        if (order > 1)
+            for (int i = in_block - 1; i > 0; i--) {
+                int j = next_random(seed) % (i + 1), t = turns[i];
+                turns[i] = turns[j];
+                turns[j] = t;
+            }
+        bool moved = false;
+        for (int i = 0; i < in_block; i++) {
+            Fiber &fiber = fibers[turns[i]];
+            if (fiber.state != READY) continue;
+            take_turn(fiber);
+            moved = true;
+            if (fiber.state == DONE) left--;
+        }
+        if (!moved) stop_waiting();
+    }
+    current = nullptr;
+}
+
+// Runs a grid: 0 if it went well. order: threads and blocks rise (0), fall (1), or are shuffled by it.
+inline int run(void (*kernel)(void **), void **values, const unsigned *grid, const unsigned *block,
+               unsigned order, unsigned shared, Fault *told)
+{
+    constexpr int SIGNALS[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP};
+    static char signal_stack[1 << 15];
+    static char *shared_pages = nullptr;
+    call = kernel, arguments = values, fault = told;
+    grid_size = {grid[0], grid[1], grid[2]}, block_size = {block[0], block[1], block[2]};
+    in_block = block[0] * block[1] * block[2];
+    block_index = {0, 0, 0}, current = nullptr;
+    if (!stacks) {
+        stacks = (char *)mmap(nullptr, MOST * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        shared_pages = (char *)mmap(nullptr, 2 * MOST_SHARED, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (stacks == MAP_FAILED || shared_pages == MAP_FAILED) return snprintf(told->what, sizeof told->what, "finds no memory");
+        for (int i = 0; i < MOST; i++) mprotect(stacks + i * STACK, 4096, PROT_NONE);
+        mprotect(shared_pages + MOST_SHARED, MOST_SHARED, PROT_NONE);
+    }
+    dynamic_bytes = (shared + 15) / 16 * 16;
+    dynamic = shared_pages + MOST_SHARED - dynamic_bytes;
+    struct sigaction mine = {}, before[5];
+    stack_t for_signals = {}, old_stack;
+    for_signals.ss_sp = signal_stack;
+    for_signals.ss_size = sizeof signal_stack;
+    mine.sa_sigaction = on_signal;
+    mine.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigaltstack(&for_signals, &old_stack);
+    for (int i = 0; i < 5; i++) sigaction(SIGNALS[i], &mine, &before[i]);
+    int stopped = sigsetjmp(way_out, 1);
+    if (!stopped) {
+        size_t in_file = __start_cuda_shared ? __stop_cuda_shared - __start_cuda_shared : 0;
+        if (in_file + shared > MOST_SHARED) stop("has more shared memory than the %d bytes of a block", (int)MOST_SHARED);
+        unsigned count = grid[0] * grid[1] * grid[2], seed = order;
+        for (unsigned i = 0; i < count; i++) {
+            unsigned n = order == 0 ? i : order == 1 ? count - 1 - i : (i + order) % count;
+            block_index = {n % grid[0], n / grid[0] % grid[1], n / (grid[0] * grid[1])};
+            run_block(order > 1 ? next_random(seed) | 2 : order);
+        }
+    } else {
+        for (int i = 0; i < MOST; i++) fibers[i].begun = false; // they were left amid the kernel
+    }
+    for (int i = 0; i < 5; i++) sigaction(SIGNALS[i], &before[i], nullptr);
+    sigaltstack(&old_stack, nullptr);
+    return stopped;
+}
+
+} // namespace cuda_on_cpu
+
+#define threadIdx (cuda_on_cpu::current->index)
+#define blockIdx (cuda_on_cpu::block_index)
+#define blockDim (cuda_on_cpu::block_size)
+#define gridDim (cuda_on_cpu::grid_size)
+#define __syncthreads() cuda_on_cpu::barrier(__LINE__)
+
+template <class T> static inline T __shfl_xor_sync(unsigned mask, T x, int lanes)
+{
+    return cuda_on_cpu::exchange(mask, x, cuda_on_cpu::current->number % 32 ^ lanes);
+}
+template <class T> static inline T __shfl_sync(unsigned mask, T x, int lane)
+{
+    return cuda_on_cpu::exchange(mask, x, lane);
+}
+static inline void __syncwarp(unsigned mask = 0xffffffffu)
+{
+    cuda_on_cpu::exchange(mask, 0, cuda_on_cpu::current->number % 32);
+}
