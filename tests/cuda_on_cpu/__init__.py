@@ -86,9 +86,12 @@ def why_not() -> str | None:
 # Compiling ----------------------------------------------------------------------------------------
 
 
-def kernels_of(text: str) -> dict[str, tuple[list[Parameter], str]]:
-    """The parameters of each kernel of a source, and its launch bound as it is written, or ""."""
-    found = {}
+@functools.cache
+def kernels_of(function: Function) -> dict[str, tuple[list[Parameter], str]]:
+    """The parameters of each kernel of a file, and its launch bound as it is written, or ""."""
+    found, text = {}, source(function.file)
+    for name, value in function.macros:
+        text = re.sub(rf"\b{name}\b", str(value), text)
     pattern = (
         r'extern "C" __global__ void\s+(?:__launch_bounds__\(([^)]*)\)\s*)?(\w+)\(([^)]*)\)\s*\{'
     )
@@ -112,7 +115,7 @@ def as_cpp(function: Function) -> str:
     # behind the header's own includes, or a macro could change those
     defines = "".join(f"#define {name} {value}\n" for name, value in function.macros)
     calls = ""
-    for name, (parameters, _) in kernels_of(text).items():
+    for name, (parameters, _) in kernels_of(function).items():
         stars = [f"*({p.type} *{'*' if p.is_pointer else ''})v[{i}]" for i, p in enumerate(parameters)]
         calls += (
             f"static void call_{name}(void **v) {{ {name}({', '.join(stars)}); }}\n"
@@ -214,7 +217,7 @@ class Emulation:
         arguments: Sequence[Any],
         shared: int = 0,
     ) -> None:
-        known = kernels_of(source(function.file))
+        known = kernels_of(function)
         if function.name not in known:
             raise KernelError(f"{function.file} has no kernel {function.name}")
         parameters, bound = known[function.name]
@@ -230,7 +233,8 @@ class Emulation:
 def _check_launch(function: Function, grid: tuple, threads: tuple, bound: str) -> None:
     """Refuses what cuLaunchKernel would."""
     count = int(np.prod(threads))
-    most = int(dict(function.macros).get(bound, bound or MOST_THREADS))
+    defined = re.findall(r"^#define (\w+) (\d+)", source(function.file), flags=re.MULTILINE)
+    most = int(dict(defined).get(bound, bound or MOST_THREADS))
     if not 1 <= count <= min(most, MOST_THREADS):
         raise KernelError(f"{function.name}: {count} threads in a block of at most {most}")
     if not all(1 <= n <= limit for n, limit in zip(grid, MOST_BLOCKS, strict=True)):

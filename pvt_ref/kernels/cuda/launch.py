@@ -122,6 +122,11 @@ def is_float32(*arrays: Array) -> bool:
     return all(dtype_name(x) == "float32" and x.size <= _MOST_NUMBERS for x in arrays)
 
 
+def address(x: Array) -> int:
+    """Where the first number of a NumPy or CuPy array lies."""
+    return x.ctypes.data if hasattr(x, "ctypes") else x.data.ptr
+
+
 def blocks_for(count: int, threads: int = THREADS) -> int:
     """How many blocks have a thread for each of count."""
     return -(-count // threads)

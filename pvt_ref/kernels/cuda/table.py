@@ -4,8 +4,13 @@ import functools
 from collections.abc import Callable
 
 from pvt_ref.arrays import Array, is_cupy
+from pvt_ref.kernels.cuda.attention import attention_kernel
+from pvt_ref.kernels.cuda.depthwise_conv import depthwise_conv_kernel
+from pvt_ref.kernels.cuda.gelu import gelu_kernel
 from pvt_ref.kernels.cuda.launch import Cuda, Kernel
+from pvt_ref.kernels.cuda.layer_norm import layer_norm_kernel
 from pvt_ref.kernels.cuda.sum_rows import sum_rows_kernel
+from pvt_ref.kernels.cuda.windows import conv_kernel, patch_embed_kernel
 from pvt_ref.ops import Ops
 
 
@@ -21,6 +26,8 @@ def table_with(settings: Cuda, accepts: Callable[[Array], bool]) -> Ops:
     def of(*kernels: Kernel) -> dict:
         return {kernel.readable: kernel.with_settings(settings) for kernel in kernels}
 
-    # what others compute themselves: these serve outside of them, and where they step aside
+    twins = of(gelu_kernel, attention_kernel, layer_norm_kernel, depthwise_conv_kernel)
+    twins |= of(patch_embed_kernel, conv_kernel)
+    # the norms and the convolution make their own sums: this one serves outside of them
     parts = of(sum_rows_kernel)
-    return Ops(parts=parts, name="cuda", accepts=accepts, settings=settings)
+    return Ops(twins, parts=parts, name="cuda", accepts=accepts, settings=settings)

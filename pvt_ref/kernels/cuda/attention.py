@@ -1,0 +1,106 @@
+"""Attention on CUDA: the softmax runs along the keys, so the forward has no array of scores.
+
+The backward has two for a moment, the weights and the gradients of the scores: keys are few in a
+PVT, and the gradients of keys and values are then matrix products.
+"""
+
+from typing import Any
+
+from pvt_ref.arrays import Array, array_module
+from pvt_ref.draws import Rng
+from pvt_ref.kernels.cuda.launch import Cuda, Function, Kernel, address, blocks_for, is_float32
+from pvt_ref.layers.attention import attention
+from pvt_ref.layers.dropout import dropout
+from pvt_ref.layers.softmax import softmax
+from pvt_ref.ops import Ops
+from pvt_ref.tree import record
+
+#: Threads of a block, as the kernels say themselves.
+_THREADS = 128
+
+#: A query with more numbers does not fit the registers of its threads.
+_MOST_WIDTH = 256
+
+
+def _function(name: str, shape: tuple[int, ...], cuda: Cuda) -> tuple[Function, int]:
+    """The kernel for queries of that shape (B, N, n, d), and how many of them a block has.
+
+    Many queries keep a GPU busy with two threads each, which saves the most work; few get eight.
+    """
+    B, N, n, d = shape
+    lanes = 2 if B * N * n >= 75 * cuda.blocks and d <= 64 else 8
+    return Function("attention.cu", name, (("D", d), ("LANES", lanes))), _THREADS // lanes
+
+
+def _rows(x: Array) -> Array:
+    """x (B, N, n, d) so that the kernels can read it: d numbers side by side, in pieces of four."""
+    steps, width = x.strides, 4 * x.itemsize
+    aligned = address(x) % width == 0 and all(step % width == 0 for step in steps[:3])
+    if aligned and steps[3] == x.itemsize and min(steps) > 0:
+        return x
+    return array_module(x).ascontiguousarray(x)
+
+
+def _with_steps(x: Array) -> tuple[Any, ...]:
+    """x (B, N, n, d), and how many pieces of four numbers lie between images, heads and rows."""
+    return x, *(step // (4 * x.itemsize) for step in x.strides[:3])
+
+
+@record
+class AttentionCache:
+    """What :func:`attention_backward` needs: what came in, y and its log2 of sums (B, N, n)."""
+
+    qkv: tuple[Array, Array, Array]
+    scale: float
+    y: Array
+    log_sum: Array
+
+
+def attention_forward(
+    p: None,
+    x: tuple[Array, Array, Array],
+    ops: Ops,
+    scale: float,
+    drop_rate: float = 0.0,
+    rng: Rng = None,
+    keep: bool = True,
+    *,
+    cuda: Cuda,
+) -> tuple[Array, Any]:
+    """As :func:`pvt_ref.layers.attention.attention_forward`, which computes where there is dropout."""
+    (B, N, n, d), m = x[0].shape, x[1].shape[2]
+    dropped = rng is not None and drop_rate > 0.0
+    if dropped or not is_float32(*x) or d % 4 or d > _MOST_WIDTH or not x[0].size:
+        return attention.forward(p, x, ops, scale, drop_rate, rng, keep)
+    q, k, v = map(_rows, x)
+    xp = array_module(q)
+    y = xp.empty((B, n, N, d), q.dtype)  # ready to be merged
+    log_sum = xp.empty((B, N, n), q.dtype) if keep else None
+    function, in_block = _function("attention", q.shape, cuda)
+    arguments = (*_with_steps(q), *_with_steps(k), *_with_steps(v), float(scale), y, log_sum, n, m)
+    cuda.launch(function, (blocks_for(n, in_block), N, B), (_THREADS,), arguments)
+    cache = AttentionCache((q, k, v), scale, y, log_sum) if keep else None
+    return xp.permute_dims(y, (0, 2, 1, 3)), cache  # (B, N, n, d)
+
+
+def attention_backward(
+    p: None, cache: Any, dy: Array, ops: Ops, *, cuda: Cuda
+) -> tuple[tuple[Array, Array, Array], None]:
+    """As :func:`pvt_ref.layers.attention.attention_backward`; the weights are made again."""
+    if not isinstance(cache, AttentionCache):
+        return attention.backward(p, cache, dy, ops)
+    (q, k, v), dy = cache.qkv, _rows(dy)
+    (B, N, n, d), m = q.shape, k.shape[2]
+    xp = array_module(dy)
+    dq = xp.empty((B, n, N, d), q.dtype)
+    weights, dscores = (xp.empty((B, N, m, n), q.dtype) for _ in range(2))
+    function, in_block = _function("attention_backward", q.shape, cuda)
+    steps = [each for x in (q, k, v, dy) for each in _with_steps(x)]
+    outputs = (dq, weights, dscores)
+    arguments = (*steps, float(cache.scale), cache.y, cache.log_sum, *outputs, n, m)
+    cuda.launch(function, (blocks_for(n, in_block), N, B), (_THREADS,), arguments)
+    dk, dv = dscores @ q, weights @ dy  # (B, N, m, d) each
+    return (xp.permute_dims(dq, (0, 2, 1, 3)), dk, dv), None
+
+
+attention_kernel = Kernel(attention, attention_forward, attention_backward, (softmax, dropout))

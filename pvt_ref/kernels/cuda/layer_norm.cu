@@ -1,0 +1,125 @@
+// Layer norm (layers/layer_norm.py), a row of C numbers by LANES threads that stand side by side.
+//
+// A thread holds every LANES-th piece of four numbers, so that neighbours read neighbouring ones, and
+// keeps them in registers: x is read once, although its mean is needed before its variance.
+//
+// Compiled with LANES, and PIECES = C / 4 / LANES, rounded up.
+
+#include "lanes.h"
+
+struct Row { float4 piece[PIECES]; };
+
+// Piece i of this thread is the row's number i * LANES + lane, if there are so many.
+static __device__ __forceinline__ Row load(const float4 *row, int lane, int pieces)
+{
+    Row x;
+#pragma unroll
+    for (int i = 0; i < PIECES; i++)
+        x.piece[i] = i * LANES + lane < pieces ? row[i * LANES + lane] : zeros();
+    return x;
+}
+
+static __device__ __forceinline__ float sum(const Row &x)
+{
+    float total = 0;
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) total += sum(x.piece[i]);
+    return over_lanes(total);
+}
+
+// x becomes x_hat = (x - mean) * rstd, 0 beyond the last piece; returns rstd = 1 / sqrt(variance + eps).
+static __device__ __forceinline__ float normalise(Row &x, int lane, int pieces, float eps)
+{
+    float mean = sum(x) / (4 * pieces);
+    float squares = 0;
+#pragma unroll
+    for (int i = 0; i < PIECES; i++)
+        if (i * LANES + lane < pieces) {
+            x.piece[i] = x.piece[i] - mean;
+            squares += dot(x.piece[i], x.piece[i]);
+        }
+    float rstd = 1.0f / sqrtf(over_lanes(squares) / (4 * pieces) + eps);
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) x.piece[i] = rstd * x.piece[i];
+    return rstd;
+}
+
+// y = x_hat * weight + bias, for rows of pieces times four numbers.
+extern "C" __global__ void layer_norm(const float4 *x, const float4 *weight, const float4 *bias, float eps,
+                                      float4 *y, int rows, int pieces)
+{
+    int lane = threadIdx.x % LANES;
+    int row = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES;
+    bool mine = row < rows;
+    if (!mine) row = rows - 1; // all threads of a warp take part in its sums
+    Row a = load(x + (size_t)row * pieces, lane, pieces);
+    normalise(a, lane, pieces, eps);
+    if (!mine) return;
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        int k = i * LANES + lane;
+        if (k < pieces) y[(size_t)row * pieces + k] = a.piece[i] * weight[k] + bias[k];
+    }
+}
+
+// dx = rstd * (g - mean(g) - x_hat mean(g * x_hat)) with g = dy * weight; mean, rstd and x_hat are made
+// again from x. Parts (gridDim.x, 2, C) get the sums over rows of dy * x_hat and dy, the gradients of
+// weight and bias: each thread adds up those of its own columns in double, then the rows of a block, one
+// after the other, add theirs in shared memory, (2, C) doubles.
+extern "C" __global__ void layer_norm_backward(const float4 *x, const float4 *weight, float eps,
+                                               const float4 *dy, float4 *dx, double *parts, int rows,
+                                               int pieces)
+{
+    extern __shared__ double totals[];
+    int lane = threadIdx.x % LANES, group = threadIdx.x / LANES, groups = blockDim.x / LANES;
+    double dweight[PIECES][4] = {}, dbias[PIECES][4] = {};
+    for (int first = blockIdx.x * groups; first < rows; first += gridDim.x * groups) {
+        int row = first + group;
+        bool mine = row < rows;
+        if (!mine) row = rows - 1;
+        Row x_hat = load(x + (size_t)row * pieces, lane, pieces);
+        float rstd = normalise(x_hat, lane, pieces, eps);
+        Row g = load(dy + (size_t)row * pieces, lane, pieces);
+        float along = 0;
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+            int k = i * LANES + lane;
+            if (k < pieces) {
+                float4 d = g.piece[i], products = d * x_hat.piece[i];
+                if (mine) {
+                    dweight[i][0] += products.x, dbias[i][0] += d.x;
+                    dweight[i][1] += products.y, dbias[i][1] += d.y;
+                    dweight[i][2] += products.z, dbias[i][2] += d.z;
+                    dweight[i][3] += products.w, dbias[i][3] += d.w;
+                }
+                g.piece[i] = d * weight[k];
+                along += dot(g.piece[i], x_hat.piece[i]);
+            }
+        }
+        float mean_g = sum(g) / (4 * pieces);
+        along = over_lanes(along) / (4 * pieces);
+        if (!mine) continue;
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+            int k = i * LANES + lane;
+            if (k < pieces)
+                dx[(size_t)row * pieces + k] = rstd * (g.piece[i] - mean_g + -along * x_hat.piece[i]);
+        }
+    }
+    int C = 4 * pieces;
+    for (int turn = 0; turn < groups; turn++) {
+        if (turn == group)
+#pragma unroll
+            for (int i = 0; i < PIECES; i++)
+                for (int e = 0; e < 4; e++) {
+                    int column = 4 * (i * LANES + lane) + e;
+                    if (column < C) {
+                        totals[column] = (turn ? totals[column] : 0) + dweight[i][e];
+                        totals[C + column] = (turn ? totals[C + column] : 0) + dbias[i][e];
+                    }
+                }
+        __syncthreads();
+    }
+    for (int column = threadIdx.x; column < 2 * C; column += blockDim.x)
+        parts[(size_t)blockIdx.x * 2 * C + column] = totals[column];
+}

@@ -1,0 +1,77 @@
+"""Layer norm on CUDA: a row in the registers of a few threads, read once and written once."""
+
+from typing import Any
+
+from pvt_ref.arrays import Array, array_module
+from pvt_ref.kernels.cuda.launch import THREADS, Cuda, Function, Kernel, blocks_for, is_float32
+from pvt_ref.kernels.cuda.sum_rows import add_parts
+from pvt_ref.layers.layer_norm import LayerNormParams, layer_norm
+from pvt_ref.layers.sum_rows import sum_rows
+from pvt_ref.ops import Ops
+from pvt_ref.tree import record
+
+#: Wider rows do not fit the registers of a warp when the backward adds up its sums in float64.
+_MOST_CHANNELS = 1024
+
+
+def lanes_and_pieces(C: int) -> tuple[int, int]:
+    """How many threads share a row of C numbers, and how many pieces of four each of them has.
+
+    A power of two of them; so many that all have work, unless that were fewer than eight.
+    """
+    pieces = C // 4
+    even = pieces & -pieces  # the largest power of two that divides
+    lanes = min(even if even >= 8 else 1 << (pieces - 1).bit_length(), 32)
+    return lanes, -(-pieces // lanes)
+
+
+def _function(name: str, C: int) -> tuple[Function, int]:
+    """The kernel for rows of C numbers, and how many of them a block has."""
+    lanes, pieces = lanes_and_pieces(C)
+    return Function("layer_norm.cu", name, (("LANES", lanes), ("PIECES", pieces))), THREADS // lanes
+
+
+@record
+class LayerNormCache:
+    """What :func:`layer_norm_backward` needs: the forward's x (rows, C), not normalised, and eps."""
+
+    x: Array
+    eps: float
+
+
+def layer_norm_forward(
+    p: LayerNormParams, x: Array, ops: Ops, eps: float, keep: bool = True, *, cuda: Cuda
+) -> tuple[Array, Any]:
+    """As :func:`pvt_ref.layers.layer_norm.layer_norm_forward`; its cache is x itself."""
+    C = x.shape[-1]
+    if not is_float32(x, p.weight) or C % 4 or C > _MOST_CHANNELS or not x.size:
+        return layer_norm.forward(p, x, ops, eps, keep)
+    xp = array_module(x)
+    rows = xp.reshape(xp.ascontiguousarray(x), (-1, C))  # (rows, C)
+    y = xp.empty(x.shape, x.dtype)
+    function, in_block = _function("layer_norm", C)
+    arguments = (rows, p.weight, p.bias, float(eps), y, len(rows), C // 4)
+    cuda.launch(function, (blocks_for(len(rows), in_block),), (THREADS,), arguments)
+    return y, LayerNormCache(rows, eps) if keep else None
+
+
+def layer_norm_backward(
+    p: LayerNormParams, cache: Any, dy: Array, ops: Ops, *, cuda: Cuda
+) -> tuple[Array, LayerNormParams]:
+    """As :func:`pvt_ref.layers.layer_norm.layer_norm_backward`, sums over rows included."""
+    if not isinstance(cache, LayerNormCache):
+        return layer_norm.backward(p, cache, dy, ops)
+    xp = array_module(dy)
+    rows, C = cache.x.shape
+    dy = xp.ascontiguousarray(dy)
+    dx = xp.empty(dy.shape, dy.dtype)
+    function, in_block = _function("layer_norm_backward", C)
+    blocks = min(blocks_for(rows, in_block), cuda.blocks)
+    parts = xp.empty((blocks, 2 * C), xp.float64)
+    arguments = (cache.x, p.weight, float(cache.eps), dy, dx, parts, rows, C // 4)
+    cuda.launch(function, (blocks,), (THREADS,), arguments, shared=2 * C * 8)
+    sums = add_parts(parts, cuda)
+    return dx, LayerNormParams(sums[:C], sums[C:])
+
+
+layer_norm_kernel = Kernel(layer_norm, layer_norm_forward, layer_norm_backward, (sum_rows,))
