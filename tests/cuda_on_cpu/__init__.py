@@ -1,11 +1,11 @@
 """Kernels in CUDA C++ on NumPy arrays, without CUDA: compiled by g++ and a header, cuda_on_cpu.h.
 
     launch = Emulation(order=2)
-    launch(Function("gelu.cu", "gelu"), 3, 256, (x, y, x.size // 4))
+    launch(Function("gelu.cu", "gelu"), (3,), (256,), (x, y, x.size // 4))
 
-An emulation takes the place of pvt_ref.kernels.cuda.launch.on_gpu in a table of operations. Every array
-is copied to pages of its own whose neighbours are forbidden, and back. What a kernel does wrong is a
-KernelError that names kernel, block and thread.
+An emulation takes the place of pvt_ref.kernels.cuda.launch.on_gpu in a table of operations. Every
+array is copied to pages of its own whose neighbours are forbidden, and back. What a kernel does
+wrong is a KernelError that names kernel, block and thread.
 """
 
 import ctypes
@@ -70,7 +70,7 @@ class Parameter(NamedTuple):
 class Fault(ctypes.Structure):
     """What the header tells of a kernel that was stopped."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("what", ctypes.c_char * 200),
         ("address", ctypes.c_void_p),
         ("block", ctypes.c_uint * 3),
@@ -116,9 +116,10 @@ def as_cpp(function: Function) -> str:
     defines = "".join(f"#define {name} {value}\n" for name, value in function.macros)
     calls = ""
     for name, (parameters, _) in kernels_of(function).items():
-        stars = [f"*({p.type} *{'*' if p.is_pointer else ''})v[{i}]" for i, p in enumerate(parameters)]
+        types = [f"{p.type} {'*' * (1 + p.is_pointer)}" for p in parameters]
+        values = [f"*({type})v[{i}]" for i, type in enumerate(types)]
         calls += (
-            f"static void call_{name}(void **v) {{ {name}({', '.join(stars)}); }}\n"
+            f"static void call_{name}(void **v) {{ {name}({', '.join(values)}); }}\n"
             f'extern "C" int launch_{name}(void **v, const unsigned *grid, const unsigned *block, '
             f"unsigned order, unsigned shared, cuda_on_cpu::Fault *fault)\n"
             f"{{ return cuda_on_cpu::run(call_{name}, v, grid, block, order, shared, fault); }}\n"
@@ -155,8 +156,8 @@ def _mprotect() -> Any:
 class Pages:
     """Room for the bytes from start to stop, which ends where a forbidden page begins.
 
-    Before them stand NaN, and a forbidden page. Between the last of them and the end are fewer bytes
-    than alignment, since the first has to lie as start does.
+    Before them stand NaN, and a forbidden page. Between the last of them and the end are fewer
+    bytes than alignment, since the first has to lie as start does.
     """
 
     def __init__(self, start: int, stop: int, alignment: int):
@@ -254,7 +255,8 @@ def _check(function: Function, parameter: Parameter, value: Any) -> None:
         fits = isinstance(value, float)
     if not fits:
         wanted = f"{parameter.type}{' *' if parameter.is_pointer else ''}"
-        raise KernelError(f"{function.name}: {parameter.name} is {value!r}, not {wanted}")
+        given = f"of {value.dtype}" if isinstance(value, np.ndarray) else repr(value)
+        raise KernelError(f"{function.name}: {parameter.name} is {given}, not {wanted}")
 
 
 def _run(
@@ -269,7 +271,8 @@ def _run(
     launch = getattr(compiled(function), f"launch_{function.name}")
     for parameter, value in zip(parameters, arguments, strict=True):
         _check(function, parameter, value)
-    arrays = [(span(x), p) for x, p in zip(arguments, parameters, strict=True) if p.is_pointer and x is not None]
+    pairs = zip(arguments, parameters, strict=True)
+    arrays = [(span(x), p) for x, p in pairs if p.is_pointer and x is not None]
     spans = merged([each for each, _ in arrays])
     pages = []
     for start, stop in spans:
@@ -284,9 +287,10 @@ def _run(
     sizes = [(ctypes.c_uint * 3)(*each) for each in (grid, threads)]
     failed = launch(pointers, *sizes, order, shared, ctypes.byref(fault))
     if failed:
-        where = _owner(fault.address, parameters, values, pages)
-        block, thread = tuple(fault.block), tuple(fault.thread)
-        told = f"thread {thread} of block {block} {fault.what.decode()}{where}"
+        what, block, thread = fault.what.decode(), tuple(fault.block), tuple(fault.thread)
+        if what.startswith("touches"):
+            what += _owner(fault.address or 0, parameters, values, pages)
+        told = f"thread {thread} of block {block} {what}"
         raise KernelError(f"{function.name} in {function.file}: {told}")
     for page, bytes_before in zip(pages, before, strict=True):
         if page.outside() != bytes_before:
@@ -309,10 +313,10 @@ def _value(parameter: Parameter, value: Any, spans: list, pages: list[Pages]) ->
     raise AssertionError("every array has its pages")
 
 
-def _owner(address: int | None, parameters: list, values: list, pages: list[Pages]) -> str:
+def _owner(address: int, parameters: list, values: list, pages: list[Pages]) -> str:
     """The parameter whose pages an address lies in or beside, for a message."""
     for page in pages:
-        if address and page.first - mmap.PAGESIZE <= address < page.end + mmap.PAGESIZE:
+        if page.first - mmap.PAGESIZE <= address < page.end + mmap.PAGESIZE:
             of = [
                 p.name
                 for p, v in zip(parameters, values, strict=True)
@@ -321,4 +325,4 @@ def _owner(address: int | None, parameters: list, values: list, pages: list[Page
             beyond = address - (page.start + page.size)
             place = f"{beyond} bytes behind the end" if beyond >= 0 else "before the end"
             return f", {place} of {' or '.join(of)}"
-    return f", at address {address:#x}" if address else ""
+    return f", at address {address:#x}"

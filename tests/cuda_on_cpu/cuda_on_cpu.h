@@ -54,7 +54,7 @@ struct Fiber {
 // What is told when a kernel is stopped. A Python structure has the same fields.
 struct Fault {
     char what[200];
-    void *address; // that was touched, or null
+    void *address; // that was touched
     unsigned block[3], thread[3];
 };
 
@@ -139,9 +139,10 @@ template <class T> inline T exchange(unsigned mask, T value, int from)
     for (int i = 0; i < 32; i++)
         if (mask >> i & 1) {
             if (i >= lanes) stop("names lane %d in a mask, and its warp has %d", i, lanes);
-            if (warp[i].state == IN_EXCHANGE && warp[i].mask != mask)
+            // lane i may have to finish another exchange first, but not one that waits for this lane
+            if (warp[i].state == IN_EXCHANGE && warp[i].mask != mask && warp[i].mask >> lane & 1)
                 stop("gives the mask %#x, and lane %d gave %#x", mask, i, warp[i].mask);
-            complete = complete && warp[i].state == IN_EXCHANGE;
+            complete = complete && warp[i].state == IN_EXCHANGE && warp[i].mask == mask;
         }
     if (complete)
         for (int i = 0; i < 32; i++)

@@ -67,7 +67,7 @@ def attention_forward(
     *,
     cuda: Cuda,
 ) -> tuple[Array, Any]:
-    """As :func:`pvt_ref.layers.attention.attention_forward`, which computes where there is dropout."""
+    """As :func:`pvt_ref.layers.attention.attention_forward`, which is called where any is dropped."""
     (B, N, n, d), m = x[0].shape, x[1].shape[2]
     dropped = rng is not None and drop_rate > 0.0
     if dropped or not is_float32(*x) or d % 4 or d > _MOST_WIDTH or not x[0].size:

@@ -1,4 +1,4 @@
-"""Depth-wise 3 x 3 convolution on CUDA: one launch forward, and backward one for x, two for sums."""
+"""Depth-wise 3 x 3 convolution on CUDA: one launch forward; backward one for x, two for sums."""
 
 from typing import Any
 

@@ -32,9 +32,7 @@ def gelu_forward(
     return y, GeluCache(x) if keep else None
 
 
-def gelu_backward(
-    p: None, cache: Any, dy: Array, ops: Ops, *, cuda: Cuda
-) -> tuple[Array, None]:
+def gelu_backward(p: None, cache: Any, dy: Array, ops: Ops, *, cuda: Cuda) -> tuple[Array, None]:
     """As :func:`pvt_ref.layers.gelu.gelu_backward`; Phi is computed again rather than kept."""
     if not isinstance(cache, GeluCache):
         return gelu.backward(p, cache, dy, ops)

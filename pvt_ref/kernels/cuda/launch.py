@@ -49,7 +49,8 @@ class Launch(Protocol):
         threads: Sequence[int],
         arguments: Sequence[Any],
         shared: int = 0,
-    ) -> None: ...  # pragma: no cover
+    ) -> None:
+        """As the class says."""
 
 
 @functools.cache

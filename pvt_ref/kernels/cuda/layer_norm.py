@@ -33,7 +33,7 @@ def _function(name: str, C: int) -> tuple[Function, int]:
 
 @record
 class LayerNormCache:
-    """What :func:`layer_norm_backward` needs: the forward's x (rows, C), not normalised, and eps."""
+    """What :func:`layer_norm_backward` needs: the forward's x (rows, C) as it came, and eps."""
 
     x: Array
     eps: float

@@ -23,7 +23,7 @@ _ROWS_WORTH_A_PART = 64
 
 
 def number_of_parts(rows: int, columns: int, cuda: Cuda) -> int:
-    """In how many parts the sum over so many rows is made: enough for all blocks, none too small."""
+    """In how many parts a sum over so many rows is made: for all blocks, and none too small."""
     side_by_side = blocks_for(columns, _BLOCK[0])
     return max(1, min(2 * cuda.blocks // side_by_side, rows // _ROWS_WORTH_A_PART))
 
