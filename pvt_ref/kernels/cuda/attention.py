@@ -29,7 +29,7 @@ def _function(name: str, shape: tuple[int, ...], cuda: Cuda) -> tuple[Function, 
     """
     B, N, n, d = shape
     lanes = 2 if B * N * n >= 75 * cuda.blocks and d <= 64 else 8
-    return Function("attention.cu", name, (("D", d), ("LANES", lanes))), _THREADS // lanes
+    return Function(f"{name}.cu", name, (("D", d), ("LANES", lanes))), _THREADS // lanes
 
 
 def _rows(x: Array) -> Array:
@@ -67,7 +67,7 @@ def attention_forward(
     *,
     cuda: Cuda,
 ) -> tuple[Array, Any]:
-    """As :func:`pvt_ref.layers.attention.attention_forward`, which is called where any is dropped."""
+    """As :func:`pvt_ref.layers.attention.attention_forward`, which is used if any are dropped."""
     (B, N, n, d), m = x[0].shape, x[1].shape[2]
     dropped = rng is not None and drop_rate > 0.0
     if dropped or not is_float32(*x) or d % 4 or d > _MOST_WIDTH or not x[0].size:

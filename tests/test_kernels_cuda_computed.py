@@ -1,0 +1,537 @@
+"""The kernels for CUDA through their table, on the CPU by the emulation, on a GPU where there is one.
+
+Expected is what the readable layers compute in float64. Arrays that a kernel should fill hold NaN
+before it does.
+"""
+
+import functools
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import cuda_on_cpu
+import numpy as np
+import pytest
+from closeness import relative
+from cuda_on_cpu import Emulation
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from strategies import normal, random_params, rng_of, seeds
+
+import pvt_ref
+from pvt_ref import REFERENCE, VARIANTS, Operation
+from pvt_ref.arrays import is_numpy
+from pvt_ref.kernels.cpu.gelu import TANH_FIT
+from pvt_ref.kernels.cuda.launch import Cuda, source
+from pvt_ref.kernels.cuda.table import cuda_ops, table_with
+from pvt_ref.layers.attention import AttentionCache, attention
+from pvt_ref.layers.conv import ConvCache, ConvParams, conv
+from pvt_ref.layers.depthwise_conv import DepthwiseConvCache, depthwise_conv
+from pvt_ref.layers.gelu import GeluCache, gelu
+from pvt_ref.layers.layer_norm import LayerNormCache, LayerNormParams, layer_norm
+from pvt_ref.layers.linear import LinearParams
+from pvt_ref.layers.patch_embed import PatchEmbedCache, PatchEmbedParams, patch_embed
+from pvt_ref.layers.sum_rows import sum_rows
+from pvt_ref.tree import map_arrays, named_arrays
+
+READABLE_CACHES = (
+    *(AttentionCache, ConvCache, DepthwiseConvCache, GeluCache, LayerNormCache, PatchEmbedCache),
+)
+
+no_gxx = pytest.mark.skipif(
+    cuda_on_cpu.why_not() is not None, reason=cuda_on_cpu.why_not() or "there is g++"
+)
+
+#: Where the kernels run: with threads in three orders, and on a GPU.
+PLACES = [
+    *(pytest.param(order, id=f"order {order}", marks=no_gxx) for order in (0, 1, 5)),
+    pytest.param("gpu", marks=pytest.mark.gpu),
+]
+
+
+def emulated(order: int, blocks: int = 3) -> pvt_ref.Ops:
+    """The table on NumPy arrays. So few blocks that small sums are shared among all of them."""
+    return table_with(Cuda(Emulation(order), blocks), is_numpy)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """New arrays hold NaN, so that what is not written is seen."""
+    for name in ("empty", "empty_like"):
+        make = getattr(np, name)
+        monkeypatch.setattr(np, name, _poisoned(make))
+
+
+def _poisoned(make):
+    @functools.wraps(make)
+    def full_of_nan(*args, **kwargs):
+        x = make(*args, **kwargs)
+        if x.dtype.kind == "f":
+            x.fill(np.nan)
+        return x
+
+    return full_of_nan
+
+
+@pytest.fixture(params=PLACES)
+def place(request, poisoned):
+    """A table, and a function that brings a tree of NumPy arrays to where the table computes."""
+    if request.param != "gpu":
+        return emulated(request.param), lambda tree: tree
+    cupy = request.getfixturevalue("cupy")
+    return cuda_ops(), lambda tree: map_arrays(cupy.asarray, tree)
+
+
+# One operation ------------------------------------------------------------------------------------
+
+
+class Case:
+    """An operation's arguments, in float64, and what they were drawn by, for the reproducer."""
+
+    def __init__(self, op: Operation, facts: dict, p: Any, x: Any, args: tuple = ()):
+        # the numbers are those of float32, so that both precisions compute with the same
+        self.op, self.p, self.x, self.args = op, wide(narrow(p)), wide(narrow(x)), args
+        self.facts = facts
+
+    def __repr__(self):
+        return f"{self.op.name}({self.facts})"
+
+
+def narrow(tree):
+    return map_arrays(lambda x: x.astype(np.float32), tree)
+
+
+def wide(tree):
+    return map_arrays(lambda x: x.astype(np.float64), tree)
+
+
+def same(tree):
+    return tree
+
+
+def results(case: Case, ops, convert=same, dy_seed: int = 9):
+    """y and all gradients by name, and the cache; dy is drawn, and as large as y is."""
+    p, x = (convert(map_arrays(np.copy, tree)) for tree in (case.p, case.x))
+    inputs = pvt_ref.to_numpy([p, x])
+    y, cache = ops[case.op].forward(p, x, ops, *case.args)
+    alone, nothing = ops[case.op].forward(p, x, ops, *case.args, keep=False)
+    assert nothing is None
+    y, alone = (pvt_ref.to_numpy(each) for each in (y, alone))
+    np.testing.assert_array_equal(y, alone)
+    dy = convert(normal(dy_seed, *y.shape))
+    dx, grads = ops[case.op].backward(p, cache, dy, ops)
+    np.testing.assert_equal(  # nobody wrote to what was not his
+        [dict(named_arrays(each)) for each in pvt_ref.to_numpy([p, x])],
+        [dict(named_arrays(each)) for each in inputs],
+    )
+    found = {"y": y}
+    for name, tree in (("dx", dx), ("grads", grads)):
+        found |= {f"{name}.{k}": pvt_ref.to_numpy(g) for k, g in named_arrays(tree)}
+    return found, cache
+
+
+def check_case(case: Case, place, tolerance: float = 4e-7):
+    """The kernels' results are near those of float64, not of another shape or type, and repeat."""
+    ops, there = place
+    expected, _ = results(case, REFERENCE)
+    found, cache = results(case, ops, lambda tree: there(narrow(tree)))
+    readable, _ = results(case, REFERENCE, narrow)
+    assert not isinstance(cache, READABLE_CACHES), "the readable layer has computed, not the kernel"
+    assert list(found) == list(expected)
+    for key, x in found.items():
+        assert x.dtype == np.float32, key
+        allowed = max(tolerance, 3 * relative(readable[key], expected[key]))
+        assert relative(x, expected[key]) <= allowed, key
+    again, _ = results(case, ops, lambda tree: there(narrow(tree)))
+    for key, x in again.items():
+        np.testing.assert_array_equal(x, found[key], err_msg=key)
+
+
+def on_every_place(strategy, **how):
+    """A test that draws cases of strategy and checks them at a place."""
+
+    def decorate(function):
+        @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], **how)
+        @given(strategy)
+        def test(place, case):
+            function(place, case)
+
+        return test
+
+    return decorate
+
+
+#: Channels for which a row is read by 1, 2, 4, 8, 16 and 32 threads, all of them busy or not.
+WIDTHS = st.sampled_from([4, 8, 12, 32, 64, 68, 132, 160])
+
+
+@st.composite
+def sums(draw):
+    rows, C, seed = draw(st.integers(1, 700)), draw(st.sampled_from([1, 3, 31, 33])), draw(seeds)
+    return Case(sum_rows, {"rows": rows, "C": C, "seed": seed}, None, 1 + normal(seed, rows, C))
+
+
+@on_every_place(sums())
+def test_sums_over_rows(place, case):
+    check_case(case, place)
+
+
+@st.composite
+def norms(draw):
+    C, seed = draw(WIDTHS), draw(seeds)
+    shape = (draw(st.integers(1, 3)), draw(st.integers(1, 30)), C)
+    eps = draw(st.sampled_from([1e-6, 1e-2]))
+    p = LayerNormParams(1 + 0.3 * normal(seed, C), 0.3 * normal(seed + 1, C))
+    x = normal(seed + 2, *shape) * 3 + draw(st.sampled_from([0, 5]))
+    return Case(layer_norm, {"shape": shape, "eps": eps, "seed": seed}, p, x, (eps,))
+
+
+@on_every_place(norms())
+def test_layer_norms(place, case):
+    check_case(case, place)
+
+
+@st.composite
+def gelus(draw):
+    shape, seed = (draw(st.integers(1, 9)), 4 * draw(st.integers(1, 90))), draw(seeds)
+    return Case(gelu, {"shape": shape, "seed": seed}, None, 4 * normal(seed, *shape))
+
+
+@on_every_place(gelus())
+def test_gelus(place, case):
+    check_case(case, place)
+
+
+@st.composite
+def attentions(draw):
+    B, N, d = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from([4, 12, 64]))
+    n, m = draw(st.integers(1, 70)), draw(st.sampled_from([1, 7, 8, 9, 64, 65, 130]))
+    seed, packed = draw(seeds), draw(st.booleans())
+    if packed:  # as a ViT's linear layer makes them: parts of one array, heads side by side
+        m = n
+        parts = normal(seed, B, n, 3, N, d).transpose(2, 0, 3, 1, 4)
+        q, k, v = parts[0], parts[1], parts[2]
+    else:
+        q, k, v = (normal(seed + i, B, N, rows, d) for i, rows in enumerate((n, m, m)))
+    facts = {"B": B, "N": N, "d": d, "n": n, "m": m, "packed": packed, "seed": seed}
+    scale = draw(st.sampled_from([d**-0.5, 3.0]))
+    return Case(attention, facts | {"scale": scale}, None, (q, k, v), (scale,))
+
+
+def of_scores(case: Case) -> float:
+    """What attention may err: the exponential of a score errs as much as the score, absolutely."""
+    q, k, _ = case.x
+    return 2e-7 * (2 + np.abs(case.args[0] * q @ k.swapaxes(2, 3)).max())
+
+
+@on_every_place(attentions())
+def test_attentions(place, case):
+    check_case(case, place, of_scores(case))
+
+
+@st.composite
+def depthwise_convs(draw):
+    shape = [draw(st.integers(1, n)) for n in (3, 9, 9)] + [draw(st.sampled_from([4, 12, 36]))]
+    seed, C = draw(seeds), shape[-1]
+    bias = normal(seed, C) if draw(st.booleans()) else None
+    p = ConvParams(normal(seed + 1, C, 1, 3, 3), bias)
+    return Case(depthwise_conv, {"shape": shape, "seed": seed}, p, normal(seed + 2, *shape))
+
+
+@on_every_place(depthwise_convs())
+def test_depthwise_convs(place, case):
+    check_case(case, place)
+
+
+@st.composite
+def convs(draw):
+    C, C_out, k = draw(st.sampled_from([1, 3, 4, 8])), 4, draw(st.integers(1, 4))
+    stride, padding = draw(st.integers(1, 5)), draw(st.integers(0, k // 2))
+    H, W = (draw(st.integers(max(k - 2 * padding, 1), 11)) for _ in range(2))
+    B, seed = draw(st.integers(1, 2)), draw(seeds)
+    bias = normal(seed, C_out) if draw(st.booleans()) else None
+    p = ConvParams(normal(seed + 1, C_out, C, k, k), bias)
+    channels_first = draw(st.booleans())  # as images are
+    x = normal(seed + 2, B, C, H, W).transpose(0, 2, 3, 1)
+    x = x if channels_first else x.copy()
+    facts = {"x": x.shape, "k": k, "stride": stride, "padding": padding, "seed": seed}
+    return Case(conv, facts | {"first": channels_first}, p, x, (stride, padding))
+
+
+@on_every_place(convs())
+def test_convs(place, case):
+    check_case(case, place)
+
+
+@st.composite
+def patch_embeds(draw):
+    C, C_out, P = draw(st.sampled_from([3, 4, 8])), draw(st.sampled_from([4, 12])), draw(st.integers(1, 4))
+    B, h, w, seed = *(draw(st.integers(1, 3)) for _ in range(3)), draw(seeds)
+    norm = LayerNormParams(normal(seed, C_out), normal(seed + 1, C_out)) if draw(st.booleans()) else None
+    p = PatchEmbedParams(LinearParams(normal(seed + 2, C_out, C, P, P), normal(seed + 3, C_out)), norm)
+    x = normal(seed + 4, B, C, h * P, w * P).transpose(0, 2, 3, 1)
+    facts = {"x": x.shape, "C_out": C_out, "P": P, "norm": norm is not None, "seed": seed}
+    return Case(patch_embed, facts, p, x if draw(st.booleans()) else x.copy(), (1e-6,))
+
+
+@on_every_place(patch_embeds())
+def test_patch_embeds(place, case):
+    check_case(case, place)
+
+
+# What the cases above do not show -----------------------------------------------------------------
+
+
+def test_many_queries_get_two_threads_each(place):
+    ops, there = place
+    seen = []
+
+    def watching(function, *rest, **more):
+        seen.append(dict(function.macros)["LANES"])
+        return settings_of_table.launch(function, *rest, **more)
+
+    settings_of_table = ops.settings
+    few = replace(settings_of_table, launch=watching)
+    ops = table_with(few, ops.accepts)
+    for n, lanes in ((3, 8), (80, 2)):
+        seen.clear()
+        n *= settings_of_table.blocks
+        q, k, v = (normal(i, 1, 1, rows, 64) for i, rows in enumerate((n, 70, 70)))
+        case = Case(attention, {}, None, (q, k, v), (0.125,))
+        check_case(case, (ops, there), of_scores(case))
+        assert set(seen) == {lanes}
+
+
+@no_gxx
+def test_sums_keep_their_digits_where_float32_would_lose_them(poisoned):
+    # all of one sign, and far from zero: a sum in float32 errs 20 times as much
+    x = (1 + rng_of(1).random((20_000, 4))).astype(np.float32)
+    exact = x.sum(axis=0, dtype=np.float64)
+    ops = emulated(0)
+    y, _ = ops[sum_rows].forward(None, x, ops)
+    assert relative(y, exact) < 6e-8
+    p = LayerNormParams(np.ones(4, np.float32), np.zeros(4, np.float32))
+    _, cache = ops[layer_norm].forward(p, x, ops, 1e-6)
+    _, grads = ops[layer_norm].backward(p, cache, x, ops)
+    assert relative(grads.bias, exact) < 6e-8
+    p = ConvParams(np.ones((4, 1, 3, 3), np.float32), np.zeros(4, np.float32))
+    _, cache = ops[depthwise_conv].forward(p, x.reshape(1, 100, 200, 4), ops)
+    _, grads = ops[depthwise_conv].backward(p, cache, x.reshape(1, 100, 200, 4), ops)
+    assert relative(grads.bias, exact) < 6e-8
+
+
+def test_a_norm_of_numbers_far_from_zero_keeps_its_digits(place):
+    p = LayerNormParams(np.ones(64), np.zeros(64))
+    x = 1000 + np.round(normal(1, 5, 64) * 64) / 64  # float32 holds them exactly
+    check_case(Case(layer_norm, {}, p, x, (1e-6,)), place)
+
+
+def test_gelu_is_right_far_outside(place):
+    ops, there = place
+    x = np.array([-1e30, -100, -9, -1e-30, 0, 1e-30, 9, 100], np.float32)
+    y, cache = ops[gelu].forward(None, there(x), ops)
+    dx, _ = ops[gelu].backward(None, cache, there(np.ones(8, np.float32)), ops)
+    np.testing.assert_allclose(pvt_ref.to_numpy(y), [0, 0, 0, -5e-31, 0, 5e-31, 9, 100], atol=1e-15)
+    np.testing.assert_allclose(pvt_ref.to_numpy(dx), [0, 0, 0, 0.5, 0.5, 0.5, 1, 1], atol=1e-15)
+
+
+def test_gelu_has_the_fit_of_the_kernels_for_the_cpu():
+    text = source("gelu.cu")
+    for coefficient in TANH_FIT:
+        assert f" {abs(coefficient)!r}f;" in text, coefficient
+
+
+def test_attention_bears_scores_that_no_float_holds_the_exponential_of(place):
+    q = np.zeros((1, 1, 3, 4))
+    q[0, 0, :, 0] = (300, -300, 0)
+    k = np.zeros((1, 1, 9, 4))
+    k[0, 0, :, 0] = np.arange(9)
+    check_case(Case(attention, {}, None, (q, k, normal(1, 1, 1, 9, 4)), (1.0,)), place, 1e-6)
+
+
+@no_gxx
+@pytest.mark.parametrize("what", ["float64", "odd widths", "wide", "dropout", "5 x 5"])
+def test_what_has_no_kernel_is_computed_by_the_readable_layers(what):
+    launched = []
+
+    def launch(function, *rest, **more):
+        launched.append(function.name)
+        Emulation()(function, *rest, **more)
+
+    ops = table_with(Cuda(launch), is_numpy)
+    dtype, C = np.float64 if what == "float64" else np.float32, 6 if what == "odd widths" else 8
+    cases = {
+        layer_norm: (LayerNormParams(normal(0, C), normal(1, C)), normal(2, 3, C), (1e-6,)),
+        gelu: (None, normal(3, 3, C + 3 * (C == 6)), ()),
+        attention: (None, tuple(normal(i, 1, 2, 3, C) for i in range(3)), (0.5,)),
+        depthwise_conv: (ConvParams(normal(4, C, 1, 3, 3), normal(5, C)), normal(6, 1, 4, 4, C), ()),
+    }
+    if what == "wide":
+        C = 1028
+        wide_norm = (LayerNormParams(normal(0, C), normal(1, C)), normal(2, 3, C), (1e-6,))
+        cases = {layer_norm: wide_norm}
+        cases[attention] = (None, tuple(normal(i, 1, 2, 3, 260) for i in range(3)), (0.5,))
+    if what == "dropout":
+        cases = {attention: (*cases[attention][:2], (0.5, 0.3, rng_of(1)))}
+    if what == "5 x 5":
+        p = ConvParams(normal(4, 8, 1, 5, 5), normal(5, 8))
+        cases = {depthwise_conv: (p, *cases[depthwise_conv][1:])}
+    if what == "float64":
+        cases[conv] = (ConvParams(normal(0, 4, 8, 2, 2), None), normal(1, 1, 4, 4, 8), (2, 0))
+        p = PatchEmbedParams(LinearParams(normal(0, 4, 8, 2, 2), normal(3, 4)), None)
+        cases[patch_embed] = (p, normal(1, 1, 4, 4, 8), (1e-6,))
+    for op, (p, x, args) in cases.items():
+        p, x = (map_arrays(lambda a: a.astype(dtype), tree) for tree in (p, x))
+        results = []
+        for table in (ops, REFERENCE):
+            rng = [rng_of(1) if isinstance(a, np.random.Generator) else a for a in args]
+            y, cache = table[op].forward(p, x, table, *rng)
+            dx, grads = table[op].backward(p, cache, y, table)
+            results.append([y, *(g for tree in (dx, grads) for _, g in named_arrays(tree))])
+        for mine, readable in zip(*results, strict=True):
+            if sum_rows in ops[op].absorbs and dtype == np.float64:
+                assert relative(mine, readable) < 1e-12
+            else:
+                np.testing.assert_allclose(mine, readable, rtol=1e-6, atol=1e-6)
+    assert set(launched) <= {"partial_sums", "add_parts"}  # which the readable layers ask for
+
+
+# Whole networks -----------------------------------------------------------------------------------
+
+CONFIGS = {
+    "pvt": replace(
+        VARIANTS["pvt_tiny"],
+        img_size=32,
+        num_classes=5,
+        embed_dims=(8, 16, 24, 32),
+        num_heads=(1, 2, 2, 4),
+        depths=(1, 1, 1, 1),
+    ),
+    "pvt_v2": replace(
+        VARIANTS["pvt_v2_b0"],
+        img_size=32,
+        num_classes=5,
+        embed_dims=(8, 16, 20, 32),
+        num_heads=(1, 2, 5, 8),
+        depths=(1, 1, 1, 1),
+    ),
+    "pvt_v2_linear": replace(
+        VARIANTS["pvt_v2_b2_li"],
+        img_size=32,
+        num_classes=5,
+        embed_dims=(8, 16, 20, 32),
+        num_heads=(1, 2, 5, 8),
+        depths=(1, 1, 1, 1),
+    ),
+    "vit": replace(
+        VARIANTS["deit_s_16"],
+        img_size=32,
+        num_classes=5,
+        embed_dim=24,
+        num_heads=3,
+        depth=2,
+    ),
+}
+
+
+def step(name: str, ops, convert, rng=None, **changes):
+    """Logits and all gradients of a small network, by name."""
+    config = replace(CONFIGS[name], **changes)
+    params, images = random_params(config, 1), normal(2, 2, 3, 32, 32)
+    params, images, dy = (convert(tree) for tree in (params, images, normal(3, 2, 5)))
+    y, cache = pvt_ref.forward_with_cache(params, images, config, rng, ops=ops)
+    grads, dimages = pvt_ref.backward(params, cache, dy, config)
+    alone = pvt_ref.forward(params, images, config, ops=ops)
+    if rng is None:
+        np.testing.assert_array_equal(*(pvt_ref.to_numpy(each) for each in (alone, y)))
+    return pvt_ref.to_numpy({"logits": y, "dimages": dimages} | dict(named_arrays(grads)))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_whole_network_equals_the_readable_one(name, place):
+    ops, there = place
+    expected = step(name, REFERENCE, lambda tree: wide(narrow(tree)))
+    readable = step(name, REFERENCE, narrow)
+    found = step(name, ops, lambda tree: there(narrow(tree)))
+    largest = max(np.linalg.norm(x) for x in expected.values())
+    for key, x in found.items():
+        error, plain = (np.linalg.norm(each - expected[key]) for each in (x, readable[key]))
+        norm = np.linalg.norm(expected[key])
+        assert error <= max(4 * plain, 2e-6 * norm, 1e-7 * largest), key
+    for key, x in step(name, ops, lambda tree: there(narrow(tree))).items():
+        np.testing.assert_array_equal(x, found[key], err_msg=key)
+
+
+@no_gxx
+def test_the_same_seed_drops_the_same(poisoned):
+    rates = {"drop_rate": 0.1, "attn_drop_rate": 0.2, "drop_path_rate": 0.3}
+    expected = step("pvt", REFERENCE, narrow, rng_of(4), **rates)
+    found = step("pvt", emulated(0), narrow, rng_of(4), **rates)
+    still = step("pvt", REFERENCE, narrow)
+    assert relative(still["logits"], expected["logits"]) > 1e-2
+    for key, x in found.items():
+        assert np.linalg.norm(x - expected[key]) <= 2e-5 * np.linalg.norm(expected[key]) + 1e-5, key
+
+
+# Counts, and laws of the table --------------------------------------------------------------------
+
+
+class Counting:
+    """Launches nothing, and counts by kernel; what a kernel would have filled holds zeros."""
+
+    def __init__(self):
+        self.calls = Counter()
+
+    def __call__(self, function, grid, threads, arguments, shared=0):
+        self.calls[function.name] += 1
+
+
+@pytest.fixture
+def dry(monkeypatch):
+    """A table that launches nothing, and its counter."""
+    monkeypatch.setattr(np, "empty", np.zeros)
+    monkeypatch.setattr(np, "empty_like", np.zeros_like)
+    counting = Counting()
+    return table_with(Cuda(counting), is_numpy), counting.calls
+
+
+#: Launches of these kernels: of a forward, of a forward and backward. Products, additions and
+#: copies are CuPy's own.
+LAUNCHES = {"pvt_small": (99, 454), "pvt_v2_b0": (64, 276), "deit_s_16": (50, 229)}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_the_number_of_launches_does_not_grow_unseen(name, dry):
+    ops, calls = dry
+    config = replace(VARIANTS[name], img_size=32, num_classes=3)
+    params, images = narrow(random_params(config, 1, np.float32)), normal(1, 1, 3, 32, 32, dtype=np.float32)
+    pvt_ref.forward(params, images, config, ops=ops)
+    forward = calls.total()
+    calls.clear()
+    y, cache = pvt_ref.forward_with_cache(params, images, config, ops=ops)
+    assert calls.total() == forward
+    pvt_ref.backward(params, cache, y, config)
+    assert (forward, calls.total()) == LAUNCHES[name], dict(calls)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_replacing_any_operation_takes_effect(name, dry):
+    ops, _ = dry
+    config = CONFIGS[name]
+    params, images = narrow(random_params(config, 1)), normal(2, 1, 3, 32, 32, dtype=np.float32)
+    asked: set[Operation] = set()
+    watched = REFERENCE.watched(lambda call: asked.add(call.operation))
+    y, cache = pvt_ref.forward_with_cache(params, images, config, ops=watched)
+    pvt_ref.backward(params, cache, y, config)
+    assert set(ops.twins) & asked
+    for op in asked:
+        seen = Counter()
+
+        def counted(*args, op=op, seen=seen, **kwargs):
+            seen["calls"] += 1
+            return op.forward(*args, **kwargs)
+
+        table = ops.replace(op, Operation(counted, op.backward))
+        y, cache = pvt_ref.forward_with_cache(params, images, config, ops=table)
+        pvt_ref.backward(params, cache, y, config)
+        assert seen["calls"], op
