@@ -1,5 +1,10 @@
-"""Kernels for CuPy: what they compute, on NumPy's arrays; where there is a GPU, on its own."""
+"""The table of the kernels for CuPy: who gets it, how it launches, and whether its files compile.
 
+What the kernels compute is in test_kernels_cuda_computed.py.
+"""
+
+import pickle
+import re
 import sys
 import types
 
@@ -10,15 +15,19 @@ from strategies import normal, rng_of
 import pvt_ref
 from pvt_ref import REFERENCE, Operation
 from pvt_ref.api import choose_ops, default_ops
-from pvt_ref.errors import ArrayTypeError, RangeError
-from pvt_ref.kernels.cuda.sum_rows import SUM_ROWS
-from pvt_ref.kernels.cuda.table import cuda_ops
+from pvt_ref.errors import ArrayTypeError, DeviceError, RangeError
+from pvt_ref.kernels.cuda import launch
+from pvt_ref.kernels.cuda.launch import HERE, Cuda, Function, on_gpu, source
+from pvt_ref.kernels.cuda.layer_norm import lanes_and_pieces
+from pvt_ref.kernels.cuda.table import cuda_ops, table_with
 from pvt_ref.layers.sum_rows import sum_rows
+
+SUM_ROWS = cuda_ops()[sum_rows]  # of float64, it launches nothing
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 15, 16, 17, 255, 1000])
 @pytest.mark.parametrize("C", [1, 3])
-def test_the_sum_over_rows_is_the_sum_over_rows(rows, C):
+def test_the_sum_over_rows_of_float64_is_a_product(rows, C):
     x = normal(rows, rows, C)
     y, cache = SUM_ROWS.forward(None, x, REFERENCE)
     np.testing.assert_allclose(y, x.sum(axis=0), rtol=1e-12, atol=1e-12)
@@ -30,13 +39,7 @@ def test_the_sum_over_rows_is_the_sum_over_rows(rows, C):
     assert SUM_ROWS.forward(None, x, REFERENCE, keep=False)[1] is None
 
 
-def test_the_sum_of_many_float32_rows_keeps_its_digits():
-    # all of one sign, and next to a mean that is far from zero: where float32 loses most
-    for x in (rng_of(0).random((200_704, 4)), 1 + normal(1, 200_704, 4)):
-        x = x.astype(np.float32)
-        y, _ = SUM_ROWS.forward(None, x, REFERENCE)
-        assert y.dtype == np.float32
-        np.testing.assert_allclose(y, x.sum(axis=0, dtype=np.float64), rtol=4e-7)
+# Who gets the table -------------------------------------------------------------------------------
 
 
 class FakeArray:
@@ -76,6 +79,191 @@ def test_replacing_the_sum_takes_effect_there_too():
     table = cuda_ops().replace(sum_rows, Operation(counted, sum_rows.backward))
     table[sum_rows].forward(None, np.zeros((2, 3)), table)
     assert calls == [(2, 3)]
+
+
+def test_tables_of_equal_settings_are_equal_and_pickle():
+    assert table_with(Cuda(), None) == table_with(Cuda(), None)
+    assert table_with(Cuda(blocks=5), None) != table_with(Cuda(), None)
+    assert pickle.loads(pickle.dumps(cuda_ops())) == cuda_ops()
+
+
+# Launching ----------------------------------------------------------------------------------------
+
+
+class FakeDevice:
+    """A device that notes when it is the current one."""
+
+    current: list[int] = []  # noqa: RUF012
+
+    def __init__(self, number):
+        self.id = number
+
+    def __enter__(self):
+        self.current.append(self.id)
+
+    def __exit__(self, *_):
+        self.current.pop()
+
+
+class FakeDeviceArray:
+    """An array on a device, whose library keeps what it is told to launch."""
+
+    def __init__(self, number, library):
+        self.device, self.library = FakeDevice(number), library
+
+    def __array_namespace__(self):
+        return self.library
+
+
+class FakeLibrary:
+    """Of CuPy what launches: every kernel is kept with what it was compiled from."""
+
+    def __init__(self):
+        self.launched, self.compiled = [], []
+
+    def RawModule(self, **how):  # noqa: N802 (CuPy's name)
+        self.compiled.append((how, list(FakeDevice.current)))
+        return self
+
+    def get_function(self, name):
+        return lambda *args, **more: self.launched.append(
+            (name, args, more, list(FakeDevice.current))
+        )
+
+
+def test_a_kernel_is_launched_on_the_device_of_its_arrays_with_arguments_of_its_types():
+    library = FakeLibrary()
+    x, y = FakeDeviceArray(1, library), FakeDeviceArray(0, library)
+    function = Function("layer_norm.cu", "layer_norm", (("LANES", 16), ("PIECES", 1)))
+    on_gpu(function, (3,), (256,), (None, x, 0.5, 7, y), shared=96)
+    (name, (grid, threads, arguments), more, devices) = library.launched[0]
+    assert (name, grid, threads, more, devices) == (
+        "layer_norm", (3,), (256,), {"shared_mem": 96}, [1],
+    )  # fmt: skip
+    # CuPy passes NumPy's scalars as they are, and a Python int as 64 bits
+    assert [type(a) for a in arguments[:1]] == [np.uint64]
+    assert arguments[0] == 0
+    assert arguments[1] is x
+    assert (type(arguments[2]), arguments[2]) == (np.float32, 0.5)
+    assert (type(arguments[3]), arguments[3]) == (np.int32, 7)
+    on_gpu(function, (3,), (256,), (x,))
+    on_gpu(function, (3,), (256,), (y,))
+    # once for each device, on that device
+    assert [devices for _, devices in library.compiled] == [[1], [0]]
+    how = library.compiled[0][0]
+    assert how["code"] == source("layer_norm.cu")
+    assert {"-DLANES=16", "-DPIECES=1"} < set(how["options"])
+    assert how["backend"] == "nvrtc"
+
+
+def test_a_kernel_that_cannot_be_compiled_says_what_to_do():
+    class Broken(FakeLibrary):
+        def RawModule(self, **how):  # noqa: N802
+            raise RuntimeError("libnvrtc.so.12: cannot open shared object file")
+
+    with pytest.raises(DeviceError) as refused:
+        on_gpu(Function("gelu.cu", "gelu"), (1,), (256,), (FakeDeviceArray(2, Broken()),))
+    for words in (
+        *("kernel gelu could not be compiled for CUDA device 2", "libnvrtc.so.12: cannot open"),
+        *("pip install 'cupy-cuda12x[ctk]'", "PVT_REF_OPS=reference"),
+    ):
+        assert words in str(refused.value)
+
+
+def test_headers_stand_where_they_are_included_and_lines_keep_their_numbers(tmp_path, monkeypatch):
+    (tmp_path / "some.h").write_text("in header\n")
+    (tmp_path / "more.h").write_text("in the other\nline 2\n")
+    (tmp_path / "some.cu").write_text('first\n#include "some.h"\n#include "more.h"\nfourth\n')
+    monkeypatch.setattr(launch, "HERE", tmp_path)
+    where, told = ("", 0), {}
+    for line in source.__wrapped__("some.cu").splitlines():
+        directive = re.fullmatch(r'#line (\d+) "(.*)"', line)
+        if directive:
+            where = (directive[2], int(directive[1]))
+        else:
+            told[line] = where
+            where = (where[0], where[1] + 1)
+    assert told == {
+        "first": ("some.cu", 1), "in header": ("some.h", 1), "in the other": ("more.h", 1),
+        "line 2": ("more.h", 2), "fourth": ("some.cu", 4),
+    }  # fmt: skip
+
+
+def test_a_row_is_shared_by_threads_that_have_work():
+    for C in range(4, 1025, 4):
+        lanes, pieces = lanes_and_pieces(C)
+        assert lanes in (1, 2, 4, 8, 16, 32)
+        assert (pieces - 1) * lanes * 4 < C <= pieces * lanes * 4
+        assert pieces <= 8 or lanes >= 8
+
+
+# Compiling ----------------------------------------------------------------------------------------
+
+#: Head widths and channels of the networks that come by name, and a few more.
+HEADS = [(d, lanes) for d in (32, 64) for lanes in (2, 8)] + [(128, 8), (256, 8)]
+CHANNELS = (32, 64, 128, 160, 192, 256, 320, 384, 512, 768, 1024)
+
+
+def files_with_macros():
+    """Every file, with all macros that these widths need."""
+    for C in CHANNELS:
+        macros = zip(("LANES", "PIECES"), lanes_and_pieces(C), strict=True)
+        yield Function("layer_norm.cu", "", tuple(macros))
+    for d, lanes in HEADS:
+        for name in ("attention", "attention_backward"):
+            yield Function(f"{name}.cu", "", (("D", d), ("LANES", lanes)))
+    for piece in ("float", "float4"):
+        yield Function("windows.cu", "", (("PIECE", piece),))
+    for name in ("sum_rows", "gelu", "depthwise_conv"):
+        yield Function(f"{name}.cu", "")
+
+
+FUNCTIONS = sorted(set(files_with_macros()))
+
+
+@pytest.fixture(scope="module")
+def nvrtc():
+    """The compiler, which needs no GPU."""
+    try:
+        from cupy.cuda import nvrtc
+
+        nvrtc.getVersion()
+    except Exception as error:  # CuPy has many for a library that it does not find
+        pytest.skip(f"no kernel was compiled for a GPU: {type(error).__name__}: {error}"[:160])
+    return nvrtc
+
+
+def test_every_file_of_kernels_is_compiled_here():
+    assert {function.file for function in FUNCTIONS} == {path.name for path in HERE.glob("*.cu")}
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize(
+    "function",
+    sorted(FUNCTIONS),
+    ids=lambda f: "-".join(map(str, (f.file, *dict(f.macros).values()))),
+)
+def test_every_kernel_compiles_without_spilling_registers(function, arch, nvrtc):
+    options = ["-std=c++17", f"-arch={arch}", "--ptxas-options=-v"]
+    options += [f"-D{name}={value}" for name, value in function.macros]
+    program = nvrtc.createProgram(source(function.file), function.file, (), ())
+    try:
+        nvrtc.compileProgram(program, tuple(options))
+    except nvrtc.NVRTCError:
+        pytest.fail(nvrtc.getProgramLog(program))
+    log = nvrtc.getProgramLog(program)
+    spills, uses = r"(\d+) bytes spill stores", r"Used (\d+) registers(?:.*?(\d+) bytes smem)?"
+    pattern = rf"entry function '(\w+)'.*?{spills}.*?{uses}"
+    found = re.findall(pattern, log, flags=re.DOTALL)
+    assert found, log
+    for name, spilled, registers, shared in found:
+        print(f"{name} {dict(function.macros)} for {arch}: {registers} registers, "
+              f"{shared or 0} bytes of shared memory, {spilled} spilled")  # fmt: skip
+        assert int(spilled) == 0
+        assert int(registers) * 256 <= 65_536  # or a block of 256 threads could not start
+
+
+# On a GPU -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The kernels for CUDA through their table, on the CPU by the emulation, on a GPU where there is one.
+"""The kernels for CUDA through their table, on the CPU by the emulation and on a GPU if there is one.
 
 Expected is what the readable layers compute in float64. Arrays that a kernel should fill hold NaN
 before it does.
@@ -265,10 +265,20 @@ def test_convs(place, case):
 
 @st.composite
 def patch_embeds(draw):
-    C, C_out, P = draw(st.sampled_from([3, 4, 8])), draw(st.sampled_from([4, 12])), draw(st.integers(1, 4))
+    C, C_out, P = (
+        draw(st.sampled_from([3, 4, 8])),
+        draw(st.sampled_from([4, 12])),
+        draw(st.integers(1, 4)),
+    )
     B, h, w, seed = *(draw(st.integers(1, 3)) for _ in range(3)), draw(seeds)
-    norm = LayerNormParams(normal(seed, C_out), normal(seed + 1, C_out)) if draw(st.booleans()) else None
-    p = PatchEmbedParams(LinearParams(normal(seed + 2, C_out, C, P, P), normal(seed + 3, C_out)), norm)
+    norm = (
+        LayerNormParams(normal(seed, C_out), normal(seed + 1, C_out))
+        if draw(st.booleans())
+        else None
+    )
+    p = PatchEmbedParams(
+        LinearParams(normal(seed + 2, C_out, C, P, P), normal(seed + 3, C_out)), norm
+    )
     x = normal(seed + 4, B, C, h * P, w * P).transpose(0, 2, 3, 1)
     facts = {"x": x.shape, "C_out": C_out, "P": P, "norm": norm is not None, "seed": seed}
     return Case(patch_embed, facts, p, x if draw(st.booleans()) else x.copy(), (1e-6,))
@@ -364,7 +374,11 @@ def test_what_has_no_kernel_is_computed_by_the_readable_layers(what):
         layer_norm: (LayerNormParams(normal(0, C), normal(1, C)), normal(2, 3, C), (1e-6,)),
         gelu: (None, normal(3, 3, C + 3 * (C == 6)), ()),
         attention: (None, tuple(normal(i, 1, 2, 3, C) for i in range(3)), (0.5,)),
-        depthwise_conv: (ConvParams(normal(4, C, 1, 3, 3), normal(5, C)), normal(6, 1, 4, 4, C), ()),
+        depthwise_conv: (
+            ConvParams(normal(4, C, 1, 3, 3), normal(5, C)),
+            normal(6, 1, 4, 4, C),
+            (),
+        ),
     }
     if what == "wide":
         C = 1028
@@ -504,7 +518,10 @@ LAUNCHES = {"pvt_small": (99, 454), "pvt_v2_b0": (64, 276), "deit_s_16": (50, 22
 def test_the_number_of_launches_does_not_grow_unseen(name, dry):
     ops, calls = dry
     config = replace(VARIANTS[name], img_size=32, num_classes=3)
-    params, images = narrow(random_params(config, 1, np.float32)), normal(1, 1, 3, 32, 32, dtype=np.float32)
+    params, images = (
+        narrow(random_params(config, 1, np.float32)),
+        normal(1, 1, 3, 32, 32, dtype=np.float32),
+    )
     pvt_ref.forward(params, images, config, ops=ops)
     forward = calls.total()
     calls.clear()
