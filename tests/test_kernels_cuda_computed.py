@@ -1,4 +1,4 @@
-"""The kernels for CUDA through their table, on the CPU by the emulation and on a GPU if there is one.
+"""The kernels for CUDA through their table: on the CPU by the emulation, and on a GPU.
 
 Expected is what the readable layers compute in float64. Arrays that a kernel should fill hold NaN
 before it does.
@@ -49,8 +49,8 @@ PLACES = [
 ]
 
 
-def emulated(order: int, blocks: int = 3) -> pvt_ref.Ops:
-    """The table on NumPy arrays. So few blocks that small sums are shared among all of them."""
+def emulated(order: int, blocks: int = 6) -> pvt_ref.Ops:
+    """The table on NumPy arrays. So few blocks that small arrays keep all of them busy."""
     return table_with(Cuda(Emulation(order), blocks), is_numpy)
 
 

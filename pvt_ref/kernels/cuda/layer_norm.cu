@@ -62,13 +62,39 @@ extern "C" __global__ void layer_norm(const float4 *x, const float4 *weight, con
     }
 }
 
+// The same of x + branch, which goes to total: the norm that follows a residual sum (blocks/transformer.py).
+extern "C" __global__ void add_layer_norm(const float4 *x, const float4 *branch, const float4 *weight,
+                                          const float4 *bias, float eps, float4 *total, float4 *y, int rows,
+                                          int pieces)
+{
+    int lane = threadIdx.x % LANES;
+    int row = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES;
+    bool mine = row < rows;
+    if (!mine) row = rows - 1;
+    Row a = load(x + (size_t)row * pieces, lane, pieces), b = load(branch + (size_t)row * pieces, lane, pieces);
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        int k = i * LANES + lane;
+        a.piece[i] = a.piece[i] + b.piece[i];
+        if (mine && k < pieces) total[(size_t)row * pieces + k] = a.piece[i];
+    }
+    normalise(a, lane, pieces, eps);
+    if (!mine) return;
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        int k = i * LANES + lane;
+        if (k < pieces) y[(size_t)row * pieces + k] = a.piece[i] * weight[k] + bias[k];
+    }
+}
+
 // dx = rstd * (g - mean(g) - x_hat mean(g * x_hat)) with g = dy * weight; mean, rstd and x_hat are made
-// again from x. Parts (gridDim.x, 2, C) get the sums over rows of dy * x_hat and dy, the gradients of
+// again from x. To it comes skip, if it is not null: the gradient of what the norm's branch is added to.
+// Parts (gridDim.x, 2, C) get the sums over rows of dy * x_hat and dy, the gradients of
 // weight and bias: each thread adds up those of its own columns in double, then the rows of a block, one
 // after the other, add theirs in shared memory, (2, C) doubles.
 extern "C" __global__ void layer_norm_backward(const float4 *x, const float4 *weight, float eps,
-                                               const float4 *dy, float4 *dx, double *parts, int rows,
-                                               int pieces)
+                                               const float4 *dy, const float4 *skip, float4 *dx,
+                                               double *parts, int rows, int pieces)
 {
     extern __shared__ double totals[];
     int lane = threadIdx.x % LANES, group = threadIdx.x / LANES, groups = blockDim.x / LANES;
@@ -102,8 +128,11 @@ extern "C" __global__ void layer_norm_backward(const float4 *x, const float4 *we
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
             int k = i * LANES + lane;
-            if (k < pieces)
-                dx[(size_t)row * pieces + k] = rstd * (g.piece[i] - mean_g + -along * x_hat.piece[i]);
+            if (k < pieces) {
+                float4 d = rstd * (g.piece[i] - mean_g + -along * x_hat.piece[i]);
+                size_t at = (size_t)row * pieces + k;
+                dx[at] = skip ? d + skip[at] : d;
+            }
         }
     }
     int C = 4 * pieces;

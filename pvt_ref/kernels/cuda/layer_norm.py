@@ -39,20 +39,64 @@ class LayerNormCache:
     eps: float
 
 
-def layer_norm_forward(
-    p: LayerNormParams, x: Array, ops: Ops, eps: float, keep: bool = True, *, cuda: Cuda
-) -> tuple[Array, Any]:
-    """As :func:`pvt_ref.layers.layer_norm.layer_norm_forward`; its cache is x itself."""
+def can_norm(p: LayerNormParams, x: Array) -> bool:
+    """Whether the kernels normalise these rows."""
     C = x.shape[-1]
-    if not is_float32(x, p.weight) or C % 4 or C > _MOST_CHANNELS or not x.size:
-        return layer_norm.forward(p, x, ops, eps, keep)
-    xp = array_module(x)
+    return is_float32(x, p.weight) and C % 4 == 0 and C <= _MOST_CHANNELS and x.size > 0
+
+
+def norm_rows(
+    p: LayerNormParams, x: Array, eps: float, cuda: Cuda
+) -> tuple[Array, LayerNormCache]:
+    """LN(x) for x (..., C), and the cache, which costs nothing."""
+    xp, C = array_module(x), x.shape[-1]
     rows = xp.reshape(xp.ascontiguousarray(x), (-1, C))  # (rows, C)
     y = xp.empty(x.shape, x.dtype)
     function, in_block = _function("layer_norm", C)
     arguments = (rows, p.weight, p.bias, float(eps), y, len(rows), C // 4)
     cuda.launch(function, (blocks_for(len(rows), in_block),), (THREADS,), arguments)
-    return y, LayerNormCache(rows, eps) if keep else None
+    return y, LayerNormCache(rows, eps)
+
+
+def add_and_norm_rows(
+    p: LayerNormParams, x: Array, branch: Array, eps: float, cuda: Cuda
+) -> tuple[Array, Array, LayerNormCache]:
+    """x + branch (..., C), LN(x + branch), and the cache of this norm."""
+    xp, C = array_module(x), x.shape[-1]
+    x, branch = xp.ascontiguousarray(x), xp.ascontiguousarray(branch)
+    total, y, rows = xp.empty_like(x), xp.empty_like(x), x.size // C
+    function, in_block = _function("add_layer_norm", C)
+    arguments = (x, branch, p.weight, p.bias, float(eps), total, y, rows, C // 4)
+    cuda.launch(function, (blocks_for(rows, in_block),), (THREADS,), arguments)
+    return total, y, LayerNormCache(xp.reshape(total, (rows, C)), eps)
+
+
+def norm_backward_rows(
+    p: LayerNormParams, cache: LayerNormCache, dy: Array, skip: Array | None, cuda: Cuda
+) -> tuple[Array, LayerNormParams]:
+    """dx (..., C), to which skip is added if there is one, and the gradients of the weights."""
+    xp = array_module(dy)
+    rows, C = cache.x.shape
+    dy = xp.ascontiguousarray(dy)
+    skip = None if skip is None else xp.ascontiguousarray(skip)
+    dx = xp.empty(dy.shape, dy.dtype)
+    function, in_block = _function("layer_norm_backward", C)
+    blocks = min(blocks_for(rows, in_block), cuda.blocks)
+    parts = xp.empty((blocks, 2 * C), xp.float64)
+    arguments = (cache.x, p.weight, float(cache.eps), dy, skip, dx, parts, rows, C // 4)
+    cuda.launch(function, (blocks,), (THREADS,), arguments, shared=2 * C * 8)
+    sums = add_parts(parts, cuda)
+    return dx, LayerNormParams(sums[:C], sums[C:])
+
+
+def layer_norm_forward(
+    p: LayerNormParams, x: Array, ops: Ops, eps: float, keep: bool = True, *, cuda: Cuda
+) -> tuple[Array, Any]:
+    """As :func:`pvt_ref.layers.layer_norm.layer_norm_forward`; its cache is x itself."""
+    if not can_norm(p, x):
+        return layer_norm.forward(p, x, ops, eps, keep)
+    y, cache = norm_rows(p, x, eps, cuda)
+    return y, cache if keep else None
 
 
 def layer_norm_backward(
@@ -61,17 +105,7 @@ def layer_norm_backward(
     """As :func:`pvt_ref.layers.layer_norm.layer_norm_backward`, sums over rows included."""
     if not isinstance(cache, LayerNormCache):
         return layer_norm.backward(p, cache, dy, ops)
-    xp = array_module(dy)
-    rows, C = cache.x.shape
-    dy = xp.ascontiguousarray(dy)
-    dx = xp.empty(dy.shape, dy.dtype)
-    function, in_block = _function("layer_norm_backward", C)
-    blocks = min(blocks_for(rows, in_block), cuda.blocks)
-    parts = xp.empty((blocks, 2 * C), xp.float64)
-    arguments = (cache.x, p.weight, float(cache.eps), dy, dx, parts, rows, C // 4)
-    cuda.launch(function, (blocks,), (THREADS,), arguments, shared=2 * C * 8)
-    sums = add_parts(parts, cuda)
-    return dx, LayerNormParams(sums[:C], sums[C:])
+    return norm_backward_rows(p, cache, dy, None, cuda)
 
 
 layer_norm_kernel = Kernel(layer_norm, layer_norm_forward, layer_norm_backward, (sum_rows,))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from pvt_ref.arrays import Array, is_cupy
 from pvt_ref.kernels.cuda.attention import attention_kernel
+from pvt_ref.kernels.cuda.blocks import blocks_kernel
 from pvt_ref.kernels.cuda.depthwise_conv import depthwise_conv_kernel
 from pvt_ref.kernels.cuda.gelu import gelu_kernel
 from pvt_ref.kernels.cuda.launch import Cuda, Kernel
@@ -26,8 +27,8 @@ def table_with(settings: Cuda, accepts: Callable[[Array], bool]) -> Ops:
     def of(*kernels: Kernel) -> dict:
         return {kernel.readable: kernel.with_settings(settings) for kernel in kernels}
 
-    twins = of(gelu_kernel, attention_kernel, layer_norm_kernel, depthwise_conv_kernel)
+    twins = of(blocks_kernel, gelu_kernel, attention_kernel, depthwise_conv_kernel)
     twins |= of(patch_embed_kernel, conv_kernel)
-    # the norms and the convolution make their own sums: this one serves outside of them
-    parts = of(sum_rows_kernel)
+    # what the blocks and the depth-wise convolution compute themselves: these serve outside of them
+    parts = of(layer_norm_kernel, sum_rows_kernel)
     return Ops(twins, parts=parts, name="cuda", accepts=accepts, settings=settings)
