@@ -314,10 +314,10 @@ def test_many_queries_get_two_threads_each(place):
 
 @no_gxx
 def test_sums_keep_their_digits_where_float32_would_lose_them(poisoned):
-    # all of one sign, and far from zero: a sum in float32 errs 20 times as much
+    # all of one sign, and far from zero: a sum in float32 errs several times as much
     x = (1 + rng_of(1).random((20_000, 4))).astype(np.float32)
     exact = x.sum(axis=0, dtype=np.float64)
-    ops = emulated(0)
+    ops = emulated(0, blocks=1)  # so that a thread has many rows
     y, _ = ops[sum_rows].forward(None, x, ops)
     assert relative(y, exact) < 6e-8
     p = LayerNormParams(np.ones(4, np.float32), np.zeros(4, np.float32))
@@ -451,7 +451,8 @@ CONFIGS = {
 def step(name: str, ops, convert, rng=None, **changes):
     """Logits and all gradients of a small network, by name."""
     config = replace(CONFIGS[name], **changes)
-    params, images = random_params(config, 1), normal(2, 2, 3, 32, 32)
+    size = (32, 32) if name in ("vit", "pvt_v2_linear") else (32, 64)
+    params, images = random_params(config, 1), normal(2, 2, 3, *size)
     params, images, dy = (convert(tree) for tree in (params, images, normal(3, 2, 5)))
     y, cache = pvt_ref.forward_with_cache(params, images, config, rng, ops=ops)
     grads, dimages = pvt_ref.backward(params, cache, dy, config)
@@ -511,7 +512,7 @@ def dry(monkeypatch):
 
 #: Launches of these kernels: of a forward, of a forward and backward. Products, additions and
 #: copies are CuPy's own.
-LAUNCHES = {"pvt_small": (99, 454), "pvt_v2_b0": (64, 276), "deit_s_16": (50, 229)}
+LAUNCHES = {"pvt_small": (86, 428), "pvt_v2_b0": (58, 264), "deit_s_16": (50, 229)}
 
 
 @pytest.mark.parametrize("name", LAUNCHES)

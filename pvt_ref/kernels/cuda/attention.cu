@@ -7,17 +7,18 @@
 
 #include "lanes.h"
 #include "attention.h"
+#include "order.h"
 
 #define GROUP 8                            // keys whose scores are made together
 #define NOTHING __int_as_float(0xff800000) // -infinity
 
 // q, k and v lie anywhere: their steps from image to image, head to head and row to row count pieces.
-// y (images, n, heads, D). log_sum (images, heads, n), if it is not null, gets log2 of the sum of
+// y (images, n, heads, D), in raster order where the queries of a map W wide stand in R x R blocks. log_sum (images, heads, n), if it is not null, gets log2 of the sum of
 // exp(score) of each query, from which the backward makes its weights again.
 extern "C" __global__ void __launch_bounds__(THREADS)
 attention(const float4 *q, int q_image, int q_head, int q_row, const float4 *k, int k_image, int k_head,
           int k_row, const float4 *v, int v_image, int v_head, int v_row, float scale, float4 *y,
-          float *log_sum, int n, int m)
+          float *log_sum, int n, int m, int W, int R)
 {
     __shared__ float4 keys[KEYS * PIECES], values[KEYS * PIECES];
     int lane = threadIdx.x % LANES, head = blockIdx.y, image = blockIdx.z;
@@ -70,7 +71,7 @@ attention(const float4 *q, int q_image, int q_head, int q_row, const float4 *k, 
     }
     if (!mine) return;
     if (log_sum && lane == 0) log_sum[((size_t)image * gridDim.y + head) * n + t] = peak + log2f(total);
-    y += (((size_t)image * n + t) * gridDim.y + head) * PIECES;
+    y += (((size_t)image * n + in_raster(t, W, R)) * gridDim.y + head) * PIECES;
 #pragma unroll
     for (int i = 0; i < OWN; i++)
         if (inside(i, lane)) y[i * LANES + lane] = 1.0f / total * result[i];

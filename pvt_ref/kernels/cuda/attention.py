@@ -7,8 +7,16 @@ PVT, and the gradients of keys and values are then matrix products.
 from typing import Any
 
 from pvt_ref.arrays import Array, array_module
-from pvt_ref.draws import Rng
-from pvt_ref.kernels.cuda.launch import Cuda, Function, Kernel, address, blocks_for, is_float32
+from pvt_ref.draws import Rng, Source
+from pvt_ref.kernels.cuda.launch import (
+    Cuda,
+    Function,
+    Kernel,
+    Order,
+    address,
+    blocks_for,
+    is_float32,
+)
 from pvt_ref.layers.attention import attention
 from pvt_ref.layers.dropout import dropout
 from pvt_ref.layers.softmax import softmax
@@ -54,6 +62,28 @@ class AttentionCache:
     scale: float
     y: Array
     log_sum: Array
+    order: Order
+
+
+def can_attend(d: int, drop_rate: float, rng: Source) -> bool:
+    """Whether the kernels have heads of so many numbers; nothing may be dropped."""
+    return d % 4 == 0 and d <= _MOST_WIDTH and (rng is None or drop_rate == 0.0)
+
+
+def attend(
+    x: tuple[Array, Array, Array], scale: float, keep: bool, cuda: Cuda, order: Order
+) -> tuple[Array, AttentionCache | None]:
+    """y (B, n, N, d), ready to be merged, in raster order, for queries in that order."""
+    q, k, v = map(_rows, x)
+    (B, N, n, d), m = q.shape, k.shape[2]
+    xp = array_module(q)
+    y = xp.empty((B, n, N, d), q.dtype)
+    log_sum = xp.empty((B, N, n), q.dtype) if keep else None
+    function, in_block = _function("attention", q.shape, cuda)
+    inputs = (*_with_steps(q), *_with_steps(k), *_with_steps(v), float(scale))
+    arguments = (*inputs, y, log_sum, n, m, *order)
+    cuda.launch(function, (blocks_for(n, in_block), N, B), (_THREADS,), arguments)
+    return y, AttentionCache((q, k, v), scale, y, log_sum, order) if keep else None
 
 
 def attention_forward(
@@ -68,19 +98,10 @@ def attention_forward(
     cuda: Cuda,
 ) -> tuple[Array, Any]:
     """As :func:`pvt_ref.layers.attention.attention_forward`, which is used if any are dropped."""
-    (B, N, n, d), m = x[0].shape, x[1].shape[2]
-    dropped = rng is not None and drop_rate > 0.0
-    if dropped or not is_float32(*x) or d % 4 or d > _MOST_WIDTH or not x[0].size:
+    if not (can_attend(x[0].shape[3], drop_rate, rng) and is_float32(*x) and x[0].size):
         return attention.forward(p, x, ops, scale, drop_rate, rng, keep)
-    q, k, v = map(_rows, x)
-    xp = array_module(q)
-    y = xp.empty((B, n, N, d), q.dtype)  # ready to be merged
-    log_sum = xp.empty((B, N, n), q.dtype) if keep else None
-    function, in_block = _function("attention", q.shape, cuda)
-    arguments = (*_with_steps(q), *_with_steps(k), *_with_steps(v), float(scale), y, log_sum, n, m)
-    cuda.launch(function, (blocks_for(n, in_block), N, B), (_THREADS,), arguments)
-    cache = AttentionCache((q, k, v), scale, y, log_sum) if keep else None
-    return xp.permute_dims(y, (0, 2, 1, 3)), cache  # (B, N, n, d)
+    y, cache = attend(x, scale, keep, cuda, Order())
+    return array_module(y).permute_dims(y, (0, 2, 1, 3)), cache  # (B, N, n, d)
 
 
 def attention_backward(
@@ -97,7 +118,8 @@ def attention_backward(
     function, in_block = _function("attention_backward", q.shape, cuda)
     steps = [each for x in (q, k, v, dy) for each in _with_steps(x)]
     outputs = (dq, weights, dscores)
-    arguments = (*steps, float(cache.scale), cache.y, cache.log_sum, *outputs, n, m)
+    inputs = (*steps, float(cache.scale), cache.y, cache.log_sum)
+    arguments = (*inputs, *outputs, n, m, *cache.order)
     cuda.launch(function, (blocks_for(n, in_block), N, B), (_THREADS,), arguments)
     dk, dv = dscores @ q, weights @ dy  # (B, N, m, d) each
     return (xp.permute_dims(dq, (0, 2, 1, 3)), dk, dv), None

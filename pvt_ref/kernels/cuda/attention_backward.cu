@@ -8,13 +8,15 @@
 
 #include "lanes.h"
 #include "attention.h"
+#include "order.h"
 
-// q, k, v and dy lie anywhere, as in attention.cu; y and dq are (images, n, heads, D).
+// q, k, v and dy lie anywhere, as in attention.cu; y and dq are (images, n, heads, D). The queries and dq
+// stand in R x R blocks, y and dy in raster order. So do the columns of what is multiplied by each.
 extern "C" __global__ void __launch_bounds__(THREADS)
 attention_backward(const float4 *q, int q_image, int q_head, int q_row, const float4 *k, int k_image,
                    int k_head, int k_row, const float4 *v, int v_image, int v_head, int v_row,
                    const float4 *dy, int dy_image, int dy_head, int dy_row, float scale, const float4 *y,
-                   const float *log_sum, float4 *dq, float *weights, float *dscores, int n, int m)
+                   const float *log_sum, float4 *dq, float *weights, float *dscores, int n, int m, int W, int R)
 {
     __shared__ float4 keys[KEYS * PIECES], values[KEYS * PIECES];
     int lane = threadIdx.x % LANES, head = blockIdx.y, image = blockIdx.z;
@@ -22,11 +24,13 @@ attention_backward(const float4 *q, int q_image, int q_head, int q_row, const fl
     bool mine = t < n;
     if (!mine) t = n - 1;
     size_t own_head = (size_t)image * gridDim.y + head;
-    size_t own_row = (((size_t)image * n + t) * gridDim.y + head) * PIECES;
+    int out = in_raster(t, W, R);
+    size_t row_of_y = (((size_t)image * n + out) * gridDim.y + head) * PIECES;
+    size_t row_of_q = (((size_t)image * n + t) * gridDim.y + head) * PIECES;
     q += (size_t)image * q_image + (size_t)head * q_head + (size_t)t * q_row;
     k += (size_t)image * k_image + (size_t)head * k_head;
     v += (size_t)image * v_image + (size_t)head * v_head;
-    dy += (size_t)image * dy_image + (size_t)head * dy_head + (size_t)t * dy_row;
+    dy += (size_t)image * dy_image + (size_t)head * dy_head + (size_t)out * dy_row;
 
     float4 query[OWN], slope[OWN], result[OWN];
     float along = 0; // <dy, y>
@@ -35,7 +39,7 @@ attention_backward(const float4 *q, int q_image, int q_head, int q_row, const fl
         query[i] = inside(i, lane) ? q[i * LANES + lane] : zeros();
         slope[i] = inside(i, lane) ? dy[i * LANES + lane] : zeros();
         result[i] = zeros();
-        if (inside(i, lane)) along += dot(slope[i], y[own_row + i * LANES + lane]);
+        if (inside(i, lane)) along += dot(slope[i], y[row_of_y + i * LANES + lane]);
     }
     along = over_lanes(along);
     float of_all = log_sum[own_head * n + t];
@@ -59,7 +63,7 @@ attention_backward(const float4 *q, int q_image, int q_head, int q_row, const fl
             for (int i = 0; i < OWN; i++)
                 if (inside(i, lane)) result[i] = result[i] + dscore * keys[j * PIECES + i * LANES + lane];
             if (mine && lane == j % LANES) {
-                weights[(own_head * m + first + j) * n + t] = weight;
+                weights[(own_head * m + first + j) * n + out] = weight;
                 dscores[(own_head * m + first + j) * n + t] = dscore;
             }
         }
@@ -67,5 +71,5 @@ attention_backward(const float4 *q, int q_image, int q_head, int q_row, const fl
     if (!mine) return;
 #pragma unroll
     for (int i = 0; i < OWN; i++)
-        if (inside(i, lane)) dq[own_row + i * LANES + lane] = result[i];
+        if (inside(i, lane)) dq[row_of_q + i * LANES + lane] = result[i];
 }

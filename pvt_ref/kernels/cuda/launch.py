@@ -35,6 +35,16 @@ class Function(NamedTuple):
     macros: tuple[tuple[str, int | str], ...] = ()
 
 
+class Order(NamedTuple):
+    """Of the tokens of a map: its width, and the R of the R x R blocks in which they stand.
+
+    With R = 1 that is raster order, and the width is not looked at.
+    """
+
+    W: int = 1
+    R: int = 1
+
+
 class Launch(Protocol):
     """Starts a kernel: arrays become pointers, None the null pointer, int and float themselves.
 

@@ -6,6 +6,7 @@
 // Compiled with LANES, and PIECES = C / 4 / LANES, rounded up.
 
 #include "lanes.h"
+#include "order.h"
 
 struct Row { float4 piece[PIECES]; };
 
@@ -44,9 +45,24 @@ static __device__ __forceinline__ float normalise(Row &x, int lane, int pieces, 
     return rstd;
 }
 
-// y = x_hat * weight + bias, for rows of pieces times four numbers.
+// Writes x_hat * weight + bias to the row of y that this row has when the n tokens of each image, of a map
+// W wide, stand in R x R blocks.
+static __device__ __forceinline__ void store(float4 *y, const Row &x_hat, const float4 *weight,
+                                             const float4 *bias, int row, int lane, int pieces, int n, int W,
+                                             int R)
+{
+    int t = row % n;
+    y += (size_t)(row - t + in_blocks(t, W, R)) * pieces;
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        int k = i * LANES + lane;
+        if (k < pieces) y[k] = x_hat.piece[i] * weight[k] + bias[k];
+    }
+}
+
+// y = LN(x), for rows of pieces times four numbers.
 extern "C" __global__ void layer_norm(const float4 *x, const float4 *weight, const float4 *bias, float eps,
-                                      float4 *y, int rows, int pieces)
+                                      float4 *y, int rows, int pieces, int n, int W, int R)
 {
     int lane = threadIdx.x % LANES;
     int row = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES;
@@ -54,18 +70,14 @@ extern "C" __global__ void layer_norm(const float4 *x, const float4 *weight, con
     if (!mine) row = rows - 1; // all threads of a warp take part in its sums
     Row a = load(x + (size_t)row * pieces, lane, pieces);
     normalise(a, lane, pieces, eps);
-    if (!mine) return;
-#pragma unroll
-    for (int i = 0; i < PIECES; i++) {
-        int k = i * LANES + lane;
-        if (k < pieces) y[(size_t)row * pieces + k] = a.piece[i] * weight[k] + bias[k];
-    }
+    if (mine) store(y, a, weight, bias, row, lane, pieces, n, W, R);
 }
 
-// The same of x + branch, which goes to total: the norm that follows a residual sum (blocks/transformer.py).
+// The same of x + branch, which goes to total, in raster order: the norm that follows a residual sum
+// (blocks/transformer.py).
 extern "C" __global__ void add_layer_norm(const float4 *x, const float4 *branch, const float4 *weight,
                                           const float4 *bias, float eps, float4 *total, float4 *y, int rows,
-                                          int pieces)
+                                          int pieces, int n, int W, int R)
 {
     int lane = threadIdx.x % LANES;
     int row = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES;
@@ -79,22 +91,18 @@ extern "C" __global__ void add_layer_norm(const float4 *x, const float4 *branch,
         if (mine && k < pieces) total[(size_t)row * pieces + k] = a.piece[i];
     }
     normalise(a, lane, pieces, eps);
-    if (!mine) return;
-#pragma unroll
-    for (int i = 0; i < PIECES; i++) {
-        int k = i * LANES + lane;
-        if (k < pieces) y[(size_t)row * pieces + k] = a.piece[i] * weight[k] + bias[k];
-    }
+    if (mine) store(y, a, weight, bias, row, lane, pieces, n, W, R);
 }
 
 // dx = rstd * (g - mean(g) - x_hat mean(g * x_hat)) with g = dy * weight; mean, rstd and x_hat are made
 // again from x. To it comes skip, if it is not null: the gradient of what the norm's branch is added to.
+// dy's rows stand in R x R blocks, as those of y did.
 // Parts (gridDim.x, 2, C) get the sums over rows of dy * x_hat and dy, the gradients of
 // weight and bias: each thread adds up those of its own columns in double, then the rows of a block, one
 // after the other, add theirs in shared memory, (2, C) doubles.
 extern "C" __global__ void layer_norm_backward(const float4 *x, const float4 *weight, float eps,
                                                const float4 *dy, const float4 *skip, float4 *dx,
-                                               double *parts, int rows, int pieces)
+                                               double *parts, int rows, int pieces, int n, int W, int R)
 {
     extern __shared__ double totals[];
     int lane = threadIdx.x % LANES, group = threadIdx.x / LANES, groups = blockDim.x / LANES;
@@ -105,7 +113,8 @@ extern "C" __global__ void layer_norm_backward(const float4 *x, const float4 *we
         if (!mine) row = rows - 1;
         Row x_hat = load(x + (size_t)row * pieces, lane, pieces);
         float rstd = normalise(x_hat, lane, pieces, eps);
-        Row g = load(dy + (size_t)row * pieces, lane, pieces);
+        int t = row % n;
+        Row g = load(dy + (size_t)(row - t + in_blocks(t, W, R)) * pieces, lane, pieces);
         float along = 0;
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {

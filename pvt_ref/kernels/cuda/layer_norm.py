@@ -3,12 +3,23 @@
 from typing import Any
 
 from pvt_ref.arrays import Array, array_module
-from pvt_ref.kernels.cuda.launch import THREADS, Cuda, Function, Kernel, blocks_for, is_float32
+from pvt_ref.kernels.cuda.launch import (
+    THREADS,
+    Cuda,
+    Function,
+    Kernel,
+    Order,
+    blocks_for,
+    is_float32,
+)
 from pvt_ref.kernels.cuda.sum_rows import add_parts
 from pvt_ref.layers.layer_norm import LayerNormParams, layer_norm
 from pvt_ref.layers.sum_rows import sum_rows
 from pvt_ref.ops import Ops
 from pvt_ref.tree import record
+
+#: As tokens come and go where nobody asks for another order.
+RASTER = Order()
 
 #: Wider rows do not fit the registers of a warp when the backward adds up its sums in float64.
 _MOST_CHANNELS = 1024
@@ -39,6 +50,11 @@ class LayerNormCache:
     eps: float
 
 
+def _tokens(x: Array) -> int:
+    """How many tokens x (..., n, C) has in an image."""
+    return x.shape[-2] if x.ndim > 1 else 1
+
+
 def can_norm(p: LayerNormParams, x: Array) -> bool:
     """Whether the kernels normalise these rows."""
     C = x.shape[-1]
@@ -46,35 +62,44 @@ def can_norm(p: LayerNormParams, x: Array) -> bool:
 
 
 def norm_rows(
-    p: LayerNormParams, x: Array, eps: float, cuda: Cuda
+    p: LayerNormParams, x: Array, eps: float, cuda: Cuda, order: Order = RASTER
 ) -> tuple[Array, LayerNormCache]:
-    """LN(x) for x (..., C), and the cache, which costs nothing."""
+    """LN(x) for x (..., n, C), its tokens in that order, and the cache, which costs nothing."""
     xp, C = array_module(x), x.shape[-1]
     rows = xp.reshape(xp.ascontiguousarray(x), (-1, C))  # (rows, C)
     y = xp.empty(x.shape, x.dtype)
     function, in_block = _function("layer_norm", C)
-    arguments = (rows, p.weight, p.bias, float(eps), y, len(rows), C // 4)
+    arguments = (rows, p.weight, p.bias, float(eps), y, len(rows), C // 4, _tokens(x), *order)
     cuda.launch(function, (blocks_for(len(rows), in_block),), (THREADS,), arguments)
     return y, LayerNormCache(rows, eps)
 
 
 def add_and_norm_rows(
-    p: LayerNormParams, x: Array, branch: Array, eps: float, cuda: Cuda
+    p: LayerNormParams, x: Array, branch: Array, eps: float, cuda: Cuda, order: Order = RASTER
 ) -> tuple[Array, Array, LayerNormCache]:
-    """x + branch (..., C), LN(x + branch), and the cache of this norm."""
+    """x + branch (..., n, C), LN(x + branch), its tokens in that order, and the norm's cache."""
     xp, C = array_module(x), x.shape[-1]
     x, branch = xp.ascontiguousarray(x), xp.ascontiguousarray(branch)
     total, y, rows = xp.empty_like(x), xp.empty_like(x), x.size // C
     function, in_block = _function("add_layer_norm", C)
-    arguments = (x, branch, p.weight, p.bias, float(eps), total, y, rows, C // 4)
+    sizes = (rows, C // 4, _tokens(x), *order)
+    arguments = (x, branch, p.weight, p.bias, float(eps), total, y, *sizes)
     cuda.launch(function, (blocks_for(rows, in_block),), (THREADS,), arguments)
     return total, y, LayerNormCache(xp.reshape(total, (rows, C)), eps)
 
 
 def norm_backward_rows(
-    p: LayerNormParams, cache: LayerNormCache, dy: Array, skip: Array | None, cuda: Cuda
+    p: LayerNormParams,
+    cache: LayerNormCache,
+    dy: Array,
+    skip: Array | None,
+    cuda: Cuda,
+    order: Order = RASTER,
 ) -> tuple[Array, LayerNormParams]:
-    """dx (..., C), to which skip is added if there is one, and the gradients of the weights."""
+    """dx (..., n, C), to which skip is added if there is one, and the gradients of the weights.
+
+    The tokens of dy stand in that order.
+    """
     xp = array_module(dy)
     rows, C = cache.x.shape
     dy = xp.ascontiguousarray(dy)
@@ -83,7 +108,8 @@ def norm_backward_rows(
     function, in_block = _function("layer_norm_backward", C)
     blocks = min(blocks_for(rows, in_block), cuda.blocks)
     parts = xp.empty((blocks, 2 * C), xp.float64)
-    arguments = (cache.x, p.weight, float(cache.eps), dy, skip, dx, parts, rows, C // 4)
+    sizes = (rows, C // 4, _tokens(dy), *order)
+    arguments = (cache.x, p.weight, float(cache.eps), dy, skip, dx, parts, *sizes)
     cuda.launch(function, (blocks,), (THREADS,), arguments, shared=2 * C * 8)
     sums = add_parts(parts, cuda)
     return dx, LayerNormParams(sums[:C], sums[C:])

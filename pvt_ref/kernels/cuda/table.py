@@ -27,8 +27,7 @@ def table_with(settings: Cuda, accepts: Callable[[Array], bool]) -> Ops:
     def of(*kernels: Kernel) -> dict:
         return {kernel.readable: kernel.with_settings(settings) for kernel in kernels}
 
-    twins = of(blocks_kernel, gelu_kernel, attention_kernel, depthwise_conv_kernel)
-    twins |= of(patch_embed_kernel, conv_kernel)
-    # what the blocks and the depth-wise convolution compute themselves: these serve outside of them
-    parts = of(layer_norm_kernel, sum_rows_kernel)
+    # what the blocks compute themselves: these serve outside of them, and where they step aside
+    parts = of(layer_norm_kernel, sum_rows_kernel, attention_kernel, patch_embed_kernel)
+    twins = of(blocks_kernel, gelu_kernel, depthwise_conv_kernel, conv_kernel)
     return Ops(twins, parts=parts, name="cuda", accepts=accepts, settings=settings)

@@ -1,0 +1,107 @@
+"""Spatial-reduction attention on CUDA, of tokens that stand in R x R blocks.
+
+In that order the patches of spatial reduction are rows already, so none are cut out. Attention does
+not see the order of its queries, and writes its result in raster order. Who calls this made the
+tokens: see ``blocks.py``.
+"""
+
+from typing import Any
+
+from pvt_ref.arrays import Array, Grid, array_module
+from pvt_ref.blocks.sra import (
+    SRAParams,
+    SRASettings,
+    keys_and_values,
+    merge_heads,
+    split_heads,
+)
+from pvt_ref.draws import Rng, Source
+from pvt_ref.kernels.cuda.attention import attend, attention_backward, can_attend
+from pvt_ref.kernels.cuda.launch import Cuda, Order
+from pvt_ref.kernels.cuda.layer_norm import can_norm, norm_backward_rows, norm_rows
+from pvt_ref.layers.dropout import dropout
+from pvt_ref.layers.linear import LinearParams, linear
+from pvt_ref.layers.patch_embed import kernel_to_matrix, matrix_to_kernel
+from pvt_ref.ops import Ops
+from pvt_ref.tree import record
+
+
+def order_of(p: Any, x: Array, grid: Grid, settings: SRASettings, rng: Source) -> Order:
+    """The order in which an attention with weights p wants its tokens x (B, n, C)."""
+    if not isinstance(p, SRAParams) or p.sr is None or p.norm is None or not can_norm(p.norm, x):
+        return Order()
+    if not can_attend(x.shape[2] // settings.num_heads, settings.attn_drop_rate, rng):
+        return Order()
+    return Order(grid[1], p.sr.weight.shape[-1])
+
+
+@record
+class SRAInBlocksCache:
+    """The caches of the parts, and N; drop is None if nothing was dropped."""
+
+    q: Any
+    sr: Any
+    norm: Any
+    kv: Any
+    attention: Any
+    proj: Any
+    drop: Any
+    num_heads: int
+
+
+def sra_forward(
+    p: SRAParams,
+    x: Array,
+    ops: Ops,
+    order: Order,
+    settings: SRASettings,
+    rng: Rng,
+    keep: bool,
+    cuda: Cuda,
+) -> tuple[Array, Any]:
+    """As :func:`pvt_ref.blocks.sra.sra_forward`, for tokens x (B, n, C) in that order."""
+    assert p.sr is not None  # or there would be no order
+    assert p.norm is not None
+    xp, (B, n, C), N = array_module(x), x.shape, settings.num_heads
+    q, q_cache = ops[linear].forward(p.q, x, ops, keep=keep)  # (B, n, C)
+    matrix = LinearParams(kernel_to_matrix(p.sr.weight), p.sr.bias)  # (C, R*R*C)
+    patches = xp.reshape(x, (B, -1, order.R * order.R * C))  # (B, m, R*R*C)
+    reduced, sr_cache = ops[linear].forward(matrix, patches, ops, keep=keep)  # (B, m, C)
+    reduced, norm_cache = norm_rows(p.norm, reduced, settings.norm_eps, cuda)  # (B, m, C)
+    kv, kv_cache = ops[linear].forward(p.kv, reduced, ops, keep=keep)  # (B, m, 2C)
+    qkv = (split_heads(q, N), *keys_and_values(kv, N))
+    heads, attention_cache = attend(qkv, settings.scale, keep, cuda, order)  # (B, n, N, d)
+    merged = xp.reshape(heads, (B, n, C))  # (B, n, C), in raster order
+    y, proj_cache = ops[linear].forward(p.proj, merged, ops, keep=keep)  # (B, n, C)
+    y, drop_cache = ops[dropout].forward(None, y, ops, settings.drop_rate, rng, keep)
+    if not keep:
+        return y, None
+    caches = (q_cache, sr_cache, norm_cache, kv_cache, attention_cache, proj_cache, drop_cache)
+    return y, SRAInBlocksCache(*caches, N)
+
+
+def sra_backward(
+    p: SRAParams, cache: SRAInBlocksCache, dy: Array, ops: Ops, cuda: Cuda
+) -> tuple[Array, SRAParams]:
+    """As :func:`pvt_ref.blocks.sra.sra_backward`; dx has the forward's order of tokens."""
+    assert p.sr is not None
+    assert p.norm is not None
+    xp, N = array_module(dy), cache.num_heads
+    # y = dropout(Concat(heads) W^O)
+    dy, _ = ops[dropout].backward(None, cache.drop, dy, ops)  # (B, n, C)
+    dmerged, dproj = ops[linear].backward(p.proj, cache.proj, dy, ops)  # (B, n, C)
+    # heads = Attention(q, k, v)
+    dheads = split_heads(dmerged, N)  # (B, N, n, d)
+    (dq, dk, dv), _ = attention_backward(None, cache.attention, dheads, ops, cuda=cuda)
+    # k, v = the two halves of reduced W^KV
+    dkv = xp.concat((merge_heads(dk), merge_heads(dv)), axis=-1)  # (B, m, 2C)
+    dreduced, dkv_params = ops[linear].backward(p.kv, cache.kv, dkv, ops)  # (B, m, C)
+    # reduced = LN(patches W^S)
+    dreduced, dnorm = norm_backward_rows(p.norm, cache.norm, dreduced, None, cuda)
+    matrix = LinearParams(kernel_to_matrix(p.sr.weight), p.sr.bias)
+    dpatches, dmatrix = ops[linear].backward(matrix, cache.sr, dreduced, ops)  # (B, m, R*R*C)
+    dsr = LinearParams(matrix_to_kernel(dmatrix.weight, p.sr.weight.shape), dmatrix.bias)
+    # q = x W^Q
+    dx_queries, dq_params = ops[linear].backward(p.q, cache.q, merge_heads(dq), ops)  # (B, n, C)
+    dx = dx_queries + xp.reshape(dpatches, dx_queries.shape)  # x fed both
+    return dx, SRAParams(dq_params, dkv_params, dproj, dsr, dnorm)
