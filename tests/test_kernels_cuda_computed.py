@@ -42,9 +42,12 @@ no_gxx = pytest.mark.skipif(
     cuda_on_cpu.why_not() is not None, reason=cuda_on_cpu.why_not() or "there is g++"
 )
 
-#: Where the kernels run: with threads in three orders, and on a GPU.
+#: In which threads and blocks take turns: rising, falling, shuffled.
+ORDERS = (0, 1, 5)
+
+#: Where the kernels run.
 PLACES = [
-    *(pytest.param(order, id=f"order {order}", marks=no_gxx) for order in (0, 1, 5)),
+    pytest.param("emulated", marks=no_gxx),
     pytest.param("gpu", marks=pytest.mark.gpu),
 ]
 
@@ -56,10 +59,14 @@ def emulated(order: int, blocks: int = 6) -> pvt_ref.Ops:
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """New arrays hold NaN, so that what is not written is seen."""
-    for name in ("empty", "empty_like"):
-        make = getattr(np, name)
-        monkeypatch.setattr(np, name, _poisoned(make))
+    """New arrays hold NaN, so that what is not written is seen; CuPy's if called with it."""
+
+    def poison(library):
+        for name in ("empty", "empty_like"):
+            monkeypatch.setattr(library, name, _poisoned(getattr(library, name)))
+
+    poison(np)
+    return poison
 
 
 def _poisoned(make):
@@ -73,12 +80,17 @@ def _poisoned(make):
     return full_of_nan
 
 
+def same(tree):
+    return tree
+
+
 @pytest.fixture(params=PLACES)
 def place(request, poisoned):
     """A table, and a function that brings a tree of NumPy arrays to where the table computes."""
-    if request.param != "gpu":
-        return emulated(request.param), lambda tree: tree
+    if request.param == "emulated":
+        return emulated(ORDERS[-1]), same
     cupy = request.getfixturevalue("cupy")
+    poisoned(cupy)
     return cuda_ops(), lambda tree: map_arrays(cupy.asarray, tree)
 
 
@@ -103,10 +115,6 @@ def narrow(tree):
 
 def wide(tree):
     return map_arrays(lambda x: x.astype(np.float64), tree)
-
-
-def same(tree):
-    return tree
 
 
 def results(case: Case, ops, convert=same, dy_seed: int = 9):
@@ -152,9 +160,10 @@ def on_every_place(strategy, **how):
 
     def decorate(function):
         @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], **how)
-        @given(strategy)
-        def test(place, case):
-            function(place, case)
+        @given(strategy, st.sampled_from(ORDERS))
+        def test(place, case, order):
+            _, there = place
+            function((emulated(order), same) if there is same else place, case)
 
         return test
 
