@@ -22,6 +22,7 @@ import pvt_ref
 from pvt_ref import REFERENCE, VARIANTS, Operation
 from pvt_ref.arrays import is_numpy
 from pvt_ref.kernels.cpu.gelu import TANH_FIT
+from pvt_ref.kernels.cuda import optimizer
 from pvt_ref.kernels.cuda.launch import Cuda, source
 from pvt_ref.kernels.cuda.table import cuda_ops, table_with
 from pvt_ref.layers.attention import AttentionCache, attention
@@ -32,7 +33,8 @@ from pvt_ref.layers.layer_norm import LayerNormCache, LayerNormParams, layer_nor
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.layers.patch_embed import PatchEmbedCache, PatchEmbedParams, patch_embed
 from pvt_ref.layers.sum_rows import sum_rows
-from pvt_ref.tree import map_arrays, named_arrays
+from pvt_ref.train import AdamW, AdamWState, adamw_step, clip_by_global_norm, is_decayed
+from pvt_ref.tree import map_arrays, named_arrays, record
 
 READABLE_CACHES = (
     *(AttentionCache, ConvCache, DepthwiseConvCache, GeluCache, LayerNormCache, PatchEmbedCache),
@@ -41,6 +43,17 @@ READABLE_CACHES = (
 no_gxx = pytest.mark.skipif(
     cuda_on_cpu.why_not() is not None, reason=cuda_on_cpu.why_not() or "there is g++"
 )
+
+
+@record
+class Weights:
+    """Arrays of several sizes."""
+
+    a: np.ndarray
+    b: np.ndarray
+    c: np.ndarray
+    d: np.ndarray
+
 
 #: In which threads and blocks take turns: rising, falling, shuffled.
 ORDERS = (0, 1, 5)
@@ -417,6 +430,61 @@ def test_what_has_no_kernel_is_computed_by_the_readable_layers(what):
             else:
                 np.testing.assert_allclose(mine, readable, rtol=1e-6, atol=1e-6)
     assert set(launched) <= {"partial_sums", "add_parts"}  # which the readable layers ask for
+
+
+# The optimiser ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5, 1e6])
+def test_a_step_of_the_optimiser_is_that_of_adamw(max_norm, place):
+    ops, there = place
+    cuda, settings = ops.settings, AdamW(eps=1e-3)
+    # more than one block's, and such as fill none
+    shapes = {"a": (2, 4100), "b": (3,), "c": (1,), "d": (5, 7)}
+    trees = [
+        {key: normal(i, *shape) for key, shape in shapes.items()} for i in range(3)
+    ]  # weights, gradients, m
+    trees += [{key: 0.1 + normal(3, *shape) ** 2 for key, shape in shapes.items()}]
+    weights, grads, m, v = wide(narrow([Weights(**tree) for tree in trees]))
+    clipped = grads
+    if max_norm is not None:
+        clipped, norm = clip_by_global_norm(grads, max_norm)
+    t, lr = 3, 0.01
+    expected, state = adamw_step(weights, clipped, AdamWState(t - 1, m, v), lr, settings)
+    bias_1, bias_2 = 1 - settings.beta1**t, 1 - settings.beta2**t
+    decays = [is_decayed(key, w) for key, w in named_arrays(weights)]
+    rates = [(1 - lr * settings.weight_decay * d, -lr / bias_1, bias_2**-0.5) for d in decays]
+    given = there(narrow([[x for _, x in named_arrays(tree)] for tree in (weights, grads, m, v)]))
+    arrays = optimizer.gather(*given)
+    clip = None
+    if max_norm is not None:
+        clip = optimizer.clip_factor(arrays, max_norm, cuda)
+        factor = min(1, max_norm / (norm + 1e-6))
+        np.testing.assert_allclose(pvt_ref.to_numpy(clip), [factor, norm], rtol=1e-6)
+    rates = there(np.array(rates, np.float32))
+    constants = (settings.beta1, settings.beta2, settings.eps)
+    made = optimizer.adamw(arrays, rates, *constants, cuda, clip)
+    for mine, tree in zip(made, (expected, state.m, state.v), strict=True):
+        for x, (key, y) in zip(mine, named_arrays(tree), strict=True):
+            assert relative(pvt_ref.to_numpy(x), y) < 3e-7, key
+            assert x.shape == y.shape
+    before = narrow([[x for _, x in named_arrays(tree)] for tree in (weights, grads, m, v)])
+    for x, y in zip(pvt_ref.to_numpy(given), before, strict=True):
+        np.testing.assert_equal(x, y)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, 3e38])
+def test_a_norm_that_is_no_number_clips_nothing(wrong, place):
+    ops, there = place
+    g = np.full(5000, wrong, np.float32)
+    arrays = optimizer.gather(*([there(x)] for x in (g, g, g, g)))
+    factor, norm = pvt_ref.to_numpy(optimizer.clip_factor(arrays, 1.0, ops.settings))
+    if wrong == 3e38:  # each square is beyond float32, and so is the norm
+        assert norm == np.inf
+        assert 0 < factor < 1e-39
+    else:
+        assert not np.isfinite(norm)
+        assert factor == (1 if np.isnan(wrong) else 0)
 
 
 # Whole networks -----------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ TYPES = {
     "float4": (np.dtype(np.float32), 16),
     "double": (np.dtype(np.float64), 8),
     "int": (np.dtype(np.int32), 4),
+    "size_t": (np.dtype(np.uint64), 8),  # addresses: arrays that are reached by them are unguarded
 }
 
 #: What the GPU of least size allows: threads of a block, and blocks along each axis.
