@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from pvt_ref.kernels.cuda.launch import Function, source
 HEADER = Path(__file__).parent / "cuda_on_cpu.h"
 
 #: What g++ makes of each file is kept here, under a name that its content decides.
-CACHE = Path(tempfile.gettempdir()) / f"pvt_ref_cuda_on_cpu_{os.getuid()}"
+CACHE = Path(tempfile.gettempdir()) / f"pvt_ref_cuda_on_cpu_{getattr(os, 'getuid', int)()}"
 
 FLAGS = (
     *("-std=c++17", "-O1", "-shared", "-fPIC", "-fno-gnu-unique", "-fno-exceptions", "-fno-rtti"),
@@ -81,6 +82,8 @@ class Fault(ctypes.Structure):
 
 def why_not() -> str | None:
     """The reason why kernels cannot be compiled here, or None if they can."""
+    if sys.platform != "linux":
+        return "no kernel was run: the emulation is made for Linux"
     return None if shutil.which("g++") else "no kernel was run: there is no g++"
 
 
@@ -136,6 +139,7 @@ def compiled(function: Function) -> ctypes.CDLL:
     library = CACHE / f"{Path(function.file).stem}-{key}.so"
     if not library.exists():
         CACHE.mkdir(mode=0o700, exist_ok=True)
+        assert CACHE.stat().st_uid == os.getuid(), f"{CACHE} is somebody else's"
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             made = Path(folder) / "made.so"
             command = ["g++", *FLAGS, f"-I{HEADER.parent}", "-o", str(made), "-"]

@@ -16,6 +16,7 @@ from pvt_ref.kernels.cuda.launch import (
     address,
     blocks_for,
     is_float32,
+    packed,
 )
 from pvt_ref.layers.attention import attention
 from pvt_ref.layers.dropout import dropout
@@ -46,7 +47,7 @@ def _rows(x: Array) -> Array:
     aligned = address(x) % width == 0 and all(step % width == 0 for step in steps[:3])
     if aligned and steps[3] == x.itemsize and min(steps) > 0:
         return x
-    return array_module(x).ascontiguousarray(x)
+    return packed(x)
 
 
 def _with_steps(x: Array) -> tuple[Any, ...]:

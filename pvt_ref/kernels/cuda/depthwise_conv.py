@@ -3,7 +3,15 @@
 from typing import Any
 
 from pvt_ref.arrays import Array, array_module
-from pvt_ref.kernels.cuda.launch import THREADS, Cuda, Function, Kernel, blocks_for, is_float32
+from pvt_ref.kernels.cuda.launch import (
+    THREADS,
+    Cuda,
+    Function,
+    Kernel,
+    blocks_for,
+    is_float32,
+    packed,
+)
 from pvt_ref.kernels.cuda.sum_rows import add_parts, number_of_parts
 from pvt_ref.layers.conv import ConvParams
 from pvt_ref.layers.depthwise_conv import depthwise_conv
@@ -20,7 +28,8 @@ def _convolve(x: Array, weight: Array, bias: Array | None, cuda: Cuda) -> Array:
     xp = array_module(x)
     (_, H, W, C), count = x.shape, x.size // 4
     y = xp.empty_like(x)
-    arguments = (x, xp.ascontiguousarray(weight), bias, y, count, H, W, C // 4)
+    bias = None if bias is None else packed(bias)
+    arguments = (x, packed(weight), bias, y, count, H, W, C // 4)
     cuda.launch(CONV, (blocks_for(count),), (THREADS,), arguments)
     return y  # (B, H, W, C)
 
@@ -44,7 +53,7 @@ def depthwise_conv_forward(
     """As :func:`pvt_ref.layers.depthwise_conv.depthwise_conv_forward`; its cache is x itself."""
     if not is_float32(x) or x.shape[-1] % 4 or p.weight.shape[2:] != (3, 3) or not x.size:
         return depthwise_conv.forward(p, x, ops, keep)
-    x = array_module(x).ascontiguousarray(x)
+    x = packed(x)
     y = _convolve(x, _kernel_first(p.weight), p.bias, cuda)
     return y, DepthwiseConvCache(x) if keep else None
 
@@ -59,7 +68,7 @@ def depthwise_conv_backward(
     if not isinstance(cache, DepthwiseConvCache):
         return depthwise_conv.backward(p, cache, dy, ops)
     xp = array_module(dy)
-    (B, H, W, C), dy = dy.shape, xp.ascontiguousarray(dy)
+    (B, H, W, C), dy = dy.shape, packed(dy)
     dx = _convolve(dy, xp.flip(_kernel_first(p.weight), axis=0), None, cuda)
     count = number_of_parts(B * H * W, C, cuda)
     parts = xp.empty((count, 10 * C), xp.float64)

@@ -3,7 +3,15 @@
 from typing import Any
 
 from pvt_ref.arrays import Array, array_module
-from pvt_ref.kernels.cuda.launch import THREADS, Cuda, Function, Kernel, blocks_for, is_float32
+from pvt_ref.kernels.cuda.launch import (
+    THREADS,
+    Cuda,
+    Function,
+    Kernel,
+    blocks_for,
+    is_float32,
+    packed,
+)
 from pvt_ref.layers.gelu import gelu
 from pvt_ref.ops import Ops
 from pvt_ref.tree import record
@@ -26,7 +34,7 @@ def gelu_forward(
     if not is_float32(x) or x.size % 4 or not x.size:
         return gelu.forward(p, x, ops, keep)
     xp = array_module(x)
-    x = xp.ascontiguousarray(x)
+    x = packed(x)
     y, count = xp.empty_like(x), x.size // 4
     cuda.launch(GELU, (blocks_for(count),), (THREADS,), (x, y, count))
     return y, GeluCache(x) if keep else None
@@ -37,7 +45,7 @@ def gelu_backward(p: None, cache: Any, dy: Array, ops: Ops, *, cuda: Cuda) -> tu
     if not isinstance(cache, GeluCache):
         return gelu.backward(p, cache, dy, ops)
     xp = array_module(dy)
-    dy = xp.ascontiguousarray(dy)
+    dy = packed(dy)
     dx, count = xp.empty_like(dy), dy.size // 4
     cuda.launch(GELU_BACKWARD, (blocks_for(count),), (THREADS,), (cache.x, dy, dx, count))
     return dx, None

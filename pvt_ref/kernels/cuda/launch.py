@@ -138,6 +138,15 @@ def address(x: Array) -> int:
     return x.ctypes.data if hasattr(x, "ctypes") else x.data.ptr
 
 
+def packed(x: Array) -> Array:
+    """x itself if kernels can read it in pieces of four numbers that follow each other; or a copy.
+
+    That is, if it is contiguous, and begins where such a piece may: at a multiple of 16 bytes.
+    """
+    x = array_module(x).ascontiguousarray(x)
+    return x if address(x) % 16 == 0 else x.copy()
+
+
 def blocks_for(count: int, threads: int = THREADS) -> int:
     """How many blocks have a thread for each of count."""
     return -(-count // threads)

@@ -11,6 +11,7 @@ from pvt_ref.kernels.cuda.launch import (
     Order,
     blocks_for,
     is_float32,
+    packed,
 )
 from pvt_ref.kernels.cuda.sum_rows import add_parts
 from pvt_ref.layers.layer_norm import LayerNormParams, layer_norm
@@ -66,10 +67,11 @@ def norm_rows(
 ) -> tuple[Array, LayerNormCache]:
     """LN(x) for x (..., n, C), its tokens in that order, and the cache, which costs nothing."""
     xp, C = array_module(x), x.shape[-1]
-    rows = xp.reshape(xp.ascontiguousarray(x), (-1, C))  # (rows, C)
+    rows = xp.reshape(packed(x), (-1, C))  # (rows, C)
     y = xp.empty(x.shape, x.dtype)
     function, in_block = _function("layer_norm", C)
-    arguments = (rows, p.weight, p.bias, float(eps), y, len(rows), C // 4, _tokens(x), *order)
+    weights = (packed(p.weight), packed(p.bias), float(eps))
+    arguments = (rows, *weights, y, len(rows), C // 4, _tokens(x), *order)
     cuda.launch(function, (blocks_for(len(rows), in_block),), (THREADS,), arguments)
     return y, LayerNormCache(rows, eps)
 
@@ -78,12 +80,12 @@ def add_and_norm_rows(
     p: LayerNormParams, x: Array, branch: Array, eps: float, cuda: Cuda, order: Order = RASTER
 ) -> tuple[Array, Array, LayerNormCache]:
     """x + branch (..., n, C), LN(x + branch), its tokens in that order, and the norm's cache."""
-    xp, C = array_module(x), x.shape[-1]
-    x, branch = xp.ascontiguousarray(x), xp.ascontiguousarray(branch)
+    xp, C, x, branch = array_module(x), x.shape[-1], packed(x), packed(branch)
     total, y, rows = xp.empty_like(x), xp.empty_like(x), x.size // C
     function, in_block = _function("add_layer_norm", C)
     sizes = (rows, C // 4, _tokens(x), *order)
-    arguments = (x, branch, p.weight, p.bias, float(eps), total, y, *sizes)
+    weights = (packed(p.weight), packed(p.bias), float(eps))
+    arguments = (x, branch, *weights, total, y, *sizes)
     cuda.launch(function, (blocks_for(rows, in_block),), (THREADS,), arguments)
     return total, y, LayerNormCache(xp.reshape(total, (rows, C)), eps)
 
@@ -102,14 +104,14 @@ def norm_backward_rows(
     """
     xp = array_module(dy)
     rows, C = cache.x.shape
-    dy = xp.ascontiguousarray(dy)
-    skip = None if skip is None else xp.ascontiguousarray(skip)
+    dy, skip = packed(dy), None if skip is None else packed(skip)
     dx = xp.empty(dy.shape, dy.dtype)
     function, in_block = _function("layer_norm_backward", C)
     blocks = min(blocks_for(rows, in_block), cuda.blocks)
     parts = xp.empty((blocks, 2 * C), xp.float64)
     sizes = (rows, C // 4, _tokens(dy), *order)
-    arguments = (cache.x, p.weight, float(cache.eps), dy, skip, dx, parts, *sizes)
+    weights = (packed(p.weight), float(cache.eps))
+    arguments = (cache.x, *weights, dy, skip, dx, parts, *sizes)
     cuda.launch(function, (blocks,), (THREADS,), arguments, shared=2 * C * 8)
     sums = add_parts(parts, cuda)
     return dx, LayerNormParams(sums[:C], sums[C:])

@@ -14,6 +14,7 @@ from pvt_ref.kernels.cuda.launch import (
     address,
     blocks_for,
     is_float32,
+    packed,
 )
 from pvt_ref.layers.conv import ConvParams, conv, windows_along
 from pvt_ref.layers.layer_norm import layer_norm
@@ -63,7 +64,7 @@ def fold(windows: Array, size: Grid, k: Grid, stride: int, padding: int, cuda: C
     (B, _, D), (H, W) = windows.shape, size
     C = D // (k[0] * k[1])
     h, w = windows_along(size, k, stride, padding)
-    windows = xp.ascontiguousarray(windows)
+    windows = packed(windows)
     x = xp.empty((B, H, W, C), windows.dtype)
     width = _piece(x)
     count = x.size // width
