@@ -26,20 +26,22 @@ RASTER = Order()
 _MOST_CHANNELS = 1024
 
 
-def lanes_and_pieces(C: int) -> tuple[int, int]:
+def lanes_and_pieces(C: int, backward: bool = False) -> tuple[int, int]:
     """How many threads share a row of C numbers, and how many pieces of four each of them has.
 
-    A power of two of them; so many that all have work, unless that were fewer than eight.
+    A power of two. Forward, so many that all have work, unless that were fewer than eight;
+    backward, so many that each has few pieces, for its sums need four registers a number.
     """
     pieces = C // 4
     even = pieces & -pieces  # the largest power of two that divides
-    lanes = min(even if even >= 8 else 1 << (pieces - 1).bit_length(), 32)
+    most = even if even >= 8 and not backward else 1 << (pieces - 1).bit_length()
+    lanes = min(most, 32)
     return lanes, -(-pieces // lanes)
 
 
 def _function(name: str, C: int) -> tuple[Function, int]:
     """The kernel for rows of C numbers, and how many of them a block has."""
-    lanes, pieces = lanes_and_pieces(C)
+    lanes, pieces = lanes_and_pieces(C, name == "layer_norm_backward")
     return Function("layer_norm.cu", name, (("LANES", lanes), ("PIECES", pieces))), THREADS // lanes
 
 
