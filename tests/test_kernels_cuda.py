@@ -84,6 +84,7 @@ def test_replacing_the_sum_takes_effect_there_too():
 def test_tables_of_equal_settings_are_equal_and_pickle():
     assert table_with(Cuda(), None) == table_with(Cuda(), None)
     assert table_with(Cuda(blocks=5), None) != table_with(Cuda(), None)
+    assert repr(table_with(Cuda(blocks=5), None)) == "Ops('cuda', Cuda(blocks=5))"
     assert pickle.loads(pickle.dumps(cuda_ops())) == cuda_ops()
 
 

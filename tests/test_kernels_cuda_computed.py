@@ -413,6 +413,12 @@ def test_attention_bears_scores_that_no_float_holds_the_exponential_of(place):
     check_case(Case(attention, {}, None, (q, k, normal(1, 1, 1, 9, 4)), (1.0,)), place, 1e-6)
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
+def test_a_sum_of_nothing_is_zero(shape):
+    y, _ = cuda_ops()[sum_rows].forward(None, np.zeros(shape, np.float32), REFERENCE)
+    np.testing.assert_array_equal(y, np.zeros(shape[1]))
+
+
 @no_gxx
 @pytest.mark.parametrize("what", ["float64", "odd widths", "wide", "dropout", "5 x 5"])
 def test_what_has_no_kernel_is_computed_by_the_readable_layers(what):

@@ -8,7 +8,7 @@ tests run them on NumPy arrays without a GPU.
 import functools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -21,7 +21,7 @@ from pvt_ref.ops import Operation
 HERE = Path(__file__).parent
 
 #: More numbers than an int of a kernel counts are left to the readable layers.
-_MOST_NUMBERS = 2**31 - 1
+MOST_NUMBERS = 2**31 - 1
 
 #: Threads of a block, where nothing speaks for another number.
 THREADS = 256
@@ -124,13 +124,13 @@ class Cuda:
             rounded, so it is no number of the GPU at hand: this many fill the largest of today.
     """
 
-    launch: Launch = on_gpu
+    launch: Launch = field(default=on_gpu, repr=False)
     blocks: int = 264
 
 
 def is_float32(*arrays: Array) -> bool:
     """Whether the kernels compute on these arrays: float32, and few enough numbers for an int."""
-    return all(dtype_name(x) == "float32" and x.size <= _MOST_NUMBERS for x in arrays)
+    return all(dtype_name(x) == "float32" and x.size <= MOST_NUMBERS for x in arrays)
 
 
 def address(x: Array) -> int:

@@ -57,7 +57,7 @@ def sum_rows_forward(
 ) -> tuple[Array, SumRowsCache | None]:
     """As :func:`pvt_ref.layers.sum_rows.sum_rows_forward`, with 8 terms of a sum in float32."""
     rows, C = x.shape
-    if not is_float32(x):
+    if not is_float32(x) or not x.size:
         y = _sum_of_groups(x)
     else:
         xp = array_module(x)

@@ -7,6 +7,7 @@ from typing import Any
 
 from pvt_ref.arrays import Array, Grid, array_module
 from pvt_ref.kernels.cuda.launch import (
+    MOST_NUMBERS,
     THREADS,
     Cuda,
     Function,
@@ -76,10 +77,12 @@ def fold(windows: Array, size: Grid, k: Grid, stride: int, padding: int, cuda: C
 # Convolution --------------------------------------------------------------------------------------
 
 
-def _can_unfold(x: Array, k: Grid, stride: int) -> bool:
+def _can_unfold(x: Array, k: Grid, stride: int, padding: int) -> bool:
     """Whether the kernels count all numbers of the windows, and x is read upwards."""
-    overlap = -(-k[0] // stride) * -(-k[1] // stride)
-    return is_float32(x) and x.size * overlap < 2**30 and min(x.strides) > 0 and x.size > 0
+    (B, H, W, C), (k_h, k_w) = x.shape, k
+    h, w = windows_along((H, W), k, stride, padding)
+    count = B * h * w * k_h * k_w * C
+    return is_float32(x) and 0 < count <= MOST_NUMBERS and min(x.strides) > 0
 
 
 @record
@@ -104,7 +107,7 @@ def conv_forward(
 ) -> tuple[Array, Any]:
     """As :func:`pvt_ref.layers.conv.conv_forward`."""
     (B, H, W, _), (C_out, _, *k) = x.shape, p.weight.shape
-    if not _can_unfold(x, (k[0], k[1]), stride):
+    if not _can_unfold(x, (k[0], k[1]), stride, padding):
         return conv.forward(p, x, ops, stride, padding, keep)
     h, w = windows_along((H, W), (k[0], k[1]), stride, padding)
     matrix = LinearParams(kernel_to_matrix(p.weight), p.bias)  # (C_out, k_h*k_w*C_in)
@@ -146,7 +149,7 @@ def patch_embed_forward(
 ) -> tuple[Array, Any]:
     """As :func:`pvt_ref.layers.patch_embed.patch_embed_forward`: patches are windows."""
     P = p.proj.weight.shape[-1]
-    if not _can_unfold(x, (P, P), P):
+    if not _can_unfold(x, (P, P), P, 0):
         return patch_embed.forward(p, x, ops, eps, keep)
     matrix = LinearParams(kernel_to_matrix(p.proj.weight), p.proj.bias)  # (C_out, P*P*C_in)
     patches = unfold(x, (P, P), P, 0, cuda)  # (B, n, P*P*C_in)
