@@ -49,7 +49,7 @@ def unfold(x: Array, k: Grid, stride: int, padding: int, cuda: Cuda) -> Array:
     h, w = windows_along((H, W), k, stride, padding)
     windows = array_module(x).empty((B, h * w, k[0] * k[1] * C), x.dtype)
     steps = [step // x.itemsize for step in x.strides]
-    # of pieces: from channel to channel it is 1 in both cases where they are wide
+    # counted in pieces; a piece of four channels is followed by the next four, a step of 1
     steps = [step // width for step in steps[:3]] + [steps[3]]
     count = windows.size // width
     sizes = (count, H, W, C // width, h, w, *k, stride, padding)
