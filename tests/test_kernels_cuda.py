@@ -219,7 +219,7 @@ def files_with_macros():
                 yield Function(f"{name}.cu", "", (("D", d), ("LANES", lanes)))
     for piece in ("float", "float4"):
         yield Function("windows.cu", "", (("PIECE", piece),))
-    for name in ("sum_rows", "gelu", "depthwise_conv", "optimizer"):
+    for name in ("sum_rows", "gelu", "depthwise_conv", "optimizer", "mlp"):
         yield Function(f"{name}.cu", "")
 
 

@@ -1,36 +1,13 @@
 // GELU (layers/gelu.py): y = x Phi(x), and its derivative Phi(x) + x phi(x). A thread has four numbers.
 
-// Phi(x) = (1 + erf(x / sqrt(2))) / 2, with erf(x / sqrt(2)) = tanh(x Q(x^2)) and the Q that the kernels
-// for the CPU fit (kernels/cpu/gelu.py). Since (1 + tanh(z)) / 2 = 1 / (1 + exp(-2 z)), it takes one
-// exponential and one quotient, a fifth of erff's instructions.
-static __device__ __forceinline__ float normal_cdf(float x)
-{
-    float s = x * x;
-    float q = 1.80558411e-09f;
-    q = q * s - 1.33445104e-07f;
-    q = q * s + 3.96908944e-06f;
-    q = q * s - 5.52400197e-05f;
-    q = q * s - 3.31304164e-05f;
-    q = q * s + 0.0363342841f;
-    q = q * s + 0.797884216f;
-    return __fdividef(1.0f, 1.0f + exp2f(-2.8853900817779268f * x * q)); // 2 / log(2)
-}
-
-static __device__ __forceinline__ float gelu_of(float x) { return x * normal_cdf(x); }
-
-static __device__ __forceinline__ float slope(float x)
-{
-    float density = 0.39894228040143268f * expf(-0.5f * x * x); // phi(x), 1 / sqrt(2 pi) at 0
-    return normal_cdf(x) + x * density;
-}
+#include "gelu.h"
 
 // y = gelu(x), of count times four numbers.
 extern "C" __global__ void gelu(const float4 *x, float4 *y, int count)
 {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= count) return;
-    float4 a = x[i];
-    y[i] = make_float4(gelu_of(a.x), gelu_of(a.y), gelu_of(a.z), gelu_of(a.w));
+    y[i] = gelu_of(x[i]);
 }
 
 // dx = dy * (Phi(x) + x phi(x)).
@@ -38,6 +15,5 @@ extern "C" __global__ void gelu_backward(const float4 *x, const float4 *dy, floa
 {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= count) return;
-    float4 a = x[i], d = dy[i];
-    dx[i] = make_float4(d.x * slope(a.x), d.y * slope(a.y), d.z * slope(a.z), d.w * slope(a.w));
+    dx[i] = times_slope(dy[i], x[i]);
 }

@@ -10,6 +10,7 @@ from pvt_ref.kernels.cuda.depthwise_conv import depthwise_conv_kernel
 from pvt_ref.kernels.cuda.gelu import gelu_kernel
 from pvt_ref.kernels.cuda.launch import Cuda, Kernel
 from pvt_ref.kernels.cuda.layer_norm import layer_norm_kernel
+from pvt_ref.kernels.cuda.mlp import mlp_kernel
 from pvt_ref.kernels.cuda.sum_rows import sum_rows_kernel
 from pvt_ref.kernels.cuda.windows import conv_kernel, patch_embed_kernel
 from pvt_ref.ops import Ops
@@ -27,7 +28,8 @@ def table_with(settings: Cuda, accepts: Callable[[Array], bool]) -> Ops:
     def of(*kernels: Kernel) -> dict:
         return {kernel.readable: kernel.with_settings(settings) for kernel in kernels}
 
-    # what the blocks compute themselves: these serve outside of them, and where they step aside
+    # what larger ones compute themselves: these serve outside of them, and where they step aside
     parts = of(layer_norm_kernel, sum_rows_kernel, attention_kernel, patch_embed_kernel)
-    twins = of(blocks_kernel, gelu_kernel, depthwise_conv_kernel, conv_kernel)
+    parts |= of(gelu_kernel)
+    twins = of(blocks_kernel, mlp_kernel, depthwise_conv_kernel, conv_kernel)
     return Ops(twins, parts=parts, name="cuda", accepts=accepts, settings=settings)
