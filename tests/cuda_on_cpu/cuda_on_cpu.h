@@ -1,14 +1,15 @@
-// CUDA C++ on a CPU: as much of it as this project's kernels use, so that g++ compiles them as they are.
+// CUDA C++ on a CPU: as much of it as this project's kernels use, so that g++ compiles them as they
+// are.
 //
 // The threads of a block are fibers that take turns. A fiber runs until it reaches a barrier or an
-// exchange within its warp, and goes on when all others that take part have come. Blocks run one after
-// the other. The order of threads and blocks is the caller's choice, so whoever relies on an order that
-// CUDA does not promise gives other results in one of them.
+// exchange within its warp, and goes on when all others that take part have come. Blocks run one
+// after the other. The order of threads and blocks is the caller's choice, so whoever relies on an
+// order that CUDA does not promise gives other results in one of them.
 //
-// What is refused, with a message: different barriers reached by one block, threads that wait for ever,
-// a lane that takes part in an exchange that does not name it, memory touched outside of the arrays, an
-// index beyond an array of known size, an int that overflows. What cannot be seen: speed, registers,
-// caches and banks, memory ordering between blocks, and the compiler of the GPU.
+// What is refused, with a message: different barriers reached by one block, threads that wait for
+// ever, a lane that takes part in an exchange that does not name it, memory touched outside of the
+// arrays, an index beyond an array of known size, an int that overflows. What cannot be seen:
+// speed, registers, caches and banks, memory ordering between blocks, and the compiler of the GPU.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -24,17 +25,28 @@
 #define __launch_bounds__(...)
 #define __shared__ static __attribute__((section("cuda_shared"))) // one block runs at a time
 
-extern "C" char __start_cuda_shared[] __attribute__((weak)), __stop_cuda_shared[] __attribute__((weak));
+extern "C" char __start_cuda_shared[] __attribute__((weak)),
+    __stop_cuda_shared[] __attribute__((weak));
 
-struct dim3 { unsigned x, y, z; };
-struct alignas(16) float4 { float x, y, z, w; };
+struct dim3 {
+    unsigned x, y, z;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-static inline float __int_as_float(int i) { float x; memcpy(&x, &i, 4); return x; }
+static inline float __int_as_float(int i)
+{
+    float x;
+    memcpy(&x, &i, 4);
+    return x;
+}
 static inline float __fdividef(float x, float y) { return x / y; }
 static inline int min(int a, int b) { return a < b ? a : b; }
 static inline int max(int a, int b) { return a > b ? a : b; }
 
-namespace cuda_on_cpu {
+namespace cuda_on_cpu
+{
 
 enum State { READY, AT_BARRIER, IN_EXCHANGE, DONE };
 
@@ -45,9 +57,9 @@ struct Fiber {
     State state;
     int number; // in its block
     dim3 index;
-    int line;                // of the barrier at which it waits
-    unsigned mask;           // lanes of the exchange in which it waits
-    int from;                // the lane whose value it wants
+    int line;      // of the barrier at which it waits
+    unsigned mask; // lanes of the exchange in which it waits
+    int from;      // the lane whose value it wants
     unsigned char value[8], got[8];
 };
 
@@ -58,8 +70,8 @@ struct Fault {
     unsigned block[3], thread[3];
 };
 
-constexpr int MOST = 1024;           // threads of a block
-constexpr size_t STACK = 1 << 16;    // bytes of a fiber, the last page of which is forbidden
+constexpr int MOST = 1024;        // threads of a block
+constexpr size_t STACK = 1 << 16; // bytes of a fiber, the last page of which is forbidden
 constexpr size_t MOST_SHARED = 48 << 10;
 
 inline Fiber fibers[MOST];
@@ -95,8 +107,9 @@ inline void on_signal(int number, siginfo_t *info, void *)
 {
     bool memory = number == SIGSEGV || number == SIGBUS;
     const char *what = memory ? "touches memory that is not its own"
-                     : number == SIGFPE ? "divides by zero"
-                     : "has an index beyond its array, or an int that overflows";
+                       : number == SIGFPE
+                           ? "divides by zero"
+                           : "has an index beyond its array, or an int that overflows";
     snprintf(fault->what, sizeof fault->what, "%s", what);
     fault->address = memory ? info->si_addr : nullptr;
     tell_place();
@@ -113,7 +126,8 @@ inline void barrier(int line)
 {
     for (int i = 0; i < in_block; i++)
         if (fibers[i].state == AT_BARRIER && fibers[i].line != line)
-            stop("reaches the barrier of line %d while thread %d waits at that of line %d", line, i, fibers[i].line);
+            stop("reaches the barrier of line %d while thread %d waits at that of line %d", line, i,
+                 fibers[i].line);
     current->line = line;
     current->state = AT_BARRIER;
     if (++waiting == in_block) {
@@ -129,8 +143,10 @@ template <class T> inline T exchange(unsigned mask, T value, int from)
     static_assert(sizeof(T) <= 8, "a value of at most 8 bytes");
     Fiber *warp = fibers + current->number / 32 * 32;
     int lane = current->number % 32, lanes = min(32, in_block - current->number / 32 * 32);
-    if (!(mask >> lane & 1)) stop("is lane %d of an exchange whose mask %#x does not name it", lane, mask);
-    if (from < 0 || from > 31 || !(mask >> from & 1)) stop("asks lane %d, which the mask %#x does not name", from, mask);
+    if (!(mask >> lane & 1))
+        stop("is lane %d of an exchange whose mask %#x does not name it", lane, mask);
+    if (from < 0 || from > 31 || !(mask >> from & 1))
+        stop("asks lane %d, which the mask %#x does not name", from, mask);
     current->mask = mask;
     current->from = from;
     memcpy(current->value, &value, sizeof value);
@@ -139,14 +155,16 @@ template <class T> inline T exchange(unsigned mask, T value, int from)
     for (int i = 0; i < 32; i++)
         if (mask >> i & 1) {
             if (i >= lanes) stop("names lane %d in a mask, and its warp has %d", i, lanes);
-            // lane i may have to finish another exchange first, but not one that waits for this lane
+            // lane i may have to finish another exchange first, but not one that waits for this
+            // lane
             if (warp[i].state == IN_EXCHANGE && warp[i].mask != mask && warp[i].mask >> lane & 1)
                 stop("gives the mask %#x, and lane %d gave %#x", mask, i, warp[i].mask);
             complete = complete && warp[i].state == IN_EXCHANGE && warp[i].mask == mask;
         }
     if (complete)
         for (int i = 0; i < 32; i++)
-            if (mask >> i & 1) memcpy(warp[i].got, warp[warp[i].from].value, 8), warp[i].state = READY;
+            if (mask >> i & 1)
+                memcpy(warp[i].got, warp[warp[i].from].value, 8), warp[i].state = READY;
     hand_on();
     T result;
     memcpy(&result, current->got, sizeof result);
@@ -180,8 +198,10 @@ inline __attribute__((noinline)) void take_turn(Fiber &fiber)
 {
     for (int i = 0; i < in_block; i++) {
         current = &fibers[i];
-        if (current->state == AT_BARRIER) stop("waits for ever at the barrier of line %d, which not all reach", current->line);
-        if (current->state == IN_EXCHANGE) stop("waits for ever in an exchange of the lanes %#x", current->mask);
+        if (current->state == AT_BARRIER)
+            stop("waits for ever at the barrier of line %d, which not all reach", current->line);
+        if (current->state == IN_EXCHANGE)
+            stop("waits for ever in an exchange of the lanes %#x", current->mask);
     }
     stop("waits for ever");
 }
@@ -193,13 +213,15 @@ inline void run_block(unsigned order)
     static int turns[MOST];
     unsigned seed = order;
     waiting = 0;
-    if (__start_cuda_shared) memset(__start_cuda_shared, 0xff, __stop_cuda_shared - __start_cuda_shared); // NaN
+    if (__start_cuda_shared)
+        memset(__start_cuda_shared, 0xff, __stop_cuda_shared - __start_cuda_shared); // NaN
     memset(dynamic, 0xff, dynamic_bytes);
     for (int i = 0; i < in_block; i++) {
         fibers[i].number = i;
         fibers[i].state = READY;
         unsigned n = i;
-        fibers[i].index = {n % block_size.x, n / block_size.x % block_size.y, n / (block_size.x * block_size.y)};
+        fibers[i].index = {n % block_size.x, n / block_size.x % block_size.y,
+                           n / (block_size.x * block_size.y)};
         turns[i] = order == 1 ? in_block - 1 - i : i;
     }
     for (int left = in_block; left;) {
@@ -222,7 +244,8 @@ inline void run_block(unsigned order)
     current = nullptr;
 }
 
-// Runs a grid: 0 if it went well. order: threads and blocks rise (0), fall (1), or are shuffled by it.
+// Runs a grid: 0 if it went well. order: threads and blocks rise (0), fall (1), or are shuffled by
+// it.
 inline int run(void (*kernel)(void **), void **values, const unsigned *grid, const unsigned *block,
                unsigned order, unsigned shared, Fault *told)
 {
@@ -234,9 +257,12 @@ inline int run(void (*kernel)(void **), void **values, const unsigned *grid, con
     in_block = block[0] * block[1] * block[2];
     block_index = {0, 0, 0}, current = nullptr;
     if (!stacks) {
-        stacks = (char *)mmap(nullptr, MOST * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        shared_pages = (char *)mmap(nullptr, 2 * MOST_SHARED, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (stacks == MAP_FAILED || shared_pages == MAP_FAILED) return snprintf(told->what, sizeof told->what, "finds no memory");
+        stacks = (char *)mmap(nullptr, MOST * STACK, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        shared_pages = (char *)mmap(nullptr, 2 * MOST_SHARED, PROT_READ | PROT_WRITE,
+                                    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (stacks == MAP_FAILED || shared_pages == MAP_FAILED)
+            return snprintf(told->what, sizeof told->what, "finds no memory");
         for (int i = 0; i < MOST; i++) mprotect(stacks + i * STACK, 4096, PROT_NONE);
         mprotect(shared_pages + MOST_SHARED, MOST_SHARED, PROT_NONE);
     }
@@ -253,7 +279,8 @@ inline int run(void (*kernel)(void **), void **values, const unsigned *grid, con
     int stopped = sigsetjmp(way_out, 1);
     if (!stopped) {
         size_t in_file = __start_cuda_shared ? __stop_cuda_shared - __start_cuda_shared : 0;
-        if (in_file + shared > MOST_SHARED) stop("has more shared memory than the %d bytes of a block", (int)MOST_SHARED);
+        if (in_file + shared > MOST_SHARED)
+            stop("has more shared memory than the %d bytes of a block", (int)MOST_SHARED);
         unsigned count = grid[0] * grid[1] * grid[2], seed = order;
         for (unsigned i = 0; i < count; i++) {
             unsigned n = order == 0 ? i : order == 1 ? count - 1 - i : (i + order) % count;
@@ -285,6 +312,4 @@ template <class T> static inline T __shfl_sync(unsigned mask, T x, int lane)
     return cuda_on_cpu::exchange(mask, x, lane);
 }
 static inline void __syncwarp(unsigned mask = 0xffffffffu)
-{
-    cuda_on_cpu::exchange(mask, 0, cuda_on_cpu::current->number % 32);
-}
+{ cuda_on_cpu::exchange(mask, 0, cuda_on_cpu::current->number % 32); }

@@ -8,12 +8,14 @@ extern "C" __global__ void places(int *y)
     y[block * blockDim.x * blockDim.y * blockDim.z + thread] += block * 1000 + thread + 1;
 }
 
-extern "C" __global__ void reads_behind(const float *x, float *y, int n) { y[threadIdx.x] = x[threadIdx.x + n - 63]; }
+extern "C" __global__ void reads_behind(const float *x, float *y, int n)
+{ y[threadIdx.x] = x[threadIdx.x + n - 63]; }
 extern "C" __global__ void writes_behind(float *y, int n) { y[threadIdx.x + n - 63] = 1; }
 extern "C" __global__ void writes_before(float *y, int n) { y[(int)threadIdx.x - 1] = 1; }
 extern "C" __global__ void writes_far_before(float *y, int n) { y[(int)threadIdx.x - 1024] = 1; }
 extern "C" __global__ void reads_null(const float *x, float *y, int n) { y[0] = x[threadIdx.x]; }
-extern "C" __global__ void whole_pieces(const float4 *x, float *y, int n) { y[threadIdx.x] = x[threadIdx.x].w; }
+extern "C" __global__ void whole_pieces(const float4 *x, float *y, int n)
+{ y[threadIdx.x] = x[threadIdx.x].w; }
 
 extern "C" __global__ void leaves_before_the_barrier(float *y, int n)
 {
@@ -36,7 +38,8 @@ extern "C" __global__ void leaves_before_the_exchange(float *y, int n)
     y[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1.0f, 1);
 }
 
-extern "C" __global__ void is_not_named(float *y, int n) { y[threadIdx.x] = __shfl_xor_sync(0xffffu, 1.0f, 1); }
+extern "C" __global__ void is_not_named(float *y, int n)
+{ y[threadIdx.x] = __shfl_xor_sync(0xffffu, 1.0f, 1); }
 extern "C" __global__ void asks_others(float *y, int n)
 {
     unsigned mine = threadIdx.x % 32 < 16 ? 0xffffu : 0xffff0000u;
@@ -44,9 +47,7 @@ extern "C" __global__ void asks_others(float *y, int n)
 }
 
 extern "C" __global__ void other_masks(float *y, int n)
-{
-    y[threadIdx.x] = __shfl_xor_sync(threadIdx.x % 32 ? 0xffffffffu : 0x3u, 1.0f, 1);
-}
+{ y[threadIdx.x] = __shfl_xor_sync(threadIdx.x % 32 ? 0xffffffffu : 0x3u, 1.0f, 1); }
 
 // Right: halves of a warp, each on its own and not equally often, then all together.
 extern "C" __global__ void halves(const float *x, float *y, int n)

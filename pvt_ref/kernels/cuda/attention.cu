@@ -1,9 +1,10 @@
-// Attention (layers/attention.py, paper eq. 4): y = Softmax(scale * q k^T) v, without an array of scores.
+// Attention (layers/attention.py, paper eq. 4): y = Softmax(scale * q k^T) v, without an array of
+// scores.
 //
-// The softmax is carried along the keys: with the largest score so far, peak, the sum of exp(score - peak)
-// and the sum of exp(score - peak) * v. Where a larger score comes, both are multiplied by
-// exp(old peak - new peak). (Milakov and Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv
-// 2205.14135.)
+// The softmax is carried along the keys: with the largest score so far, peak, the sums of
+// exp(score - peak) and of exp(score - peak) * v. Where a larger score comes, both are multiplied
+// by exp(old peak - new peak). See Milakov and Gimelshein 2018 (arXiv 1805.02867) and Dao et al.
+// 2022 (arXiv 2205.14135).
 
 #include "lanes.h"
 #include "attention.h"
@@ -12,13 +13,14 @@
 #define GROUP 8                            // keys whose scores are made together
 #define NOTHING __int_as_float(0xff800000) // -infinity
 
-// q, k and v lie anywhere: their steps from image to image, head to head and row to row count pieces.
-// y (images, n, heads, D), in raster order where the queries of a map W wide stand in R x R blocks. log_sum (images, heads, n), if it is not null, gets log2 of the sum of
-// exp(score) of each query, from which the backward makes its weights again.
+// q, k and v lie anywhere: their steps from image to image, head to head and row to row count
+// pieces. y (images, n, heads, D), in raster order where the queries of a map W wide stand in R x R
+// blocks. log_sum (images, heads, n), if it is not null, gets log2 of the sum of exp(score) of each
+// query, from which the backward makes its weights again.
 extern "C" __global__ void __launch_bounds__(THREADS)
-attention(const float4 *q, int q_image, int q_head, int q_row, const float4 *k, int k_image, int k_head,
-          int k_row, const float4 *v, int v_image, int v_head, int v_row, float scale, float4 *y,
-          float *log_sum, int n, int m, int W, int R)
+    attention(const float4 *q, int q_image, int q_head, int q_row, const float4 *k, int k_image,
+              int k_head, int k_row, const float4 *v, int v_image, int v_head, int v_row,
+              float scale, float4 *y, float *log_sum, int n, int m, int W, int R)
 {
     __shared__ float4 keys[KEYS * PIECES], values[KEYS * PIECES];
     int lane = threadIdx.x % LANES, head = blockIdx.y, image = blockIdx.z;
@@ -48,7 +50,8 @@ attention(const float4 *q, int q_image, int q_head, int q_row, const float4 *k, 
                 float products = 0;
 #pragma unroll
                 for (int i = 0; i < OWN; i++)
-                    if (inside(i, lane)) products += dot(query[i], keys[(j + g) * PIECES + i * LANES + lane]);
+                    if (inside(i, lane))
+                        products += dot(query[i], keys[(j + g) * PIECES + i * LANES + lane]);
                 products = over_lanes(products);
                 score[g] = j + g < here ? products : NOTHING;
                 top = fmaxf(top, score[g]);
@@ -65,12 +68,14 @@ attention(const float4 *q, int q_image, int q_head, int q_row, const float4 *k, 
 #pragma unroll
                 for (int i = 0; i < OWN; i++)
                     if (inside(i, lane))
-                        result[i] = result[i] + weight * values[(j + g) * PIECES + i * LANES + lane];
+                        result[i] =
+                            result[i] + weight * values[(j + g) * PIECES + i * LANES + lane];
             }
         }
     }
     if (!mine) return;
-    if (log_sum && lane == 0) log_sum[((size_t)image * gridDim.y + head) * n + t] = peak + log2f(total);
+    if (log_sum && lane == 0)
+        log_sum[((size_t)image * gridDim.y + head) * n + t] = peak + log2f(total);
     y += (((size_t)image * n + in_raster(t, W, R)) * gridDim.y + head) * PIECES;
 #pragma unroll
     for (int i = 0; i < OWN; i++)

@@ -1,19 +1,21 @@
 // What attention.cu and attention_backward.cu share: LANES threads share a query, each with every
-// LANES-th piece of four of its D numbers, and keys and values pass through shared memory, KEYS at a time.
+// LANES-th piece of four of its D numbers, and keys and values pass through shared memory, KEYS at
+// a time.
 //
 // Compiled with D, divisible by 4, and LANES. Grid: (queries / queries of a block, heads, images).
 
 #define THREADS 128
-#define PIECES (D / 4)                                   // of a row
-#define OWN ((PIECES + LANES - 1) / LANES)               // of a thread
-#define KEYS (D <= 64 ? 64 : D <= 128 ? 32 : 16)         // in shared memory at a time
-#define LOG2E 1.4426950408889634f                        // exp(x) = exp2(x log2(e))
+#define PIECES (D / 4)                           // of a row
+#define OWN ((PIECES + LANES - 1) / LANES)       // of a thread
+#define KEYS (D <= 64 ? 64 : D <= 128 ? 32 : 16) // in shared memory at a time
+#define LOG2E 1.4426950408889634f                // exp(x) = exp2(x log2(e))
 
 static __device__ __forceinline__ bool inside(int i, int lane) { return i * LANES + lane < PIECES; }
 
 // Rows first, first + 1, ... of keys and values to shared memory, zeros beyond the last.
-static __device__ __forceinline__ void load_keys(float4 *keys, float4 *values, const float4 *k, const float4 *v,
-                                                 int k_step, int v_step, int first, int m)
+static __device__ __forceinline__ void load_keys(float4 *keys, float4 *values, const float4 *k,
+                                                 const float4 *v, int k_step, int v_step, int first,
+                                                 int m)
 {
     for (int i = threadIdx.x; i < KEYS * PIECES; i += THREADS) {
         int j = first + i / PIECES, c = i % PIECES;

@@ -2,21 +2,23 @@
 //
 //     dA = dy v^T      dS = A * (dA - <dA, A>)      dq = scale * dS k
 //
-// <dA, A> of a query is <dy, y>, so no sum over keys is needed first. A is made again from S and the
-// forward's log_sum. A and scale * dS go out keys first, (images, heads, m, n), for the other half,
-// dv = A^T dy and dk = scale * dS^T q, two matrix products.
+// <dA, A> of a query is <dy, y>, so no sum over keys is needed first. A is made again from S and
+// the forward's log_sum. A and scale * dS go out keys first, (images, heads, m, n), for the other
+// half, dv = A^T dy and dk = scale * dS^T q, two matrix products.
 
 #include "lanes.h"
 #include "attention.h"
 #include "order.h"
 
-// q, k, v and dy lie anywhere, as in attention.cu; y and dq are (images, n, heads, D). The queries and dq
-// stand in R x R blocks, y and dy in raster order. So do the columns of what is multiplied by each.
+// q, k, v and dy lie anywhere, as in attention.cu; y and dq are (images, n, heads, D). The queries
+// and dq stand in R x R blocks, y and dy in raster order. So do the columns of what is multiplied
+// by each.
 extern "C" __global__ void __launch_bounds__(THREADS)
-attention_backward(const float4 *q, int q_image, int q_head, int q_row, const float4 *k, int k_image,
-                   int k_head, int k_row, const float4 *v, int v_image, int v_head, int v_row,
-                   const float4 *dy, int dy_image, int dy_head, int dy_row, float scale, const float4 *y,
-                   const float *log_sum, float4 *dq, float *weights, float *dscores, int n, int m, int W, int R)
+    attention_backward(const float4 *q, int q_image, int q_head, int q_row, const float4 *k,
+                       int k_image, int k_head, int k_row, const float4 *v, int v_image, int v_head,
+                       int v_row, const float4 *dy, int dy_image, int dy_head, int dy_row,
+                       float scale, const float4 *y, const float *log_sum, float4 *dq,
+                       float *weights, float *dscores, int n, int m, int W, int R)
 {
     __shared__ float4 keys[KEYS * PIECES], values[KEYS * PIECES];
     int lane = threadIdx.x % LANES, head = blockIdx.y, image = blockIdx.z;
@@ -61,7 +63,8 @@ attention_backward(const float4 *q, int q_image, int q_head, int q_row, const fl
             float dscore = scale * weight * (over_lanes(dweight) - along);
 #pragma unroll
             for (int i = 0; i < OWN; i++)
-                if (inside(i, lane)) result[i] = result[i] + dscore * keys[j * PIECES + i * LANES + lane];
+                if (inside(i, lane))
+                    result[i] = result[i] + dscore * keys[j * PIECES + i * LANES + lane];
             if (mine && lane == j % LANES) {
                 weights[(own_head * m + first + j) * n + out] = weight;
                 dscores[(own_head * m + first + j) * n + t] = dscore;

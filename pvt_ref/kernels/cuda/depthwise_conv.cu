@@ -3,9 +3,10 @@
 // kernel (9, C), number 3 u + v first, so that neighbouring channels lie side by side.
 
 // y_ij = sum_uv kernel_uv x_(i+u-1, j+v-1) + bias, which may be null. A thread has one pixel's four
-// channels; C and count are in pieces of four. With the kernel turned by 180 degrees and dy for x, y is dx.
-extern "C" __global__ void depthwise_conv(const float4 *x, const float4 *kernel, const float4 *bias, float4 *y,
-                                          int count, int H, int W, int C)
+// channels; C and count are in pieces of four. With the kernel turned by 180 degrees and dy for x,
+// y is dx.
+extern "C" __global__ void depthwise_conv(const float4 *x, const float4 *kernel, const float4 *bias,
+                                          float4 *y, int count, int H, int W, int C)
 {
     int index = blockIdx.x * blockDim.x + threadIdx.x;
     if (index >= count) return;
@@ -29,12 +30,12 @@ extern "C" __global__ void depthwise_conv(const float4 *x, const float4 *kernel,
 #define ROWS 8
 #define FEW 8 // neighbouring terms of a sum are added in float32, groups of so many in double
 
-// dkernel_uv = sum_ij dy_ij x_(i+u-1, j+v-1) and dbias = sum_ij dy_ij: ten sums over all pixels of the
-// batch, their parts (gridDim.y, 10, C), as those of sum_rows.cu. Blocks of (32, 8) threads, 32 channels
-// side by side; here C counts numbers. A block has pixels that follow each other, so that it finds what
-// it reads again in its cache.
-extern "C" __global__ void depthwise_conv_sums(const float *x, const float *dy, double *parts, int pixels, int H,
-                                               int W, int C)
+// dkernel_uv = sum_ij dy_ij x_(i+u-1, j+v-1) and dbias = sum_ij dy_ij: ten sums over all pixels of
+// the batch, their parts (gridDim.y, 10, C), as those of sum_rows.cu. Blocks of (32, 8) threads, 32
+// channels side by side; here C counts numbers. A block has pixels that follow each other, so that
+// it finds what it reads again in its cache.
+extern "C" __global__ void depthwise_conv_sums(const float *x, const float *dy, double *parts,
+                                               int pixels, int H, int W, int C)
 {
     __shared__ double shared[ROWS][COLUMNS];
     int c = blockIdx.x * COLUMNS + threadIdx.x;

@@ -1,4 +1,5 @@
-// GELU (layers/gelu.py): y = x Phi(x), and its derivative Phi(x) + x phi(x). A thread has four numbers.
+// GELU (layers/gelu.py): y = x Phi(x), and its derivative Phi(x) + x phi(x). A thread has four
+// numbers.
 
 #include "gelu.h"
 

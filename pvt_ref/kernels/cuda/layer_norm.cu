@@ -1,14 +1,16 @@
 // Layer norm (layers/layer_norm.py), a row of C numbers by LANES threads that stand side by side.
 //
-// A thread holds every LANES-th piece of four numbers, so that neighbours read neighbouring ones, and
-// keeps them in registers: x is read once, although its mean is needed before its variance.
+// A thread holds every LANES-th piece of four numbers, so that neighbours read neighbouring ones,
+// and keeps them in registers: x is read once, although its mean is needed before its variance.
 //
 // Compiled with LANES, and PIECES = C / 4 / LANES, rounded up.
 
 #include "lanes.h"
 #include "order.h"
 
-struct Row { float4 piece[PIECES]; };
+struct Row {
+    float4 piece[PIECES];
+};
 
 // Piece i of this thread is the row's number i * LANES + lane, if there are so many.
 static __device__ __forceinline__ Row load(const float4 *row, int lane, int pieces)
@@ -28,7 +30,8 @@ static __device__ __forceinline__ float sum(const Row &x)
     return over_lanes(total);
 }
 
-// x becomes x_hat = (x - mean) * rstd, 0 beyond the last piece; returns rstd = 1 / sqrt(variance + eps).
+// x becomes x_hat = (x - mean) * rstd, 0 beyond the last piece. Returns
+// rstd = 1 / sqrt(variance + eps).
 static __device__ __forceinline__ float normalise(Row &x, int lane, int pieces, float eps)
 {
     float mean = sum(x) / (4 * pieces);
@@ -45,11 +48,11 @@ static __device__ __forceinline__ float normalise(Row &x, int lane, int pieces, 
     return rstd;
 }
 
-// Writes x_hat * weight + bias to the row of y that this row has when the n tokens of each image, of a map
-// W wide, stand in R x R blocks.
+// Writes x_hat * weight + bias to the row of y that this row has when the n tokens of each image,
+// of a map W wide, stand in R x R blocks.
 static __device__ __forceinline__ void store(float4 *y, const Row &x_hat, const float4 *weight,
-                                             const float4 *bias, int row, int lane, int pieces, int n, int W,
-                                             int R)
+                                             const float4 *bias, int row, int lane, int pieces,
+                                             int n, int W, int R)
 {
     int t = row % n;
     y += (size_t)(row - t + in_blocks(t, W, R)) * pieces;
@@ -61,8 +64,9 @@ static __device__ __forceinline__ void store(float4 *y, const Row &x_hat, const 
 }
 
 // y = LN(x), for rows of pieces times four numbers.
-extern "C" __global__ void layer_norm(const float4 *x, const float4 *weight, const float4 *bias, float eps,
-                                      float4 *y, int rows, int pieces, int n, int W, int R)
+extern "C" __global__ void layer_norm(const float4 *x, const float4 *weight, const float4 *bias,
+                                      float eps, float4 *y, int rows, int pieces, int n, int W,
+                                      int R)
 {
     int lane = threadIdx.x % LANES;
     int row = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES;
@@ -73,17 +77,19 @@ extern "C" __global__ void layer_norm(const float4 *x, const float4 *weight, con
     if (mine) store(y, a, weight, bias, row, lane, pieces, n, W, R);
 }
 
-// The same of x + branch, which goes to total, in raster order: the norm that follows a residual sum
-// (blocks/transformer.py).
-extern "C" __global__ void add_layer_norm(const float4 *x, const float4 *branch, const float4 *weight,
-                                          const float4 *bias, float eps, float4 *total, float4 *y, int rows,
-                                          int pieces, int n, int W, int R)
+// The same of x + branch, which goes to total, in raster order: the norm that follows a residual
+// sum (blocks/transformer.py).
+extern "C" __global__ void add_layer_norm(const float4 *x, const float4 *branch,
+                                          const float4 *weight, const float4 *bias, float eps,
+                                          float4 *total, float4 *y, int rows, int pieces, int n,
+                                          int W, int R)
 {
     int lane = threadIdx.x % LANES;
     int row = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES;
     bool mine = row < rows;
     if (!mine) row = rows - 1;
-    Row a = load(x + (size_t)row * pieces, lane, pieces), b = load(branch + (size_t)row * pieces, lane, pieces);
+    Row a = load(x + (size_t)row * pieces, lane, pieces);
+    Row b = load(branch + (size_t)row * pieces, lane, pieces);
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
         int k = i * LANES + lane;
@@ -94,15 +100,16 @@ extern "C" __global__ void add_layer_norm(const float4 *x, const float4 *branch,
     if (mine) store(y, a, weight, bias, row, lane, pieces, n, W, R);
 }
 
-// dx = rstd * (g - mean(g) - x_hat mean(g * x_hat)) with g = dy * weight; mean, rstd and x_hat are made
-// again from x. To it comes skip, if it is not null: the gradient of what the norm's branch is added to.
-// dy's rows stand in R x R blocks, as those of y did.
-// Parts (gridDim.x, 2, C) get the sums over rows of dy * x_hat and dy, the gradients of
-// weight and bias: each thread adds up those of its own columns in double, then the rows of a block, one
-// after the other, add theirs in shared memory, (2, C) doubles.
+// dx = rstd * (g - mean(g) - x_hat mean(g * x_hat)) with g = dy * weight; mean, rstd and x_hat are
+// made again from x. To it comes skip, if it is not null: the gradient of what the norm's branch is
+// added to. dy's rows stand in R x R blocks, as those of y did. Parts (gridDim.x, 2, C) get the
+// sums over rows of dy * x_hat and dy, the gradients of weight and bias: each thread adds up those
+// of its own columns in double, then the rows of a block, one after the other, add theirs in shared
+// memory, (2, C) doubles.
 extern "C" __global__ void layer_norm_backward(const float4 *x, const float4 *weight, float eps,
                                                const float4 *dy, const float4 *skip, float4 *dx,
-                                               double *parts, int rows, int pieces, int n, int W, int R)
+                                               double *parts, int rows, int pieces, int n, int W,
+                                               int R)
 {
     extern __shared__ double totals[];
     int lane = threadIdx.x % LANES, group = threadIdx.x / LANES, groups = blockDim.x / LANES;

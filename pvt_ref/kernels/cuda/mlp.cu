@@ -1,5 +1,6 @@
-// The middle of an MLP (blocks/mlp.py): hidden = GELU(h + bias), h = x W_1^T a product. h is the largest array
-// of a block, so the bias is added where it is read anyway, and hidden is made twice rather than kept.
+// The middle of an MLP (blocks/mlp.py): hidden = GELU(h + bias), h = x W_1^T a product. h is the
+// largest array of a block, so the bias is added where it is read anyway, and hidden is made twice
+// rather than kept.
 //
 // Pieces of four numbers: h has rows of columns pieces.
 
@@ -10,7 +11,8 @@ static __device__ __forceinline__ float4 add(float4 a, float4 b)
     return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
-extern "C" __global__ void bias_gelu(const float4 *h, const float4 *bias, float4 *hidden, int count, int columns)
+extern "C" __global__ void bias_gelu(const float4 *h, const float4 *bias, float4 *hidden, int count,
+                                     int columns)
 {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < count) hidden[i] = gelu_of(add(h[i], bias[i % columns]));
@@ -19,11 +21,11 @@ extern "C" __global__ void bias_gelu(const float4 *h, const float4 *bias, float4
 #define COLUMNS 32
 #define ROWS 8
 
-// d, which is dhidden, becomes dh = dhidden * (Phi(z) + z phi(z)) with z = h + bias; and hidden again. The
-// bias's gradient is the sum of dh over the rows: its parts (gridDim.y, 4 * columns), as those of
-// sum_rows.cu. Blocks of (32, 8) threads, 32 pieces side by side and 8 rows at a time.
-extern "C" __global__ void bias_gelu_backward(const float4 *h, const float4 *bias, float4 *d, float4 *hidden,
-                                              double *parts, int rows, int columns)
+// d, which is dhidden, becomes dh = dhidden * (Phi(z) + z phi(z)) with z = h + bias; and hidden
+// again. The bias's gradient is the sum of dh over the rows: its parts (gridDim.y, 4 * columns), as
+// those of sum_rows.cu. Blocks of (32, 8) threads, 32 pieces side by side and 8 rows at a time.
+extern "C" __global__ void bias_gelu_backward(const float4 *h, const float4 *bias, float4 *d,
+                                              float4 *hidden, double *parts, int rows, int columns)
 {
     __shared__ double shared[ROWS][COLUMNS][4];
     int column = blockIdx.x * COLUMNS + threadIdx.x;

@@ -1,25 +1,27 @@
-// One step of the optimiser for all arrays of a model: AdamW (train/adamw.py), and the norm of all gradients
-// by which they are clipped (train/gradients.py). A model has hundreds of arrays, most of them small, so a
-// launch for each would take longer than what it computes.
+// One step of the optimiser for all arrays of a model: AdamW (train/adamw.py), and the norm of all
+// gradients by which they are clipped (train/gradients.py). A model has hundreds of arrays, most of
+// them small, so a launch for each would take longer than what it computes.
 //
-// arrays holds addresses: row a those of w, g, m, v and of the new w, m, v of array a. chunks (gridDim.x, 3)
-// says what each block has: an array, its first number there, and the one behind its last.
+// arrays holds addresses: row a those of w, g, m, v and of the new w, m, v of array a. chunks
+// (gridDim.x, 3) says what each block has: an array, its first number there, and the one behind its
+// last.
 
 #define THREADS 256
 
 // m' = beta_1 m + (1 - beta_1) g        v' = beta_2 v + (1 - beta_2) g^2
 // w' = w (1 - lr lambda) - lr / bias_1 * m' / (sqrt(v') / sqrt(bias_2) + eps)
 //
-// rates (arrays, 3): the factor of w, that of the quotient, with its sign, and 1 / sqrt(bias_2). All gradients
-// are multiplied by clip[0] first, if clip is not null.
+// rates (arrays, 3): the factor of w, that of the quotient, with its sign, and 1 / sqrt(bias_2).
+// All gradients are multiplied by clip[0] first, if clip is not null.
 extern "C" __global__ void __launch_bounds__(THREADS)
-adamw(const size_t *arrays, const float *rates, const int *chunks, const float *clip, float beta_1, float rest_1,
-      float beta_2, float rest_2, float eps)
+    adamw(const size_t *arrays, const float *rates, const int *chunks, const float *clip,
+          float beta_1, float rest_1, float beta_2, float rest_2, float eps)
 {
     const int *chunk = chunks + 3 * blockIdx.x;
     const size_t *a = arrays + 7 * chunk[0];
     const float *rate = rates + 3 * chunk[0];
-    const float *w = (const float *)a[0], *g = (const float *)a[1], *m = (const float *)a[2], *v = (const float *)a[3];
+    const float *w = (const float *)a[0], *g = (const float *)a[1];
+    const float *m = (const float *)a[2], *v = (const float *)a[3];
     float *new_w = (float *)a[4], *new_m = (float *)a[5], *new_v = (float *)a[6];
     float factor = clip ? clip[0] : 1.0f;
     for (int i = chunk[1] + threadIdx.x; i < chunk[2]; i += THREADS) {
@@ -46,7 +48,7 @@ static __device__ __forceinline__ double over_block(double x)
 
 // parts (gridDim.x): the sum of g^2 of each chunk, in double: the square of a float could overflow.
 extern "C" __global__ void __launch_bounds__(THREADS)
-sums_of_squares(const size_t *arrays, const int *chunks, double *parts)
+    sums_of_squares(const size_t *arrays, const int *chunks, double *parts)
 {
     const int *chunk = chunks + 3 * blockIdx.x;
     const float *g = (const float *)arrays[7 * chunk[0] + 1];
@@ -56,10 +58,10 @@ sums_of_squares(const size_t *arrays, const int *chunks, double *parts)
     if (threadIdx.x == 0) parts[blockIdx.x] = total;
 }
 
-// clip: min(1, max_norm / (norm + 1e-6)), or 1 where the norm is no number; and the norm, the root of the sum
-// of parts (count). One block.
+// clip: min(1, max_norm / (norm + 1e-6)), or 1 where the norm is no number; and the norm, the root
+// of the sum of parts (count). One block.
 extern "C" __global__ void __launch_bounds__(THREADS)
-clip_factor(const double *parts, int count, float max_norm, float *clip)
+    clip_factor(const double *parts, int count, float max_norm, float *clip)
 {
     double total = 0;
     for (int i = threadIdx.x; i < count; i += THREADS) total += parts[i];

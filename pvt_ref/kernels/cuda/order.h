@@ -1,6 +1,6 @@
-// Tokens of a map W wide stand in raster order, or in R x R blocks, one block after the other, each in
-// raster order: as the patches of spatial reduction (paper eq. 3) want them, so that to cut patches out of
-// such tokens nothing has to move. With R = 1 both orders are the same.
+// Tokens of a map W wide stand in raster order, or in R x R blocks, one block after the other, each
+// in raster order: as the patches of spatial reduction (paper eq. 3) want them, so that to cut
+// patches out of such tokens nothing has to move. With R = 1 both orders are the same.
 
 // Where token t of the raster stands among the blocks.
 static __device__ __forceinline__ int in_blocks(int t, int W, int R)

@@ -1,9 +1,10 @@
-// y_j = sum_r x_rj (layers/sum_rows.py), in two launches: parts of each sum, then the sum of the parts.
+// y_j = sum_r x_rj (layers/sum_rows.py), in two launches: parts of each sum, then the sum of parts.
 //
 // Threads of a warp have neighbouring columns, so they read neighbouring numbers. Nothing is added
 // atomically: the order of every sum, and so every bit, is the same each time.
 //
-// Both: blocks of (32, 8) threads, 32 columns side by side and 8 rows at a time; 32 columns a block in x.
+// Both: blocks of (32, 8) threads, 32 columns side by side and 8 rows at a time. Along x, the
+// grid has a block for each 32 columns.
 
 #define COLUMNS 32
 #define ROWS 8
@@ -20,7 +21,7 @@ static __device__ __forceinline__ double over_rows(double x)
     return x;
 }
 
-// parts (gridDim.y, columns) of the sums of x (rows, columns): block y has rows y, y + gridDim.y, ... by ROWS.
+// parts (gridDim.y, columns) of the sums of x (rows, columns). A block has every so many-th 8 rows.
 extern "C" __global__ void partial_sums(const float *x, int rows, int columns, double *parts)
 {
     int column = blockIdx.x * COLUMNS + threadIdx.x;
@@ -32,7 +33,8 @@ extern "C" __global__ void partial_sums(const float *x, int rows, int columns, d
             float few[FEW];
 #pragma unroll
             for (int i = 0; i < FEW; i++) few[i] = x[(size_t)(row + i * step) * columns + column];
-            total += ((few[0] + few[1]) + (few[2] + few[3])) + ((few[4] + few[5]) + (few[6] + few[7]));
+            total +=
+                ((few[0] + few[1]) + (few[2] + few[3])) + ((few[4] + few[5]) + (few[6] + few[7]));
         }
         for (; row < rows; row += step) total += x[(size_t)row * columns + column];
     }
@@ -46,7 +48,8 @@ extern "C" __global__ void add_parts(const double *parts, int count, int columns
     int column = blockIdx.x * COLUMNS + threadIdx.x;
     double total = 0;
     if (column < columns)
-        for (int i = threadIdx.y; i < count; i += ROWS) total += parts[(size_t)i * columns + column];
+        for (int i = threadIdx.y; i < count; i += ROWS)
+            total += parts[(size_t)i * columns + column];
     total = over_rows(total);
     if (threadIdx.y == 0 && column < columns) y[column] = (float)total;
 }

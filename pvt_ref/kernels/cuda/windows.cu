@@ -1,29 +1,38 @@
-// The windows of a map (unfold in layers/conv.py), and their transpose (fold); patches are windows that do
-// not overlap. Windows (B, h, w, k_h, k_w, C), a map (B, H, W, C) of zeros outside.
+// The windows of a map (unfold in layers/conv.py), and their transpose (fold); patches are windows
+// that do not overlap. Windows (B, h, w, k_h, k_w, C), a map (B, H, W, C) of zeros outside.
 //
-// Compiled with PIECE: float, or float4 where C and all steps are divisible by four. Then C, count and the
-// steps count pieces. A thread has one piece of what is written, so nothing is added by two threads.
+// Compiled with PIECE: float, or float4 where C and all steps are divisible by four. Then C, count
+// and the steps count pieces. A thread has one piece of what is written, so nothing is added by two
+// threads.
 
 static __device__ __forceinline__ void set_zero(float &x) { x = 0; }
 static __device__ __forceinline__ void set_zero(float4 &x) { x = make_float4(0, 0, 0, 0); }
 static __device__ __forceinline__ void add(float &x, float y) { x += y; }
-static __device__ __forceinline__ void add(float4 &x, float4 y) { x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w; }
+static __device__ __forceinline__ void add(float4 &x, float4 y)
+{
+    x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
+}
 
-// windows_(b, i, j, u, v, c) = x_(b, i s + u - padding, j s + v - padding, c). x lies anywhere: the last four
-// arguments are its steps from image to image, line to line, pixel to pixel and channel to channel.
-extern "C" __global__ void unfold(const PIECE *x, PIECE *windows, int count, int H, int W, int C, int h, int w,
-                                  int k_h, int k_w, int stride, int padding, int image_step, int line_step,
-                                  int pixel_step, int channel_step)
+// The last index of a number's place in an array, of an axis with n; rest is the place without it.
+static __device__ __forceinline__ int last_index(int &rest, int n)
+{
+    int index = rest % n;
+    rest /= n;
+    return index;
+}
+
+// windows_(b, i, j, u, v, c) = x_(b, i s + u - padding, j s + v - padding, c). x lies anywhere: the
+// last four arguments are its steps from image to image, line to line, pixel to pixel and channel
+// to channel.
+extern "C" __global__ void unfold(const PIECE *x, PIECE *windows, int count, int H, int W, int C,
+                                  int h, int w, int k_h, int k_w, int stride, int padding,
+                                  int image_step, int line_step, int pixel_step, int channel_step)
 {
     int index = blockIdx.x * blockDim.x + threadIdx.x;
     if (index >= count) return;
     int rest = index;
-    int c = rest % C; rest /= C;
-    int v = rest % k_w; rest /= k_w;
-    int u = rest % k_h; rest /= k_h;
-    int j = rest % w; rest /= w;
-    int i = rest % h;
-    int b = rest / h;
+    int c = last_index(rest, C), v = last_index(rest, k_w), u = last_index(rest, k_h);
+    int j = last_index(rest, w), i = last_index(rest, h), b = rest;
     int line = i * stride + u - padding, pixel = j * stride + v - padding;
     PIECE value;
     set_zero(value);
@@ -33,18 +42,16 @@ extern "C" __global__ void unfold(const PIECE *x, PIECE *windows, int count, int
     windows[index] = value;
 }
 
-// x_(b, line, pixel, c) = the sum over all windows that it lies in: those with line = i s + u - padding for
-// some row u of the window, and likewise for the columns. Added in the order of u, then v.
-extern "C" __global__ void fold(const PIECE *windows, PIECE *x, int count, int H, int W, int C, int h, int w,
-                                int k_h, int k_w, int stride, int padding)
+// x_(b, line, pixel, c) = the sum over all windows that it lies in: those (i, j) of which a row u
+// has i s + u - padding = line, and likewise a column v. Added in the order of u, then v.
+extern "C" __global__ void fold(const PIECE *windows, PIECE *x, int count, int H, int W, int C,
+                                int h, int w, int k_h, int k_w, int stride, int padding)
 {
     int index = blockIdx.x * blockDim.x + threadIdx.x;
     if (index >= count) return;
     int rest = index;
-    int c = rest % C; rest /= C;
-    int pixel = rest % W + padding; rest /= W;
-    int line = rest % H + padding;
-    int b = rest / H;
+    int c = last_index(rest, C), pixel = last_index(rest, W) + padding;
+    int line = last_index(rest, H) + padding, b = rest;
     PIECE total;
     set_zero(total);
     for (int u = line % stride; u < k_h; u += stride) {
