@@ -1,5 +1,5 @@
-// Four numbers at a time, and sums over the LANES threads that share a row. LANES is a power of two,
-// at most 32.
+// Four numbers at a time, and sums over the LANES threads that share a row. LANES is a power of
+// two, at most 32.
 
 #define EVERYONE 0xffffffffu // all threads of a warp
 
