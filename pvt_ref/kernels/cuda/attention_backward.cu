@@ -2,8 +2,8 @@
 //
 //     dA = dy v^T      dS = A * (dA - <dA, A>)      dq = scale * dS k
 //
-// <dA, A> of a query is <dy, y>, so no sum over keys is needed first. A is made again from S and
-// the forward's log_sum. A and scale * dS go out keys first, (images, heads, m, n), for the other
+// <dA, A> of a query is <dy, y>, so no sum over keys is needed first. A is made again from S,
+// which is rounded as in the forward, and the forward's log_sum. A and scale * dS go out keys first, (images, heads, m, n), for the other
 // half, dv = A^T dy and dk = scale * dS^T q, two matrix products.
 
 #include "lanes.h"
@@ -38,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float along = 0; // <dy, y>
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
-        query[i] = inside(i, lane) ? q[i * LANES + lane] : zeros();
+        query[i] = inside(i, lane) ? scale * LOG2E * q[i * LANES + lane] : zeros();
         slope[i] = inside(i, lane) ? dy[i * LANES + lane] : zeros();
         result[i] = zeros();
         if (inside(i, lane)) along += dot(slope[i], y[row_of_y + i * LANES + lane]);
@@ -59,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                     score += dot(query[i], keys[j * PIECES + i * LANES + lane]);
                     dweight += dot(slope[i], values[j * PIECES + i * LANES + lane]);
                 }
-            float weight = exp2f(scale * LOG2E * over_lanes(score) - of_all);
+            float weight = exp2f(over_lanes(score) - of_all);
             float dscore = scale * weight * (over_lanes(dweight) - along);
 #pragma unroll
             for (int i = 0; i < OWN; i++)
