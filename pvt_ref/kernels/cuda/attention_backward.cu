@@ -2,9 +2,10 @@
 //
 //     dA = dy v^T      dS = A * (dA - <dA, A>)      dq = scale * dS k
 //
-// <dA, A> of a query is <dy, y>, so no sum over keys is needed first. A is made again from S,
-// which is rounded as in the forward, and the forward's log_sum. A and scale * dS go out keys first, (images, heads, m, n), for the other
-// half, dv = A^T dy and dk = scale * dS^T q, two matrix products.
+// <dA, A> of a query is <dy, y>, so no sum over keys is needed first. A is made again from S, which
+// is rounded as in the forward, and the forward's log_sum. A and scale * dS go out keys first,
+// (images, heads, m, n), for the other half, dv = A^T dy and dk = scale * dS^T q, two matrix
+// products.
 
 #include "lanes.h"
 #include "attention.h"
