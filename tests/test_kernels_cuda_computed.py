@@ -552,6 +552,7 @@ CONFIGS = {
         num_classes=5,
         embed_dims=(8, 16, 24, 32),
         num_heads=(1, 2, 2, 4),
+        sr_ratios=(4, 2, 2, 1),  # so that stages have several lines of patches
         depths=(1, 1, 1, 1),
     ),
     "pvt_v2": replace(
