@@ -51,6 +51,7 @@ def test_parts_of_a_warp_exchange_on_their_own(order):
         ),
         ("writes_before", "something was written beside an array.* y"),
         ("writes_far_before", "touches memory that is not its own, before the end of y"),
+        ("writes_far_behind", "touches memory that is not its own, 3999744 bytes behind the end"),
         ("leaves_before_the_barrier", r"waits for ever at the barrier of line \d+, which not all"),
         ("two_barriers", r"barrier of line \d+ while thread \d+ waits at that of line \d+"),
         ("leaves_before_the_exchange", "waits for ever in an exchange of the lanes 0xffffffff"),

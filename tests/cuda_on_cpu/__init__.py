@@ -53,6 +53,10 @@ TYPES = {
 #: What the GPU of least size allows: threads of a block, and blocks along each axis.
 MOST_THREADS, MOST_BLOCKS = 1024, (2**31 - 1, 65535, 65535)
 
+#: Bytes on both sides of an array that must not be touched: more than the arrays of tests have, so
+#: that an index by a wrong pitch does not reach what is somebody else's. They take no memory.
+FORBIDDEN = 2**24
+
 _one_at_a_time = threading.RLock()  # the header's state is the process's
 
 
@@ -159,23 +163,24 @@ def _mprotect() -> Any:
 
 
 class Pages:
-    """Room for the bytes from start to stop, which ends where a forbidden page begins.
+    """Room for the bytes from start to stop, which ends where forbidden pages begin.
 
-    Before them stand NaN, and a forbidden page. Between the last of them and the end are fewer
+    Before them stand NaN, and forbidden pages. Between the last of them and the end are fewer
     bytes than alignment, since the first has to lie as start does.
     """
 
     def __init__(self, start: int, stop: int, alignment: int):
         page, self.size = mmap.PAGESIZE, stop - start
         inside = max(-(-(self.size + alignment) // page), 1) * page
-        self.memory = mmap.mmap(-1, inside + 2 * page)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self.memory = mmap.mmap(-1, inside + 2 * FORBIDDEN, flags=flags)
         base = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
-        self.first, self.end = base + page, base + page + inside
+        self.first, self.end = base + FORBIDDEN, base + FORBIDDEN + inside
         self.start = self.end - self.size
         self.start -= (self.start - start) % alignment
         ctypes.memset(self.first, 0xFF, inside)
         for forbidden in (base, self.end):
-            if _mprotect()(ctypes.c_void_p(forbidden), page, 0):
+            if _mprotect()(ctypes.c_void_p(forbidden), ctypes.c_size_t(FORBIDDEN), 0):
                 raise OSError(ctypes.get_errno(), "mprotect failed")
 
     def outside(self) -> bytes:
@@ -321,7 +326,7 @@ def _value(parameter: Parameter, value: Any, spans: list, pages: list[Pages]) ->
 def _owner(address: int, parameters: list, values: list, pages: list[Pages]) -> str:
     """The parameter whose pages an address lies in or beside, for a message."""
     for page in pages:
-        if page.first - mmap.PAGESIZE <= address < page.end + mmap.PAGESIZE:
+        if page.first - FORBIDDEN <= address < page.end + FORBIDDEN:
             of = [
                 p.name
                 for p, v in zip(parameters, values, strict=True)

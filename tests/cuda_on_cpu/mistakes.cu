@@ -13,6 +13,7 @@ extern "C" __global__ void reads_behind(const float *x, float *y, int n)
 extern "C" __global__ void writes_behind(float *y, int n) { y[threadIdx.x + n - 63] = 1; }
 extern "C" __global__ void writes_before(float *y, int n) { y[(int)threadIdx.x - 1] = 1; }
 extern "C" __global__ void writes_far_before(float *y, int n) { y[(int)threadIdx.x - 1024] = 1; }
+extern "C" __global__ void writes_far_behind(float *y, int n) { y[threadIdx.x + 1000000] = 1; }
 extern "C" __global__ void reads_null(const float *x, float *y, int n) { y[0] = x[threadIdx.x]; }
 extern "C" __global__ void whole_pieces(const float4 *x, float *y, int n)
 { y[threadIdx.x] = x[threadIdx.x].w; }
