@@ -5,11 +5,13 @@ from typing import Any
 from pvt_ref.models.architecture import architectures, register
 from pvt_ref.models.pvt import PVT
 from pvt_ref.models.pvt_v2 import PVT_V2
+from pvt_ref.models.segmentor import SEGMENTOR
 from pvt_ref.models.vit import VIT
 
 register(PVT)
 register(PVT_V2)
 register(VIT)
+register(SEGMENTOR)
 
 #: The published models of all networks by name.
 VARIANTS: dict[str, Any] = {

@@ -528,7 +528,9 @@ def _finish(
     """Writes the best weights in half precision, with what was measured of them as they are."""
     best = load(str(done.folder / BEST))
     dtype = dtype_name(first_array(best.params))
-    rounded = map_arrays(lambda w: w.astype(np.float16).astype(dtype), best.params)
+    rounded = map_arrays(
+        lambda w: w.astype(np.float16).astype(dtype) if w.dtype.kind == "f" else w, best.params
+    )
     counts = confusion_matrix(rounded, best.config, held_out)
     right, of = int(np.trace(counts)), len(held_out)
     training = {
