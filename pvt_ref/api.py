@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -19,6 +20,7 @@ from pvt_ref.arrays import (
     Array,
     array_module,
     dtype_name,
+    from_host,
     is_array,
     is_cupy,
     is_numpy,
@@ -58,7 +60,7 @@ from pvt_ref.models.architecture import (
     param_shapes,
 )
 from pvt_ref.ops import REFERENCE, Ops
-from pvt_ref.tree import first_array, named_arrays, record
+from pvt_ref.tree import first_array, map_arrays, named_arrays, record
 
 
 def init_params(config: Any, rng: Generator, dtype: Any = np.float32) -> Any:
@@ -398,7 +400,7 @@ def _run(
         more = [check_blocks(blocks, row.map_blocks(config))]
     check_flag("batch_statistics", batch_statistics)
     if batch_statistics:
-        if row.updated is None:
+        if row.batch_buffers is None:
             raise ConfigError(f"batch_statistics is True, and a {row.title} has no batch norm")
         more = [True]
     weight = first_array(model.params)
@@ -479,6 +481,29 @@ def forward_with_cache(
     )
 
 
+#: Share of a new batch in the running statistics of batch norms, as PyTorch has it.
+MOMENTUM = 0.1
+
+
+def batch_buffers(cache: ForwardCache) -> Any:
+    """What batch norms saw of a batch, in a record as of params.buffers; None if they did not."""
+    of_batch = architecture_of(cache.config).batch_buffers
+    return None if of_batch is None else of_batch(cache.parts)
+
+
+def with_buffers(params: Any, seen: Any) -> Any:
+    """params after a batch of which batch norms saw that: means move towards it, counts add up."""
+    if seen is None:
+        return params
+
+    def move(old: Array, new: Array) -> Array:
+        new = from_host(new, like=old) if isinstance(new, np.ndarray) else new
+        floats = array_module(old).isdtype(old.dtype, "real floating")
+        return old * (1 - MOMENTUM) + new * MOMENTUM if floats else old + new
+
+    return replace(params, buffers=map_arrays(move, params.buffers, seen))
+
+
 def updated(params: Any, cache: ForwardCache) -> Any:
     """The running statistics after a forward with ``batch_statistics=True``.
 
@@ -496,9 +521,9 @@ def updated(params: Any, cache: ForwardCache) -> Any:
     check_params_type(params)
     model = _model(params, cache.config if isinstance(cache, ForwardCache) else None, cache)
     _check_cache(cache, "forward_with_cache", model)
-    if model.architecture.updated is None:
+    if model.architecture.batch_buffers is None:
         return None
-    return model.architecture.updated(params, cache.parts)
+    return with_buffers(params, batch_buffers(cache)).buffers
 
 
 def forward_pyramid(

@@ -70,7 +70,7 @@ class LabelledPairs(Samples):
         ConfigError, RangeError, ShapeError, ArrayTypeError: if an argument is none of the above.
     """
 
-    from_files = True
+    from_files = has_label_maps = True
 
     def __init__(
         self,

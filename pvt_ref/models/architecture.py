@@ -10,10 +10,13 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from pvt_ref.arrays import Array
 from pvt_ref.errors import ArrayTypeError, shown
 from pvt_ref.models.layouts import Files
 from pvt_ref.ops import Operation, Ops
+from pvt_ref.tree import BUFFERS, named_arrays
 
 
 class Leaf(NamedTuple):
@@ -72,9 +75,9 @@ class Architecture:
     describe: Callable[[Any], str]  # a configuration: "pvt_tiny, 1000 classes, 224 px"
     # whether logits are maps (B, num_classes, h, w): a class for every place
     dense: bool = False
-    # of a network with batch norms, whose forward then also takes batch_statistics: (params, cache)
-    # -> the params.buffers that a forward with them leaves behind. Gradients have None there
-    updated: Callable[[Any, Any], Any] | None = None
+    # of a network with batch norms, whose forward then also takes batch_statistics: cache -> what
+    # these saw of the batch, a record as params.buffers, or None. Gradients have None there
+    batch_buffers: Callable[[Any], Any] | None = None
     # key of the weight that reads the image, (C_out, in_chans, ...), if other channels can be had
     stem: str | None = None
     head: str = "head"  # key prefix of the last layer of the classifier
@@ -154,6 +157,13 @@ def count_keys(config: Any) -> frozenset[str]:
 
     architecture_of(config).build_params(config, note)
     return frozenset(keys)
+
+
+@functools.lru_cache(maxsize=64)
+def buffer_keys(config: Any) -> frozenset[str]:
+    """Keys of the arrays that are not trained: what batch norms remember."""
+    tree = architecture_of(config).build_params(config, lambda leaf: np.empty(0))
+    return frozenset(key for key, _ in named_arrays(getattr(tree, BUFFERS, None)))
 
 
 @functools.lru_cache(maxsize=64)
