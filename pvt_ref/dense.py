@@ -9,11 +9,13 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from pvt_ref.api import forward
-from pvt_ref.arrays import Array, Grid, array_module
+from pvt_ref.arrays import Array, Grid, array_module, from_host
 from pvt_ref.checks import Size, as_size
 from pvt_ref.errors import ConfigError, ShapeError
-from pvt_ref.layers.resize import resize
+from pvt_ref.layers.resize import resize, resize_matrix
 from pvt_ref.models.architecture import architecture_of
 from pvt_ref.ops import REFERENCE, Ops
 
@@ -43,6 +45,40 @@ def resize_logits(logits: Array, *sizes: Grid) -> Array:
         if tuple(x.shape[1:3]) != tuple(size):
             x, _ = resize.forward(None, x, REFERENCE, tuple(size), keep=False)
     return xp.permute_dims(x, (0, 3, 1, 2))  # (B, K, H, W)
+
+
+def logit_bands(
+    logits: Array, size: Grid, final: Grid, pixels: int = 2**20
+) -> Iterator[tuple[int, int, Array]]:
+    """As ``resize_logits(logits, size, final)``, some rows of the result after the other.
+
+    Args:
+        logits: (1, K, h, w).
+        size: (H, W) of what the network was given.
+        final: (H', W') of the picture.
+        pixels: of the result at once.
+
+    Returns:
+        An iterator over first row, row behind the last, and (1, K, rows, W').
+    """
+    xp = array_module(logits)
+    x = xp.permute_dims(resize_logits(logits, size), (0, 2, 3, 1))  # (1, H, W, K)
+    rows = max(1, pixels // final[1])
+    A_h = resize_matrix(final[0], size[0])  # (H', H)
+    for top in range(0, final[0], rows):
+        bottom = min(top + rows, final[0])
+        if size == final:
+            part = x[:, top:bottom, :, :]
+        else:
+            read = np.flatnonzero(A_h[top:bottom].any(axis=0))
+            near = slice(int(read[0]), int(read[-1]) + 1)  # rows that these are made of
+            band = from_host(A_h[top:bottom, near], like=x)
+            wide = x[:, near, :, :]  # (1, r, W, K)
+            wide, _ = resize.forward(None, wide, REFERENCE, (wide.shape[1], final[1]), keep=False)
+            flat = xp.reshape(wide, (1, wide.shape[1], -1))  # (1, r, W' K)
+            part = xp.astype(band, x.dtype) @ flat  # (1, rows, W' K)
+            part = xp.reshape(part, (1, bottom - top, final[1], x.shape[-1]))
+        yield top, bottom, xp.permute_dims(part, (0, 3, 1, 2))
 
 
 def windows(size: Grid, crop: Grid, stride: Grid) -> Iterator[tuple[slice, slice]]:
