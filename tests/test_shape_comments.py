@@ -88,7 +88,9 @@ def comments() -> ShapeComments:
         labels = np.arange(B)
         cross_entropy(logits, labels, ignore_index=3)
         logit_maps = rng.standard_normal((B, K, 3, 7))
-        cross_entropy(logit_maps, np.zeros((B, 3, 7), int), ignore_index=3)
+        many = {"ignore_index": 3, "class_weights": np.ones(K)}
+        cross_entropy(logit_maps, np.zeros((B, 3, 7), int), **many)
+        cross_entropy(logit_maps, logit_maps)
         # a model's own tables are square, so h and w would be one number
         table, x = rng.standard_normal((1, 1 + 4 * 9, 8)), rng.standard_normal((B, 1 + 3 * 7, 8))
         _, cache = position.forward(table, x, REFERENCE, (3, 7), (4, 9), True)
