@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from strategies import normal, seeds
 
+from pvt_ref.arrays import dtype_name, from_host
 from pvt_ref.blocks import conv_mlp as conv_mlp_file
 from pvt_ref.blocks import linear_sra as linear_sra_file
 from pvt_ref.blocks import mha as mha_file
@@ -30,6 +31,7 @@ from pvt_ref.blocks.sra import SRAParams, SRASettings
 from pvt_ref.blocks.transformer import BlockParams, BlockSettings
 from pvt_ref.kernels.cpu.table import blocked_ops
 from pvt_ref.layers import attention as attention_file
+from pvt_ref.layers import batch_norm as batch_norm_file
 from pvt_ref.layers import conv as conv_file
 from pvt_ref.layers import depthwise_conv as depthwise_conv_file
 from pvt_ref.layers import dropout as dropout_file
@@ -43,6 +45,7 @@ from pvt_ref.layers import relu as relu_file
 from pvt_ref.layers import resize as resize_file
 from pvt_ref.layers import softmax as softmax_file
 from pvt_ref.layers import sum_rows as sum_rows_file
+from pvt_ref.layers.batch_norm import BatchNormBuffers, BatchNormParams
 from pvt_ref.layers.conv import ConvParams
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
@@ -57,11 +60,12 @@ READABLE: dict[str, Operation] = {
     for file, names in {
         linear_file: ["linear"],
         layer_norm_file: ["layer_norm"],
+        batch_norm_file: ["batch_norm"],
         gelu_file: ["gelu"],
         relu_file: ["relu"],
         softmax_file: ["softmax"],
         sum_rows_file: ["sum_rows"],
-        dropout_file: ["dropout", "drop_path"],
+        dropout_file: ["dropout", "drop_path", "dropout_channels"],
         patch_embed_file: ["patch_embed"],
         conv_file: ["conv"],
         depthwise_conv_file: ["depthwise_conv"],
@@ -190,6 +194,66 @@ def layer_norm(draw) -> OpCase:
         lambda i, keep=True: forward("layer_norm", _norm(i, "norm"), i["x"], eps, keep=keep),
         gradients,
         lambda i: F.layer_norm(i["x"], (C,), i["norm.weight"], i["norm.bias"], eps),
+    )
+
+
+def constant(x: np.ndarray, like: Any) -> Any:
+    """A number that nobody differentiates by, in the library and precision of like."""
+    narrow = dtype_name(like) == "float32"
+    return from_host(x.astype(np.float32 if narrow else np.float64), like=like)
+
+
+def running(seed: int, C: int) -> tuple[np.ndarray, np.ndarray]:
+    """A running mean and variance, exact in float32."""
+    pair = 0.3 * normal(seed, C), 0.5 + np.abs(normal(seed + 1, C))
+    mean, variance = (x.astype(np.float32).astype(np.float64) for x in pair)
+    return mean, variance
+
+
+def buffers_of(seed: int, C: int, like: Any) -> BatchNormBuffers:
+    """Those of :func:`running`."""
+    mean, variance = (constant(x, like) for x in running(seed, C))
+    return BatchNormBuffers(mean, variance, from_host(np.array(7), like=like))
+
+
+def _batch_norm(i: Inputs, name: str) -> BatchNormParams:
+    return BatchNormParams(i[f"{name}.weight"], i[f"{name}.bias"])
+
+
+def _torch_batch_norm(i: Inputs, x, name: str, seed: int, in_batch: bool, eps: float = 1e-5):
+    """batch_norm of a map (B, C, H, W), with the statistics of :func:`running`."""
+    mean, variance = (torch.tensor(s).to(x.dtype) for s in running(seed, x.shape[1]))
+    weight, bias = i[f"{name}.weight"], i[f"{name}.bias"]
+    return F.batch_norm(x, mean, variance, weight, bias, training=in_batch, eps=eps)
+
+
+@st.composite
+def batch_norm(draw) -> OpCase:
+    B, C, sides = draw(small), draw(small), st.integers(2, 4)
+    H, W, in_batch = draw(sides), draw(sides), draw(st.booleans())
+    eps, seed = draw(st.sampled_from([1e-5, 1e-1])), draw(seeds)
+    shapes = {"x": (B, H, W, C), "norm__weight": (C,), "norm__bias": (C,)}
+
+    def compute(i, keep=True):
+        buffers = buffers_of(seed, C, like=i["x"])
+        p = _batch_norm(i, "norm")
+        return forward("batch_norm", p, i["x"], buffers, in_batch, eps, keep=keep)
+
+    def gradients(i, cache, dy):
+        dx, d = backward("batch_norm", _batch_norm(i, "norm"), cache, dy)
+        return {"x": dx, **_named(d, "norm")}
+
+    def reference(i):
+        x = channels_first(i["x"])
+        return channels_last(_torch_batch_norm(i, x, "norm", seed, in_batch, eps))
+
+    return OpCase(
+        "batch_norm",
+        f"{shapes}, in_batch={in_batch}, eps={eps}, seed={seed}",
+        _random(seed, **shapes),
+        compute,
+        gradients,
+        reference,
     )
 
 
@@ -764,12 +828,15 @@ def sum_rows(draw) -> OpCase:
 
 @st.composite
 def dropped(draw) -> OpCase:
-    """Dropout or drop path with a fixed mask: linear, so everything about operations applies."""
-    path = draw(st.booleans())
+    """Dropout of any kind with a fixed mask: linear, so everything about operations applies."""
     shape = (draw(st.integers(2, 5)), draw(small), draw(small))
+    masks = {
+        "dropout": shape,
+        "drop_path": (shape[0], 1, 1),
+        "dropout_channels": (shape[0], 1, shape[2]),
+    }
+    name, mask_shape = draw(st.sampled_from(sorted(masks.items())))
     rate, mask_seed, seed = draw(st.sampled_from([0.0, 0.25, 0.6])), draw(seeds), draw(seeds)
-    name = "drop_path" if path else "dropout"
-    mask_shape = (shape[0], 1, 1) if path else shape
 
     def reference(i):
         kept = np.random.default_rng(mask_seed).random(mask_shape, dtype=np.float32) >= rate
@@ -790,6 +857,7 @@ def dropped(draw) -> OpCase:
 OPERATIONS = {
     "linear": linear(),
     "layer_norm": layer_norm(),
+    "batch_norm": batch_norm(),
     "gelu": gelu(),
     "relu": relu(),
     "softmax": softmax(),

@@ -16,9 +16,11 @@ import pvt_ref
 import pvt_ref.blocks
 import pvt_ref.layers
 from pvt_ref import PVTConfig, PVTv2Config, ViTConfig
+from pvt_ref.layers.batch_norm import BatchNormBuffers, BatchNormParams, batch_norm
 from pvt_ref.layers.conv import ConvParams, conv
 from pvt_ref.layers.cross_entropy import cross_entropy
 from pvt_ref.layers.depthwise_conv import depthwise_conv
+from pvt_ref.layers.dropout import dropout_channels
 from pvt_ref.layers.pool import pool
 from pvt_ref.layers.position import position
 from pvt_ref.layers.relu import relu
@@ -86,7 +88,9 @@ def comments() -> ShapeComments:
         labels = np.arange(B)
         cross_entropy(logits, labels, ignore_index=3)
         logit_maps = rng.standard_normal((B, K, 3, 7))
-        cross_entropy(logit_maps, np.zeros((B, 3, 7), int), ignore_index=3)
+        many = {"ignore_index": 3, "class_weights": np.ones(K)}
+        cross_entropy(logit_maps, np.zeros((B, 3, 7), int), **many)
+        cross_entropy(logit_maps, logit_maps)
         # a model's own tables are square, so h and w would be one number
         table, x = rng.standard_normal((1, 1 + 4 * 9, 8)), rng.standard_normal((B, 1 + 3 * 7, 8))
         _, cache = position.forward(table, x, REFERENCE, (3, 7), (4, 9), True)
@@ -124,6 +128,14 @@ def run_on_maps(rng: np.random.Generator) -> None:
         op.backward(None, cache, y)
     y, cache = relu.forward(None, x)
     relu.backward(None, cache, y)
+    _, cache = dropout_channels.forward(None, x, REFERENCE, 0.5, rng)
+    dropout_channels.backward(None, cache, x)
+    C = np.ones(10)
+    for batch_statistics in (True, False):
+        buffers = BatchNormBuffers(C, C, np.array(0))
+        p = BatchNormParams(C, C)
+        y, cache = batch_norm.forward(p, x, REFERENCE, buffers, batch_statistics)
+        batch_norm.backward(p, cache, y)
 
 
 def test_sizes_coincide_nowhere():
