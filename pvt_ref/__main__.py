@@ -238,7 +238,9 @@ def _write_maps(
     targets = {"overlay": f"{base}.overlay.png", "class_map": f"{base}.classes.png"}
     for target in targets.values():
         if target in written:
-            what = f"{shown(path, 400)}: {shown(target, 400)} was just made of a picture of that name"
+            what = (
+                f"{shown(path, 400)}: {shown(target, 400)} was just made of a picture of that name"
+            )
             raise ImageError(f"{what}. Name another --out for it")
         if os.path.lexists(target) and not args.force:
             what = f"{shown(path, 400)}: {shown(target, 400)} is there already"

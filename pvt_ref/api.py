@@ -8,8 +8,8 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 from dataclasses import replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -50,6 +50,7 @@ from pvt_ref.errors import (
     key_name,
     shown,
 )
+from pvt_ref.layers.batch_norm import moved
 from pvt_ref.models.architecture import (
     Architecture,
     Leaf,
@@ -481,10 +482,6 @@ def forward_with_cache(
     )
 
 
-#: Share of a new batch in the running statistics of batch norms, as PyTorch has it.
-MOMENTUM = 0.1
-
-
 def batch_buffers(cache: ForwardCache) -> Any:
     """What batch norms saw of a batch, in a record as of params.buffers; None if they did not."""
     of_batch = architecture_of(cache.config).batch_buffers
@@ -495,13 +492,9 @@ def with_buffers(params: Any, seen: Any) -> Any:
     """params after a batch of which batch norms saw that: means move towards it, counts add up."""
     if seen is None:
         return params
-
-    def move(old: Array, new: Array) -> Array:
-        new = from_host(new, like=old) if isinstance(new, np.ndarray) else new
-        floats = array_module(old).isdtype(old.dtype, "real floating")
-        return old * (1 - MOMENTUM) + new * MOMENTUM if floats else old + new
-
-    return replace(params, buffers=map_arrays(move, params.buffers, seen))
+    like = first_array(params.buffers)
+    there = map_arrays(lambda x: from_host(x, like=like) if is_numpy(x) else x, seen)
+    return replace(params, buffers=moved(params.buffers, there))
 
 
 def updated(params: Any, cache: ForwardCache) -> Any:

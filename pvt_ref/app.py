@@ -316,7 +316,9 @@ class Model(_Core):
         if self.info.preprocessing.mode == "L":
             resized = resized.convert("L")
         pixels = np.asarray(resized).reshape(1, H, W, -1).transpose(0, 3, 1, 2)
-        x = self.info.preprocessing.normalize(np.ascontiguousarray(pixels), first_array(self.params))
+        x = self.info.preprocessing.normalize(
+            np.ascontiguousarray(pixels), first_array(self.params)
+        )
         if part is None:
             logits = self(x)
         else:

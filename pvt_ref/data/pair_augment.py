@@ -88,9 +88,7 @@ class PairAugment:
         pixels[:h, :w] = distort_colours(np.asarray(cut), rng) if self.distort else cut
         return pixels, target
 
-    def _crop(
-        self, labels: np.ndarray, crop: tuple[int, int], rng: Generator
-    ) -> tuple[int, int]:
+    def _crop(self, labels: np.ndarray, crop: tuple[int, int], rng: Generator) -> tuple[int, int]:
         """Top and left of a part of labels (H, W) that no class fills, if one is drawn in time."""
         room = [max(0, side - part) for side, part in zip(labels.shape, crop, strict=True)]
         top = left = 0

@@ -296,9 +296,7 @@ def _folder(path: Any) -> Path:
     return folder
 
 
-def _pairs(
-    images: Path, maps: Path, names: Sequence[str] | None
-) -> Iterator[tuple[str, str]]:
+def _pairs(images: Path, maps: Path, names: Sequence[str] | None) -> Iterator[tuple[str, str]]:
     """Name of the photo and of its label map, of each."""
     try:
         found = [name for name in os.listdir(images) if name.lower().endswith(SUFFIXES)]

@@ -51,6 +51,7 @@ from pvt_ref.train.saved import (
     save_state,
     weights_sha256,
 )
+from pvt_ref.train.segmentation import evaluate_pixels
 from pvt_ref.train.step import (
     TrainState,
     batch_of_step,

@@ -17,7 +17,7 @@ from typing import Any
 
 from pvt_ref.checks import check_number
 from pvt_ref.errors import RangeError, TrainingError, shown
-from pvt_ref.models.architecture import architecture_of, layer_numbers
+from pvt_ref.models.architecture import architecture_of, buffer_keys, layer_numbers
 from pvt_ref.tree import map_named, zeros_like
 
 

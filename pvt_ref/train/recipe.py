@@ -94,7 +94,7 @@ class Recipe:
         return samples // self.batch_size
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of a step, by its schedule, such as :func:`pvt_ref.train.warmup_cosine`.
+        """The learning rate of a step: :func:`pvt_ref.train.warmup_cosine`, or ``warmup_poly``.
         Raises: RangeError if step is no whole number of at least 0, or steps_per_epoch of 1.
 
         Args:

@@ -106,4 +106,6 @@ def config_of_epoch(config: Any, epoch: int, ramp_epochs: int) -> Any:
     architecture_of(config)
     rate = drop_path_of_epoch(epoch, config.drop_path_rate, ramp_epochs)
     made_of_others = getattr(config, "with_drop_path_rate", None)
-    return made_of_others(rate) if made_of_others else dataclasses.replace(config, drop_path_rate=rate)
+    return (
+        made_of_others(rate) if made_of_others else dataclasses.replace(config, drop_path_rate=rate)
+    )

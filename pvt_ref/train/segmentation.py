@@ -17,6 +17,7 @@ from pvt_ref.ops import REFERENCE
 from pvt_ref.train.recipe import Recipe
 from pvt_ref.tree import first_array, to_numpy
 
+
 def draw_pairs(
     params: Any, data: Samples, chosen: np.ndarray, seed: int, epoch: int
 ) -> tuple[Array, Array]:

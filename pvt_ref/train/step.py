@@ -284,8 +284,8 @@ def check_state(state: TrainState) -> None:
     check_type("state", state, TrainState, "from start_training or the step before")
     check_type("state.optimizer", state.optimizer, AdamWState)
     check_params_type(state.params)
-    samples = check_number("state.samples", state.samples, least=1, most=2**31, whole=True)
-    bounds = {"step": 2**53, "seed": None, "epoch_hits": samples, "best_epoch": 2**53}
+    check_number("state.samples", state.samples, least=1, most=2**31, whole=True)
+    bounds = {"step": 2**53, "seed": None, "epoch_hits": 2**53, "best_epoch": 2**53}
     for name, most in bounds.items():
         check_number(f"state.{name}", getattr(state, name), least=0, most=most, whole=True)
     check_number("state.optimizer.t", state.optimizer.t, least=0, most=2**53, whole=True)

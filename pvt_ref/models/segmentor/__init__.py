@@ -2,7 +2,9 @@
 
 import re
 
+from pvt_ref.heads.conv_unit import conv_unit
 from pvt_ref.heads.fpn import fpn
+from pvt_ref.heads.scale_head import scale_head
 from pvt_ref.heads.semantic_fpn import semantic_fpn
 from pvt_ref.heads.setr import setr
 from pvt_ref.layers.batch_norm import batch_norm
@@ -15,10 +17,12 @@ from pvt_ref.models.pvt import PVT
 from pvt_ref.models.pvt_v2 import PVT_V2
 from pvt_ref.models.segmentor import model
 from pvt_ref.models.segmentor.config import SegmentorConfig, describe
+from pvt_ref.models.segmentor.files import FILES
 from pvt_ref.models.segmentor.params import SegmentorParams, build_params
 from pvt_ref.models.vit import VIT
 
 _LAYERS = (batch_norm, conv, dropout_channels, relu, resize)
+_HEADS = (conv_unit, fpn, scale_head, semantic_fpn, setr)
 
 
 def place(path: str) -> Place | None:
@@ -41,12 +45,11 @@ SEGMENTOR = Architecture(
     backward=model.backward,
     forward_pyramid=model.forward_pyramid,
     backward_pyramid=model.backward_pyramid,
-    operations=frozenset(
-        {*PVT.operations, *PVT_V2.operations, *VIT.operations, *_LAYERS, fpn, semantic_fpn, setr}
-    ),
+    operations=frozenset({*PVT.operations, *PVT_V2.operations, *VIT.operations, *_LAYERS, *_HEADS}),
     place=place,
     describe=describe,
     dense=True,
-    updated=model.updated,
+    batch_buffers=model.batch_buffers,
     head="decode_head.conv_seg",
+    files=FILES,
 )

@@ -13,7 +13,6 @@ from pvt_ref.models.layouts import WHOLE, Files, Layout, Piece, Seen, Shape
 from pvt_ref.models.pvt.files import AUTHORS_DENSE
 from pvt_ref.models.pvt_v2.files import AUTHORS as AUTHORS_V2
 from pvt_ref.models.segmentor.config import SegmentorConfig, SemanticFPNHead
-from pvt_ref.models.segmentor.variants import VARIANTS
 from pvt_ref.models.vit.files import MMSEGMENTATION
 
 _BACKBONE, _CLASSIFIER = "backbone.", "decode_head.conv_seg.weight"
@@ -111,8 +110,6 @@ def _bare(layout: Layout, state: Mapping[str, Any], wanted: bool) -> tuple[Layou
 def _blocks(config: SegmentorConfig) -> int:
     files = config.row.files
     return files.blocks(config.backbone) if files else 0
-
-
 
 
 FILES = Files(

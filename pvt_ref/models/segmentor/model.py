@@ -9,8 +9,10 @@ from typing import Any
 from pvt_ref.arrays import Array, Grid, array_module
 from pvt_ref.draws import Source, What, generator_at
 from pvt_ref.heads.fpn import fpn
-from pvt_ref.heads.semantic_fpn import semantic_fpn, updated_semantic_fpn
-from pvt_ref.heads.setr import setr, updated_setr
+from pvt_ref.heads.semantic_fpn import semantic_fpn
+from pvt_ref.heads.semantic_fpn import statistics as semantic_fpn_statistics
+from pvt_ref.heads.setr import setr
+from pvt_ref.heads.setr import statistics as setr_statistics
 from pvt_ref.layers.resize import resize
 from pvt_ref.models.pvt.model import channels_first, channels_last
 from pvt_ref.models.segmentor.config import SegmentorConfig, SemanticFPNHead
@@ -95,8 +97,9 @@ def forward(
             keep=keep,
         )  # fmt: skip
     else:
+        scale = 4 if head.upsampling == "naive" else 2
         y, head_cache = ops[setr].forward(
-            params.decode_head, maps[-1], ops, buffers, batch_statistics, keep=keep
+            params.decode_head, maps[-1], ops, buffers, batch_statistics, scale, keep=keep
         )
     back = None
     if stretch is not None or x is not images:
@@ -105,13 +108,11 @@ def forward(
     y = channels_first(y)  # (B, num_classes, h, w)
     if not keep:
         return y, None
-    return y, SegmentorCache(
-        config, stretch, backbone_cache, shapes, neck_cache, head_cache, back
-    )
+    return y, SegmentorCache(config, stretch, backbone_cache, shapes, neck_cache, head_cache, back)
 
 
 def _shrunk(grid: Sequence[int], size: Sequence[int], stretched: Sequence[int]) -> Grid:
-    """The grid of logits of a stretched image, made as much smaller as the image was made larger."""
+    """The grid of logits, made smaller by as much as the image was stretched."""
     h, w = (max(round(g * n / s), 1) for g, n, s in zip(grid, size, stretched, strict=True))
     return h, w
 
@@ -183,8 +184,8 @@ def backward_pyramid(
     return grads, _stretch_backward(cache.stretch, dimages, ops)
 
 
-def updated(params: SegmentorParams, cache: SegmentorCache) -> SegmentorBuffers | None:
-    """The running statistics after a forward: moved if it took those of its batch."""
-    assert params.buffers is not None
-    move = updated_semantic_fpn if cache.neck is not None else updated_setr
-    return SegmentorBuffers(move(params.buffers.decode_head, cache.decode_head))
+def batch_buffers(cache: SegmentorCache) -> SegmentorBuffers | None:
+    """What the batch norms saw of the batch; None if they took the running statistics."""
+    seen = semantic_fpn_statistics if cache.neck is not None else setr_statistics
+    statistics = seen(cache.decode_head)
+    return None if statistics is None else SegmentorBuffers(statistics)
