@@ -14,8 +14,13 @@ from shape_comments import ShapeComments, find_shapes, read_functions, spelt
 
 import pvt_ref
 import pvt_ref.blocks
+import pvt_ref.heads
 import pvt_ref.layers
 from pvt_ref import PVTConfig, PVTv2Config, ViTConfig
+from pvt_ref.heads.fpn import fpn
+from pvt_ref.heads.mla import mla_head, mla_neck
+from pvt_ref.heads.semantic_fpn import semantic_fpn
+from pvt_ref.heads.setr import setr
 from pvt_ref.layers.batch_norm import BatchNormBuffers, BatchNormParams, batch_norm
 from pvt_ref.layers.conv import ConvParams, conv
 from pvt_ref.layers.cross_entropy import cross_entropy
@@ -25,6 +30,8 @@ from pvt_ref.layers.pool import pool
 from pvt_ref.layers.position import position
 from pvt_ref.layers.relu import relu
 from pvt_ref.layers.resize import resize
+from pvt_ref.models import head_parts
+from pvt_ref.models.architecture import Leaf
 from pvt_ref.models.pvt import model
 from pvt_ref.models.pvt_v2 import model as model_v2
 from pvt_ref.models.vit import model as vit_model
@@ -58,9 +65,9 @@ STAGES = {
 
 
 def modules() -> list[types.ModuleType]:
-    """Every file of layers and blocks, and the models."""
+    """Every file of layers, blocks and heads, and the models."""
     found = [model, model_v2, vit_model]
-    for package in (pvt_ref.layers, pvt_ref.blocks):
+    for package in (pvt_ref.layers, pvt_ref.blocks, pvt_ref.heads):
         for file in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             found.append(importlib.import_module(file.name))
     return found
@@ -97,6 +104,7 @@ def comments() -> ShapeComments:
         position.backward(table, cache, x)
         run_on_maps(rng)
         run_vit(rng)
+        run_heads(rng)
     return comments
 
 
@@ -136,6 +144,39 @@ def run_on_maps(rng: np.random.Generator) -> None:
         p = BatchNormParams(C, C)
         y, cache = batch_norm.forward(p, x, REFERENCE, buffers, batch_statistics)
         batch_norm.backward(p, cache, y)
+
+
+def run_heads(rng: np.random.Generator) -> None:
+    """The heads, on maps of the stages' sizes and on others of which no two agree."""
+
+    def make(leaf: Leaf) -> np.ndarray:
+        return rng.random(leaf.shape)
+
+    maps = [
+        rng.standard_normal((B, *grid, C))
+        for grid, C in zip(GRIDS[1:], STAGES["C"][1:], strict=True)
+    ]
+    p = head_parts.build_fpn(make, STAGES["C"][1:], 19)
+    maps, cache = fpn.forward(p, maps, REFERENCE)
+    fpn.backward(p, cache, maps)
+    p = head_parts.build_semantic_fpn(make, 19, 17, K)
+    buffers = head_parts.build_semantic_fpn_buffers(make, 17)
+    logits, cache = semantic_fpn.forward(p, maps, REFERENCE, buffers, True, 0.1, rng)
+    semantic_fpn.backward(p, cache, logits)
+    semantic_fpn.forward(p, maps, REFERENCE, buffers, False, keep=False)
+    x = rng.standard_normal((B, 3, 7, 23))
+    p = head_parts.build_setr(make, 23, 17, K, 1, 3)
+    buffers = head_parts.build_setr_buffers(make, 17, 1)
+    logits, cache = setr.forward(p, x, REFERENCE, buffers, True)
+    setr.backward(p, cache, logits)
+    p = head_parts.build_mla_neck(make, 23, 17)
+    buffers = head_parts.build_mla_neck_buffers(make, 17)
+    sums, cache = mla_neck.forward(p, [x] * 4, REFERENCE, buffers, True)
+    mla_neck.backward(p, cache, sums)
+    p = head_parts.build_mla_head(make, 17, 10, K)
+    buffers = head_parts.build_mla_head_buffers(make, 10)
+    logits, cache = mla_head.forward(p, sums, REFERENCE, buffers, True)
+    mla_head.backward(p, cache, logits)
 
 
 def test_sizes_coincide_nowhere():
