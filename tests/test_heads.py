@@ -33,7 +33,7 @@ from pvt_ref.heads.fpn import FPNConvParams, FPNParams, fpn
 from pvt_ref.heads.mla import mla_head, mla_neck
 from pvt_ref.heads.semantic_fpn import semantic_fpn
 from pvt_ref.heads.setr import setr
-from pvt_ref.layers.batch_norm import BatchNormBuffers, BatchNormParams
+from pvt_ref.layers.batch_norm import BatchNormBuffers, BatchNormParams, moved
 from pvt_ref.layers.conv import ConvParams
 from pvt_ref.layers.resize import resize
 from pvt_ref.models import head_parts
@@ -193,7 +193,7 @@ def test_neck_and_head_equal_mmsegmentations(case, batch_statistics, table):
     dlogits = last(draw(f"{tag}/dy4", first(logits).shape, net.seed))
     named = net.backward(neck_cache, cache, dlogits, dlevels)
     assert_gradients(tag, named, net.seed, numbers)
-    after = semantic_fpn_file.updated(net.buffers, cache)
+    after = moved(net.buffers, semantic_fpn_file.statistics(cache))
     if batch_statistics:
         assert_buffers(tag, after, "decode_head.", numbers)
     else:
@@ -255,7 +255,7 @@ def test_setr_equals_mmsegmentations(case, kernel, convs, batch_statistics, tabl
     noise = ("norm.bias",) if batch_statistics and kernel == 1 else ()
     assert_gradients(tag, named, seed, numbers, noise)
     if batch_statistics:
-        assert_buffers(tag, setr_file.updated(buffers, cache), "", numbers)
+        assert_buffers(tag, moved(buffers, setr_file.statistics(cache)), "", numbers)
     else:
         full, _ = ops[resize].forward(None, logits, ops, (64, 96))
         assert_output(f"{tag}/full", first(full), seed, numbers)
@@ -286,17 +286,17 @@ def test_mla_equals_mmsegmentations(batch_statistics, table):
     noise = [f"neck.norm.{j}.bias" for j in range(4)] if batch_statistics else []
     assert_gradients(tag, named, seed, numbers, tuple(noise))
     if batch_statistics:
-        after = mla_file.updated_neck(neck_buffers, neck_cache).mla
+        after = moved(neck_buffers, mla_file.neck_statistics(neck_cache)).mla
         for kind in ("channel_proj", "feat_extract"):
-            for moved, old, unit in zip(
+            for new, old, unit in zip(
                 getattr(after, kind),
                 getattr(neck_buffers.mla, kind),
                 getattr(neck_cache, kind),
                 strict=True,
             ):
                 expected = 0.9 * old.bn.running_mean + 0.1 * unit.bn.mean
-                np.testing.assert_allclose(moved.bn.running_mean, expected, rtol=1e-13)
-        of_head = mla_file.updated_head(head_buffers, cache).up_convs
+                np.testing.assert_allclose(new.bn.running_mean, expected, rtol=1e-13)
+        of_head = moved(head_buffers, mla_file.head_statistics(cache)).up_convs
         for j, k in itertools.product(range(4), range(2)):
             old, unit = head_buffers.up_convs[j][k].bn, cache.up_convs[j][k].bn
             expected = 0.9 * old.running_mean + 0.1 * unit.mean
@@ -393,7 +393,8 @@ def test_first_values_are_those_of_the_authors_runs():
     def std(leaf):
         if leaf.init == "fan_out":
             return np.full(leaf.shape, math.sqrt(2 / leaf.fan_out))
-        return np.full(leaf.shape, {"zeros": 0.0, "ones": 1.0}[leaf.init])
+        constants = {"zeros": 0.0, "ones": 1.0, "count": 0.0, "normal": leaf.std}
+        return np.full(leaf.shape, constants[leaf.init])
 
     neck = dict(named_arrays(head_parts.build_fpn(std, (3, 4), 5)))
     np.testing.assert_allclose(neck["lateral_convs.1.conv.weight"], math.sqrt(2 / 5))
@@ -415,6 +416,8 @@ def random_tree(tree, seed: int):
     """Norms and variances around one, the rest of size 1 or that of the fan-in."""
 
     def value(key, x):
+        if key.endswith("num_batches_tracked"):
+            return np.array(seed % 7)
         y = normal(seed + zlib.crc32(key.encode()) % 10**6, *x.shape)
         if key.endswith(("bn.weight", "running_var")):
             return 1 + 0.3 * np.abs(y)
@@ -566,7 +569,7 @@ def test_nothing_that_comes_in_is_written_to():
         named_arrays(tuple(once[0])), named_arrays(tuple(again[0])), strict=True
     ):
         np.testing.assert_array_equal(a, b, err_msg=key)
-    after = semantic_fpn_file.updated(buffers, cache)
+    after = moved(buffers, semantic_fpn_file.statistics(cache))
     for (key, a), (_, b) in zip(named_arrays(after), named_arrays(buffers), strict=True):
         assert a is not b, key
 
@@ -575,10 +578,10 @@ def test_running_statistics_of_heads_in_another_library():
     (p, buffers) = head_of(2)
     maps = [normal(k, 2, *grid, 3) for k, grid in enumerate([(4, 4), (2, 2), (2, 1), (1, 1)])]
     _, cache = semantic_fpn.forward(p, maps, REFERENCE, buffers, True)
-    expected = semantic_fpn_file.updated(buffers, cache)
+    expected = moved(buffers, semantic_fpn_file.statistics(cache))
     there = map_arrays(array_api_strict.asarray, (p, buffers, maps))
     _, cache = semantic_fpn.forward(there[0], there[2], REFERENCE, there[1], True)
-    after = semantic_fpn_file.updated(there[1], cache)
+    after = moved(there[1], semantic_fpn_file.statistics(cache))
     for (key, a), (_, b) in zip(named_arrays(after), named_arrays(expected), strict=True):
         assert type(a) is type(there[2][0]), key
         np.testing.assert_allclose(np.asarray(a), b, rtol=1e-12, atol=1e-14, err_msg=key)

@@ -24,7 +24,8 @@ from pvt_ref.layers.batch_norm import (
     BatchNormBuffers,
     BatchNormParams,
     batch_norm,
-    updated,
+    moved,
+    statistics,
 )
 from pvt_ref.layers.conv import ConvParams, conv
 from pvt_ref.layers.dropout import dropout_channels
@@ -61,7 +62,7 @@ def test_running_statistics_equal_pytorchs(shape, batches, momentum, seed):
         theirs(tensor(x).permute(0, 3, 1, 2))
         before = map_arrays(np.copy, buffers)
         _, cache = in_training(random_norm(seed, C), x, buffers)
-        after = updated(buffers, cache, momentum)
+        after = moved(buffers, statistics(cache), momentum)
         for (key, a), (_, b) in zip(named_arrays(before), named_arrays(buffers), strict=True):
             np.testing.assert_array_equal(a, b, err_msg=key)  # new arrays, the old ones stay
         buffers = after
@@ -79,7 +80,7 @@ def test_running_statistics_after_k_batches_in_closed_form(shape, k, momentum, s
     buffers = first_buffers(shape[-1])
     for x in xs:
         _, cache = in_training(random_norm(seed, shape[-1]), x.reshape(shape), buffers)
-        buffers = updated(buffers, cache, momentum)
+        buffers = moved(buffers, statistics(cache), momentum)
     weights = momentum * (1 - momentum) ** (k - 1 - np.arange(k))
     mean = sum(w * x.mean(axis=0) for w, x in zip(weights, xs, strict=True))
     variance = sum(w * x.var(axis=0, ddof=1) for w, x in zip(weights, xs, strict=True))
@@ -99,7 +100,7 @@ def test_a_repeated_batch_keeps_mean_and_biased_variance_but_not_the_running_one
     assert_near(many_y, np.concatenate([y] * times), FORWARD)
     np.testing.assert_allclose(many.mean, once.mean, rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(many.variance, once.variance, rtol=1e-12)
-    a, b = updated(buffers, once), updated(buffers, many)
+    a, b = moved(buffers, statistics(once)), moved(buffers, statistics(many))
     np.testing.assert_allclose(a.running_mean, b.running_mean, rtol=1e-12, atol=1e-14)
     assert (a.running_var > b.running_var).all()  # N/(N - 1) is larger for fewer values
 
@@ -127,7 +128,7 @@ def test_with_running_statistics_batch_norm_is_one_line_per_channel(shape, seed)
     assert_near(y, slope * x + (p.bias - slope * buffers.running_mean), FORWARD)
     dx, _ = batch_norm.backward(p, cache, np.ones(shape))
     np.testing.assert_allclose(dx, np.broadcast_to(slope, shape), rtol=1e-13)
-    assert updated(buffers, cache) is buffers
+    assert moved(buffers, statistics(cache)) is buffers
 
 
 @given(C=small, lead=st.sampled_from([(2,), (3, 1), (2, 3, 1, 2)]), seed=seeds)
@@ -168,11 +169,11 @@ def test_float32_statistics_of_400000_cells_keep_their_digits():
 def test_running_statistics_in_another_library():
     x, p, buffers = normal(0, 2, 3, 2, 4), random_norm(0, 4), first_buffers(4)
     _, cache = in_training(p, x, buffers)
-    expected = updated(buffers, cache)
+    expected = moved(buffers, statistics(cache))
     there, p, buffers = map_arrays(array_api_strict.asarray, (x, p, buffers))
     _, cache = in_training(p, there, buffers)
     for (key, a), (_, b) in zip(
-        named_arrays(updated(buffers, cache)), named_arrays(expected), strict=True
+        named_arrays(moved(buffers, statistics(cache))), named_arrays(expected), strict=True
     ):
         assert type(a) is type(there), key
         np.testing.assert_allclose(np.asarray(a), b, rtol=1e-14, err_msg=key)

@@ -87,9 +87,10 @@ def conv_unit_backward(
     return dx, ConvUnitParams(dconv, dbn)
 
 
-def updated(buffers: ConvUnitBuffers, cache: ConvUnitCache) -> ConvUnitBuffers:
-    """The running statistics after a batch."""
-    return ConvUnitBuffers(batch_norm_file.updated(buffers.bn, cache.bn))
+def statistics(cache: ConvUnitCache) -> ConvUnitBuffers | None:
+    """Those of a forward's batch; None if it took the running ones."""
+    seen = batch_norm_file.statistics(cache.bn)
+    return None if seen is None else ConvUnitBuffers(seen)
 
 
 conv_unit = Operation(conv_unit_forward, conv_unit_backward)

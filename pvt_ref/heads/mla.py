@@ -147,15 +147,14 @@ def mla_neck_backward(
     return dx, MLANeckParams(tuple(dnorms), units)
 
 
-def updated_neck(buffers: MLANeckBuffers, cache: MLANeckCache) -> MLANeckBuffers:
-    """The running statistics after a batch."""
+def neck_statistics(cache: MLANeckCache) -> MLANeckBuffers | None:
+    """Those of a forward's batch; None if it took the running ones."""
     projections, extractions = (
-        tuple(conv_unit_file.updated(*pair) for pair in zip(*units, strict=True))
-        for units in (
-            (buffers.mla.channel_proj, cache.channel_proj),
-            (buffers.mla.feat_extract, cache.feat_extract),
-        )
+        tuple(conv_unit_file.statistics(unit) for unit in units)
+        for units in (cache.channel_proj, cache.feat_extract)
     )
+    if projections[0] is None:
+        return None
     return MLANeckBuffers(MLAUnitsBuffers(projections, extractions))
 
 
@@ -240,10 +239,10 @@ def mla_head_backward(
     return dx, MLAHeadParams(dseg, tuple(dheads))
 
 
-def updated_head(buffers: MLAHeadBuffers, cache: MLAHeadCache) -> MLAHeadBuffers:
-    """The running statistics after a batch."""
-    pairs = zip(buffers.up_convs, cache.up_convs, strict=True)
-    return MLAHeadBuffers(tuple(scale_head_file.updated(*pair) for pair in pairs))
+def head_statistics(cache: MLAHeadCache) -> MLAHeadBuffers | None:
+    """Those of a forward's batch; None if it took the running ones."""
+    seen = tuple(scale_head_file.statistics(cache_j) for cache_j in cache.up_convs)
+    return None if seen[0] is None else MLAHeadBuffers(seen)
 
 
 mla_neck = Operation(mla_neck_forward, mla_neck_backward)

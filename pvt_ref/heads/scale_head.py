@@ -8,7 +8,12 @@ from typing import Any
 
 from pvt_ref.arrays import Array
 from pvt_ref.heads import conv_unit as conv_unit_file
-from pvt_ref.heads.conv_unit import ConvUnitBuffers, ConvUnitParams, conv_unit
+from pvt_ref.heads.conv_unit import (
+    ConvUnitBuffers,
+    ConvUnitCache,
+    ConvUnitParams,
+    conv_unit,
+)
 from pvt_ref.layers.resize import resize
 from pvt_ref.ops import REFERENCE, Operation, Ops
 
@@ -75,12 +80,11 @@ def scale_head_backward(
     return dy, tuple(reversed(grads))
 
 
-def updated(buffers: ScaleHeadBuffers, cache: tuple[Any, ...]) -> ScaleHeadBuffers:
-    """The running statistics after a batch."""
-    return tuple(
-        None if buffers_k is None else conv_unit_file.updated(buffers_k, cache_k)
-        for buffers_k, cache_k in zip(buffers, cache, strict=True)
-    )
+def statistics(cache: tuple[Any, ...]) -> ScaleHeadBuffers | None:
+    """Those of a forward's batch; None if it took the running ones."""
+    units = [isinstance(cache_k, ConvUnitCache) for cache_k in cache]
+    seen = [conv_unit_file.statistics(c) if u else None for c, u in zip(cache, units, strict=True)]
+    return None if seen[units.index(True)] is None else tuple(seen)
 
 
 scale_head = Operation(scale_head_forward, scale_head_backward)

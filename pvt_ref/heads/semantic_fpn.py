@@ -119,10 +119,10 @@ def semantic_fpn_backward(
     return dx, SemanticFPNParams(dseg, tuple(dheads))
 
 
-def updated(buffers: SemanticFPNBuffers, cache: SemanticFPNCache) -> SemanticFPNBuffers:
-    """The running statistics after a batch."""
-    pairs = zip(buffers.scale_heads, cache.scale_heads, strict=True)
-    return SemanticFPNBuffers(tuple(scale_head_file.updated(*pair) for pair in pairs))
+def statistics(cache: SemanticFPNCache) -> SemanticFPNBuffers | None:
+    """Those of a forward's batch; None if it took the running ones."""
+    seen = tuple(scale_head_file.statistics(c) for c in cache.scale_heads)
+    return None if seen[0] is None else SemanticFPNBuffers(seen)
 
 
 semantic_fpn = Operation(semantic_fpn_forward, semantic_fpn_backward)

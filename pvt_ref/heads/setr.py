@@ -105,10 +105,10 @@ def setr_backward(
     return dx, SETRParams(dseg, dnorm, tuple(reversed(dpairs)))
 
 
-def updated(buffers: SETRBuffers, cache: SETRCache) -> SETRBuffers:
-    """The running statistics after a batch."""
-    pairs = zip(buffers.up_convs, cache.up_convs, strict=True)
-    return SETRBuffers(tuple(scale_head_file.updated(*pair) for pair in pairs))
+def statistics(cache: SETRCache) -> SETRBuffers | None:
+    """Those of a forward's batch; None if it took the running ones."""
+    seen = tuple(scale_head_file.statistics(c) for c in cache.up_convs)
+    return None if seen[0] is None else SETRBuffers(seen)
 
 
 setr = Operation(setr_forward, setr_backward)

@@ -2,16 +2,20 @@
 
 It is the one layer with state: while a network trains, running statistics follow those of the
 batches, and they take their place afterwards. Nothing here changes them in passing. They go in as a
-record of buffers, and :func:`updated` makes the next one.
+record of buffers, and :func:`moved` makes the next one of what :func:`statistics` saw.
 """
 
 import math
+from typing import Any
 
 from pvt_ref.arrays import Array, array_module
 from pvt_ref.errors import ShapeError
 from pvt_ref.layers.sum_rows import sum_rows
 from pvt_ref.ops import REFERENCE, Operation, Ops
-from pvt_ref.tree import record
+from pvt_ref.tree import map_arrays, record
+
+#: Share of a new batch in the running statistics, as PyTorch has it.
+MOMENTUM = 0.1
 
 
 @record
@@ -144,24 +148,36 @@ def batch_norm_backward(
     return dx, BatchNormParams(dweight, dbias)
 
 
-def updated(
-    buffers: BatchNormBuffers, cache: BatchNormCache, momentum: float = 0.1
-) -> BatchNormBuffers:
-    """The running statistics after a batch, (1 - momentum) old + momentum new, as new arrays.
+def statistics(cache: BatchNormCache) -> BatchNormBuffers | None:
+    """Those of a forward's batch, as buffers; None if it took the running ones.
 
-    The new variance is the unbiased one, N/(N - 1) times that which normalised the batch. After a
-    forward with running statistics, they stay as they are.
+    The variance is the unbiased one, N/(N - 1) times that which normalised the batch.
     """
     if cache.mean is None or cache.variance is None:
+        return None
+    xp, N = array_module(cache.mean), _count(cache.x_hat)
+    one = xp.asarray(1, dtype=xp.int64, device=cache.mean.device)
+    return BatchNormBuffers(cache.mean, cache.variance * (N / (N - 1)), one)
+
+
+def moved(buffers: Any, seen: Any, momentum: float = MOMENTUM) -> Any:
+    """Running statistics after a batch, (1 - momentum) old + momentum new; numbers add up.
+
+    Args:
+        buffers: a record of buffers, in a network's own nest.
+        seen: the same of the batch, made of what :func:`statistics` gives; None changes nothing.
+        momentum: share of the batch.
+    """
+    if seen is None:
         return buffers
-    xp = array_module(cache.mean)
-    N = _count(cache.x_hat)
-    seen = buffers.num_batches_tracked + 1
-    return BatchNormBuffers(
-        buffers.running_mean * (1 - momentum) + cache.mean * momentum,
-        buffers.running_var * (1 - momentum) + cache.variance * (momentum * N / (N - 1)),
-        xp.asarray(seen, dtype=xp.int64),  # NumPy's sum is no array
-    )
+
+    def move(old: Array, new: Array) -> Array:
+        xp = array_module(old)
+        if xp.isdtype(old.dtype, "real floating"):
+            return old * (1 - momentum) + new * momentum
+        return xp.asarray(old + new, dtype=old.dtype)  # NumPy's sum is no array
+
+    return map_arrays(move, buffers, seen)
 
 
 def _count(x: Array) -> int:

@@ -29,9 +29,6 @@ from pvt_ref.layers.conv import ConvParams
 from pvt_ref.models import parts
 from pvt_ref.models.architecture import Leaf
 
-#: With this fan-out, a standard deviation sqrt(2 / fan_out) is 0.01.
-_FAN_OUT_OF_CLASSIFIER = 20_000
-
 
 def build_fpn(make: parts.Make, in_channels: tuple[int, ...], channels: int) -> FPNParams:
     """For maps of so many channels each, to maps of one width."""
@@ -152,7 +149,7 @@ def _classifier(make: parts.Make, channels: int, classes: int) -> ConvParams:
     """A kernel (K, D, 1, 1) and a bias."""
     shape = (classes, channels, 1, 1)
     return ConvParams(
-        make(Leaf("conv_seg.weight", shape, "fan_out", fan_out=_FAN_OUT_OF_CLASSIFIER)),
+        make(Leaf("conv_seg.weight", shape, "normal", std=0.01)),
         make(Leaf("conv_seg.bias", (classes,), "zeros")),
     )
 
@@ -170,7 +167,7 @@ def _unit_buffers(make: parts.Make, key: str, C: int) -> ConvUnitBuffers:
         BatchNormBuffers(
             make(Leaf(f"{key}.bn.running_mean", (C,), "zeros")),
             make(Leaf(f"{key}.bn.running_var", (C,), "ones")),
-            make(Leaf(f"{key}.bn.num_batches_tracked", (), "zeros")),
+            make(Leaf(f"{key}.bn.num_batches_tracked", (), "count")),
         )
     )
 
