@@ -34,10 +34,11 @@ from pvt_ref.heads.mla import mla_head, mla_neck
 from pvt_ref.heads.semantic_fpn import semantic_fpn
 from pvt_ref.heads.setr import setr
 from pvt_ref.layers.batch_norm import BatchNormBuffers, BatchNormParams, moved
-from pvt_ref.layers.conv import ConvParams
+from pvt_ref.layers.conv import ConvParams, conv
 from pvt_ref.layers.resize import resize
 from pvt_ref.models import head_parts
 from pvt_ref.ops import REFERENCE, Operation
+from pvt_ref.report.shapes import Shapes
 from pvt_ref.tree import map_arrays, map_named, named_arrays
 
 FOLDER = Path(__file__).parent / "golden"
@@ -387,6 +388,43 @@ def test_neck_and_head_of_the_paper_have_its_number_of_parameters():
 
     assert count(head_parts.build_fpn(zeros, (64, 128, 320, 512), 256)) == 2_623_488
     assert count(head_parts.build_semantic_fpn(zeros, 256, 128, 150)) == 1_643_158
+
+
+def test_multiplications_of_heads_at_512_pixels():
+    # neck and head together 21.4 GMACs, what the paper's tables add to a backbone; the SETR heads for
+    # the width of DeiT-S. Only convolutions are counted; arrays have shapes and no numbers
+    xp, macs = Shapes(), Counter()
+
+    def note(call):
+        weight, y = call.args[0].weight, call.result[0]
+        macs["conv"] += math.prod(y.shape) * math.prod(weight.shape[1:])
+
+    def run(op, p, x, *settings):
+        """The operation's result and its GMACs; its backward runs too."""
+        macs.clear()
+        ops = REFERENCE.watched(note, only=[conv])
+        y, cache = ops[op].forward(p, x, ops, *settings)
+        cost = macs["conv"] / 1e9
+        op.backward(p, cache, y, REFERENCE)
+        return y, round(cost, 3)
+
+    def make(leaf):
+        return xp.empty(leaf.shape, np.float32)
+
+    widths = (64, 128, 320, 512)
+    maps = [xp.empty((1, 128 >> i, 128 >> i, C), np.float32) for i, C in enumerate(widths)]
+    levels, cost = run(fpn, head_parts.build_fpn(make, widths, 256), maps)
+    assert cost == 13.355
+    buffers = head_parts.build_semantic_fpn_buffers(make, 128)
+    p = head_parts.build_semantic_fpn(make, 256, 128, 150)
+    logits, cost = run(semantic_fpn, p, levels, buffers, True)
+    assert (logits.shape, cost) == ((1, 128, 128, 150), 8.091)
+    x = xp.empty((1, 32, 32, 384), np.float32)
+    for convs, kernel, scale, side, expected in ((1, 1, 4, 128, 0.730), (4, 3, 2, 512, 61.707)):
+        p = head_parts.build_setr(make, 384, 256, 150, convs, kernel)
+        buffers = head_parts.build_setr_buffers(make, 256, convs)
+        logits, cost = run(setr, p, x, buffers, False, scale)
+        assert (logits.shape, cost) == ((1, side, side, 150), expected)
 
 
 def test_first_values_are_those_of_the_authors_runs():

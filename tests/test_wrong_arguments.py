@@ -196,6 +196,7 @@ def cases(tmp_path) -> dict[str, tuple[Any, dict[str, Any]]]:
                 "label_smoothing": 0.1,
                 "reduction": "mean",
                 "ignore_index": None,
+                "class_weights": None,
             },
         ),
         "forward": (pvt_ref.forward, net),

@@ -1,8 +1,8 @@
 """The parameters and the running statistics of heads for ``build_params``, by ``make(leaf)``.
 
 Keys begin with the head's own fields: whoever puts a head behind a backbone puts its name in front.
-Without a prefix and with one, keys and their order are MMSegmentation's, where the arrays of batch
-norms come in their units; here those of weights and those of buffers are two records.
+They are MMSegmentation's, in the order of its files, except that there the running statistics of a
+unit follow its weights, and here they are a record of their own.
 
 Initial values are those of the authors' runs: convolutions by fan-out, the classifier with a
 standard deviation of 0.01, biases 0. MMSegmentation 0.13 declares Xavier for the neck, and never

@@ -113,9 +113,12 @@ class DoesNotApplyError(Exception):
 #: Test files, as in tests/test_NAME.py, that soon notice a mistake in a source. The first entry
 #: with which the source's path begins is the one that counts.
 SHOWN_BY = {
-    "pvt_ref/layers/cross_entropy": "layers cross_entropy_dense namespaces",
+    "pvt_ref/layers/cross_entropy": "layers cross_entropy_dense segmentation_layers namespaces",
+    "pvt_ref/layers/batch_norm": "segmentation_layers layers",
     "pvt_ref/layers/attention": "ops layers properties",
     "pvt_ref/layers/": "layers maps properties",
+    "pvt_ref/heads/": "heads layers",
+    "pvt_ref/models/head_parts": "heads",
     "pvt_ref/blocks/conv_mlp": "layers pvt_v2 cost",
     "pvt_ref/blocks/linear_sra": "layers pvt_v2 cost",
     "pvt_ref/blocks/mha": "layers vit",
