@@ -1,6 +1,7 @@
 """``python -m pvt_ref train DIR --out RUN``, from the photos to a file that classify takes."""
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -222,13 +223,11 @@ def test_a_damaged_photo_held_out_leaves_its_namesake_to_be_learnt(tmp_path, beg
 
 @pytest.mark.parametrize("from_nothing", [False, True])
 def test_the_last_learning_rate_follows_the_first(from_nothing, colours, tmp_path, begun):
-    kind = {"variant": "pvt_v2_b0", "size": 32} if from_nothing else {"weights": "cifar10"}
-    recipes = [
-        begun(colours, tmp_path / f"run{lr}", Options(**kind, recipe={"lr": lr} if lr else {}))[
-            "recipe"
-        ]
-        for lr in (0, 0.02)
-    ]
+    start = options() if from_nothing else Options(weights="cifar10")
+    recipes = []
+    for k, recipe in enumerate(({}, {"lr": 0.02})):
+        given = dataclasses.replace(start, recipe=recipe)
+        recipes.append(begun(colours, tmp_path / str(k), given)["recipe"])
     assert [recipe.lr_floor for recipe in recipes] == [recipe.lr / 100 for recipe in recipes]
     assert recipes[1].lr == 0.02
 
