@@ -12,11 +12,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from small_photos import write_colours, write_photos
+from small_training import CONFIG, DATA, HELD_OUT, RECIPE
 
 import pvt_ref
 from pvt_ref.errors import TrainingError
-from pvt_ref.train import data_parallel, read_metrics
-from pvt_ref.train.data_parallel import ALONE, Part, add_part, add_up_parts, share_of, subtrees
+from pvt_ref.train import data_parallel, evaluate, fit, read_metrics
+from pvt_ref.train.data_parallel import (
+    ALONE,
+    Part,
+    Ranks,
+    add_part,
+    add_up_parts,
+    share_of,
+    subtrees,
+)
 from pvt_ref.train.loop import BEST, METRICS, STATE
 
 HERE = Path(__file__).parent
@@ -101,6 +110,46 @@ def test_one_process_is_all_ranks():
     assert ALONE.from_first(lambda: 3) == 3
     ALONE.fail(TrainingError("nobody hears it"))
     ALONE.abort()
+
+
+class Told(Ranks):
+    """A rank that is asked after those before it; told holds what these have said."""
+
+    def __init__(self, rank: int, size: int, told: list) -> None:
+        self.rank, self.size, self.told = rank, size, told
+
+    def gather(self, value):
+        self.told.append(value)
+        return self.told
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+def test_any_number_of_ranks_measures_the_same_to_the_bit(size):
+    """Losses are floats, so batches have to be added up in their order."""
+    params = pvt_ref.init_params(CONFIG, np.random.default_rng(0))
+    told: list = []
+    found = None
+    for rank in range(size):
+        found = evaluate(params, CONFIG, DATA, 2, Told(rank, size, told))
+    assert len(told) == size
+    assert found == evaluate(params, CONFIG, DATA, 2)
+
+
+def test_a_signal_to_any_rank_stops_all(tmp_path):
+    """As seen by the first one, while the second one is told to stop in the third step."""
+
+    class Second(Ranks):
+        asked = 0
+
+        def gather(self, value):
+            if not isinstance(value, bool):
+                return [value]
+            self.asked += 1
+            return [value, self.asked > 3]
+
+    done = fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path / "run", ranks=Second())
+    assert (done.state.step, done.finished) == (3, False)
+    assert fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path / "run", resume=True).finished
 
 
 def test_without_mpi_there_is_one_message(monkeypatch):
