@@ -232,6 +232,23 @@ def test_the_last_learning_rate_follows_the_first(from_nothing, colours, tmp_pat
     assert recipes[1].lr == 0.02
 
 
+def test_no_damaged_photo_is_held_out(tmp_path, begun):
+    """Of each class two of ten can be read: one to learn from, and one to hold out."""
+    data = write_colours(tmp_path / "data", 10)
+    good = {f"{colour}/{i}.jpg" for colour in ("blue", "green", "red") for i in (3, 8)}
+    for photo in data.rglob("*.jpg"):
+        if photo.relative_to(data).as_posix() not in good:
+            photo.write_bytes(b"")
+    seen = begun(data, tmp_path / "run", Options(weights="cifar10", damaged="skip"))
+    assert (len(seen["learnt"]), len(seen["held_out"])) == (3, 3)
+    assert {*seen["learnt"].files, *seen["held_out"].files} == good
+
+
+def test_few_photos_are_one_batch_of_those_that_are_learnt_from(colours, tmp_path, begun):
+    seen = begun(colours, tmp_path / "run", Options(weights="cifar10"))
+    assert seen["recipe"].batch_size == len(seen["learnt"]) == 54
+
+
 # Going on -----------------------------------------------------------------------------------------
 
 
