@@ -17,10 +17,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from small_photos import write_colours, write_photos
+from small_training import CONFIG, DATA, HELD_OUT, RECIPE
+from strategies import random_params
 
 import pvt_ref
-from pvt_ref.errors import TrainingError
-from pvt_ref.train import data_parallel, read_metrics
+from pvt_ref.errors import CheckpointError, TrainingError
+from pvt_ref.train import (
+    Options,
+    data_parallel,
+    evaluate,
+    fit,
+    from_folder,
+    read_metrics,
+    train_folder,
+)
 from pvt_ref.train.data_parallel import (
     ALONE,
     Part,
@@ -114,6 +124,46 @@ def test_one_process_is_all_ranks():
     assert ALONE.from_first(lambda: 3) == 3
     ALONE.fail(TrainingError("nobody hears it"))
     ALONE.abort()
+
+
+class Told(Ranks):
+    """A rank that is asked after those before it; told holds what these have said."""
+
+    def __init__(self, rank: int, size: int, told: list) -> None:
+        self.rank, self.size, self.told = rank, size, told
+
+    def gather(self, value):
+        self.told.append(value)
+        return self.told
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+def test_any_number_of_ranks_measures_the_same_to_the_bit(size):
+    """Losses of float64 are rounded when added up, so batches have to come in their order."""
+    params = random_params(CONFIG, 0, np.float64)
+    told: list = []
+    found = None
+    for rank in range(size):
+        found = evaluate(params, CONFIG, DATA, 2, Told(rank, size, told))
+    assert len(told) == size
+    assert found == evaluate(params, CONFIG, DATA, 2)
+
+
+def test_a_signal_to_any_rank_stops_all(tmp_path):
+    """As seen by the first one, while the second one is told to stop in the third step."""
+
+    class Second(Ranks):
+        asked = 0
+
+        def gather(self, value):
+            if not isinstance(value, bool):
+                return [value]
+            self.asked += 1
+            return [value, self.asked > 3]
+
+    done = fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path / "run", ranks=Second())
+    assert (done.state.step, done.finished) == (3, False)
+    assert fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path / "run", resume=True).finished
 
 
 def test_without_mpi_there_is_one_message(monkeypatch):
@@ -314,6 +364,63 @@ def test_a_rank_that_fails_ends_all_and_the_first_says_why(rank, tmp_path):
     said = "made to fail" if rank == 0 else "rank 2 of 3 has failed: made to fail"
     assert f"rank 0: {said}" in done.stderr
     assert "rank 1: rank" in done.stderr
+
+
+@MPI
+@pytest.mark.parametrize("stop", [None, 7])
+def test_a_last_save_that_fails_ends_all(stop, tmp_path):
+    """After it no step follows, in which the others would hear of it."""
+    ends = () if stop is None else ("--stop", stop)
+    done = run(2, SCRIPT, tmp_path / "run", "--fail", 0, stop or 12, "save", *ends)
+    assert done.returncode == 2
+    assert "rank 0: made to fail at saving" in done.stderr
+    assert "rank 1: rank 0 of 2 has failed: made to fail at saving" in done.stderr
+
+
+class Noting(Ranks):
+    """One rank that notes what it says and when."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def gather(self, value):
+        self.said.append("gather")
+        return [value]
+
+    def from_first(self, make):
+        self.said.append("from first")
+        return make()
+
+    def fail(self, error):
+        self.said.append(f"fail: {error}")
+
+
+def test_a_run_on_a_folder_ends_with_a_word_and_so_does_reading_its_photos(tmp_path, monkeypatch):
+    write_colours(tmp_path / "data", 4)
+    config = pvt_ref.PVTConfig(img_size=32, embed_dims=(4, 8, 12, 16), num_heads=(1, 1, 1, 1))
+    options = Options(size=32, recipe={"epochs": 1, "batch_size": 4})
+    for name in ("_split", "_finish"):
+        inner = getattr(from_folder, name)
+
+        def note(*args, inner=inner, name=name):
+            ranks.said.append(name)
+            return inner(*args)
+
+        monkeypatch.setattr(from_folder, name, note)
+    ranks = Noting()
+    train_folder(tmp_path / "data", tmp_path / "run", options, config=config, ranks=ranks)
+    after_split = ranks.said.index("_split") + 1
+    assert ranks.said[after_split : after_split + 2] == ["gather", "from first"]
+    assert ranks.said[-2:] == ["_finish", "gather"]
+
+    def full_disk(path, *args):
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr(from_folder, "_finish", full_disk)
+    ranks = Noting()
+    with pytest.raises(CheckpointError):
+        train_folder(tmp_path / "data", tmp_path / "again", options, config=config, ranks=ranks)
+    assert ranks.said[-1] == "fail: the disk is full"
 
 
 @MPI

@@ -199,6 +199,7 @@ def _train(
     """Trains as a run's record says, from its first model or from where it stands."""
     recipe = Recipe(**record["recipe"])
     learnt, held_out = _split(data, record)
+    ranks.gather(None)  # all have the photos
     made = {"size": model.config.img_size, "preprocessing": model.info.preprocessing}
     learnt = learnt.replace(**made, augment=AUGMENTS[record["augment"]])
     held_out = held_out.replace(**made)
@@ -225,6 +226,7 @@ def _train(
     )
     if done.finished and ranks.is_first:
         _finish(done, held_out, record, console)
+    ranks.gather(None)  # what rank 0 could not write, it says here
     return done
 
 

@@ -222,6 +222,7 @@ def fit(
         if state.step == last and ranks.is_first:
             job.lock.check()
             _check_best(job, state)
+        ranks.gather(None)  # rank 0 may have failed to save, and says so here
     except PVTError as error:
         ranks.fail(error)
         raise
