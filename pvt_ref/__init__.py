@@ -35,7 +35,14 @@ from pvt_ref.ops import REFERENCE, Operation, Ops
 from pvt_ref.tree import to_device, to_numpy
 
 if TYPE_CHECKING:
-    from pvt_ref.app import Model, Prediction, with_channels, with_image_size, with_new_head
+    from pvt_ref.app import (
+        Model,
+        Prediction,
+        with_channels,
+        with_image_size,
+        with_new_head,
+        with_segmentation_head,
+    )
     from pvt_ref.checkpoint import save
     from pvt_ref.data.info import ModelInfo
     from pvt_ref.data.preprocessing import (
@@ -55,7 +62,10 @@ __version__ = "0.2.0"
 
 #: Where the names stand that are imported when first asked for: nobody who computes waits for them.
 _LATER = {
-    "app": ("Model", "Prediction", "with_channels", "with_image_size", "with_new_head"),
+    "app": (
+        *("Model", "Prediction", "with_channels", "with_image_size", "with_new_head"),
+        "with_segmentation_head",
+    ),
     "checkpoint": ("save",),
     "data.info": ("ModelInfo",),
     "data.preprocessing": (
@@ -91,5 +101,5 @@ __all__ = [
     "forward_pyramid", "forward_pyramid_with_cache", "forward_with_cache", "from_state_dict",
     "init_params", "load", "load_image", "normalize", "pad_to_multiple", "prepare",
     "preprocess", "save", "to_device", "to_numpy", "to_state_dict", "updated", "with_channels",
-    "with_image_size", "with_new_head",
+    "with_image_size", "with_new_head", "with_segmentation_head",
 ]  # fmt: skip

@@ -37,6 +37,7 @@ from pvt_ref.dense import check_dense, logit_bands, sliding_logits
 from pvt_ref.draws import Generator
 from pvt_ref.errors import ConfigError, ImageError, PVTError, RangeError, printable, shown
 from pvt_ref.models.architecture import Leaf, architecture_of
+from pvt_ref.models.segmentor.config import SegmentorConfig
 from pvt_ref.ops import Ops
 from pvt_ref.report.cost import count_cost
 from pvt_ref.report.tables import format_cost
@@ -458,6 +459,48 @@ def with_new_head(model: Model, num_classes: int, rng: Generator) -> Model:
     params = dataclasses.replace(model.params, **{name: getattr(built, name) for name in changed})
     info = dataclasses.replace(model.info, title="", classes=(), training={})  # not true any more
     return Model(params, config, f"{model.source}; new head for {num_classes} classes", info)
+
+
+def with_segmentation_head(model: Model, head: Any, num_classes: int, rng: Generator) -> Model:
+    """A segmentation network on the backbone of a model, with a fresh head.
+
+    Args:
+        model: a network with a pyramid, with or without classifier. Of its arrays those that its
+            backbone has are shared; a PVT's cls token, its row of the table, final norm and head
+            are left out.
+        head: :class:`pvt_ref.SemanticFPNHead` or :class:`pvt_ref.SETRHead`.
+        num_classes: of each pixel, at least 1.
+        rng: a NumPy generator for the new weights, as of :func:`init_params`; it is advanced.
+
+    Returns:
+        A model whose config is a :class:`pvt_ref.SegmentorConfig`, of the same dtype and on the
+        same device.
+
+    Raises:
+        ArrayTypeError: if model is not a Model, or rng not a NumPy generator.
+        ConfigError: if the parts do not make a segmentation network.
+    """
+    check_rng(rng)
+    check_type("model", model, Model, "from load(path) or Model(params, config)")
+    config = SegmentorConfig(
+        backbone=dataclasses.replace(model.config, num_classes=0),
+        head=head,
+        num_classes=num_classes,
+    )
+    old, like = dict(named_arrays(model.params)), first_array(model.params)
+
+    def make(leaf: Leaf) -> Array:
+        kept = old.get(leaf.key.removeprefix("backbone."))
+        if kept is None or not leaf.key.startswith("backbone."):
+            return from_host(draw_leaf(leaf, rng, np.dtype(dtype_name(like))), like=like)
+        if tuple(kept.shape) != leaf.shape:  # a table, whose first row is the cls token's
+            kept = kept[:, kept.shape[1] - leaf.shape[1] :, ...]
+        return kept
+
+    params = architecture_of(config).build_params(config, make)
+    info = dataclasses.replace(model.info, title="", classes=(), training={})  # not true any more
+    source = f"{model.source}; new {config.head.name} head for {num_classes} classes"
+    return Model(params, config, source, info)
 
 
 def with_image_size(model: Model, img_size: int) -> Model:
