@@ -391,7 +391,7 @@ def test_neck_and_head_of_the_paper_have_its_number_of_parameters():
 
 
 def test_multiplications_of_heads_at_512_pixels():
-    # neck and head together 21.4 GMACs, what the paper's tables add to a backbone; the SETR heads for
+    # neck and head together 21.4 GMACs, what the paper's tables add to a backbone; SETR's heads for
     # the width of DeiT-S. Only convolutions are counted; arrays have shapes and no numbers
     xp, macs = Shapes(), Counter()
 
