@@ -281,7 +281,7 @@ def test_ranks_with_nccl_speak_as_before():
 @pytest.mark.gpu
 def test_one_gpu_by_nccl_changes_no_bit(cupy):
     """All that one GPU can show: slices that it sends to itself. Several were not to be had."""
-    if not cupy.cuda.nccl.available:
+    if not data_parallel.has_nccl(cupy):
         pytest.skip("this CuPy finds no NCCL")
     parts: list[Part] = []
     for i in range(5):

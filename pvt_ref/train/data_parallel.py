@@ -18,6 +18,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -215,7 +216,7 @@ class MPIRanks(ManyRanks):
             cupy, here = import_cupy(), self._comm.Split_type(self._one_machine)
             devices = cupy.cuda.runtime.getDeviceCount()
             cupy.cuda.Device(here.Get_rank() % devices).use()
-            one_each = here.Get_size() <= devices and cupy.cuda.nccl.available
+            one_each = here.Get_size() <= devices and has_nccl(cupy)
         except PVTError as error:
             self.fail(error)
             raise
@@ -334,6 +335,13 @@ class NCCLRanks(ManyRanks):
 def _address(x: Array) -> int:
     """Of the first number of an array on a device."""
     return x.data.ptr
+
+
+def has_nccl(cupy: Any) -> bool:
+    """Whether CuPy finds NCCL, which it warns of if not: here the host is as good."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return bool(cupy.cuda.nccl.available)
 
 
 def share_of(count: int, rank: int, size: int) -> range:
