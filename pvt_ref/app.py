@@ -478,6 +478,9 @@ def with_image_size(model: Model, img_size: int) -> Model:
         ConfigError, ShapeError: if the model cannot be made for that size.
     """
     check_type("model", model, Model, "from load(path) or Model(params, config)")
+    if (row := architecture_of(model.config)).dense:
+        what = f"a {row.title} has the image size of its backbone, and stretches pictures to fit"
+        raise ConfigError(f"{what}. Pass another one to each call: model.segment(pictures, size)")
     config = dataclasses.replace(model.config, img_size=img_size)
     H, W = as_size(img_size)
     config.grids(H, W)

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import math
 import pickle
+import re
 import zlib
 from collections import Counter
 
@@ -856,6 +857,34 @@ def test_parameters_are_pickled_and_copied(name):
     np.testing.assert_array_equal(model(images), expected)
     moved = to_device(Model(params, config), "cpu")
     np.testing.assert_array_equal(moved(images), expected)
+
+
+@each
+def test_a_new_head_and_what_stays_as_it_is(name):
+    model = model_of(name)
+    other = pvt_ref.with_new_head(model, 9, rng_of(2))
+    assert other.config == dataclasses.replace(model.config, num_classes=9)
+    old, new = dict(named_arrays(model.params)), dict(named_arrays(other.params))
+    drawn = {"decode_head.conv_seg.weight", "decode_head.conv_seg.bias"}
+    assert {key for key in old if new[key] is not old[key]} == drawn
+    assert 0.005 < new["decode_head.conv_seg.weight"].std() < 0.02
+    assert other.classes == tuple("012345678")
+    with pytest.raises(ConfigError, match=r"another one to each call: model.segment\(pictures, s"):
+        pvt_ref.with_image_size(model, 64)
+    with pytest.raises(ConfigError, match="a segmentation network has no first layer"):
+        pvt_ref.with_channels(model, 1)
+
+
+def test_advice_names_a_network_that_is_there():
+    for make in (
+        lambda: SegmentorConfig(backbone=None),
+        lambda: SETRHead(channels=0),
+        lambda: SemanticFPNHead(channels=0),
+    ):
+        with pytest.raises(ConfigError, match=r"Start from VARIANTS\['(\w+)'\]") as caught:
+            make()
+        (name,) = re.findall(r"VARIANTS\['(\w+)'\] and", str(caught.value))
+        assert architecture_of(VARIANTS[name]).dense
 
 
 # What watched runs tell ---------------------------------------------------------------------------
