@@ -289,6 +289,9 @@ class Model(_Core):
         """
         check_dense(self.config)
         self._check_channels()
+        if (K := self.config.num_classes) > 256:
+            what = f"the model has {K} classes, and a class map holds a byte for each pixel"
+            raise ConfigError(f"{what}. Take model(images) and pvt_ref.dense.resize_logits instead")
         preprocessing = self.info.preprocessing
         if preprocessing.mode == "bands":
             raise ConfigError("preprocessing has mode 'bands', and pictures have colours or grey")

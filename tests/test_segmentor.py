@@ -800,6 +800,9 @@ def test_segment_refuses_what_it_cannot_do():
     bands = model_of(preprocessing=Preprocessing("bands", (0.5,) * 3, (0.25,) * 3))
     with pytest.raises(ConfigError, match="mode 'bands', and pictures have colours or grey"):
         bands.segment(photo)
+    many = dataclasses.replace(SEGMENTORS["pvt"], num_classes=257)
+    with pytest.raises(ConfigError, match="the model has 257 classes, and a class map holds a by"):
+        Model(params_of(many), many).segment(photo)
     grey = model_of(preprocessing=Preprocessing("L", (0.5,), (0.25,)))
     with pytest.raises(ConfigError, match="in_chans=3, and its preprocessing makes 1 channels"):
         grey.segment(photo)
