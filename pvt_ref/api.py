@@ -512,7 +512,8 @@ def updated(params: Any, cache: ForwardCache) -> Any:
         ArrayTypeError: if params are no parameters, or cache is that of another forward or network.
     """
     check_params_type(params)
-    model = _model(params, cache.config if isinstance(cache, ForwardCache) else None, cache)
+    _check_maker(cache, "forward_with_cache")
+    model = _model(params, cache.config, cache)
     _check_cache(cache, "forward_with_cache", model)
     if model.architecture.batch_buffers is None:
         return None
@@ -655,11 +656,7 @@ def _run_backward(
 
 def _check_cache(cache: Any, maker: str, model: Prepared) -> None:
     """Refuses what is no cache of that forward, of that configuration and dtype of weights."""
-    if not isinstance(cache, ForwardCache) or cache.kind != maker:
-        of = isinstance(cache, ForwardCache)
-        given = f"that of {cache.kind}" if of else f"a {type(cache).__name__}"
-        needed = f"the ForwardCache that {maker} returned beside its result"
-        raise ArrayTypeError(f"cache is {given}; this backward needs {needed}")
+    _check_maker(cache, maker)
     advice = f"to {maker} and to its backward"
     if cache.config != model.config:
         made, given = config_to_dict(cache.config), config_to_dict(model.config)
@@ -670,3 +667,12 @@ def _check_cache(cache: Any, maker: str, model: Prepared) -> None:
     if made_with.dtype != weight.dtype:
         what = f"the cache was made with {made_with.dtype} weights, and params are"
         raise ArrayTypeError(f"{what} {dtype_name(weight)}. Pass the same params {advice}")
+
+
+def _check_maker(cache: Any, maker: str) -> None:
+    """Refuses what is no cache of that forward."""
+    if not isinstance(cache, ForwardCache) or cache.kind != maker:
+        of = isinstance(cache, ForwardCache)
+        given = f"that of {cache.kind}" if of else f"a {type(cache).__name__}"
+        needed = f"the ForwardCache that {maker} returned beside its result"
+        raise ArrayTypeError(f"cache is {given}; this backward needs {needed}")

@@ -290,6 +290,9 @@ class Model(_Core):
         """
         check_dense(self.config)
         self._check_channels()
+        if (K := self.config.num_classes) > 256:
+            what = f"the model has {K} classes, and a class map holds a byte for each pixel"
+            raise ConfigError(f"{what}. Take model(images) and pvt_ref.dense.resize_logits instead")
         preprocessing = self.info.preprocessing
         if preprocessing.mode == "bands":
             raise ConfigError("preprocessing has mode 'bands', and pictures have colours or grey")
@@ -521,6 +524,9 @@ def with_image_size(model: Model, img_size: int) -> Model:
         ConfigError, ShapeError: if the model cannot be made for that size.
     """
     check_type("model", model, Model, "from load(path) or Model(params, config)")
+    if (row := architecture_of(model.config)).dense:
+        what = f"a {row.title} has the image size of its backbone, and stretches pictures to fit"
+        raise ConfigError(f"{what}. Pass another one to each call: model.segment(pictures, size)")
     config = dataclasses.replace(model.config, img_size=img_size)
     H, W = as_size(img_size)
     config.grids(H, W)

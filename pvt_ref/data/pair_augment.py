@@ -15,6 +15,7 @@ from pvt_ref.checks import check_flag, check_interval, check_number
 from pvt_ref.data.iou import IGNORED
 from pvt_ref.data.preprocessing import IMAGENET_MEAN
 from pvt_ref.draws import Generator
+from pvt_ref.errors import RangeError, shown
 
 #: How often a crop is drawn at most until no class fills it.
 _TRIES = 10
@@ -44,6 +45,8 @@ class PairAugment:
         object.__setattr__(self, "most_of_a_class", share)
         check_flag("flip", self.flip)
         check_flag("distort", self.distort)
+        if not isinstance(self.fill, tuple | list) or len(self.fill) != 3:
+            raise RangeError(f"fill is {shown(self.fill)}; it must be three levels, as (0, 0, 0)")
         object.__setattr__(self, "fill", tuple(self.fill))
         for i, level in enumerate(self.fill):
             check_number(f"fill[{i}]", level, least=0, most=255, whole=True)

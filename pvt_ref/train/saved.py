@@ -24,6 +24,7 @@ from pvt_ref.models.architecture import (
     buffer_keys,
     config_to_dict,
     count_keys,
+    param_shapes,
 )
 from pvt_ref.train.adamw import AdamWState
 from pvt_ref.train.checks import check_path
@@ -172,7 +173,8 @@ def _state(
 ) -> TrainState:
     trees: dict[str, dict[str, Array]] = {name: {} for name in _TREES}
     counts, buffers = count_keys(config), buffer_keys(config)
-    dtype = next((dtype_name(x) for key, x in tensors.items() if key.startswith("params.")), "")
+    weights = (f"params.{key}" for key in param_shapes(config) if key not in counts)
+    dtype = next((dtype_name(tensors[key]) for key in weights if key in tensors), "")
     for key, x in tensors.items():
         name, _, rest = key.partition(".")
         if name not in trees:

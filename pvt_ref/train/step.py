@@ -268,6 +268,8 @@ def check_samples(data: Samples, name: str, config: Any, recipe: Recipe) -> None
     check_has_classifier(config)
     dense = architecture_of(config).dense
     check_type("recipe", recipe, SegmentationRecipe if dense else Recipe)
+    if isinstance(recipe, SegmentationRecipe):
+        _check_segmentation(recipe, config, dense)
     learning_rate_factors(config, recipe.layer_decay, recipe.frozen)
     check_type(name, data, Samples, "such as LabelledImages(images, labels, preprocessing)")
     if data.has_label_maps != dense:
@@ -277,6 +279,17 @@ def check_samples(data: Samples, name: str, config: Any, recipe: Recipe) -> None
     side = max(data.size)
     if recipe.crop_padding > side:
         raise RangeError(f"crop_padding is {recipe.crop_padding}, and images have {side} a side")
+
+
+def _check_segmentation(recipe: SegmentationRecipe, config: Any, dense: bool) -> None:
+    """Refuses what of such a recipe would be ignored, or does not fit. Raises: TrainingError."""
+    if not dense:
+        what = "recipe is a SegmentationRecipe, and this network learns one class for each image"
+        raise TrainingError(f"{what}. Needed is a plain Recipe")
+    given, classes = len(recipe.class_weights), config.num_classes
+    if given not in (0, classes):
+        what = f"recipe has {given} class_weights, and the model {classes} classes"
+        raise TrainingError(f"{what}. Give one for each, or () to weigh all alike")
 
 
 def check_state(state: TrainState) -> None:

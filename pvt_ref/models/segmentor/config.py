@@ -30,7 +30,7 @@ class SemanticFPNHead:
         rate = self.drop_rate
         if not is_real(rate) or not 0 <= rate < 1:
             problems["drop_rate"] = f"{shown(rate)}; it must be in [0, 1)"
-        refuse("head", problems, [], "pvt_tiny_semantic_fpn")
+        refuse("head", problems, [], "fpn_pvt_tiny")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class SETRHead:
         problems = _counts(self, "channels")
         if self.upsampling not in ("naive", "pup"):
             problems["upsampling"] = f"{shown(self.upsampling)}; it must be 'naive' or 'pup'"
-        refuse("head", problems, [], "deit_s_16_setr_naive")
+        refuse("head", problems, [], "fpn_pvt_tiny")
 
 
 def _counts(head: Any, *names: str) -> dict[str, str]:
@@ -101,7 +101,7 @@ class SegmentorConfig:
                 f"one with a classifier (num_classes {self.backbone.num_classes}); a segmentation "
                 f"network reads its maps: dataclasses.replace(backbone, num_classes=0)"
             )
-        refuse("segmentation network", problems, [], "pvt_tiny_semantic_fpn")
+        refuse("segmentation network", problems, [], "fpn_pvt_tiny")
 
     @property
     def row(self) -> Architecture:

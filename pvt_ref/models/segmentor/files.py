@@ -5,17 +5,19 @@ the same names here and there.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from pvt_ref.errors import CheckpointError, ConfigError
 from pvt_ref.models.layouts import WHOLE, Files, Layout, Piece, Seen, Shape
-from pvt_ref.models.pvt.files import AUTHORS_DENSE
+from pvt_ref.models.pvt.files import AUTHORS, AUTHORS_DENSE
 from pvt_ref.models.pvt_v2.files import AUTHORS as AUTHORS_V2
 from pvt_ref.models.segmentor.config import SegmentorConfig, SemanticFPNHead
 from pvt_ref.models.vit.files import MMSEGMENTATION
 
 _BACKBONE, _CLASSIFIER = "backbone.", "decode_head.conv_seg.weight"
+_LAST_TABLE, _AUXILIARY = "backbone.pos_embed4", "auxiliary_head."
 
 
 def _around(base: Layout, name: str, *marks: str) -> Layout:
@@ -104,6 +106,14 @@ def _no_hugging_face(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _bare(layout: Layout, state: Mapping[str, Any], wanted: bool) -> tuple[Layout, str]:
+    rows = getattr(state.get(_LAST_TABLE), "shape", ())
+    square = len(rows) == 3 and math.isqrt(rows[1]) ** 2 == rows[1]
+    if square and _BASES.get(layout.name) is AUTHORS_DENSE:  # no cls row: as to_state_dict has it
+        layout = _around(AUTHORS, "PVT")
+    # of SETR's training: the same head on other blocks, which nobody reads afterwards
+    auxiliary = tuple(key for key in state if key.startswith(_AUXILIARY))
+    if auxiliary:
+        layout = dataclasses.replace(layout, unused=(*layout.unused, *auxiliary))
     return layout, ""
 
 
