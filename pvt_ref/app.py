@@ -286,7 +286,8 @@ class Model(_Core):
             An iterator: for each picture its class map, or the PVTError that segment would raise.
 
         Raises:
-            PVTError: as :meth:`segment`, if size, window or the model itself does not fit.
+            ConfigError: if the model is none for segmentation, or its preprocessing is for bands.
+            PVTError: as :meth:`segment`, if size or window is none.
         """
         check_dense(self.config)
         self._check_channels()

@@ -133,21 +133,23 @@ def _models_in(entry: str, mapping: Mapping[Any, Any], signs: list[_Sign]) -> li
             if marked and prefix[-1:] in ("", ".") and len(prefix) <= _MAX_NAME:
                 found.setdefault(prefix, sign)
                 break
-    states: dict[str, dict[str, Any]] = {prefix: {} for prefix in found}
     whole = [prefix for prefix, sign in found.items() if sign.row.dense]  # with its backbone
-    beside = []
+    states: dict[str, dict[str, Any]] = {prefix: {} for prefix in found}
+    beside: dict[str, list[str]] = {prefix: [] for prefix in found}
     for key, value in mapping.items() if found else ():
         name = str(key)
         dots = [i + 1 for i, c in enumerate(name[:_MAX_NAME]) if c == "."]
-        own = next((name[:i] for i in reversed([0, *dots]) if name[:i] in states), None)
-        if own is not None:
-            for prefix in {own, *(prefix for prefix in whole if name.startswith(prefix))}:
-                states[prefix][name.removeprefix(prefix)] = value
-        elif is_entry(value) and not _is_counter(name, value):  # of a neck, a head, another model
-            beside.append(name)
+        parts = (name[:i] for i in reversed([0, *dots]))
+        own = next((part for part in parts if part in states and part not in whole), None)
+        holders = {prefix for prefix in whole if name.startswith(prefix)} | {own} - {None}
+        for prefix in holders:
+            states[prefix][name.removeprefix(prefix)] = value
+        if is_entry(value) and not _is_counter(name, value):  # of a neck, a head, another model
+            for prefix in found.keys() - holders if own is None else ():
+                beside[prefix].append(name)
     return [
         Found(
-            sign.row, entry, prefix, sign.layout, states[prefix], tuple(beside),
+            sign.row, entry, prefix, sign.layout, states[prefix], tuple(beside[prefix]),
             any(prefix != outer and prefix.startswith(outer) for outer in whole),
         )
         for prefix, sign in found.items()

@@ -36,7 +36,7 @@ from pvt_ref.data.samples import Samples
 from pvt_ref.draws import Draws, SampleDraws, What, generator
 from pvt_ref.errors import PVTError, RangeError, ShapeError, TrainingError, shown
 from pvt_ref.layers.cross_entropy import cross_entropy
-from pvt_ref.models.architecture import architecture_of, check_params_type
+from pvt_ref.models.architecture import architecture_of, architectures, check_params_type
 from pvt_ref.report.diagnosis import first_non_finite
 from pvt_ref.train.adamw import AdamWState, adamw_init, adamw_step
 from pvt_ref.train.data_parallel import ALONE, Part, Ranks, add_part, add_trees
@@ -297,8 +297,10 @@ def check_state(state: TrainState) -> None:
     check_type("state", state, TrainState, "from start_training or the step before")
     check_type("state.optimizer", state.optimizer, AdamWState)
     check_params_type(state.params)
-    check_number("state.samples", state.samples, least=1, most=2**31, whole=True)
-    bounds = {"step": 2**53, "seed": None, "epoch_hits": 2**53, "best_epoch": 2**53}
+    samples = check_number("state.samples", state.samples, least=1, most=2**31, whole=True)
+    rows = (row for row in architectures() if row.params_type is type(state.params))
+    answers = 2**53 if any(row.dense for row in rows) else samples  # or one for each pixel
+    bounds = {"step": 2**53, "seed": None, "epoch_hits": answers, "best_epoch": 2**53}
     for name, most in bounds.items():
         check_number(f"state.{name}", getattr(state, name), least=0, most=most, whole=True)
     check_number("state.optimizer.t", state.optimizer.t, least=0, most=2**53, whole=True)
