@@ -261,7 +261,8 @@ class Model(_Core):
             (H, W) uint8 for each picture: classes, whose names are :attr:`classes`.
 
         Raises:
-            ConfigError: if the model is none for segmentation, or its preprocessing is for bands.
+            ConfigError: if the model is none for segmentation, or has more classes than a byte
+                holds, or its preprocessing is for bands.
             ShapeError: if there is no picture, or size or window is none.
             PVTError: as :meth:`preprocess`.
         """
@@ -286,8 +287,8 @@ class Model(_Core):
             An iterator: for each picture its class map, or the PVTError that segment would raise.
 
         Raises:
-            ConfigError: if the model is none for segmentation, or its preprocessing is for bands.
-            PVTError: as :meth:`segment`, if size or window is none.
+            ConfigError: as :meth:`segment`, if the model does not fit.
+            PVTError: as :meth:`segment`, if size or window does not.
         """
         check_dense(self.config)
         self._check_channels()

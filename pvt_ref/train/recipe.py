@@ -150,6 +150,7 @@ class SegmentationRecipe(Recipe):
 
 
 def _check_word(recipe: Recipe, name: str, *known: str) -> None:
-    if getattr(recipe, name) not in known:
-        given, words = shown(getattr(recipe, name)), " or ".join(map(repr, known))
+    value = getattr(recipe, name)
+    if not isinstance(value, str) or value not in known:
+        given, words = shown(value), " or ".join(map(repr, known))
         raise RangeError(f"{name} is {given}; it must be {words}")
