@@ -133,11 +133,11 @@ def sliding_logits(
     xp = array_module(images)
     H, W = images.shape[2:]
     h, w = min(crop[0], H), min(crop[1], W)
-    total = covered = None
-    for down, right in windows((H, W), (h, w), stride):
+    total = covered = xp.zeros(0)
+    for k, (down, right) in enumerate(windows((H, W), (h, w), stride)):
         logits = forward(params, images[:, :, down, right], config, ops=ops)
         logits = resize_logits(logits, (h, w))  # (B, K, h, w)
-        if total is None:
+        if k == 0:  # now the device and dtype are known
             total = xp.zeros((*logits.shape[:2], H, W), dtype=logits.dtype)  # (B, K, H, W)
             covered = xp.zeros((1, 1, H, W), dtype=logits.dtype)
         total[:, :, down, right] += logits

@@ -141,7 +141,8 @@ def _models_in(entry: str, mapping: Mapping[Any, Any], signs: list[_Sign]) -> li
         dots = [i + 1 for i, c in enumerate(name[:_MAX_NAME]) if c == "."]
         parts = (name[:i] for i in reversed([0, *dots]))
         own = next((part for part in parts if part in states and part not in whole), None)
-        holders = {prefix for prefix in whole if name.startswith(prefix)} | {own} - {None}
+        holders = {prefix for prefix in whole if name.startswith(prefix)}
+        holders |= set() if own is None else {own}
         for prefix in holders:
             states[prefix][name.removeprefix(prefix)] = value
         if is_entry(value) and not _is_counter(name, value):  # of a neck, a head, another model

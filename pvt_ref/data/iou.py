@@ -9,8 +9,8 @@ import math
 
 import numpy as np
 
-from pvt_ref.checks import is_whole
-from pvt_ref.errors import ArrayTypeError, RangeError, ShapeError, shown
+from pvt_ref.checks import check_number
+from pvt_ref.errors import ArrayTypeError, RangeError, ShapeError
 
 #: The label of pixels that count nowhere.
 IGNORED = 255
@@ -34,8 +34,8 @@ def count_pixels(
         ArrayTypeError, ShapeError: if the two are not NumPy arrays of integers of one shape.
         RangeError: if a class is outside of [0, K).
     """
-    if not is_whole(num_classes) or num_classes < 1:
-        raise RangeError(f"num_classes is {shown(num_classes)}; it must be a whole number, 1 up")
+    num_classes = check_number("num_classes", num_classes, least=1, most=2**12, whole=True)
+    ignored = check_number("ignored", ignored, least=-(2**31), most=2**31, whole=True)
     for name, x in (("answers", answers), ("labels", labels)):
         if not isinstance(x, np.ndarray) or x.dtype.kind not in "iu":
             kind = getattr(x, "dtype", type(x).__name__)
@@ -61,20 +61,50 @@ def class_iou(counts: np.ndarray) -> np.ndarray:
 
     Returns:
         n_kk / (sum of row k + sum of column k - n_kk).
+
+    Raises:
+        ArrayTypeError, ShapeError: if counts are no such matrix.
     """
+    _check_counts(counts)
     hits = counts.diagonal().astype(np.float64)
     union = counts.sum(axis=0) + counts.sum(axis=1) - hits
     return np.where(union > 0, hits / np.where(union > 0, union, 1), np.nan)
 
 
 def mean_iou(counts: np.ndarray) -> float:
-    """The mean over the classes that are somewhere, of :func:`class_iou`; NaN if there is none."""
+    """The mean over the classes that are somewhere, of :func:`class_iou`; NaN if there is none.
+    Raises: ArrayTypeError, ShapeError as there.
+
+    Args:
+        counts: (K, K) of :func:`count_pixels`.
+
+    Returns:
+        A number from 0 to 1.
+    """
     iou = class_iou(counts)
     there = iou[~np.isnan(iou)]
     return float(there.mean()) if there.size else math.nan
 
 
 def pixel_accuracy(counts: np.ndarray) -> float:
-    """The share of pixels that are right among all that count; NaN if none does."""
+    """The share of pixels that are right among all that count; NaN if none does.
+    Raises: ArrayTypeError, ShapeError as :func:`class_iou`.
+
+    Args:
+        counts: (K, K) of :func:`count_pixels`.
+
+    Returns:
+        A number from 0 to 1.
+    """
+    _check_counts(counts)
     total = int(counts.sum())
     return int(counts.diagonal().sum()) / total if total else math.nan
+
+
+def _check_counts(counts: np.ndarray) -> None:
+    """Refuses what is no confusion matrix. Raises: ArrayTypeError or ShapeError."""
+    if not isinstance(counts, np.ndarray) or counts.dtype.kind not in "iu":
+        kind = getattr(counts, "dtype", type(counts).__name__)
+        raise ArrayTypeError(f"counts are {kind}; they must be integers (K, K), of count_pixels")
+    if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
+        raise ShapeError(f"counts have shape {counts.shape}; they must be (K, K), of count_pixels")

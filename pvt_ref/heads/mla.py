@@ -155,7 +155,8 @@ def neck_statistics(cache: MLANeckCache) -> MLANeckBuffers | None:
     )
     if projections[0] is None:
         return None
-    return MLANeckBuffers(MLAUnitsBuffers(projections, extractions))
+    seen: Any = projections, extractions  # of all units, then
+    return MLANeckBuffers(MLAUnitsBuffers(*seen))
 
 
 @record
@@ -241,7 +242,7 @@ def mla_head_backward(
 
 def head_statistics(cache: MLAHeadCache) -> MLAHeadBuffers | None:
     """Those of a forward's batch; None if it took the running ones."""
-    seen = tuple(scale_head_file.statistics(cache_j) for cache_j in cache.up_convs)
+    seen: Any = tuple(scale_head_file.statistics(cache_j) for cache_j in cache.up_convs)
     return None if seen[0] is None else MLAHeadBuffers(seen)
 
 

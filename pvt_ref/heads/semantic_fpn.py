@@ -121,7 +121,7 @@ def semantic_fpn_backward(
 
 def statistics(cache: SemanticFPNCache) -> SemanticFPNBuffers | None:
     """Those of a forward's batch; None if it took the running ones."""
-    seen = tuple(scale_head_file.statistics(c) for c in cache.scale_heads)
+    seen: Any = tuple(scale_head_file.statistics(c) for c in cache.scale_heads)
     return None if seen[0] is None else SemanticFPNBuffers(seen)
 
 

@@ -107,7 +107,7 @@ def setr_backward(
 
 def statistics(cache: SETRCache) -> SETRBuffers | None:
     """Those of a forward's batch; None if it took the running ones."""
-    seen = tuple(scale_head_file.statistics(c) for c in cache.up_convs)
+    seen: Any = tuple(scale_head_file.statistics(c) for c in cache.up_convs)
     return None if seen[0] is None else SETRBuffers(seen)
 
 

@@ -164,7 +164,7 @@ def _verified(text: bytes, last: int) -> dict[str, Any]:
     line = parse_json(text, "the line", _LONGEST)
     if not isinstance(line, dict) or "step" not in line:
         raise CheckpointError("needed is a JSON object with a step")
-    of_epoch = _EPOCH | {f"best_{compared_by(line)}": _SHARE}
+    of_epoch: dict[str, dict[str, Any]] = _EPOCH | {f"best_{compared_by(line)}": _SHARE}
     is_epoch = any(name in line for name in of_epoch if name != "epoch")
     for name, bounds in (_LINE | of_epoch if is_epoch else _LINE).items():
         if name in line:

@@ -14,7 +14,6 @@ from pvt_ref.dense import resize_logits
 from pvt_ref.layers.cross_entropy import cross_entropy
 from pvt_ref.layers.resize import resize
 from pvt_ref.ops import REFERENCE
-from pvt_ref.train.recipe import Recipe
 from pvt_ref.tree import first_array, to_numpy
 
 
@@ -28,13 +27,13 @@ def draw_pairs(
     return images, from_host(pixels[:, -1].astype(np.int64), like=like)
 
 
-def pixel_loss(logits: Array, labels: Array, recipe: Recipe) -> tuple[Array, Array, int]:
+def pixel_loss(logits: Array, labels: Array, recipe: Any) -> tuple[Array, Array, int]:
     """The loss of logits that are resized to the size of the labels, and its gradient.
 
     Args:
         logits: (B, K, h, w).
         labels: (B, H, W) integers; 255 is ignored.
-        recipe: its class_weights, loss_mean and label_smoothing.
+        recipe: a SegmentationRecipe; its class_weights, loss_mean and label_smoothing.
 
     Returns:
         loss, dL/dlogits (B, K, h, w), and how many pixels were right, of those that count.

@@ -48,7 +48,7 @@ class SETRHead:
 
     def __post_init__(self) -> None:
         problems = _counts(self, "channels")
-        if self.upsampling not in ("naive", "pup"):
+        if not isinstance(self.upsampling, str) or self.upsampling not in ("naive", "pup"):
             problems["upsampling"] = f"{shown(self.upsampling)}; it must be 'naive' or 'pup'"
         refuse("head", problems, [], "fpn_pvt_tiny")
 
@@ -87,6 +87,7 @@ class SegmentorConfig:
         if isinstance(self.head, Mapping):
             object.__setattr__(self, "head", _part("head", self.head, HEADS))
         problems = _counts(self, "num_classes")
+        backbone: Any = self.backbone
         if type(self.head) not in HEADS.values():
             kinds = " or a ".join(kind.__name__ for kind in HEADS.values())
             problems["head"] = f"{shown(self.head)}; it must be a {kinds}"
@@ -96,9 +97,9 @@ class SegmentorConfig:
                 f"{shown(self.backbone)}; it must be the configuration of a network with a "
                 f"pyramid, such as VARIANTS['pvt_tiny'] with num_classes=0"
             )
-        elif self.backbone.has_classifier:
+        elif backbone.has_classifier:
             problems["backbone"] = (
-                f"one with a classifier (num_classes {self.backbone.num_classes}); a segmentation "
+                f"one with a classifier (num_classes {backbone.num_classes}); a segmentation "
                 f"network reads its maps: dataclasses.replace(backbone, num_classes=0)"
             )
         refuse("segmentation network", problems, [], "fpn_pvt_tiny")
