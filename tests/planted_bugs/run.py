@@ -117,8 +117,6 @@ SHOWN_BY = {
     "pvt_ref/layers/batch_norm": "segmentation_layers layers",
     "pvt_ref/layers/attention": "ops layers properties",
     "pvt_ref/layers/": "layers maps properties",
-    "pvt_ref/heads/": "heads layers",
-    "pvt_ref/models/head_parts": "heads",
     "pvt_ref/blocks/conv_mlp": "layers pvt_v2 cost",
     "pvt_ref/blocks/linear_sra": "layers pvt_v2 cost",
     "pvt_ref/blocks/mha": "layers vit",
