@@ -19,6 +19,7 @@ from pvt_ref.api import (
     init_params,
     prepare,
     to_state_dict,
+    updated,
 )
 from pvt_ref.errors import PVTError
 from pvt_ref.models import VARIANTS
@@ -26,13 +27,22 @@ from pvt_ref.models.pvt.config import PVTConfig
 from pvt_ref.models.pvt.params import PVTParams
 from pvt_ref.models.pvt_v2.config import PVTv2Config
 from pvt_ref.models.pvt_v2.params import PVTv2Params
+from pvt_ref.models.segmentor.config import SegmentorConfig, SemanticFPNHead, SETRHead
+from pvt_ref.models.segmentor.params import SegmentorParams
 from pvt_ref.models.vit.config import VITS, ViTConfig
 from pvt_ref.models.vit.params import ViTParams
 from pvt_ref.ops import REFERENCE, Operation, Ops
 from pvt_ref.tree import to_device, to_numpy
 
 if TYPE_CHECKING:
-    from pvt_ref.app import Model, Prediction, with_channels, with_image_size, with_new_head
+    from pvt_ref.app import (
+        Model,
+        Prediction,
+        with_channels,
+        with_image_size,
+        with_new_head,
+        with_segmentation_head,
+    )
     from pvt_ref.checkpoint import save
     from pvt_ref.data.info import ModelInfo
     from pvt_ref.data.preprocessing import (
@@ -52,7 +62,10 @@ __version__ = "0.2.0"
 
 #: Where the names stand that are imported when first asked for: nobody who computes waits for them.
 _LATER = {
-    "app": ("Model", "Prediction", "with_channels", "with_image_size", "with_new_head"),
+    "app": (
+        *("Model", "Prediction", "with_channels", "with_image_size", "with_new_head"),
+        "with_segmentation_head",
+    ),
     "checkpoint": ("save",),
     "data.info": ("ModelInfo",),
     "data.preprocessing": (
@@ -80,14 +93,13 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "REFERENCE", "VARIANTS", "VITS", "Cost", "Model", "ModelInfo", "Operation", "Ops", "PVTConfig",
-    "PVTError", "PVTParams", "PVTv2Config", "PVTv2Params", "Prediction", "Prepared",
-    "Preprocessing", "ViTConfig", "ViTParams", "attention_maps", "backward", "backward_pyramid",
-    "blocked_ops", "count_cost", "cross_entropy", "forward", "forward_pyramid",
-    "forward_pyramid_with_cache", "forward_with_cache", "from_state_dict", "init_params", "load",
-    "load_image", "normalize", "pad_to_multiple", "prepare", "preprocess", "save", "to_device",
-    "to_numpy", "to_state_dict",
-    "with_channels",
-    "with_image_size",
-    "with_new_head",
+    "REFERENCE", "VARIANTS", "VITS", "Cost", "Model", "ModelInfo", "Operation", "Ops",
+    "PVTConfig", "PVTError", "PVTParams", "PVTv2Config", "PVTv2Params", "Prediction",
+    "Prepared", "Preprocessing", "SETRHead", "SegmentorConfig", "SegmentorParams",
+    "SemanticFPNHead", "ViTConfig", "ViTParams", "attention_maps", "backward",
+    "backward_pyramid", "blocked_ops", "count_cost", "cross_entropy", "forward",
+    "forward_pyramid", "forward_pyramid_with_cache", "forward_with_cache", "from_state_dict",
+    "init_params", "load", "load_image", "normalize", "pad_to_multiple", "prepare",
+    "preprocess", "save", "to_device", "to_numpy", "to_state_dict", "updated", "with_channels",
+    "with_image_size", "with_new_head", "with_segmentation_head",
 ]  # fmt: skip

@@ -55,6 +55,22 @@ def _parser(training: bool) -> argparse.ArgumentParser:
     classify.add_argument("--top", type=int, default=5, help="classes a picture (default 5)")
     classify.add_argument("--json", action="store_true", help="a list, for programs")
 
+    text = "the class of every pixel of pictures, as pictures"
+    segment = commands.add_parser("segment", parents=[of_file], help=text)
+    text = "as for classify"
+    segment.add_argument("images", nargs="+", metavar="IMAGE", help=text)
+    text = "weights of a segmentation network: a name, or a file"
+    segment.add_argument("--weights", metavar="NAME|FILE", required=True, help=text)
+    text = "folder of the pictures that are made (default: this one): of a.jpg, a.overlay.png with "
+    text += "a legend, and a.classes.png, whose palette's numbers are the classes"
+    segment.add_argument("--out", metavar="DIR", default=".", help=text)
+    text = "short side that the network sees (default: that of the training)"
+    segment.add_argument("--size", type=int, metavar="PIXELS", help=text)
+    text = "look at windows of so many pixels a side, or H W, instead of the whole"
+    segment.add_argument("--window", nargs="+", type=int, metavar="PIXELS", help=text)
+    segment.add_argument("--force", action="store_true", help="replace pictures that are there")
+    segment.add_argument("--json", action="store_true", help="a list, for programs")
+
     text = "parameters, MACs, memory and cache by stage and operation, as a table"
     summary = commands.add_parser("summary", parents=[of_file, of_size], help=text)
     text = f"{', '.join(known_variants())}; {', '.join(SHIPPED)}; or a weights file"
@@ -165,6 +181,85 @@ def _classify(args: argparse.Namespace) -> int:
     return _status(len(inputs), failed)
 
 
+def _segment(args: argparse.Namespace) -> int:
+    from pvt_ref.data.overlay import class_colours
+
+    model = load(args.weights, config=args.config, entry=args.entry)
+    colours = model.info.colours or class_colours(model.config.num_classes)
+    inputs = list(_pictures(args.images))
+    paths = (path for path, error in inputs if error is None)
+    maps = model.segment_each(paths, args.size, window=_one_or_all(args.window))
+    failed, written = 0, set[str]()
+    for index, (path, error) in enumerate(inputs):
+        answer = next(maps) if error is None else error
+        said: dict[str, Any] = {}
+        try:
+            if isinstance(answer, PVTError):
+                raise answer
+            said = _write_maps(path, answer, model.classes, colours, args, written)
+        except (PVTError, OSError) as problem:
+            if isinstance(problem, BrokenPipeError):
+                raise
+            failed += 1
+            _say(f"error: {problem}")
+            said = {"error": str(problem)}
+        if args.json:
+            record = {"image": path, "weights": args.weights, **said}
+            text = textwrap.indent(json.dumps(record, indent=2), "  ")
+            print(",\n" if index else "[\n", text, sep="", end="", flush=True)
+        elif "error" not in said:
+            rows = [[name, f"{share:.2%}"] for name, share in said["classes"].items()]
+            gap = "\n" if index > failed else ""
+            table = text_table(["class", "of the picture"], rows)
+            print(f"{gap}{one_line(path)} -> {one_line(said['overlay'])}\n{table}", flush=True)
+    if args.json:
+        print("\n]")
+    return _status(len(inputs), failed)
+
+
+def _write_maps(
+    path: str,
+    class_map: Any,
+    classes: Sequence[str],
+    colours: Sequence[Any],
+    args: argparse.Namespace,
+    written: set[str],
+) -> dict[str, Any]:
+    """Writes the two pictures of a class map; returns where they are, and the share of each class.
+    Raises: ImageError if one is there already, or an OSError.
+    """
+    import numpy as np
+
+    from pvt_ref.checkpoint.whole_file import write_whole
+    from pvt_ref.data.image import read_rgb
+    from pvt_ref.data.overlay import indexed, overlay
+
+    base = os.path.join(args.out, Path(path).stem)
+    targets = {"overlay": f"{base}.overlay.png", "class_map": f"{base}.classes.png"}
+    for target in targets.values():
+        if target in written:
+            what = (
+                f"{shown(path, 400)}: {shown(target, 400)} was just made of a picture of that name"
+            )
+            raise ImageError(f"{what}. Name another --out for it")
+        if os.path.lexists(target) and not args.force:
+            what = f"{shown(path, 400)}: {shown(target, 400)} is there already"
+            raise ImageError(f"{what}. --force replaces it")
+    os.makedirs(args.out, exist_ok=True)
+    pictures = {
+        "overlay": overlay(read_rgb(path), class_map, classes, colours),
+        "class_map": indexed(class_map, colours),
+    }
+    for name, picture in pictures.items():
+        data = io.BytesIO()
+        picture.save(data, "PNG")
+        write_whole(Path(targets[name]), data.getvalue())
+        written.add(targets[name])
+    counts = np.bincount(class_map.ravel(), minlength=len(classes))
+    order = [k for k in np.argsort(-counts, kind="stable") if counts[k]]
+    return {**targets, "classes": {classes[k]: int(counts[k]) / class_map.size for k in order}}
+
+
 def _summary(args: argparse.Namespace) -> int:
     known, heading = known_variants(), ""
     if args.model in known:
@@ -229,7 +324,8 @@ def _run(argv: Sequence[str] | None) -> int:
     if sys.stdout is None:
         _say("error: standard output is closed: there is nowhere to print to")
         return _NONE
-    commands = {"classify": _classify, "summary": _summary, "train": _train, "convert": _convert}
+    commands = {"classify": _classify, "segment": _segment, "summary": _summary}
+    commands |= {"train": _train, "convert": _convert}
     try:
         return commands[args.command](args)
     except (PVTError, OSError, MemoryError) as error:

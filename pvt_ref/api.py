@@ -8,6 +8,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +20,7 @@ from pvt_ref.arrays import (
     Array,
     array_module,
     dtype_name,
+    from_host,
     is_array,
     is_cupy,
     is_numpy,
@@ -31,6 +33,7 @@ from pvt_ref.checks import (
     as_size,
     check_blocks,
     check_cotangent,
+    check_flag,
     check_float,
     check_images,
     check_pyramid_cotangents,
@@ -47,16 +50,18 @@ from pvt_ref.errors import (
     key_name,
     shown,
 )
+from pvt_ref.layers.batch_norm import moved
 from pvt_ref.models.architecture import (
     Architecture,
     Leaf,
     architecture_of,
     check_params_type,
     config_to_dict,
+    count_keys,
     param_shapes,
 )
 from pvt_ref.ops import REFERENCE, Ops
-from pvt_ref.tree import first_array, named_arrays, record
+from pvt_ref.tree import first_array, map_arrays, named_arrays, record
 
 
 def init_params(config: Any, rng: Generator, dtype: Any = np.float32) -> Any:
@@ -92,8 +97,10 @@ def draw_leaf(leaf: Leaf, rng: Generator, dtype: Any) -> np.ndarray:
     """One array of :func:`init_params`."""
     if leaf.init in ("zeros", "ones"):
         return np.full(leaf.shape, 0 if leaf.init == "zeros" else 1, dtype)
+    if leaf.init == "count":
+        return np.zeros(leaf.shape, np.int64)
     if leaf.init in ("normal", "fan_out"):
-        std = 0.02 if leaf.init == "normal" else math.sqrt(2 / leaf.fan_out)
+        std = leaf.std if leaf.init == "normal" else math.sqrt(2 / leaf.fan_out)
         return (std * rng.standard_normal(leaf.shape)).astype(dtype)
     bound = 1 / math.sqrt(leaf.fan_in)
     return rng.uniform(-bound, bound, leaf.shape).astype(dtype)
@@ -135,12 +142,15 @@ def from_state_dict(state: Mapping[str, Array], config: Any) -> Any:
         needed = "it must map key names to arrays; pvt_ref.load(path) reads a file"
         raise ArrayTypeError(f"state is a {type(state).__name__}; {needed}")
     check_keys(state, config)
-    dtype = _common_dtype(state)
+    counts = count_keys(config)
+    _check_counts({key: state[key] for key in counts})
+    dtype = _common_dtype({key: x for key, x in state.items() if key not in counts})
 
     def pick(leaf: Leaf) -> Array:
         x = state[leaf.key]
         xp = array_module(x)
-        return x if dtype_name(x) == dtype else xp.astype(x, getattr(xp, dtype))
+        wanted = "int64" if leaf.key in counts else dtype
+        return x if dtype_name(x) == wanted else xp.astype(x, getattr(xp, wanted))
 
     return quietly(build, config, pick)  # of a signalling NaN in a cast; Model refuses any NaN
 
@@ -169,6 +179,14 @@ def check_keys(state: Mapping[str, Array], config: Any) -> None:
             "configuration of another network, variant, class count or image size; "
             "dataclasses.replace(config, ...) changes one"
         )
+
+
+def _check_counts(counts: Mapping[str, Array]) -> None:
+    """Refuses numbers of batches that are no whole ones."""
+    for key, x in counts.items():
+        if not dtype_name(x).startswith(("int", "uint")):
+            what = f"{key} has dtype {dtype_name(x)}; it counts batches, and must be integer"
+            raise ArrayTypeError(f"{what}. Leave it as the file has it")
 
 
 def _common_dtype(state: Mapping[str, Array]) -> str:
@@ -210,8 +228,10 @@ def check_params(params: Any, config: Any) -> None:
         )
     first_key, first = next(iter(arrays.items()))
     check_float(first_key, first)
+    counts = count_keys(config)
+    _check_counts({key: arrays[key] for key in counts})
     for key, x in arrays.items():
-        if not same_library(x, first) or x.dtype != first.dtype:
+        if not same_library(x, first) or (x.dtype != first.dtype and key not in counts):
             check_float(key, x)
             raise ArrayTypeError(
                 f"params mix {library_and_dtype(first)} ({first_key}) and {library_and_dtype(x)} "
@@ -360,6 +380,7 @@ def _run(
     ops: Ops | None,
     keep: bool,
     blocks: Iterable[int] | None = None,
+    batch_statistics: bool = False,
 ) -> tuple[Any, Any]:
     """Checks, and the core's forward or forward_pyramid: its result, and a cache if kept."""
     if rng is not None:
@@ -378,6 +399,11 @@ def _run(
                 f"stages. Leave blocks out"
             )
         more = [check_blocks(blocks, row.map_blocks(config))]
+    check_flag("batch_statistics", batch_statistics)
+    if batch_statistics:
+        if row.batch_buffers is None:
+            raise ConfigError(f"batch_statistics is True, and a {row.title} has no batch norm")
+        more = [True]
     weight = first_array(model.params)
     images = check_images(images, weight, config)
     ops = choose_ops(ops, images, row)
@@ -406,7 +432,8 @@ def forward(params: Any, images: Array, config: Any = None, *, ops: Ops | None =
         ops: a table of operations; None takes the default.
 
     Returns:
-        logits (B, num_classes) of the weights' dtype.
+        logits (B, num_classes) of the weights' dtype; of a segmentation network, for every place of
+        a map smaller than the image, (B, num_classes, h, w).
 
     Raises:
         ArrayTypeError: if an argument is of another type, images are not floats, or arrays lie on
@@ -421,7 +448,13 @@ def forward(params: Any, images: Array, config: Any = None, *, ops: Ops | None =
 
 
 def forward_with_cache(
-    params: Any, images: Array, config: Any = None, rng: Source = None, *, ops: Ops | None = None
+    params: Any,
+    images: Array,
+    config: Any = None,
+    rng: Source = None,
+    *,
+    ops: Ops | None = None,
+    batch_statistics: bool = False,
 ) -> tuple[Array, ForwardCache]:
     """Class logits, and the cache for :func:`backward`.
 
@@ -437,11 +470,54 @@ def forward_with_cache(
             the rates of config; None leaves them off, as for validation. The same seed draws the
             same masks on every device and for every dtype.
         ops: as for :func:`forward`.
+        batch_statistics: of a network with batch norms, whether these take mean and variance of
+            this batch, as in training; :func:`updated` then gives the new running statistics.
 
     Returns:
-        logits (B, num_classes) of the weights' dtype, and the cache.
+        logits of the weights' dtype, (B, num_classes) or, of a segmentation network, (B,
+        num_classes, h, w), and the cache.
     """
-    return _run(False, params, images, config, rng, ops, keep=True)
+    return _run(
+        False, params, images, config, rng, ops, keep=True, batch_statistics=batch_statistics
+    )
+
+
+def batch_buffers(cache: ForwardCache) -> Any:
+    """What batch norms saw of a batch, in a record as of params.buffers; None if they did not."""
+    of_batch = architecture_of(cache.config).batch_buffers
+    return None if of_batch is None else of_batch(cache.parts)
+
+
+def with_buffers(params: Any, seen: Any) -> Any:
+    """params after a batch of which batch norms saw that: means move towards it, counts add up."""
+    if seen is None:
+        return params
+    like = first_array(params.buffers)
+    there = map_arrays(lambda x: from_host(x, like=like) if is_numpy(x) else x, seen)
+    return replace(params, buffers=moved(params.buffers, there))
+
+
+def updated(params: Any, cache: ForwardCache) -> Any:
+    """The running statistics after a forward with ``batch_statistics=True``.
+
+    Args:
+        params: the weights of the forward.
+        cache: what it returned.
+
+    Returns:
+        What belongs into ``dataclasses.replace(params, buffers=...)``. After a forward with the
+        running statistics, and of a network without batch norms, ``params.buffers`` or None.
+
+    Raises:
+        ArrayTypeError: if params are no parameters, or cache is that of another forward or network.
+    """
+    check_params_type(params)
+    _check_maker(cache, "forward_with_cache")
+    model = _model(params, cache.config, cache)
+    _check_cache(cache, "forward_with_cache", model)
+    if model.architecture.batch_buffers is None:
+        return None
+    return with_buffers(params, batch_buffers(cache)).buffers
 
 
 def forward_pyramid(
@@ -580,11 +656,7 @@ def _run_backward(
 
 def _check_cache(cache: Any, maker: str, model: Prepared) -> None:
     """Refuses what is no cache of that forward, of that configuration and dtype of weights."""
-    if not isinstance(cache, ForwardCache) or cache.kind != maker:
-        of = isinstance(cache, ForwardCache)
-        given = f"that of {cache.kind}" if of else f"a {type(cache).__name__}"
-        needed = f"the ForwardCache that {maker} returned beside its result"
-        raise ArrayTypeError(f"cache is {given}; this backward needs {needed}")
+    _check_maker(cache, maker)
     advice = f"to {maker} and to its backward"
     if cache.config != model.config:
         made, given = config_to_dict(cache.config), config_to_dict(model.config)
@@ -595,3 +667,12 @@ def _check_cache(cache: Any, maker: str, model: Prepared) -> None:
     if made_with.dtype != weight.dtype:
         what = f"the cache was made with {made_with.dtype} weights, and params are"
         raise ArrayTypeError(f"{what} {dtype_name(weight)}. Pass the same params {advice}")
+
+
+def _check_maker(cache: Any, maker: str) -> None:
+    """Refuses what is no cache of that forward."""
+    if not isinstance(cache, ForwardCache) or cache.kind != maker:
+        of = isinstance(cache, ForwardCache)
+        given = f"that of {cache.kind}" if of else f"a {type(cache).__name__}"
+        needed = f"the ForwardCache that {maker} returned beside its result"
+        raise ArrayTypeError(f"cache is {given}; this backward needs {needed}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from pvt_ref.api import (
     Prepared,
@@ -29,11 +30,14 @@ from pvt_ref.arrays import (
     sum_in_float64,
 )
 from pvt_ref.checks import Size, as_size, check_finite, check_number, check_rng, check_type
+from pvt_ref.data.image import check_pixels, read_rgb
 from pvt_ref.data.info import UNKNOWN, ModelInfo
 from pvt_ref.data.preprocessing import Preprocessing
+from pvt_ref.dense import check_dense, logit_bands, sliding_logits
 from pvt_ref.draws import Generator
 from pvt_ref.errors import ConfigError, ImageError, PVTError, RangeError, printable, shown
 from pvt_ref.models.architecture import Leaf, architecture_of
+from pvt_ref.models.segmentor.config import SegmentorConfig
 from pvt_ref.ops import Ops
 from pvt_ref.report.cost import count_cost
 from pvt_ref.report.tables import format_cost
@@ -235,6 +239,104 @@ class Model(_Core):
     def _check_top(self, top: Any) -> None:
         check_number("top", top, least=1, whole=True)
         check_has_classifier(self.config)
+        row = architecture_of(self.config)
+        if row.dense:
+            raise ConfigError(f"a {row.title} tells a class for every pixel: model.segment(images)")
+
+    def segment(
+        self, pictures: Any, size: int | None = None, *, window: Size | None = None
+    ) -> list[np.ndarray]:
+        """The class of every pixel, of each picture at its own size; a picture at a time.
+
+        As released: a picture is resized so that its short side has ``size``, stretched to a size
+        that the backbone takes, and the logits are resized to that size and then to the picture's.
+
+        Args:
+            pictures: one picture or several: paths, files opened in binary mode, or PIL images.
+            size: short side that the network sees, in pixels; None takes config.img_size.
+            window: side of the square, or (h, w), that it sees at a time, in pixels of the resized
+                picture; windows overlap by a third. None looks at the whole.
+
+        Returns:
+            (H, W) uint8 for each picture: classes, whose names are :attr:`classes`.
+
+        Raises:
+            ConfigError: if the model is none for segmentation, or has more classes than a byte
+                holds, or its preprocessing is for bands.
+            ShapeError: if there is no picture, or size or window is none.
+            PVTError: as :meth:`preprocess`.
+        """
+        maps = []
+        for answer in self.segment_each(pictures, size, window=window):
+            if isinstance(answer, PVTError):
+                raise answer
+            maps.append(answer)
+        return maps or self.preprocess([])  # which refuses it
+
+    def segment_each(
+        self, pictures: Any, size: int | None = None, *, window: Size | None = None
+    ) -> Iterator[np.ndarray | PVTError]:
+        """As :meth:`segment`, picture by picture; one that cannot be read stops no other.
+
+        Args:
+            pictures: as for segment; also an iterator.
+            size: as for segment.
+            window: as for segment.
+
+        Returns:
+            An iterator: for each picture its class map, or the PVTError that segment would raise.
+
+        Raises:
+            ConfigError: as :meth:`segment`, if the model does not fit.
+            PVTError: as :meth:`segment`, if size or window does not.
+        """
+        check_dense(self.config)
+        self._check_channels()
+        if (K := self.config.num_classes) > 256:
+            what = f"the model has {K} classes, and a class map holds a byte for each pixel"
+            raise ConfigError(f"{what}. Take model(images) and pvt_ref.dense.resize_logits instead")
+        preprocessing = self.info.preprocessing
+        if preprocessing.mode == "bands":
+            raise ConfigError("preprocessing has mode 'bands', and pictures have colours or grey")
+        side = self.config.img_size if size is None else size
+        side = check_number("size", side, least=1, most=2**15, whole=True)
+        part = None if window is None else as_size(window, least=1)
+        several = isinstance(pictures, list | tuple | Iterator) and not hasattr(pictures, "read")
+        each = iter(pictures if several else [pictures])
+        return (self._segment_or_error(picture, side, part) for picture in each)
+
+    def _segment_or_error(self, picture: Any, side: int, part: Grid | None) -> Any:
+        try:
+            return self._segment(picture, side, part)
+        except PVTError as error:
+            return error
+
+    def _segment(self, picture: Any, side: int, part: Grid | None) -> np.ndarray:
+        photo = read_rgb(picture)
+        scale = side / min(photo.size)
+        H, W = (max(1, round(n * scale)) for n in (photo.height, photo.width))
+        if part is None:
+            H, W = self.config.fitting_size(H, W)
+        check_pixels(H, W)
+        resized = photo.resize((W, H), Image.Resampling.BILINEAR)
+        if self.info.preprocessing.mode == "L":
+            resized = resized.convert("L")
+        pixels = np.asarray(resized).reshape(1, H, W, -1).transpose(0, 3, 1, 2)
+        x = self.info.preprocessing.normalize(
+            np.ascontiguousarray(pixels), first_array(self.params)
+        )
+        if part is None:
+            logits = self(x)
+        else:
+            h, w = (min(n, m) for n, m in zip(part, (H, W), strict=True))
+            stride = max(1, 2 * h // 3), max(1, 2 * w // 3)
+            logits = sliding_logits(self.params, x, self.config, (h, w), stride)
+        size = photo.height, photo.width
+        answers = np.empty(size, np.uint8)
+        # a band of rows at a time: all logits of a large picture would not fit in memory
+        for top, bottom, full in logit_bands(logits, (H, W), size):
+            answers[top:bottom] = to_numpy(array_module(full).argmax(full, axis=1))[0]
+        return answers
 
     def _check_normalised(self, images: Array) -> None:
         """Refuses floats that look like pixels: normalised, the darker ones would be negative."""
@@ -265,6 +367,8 @@ class Model(_Core):
 
     def __call__(self, images: Array, *, ops: Ops | None = None) -> Array:
         """Class logits (B, num_classes) of normalised floats (B, in_chans, H, W).
+
+        Of a segmentation network, those of every place of a smaller map, (B, num_classes, h, w).
 
         Raises:
             NonFiniteError: if images on the host are not finite, also in the dtype of the weights.
@@ -362,6 +466,48 @@ def with_new_head(model: Model, num_classes: int, rng: Generator) -> Model:
     return Model(params, config, f"{model.source}; new head for {num_classes} classes", info)
 
 
+def with_segmentation_head(model: Model, head: Any, num_classes: int, rng: Generator) -> Model:
+    """A segmentation network on the backbone of a model, with a fresh head.
+
+    Args:
+        model: a network with a pyramid, with or without classifier. Of its arrays those that its
+            backbone has are shared; a PVT's cls token, its row of the table, final norm and head
+            are left out.
+        head: :class:`pvt_ref.SemanticFPNHead` or :class:`pvt_ref.SETRHead`.
+        num_classes: of each pixel, at least 1.
+        rng: a NumPy generator for the new weights, as of :func:`init_params`; it is advanced.
+
+    Returns:
+        A model whose config is a :class:`pvt_ref.SegmentorConfig`, of the same dtype and on the
+        same device.
+
+    Raises:
+        ArrayTypeError: if model is not a Model, or rng not a NumPy generator.
+        ConfigError: if the parts do not make a segmentation network.
+    """
+    check_rng(rng)
+    check_type("model", model, Model, "from load(path) or Model(params, config)")
+    config = SegmentorConfig(
+        backbone=dataclasses.replace(model.config, num_classes=0),
+        head=head,
+        num_classes=num_classes,
+    )
+    old, like = dict(named_arrays(model.params)), first_array(model.params)
+
+    def make(leaf: Leaf) -> Array:
+        kept = old.get(leaf.key.removeprefix("backbone."))
+        if kept is None or not leaf.key.startswith("backbone."):
+            return from_host(draw_leaf(leaf, rng, np.dtype(dtype_name(like))), like=like)
+        if tuple(kept.shape) != leaf.shape:  # a table, whose first row is the cls token's
+            kept = kept[:, kept.shape[1] - leaf.shape[1] :, ...]
+        return kept
+
+    params = architecture_of(config).build_params(config, make)
+    info = dataclasses.replace(model.info, title="", classes=(), training={})  # not true any more
+    source = f"{model.source}; new {config.head.name} head for {num_classes} classes"
+    return Model(params, config, source, info)
+
+
 def with_image_size(model: Model, img_size: int) -> Model:
     """The same model made for another image size, with its position tables resized for good.
 
@@ -380,6 +526,9 @@ def with_image_size(model: Model, img_size: int) -> Model:
         ConfigError, ShapeError: if the model cannot be made for that size.
     """
     check_type("model", model, Model, "from load(path) or Model(params, config)")
+    if (row := architecture_of(model.config)).dense:
+        what = f"a {row.title} has the image size of its backbone, and stretches pictures to fit"
+        raise ConfigError(f"{what}. Pass another one to each call: model.segment(pictures, size)")
     config = dataclasses.replace(model.config, img_size=img_size)
     H, W = as_size(img_size)
     config.grids(H, W)

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, TypeVar, dataclass_transform
 
@@ -29,6 +29,9 @@ from pvt_ref.arrays import (
 from pvt_ref.errors import ArrayTypeError, DeviceError, shown
 
 _T = TypeVar("_T")
+
+#: The field of what is remembered from batch to batch, and not trained: None in gradients.
+BUFFERS = "buffers"
 
 
 @dataclass_transform(frozen_default=True, eq_default=False)
@@ -85,15 +88,24 @@ def map_arrays(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
 
 
 def named_arrays(tree: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
-    """Key and array of every leaf of a record, in field order; the arrays, not copies."""
+    """Key and array of every leaf of a record, in field order; the arrays, not copies.
+
+    A field called buffers adds no segment: what a layer remembers goes by the name of its weights.
+    """
     waiting = [(prefix, tree)]
     while waiting:
         prefix, tree = waiting.pop()
         if is_array(tree):
             yield prefix, tree
         elif isinstance(tree, tuple) or is_dataclass(tree):
-            start = f"{prefix}." if prefix else ""
-            waiting.extend([(start + name, branch) for name, branch in reversed(branches(tree))])
+            inner = [(_joined(prefix, name), branch) for name, branch in reversed(branches(tree))]
+            waiting.extend(inner)
+
+
+def _joined(prefix: str, name: str) -> str:
+    if name == BUFFERS:
+        return prefix
+    return f"{prefix}.{name}" if prefix else name
 
 
 def named_records(tree: Any, prefix: str = "") -> dict[int, str]:
@@ -103,7 +115,7 @@ def named_records(tree: Any, prefix: str = "") -> dict[int, str]:
     names = {id(tree): prefix}
     if not is_array(tree):
         for name, branch in branches(tree):
-            names |= named_records(branch, f"{prefix}.{name}" if prefix else name)
+            names |= named_records(branch, _joined(prefix, name))
     return names
 
 
@@ -111,6 +123,11 @@ def map_named(f: Callable[[str, Array], Any], tree: Any, prefix: str = "") -> An
     """A copy of a record with ``f(key, array)`` in the place of all arrays."""
     results = iter([f(key, x) for key, x in named_arrays(tree, prefix)])
     return map_arrays(lambda _: next(results), tree)  # both go through the record in field order
+
+
+def without_buffers(tree: Any) -> Any:
+    """The weights that are trained: the same record, with None for its buffers if it has some."""
+    return replace(tree, **{BUFFERS: None}) if hasattr(tree, BUFFERS) else tree
 
 
 def first_array(tree: Any) -> Array:

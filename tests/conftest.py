@@ -43,7 +43,10 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 #: built on it. After a failure in one group, no test of a later group begins.
 GROUPS = (
     ("test_errors.py", "test_ops.py", "test_layers.py"),
-    ("test_properties.py", "test_maps.py", "test_kernels.py", "test_golden.py"),
+    (
+        *("test_properties.py", "test_maps.py", "test_kernels.py", "test_golden.py"),
+        *("test_segmentation_layers.py", "test_heads.py", "test_segmentor.py"),
+    ),
 )
 
 #: Files that take long, or that fail in many places for one fault below.

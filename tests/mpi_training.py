@@ -18,7 +18,7 @@ import numpy as np
 from small_training import CONFIG, DATA, HELD_OUT, RECIPE, without_chance
 
 import pvt_ref
-from pvt_ref.errors import PVTError, TrainingError
+from pvt_ref.errors import CheckpointError, PVTError, TrainingError
 from pvt_ref.train import fit, loop, step
 from pvt_ref.train.data_parallel import ranks_here
 from pvt_ref.tree import map_arrays, named_arrays
@@ -37,7 +37,17 @@ NETWORKS = {
 
 
 def fail_at(rank: int, number: int, how: str, ranks) -> None:
-    """Makes a rank fail when it computes a step."""
+    """Makes a rank fail when it computes a step, or when it saves the state after so many."""
+    if how == "save":
+        save = loop.save_state
+
+        def fail_to_save(path, state, run):
+            if ranks.rank == rank and state.step == number:
+                raise CheckpointError("made to fail at saving")
+            save(path, state, run)
+
+        loop.save_state = fail_to_save
+        return
     inner = step.draw_batch
 
     def draw(*arguments):

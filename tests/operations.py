@@ -6,7 +6,8 @@ derivative is autograd's. Nothing in the PyTorch side is written by us beyond na
 
 import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from strategies import normal, seeds
 
+from pvt_ref.arrays import array_module, dtype_name, from_host
 from pvt_ref.blocks import conv_mlp as conv_mlp_file
 from pvt_ref.blocks import linear_sra as linear_sra_file
 from pvt_ref.blocks import mha as mha_file
@@ -28,8 +30,27 @@ from pvt_ref.blocks.mha import MHAParams
 from pvt_ref.blocks.mlp import MLPParams
 from pvt_ref.blocks.sra import SRAParams, SRASettings
 from pvt_ref.blocks.transformer import BlockParams, BlockSettings
+from pvt_ref.heads import conv_unit as conv_unit_file
+from pvt_ref.heads import fpn as fpn_file
+from pvt_ref.heads import mla as mla_file
+from pvt_ref.heads import scale_head as scale_head_file
+from pvt_ref.heads import semantic_fpn as semantic_fpn_file
+from pvt_ref.heads import setr as setr_file
+from pvt_ref.heads.conv_unit import ConvUnitBuffers, ConvUnitParams
+from pvt_ref.heads.fpn import FPNConvParams, FPNParams
+from pvt_ref.heads.mla import (
+    MLAHeadBuffers,
+    MLAHeadParams,
+    MLANeckBuffers,
+    MLANeckParams,
+    MLAUnitsBuffers,
+    MLAUnitsParams,
+)
+from pvt_ref.heads.semantic_fpn import SemanticFPNBuffers, SemanticFPNParams
+from pvt_ref.heads.setr import SETRBuffers, SETRParams
 from pvt_ref.kernels.cpu.table import blocked_ops
 from pvt_ref.layers import attention as attention_file
+from pvt_ref.layers import batch_norm as batch_norm_file
 from pvt_ref.layers import conv as conv_file
 from pvt_ref.layers import depthwise_conv as depthwise_conv_file
 from pvt_ref.layers import dropout as dropout_file
@@ -43,6 +64,7 @@ from pvt_ref.layers import relu as relu_file
 from pvt_ref.layers import resize as resize_file
 from pvt_ref.layers import softmax as softmax_file
 from pvt_ref.layers import sum_rows as sum_rows_file
+from pvt_ref.layers.batch_norm import BatchNormBuffers, BatchNormParams
 from pvt_ref.layers.conv import ConvParams
 from pvt_ref.layers.layer_norm import LayerNormParams
 from pvt_ref.layers.linear import LinearParams
@@ -57,11 +79,12 @@ READABLE: dict[str, Operation] = {
     for file, names in {
         linear_file: ["linear"],
         layer_norm_file: ["layer_norm"],
+        batch_norm_file: ["batch_norm"],
         gelu_file: ["gelu"],
         relu_file: ["relu"],
         softmax_file: ["softmax"],
         sum_rows_file: ["sum_rows"],
-        dropout_file: ["dropout", "drop_path"],
+        dropout_file: ["dropout", "drop_path", "dropout_channels"],
         patch_embed_file: ["patch_embed"],
         conv_file: ["conv"],
         depthwise_conv_file: ["depthwise_conv"],
@@ -75,6 +98,12 @@ READABLE: dict[str, Operation] = {
         mlp_file: ["mlp"],
         conv_mlp_file: ["conv_mlp"],
         transformer: ["block", "blocks"],
+        conv_unit_file: ["conv_unit"],
+        scale_head_file: ["scale_head"],
+        fpn_file: ["fpn"],
+        semantic_fpn_file: ["semantic_fpn"],
+        setr_file: ["setr"],
+        mla_file: ["mla_neck", "mla_head"],
     }.items()
     for name in names
 }
@@ -190,6 +219,66 @@ def layer_norm(draw) -> OpCase:
         lambda i, keep=True: forward("layer_norm", _norm(i, "norm"), i["x"], eps, keep=keep),
         gradients,
         lambda i: F.layer_norm(i["x"], (C,), i["norm.weight"], i["norm.bias"], eps),
+    )
+
+
+def constant(x: np.ndarray, like: Any) -> Any:
+    """A number that nobody differentiates by, in the library and precision of like."""
+    narrow = dtype_name(like) == "float32"
+    return from_host(x.astype(np.float32 if narrow else np.float64), like=like)
+
+
+def running(seed: int, C: int) -> tuple[np.ndarray, np.ndarray]:
+    """A running mean and variance, exact in float32."""
+    pair = 0.3 * normal(seed, C), 0.5 + np.abs(normal(seed + 1, C))
+    mean, variance = (x.astype(np.float32).astype(np.float64) for x in pair)
+    return mean, variance
+
+
+def buffers_of(seed: int, C: int, like: Any) -> BatchNormBuffers:
+    """Those of :func:`running`."""
+    mean, variance = (constant(x, like) for x in running(seed, C))
+    return BatchNormBuffers(mean, variance, from_host(np.array(7), like=like))
+
+
+def _batch_norm(i: Inputs, name: str) -> BatchNormParams:
+    return BatchNormParams(i[f"{name}.weight"], i[f"{name}.bias"])
+
+
+def _torch_batch_norm(i: Inputs, x, name: str, seed: int, in_batch: bool, eps: float = 1e-5):
+    """batch_norm of a map (B, C, H, W), with the statistics of :func:`running`."""
+    mean, variance = (torch.tensor(s).to(x.dtype) for s in running(seed, x.shape[1]))
+    weight, bias = i[f"{name}.weight"], i[f"{name}.bias"]
+    return F.batch_norm(x, mean, variance, weight, bias, training=in_batch, eps=eps)
+
+
+@st.composite
+def batch_norm(draw) -> OpCase:
+    B, C, sides = draw(small), draw(small), st.integers(2, 4)
+    H, W, in_batch = draw(sides), draw(sides), draw(st.booleans())
+    eps, seed = draw(st.sampled_from([1e-5, 1e-1])), draw(seeds)
+    shapes = {"x": (B, H, W, C), "norm__weight": (C,), "norm__bias": (C,)}
+
+    def compute(i, keep=True):
+        buffers = buffers_of(seed, C, like=i["x"])
+        p = _batch_norm(i, "norm")
+        return forward("batch_norm", p, i["x"], buffers, in_batch, eps, keep=keep)
+
+    def gradients(i, cache, dy):
+        dx, d = backward("batch_norm", _batch_norm(i, "norm"), cache, dy)
+        return {"x": dx, **_named(d, "norm")}
+
+    def reference(i):
+        x = channels_first(i["x"])
+        return channels_last(_torch_batch_norm(i, x, "norm", seed, in_batch, eps))
+
+    return OpCase(
+        "batch_norm",
+        f"{shapes}, in_batch={in_batch}, eps={eps}, seed={seed}",
+        _random(seed, **shapes),
+        compute,
+        gradients,
+        reference,
     )
 
 
@@ -764,12 +853,15 @@ def sum_rows(draw) -> OpCase:
 
 @st.composite
 def dropped(draw) -> OpCase:
-    """Dropout or drop path with a fixed mask: linear, so everything about operations applies."""
-    path = draw(st.booleans())
+    """Dropout of any kind with a fixed mask: linear, so everything about operations applies."""
     shape = (draw(st.integers(2, 5)), draw(small), draw(small))
+    masks = {
+        "dropout": shape,
+        "drop_path": (shape[0], 1, 1),
+        "dropout_channels": (shape[0], 1, shape[2]),
+    }
+    name, mask_shape = draw(st.sampled_from(sorted(masks.items())))
     rate, mask_seed, seed = draw(st.sampled_from([0.0, 0.25, 0.6])), draw(seeds), draw(seeds)
-    name = "drop_path" if path else "dropout"
-    mask_shape = (shape[0], 1, 1) if path else shape
 
     def reference(i):
         kept = np.random.default_rng(mask_seed).random(mask_shape, dtype=np.float32) >= rate
@@ -787,9 +879,406 @@ def dropped(draw) -> OpCase:
     )
 
 
+# Heads ----------------------------------------------------------------------------------------
+
+#: What a head has in a place: a unit, C_in and C_out channels and a kernel k; or an enlargement.
+Step = tuple[int, int, int] | None
+
+
+def _unit_shapes(name: str, C_in: int, C_out: int, k: int) -> dict[str, tuple[int, ...]]:
+    shapes = {"conv__weight": (C_out, C_in, k, k), "norm__weight": (C_out,), "norm__bias": (C_out,)}
+    return {f"{name}__{key}": shape for key, shape in shapes.items()}
+
+
+def _steps_shapes(name: str, steps: list[Step]) -> dict[str, tuple[int, ...]]:
+    named = [(f"{name}{k}", step) for k, step in enumerate(steps)]
+    return {
+        key: x for place, step in named if step for key, x in _unit_shapes(place, *step).items()
+    }
+
+
+def _alive(seed: int, **shapes: tuple[int, ...]) -> Inputs:
+    """Inputs with which no ReLU stops everything: channel 0 of each unit is mostly above 0."""
+    inputs = _random(seed, **shapes)
+    for name, x in inputs.items():
+        if name.endswith(".norm.bias"):
+            x[0] = 3 + np.abs(x[0])
+    return inputs
+
+
+def _unit(i: Inputs, name: str) -> ConvUnitParams:
+    return ConvUnitParams(
+        ConvParams(i[f"{name}.conv.weight"], None), _batch_norm(i, f"{name}.norm")
+    )
+
+
+def _unit_gradients(d: ConvUnitParams, name: str) -> Inputs:
+    return _named(d.conv, f"{name}.conv") | _named(d.bn, f"{name}.norm")
+
+
+def _unit_buffers(seed: int, C: int, like: Any) -> ConvUnitBuffers:
+    return ConvUnitBuffers(buffers_of(seed, C, like))
+
+
+def _torch_unit(i: Inputs, x, name: str, seed: int, in_batch: bool):
+    """On maps (B, C, H, W)."""
+    weight = i[f"{name}.conv.weight"]
+    x = F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+    return F.relu(_torch_batch_norm(i, x, f"{name}.norm", seed, in_batch))
+
+
+def _steps(i: Inputs, name: str, steps: list[Step]) -> tuple[ConvUnitParams | None, ...]:
+    return tuple(_unit(i, f"{name}{k}") if step else None for k, step in enumerate(steps))
+
+
+def _steps_buffers(seed: int, steps: list[Step], like: Any):
+    return tuple(step and _unit_buffers(seed, step[1], like) for step in steps)
+
+
+def _steps_gradients(d: tuple[ConvUnitParams | None, ...], name: str) -> Inputs:
+    named: Inputs = {}
+    for k, step in enumerate(d):
+        named |= _unit_gradients(step, f"{name}{k}") if step else {}
+    return named
+
+
+def _torch_steps(i: Inputs, x, name: str, steps, scale: int, seed: int, in_batch: bool):
+    for k, step in enumerate(steps):
+        if step is None:
+            x = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
+        else:
+            x = _torch_unit(i, x, f"{name}{k}", seed, in_batch)
+    return x
+
+
+@st.composite
+def conv_unit(draw) -> OpCase:
+    B, C_in, C_out, k = draw(small), draw(small), draw(small), draw(st.sampled_from([1, 3]))
+    H, W, in_batch, seed = draw(st.integers(2, 4)), draw(small), draw(st.booleans()), draw(seeds)
+    shapes = {"x": (B, H, W, C_in), **_unit_shapes("unit", C_in, C_out, k)}
+
+    def compute(i, keep=True):
+        buffers = _unit_buffers(seed, C_out, i["x"])
+        return forward("conv_unit", _unit(i, "unit"), i["x"], buffers, in_batch, keep=keep)
+
+    def gradients(i, cache, dy):
+        dx, d = backward("conv_unit", _unit(i, "unit"), cache, dy)
+        return {"x": dx, **_unit_gradients(d, "unit")}
+
+    return OpCase(
+        "conv_unit",
+        f"{shapes}, in_batch={in_batch}, seed={seed}",
+        _alive(seed, **shapes),
+        compute,
+        gradients,
+        lambda i: channels_last(_torch_unit(i, channels_first(i["x"]), "unit", seed, in_batch)),
+    )
+
+
+@st.composite
+def scale_head(draw) -> OpCase:
+    C, widths = draw(small), [draw(small), draw(small)]
+    steps: list[Step] = [(C, widths[0], 3), (*widths, 1), None]
+    steps = draw(st.sampled_from([steps, steps[:1], [steps[0], None, *steps[1:]]]))
+    # batch norm of two values cancels all but eps, and with it every digit of float32
+    B, (H, W), scale = draw(st.integers(1, 2)), draw(st.sampled_from([(2, 3), (3, 2)])), draw(small)
+    in_batch, seed = draw(st.booleans()), draw(seeds)
+    shapes = {"x": (B, H, W, C), **_steps_shapes("", steps)}
+
+    def compute(i, keep=True):
+        p, buffers = _steps(i, "", steps), _steps_buffers(seed, steps, i["x"])
+        return forward("scale_head", p, i["x"], buffers, in_batch, scale, keep=keep)
+
+    def gradients(i, cache, dy):
+        dx, d = backward("scale_head", _steps(i, "", steps), cache, dy)
+        return {"x": dx, **_steps_gradients(d, "")}
+
+    def reference(i):
+        x = channels_first(i["x"])
+        return channels_last(_torch_steps(i, x, "", steps, scale, seed, in_batch))
+
+    return OpCase(
+        "scale_head",
+        f"{shapes}, steps={steps}, scale={scale}, in_batch={in_batch}, seed={seed}",
+        _alive(seed, **shapes),
+        compute,
+        gradients,
+        reference,
+    )
+
+
+def _maps(i: Inputs) -> list[Any]:
+    """Inputs x1, x2 and so on."""
+    return [x for name, x in i.items() if re.fullmatch(r"x\d", name)]
+
+
+def _named_maps(maps: Sequence[Any]) -> Inputs:
+    return {f"x{k}": x for k, x in enumerate(maps, 1)}
+
+
+def in_one(maps: Sequence[Any]) -> Any:
+    """Maps as one flat array, since the tests of all operations look at one."""
+    xp = array_module(maps[0])
+    return xp.concat([xp.reshape(x, (-1,)) for x in maps])
+
+
+def apart(flat: Any, shapes: Sequence[tuple[int, ...]]) -> list[Any]:
+    """The inverse, to maps of these shapes."""
+    xp, start, maps = array_module(flat), 0, []
+    for shape in shapes:
+        stop = start + math.prod(shape)
+        maps.append(xp.reshape(flat[start:stop], shape))
+        start = stop
+    return maps
+
+
+def _torch_in_one(maps) -> torch.Tensor:
+    return torch.cat([channels_last(x).reshape(-1) for x in maps])
+
+
+def _plain_conv(i: Inputs, name: str) -> ConvParams:
+    return ConvParams(i[f"{name}.weight"], i[f"{name}.bias"])
+
+
+def _torch_conv(i: Inputs, x, name: str):
+    weight = i[f"{name}.weight"]
+    return F.conv2d(x, weight, i[f"{name}.bias"], padding=weight.shape[-1] // 2)
+
+
+#: Sides of four levels: halves, and halves of odd sides, rounded up as strides do.
+HEIGHTS, WIDTHS = (
+    st.sampled_from([(8, 4, 2, 1), (5, 3, 2, 1), (2, 1, 1, 1)]),
+    st.sampled_from([(9, 5, 3, 2), (6, 3, 2, 2)]),
+)
+
+
+@st.composite
+def fpn(draw) -> OpCase:
+    B, C, seed, count = draw(st.integers(1, 2)), draw(small), draw(seeds), draw(st.integers(1, 4))
+    grids = list(zip(draw(HEIGHTS), draw(WIDTHS), strict=True))[:count]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for k, grid in enumerate(grids, 1):
+        C_k = draw(small)
+        shapes |= {f"x{k}": (B, *grid, C_k), f"lateral{k}__weight": (C, C_k, 1, 1)}
+        shapes |= {f"fpn{k}__weight": (C, C, 3, 3)}
+        shapes |= {f"{kind}{k}__bias": (C,) for kind in ("lateral", "fpn")}
+    levels = range(1, count + 1)
+
+    def params(i):
+        kinds = ([_plain_conv(i, f"{kind}{k}") for k in levels] for kind in ("lateral", "fpn"))
+        return FPNParams(*(tuple(map(FPNConvParams, convs)) for convs in kinds))
+
+    def compute(i, keep=True):
+        maps, cache = forward("fpn", params(i), _maps(i), keep=keep)
+        return in_one(maps), cache
+
+    def gradients(i, cache, dy):
+        dx, d = backward("fpn", params(i), cache, apart(dy, [(B, *grid, C) for grid in grids]))
+        named = _named_maps(dx)
+        for k, lateral, own in zip(levels, d.lateral_convs, d.fpn_convs, strict=True):
+            named |= _named(lateral.conv, f"lateral{k}") | _named(own.conv, f"fpn{k}")
+        return named
+
+    def reference(i):
+        maps = [_torch_conv(i, channels_first(i[f"x{k}"]), f"lateral{k}") for k in levels]
+        for k in range(count - 1, 0, -1):
+            told = F.interpolate(maps[k], size=maps[k - 1].shape[2:], mode="nearest")
+            maps[k - 1] = maps[k - 1] + told
+        return _torch_in_one([_torch_conv(i, maps[k - 1], f"fpn{k}") for k in levels])
+
+    return OpCase(
+        "fpn", f"{shapes}, seed={seed}", _alive(seed, **shapes), compute, gradients, reference
+    )
+
+
+@st.composite
+def semantic_fpn(draw) -> OpCase:
+    B, C, D, K, seed = draw(st.integers(2, 3)), draw(small), draw(small), draw(small), draw(seeds)
+    grids, in_batch = zip(draw(HEIGHTS), draw(WIDTHS), strict=True), draw(st.booleans())
+    unit, more = (C, D, 3), (D, D, 3)
+    heads: list[list[Step]] = [
+        *([unit], [unit, None], [unit, None, more, None]),
+        [unit, None, more, None, more, None],
+    ]
+    shapes = {f"x{k}": (B, *grid, C) for k, grid in enumerate(grids, 1)}
+    shapes |= {"seg__weight": (K, D, 1, 1), "seg__bias": (K,)}
+    for k, steps in enumerate(heads):
+        shapes |= _steps_shapes(f"head{k}_", steps)
+
+    def params(i):
+        levels = (_steps(i, f"head{k}_", steps) for k, steps in enumerate(heads))
+        return SemanticFPNParams(_plain_conv(i, "seg"), tuple(levels))
+
+    def compute(i, keep=True):
+        levels = (_steps_buffers(seed, steps, i["x1"]) for steps in heads)
+        buffers = SemanticFPNBuffers(tuple(levels))
+        return forward("semantic_fpn", params(i), _maps(i), buffers, in_batch, keep=keep)
+
+    def gradients(i, cache, dy):
+        dx, d = backward("semantic_fpn", params(i), cache, dy)
+        named = _named_maps(dx) | _named(d.conv_seg, "seg")
+        for k, head in enumerate(d.scale_heads):
+            named |= _steps_gradients(head, f"head{k}_")
+        return named
+
+    def reference(i):
+        maps = [
+            _torch_steps(i, channels_first(x), f"head{k}_", heads[k], 2, seed, in_batch)
+            for k, x in enumerate(_maps(i))
+        ]
+        size = maps[0].shape[2:]
+        total = sum(F.interpolate(x, size=size, mode="bilinear") for x in maps)
+        return channels_last(_torch_conv(i, total, "seg"))
+
+    return OpCase(
+        "semantic_fpn",
+        f"{shapes}, in_batch={in_batch}, seed={seed}",
+        _alive(seed, **shapes),
+        compute,
+        gradients,
+        reference,
+    )
+
+
+@st.composite
+def setr(draw) -> OpCase:
+    B, H, W, C, D = 2, draw(st.integers(1, 2)), draw(st.integers(2, 3)), 5, draw(small)
+    k, scale = draw(st.sampled_from([(1, 4), (3, 2)]))
+    pairs: list[list[Step]] = [[(C, D, k), None], [(D, D, k), None]][: 1 if k == 1 else 2]
+    in_batch, seed = draw(st.booleans()), draw(seeds)
+    shapes = {"x": (B, H, W, C), "norm__weight": (C,), "norm__bias": (C,)}
+    shapes |= {"seg__weight": (3, D, 1, 1), "seg__bias": (3,)}
+    for j, steps in enumerate(pairs):
+        shapes |= _steps_shapes(f"up{j}_", steps)
+
+    def params(i):
+        up = tuple(_steps(i, f"up{j}_", steps) for j, steps in enumerate(pairs))
+        return SETRParams(_plain_conv(i, "seg"), _norm(i, "norm"), up)
+
+    def compute(i, keep=True):
+        buffers = SETRBuffers(tuple(_steps_buffers(seed, steps, i["x"]) for steps in pairs))
+        return forward("setr", params(i), i["x"], buffers, in_batch, scale, keep=keep)
+
+    def gradients(i, cache, dy):
+        dx, d = backward("setr", params(i), cache, dy)
+        named = {"x": dx} | _named(d.conv_seg, "seg") | _named(d.norm, "norm")
+        for j, pair in enumerate(d.up_convs):
+            named |= _steps_gradients(pair, f"up{j}_")
+        return named
+
+    def reference(i):
+        x = F.layer_norm(i["x"], (C,), i["norm.weight"], i["norm.bias"], 1e-6)
+        x = channels_first(x)
+        for j, steps in enumerate(pairs):
+            x = _torch_steps(i, x, f"up{j}_", steps, scale, seed, in_batch)
+        return channels_last(_torch_conv(i, x, "seg"))
+
+    return OpCase(
+        "setr",
+        f"{shapes}, k={k}, in_batch={in_batch}, seed={seed}",
+        _alive(seed, **shapes),
+        compute,
+        gradients,
+        reference,
+    )
+
+
+@st.composite
+def mla_neck(draw) -> OpCase:
+    B, H, W, C, D, L = 2, draw(small), draw(st.integers(2, 3)), 5, draw(small), draw(small)
+    in_batch, seed = draw(st.booleans()), draw(seeds)
+    shapes = {f"x{k}": (B, H, W, C) for k in range(1, L + 1)}
+    for k in range(L):
+        shapes |= {f"norm{k}__{leaf}": (C,) for leaf in ("weight", "bias")}
+        shapes |= _unit_shapes(f"proj{k}", C, D, 1) | _unit_shapes(f"feat{k}", D, D, 3)
+
+    def params(i):
+        kinds = (tuple(_unit(i, f"{kind}{k}") for k in range(L)) for kind in ("proj", "feat"))
+        norms = tuple(_norm(i, f"norm{k}") for k in range(L))
+        return MLANeckParams(norms, MLAUnitsParams(*kinds))
+
+    def compute(i, keep=True):
+        each = (_unit_buffers(seed, D, i["x1"]),) * L
+        buffers = MLANeckBuffers(MLAUnitsBuffers(each, each))
+        maps, cache = forward("mla_neck", params(i), _maps(i), buffers, in_batch, keep=keep)
+        return in_one(maps), cache
+
+    def gradients(i, cache, dy):
+        dx, d = backward("mla_neck", params(i), cache, apart(dy, [(B, H, W, D)] * L))
+        named = _named_maps(dx)
+        for k in range(L):
+            named |= _named(d.norm[k], f"norm{k}")
+            named |= _unit_gradients(d.mla.channel_proj[k], f"proj{k}")
+            named |= _unit_gradients(d.mla.feat_extract[k], f"feat{k}")
+        return named
+
+    def reference(i):
+        maps = []
+        for k, x in enumerate(_maps(i)):
+            x = F.layer_norm(x, (C,), i[f"norm{k}.weight"], i[f"norm{k}.bias"], 1e-6)
+            maps.append(_torch_unit(i, channels_first(x), f"proj{k}", seed, in_batch))
+        sums = [sum(maps[L - 1 - k :]) for k in range(L)]
+        return _torch_in_one(
+            [_torch_unit(i, x, f"feat{k}", seed, in_batch) for k, x in enumerate(sums)]
+        )
+
+    return OpCase(
+        "mla_neck",
+        f"{shapes}, in_batch={in_batch}, seed={seed}",
+        _alive(seed, **shapes),
+        compute,
+        gradients,
+        reference,
+    )
+
+
+@st.composite
+def mla_head(draw) -> OpCase:
+    B, H, W, D, L = 2, draw(st.integers(1, 2)), draw(st.integers(2, 3)), draw(small), draw(small)
+    M, in_batch, seed = draw(st.integers(1, 2)), draw(st.booleans()), draw(seeds)
+    steps: list[Step] = [(D, M, 3), (M, M, 3), None]
+    shapes = {f"x{k}": (B, H, W, D) for k in range(1, L + 1)}
+    shapes |= {"seg__weight": (3, L * M, 1, 1), "seg__bias": (3,)}
+    for k in range(L):
+        shapes |= _steps_shapes(f"up{k}_", steps)
+
+    def params(i):
+        return MLAHeadParams(
+            _plain_conv(i, "seg"), tuple(_steps(i, f"up{k}_", steps) for k in range(L))
+        )
+
+    def compute(i, keep=True):
+        buffers = MLAHeadBuffers((_steps_buffers(seed, steps, i["x1"]),) * L)
+        return forward("mla_head", params(i), _maps(i), buffers, in_batch, keep=keep)
+
+    def gradients(i, cache, dy):
+        dx, d = backward("mla_head", params(i), cache, dy)
+        named = _named_maps(dx) | _named(d.conv_seg, "seg")
+        for k, up in enumerate(d.up_convs):
+            named |= _steps_gradients(up, f"up{k}_")
+        return named
+
+    def reference(i):
+        large = [
+            _torch_steps(i, channels_first(x), f"up{k}_", steps, 4, seed, in_batch)
+            for k, x in enumerate(_maps(i))
+        ]
+        return channels_last(_torch_conv(i, torch.cat(large, dim=1), "seg"))
+
+    return OpCase(
+        "mla_head",
+        f"{shapes}, in_batch={in_batch}, seed={seed}",
+        _alive(seed, **shapes),
+        compute,
+        gradients,
+        reference,
+    )
+
+
 OPERATIONS = {
     "linear": linear(),
     "layer_norm": layer_norm(),
+    "batch_norm": batch_norm(),
     "gelu": gelu(),
     "relu": relu(),
     "softmax": softmax(),
@@ -809,4 +1298,11 @@ OPERATIONS = {
     "vit block": block(of_vit=True),
     "sum_rows": sum_rows(),
     "drop": dropped(),
+    "conv_unit": conv_unit(),
+    "scale_head": scale_head(),
+    "fpn": fpn(),
+    "semantic_fpn": semantic_fpn(),
+    "setr": setr(),
+    "mla_neck": mla_neck(),
+    "mla_head": mla_head(),
 }

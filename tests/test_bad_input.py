@@ -814,7 +814,7 @@ def test_label_smoothing_out_of_range(smoothing):
 
 @pytest.mark.parametrize("reduction", ["none", "Mean", None, ["mean"]])
 def test_unknown_reduction(reduction):
-    with refused(RangeError, f"reduction is {reduction!r}", "'mean' or 'sum'"):
+    with refused(RangeError, f"reduction is {reduction!r}", "'mean', 'mean_of_all' or 'sum'"):
         cross_entropy(LOGITS, LABELS, reduction=reduction)
 
 

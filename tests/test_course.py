@@ -29,7 +29,7 @@ SECTIONS = (
 )  # fmt: skip
 OPERATIONS = (
     "linear", "layer_norm", "gelu", "softmax", "patch_embed", "position", "attention", "sra",
-    "block", "vit", "convolution", "pvt_v2",
+    "block", "vit", "convolution", "pvt_v2", "semantic_fpn",
 )  # fmt: skip
 COURSE = sorted((DOCS / "course").glob("*.md"))
 PHOTO = DOCS.parent / "examples" / "chelsea.jpg"

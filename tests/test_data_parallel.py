@@ -1,10 +1,15 @@
 """Trainings on several ranks: the same bits as on one, and one message where a rank fails."""
 
+import ctypes
 import importlib.util
 import os
+import queue
 import shutil
 import subprocess
 import sys
+import threading
+import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +17,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from small_photos import write_colours, write_photos
+from small_training import CONFIG, DATA, HELD_OUT, RECIPE
+from strategies import random_params
 
 import pvt_ref
-from pvt_ref.errors import TrainingError
-from pvt_ref.train import data_parallel, read_metrics
-from pvt_ref.train.data_parallel import ALONE, Part, add_part, add_up_parts, share_of, subtrees
+from pvt_ref.errors import CheckpointError, TrainingError
+from pvt_ref.train import (
+    Options,
+    data_parallel,
+    evaluate,
+    fit,
+    from_folder,
+    read_metrics,
+    train_folder,
+)
+from pvt_ref.train.data_parallel import (
+    ALONE,
+    Part,
+    Ranks,
+    add_part,
+    add_up_parts,
+    share_of,
+    subtrees,
+)
 from pvt_ref.train.loop import BEST, METRICS, STATE
 
 HERE = Path(__file__).parent
@@ -103,6 +126,46 @@ def test_one_process_is_all_ranks():
     ALONE.abort()
 
 
+class Told(Ranks):
+    """A rank that is asked after those before it; told holds what these have said."""
+
+    def __init__(self, rank: int, size: int, told: list) -> None:
+        self.rank, self.size, self.told = rank, size, told
+
+    def gather(self, value):
+        self.told.append(value)
+        return self.told
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+def test_any_number_of_ranks_measures_the_same_to_the_bit(size):
+    """Losses of float64 are rounded when added up, so batches have to come in their order."""
+    params = random_params(CONFIG, 0, np.float64)
+    told: list = []
+    found = None
+    for rank in range(size):
+        found = evaluate(params, CONFIG, DATA, 2, Told(rank, size, told))
+    assert len(told) == size
+    assert found == evaluate(params, CONFIG, DATA, 2)
+
+
+def test_a_signal_to_any_rank_stops_all(tmp_path):
+    """As seen by the first one, while the second one is told to stop in the third step."""
+
+    class Second(Ranks):
+        asked = 0
+
+        def gather(self, value):
+            if not isinstance(value, bool):
+                return [value]
+            self.asked += 1
+            return [value, self.asked > 3]
+
+    done = fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path / "run", ranks=Second())
+    assert (done.state.step, done.finished) == (3, False)
+    assert fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path / "run", resume=True).finished
+
+
 def test_without_mpi_there_is_one_message(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     for name in data_parallel._OF_MPI:
@@ -111,6 +174,127 @@ def test_without_mpi_there_is_one_message(monkeypatch):
     monkeypatch.setenv("PMI_RANK", "0")
     with pytest.raises(TrainingError, match=r"MPI cannot be used here .* pip install mpi4py mpich"):
         data_parallel.ranks_here()
+
+
+# NCCL ---------------------------------------------------------------------------------------------
+
+
+class Room:
+    """What ranks in threads share: values to gather, and bytes on their way."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier, self.said = threading.Barrier(size), [None] * size
+        self.on_the_way = {(a, b): queue.Queue() for a in range(size) for b in range(size)}
+
+
+class InRoom(Ranks):
+    def __init__(self, room: Room, rank: int, size: int) -> None:
+        self.room, self.rank, self.size = room, rank, size
+
+    def gather(self, value):
+        self.room.said[self.rank] = value
+        self.room.barrier.wait(60)
+        said = list(self.room.said)
+        self.room.barrier.wait(60)
+        return said
+
+
+class Wire:
+    """An NCCL communicator on the host's memory: it moves bytes by their addresses alone."""
+
+    def __init__(self, room: Room, rank: int) -> None:
+        self.room, self.rank, self.waiting = room, rank, []
+
+    def send(self, address, count, kind, peer, stream):
+        assert stream == 7
+        piece = ctypes.string_at(address, count * kind)
+        self.room.on_the_way[self.rank, peer].put(piece)
+
+    def recv(self, address, count, kind, peer, stream):
+        self.waiting.append((address, count * kind, peer))
+
+    def end(self):
+        for address, size, peer in self.waiting:
+            piece = self.room.on_the_way[peer, self.rank].get(timeout=60)
+            assert len(piece) == size
+            ctypes.memmove(address, piece, size)
+        self.waiting.clear()
+
+
+def nccl_in_room(room: Room, rank: int, size: int) -> data_parallel.NCCLRanks:
+    """NCCLRanks as they are, with a wire that needs no GPU."""
+    ranks = object.__new__(data_parallel.NCCLRanks)
+    ranks._host, ranks.rank, ranks.size = InRoom(room, rank, size), rank, size
+    ranks._comm = Wire(room, rank)
+    ranks._stream = lambda: types.SimpleNamespace(ptr=7)
+    ranks._nccl = types.SimpleNamespace(
+        NCCL_FLOAT32=4, NCCL_FLOAT64=8, groupStart=lambda: None, groupEnd=ranks._comm.end
+    )
+    return ranks
+
+
+def some_gradients(seed: int) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(seed)
+    a, b, c = (rng.standard_normal(shape) for shape in ((3, 5), (4,), (7, 1, 2)))
+    return a.astype(np.float32), b, c.astype(np.float32)
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 3), (2, 2), (2, 5), (3, 7), (4, 4), (4, 9)])
+def test_slices_by_nccl_have_the_bits_of_one_process(size, count, monkeypatch):
+    """All but the wire is what runs on GPUs; several of these are not to be had here."""
+    monkeypatch.setattr(data_parallel, "_address", lambda x: x.ctypes.data)
+
+    def parts(leaves: range) -> list[Part]:
+        made: list[Part] = []
+        for i in leaves:
+            add_part(made, Part(0, i, some_gradients(i)), data_parallel.add_trees)
+        return made
+
+    expected = ALONE.sum(parts(range(count)), count)
+    room = Room(size)
+
+    def run_rank(rank: int) -> tuple[np.ndarray, ...]:
+        ranks = nccl_in_room(room, rank, size)
+        return ranks.sum(parts(ranks.share(count)), count)
+
+    with ThreadPoolExecutor(size) as pool:
+        totals = list(pool.map(run_rank, range(size)))
+    for total in totals:
+        for got, value in zip(total, expected, strict=True):
+            assert got.dtype == value.dtype
+            np.testing.assert_array_equal(got, value)
+
+
+def test_ranks_with_nccl_speak_as_before():
+    host = InRoom(Room(1), 0, 1)
+    ranks = object.__new__(data_parallel.NCCLRanks)
+    ranks._host, ranks.rank, ranks.size = host, 0, 1
+    assert ranks.gather("x") == ["x"]
+    assert ranks.from_first(lambda: 3) == 3
+    heard = []
+    host.fail, host.abort = heard.append, lambda: heard.append("abort")
+    ranks.fail("why")
+    ranks.abort()
+    assert heard == ["why", "abort"]
+
+
+@pytest.mark.gpu
+def test_one_gpu_by_nccl_changes_no_bit(cupy):
+    """All that one GPU can show: slices that it sends to itself. Several were not to be had."""
+    if not data_parallel.has_nccl(cupy):
+        pytest.skip("this CuPy finds no NCCL")
+    parts: list[Part] = []
+    for i in range(5):
+        gradients = tuple(map(cupy.asarray, some_gradients(i)))
+        add_part(parts, Part(0, i, gradients), data_parallel.add_trees)
+    ranks = data_parallel.NCCLRanks(ALONE)
+    total, expected = ranks.sum(parts, 5), ALONE.sum(parts, 5)
+    for got, value in zip(total, expected, strict=True):
+        np.testing.assert_array_equal(got.get(), value.get())
+
+
+def test_ranks_on_the_host_stay_as_they_are():
+    assert ALONE.for_device("cuda") is ALONE
 
 
 # The same bits ------------------------------------------------------------------------------------
@@ -180,6 +364,63 @@ def test_a_rank_that_fails_ends_all_and_the_first_says_why(rank, tmp_path):
     said = "made to fail" if rank == 0 else "rank 2 of 3 has failed: made to fail"
     assert f"rank 0: {said}" in done.stderr
     assert "rank 1: rank" in done.stderr
+
+
+@MPI
+@pytest.mark.parametrize("stop", [None, 7])
+def test_a_last_save_that_fails_ends_all(stop, tmp_path):
+    """After it no step follows, in which the others would hear of it."""
+    ends = () if stop is None else ("--stop", stop)
+    done = run(2, SCRIPT, tmp_path / "run", "--fail", 0, stop or 12, "save", *ends)
+    assert done.returncode == 2
+    assert "rank 0: made to fail at saving" in done.stderr
+    assert "rank 1: rank 0 of 2 has failed: made to fail at saving" in done.stderr
+
+
+class Noting(Ranks):
+    """One rank that notes what it says and when."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def gather(self, value):
+        self.said.append("gather")
+        return [value]
+
+    def from_first(self, make):
+        self.said.append("from first")
+        return make()
+
+    def fail(self, error):
+        self.said.append(f"fail: {error}")
+
+
+def test_a_run_on_a_folder_ends_with_a_word_and_so_does_reading_its_photos(tmp_path, monkeypatch):
+    write_colours(tmp_path / "data", 4)
+    config = pvt_ref.PVTConfig(img_size=32, embed_dims=(4, 8, 12, 16), num_heads=(1, 1, 1, 1))
+    options = Options(size=32, recipe={"epochs": 1, "batch_size": 4})
+    for name in ("_split", "_finish"):
+        inner = getattr(from_folder, name)
+
+        def note(*args, inner=inner, name=name):
+            ranks.said.append(name)
+            return inner(*args)
+
+        monkeypatch.setattr(from_folder, name, note)
+    ranks = Noting()
+    train_folder(tmp_path / "data", tmp_path / "run", options, config=config, ranks=ranks)
+    after_split = ranks.said.index("_split") + 1
+    assert ranks.said[after_split : after_split + 2] == ["gather", "from first"]
+    assert ranks.said[-2:] == ["_finish", "gather"]
+
+    def full_disk(path, *args):
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr(from_folder, "_finish", full_disk)
+    ranks = Noting()
+    with pytest.raises(CheckpointError):
+        train_folder(tmp_path / "data", tmp_path / "again", options, config=config, ranks=ranks)
+    assert ranks.said[-1] == "fail: the disk is full"
 
 
 @MPI

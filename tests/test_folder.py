@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,15 @@ def test_links_are_followed_and_circles_end(tmp_path):
     assert fault.file == "dog/gone.png"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs symbolic links")
+def test_a_link_that_leads_back_hides_no_other_folder(tmp_path):
+    """Whichever of the two is looked at first, the other one is still to come."""
+    for name in ("young", "old"):
+        picture(tmp_path / f"cat/{name}/a.png")
+        (tmp_path / f"cat/{name}/back").symlink_to(tmp_path / "cat")
+    assert ImageFolder(tmp_path).files == ("cat/old/a.png", "cat/young/a.png")
+
+
 def test_classes_can_be_given(tmp_path):
     picture(tmp_path / "b/1.png")
     found = ImageFolder(tmp_path, classes=["c", "b", "a"])
@@ -145,6 +155,11 @@ def test_known_again_by_names_sizes_and_what_becomes_of_them(root, tmp_path):
     others.append(photos(copy))
     described = [str(other.describe()) for other in [whole, *others]]
     assert len(set(described)) == len(described)
+
+
+def test_classes_without_photos_are_known_again_too(root):
+    others = [photos(root, classes=(*CLASSES, *more)) for more in ((), ("x",), ("y",))]
+    assert len({str(other.describe()) for other in others}) == 3
 
 
 @pytest.mark.parametrize(
@@ -267,6 +282,29 @@ def test_colours_are_drawn_in_colour(tmp_path):
     assert means.argmax(axis=1).tolist() == [2, 1, 0]  # blue, green, red
 
 
+def test_a_drawn_photo_of_any_shape_stands_upright(tmp_path):
+    """Black at the left and white at the right, as it is, wider and higher."""
+    (tmp_path / "halves").mkdir()
+    halves = np.zeros((16, 24, 3), np.uint8)
+    halves[:, 12:] = 255
+    Image.fromarray(halves).save(tmp_path / "halves/a.png")
+    for H, W in ((16, 24), (8, 20), (20, 8)):
+        samples = ImageFolder(tmp_path, (H, W), augment=PhotoAugment(crop_area=None))
+        drawn = samples.drawn_pixels(np.array([0]), 0, 0)
+        assert drawn.shape == (1, 3, H, W)
+        assert drawn[..., : W // 2 - 2].max() < 30
+        assert drawn[..., W // 2 + 2 :].min() > 225
+
+
+def test_grey_is_luminance_when_drawn_as_for_a_prediction(tmp_path):
+    samples = ImageFolder(write_colours(tmp_path, 1), 16, preprocessing=GREY)
+    drawn = samples.replace(augment=PhotoAugment(crop_area=None))
+    chosen = np.arange(3)
+    expected = samples.pixels(chosen).mean(axis=(1, 2, 3))
+    found = drawn.drawn_pixels(chosen, 0, 0).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(found, expected, atol=5)
+
+
 # Who reads them -----------------------------------------------------------------------------------
 
 
@@ -316,6 +354,23 @@ def test_threads_end_with_the_reading(root):
     assert threading.active_count() > before
     iterator.close()
     assert threading.active_count() == before
+
+
+def test_pixels_that_a_step_has_had_are_let_go(root):
+    """Else all photos of an epoch would be in memory at its end."""
+    read = []
+
+    class Watched(ImageFolder):
+        def drawn_pixels(self, chosen, seed, epoch):
+            pixels = super().drawn_pixels(chosen, seed, epoch)
+            read.append(weakref.ref(pixels))
+            return pixels
+
+    with Ahead(Watched(root, 16, preprocessing=GREY), 1) as ahead:
+        ahead.drawn_pixels(np.arange(8), 0, 0)
+        ahead.drawn_pixels(np.array([8]), 0, 0)  # so the one thread is done with those before
+        assert len(read) == 9
+        assert [pixels() for pixels in read[:8]] == [None] * 8
 
 
 def test_samples_in_memory_need_no_thread(root):

@@ -1,5 +1,7 @@
 """``python -m pvt_ref train DIR --out RUN``, from the photos to a file that classify takes."""
 
+import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -32,6 +34,8 @@ from pvt_ref.errors import (
 from pvt_ref.train import draw_confusion, from_folder
 from pvt_ref.train.from_folder import MODEL, RUN, START, Options, stratified_split, train_folder
 from pvt_ref.train.loop import BEST, METRICS, STATE
+from pvt_ref.train.options import add_options, recipe_values
+from pvt_ref.tree import named_arrays
 
 #: From nothing and quick; b0 is the smallest network that has a name.
 QUICK = {"epochs": 2, "batch_size": 8, "seed": 3}
@@ -139,6 +143,13 @@ def test_a_folder_of_photos_held_out_is_taken(name, tmp_path, monkeypatch):
     assert seen["config"].num_classes == 3
 
 
+def write_one(folder: Path, count: int) -> None:
+    """So many black photos in a class's folder."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
+
+
 def test_the_head_stays_where_the_classes_are_the_same(tmp_path, monkeypatch):
     model = pvt_ref.load("cifar10")  # whose classes are in the order of their names
     for name in model.classes:
@@ -167,6 +178,77 @@ def test_the_head_stays_where_the_classes_are_the_same(tmp_path, monkeypatch):
         assert seen["info"].preprocessing == model.info.preprocessing
 
 
+@pytest.fixture
+def begun(monkeypatch):
+    """What fit is called with; it does nothing."""
+    seen = {}
+
+    def look(config, recipe, learnt, held_out, *rest, **options):
+        seen.update(recipe=recipe, learnt=learnt, held_out=held_out, **options)
+        raise TrainingError("enough")
+
+    def begin(*arguments, **rest):
+        with pytest.raises(TrainingError, match="enough"):
+            train_folder(*arguments, **rest)
+        return seen
+
+    monkeypatch.setattr(from_folder, "fit", look)
+    return begin
+
+
+def test_a_head_whose_classes_stand_in_another_order_is_new(tmp_path, begun):
+    model = pvt_ref.load("cifar10")
+    for name in model.classes:
+        write_one(tmp_path / "data" / name, 2)
+    exchanged = dict(zip(model.classes, (*model.classes[1:], model.classes[0]), strict=True))
+    given = Options(weights="cifar10", class_names=exchanged)
+    seen = begun(tmp_path / "data", tmp_path / "run", given)
+    assert set(seen["info"].classes) == set(model.classes)
+    assert not np.array_equal(seen["first"].head.weight, model.params.head.weight)
+
+
+def test_a_damaged_photo_held_out_leaves_its_namesake_to_be_learnt(tmp_path, begun):
+    """The other way round, too: train and val have photos of the same names."""
+    data = tmp_path / "data"
+    for part in ("train", "val"):
+        write_colours(data / part, 3)
+    (data / "val/red/1.jpg").write_bytes(b"")
+    (data / "train/blue/2.jpg").write_bytes(b"")
+    given = Options(weights="cifar10", damaged="skip")
+    seen = begun(data, tmp_path / "run", given)
+    every = {f"{colour}/{i}.jpg" for colour in ("blue", "green", "red") for i in range(3)}
+    assert set(seen["learnt"].files) == every - {"blue/2.jpg"}
+    assert set(seen["held_out"].files) == every - {"red/1.jpg"}
+
+
+@pytest.mark.parametrize("from_nothing", [False, True])
+def test_the_last_learning_rate_follows_the_first(from_nothing, colours, tmp_path, begun):
+    start = options() if from_nothing else Options(weights="cifar10")
+    recipes = []
+    for k, recipe in enumerate(({}, {"lr": 0.02})):
+        given = dataclasses.replace(start, recipe=recipe)
+        recipes.append(begun(colours, tmp_path / str(k), given)["recipe"])
+    assert [recipe.lr_floor for recipe in recipes] == [recipe.lr / 100 for recipe in recipes]
+    assert recipes[1].lr == 0.02
+
+
+def test_no_damaged_photo_is_held_out(tmp_path, begun):
+    """Of each class two of ten can be read: one to learn from, and one to hold out."""
+    data = write_colours(tmp_path / "data", 10)
+    good = {f"{colour}/{i}.jpg" for colour in ("blue", "green", "red") for i in (3, 8)}
+    for photo in data.rglob("*.jpg"):
+        if photo.relative_to(data).as_posix() not in good:
+            photo.write_bytes(b"")
+    seen = begun(data, tmp_path / "run", Options(weights="cifar10", damaged="skip"))
+    assert (len(seen["learnt"]), len(seen["held_out"])) == (3, 3)
+    assert {*seen["learnt"].files, *seen["held_out"].files} == good
+
+
+def test_few_photos_are_one_batch_of_those_that_are_learnt_from(colours, tmp_path, begun):
+    seen = begun(colours, tmp_path / "run", Options(weights="cifar10"))
+    assert seen["recipe"].batch_size == len(seen["learnt"]) == 54
+
+
 # Going on -----------------------------------------------------------------------------------------
 
 
@@ -192,6 +274,39 @@ def test_resumed_before_the_first_step(colours, whole, tmp_path):
         shutil.copy(whole.folder / name, out / name)
     done = train_folder(colours, out, Options(), resume=True, stop_at_step=1)
     assert done.state.step == 1
+
+
+def test_the_default_may_be_said_when_it_goes_on(colours, whole, tmp_path):
+    out = shutil.copytree(whole.folder, tmp_path / "run")
+    assert train_folder(colours, out, options(augment="strong"), resume=True).finished
+
+
+def test_a_run_that_cannot_go_on_yet_keeps_its_record(colours, whole, tmp_path):
+    """Killed before the first state; and then the photos are elsewhere."""
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in (RUN, START):
+        shutil.copy(whole.folder / name, out / name)
+    with pytest.raises(MissingFileError, match="there is no folder"):
+        train_folder(tmp_path / "elsewhere", out, Options(), resume=True)
+    assert {path.name for path in out.iterdir()} == {RUN, START}
+
+
+def test_what_is_measured_at_the_end_is_what_is_written(colours, whole, tmp_path, monkeypatch):
+    """Weights in half precision."""
+    out, seen = shutil.copytree(whole.folder, tmp_path / "run"), []
+    inner = from_folder.confusion_matrix
+
+    def measure(params, *rest):
+        seen.append(params)
+        return inner(params, *rest)
+
+    monkeypatch.setattr(from_folder, "confusion_matrix", measure)
+    train_folder(colours, out, Options(), resume=True)
+    (measured,) = seen
+    written = pvt_ref.load(str(out / MODEL)).params
+    for (key, x), (_, y) in zip(*map(named_arrays, (measured, written)), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=key)
 
 
 def test_other_options_do_not_go_on(colours, tmp_path):
@@ -368,11 +483,22 @@ def test_two_folders_held_out_are_refused(tmp_path):
 # Parts --------------------------------------------------------------------------------------------
 
 
+def test_what_is_switched_off_is_given_too():
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    given = ["photos", "--out", "run"]
+    assert recipe_values(parser.parse_args(given)) == {}
+    given += ["--no-flip", "--clip-norm", "none", "--weight-decay", "0", "--frozen"]
+    off = {"flip": False, "clip_norm": None, "weight_decay": 0.0, "frozen": []}
+    assert recipe_values(parser.parse_args(given)) == off
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "blue sky\ngreen  grass land\n\nred blood\n",
         '{"blue": "sky", "green": "grass land", "red": "blood"}',
+        '{"red": "blood", "violet": "iris", "blue": "sky", "green": "grass land"}',
     ],
 )
 def test_class_names_from_a_file(text, tmp_path):
@@ -410,6 +536,11 @@ def test_a_split_takes_its_share_of_every_class():
     assert len(stratified_split(np.arange(4), 0.5, 0)) == 0
     with pytest.raises(ValueError, match="share is 1"):
         stratified_split(labels, 1, 0)
+
+
+def test_classes_of_as_many_photos_are_not_split_alike():
+    chosen = stratified_split(np.repeat([0, 1], [100, 100]), 0.1, 0)
+    assert not np.array_equal(chosen[:10], chosen[10:] - 100)
 
 
 def test_a_model_for_another_size_computes_the_same():

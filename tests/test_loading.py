@@ -316,7 +316,7 @@ def test_config_by_name_and_by_file(tmp_path):
     with pytest.raises(MissingFileError, match="neither a variant"):
         load(path, "p\0")
     for config in (3, b"x", ("pvt_tiny",)):
-        with pytest.raises(ArrayTypeError, match="PVTv2Config or ViTConfig, a variant's name"):
+        with pytest.raises(ArrayTypeError, match="ViTConfig or SegmentorConfig, a variant's name"):
             load(path, config)
     for text, says in (
         ('{"colour": 1}', r"unknown fields are \['colour'\]"),

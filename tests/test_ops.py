@@ -17,6 +17,7 @@ from strategies import ModelCase, normal, random_params, rng_of
 
 import pvt_ref
 import pvt_ref.blocks
+import pvt_ref.heads
 import pvt_ref.layers
 from pvt_ref import REFERENCE, VARIANTS, Operation, Ops, blocked_ops
 from pvt_ref.api import choose_ops, default_ops
@@ -75,9 +76,9 @@ BACKWARD = {f"{name}.backward" for name in READABLE if name not in IN_BACKWARD} 
 }
 
 
-def test_the_catalogue_holds_the_operations_of_layers_and_blocks():
+def test_the_catalogue_holds_the_operations_of_layers_blocks_and_heads():
     found = set()
-    for folder in (pvt_ref.layers, pvt_ref.blocks):
+    for folder in (pvt_ref.layers, pvt_ref.blocks, pvt_ref.heads):
         for file in pkgutil.iter_modules(folder.__path__, f"{folder.__name__}."):
             values = vars(importlib.import_module(file.name)).values()
             found |= {value for value in values if isinstance(value, Operation)}

@@ -18,6 +18,7 @@ from pvt_ref import (
     VITS,
     PVTConfig,
     PVTv2Config,
+    SegmentorConfig,
     ViTConfig,
     blocked_ops,
     count_cost,
@@ -584,8 +585,9 @@ def test_every_known_variant_is_counted(name):
     config = known_variants()[name]
     cost = count_cost(config)
     shapes = architecture.param_shapes(config)
-    assert cost.parameters == sum(math.prod(shape) for shape in shapes.values())
+    trained = shapes.keys() - architecture.buffer_keys(config)
+    assert cost.parameters == sum(math.prod(shapes[key]) for key in trained)
     assert cost.cache_bytes > cost.peak_bytes  # of a deep network, inference holds a small part
-    assert isinstance(config, PVTConfig | PVTv2Config | ViTConfig)
+    assert isinstance(config, PVTConfig | PVTv2Config | ViTConfig | SegmentorConfig)
     assert isinstance(Shapes().empty((1,)), ShapeArray)
     assert map_arrays(lambda x: x.shape, Shapes().empty((2, 3))) == (2, 3)

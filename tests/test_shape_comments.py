@@ -14,15 +14,24 @@ from shape_comments import ShapeComments, find_shapes, read_functions, spelt
 
 import pvt_ref
 import pvt_ref.blocks
+import pvt_ref.heads
 import pvt_ref.layers
 from pvt_ref import PVTConfig, PVTv2Config, ViTConfig
+from pvt_ref.heads.fpn import fpn
+from pvt_ref.heads.mla import mla_head, mla_neck
+from pvt_ref.heads.semantic_fpn import semantic_fpn
+from pvt_ref.heads.setr import setr
+from pvt_ref.layers.batch_norm import BatchNormBuffers, BatchNormParams, batch_norm
 from pvt_ref.layers.conv import ConvParams, conv
 from pvt_ref.layers.cross_entropy import cross_entropy
 from pvt_ref.layers.depthwise_conv import depthwise_conv
+from pvt_ref.layers.dropout import dropout_channels
 from pvt_ref.layers.pool import pool
 from pvt_ref.layers.position import position
 from pvt_ref.layers.relu import relu
 from pvt_ref.layers.resize import resize
+from pvt_ref.models import head_parts
+from pvt_ref.models.architecture import Leaf
 from pvt_ref.models.pvt import model
 from pvt_ref.models.pvt_v2 import model as model_v2
 from pvt_ref.models.vit import model as vit_model
@@ -56,9 +65,9 @@ STAGES = {
 
 
 def modules() -> list[types.ModuleType]:
-    """Every file of layers and blocks, and the models."""
+    """Every file of layers, blocks and heads, and the models."""
     found = [model, model_v2, vit_model]
-    for package in (pvt_ref.layers, pvt_ref.blocks):
+    for package in (pvt_ref.layers, pvt_ref.blocks, pvt_ref.heads):
         for file in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             found.append(importlib.import_module(file.name))
     return found
@@ -86,13 +95,16 @@ def comments() -> ShapeComments:
         labels = np.arange(B)
         cross_entropy(logits, labels, ignore_index=3)
         logit_maps = rng.standard_normal((B, K, 3, 7))
-        cross_entropy(logit_maps, np.zeros((B, 3, 7), int), ignore_index=3)
+        many = {"ignore_index": 3, "class_weights": np.ones(K)}
+        cross_entropy(logit_maps, np.zeros((B, 3, 7), int), **many)
+        cross_entropy(logit_maps, logit_maps)
         # a model's own tables are square, so h and w would be one number
         table, x = rng.standard_normal((1, 1 + 4 * 9, 8)), rng.standard_normal((B, 1 + 3 * 7, 8))
         _, cache = position.forward(table, x, REFERENCE, (3, 7), (4, 9), True)
         position.backward(table, cache, x)
         run_on_maps(rng)
         run_vit(rng)
+        run_heads(rng)
     return comments
 
 
@@ -124,6 +136,47 @@ def run_on_maps(rng: np.random.Generator) -> None:
         op.backward(None, cache, y)
     y, cache = relu.forward(None, x)
     relu.backward(None, cache, y)
+    _, cache = dropout_channels.forward(None, x, REFERENCE, 0.5, rng)
+    dropout_channels.backward(None, cache, x)
+    C = np.ones(10)
+    for batch_statistics in (True, False):
+        buffers = BatchNormBuffers(C, C, np.array(0))
+        p = BatchNormParams(C, C)
+        y, cache = batch_norm.forward(p, x, REFERENCE, buffers, batch_statistics)
+        batch_norm.backward(p, cache, y)
+
+
+def run_heads(rng: np.random.Generator) -> None:
+    """The heads, on maps of the stages' sizes and on others of which no two agree."""
+
+    def make(leaf: Leaf) -> np.ndarray:
+        return rng.random(leaf.shape)
+
+    maps = [
+        rng.standard_normal((B, *grid, C))
+        for grid, C in zip(GRIDS[1:], STAGES["C"][1:], strict=True)
+    ]
+    p = head_parts.build_fpn(make, STAGES["C"][1:], 19)
+    maps, cache = fpn.forward(p, maps, REFERENCE)
+    fpn.backward(p, cache, maps)
+    p = head_parts.build_semantic_fpn(make, 19, 17, K)
+    buffers = head_parts.build_semantic_fpn_buffers(make, 17)
+    logits, cache = semantic_fpn.forward(p, maps, REFERENCE, buffers, True, 0.1, rng)
+    semantic_fpn.backward(p, cache, logits)
+    semantic_fpn.forward(p, maps, REFERENCE, buffers, False, keep=False)
+    x = rng.standard_normal((B, 3, 7, 23))
+    p = head_parts.build_setr(make, 23, 17, K, 1, 3)
+    buffers = head_parts.build_setr_buffers(make, 17, 1)
+    logits, cache = setr.forward(p, x, REFERENCE, buffers, True)
+    setr.backward(p, cache, logits)
+    p = head_parts.build_mla_neck(make, 23, 17)
+    buffers = head_parts.build_mla_neck_buffers(make, 17)
+    sums, cache = mla_neck.forward(p, [x] * 4, REFERENCE, buffers, True)
+    mla_neck.backward(p, cache, sums)
+    p = head_parts.build_mla_head(make, 17, 10, K)
+    buffers = head_parts.build_mla_head_buffers(make, 10)
+    logits, cache = mla_head.forward(p, sums, REFERENCE, buffers, True)
+    mla_head.backward(p, cache, logits)
 
 
 def test_sizes_coincide_nowhere():

@@ -98,7 +98,7 @@ def public_functions():
     """
     for path in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        operations = path.parent.name in ("layers", "blocks")
+        operations = path.parent.name in ("layers", "blocks", "heads")
         module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         for home in (tree, *(n for n in tree.body if isinstance(n, ast.ClassDef))):
             for node in home.body:
@@ -165,7 +165,9 @@ def test_every_docstring_gives_the_shapes_of_arrays():
 def test_every_forward_has_its_backward_below_it():
     pairs = 0
     files = [
-        p for folder in ("layers", "blocks", "models") for p in (PACKAGE / folder).rglob("*.py")
+        p
+        for folder in ("layers", "blocks", "heads", "models")
+        for p in (PACKAGE / folder).rglob("*.py")
     ]
     for path in files:
         functions = {

@@ -338,7 +338,7 @@ def test_the_clock_of_the_bar_leaves_the_evaluation_out(monkeypatch):
     line = {"epoch": 1, "train_loss": 1, "train_accuracy": 1, "held_out_loss": 1}
     for _ in range(5):
         now[0] += 2
-        shown.step(StepReport(1.0, 3, 0.1, 1.0), batch_size=8)
+        shown.step(StepReport(1.0, 3, 0.1, 1.0), batch_size=8, answers=8)
         now[0] += 100
         shown.epoch(line | {"held_out_accuracy": 1, "best_accuracy": 1, "images_per_second": 1})
     assert shown.images_per_second == pytest.approx(4)

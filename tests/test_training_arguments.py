@@ -20,7 +20,9 @@ from pvt_ref.errors import ArrayTypeError, PVTError, RangeError, ShapeError, Tra
 from pvt_ref.train import (
     AdamW,
     Options,
+    PairAugment,
     PhotoAugment,
+    SegmentationRecipe,
     adamw_init,
     adamw_step,
     ema_step,
@@ -79,20 +81,28 @@ NONSENSE: list[Any] = [
 ]
 
 
+SCHEDULE = {"step": 1, "total_steps": 9, "warmup_steps": 2, "peak": 1.0, "floor": 0.1}
+
+
 def right(tmp_path: Path) -> dict[str, dict[str, Any]]:
     """Arguments that are right, by function."""
     path = tmp_path / "file"
     return {
         "AdamW": {"beta1": 0.9, "beta2": 0.9, "eps": 1.0, "weight_decay": 0.1}
         | {"decay_positions": True},
+        "PairAugment": PairAugment().to_dict(),
         "PhotoAugment": PhotoAugment().to_dict(),
         "Recipe": RECIPE.to_dict(),
+        "SegmentationRecipe": SegmentationRecipe(epochs=2, batch_size=4, accumulate=2).to_dict(),
         "adamw_init": {"params": PARAMS},
         "adamw_step": {"params": PARAMS, "grads": PARAMS, "state": adamw_init(PARAMS)}
         | {"lr": 0.1, "settings": AdamW(), "factors": {"head.bias": 0.5}},
         "add_gradients": {"total": PARAMS, "grads": PARAMS, "share": 0.5},
+        "class_iou": {"counts": np.eye(3, dtype=int)},
         "clip_by_global_norm": {"grads": PARAMS, "max_norm": 1.0},
         "config_of_epoch": {"config": CONFIG, "epoch": 1, "ramp_epochs": 2},
+        "count_pixels": {"answers": np.arange(3), "labels": np.arange(3), "num_classes": 3}
+        | {"ignored": 255},
         "draw_curves": {"metrics": path, "picture": tmp_path / "x.png"},
         "drop_path_of_epoch": {"epoch": 1, "peak": 0.5, "ramp_epochs": 2},
         "ema_decay_of_step": {"step": 1, "decay": 0.5},
@@ -113,18 +123,14 @@ def right(tmp_path: Path) -> dict[str, dict[str, Any]]:
         "is_decayed": {"key": "pos_embed1", "x": PARAMS.pos_embed1, "decay_positions": False},
         "learning_rate_factors": {"config": CONFIG, "layer_decay": 0.5, "frozen": ("block1",)},
         "load_state": {"path": path, "config": CONFIG, "run": RUN, "like": np.empty(0)},
+        "mean_iou": {"counts": np.eye(3, dtype=int)},
+        "pixel_accuracy": {"counts": np.eye(3, dtype=int)},
         "read_metrics": {"path": path},
         "save_state": {"path": path, "state": STATE, "run": RUN},
         "start_training": {"params": PARAMS, "samples": 27, "seed": 0},
         "train_step": {"state": STATE, "data": DATA, "config": CONFIG, "recipe": RECIPE}
         | {"ranks": ALONE},
-        "warmup_cosine": {
-            "step": 1,
-            "total_steps": 9,
-            "warmup_steps": 2,
-            "peak": 1.0,
-            "floor": 0.1,
-        },
+        **dict.fromkeys(("warmup_cosine", "warmup_poly"), SCHEDULE),
     }
 
 
@@ -132,6 +138,7 @@ RECORDS = {"AdamWState", "Run", "StepReport", "TrainState"}  # made by the funct
 #: Of samples and their augmentation, which other tests look at.
 ELSEWHERE = {"LabelledImages", "cutmix", "cutout", "evaluate", "mixup", "one_hot"} | {
     *("random_crop", "random_erasing", "random_flip", "ImageFolder", "confusion_matrix"),
+    *("LabelledPairs", "evaluate_pixels"),
 }
 
 

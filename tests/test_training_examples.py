@@ -385,6 +385,8 @@ def test_imagenette_is_trained_stopped_resumed_and_scored_once(
     assert model.classes == tuple(imagenette.CLASSES.values())
     assert type(model.config) is pvt_ref.PVTv2Config
     assert (model.config.img_size, model.config.num_classes) == (32, 10)
+    held_out = json.loads((out / "run.json").read_text())["held_out"]
+    assert len(held_out) == 10  # of train, one a class: no epoch is chosen by val
     photos = imagenette.photos(model, tmp_path / "data" / "val")
     assert len(photos) == 20
     accuracy = evaluate(model.params, model.config, photos)[1]

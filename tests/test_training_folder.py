@@ -471,8 +471,12 @@ def test_ended_between_the_state_and_its_best_weights_it_writes_them_again(
             raise SystemExit
         calls.append(inner(job, state))
 
-    results = {4: (1.0, 1 / 9), 8: (1.0, 3 / 9), 12: (1.0, 2 / 9)}
-    monkeypatch.setattr(loop, "_measure", lambda job, state, lr: results[state.step])
+    results = {4: 1 / 9, 8: 3 / 9, 12: 2 / 9}
+
+    def measured(job, state, lr):
+        return 1.0, {"accuracy": results[state.step]}
+
+    monkeypatch.setattr(loop, "_measure", measured)
     monkeypatch.setattr(loop, "_save_best", end)
     with pytest.raises(SystemExit):
         train(tmp_path / "cut")

@@ -37,6 +37,13 @@ MAPS, PYRAMID_CACHE = pvt_ref.forward_pyramid_with_cache(PARAMS, IMAGES, SMALL)
 V2 = replace(VARIANTS["pvt_v2_b0"], **SIZES)
 VIT = replace(VITS["deit_s_16"], img_size=32, num_classes=5, embed_dim=8, depth=2, num_heads=2)
 V2_PARAMS, VIT_PARAMS = random_params(V2, 1), random_params(VIT, 1)
+BARE = replace(SMALL, num_classes=0)
+_HEAD = pvt_ref.SemanticFPNHead(neck_channels=4, channels=4)
+SCENES = pvt_ref.with_segmentation_head(MODEL, _HEAD, 3, rng_of(1))
+TWO = normal(2, 2, 3, 32, 32)
+SCENE_CACHE = pvt_ref.forward_with_cache(SCENES.params, TWO, SCENES.config, batch_statistics=True)[
+    1
+]
 PICTURE = Image.new("RGB", (40, 40), "red")
 
 WRONG: dict[str, Any] = {
@@ -142,6 +149,8 @@ def cases(tmp_path) -> dict[str, tuple[Any, dict[str, Any]]]:
     }
     v2 = {name: getattr(V2, name) for name in inspect.signature(pvt_ref.PVTv2Config).parameters}
     info = {"title": "", "classes": (), "preprocessing": Preprocessing(), "training": {}}
+    info["colours"] = ()
+    segmentor = {"backbone": BARE, "head": pvt_ref.SemanticFPNHead(), "num_classes": 3}
     return {
         "Model": (Model, {"params": PARAMS, "config": SMALL, "source": "", "info": ModelInfo()}),
         "Model.__call__": (MODEL, {"images": IMAGES, "ops": None}),
@@ -164,6 +173,23 @@ def cases(tmp_path) -> dict[str, tuple[Any, dict[str, Any]]]:
         "Preprocessing": (
             Preprocessing,
             {"mode": "RGB", "mean": (0.5, 0.5, 0.5), "std": (1.0, 1.0, 1.0)},
+        ),
+        "SETRHead": (pvt_ref.SETRHead, {"upsampling": "pup", "channels": 4}),
+        "SegmentorConfig": (pvt_ref.SegmentorConfig, segmentor),
+        "SegmentorConfig.fitting_size": (SCENES.config.fitting_size, {"height": 33, "width": 40}),
+        "SegmentorConfig.grids": (SCENES.config.grids, {"height": 32, "width": 32}),
+        "SegmentorConfig.with_drop_path_rate": (
+            SCENES.config.with_drop_path_rate,
+            {"rate": 0.1},
+        ),
+        "SemanticFPNHead": (
+            pvt_ref.SemanticFPNHead,
+            {"neck_channels": 4, "channels": 4, "drop_rate": 0.1},
+        ),
+        "Model.segment": (SCENES.segment, {"pictures": [PICTURE], "size": 32, "window": None}),
+        "Model.segment_each": (
+            consumed(SCENES.segment_each),
+            {"pictures": [PICTURE], "size": 32, "window": None},
         ),
         "ViTConfig": (pvt_ref.ViTConfig, vit),
         "ViTConfig.grids": (VIT.grids, {"height": 32, "width": 32}),
@@ -196,6 +222,7 @@ def cases(tmp_path) -> dict[str, tuple[Any, dict[str, Any]]]:
                 "label_smoothing": 0.1,
                 "reduction": "mean",
                 "ignore_index": None,
+                "class_weights": None,
             },
         ),
         "forward": (pvt_ref.forward, net),
@@ -206,7 +233,21 @@ def cases(tmp_path) -> dict[str, tuple[Any, dict[str, Any]]]:
         ),
         "forward_pyramid of a ViT": (pvt_ref.forward_pyramid, {**vit_net, "blocks": [0, 1]}),
         "forward_pyramid of version 2": (pvt_ref.forward_pyramid, {**v2_net, "blocks": None}),
-        "forward_with_cache": (pvt_ref.forward_with_cache, {**net, "rng": None}),
+        "forward_with_cache": (
+            pvt_ref.forward_with_cache,
+            {**net, "rng": None, "batch_statistics": False},
+        ),
+        "forward_with_cache of a segmentation network": (
+            pvt_ref.forward_with_cache,
+            {
+                "params": SCENES.params,
+                "images": TWO,
+                "config": SCENES.config,
+                "rng": None,
+                "ops": None,
+                "batch_statistics": True,
+            },
+        ),
         "from_state_dict": (
             pvt_ref.from_state_dict,
             {"state": pvt_ref.to_state_dict(PARAMS), "config": SMALL},
@@ -229,6 +270,11 @@ def cases(tmp_path) -> dict[str, tuple[Any, dict[str, Any]]]:
         "to_device": (pvt_ref.to_device, {"tree": PARAMS, "device": "cpu"}),
         "to_numpy": (pvt_ref.to_numpy, {"tree": PARAMS}),
         "to_state_dict": (pvt_ref.to_state_dict, {"params": PARAMS}),
+        "updated": (pvt_ref.updated, {"params": SCENES.params, "cache": SCENE_CACHE}),
+        "with_segmentation_head": (
+            pvt_ref.with_segmentation_head,
+            {"model": MODEL, "head": _HEAD, "num_classes": 3, "rng": rng_of(0)},
+        ),
         "with_channels": (pvt_ref.with_channels, {"model": MODEL, "in_chans": 1}),
         "with_image_size": (pvt_ref.with_image_size, {"model": MODEL, "img_size": 64}),
         "with_new_head": (
@@ -248,6 +294,7 @@ NOT_CALLED = {
     "PVTError",
     "PVTParams",  # checked where it is used
     "PVTv2Params",  # as PVTParams
+    "SegmentorParams",  # likewise
     "Prepared",  # likewise
     "Prediction",
     "REFERENCE",

@@ -578,6 +578,110 @@ def pvt_v2() -> dict[str, torch.Tensor]:
     return results
 
 
+@page
+def semantic_fpn() -> dict[str, torch.Tensor]:
+    """The draws of docs/course/semantic_fpn.md, in the same order: batch norm, then the head.
+
+    Of each gradient its norm, and its inner product with a random direction of its shape.
+    """
+    from pvt_ref.models import head_parts
+
+    rng = np.random.default_rng(21)
+    F = torch.nn.functional
+
+    def leaf(x: np.ndarray) -> torch.Tensor:
+        return torch.tensor(x, requires_grad=True)
+
+    def first(x: torch.Tensor) -> torch.Tensor:
+        return x.permute(0, 3, 1, 2)
+
+    def last(x: torch.Tensor) -> torch.Tensor:
+        return x.permute(0, 2, 3, 1)
+
+    u, gamma = leaf(3 + 2 * rng.standard_normal((12, 5))), leaf(1 + 0.2 * rng.standard_normal(5))
+    beta, du = leaf(rng.standard_normal(5)), torch.tensor(rng.standard_normal((12, 5)))
+    mean, var = torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
+    y = F.batch_norm(u, mean, var, gamma, beta, training=True)
+    dx, dgamma, dbeta = torch.autograd.grad(y, (u, gamma, beta), du)
+    y_inference = F.batch_norm(u, mean, var, gamma, beta)
+    (dx_inference,) = torch.autograd.grad(y_inference, u, du)
+    results = {
+        "bn.y": y, "bn.dx": dx, "bn.dweight": dgamma, "bn.dbias": dbeta,
+        "bn.running_mean": mean, "bn.running_var": var,
+        "bn.y_inference": y_inference, "bn.dx_inference": dx_inference,
+    }  # fmt: skip
+
+    w: dict[str, torch.Tensor] = {}
+
+    def make(part: Any) -> torch.Tensor | None:
+        if not part.shape:
+            return None  # batches tracked
+        drawn = rng.standard_normal(part.shape)
+        if len(part.shape) == 4:
+            drawn /= np.sqrt(np.prod(part.shape[1:]))
+        else:
+            drawn = part.key.endswith(("weight", "var")) + 0.2 * drawn
+        return w.setdefault(part.key, leaf(drawn))
+
+    widths, grids = (8, 10, 11, 14), ((17, 25), (9, 13), (5, 7), (3, 4))
+    head_parts.build_fpn(make, widths, 12)
+    head_parts.build_semantic_fpn(make, 12, 15, 6)
+    weights = dict(w)
+    head_parts.build_semantic_fpn_buffers(make, 15)
+    statistics = {key: w[key].detach() for key in w.keys() - weights.keys()}
+    maps = [leaf(rng.standard_normal((2, *grid, C))) for grid, C in zip(grids, widths, strict=True)]
+    dz = torch.tensor(rng.standard_normal((2, 17, 25, 6)))
+    leaves = [*weights.values(), *maps]
+    rng = np.random.default_rng(23)
+    directions = [torch.tensor(rng.standard_normal(x.shape)) for x in leaves]
+
+    def conv(key: str, x: torch.Tensor) -> torch.Tensor:
+        weight = w[f"{key}.weight"]
+        return F.conv2d(x, weight, w.get(f"{key}.bias"), padding=weight.shape[-1] // 2)
+
+    def resized(x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+    def logits(training: bool, after: dict[str, torch.Tensor]) -> torch.Tensor:
+        lateral = [conv(f"lateral_convs.{i}.conv", first(x)) for i, x in enumerate(maps)]
+        for i in (3, 2, 1):
+            told = F.interpolate(lateral[i], size=lateral[i - 1].shape[2:], mode="nearest")
+            lateral[i - 1] = lateral[i - 1] + told
+        total: Any = 0
+        for i, x in enumerate(lateral):
+            s = conv(f"fpn_convs.{i}.conv", x)
+            for k in range(max(1, i)):
+                key = f"scale_heads.{i}.{2 * k}"
+                s = conv(f"{key}.conv", s)
+                norm = [after[f"{key}.bn.running_{name}"] for name in ("mean", "var")]
+                s = F.batch_norm(s, *norm, w[f"{key}.bn.weight"], w[f"{key}.bn.bias"], training)
+                s = F.relu(s)
+                if i > 0:
+                    s = resized(s, tuple(2 * n for n in s.shape[2:]))
+            total = total + resized(s, grids[0])
+        return last(conv("conv_seg", total))
+
+    after = {key: x.clone() for key, x in statistics.items()}
+    z = logits(True, after)
+    grads = torch.autograd.grad(z, leaves, dz, retain_graph=True)
+    results |= {
+        "z": z[:, ::4, ::4],
+        "z_inference": logits(False, statistics)[:, ::4, ::4],
+        "norms": torch.stack([g.norm() for g in grads]),
+        "along": torch.stack([(g * v).sum() for g, v in zip(grads, directions, strict=True)]),
+        "last_mean": after["scale_heads.3.4.bn.running_mean"],
+        "last_var": after["scale_heads.3.4.bn.running_var"],
+    }
+    labels = np.random.default_rng(22).integers(0, 6, (2, 68, 100))
+    labels[:, :, 25:] = 255
+    for name, reduction, divisor in (("mean", "mean", 1), ("mean_of_all", "sum", labels.size)):
+        full = resized(first(z), (68, 100))
+        loss = F.cross_entropy(full, torch.tensor(labels), ignore_index=255, reduction=reduction)
+        (dlogits,) = torch.autograd.grad(loss / divisor, z, retain_graph=True)
+        results |= {f"loss.{name}": loss / divisor, f"dz.{name}": dlogits[:, ::4, ::4]}
+    return results
+
+
 def main() -> None:
     """Writes the pages named, or all; floats in JSON keep every bit."""
     FOLDER.mkdir(exist_ok=True)

@@ -97,7 +97,7 @@ def save(path: FilePath, model: Model, dtype: str | None = None) -> None:
     state = to_state_dict(to_numpy(model.params))
     for key, x in state.items():  # a Model does not look at arrays on a device
         check_finite(key, x, "The training that made them diverged; such a file would be refused")
-        if dtype is not None:
+        if dtype is not None and x.dtype.kind == "f":
             if not np.abs(x).max(initial=0.0) <= largest:
                 what = f"{key} holds numbers beyond {largest:g}, the largest of float16"
                 raise CheckpointError(f"{where}: {what}. Leave dtype out")

@@ -23,7 +23,7 @@ def foreign_shapes(layout: Layout, config: Any) -> dict[str, Shape]:
 def to_native(state: Mapping[str, Any], layout: Layout, config: Any) -> dict[str, np.ndarray]:
     """A complete state by our keys: arrays of one piece may share its memory, others are new."""
     shapes = param_shapes(config)
-    dtype = np.result_type(*(x.dtype for x in state.values()))
+    dtype = np.result_type(*(x.dtype for x in state.values() if x.dtype.kind != "i"))
     native: dict[str, np.ndarray] = {}
     for piece in pieces(layout, config):
         part = state[piece.foreign][piece.foreign_region]

@@ -189,6 +189,9 @@ def _load(
     recognise.check_state(model, used, stated.origin if stated else "")
     chosen = eps_of(used)  # as they are for released weights, whatever layout they are in
     if eps is not None:
+        if not chosen:
+            what = f"eps is {eps}, and those of a {row.title} are its backbone's"
+            raise CheckpointError(f"{what}. Pass config with other ones there, and leave eps out")
         if len(set(eps)) > len(chosen):
             what = f"eps is {eps}; a {row.title} has {len(chosen)}. Pass one number"
             raise CheckpointError(what)
@@ -207,7 +210,10 @@ def _load(
     state = {key: x for key, x in model.state.items() if key in wanted}
     rest = sorted(model.prefix + key for key in model.state.keys() - state.keys())
     if rest:
-        notes.append(f"left out, since there is no head: {', '.join(rest)}")
+        names = ", ".join(rest)
+        notes.append(
+            f"left out: {few(rest)}" if row.dense else f"left out, since there is no head: {names}"
+        )
     # a cast of a signalling NaN would warn of what Model refuses below
     params = from_state_dict(quietly(to_native, opened.read(state), model.layout, used), used)
     if not info:

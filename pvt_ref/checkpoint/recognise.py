@@ -14,7 +14,7 @@ from pvt_ref.checkpoint.safetensors_file import QUANTIZED
 from pvt_ref.checkpoint.stated import Stated, shown_by_file
 from pvt_ref.checkpoint.stored import SAFE_LOAD, StoredTensor
 from pvt_ref.errors import CheckpointError, key_name, shown
-from pvt_ref.models.architecture import Architecture, architectures, param_shapes
+from pvt_ref.models.architecture import Architecture, architectures, count_keys, param_shapes
 from pvt_ref.models.layouts import Layout, Shape
 
 READABLE_DTYPES = ("float16", "bfloat16", *FLOAT_DTYPES)
@@ -54,6 +54,7 @@ class Found(NamedTuple):
     layout: Layout
     state: dict[str, Any]  # what stands under each of its keys, these without the prefix
     beside: tuple[str, ...] = ()  # keys of the other tensors in the same dict, such as a head's
+    is_part: bool = False  # of another model found, as the backbone of a segmentation network
 
     @property
     def name(self) -> str:
@@ -132,20 +133,28 @@ def _models_in(entry: str, mapping: Mapping[Any, Any], signs: list[_Sign]) -> li
             if marked and prefix[-1:] in ("", ".") and len(prefix) <= _MAX_NAME:
                 found.setdefault(prefix, sign)
                 break
+    whole = [prefix for prefix, sign in found.items() if sign.row.dense]  # with its backbone
     states: dict[str, dict[str, Any]] = {prefix: {} for prefix in found}
-    beside = []
+    beside: dict[str, list[str]] = {prefix: [] for prefix in found}
     for key, value in mapping.items() if found else ():
         name = str(key)
         dots = [i + 1 for i, c in enumerate(name[:_MAX_NAME]) if c == "."]
-        own = next((name[:i] for i in reversed([0, *dots]) if name[:i] in states), None)
-        if own is not None:
-            states[own][name.removeprefix(own)] = value
-        elif is_entry(value) and not _is_counter(name, value):  # of a neck, a head, another model
-            beside.append(name)
+        parts = (name[:i] for i in reversed([0, *dots]))
+        own = next((part for part in parts if part in states and part not in whole), None)
+        holders = {prefix for prefix in whole if name.startswith(prefix)}
+        holders |= set() if own is None else {own}
+        for prefix in holders:
+            states[prefix][name.removeprefix(prefix)] = value
+        if is_entry(value) and not _is_counter(name, value):  # of a neck, a head, another model
+            for prefix in found.keys() - holders if own is None else ():
+                beside[prefix].append(name)
     return [
-        Found(sign.row, entry, prefix, sign.layout, states[prefix], tuple(beside))
+        Found(
+            sign.row, entry, prefix, sign.layout, states[prefix], tuple(beside[prefix]),
+            any(prefix != outer and prefix.startswith(outer) for outer in whole),
+        )
         for prefix, sign in found.items()
-    ]
+    ]  # fmt: skip
 
 
 def choose_model(
@@ -157,7 +166,8 @@ def choose_model(
     """
 
     def meant(models: Sequence[Found]) -> Sequence[Found]:
-        return [x for x in models if type(config) is x.row.config_type] or models
+        whole = [x for x in models if not x.is_part] or models
+        return [x for x in models if type(config) is x.row.config_type] or whole
 
     there, names = models, few(models, Found.as_argument, 8, "; ")
     if entry is not None:
@@ -179,7 +189,8 @@ def choose_model(
         if len(fitting) != 1:
             raise CheckpointError(f"it holds several models. Choose one of: {names}")
     (chosen,) = fitting
-    return chosen, [model for model in _different(there) if not _same(model, chosen)]
+    others = [model for model in _different(there) if not _same(model, chosen)]
+    return chosen, [model for model in others if not model.is_part]
 
 
 def _different(models: Sequence[Found]) -> list[Found]:
@@ -209,6 +220,8 @@ def as_read(model: Found, bare: bool) -> tuple[Found, list[str]]:
     if model.row.files:
         layout, base = model.row.files.bare(layout, model.state, bare)
     counters = {key for key, x in model.state.items() if _is_counter(key, x)}
+    if model.row.batch_buffers is not None:  # its norms count batches, as its files do
+        counters = {key for key in counters if not key.endswith("num_batches_tracked")}
     kept = (key for key in model.state if key.startswith(base) and key not in counters)
     state = {key.removeprefix(base): model.state[key] for key in kept}
     model = model._replace(layout=layout, prefix=model.prefix + base, state=state)
@@ -223,7 +236,7 @@ def few(names: Collection[Any], show: Any = None, count: int = 3, joint: str = "
 
 
 def _problems(model: Found, config: Any) -> list[str]:
-    shapes = foreign_shapes(model.layout, config)
+    shapes, counts = foreign_shapes(model.layout, config), count_keys(config)
     names = {key: key_name(model.prefix + key) for key in (*shapes, *model.state)}
     problems = [f"missing: {names[k]} {shapes[k]}" for k in shapes if k not in model.state]
     for key, x in model.state.items():
@@ -237,6 +250,10 @@ def _problems(model: Found, config: Any) -> list[str]:
         elif tuple(x.shape) != shapes[key]:
             needed = f"the configuration needs {shapes[key]}"
             problems.append(f"mis-shaped: {names[key]} is {tuple(x.shape)}, {needed}")
+        elif key in counts:
+            if not dtype_name(x).startswith(("int", "uint")):
+                what = f"{names[key]} is {dtype_name(x)}, and counts batches"
+                problems.append(f"{_WRONG_DTYPE} {what}")
         elif dtype_name(x) not in READABLE_DTYPES:
             problems.append(f"{_WRONG_DTYPE} {names[key]} is {dtype_name(x)}, weights are floats")
     return problems
@@ -284,6 +301,8 @@ def complete(stated: Stated, model: Found) -> Any:
         return stated.config
     shapes = _shapes(model.state)
     seen = files.fit(stated.config, shapes, model.layout)
+    if model.row.dense:  # its parts are records themselves, fitted as wholes
+        return seen
     if seen.has_classifier and stated.num_labels not in (None, seen.num_classes):
         what = f"{stated.origin} says {stated.num_labels} labels, and the head in the file has"
         advice = f"Correct {stated.origin}, or pass config={kind}(...)"

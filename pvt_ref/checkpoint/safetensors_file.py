@@ -181,7 +181,7 @@ def pack(state: Mapping[str, np.ndarray], entry: str, record: Mapping[str, Any])
     text = json.dumps(record, sort_keys=True)
     parse_json(text, "what is saved beside the weights", MAX_RECORD)
     # safetensors takes the memory as it lies, and would scramble any other order silently
-    contiguous = {key: np.ascontiguousarray(x) for key, x in state.items()}
+    contiguous = {key: np.asarray(x, order="C") for key, x in state.items()}
     return safetensors.numpy.save(contiguous, {entry: text})
 
 

@@ -60,14 +60,23 @@ class Ahead(Samples):
         workers: threads, as of :class:`Pool`.
     """
 
-    __slots__ = ("_asked", "_data", "_futures", "_pool", "labels", "preprocessing", "waited")
+    __slots__ = (
+        *("_asked", "_data", "_futures", "_pool"),
+        *("has_label_maps", "labels", "preprocessing", "waited"),
+    )
 
     def __init__(self, data: Samples, workers: int | None = None) -> None:
-        self._data, self.labels, self.preprocessing = data, data.labels, data.preprocessing
+        self._data, self.preprocessing = data, data.preprocessing
+        self.has_label_maps = data.has_label_maps
+        if not data.has_label_maps:
+            self.labels = data.labels
         self._pool = Pool(workers) if data.from_files else None
         self._futures: dict[tuple[int, int, int], Future[np.ndarray]] = {}
         self.waited = 0.0
         self._asked = 0.0, time.monotonic()  # what was waited then, and when that was
+
+    def __len__(self) -> int:
+        return len(self._data)
 
     def __enter__(self) -> "Ahead":
         return self
@@ -96,6 +105,10 @@ class Ahead(Samples):
     def size(self) -> tuple[int, int]:
         """As of the samples."""
         return self._data.size
+
+    def check_fits(self, config: Any, name: str) -> None:
+        """As of the samples."""
+        self._data.check_fits(config, name)
 
     def pixels(self, chosen: np.ndarray | slice) -> np.ndarray:
         """As of the samples."""

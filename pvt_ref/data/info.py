@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from pvt_ref.checks import check_type
+from pvt_ref.checks import check_type, is_whole
 from pvt_ref.data.preprocessing import IMAGENET, Preprocessing, shown_tuple
 from pvt_ref.errors import ConfigError, shown
 
@@ -22,6 +22,8 @@ class ModelInfo:
         classes: the names of the outputs, in order. Empty if they are not known.
         preprocessing: what its training did to pixels.
         training: how it came about: command, seed, data set, accuracy. Numbers, texts, lists.
+        colours: of the classes in pictures of a segmentation, (red, green, blue) from 0 to 255
+            each, as many as classes. Empty if there are none of their own.
 
     Raises:
         ConfigError: if a field is of another type.
@@ -31,6 +33,7 @@ class ModelInfo:
     classes: tuple[str, ...] = ()
     preprocessing: Preprocessing = IMAGENET
     training: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    colours: tuple[tuple[int, int, int], ...] = ()
 
     def __post_init__(self) -> None:
         given = self.classes
@@ -43,6 +46,7 @@ class ModelInfo:
         check_type("training", self.training, Mapping, error=ConfigError)
         object.__setattr__(self, "classes", names)
         object.__setattr__(self, "training", _as_json(self.training))
+        object.__setattr__(self, "colours", _colours(self.colours, len(names)))
 
     def __repr__(self) -> str:
         start = f"ModelInfo(title={shown(self.title)}, classes={shown_tuple(self.classes)}"
@@ -52,6 +56,8 @@ class ModelInfo:
     def to_dict(self) -> dict[str, Any]:
         """A copy of plain values by field name, fit for JSON; :meth:`from_dict` reads them."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if not self.colours:  # of which files of before segmentation say nothing
+            del values["colours"]
         return _as_json({**values, "preprocessing": asdict(self.preprocessing)})
 
     @classmethod
@@ -72,6 +78,18 @@ class ModelInfo:
             raise ConfigError("an info needs the field preprocessing, and it has none")
         parts = _checked_fields(known["preprocessing"], Preprocessing, "a preprocessing")
         return cls(**{**known, "preprocessing": Preprocessing(**parts)})
+
+
+def _colours(values: Any, count: int) -> tuple[tuple[int, int, int], ...]:
+    """Colours of so many classes, or none. Raises: ConfigError."""
+    several = isinstance(values, list | tuple) and len(values) in (0, count)
+    if not several or not all(isinstance(c, list | tuple) and len(c) == 3 for c in values):
+        needed = f"as many as there are classes ({count}), each (red, green, blue)"
+        raise ConfigError(f"colours are {shown(values)}; they must be {needed}")
+    for level in (level for colour in values for level in colour):
+        if not is_whole(level) or not 0 <= level <= 255:
+            raise ConfigError(f"colours hold {shown(level)}; levels are whole numbers, 0 to 255")
+    return tuple((int(r), int(g), int(b)) for r, g, b in values)
 
 
 def _checked_fields(values: Any, record: type, what: str) -> dict[str, Any]:

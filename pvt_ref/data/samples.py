@@ -23,6 +23,8 @@ class Samples(ABC):
     preprocessing: Preprocessing
     #: Whether pixels have to be read and decoded: then threads do so ahead of the step.
     from_files: ClassVar[bool] = False
+    #: Whether what they show is a class for every pixel, which comes as a last channel of pixels.
+    has_label_maps: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)

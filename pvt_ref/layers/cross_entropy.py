@@ -30,6 +30,7 @@ def cross_entropy(
     reduction: str = "mean",
     *,
     ignore_index: int | None = None,
+    class_weights: Array | None = None,
 ) -> tuple[Array, Array]:
     """Loss and its gradient together, since they share the softmax.
 
@@ -42,35 +43,44 @@ def cross_entropy(
     where 1/B is left out if reduction is "sum". In a map of logits every cell is a sample of its
     own, so B H W stands for B. Samples with the label ignore_index are not counted in B and add
     nothing to L; if there are no others, L and its gradient are 0 (PyTorch's mean is NaN there).
+    MMSegmentation counts them, so that they make the others weigh less: "mean_of_all".
+
+    With class weights w, t_k is multiplied by w_k, and the sum of the labels' weights stands for B.
+    It does not with "mean_of_all", nor if targets are distributions.
 
     Args:
         logits: (B, K) float32 or float64; or maps (B, K, H, W).
         targets: (B,) integers in [0, K), or (B, K) floats, a distribution a row (mixup); for maps
             (B, H, W) or (B, K, H, W).
         label_smoothing: s in [0, 1].
-        reduction: ``"mean"`` over the samples, or ``"sum"``.
+        reduction: ``"mean"`` over the samples that count, ``"mean_of_all"``, or ``"sum"``.
         ignore_index: a label to leave out, such as 255 or -100; None leaves out none.
+        class_weights: (K,) floats, at least 0; None weighs all classes alike.
 
     Returns:
         loss, a scalar array, and dlogits, in the logits' shape, both of their dtype.
 
     Raises:
-        ArrayTypeError: if logits or targets are no arrays, of another dtype, or on two devices.
+        ArrayTypeError: if an argument is no array, of another dtype, or on another device.
         ShapeError: if a shape is another, or logits are empty.
-        RangeError: for a label outside [0, K), an s outside [0, 1], another reduction, or an
-            ignore_index that is no whole number or comes with targets that are no labels.
+        RangeError: for a label outside [0, K), an s outside [0, 1], another reduction, a weight
+            below 0 or not finite, or an ignore_index that is no whole number or comes with targets
+            that are no labels.
     """
     xp = array_module(logits)
     _check(logits, label_smoothing, reduction, ignore_index)
-    t, counted = _distribution(logits, targets, float(label_smoothing), ignore_index)
+    if class_weights is not None:
+        class_weights = _check_weights(class_weights, logits)
+    t, counted = _distribution(logits, targets, float(label_smoothing), ignore_index, class_weights)
     shape, logits = logits.shape, _to_rows(logits)  # (rows, K), a row a sample
-    share = 1 / max(counted, 1) if reduction == "mean" else 1.0
-    shifted = logits - xp.max(logits, axis=-1, keepdims=True)  # (rows, K)
-    p = xp.exp(shifted)  # (rows, K), not yet divided by its sum
+    divisor = {"mean": counted, "mean_of_all": logits.shape[0], "sum": 1}[reduction]
+    share = 1 / (divisor or 1)  # without a sample that counts, what is divided is 0
+    log_p = logits - xp.max(logits, axis=-1, keepdims=True)  # (rows, K), not yet normalised
+    p = xp.exp(log_p)  # (rows, K), not yet divided by its sum
     total = xp.sum(p, axis=-1, keepdims=True)  # (rows, 1)
     p /= total
-    log_p = shifted - xp.log(total)  # (rows, K)
-    log_p = xp.where(t == 0, xp.zeros_like(log_p), log_p)  # 0 log 0 = 0: a masked class costs 0
+    log_p -= xp.log(total)  # (rows, K)
+    log_p = xp.where(t == 0, xp.zeros_like(total), log_p)  # 0 log 0 = 0: a masked class costs 0
     loss = -xp.sum(t * log_p) * share  # ()
     # d log_p_k / d logits_j = 1[j = k] - p_j
     dlogits = (p * xp.sum(t, axis=-1, keepdims=True) - t) * share  # (rows, K)
@@ -104,17 +114,53 @@ def _check(logits: Array, smoothing: Any, reduction: Any, ignore_index: Any) -> 
         )
     if not isinstance(smoothing, Real) or not 0 <= smoothing <= 1:  # type: ignore[operator]
         raise RangeError(f"label_smoothing is {shown(smoothing)}; it must be in [0, 1]")
-    if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
-        raise RangeError(f"reduction is {shown(reduction)}; it must be 'mean' or 'sum'")
+    if not isinstance(reduction, str) or reduction not in ("mean", "mean_of_all", "sum"):
+        given = shown(reduction)
+        raise RangeError(f"reduction is {given}; it must be 'mean', 'mean_of_all' or 'sum'")
     if ignore_index is not None and not is_whole(ignore_index):
         given = shown(ignore_index)
         raise RangeError(f"ignore_index is {given}; it must be a whole number or None")
 
 
+def _check_weights(weights: Any, logits: Array) -> Array:
+    """Class weights (K,) in the dtype of the logits."""
+    shape, K = tuple(logits.shape), logits.shape[1]
+    advice = "numpy.ones(K, dtype=numpy.float32) weighs all classes alike, and so does None"
+    if not is_array(weights) or not same_library(weights, logits):
+        given = library_and_dtype(weights) if is_array(weights) else f"a {type(weights).__name__}"
+        raise ArrayTypeError(
+            f"class_weights are {given}, and logits {library_and_dtype(logits)}; weights must be "
+            f"an array beside the logits, ({K},) floats. {advice}"
+        )
+    xp = array_module(logits)
+    if not xp.isdtype(weights.dtype, "real floating"):
+        raise ArrayTypeError(
+            f"class_weights have dtype {weights.dtype}; they must be floats. {advice}"
+        )
+    if tuple(weights.shape) != (K,):
+        raise ShapeError(
+            f"class_weights have shape {tuple(weights.shape)}; for logits {shape} they must be "
+            f"({K},), one for each class. {advice}"
+        )
+    if not bool(xp.all(xp.isfinite(weights) & (weights >= 0))):
+        raise RangeError(
+            "class_weights hold numbers below 0, or that are not finite: the inverse frequency of "
+            "a class that never occurs is infinite. Give such a class 0"
+        )
+    return xp.astype(weights, logits.dtype)
+
+
 def _distribution(
-    logits: Array, targets: Array, smoothing: float, ignore_index: int | None
-) -> tuple[Array, int]:
-    """Smoothed targets as (rows, K) for logits (B, K) or (B, K, H, W), and how many rows count."""
+    logits: Array,
+    targets: Array,
+    smoothing: float,
+    ignore_index: int | None,
+    class_weights: Array | None,
+) -> tuple[Array, float]:
+    """Targets, smoothed and weighted, and what a mean divides by: how many rows count.
+
+    The targets are (rows, K) for logits (B, K) or (B, K, H, W). Rows of labels count by weight.
+    """
     shape, K = tuple(logits.shape), logits.shape[1]
     cells = (shape[0], *shape[2:])  # (B,) or (B, H, W)
     count = math.prod(cells)
@@ -142,7 +188,8 @@ def _distribution(
                 f"A row of zeros ignores a sample; divide by the count yourself (reduction='sum')"
             )
         t = xp.astype(targets, logits.dtype)
-        return _smooth(_to_rows(t), smoothing), count
+        t = _smooth(_to_rows(t), smoothing)  # (rows, K)
+        return t if class_weights is None else t * class_weights, count
     if not xp.isdtype(targets.dtype, "integral"):
         raise ArrayTypeError(
             f"targets have dtype {targets.dtype}; they must be integer labels (B,) or floats "
@@ -172,7 +219,12 @@ def _distribution(
     t = _smooth(one_hot, smoothing)
     if ignored is not None:
         t = xp.where(ignored, xp.zeros_like(t), t)
-    return t, count
+    if class_weights is None:
+        return t, count
+    weight = xp.take(class_weights, xp.reshape(labels, (-1,)), axis=0)  # (rows,)
+    if ignored is not None:
+        weight = xp.where(xp.reshape(ignored, (-1,)), xp.zeros_like(weight), weight)  # (rows,)
+    return t * class_weights, float(xp.sum(weight, dtype=xp.float64))
 
 
 def _smooth(t: Array, smoothing: float) -> Array:

@@ -1,7 +1,7 @@
-"""Dropout (Srivastava et al. 2014, Journal of Machine Learning Research 15, 1929-1958) and
-drop path (stochastic depth, Huang et al. 2016, arXiv 1603.09382).
+"""Dropout (Srivastava et al. 2014, Journal of Machine Learning Research 15, 1929-1958), dropout of
+whole channels, and drop path (stochastic depth, Huang et al. 2016, arXiv 1603.09382).
 
-Both multiply by a random mask of 0 and 1/(1 - rate), so that the expectation is the input. Masks
+All multiply by a random mask of 0 and 1/(1 - rate), so that the expectation is the input. Masks
 are drawn on the host: one seed gives the same masks on every device and for every dtype. Without a
 generator nothing is dropped: there is no other switch between training and inference.
 """
@@ -16,7 +16,7 @@ from pvt_ref.tree import record
 
 @record
 class DropCache:
-    """The mask, True where x was kept, of x's shape or (B, 1, ..., 1); gain is 1 / (1 - rate)."""
+    """The mask, True where x was kept, with axes of 1 to broadcast; gain is 1 / (1 - rate)."""
 
     mask: Array
     gain: float
@@ -58,6 +58,29 @@ def drop_path_forward(
         y (B, ...) and the cache, as :func:`dropout_forward`.
     """
     return _drop(x, (x.shape[0],) + (1,) * (x.ndim - 1), rate, rng, keep)
+
+
+def dropout_channels_forward(
+    p: None, x: Array, ops: Ops, rate: float, rng: Rng, keep: bool = True
+) -> tuple[Array, DropCache | None]:
+    """Each channel of a sample is zero as a whole with probability rate, else divided by 1 - rate.
+
+    Neighbours in a map are alike, so that dropping single elements takes little away (Tompson et
+    al. 2015, arXiv 1411.4280; PyTorch: ``Dropout2d``).
+
+    Args:
+        p: None.
+        x: (B, ..., C), a map.
+        ops: not asked.
+        rate: in [0, 1).
+        rng: source of the mask, one draw for each sample and channel; None as for
+            :func:`dropout_forward`.
+        keep: whether to return a cache for the backward.
+
+    Returns:
+        y (B, ..., C) and the cache, as :func:`dropout_forward`.
+    """
+    return _drop(x, (x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1]), rate, rng, keep)
 
 
 def _drop(
@@ -111,5 +134,23 @@ def drop_path_backward(
     return (dy if cache is None else _apply(cache, dy)), None
 
 
+def dropout_channels_backward(
+    p: None, cache: DropCache | None, dy: Array, ops: Ops = REFERENCE
+) -> tuple[Array, None]:
+    """Gradient of :func:`dropout_channels_forward`: the same mask again.
+
+    Args:
+        p: None.
+        cache: from the forward; None if nothing was dropped.
+        dy: dL/dy (B, ..., C).
+        ops: not asked.
+
+    Returns:
+        dx (B, ..., C), as :func:`dropout_backward`; and None.
+    """
+    return (dy if cache is None else _apply(cache, dy)), None
+
+
 dropout = Operation(dropout_forward, dropout_backward)
 drop_path = Operation(drop_path_forward, drop_path_backward)
+dropout_channels = Operation(dropout_channels_forward, dropout_channels_backward)

@@ -139,10 +139,13 @@ def resize_forward(
         keep: whether to return a cache for the backward.
 
     Returns:
-        y (B, ..., C) of x's dtype, and the cache.
+        y (B, ..., C) of x's dtype, x itself if it has that size already; and the cache.
     """
-    y = separable(x, size, partial(resize_matrix, mode=mode, align_corners=align_corners))
-    return y, ResizeCache(x.shape[1:3], mode, align_corners) if keep else None
+    cache = ResizeCache(x.shape[1:3], mode, align_corners) if keep else None
+    if tuple(size) == tuple(x.shape[1:3]):  # both matrices are 1
+        return x, cache
+    make = partial(resize_matrix, mode=mode, align_corners=align_corners)
+    return separable(x, size, make), cache
 
 
 def resize_backward(
@@ -160,8 +163,10 @@ def resize_backward(
         ops: not asked.
 
     Returns:
-        dx (B, H, W, C) of dy's dtype, and None.
+        dx (B, H, W, C) of dy's dtype, dy itself if nothing was resized; and None.
     """
+    if tuple(dy.shape[1:3]) == tuple(cache.size):
+        return dy, None
     make = partial(resize_matrix, mode=cache.mode, align_corners=cache.align_corners)
     # y = A_h x A_w^T
     return separable_transpose(dy, cache.size, make), None  # (B, H, W, C)

@@ -6,14 +6,17 @@ A network lives in a folder of its own and is entered in ``models/__init__.py``.
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from pvt_ref.arrays import Array
 from pvt_ref.errors import ArrayTypeError, shown
 from pvt_ref.models.layouts import Files
 from pvt_ref.ops import Operation, Ops
+from pvt_ref.tree import BUFFERS, named_arrays
 
 
 class Leaf(NamedTuple):
@@ -21,9 +24,11 @@ class Leaf(NamedTuple):
 
     key: str  # in the state dict
     shape: tuple[int, ...]
-    init: Literal["zeros", "ones", "normal", "uniform", "fan_out"]  # how init_params draws it
+    # how init_params draws it; a "count" is the one kind of array that is int64
+    init: Literal["zeros", "ones", "normal", "uniform", "fan_out", "count"]
     fan_in: int = 0  # C_in P P, for "uniform"
     fan_out: int = 0  # C_out k k, for "fan_out"
+    std: float = 0.02  # for "normal"
 
 
 class Place(NamedTuple):
@@ -40,7 +45,8 @@ class Architecture:
 
     A configuration is a frozen dataclass. It offers img_size, in_chans, num_classes (0 without a
     classifier), drop_path_rate, has_classifier, size_multiple, channels and strides of each stage,
-    and ``grids(height, width)``, which raises a ShapeError for a size that it cannot take.
+    and ``grids(height, width)``, which raises a ShapeError for a size that it cannot take. One that
+    is made of another network's has ``with_drop_path_rate(rate)``, which gives a changed one.
     """
 
     name: str  # by which files know it, "pvt"
@@ -67,6 +73,11 @@ class Architecture:
     # of an operation, by its path, or of a weight, by its key; None inside another operation
     place: Callable[[str], Place | None]
     describe: Callable[[Any], str]  # a configuration: "pvt_tiny, 1000 classes, 224 px"
+    # whether logits are maps (B, num_classes, h, w): a class for every place
+    dense: bool = False
+    # of a network with batch norms, whose forward then also takes batch_statistics: cache -> what
+    # these saw of the batch, a record as params.buffers, or None. Gradients have None there
+    batch_buffers: Callable[[Any], Any] | None = None
     # key of the weight that reads the image, (C_out, in_chans, ...), if other channels can be had
     stem: str | None = None
     head: str = "head"  # key prefix of the last layer of the classifier
@@ -112,8 +123,18 @@ def known_variants() -> dict[str, Any]:
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """Plain values by field name, fit for JSON; ``type(config)(**values)`` is config again."""
-    return {f.name: getattr(config, f.name) for f in fields(config)}
+    """Plain values by field name, fit for JSON; ``type(config)(**values)`` is config again.
+
+    A part that is a record itself becomes such a dict, with its ``name`` among its values: that of
+    a network's row, or of a kind of head.
+    """
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    return {name: _part_to_dict(x) if is_dataclass(x) else x for name, x in values.items()}
+
+
+def _part_to_dict(part: Any) -> dict[str, Any]:
+    row = _rows.get(type(part))
+    return {"name": row.name if row else part.name, **config_to_dict(part)}
 
 
 @functools.lru_cache(maxsize=64)  # every forward asks
@@ -123,6 +144,26 @@ def param_shapes(config: Any) -> Mapping[str, tuple[int, ...]]:
     build = architecture_of(config).build_params
     build(config, lambda leaf: shapes.setdefault(leaf.key, leaf.shape))
     return MappingProxyType(shapes)
+
+
+@functools.lru_cache(maxsize=64)
+def count_keys(config: Any) -> frozenset[str]:
+    """Keys of the arrays that count something, and are int64: batches that a norm has seen."""
+    keys = set[str]()
+
+    def note(leaf: Leaf) -> None:
+        if leaf.init == "count":
+            keys.add(leaf.key)
+
+    architecture_of(config).build_params(config, note)
+    return frozenset(keys)
+
+
+@functools.lru_cache(maxsize=64)
+def buffer_keys(config: Any) -> frozenset[str]:
+    """Keys of the arrays that are not trained: what batch norms remember."""
+    tree = architecture_of(config).build_params(config, lambda leaf: np.empty(0))
+    return frozenset(key for key, _ in named_arrays(getattr(tree, BUFFERS, None)))
 
 
 @functools.lru_cache(maxsize=64)

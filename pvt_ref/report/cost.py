@@ -27,7 +27,7 @@ from pvt_ref.layers.attention import attention
 from pvt_ref.layers.depthwise_conv import depthwise_conv
 from pvt_ref.layers.linear import linear
 from pvt_ref.layers.position import position
-from pvt_ref.models.architecture import Place, architecture_of, param_shapes
+from pvt_ref.models.architecture import Place, architecture_of, buffer_keys, param_shapes
 from pvt_ref.ops import REFERENCE, Call, Operation, Ops
 from pvt_ref.report.items import watch_items
 from pvt_ref.report.shapes import ShapeArray, Shapes
@@ -241,7 +241,8 @@ class _Bill:
         run.forward(params, images, watched, False)
         self._last.after = max(self._last.after, self._xp.peak)
         if run.config.has_classifier != run.pyramid:  # every weight serves
-            every = sum(map(math.prod, param_shapes(run.config).values()))
+            shapes, buffers = param_shapes(run.config), buffer_keys(run.config)
+            every = sum(math.prod(x) for key, x in shapes.items() if key not in buffers)
             rest = every - sum(line.parameters for line in self.lines.values())
             if rest:  # used outside of operations
                 self.lines[0, "other"] = _Line(1, rest, 0, images.nbytes, outside.after)

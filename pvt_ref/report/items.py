@@ -8,6 +8,9 @@ from pvt_ref.layers.attention import attention
 from pvt_ref.models.architecture import Architecture, Place
 from pvt_ref.ops import Call, Operation, Ops
 
+#: Where operations are made of others, which are the items instead.
+_PASSING = ("pvt_ref.blocks.", "pvt_ref.heads.")
+
 
 def watch_items(
     row: Architecture,
@@ -31,7 +34,7 @@ def watch_items(
 
     def passes_on(op: Operation) -> bool:
         readable = ops.twins.get(op, op) == op
-        return readable and op.forward.__module__.startswith("pvt_ref.blocks.")
+        return readable and op.forward.__module__.startswith(_PASSING)
 
     def before(call: Call) -> None:
         nonlocal item, depth

@@ -80,9 +80,10 @@ def is_decayed(key: str, x: Array, decay_positions: bool = False) -> bool:
     check_flag("decay_positions", decay_positions)
     if not is_array(x):
         raise ArrayTypeError(f"x is {describe_type(x)}. It must be the weight called {key!r}")
-    if key.startswith("pos_embed"):
+    name = key.removeprefix("backbone.")
+    if name.startswith("pos_embed"):
         return decay_positions
-    return x.ndim > 1 and key != "cls_token"
+    return x.ndim > 1 and name != "cls_token"
 
 
 def adamw_step(

@@ -13,17 +13,19 @@ the same bits. Each number crosses the network twice, however many ranks there a
 takes is a whole subtree; else once more for each further part.
 """
 
+import operator
 import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pvt_ref.arrays import dtype_name, from_host
+from pvt_ref.arrays import Array, array_module, dtype_name, from_host, import_cupy
 from pvt_ref.errors import PVTError, TrainingError
 from pvt_ref.tree import map_arrays, named_arrays, to_numpy
 
@@ -74,8 +76,6 @@ class Ranks:
     """
 
     rank, size = 0, 1
-    #: Whether this rank has failed, or knows that another has.
-    over = False
 
     @property
     def is_first(self) -> bool:
@@ -114,6 +114,17 @@ class Ranks:
         """
         return add_up_parts(parts, add_trees)
 
+    def for_device(self, device: str) -> "Ranks":
+        """These ranks, computing there: on "cuda" each on a GPU of its own, if there are enough.
+
+        Then gradients go by NCCL. Where ranks share a GPU, or NCCL is missing, they go through the
+        host. All ranks have to call it.
+
+        Raises:
+            DeviceError: if CUDA cannot be used; on the other ranks a TrainingError that says so.
+        """
+        return self
+
     def fail(self, error: BaseException) -> None:
         """Tells the others, who wait in :meth:`gather` or will, why this rank ends. Once."""
 
@@ -124,7 +135,61 @@ class Ranks:
 ALONE = Ranks()
 
 
-class MPIRanks(Ranks):
+class ManyRanks(Ranks):
+    """Several, which add up their gradients slice by slice. Derived classes move the slices."""
+
+    def sum(self, parts: list[Part], count: int) -> Any:
+        """See :meth:`Ranks.sum`."""
+        like = parts[0].value
+        dtypes = {dtype_name(x) for _, x in named_arrays(like)}
+        total = {name: self._sum_flat(parts, count, name) for name in sorted(dtypes)}
+        used = dict.fromkeys(total, 0)
+
+        def take(x: Any) -> Any:
+            name = dtype_name(x)
+            start = used[name]
+            used[name] += x.size
+            return from_host(total[name][start : used[name]].reshape(x.shape), like=x)
+
+        return map_arrays(take, like)
+
+    def _sum_flat(self, parts: list[Part], count: int, dtype: str) -> Array:
+        """All arrays of that dtype one behind the other, (L,), summed over all micro-batches."""
+        flat = [Part(p.level, p.index, self._flat(p.value, dtype)) for p in parts]
+        length = len(flat[0].value)
+        bounds = [length * r // self.size for r in range(self.size + 1)]
+        sizes = [b - a for a, b in pairwise(bounds)]
+        mine = sizes[self.rank]
+        of_rank = [list(subtrees(share_of(count, r, self.size))) for r in range(self.size)]
+
+        # to every rank its slice of all my subtrees, from everybody my slice of theirs
+        xp = array_module(flat[0].value)
+        send = xp.concat([p.value[a:b] for a, b in pairwise(bounds) for p in flat])
+        send_counts = [len(flat) * size for size in sizes]
+        received = self._all_to_all(send, send_counts, [len(names) * mine for names in of_rank])
+        merged: list[Part] = []
+        start = 0
+        for level, index in (name for names in of_rank for name in names):
+            add_part(merged, Part(level, index, received[start : start + mine]), operator.add)
+            start += mine
+        return self._all_gather(add_up_parts(merged, operator.add), sizes)
+
+    def _flat(self, tree: Any, dtype: str) -> Array:
+        """The arrays of that dtype one behind the other, (L,), where the slices travel from."""
+        arrays = [x for _, x in named_arrays(tree) if dtype_name(x) == dtype]
+        xp = array_module(arrays[0])
+        return xp.concat([xp.reshape(x, (-1,)) for x in arrays])
+
+    def _all_to_all(self, send: Array, send_counts: list[int], counts: list[int]) -> Array:
+        """What all ranks send this one, by rank, (sum of counts,); send is cut by send_counts."""
+        raise NotImplementedError
+
+    def _all_gather(self, mine: Array, sizes: list[int]) -> Array:
+        """Every rank's slice, by rank, (sum of sizes,)."""
+        raise NotImplementedError
+
+
+class MPIRanks(ManyRanks):
     """The processes that ``mpiexec -n R python -m pvt_ref train ...`` started, by mpi4py.
 
     Arrays on a device travel through the host.
@@ -139,8 +204,23 @@ class MPIRanks(Ranks):
         except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library
             how = "pip install mpi4py mpich brings it, and an MPI library that needs no root"
             raise TrainingError(f"MPI cannot be used here ({error}). {how}") from error
-        self._comm = MPI.COMM_WORLD
+        self._comm, self._one_machine = MPI.COMM_WORLD, MPI.COMM_TYPE_SHARED
         self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
+        self.over = False  # whether this rank has failed, or knows that another has
+
+    def for_device(self, device: str) -> Ranks:
+        """See :meth:`Ranks.for_device`."""
+        if device != "cuda":  # the host, or a device that the user has chosen
+            return self
+        try:
+            cupy, here = import_cupy(), self._comm.Split_type(self._one_machine)
+            devices = cupy.cuda.runtime.getDeviceCount()
+            cupy.cuda.Device(here.Get_rank() % devices).use()
+            one_each = here.Get_size() <= devices and has_nccl(cupy)
+        except PVTError as error:
+            self.fail(error)
+            raise
+        return NCCLRanks(self) if all(self.gather(one_each)) else self
 
     def gather(self, value: Any) -> list[Any]:
         """See :meth:`Ranks.gather`."""
@@ -169,45 +249,17 @@ class MPIRanks(Ranks):
             raise TrainingError(f"rank 0 of {self.size} has failed: {made.why}")
         return made
 
-    def sum(self, parts: list[Part], count: int) -> Any:
-        """See :meth:`Ranks.sum`."""
-        like = parts[0].value
-        dtypes = {dtype_name(x) for _, x in named_arrays(like)}
-        total = {name: self._sum_flat(parts, count, name) for name in sorted(dtypes)}
-        used = dict.fromkeys(total, 0)
+    def _flat(self, tree: Any, dtype: str) -> np.ndarray:
+        return super()._flat(to_numpy(tree), dtype)
 
-        def take(x: Any) -> Any:
-            name = dtype_name(x)
-            start = used[name]
-            used[name] += x.size
-            return from_host(total[name][start : used[name]].reshape(x.shape), like=x)
-
-        return map_arrays(take, like)
-
-    def _sum_flat(self, parts: list[Part], count: int, dtype: str) -> np.ndarray:
-        """All arrays of that dtype one behind the other, (L,), summed over all micro-batches."""
-        flat = [Part(p.level, p.index, _flat(p.value, dtype)) for p in parts]
-        length = len(flat[0].value)
-        bounds = [length * r // self.size for r in range(self.size + 1)]
-        mine = bounds[self.rank + 1] - bounds[self.rank]
-        of_rank = [list(subtrees(share_of(count, r, self.size))) for r in range(self.size)]
-
-        # to every rank its slice of all my subtrees, from everybody my slice of theirs
-        send = np.concatenate(
-            [p.value[a:b] for a, b in pairwise(bounds) for p in flat], dtype=np.dtype(dtype)
-        )
-        send_counts = [len(flat) * (b - a) for a, b in pairwise(bounds)]
-        counts = [len(names) * mine for names in of_rank]
+    def _all_to_all(self, send: Array, send_counts: list[int], counts: list[int]) -> Array:
         received = np.empty(sum(counts), send.dtype)
         self._comm.Alltoallv([send, send_counts], [received, counts])
-        merged: list[Part] = []
-        start = 0
-        for level, index in (name for names in of_rank for name in names):
-            add_part(merged, Part(level, index, received[start : start + mine]), np.add)
-            start += mine
-        total = np.empty(length, send.dtype)
-        sizes = [b - a for a, b in pairwise(bounds)]
-        self._comm.Allgatherv(np.ascontiguousarray(add_up_parts(merged, np.add)), [total, sizes])
+        return received
+
+    def _all_gather(self, mine: Array, sizes: list[int]) -> Array:
+        total = np.empty(sum(sizes), mine.dtype)
+        self._comm.Allgatherv(np.ascontiguousarray(mine), [total, sizes])
         return total
 
     def fail(self, error: BaseException) -> None:
@@ -224,6 +276,74 @@ class MPIRanks(Ranks):
         self._comm.Abort(1)
 
 
+class NCCLRanks(ManyRanks):
+    """Ranks with a GPU each: gradients go from one to another by NCCL, all else as before.
+
+    Args:
+        host: the same ranks, and how they speak of what is not on a device.
+
+    Raises:
+        DeviceError: if CUDA cannot be used.
+    """
+
+    def __init__(self, host: Ranks) -> None:
+        cupy = import_cupy()
+        self._host, self.rank, self.size = host, host.rank, host.size
+        self._nccl, self._stream = cupy.cuda.nccl, cupy.cuda.get_current_stream
+        (name, *_) = host.gather(self._nccl.get_unique_id() if self.is_first else None)
+        self._comm = self._nccl.NcclCommunicator(self.size, name, self.rank)
+
+    def gather(self, value: Any) -> list[Any]:
+        """See :meth:`Ranks.gather`."""
+        return self._host.gather(value)
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """See :meth:`Ranks.from_first`."""
+        return self._host.from_first(make)
+
+    def fail(self, error: BaseException) -> None:
+        """See :meth:`Ranks.fail`."""
+        self._host.fail(error)
+
+    def abort(self) -> None:
+        """See :meth:`Ranks.abort`."""
+        self._host.abort()
+
+    def _all_to_all(self, send: Array, send_counts: list[int], counts: list[int]) -> Array:
+        starts = [sum(send_counts[:r]) for r in range(self.size)]
+        pieces = [send[a : a + n] for a, n in zip(starts, send_counts, strict=True)]
+        return self._exchange(pieces, counts)
+
+    def _all_gather(self, mine: Array, sizes: list[int]) -> Array:
+        return self._exchange([mine] * self.size, sizes)
+
+    def _exchange(self, pieces: list[Array], counts: list[int]) -> Array:
+        """Sends every rank its piece; gives what they send this one, (sum of counts,)."""
+        xp = array_module(pieces[0])
+        received = xp.empty(sum(counts), dtype=pieces[0].dtype)
+        kind = getattr(self._nccl, f"NCCL_{dtype_name(received).upper()}")
+        stream, start = self._stream().ptr, 0
+        self._nccl.groupStart()
+        for rank, (piece, count) in enumerate(zip(pieces, counts, strict=True)):
+            self._comm.send(_address(piece), piece.size, kind, rank, stream)
+            self._comm.recv(_address(received[start:]), count, kind, rank, stream)
+            start += count
+        self._nccl.groupEnd()
+        return received
+
+
+def _address(x: Array) -> int:
+    """Of the first number of an array on a device."""
+    return x.data.ptr
+
+
+def has_nccl(cupy: Any) -> bool:
+    """Whether CuPy finds NCCL, which it warns of if not: here the host is as good."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return bool(cupy.cuda.nccl.available)
+
+
 def share_of(count: int, rank: int, size: int) -> range:
     """Consecutive ones of so many things, as many for each rank as can be."""
     return range(count * rank // size, count * (rank + 1) // size)
@@ -235,11 +355,6 @@ def subtrees(leaves: range) -> Iterator[tuple[int, int]]:
     for index in leaves:
         add_part(names, Part(0, index, None), lambda a, b: None)
     yield from ((part.level, part.index) for part in names)
-
-
-def _flat(tree: Any, dtype: str) -> np.ndarray:
-    arrays = [x for _, x in named_arrays(to_numpy(tree)) if dtype_name(x) == dtype]
-    return np.concatenate([np.ravel(x) for x in arrays])
 
 
 #: What launchers of MPI programs set: MPICH and its relatives, Open MPI, Slurm's srun with PMI.

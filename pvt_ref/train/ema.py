@@ -7,6 +7,7 @@ Juditsky 1992, SIAM J. Control Optim. 30, 838-855, who average all steps alike).
 
 from typing import Any
 
+from pvt_ref.arrays import Array, dtype_name
 from pvt_ref.checks import check_number
 from pvt_ref.train.checks import check_alike
 from pvt_ref.tree import map_arrays
@@ -31,7 +32,7 @@ def ema_decay_of_step(step: int, decay: float) -> float:
 
 
 def ema_step(average: Any, params: Any, decay: float) -> Any:
-    """The average after a step: ``decay * average + (1 - decay) * params``.
+    """The average after a step: ``decay * average + (1 - decay) * params``, running statistics too.
     Raises: RangeError if decay is outside its range; ArrayTypeError or ShapeError if the two differ
     in type, dtype, device, keys or shapes.
 
@@ -47,4 +48,9 @@ def ema_step(average: Any, params: Any, decay: float) -> Any:
     check_alike("average", average, params)
     if decay == 0:
         return params
-    return map_arrays(lambda a, w: a + (1 - decay) * (w - a), average, params)
+
+    def move(a: Array, w: Array) -> Array:
+        counts = not dtype_name(w).startswith("float")  # of batches that norms have seen
+        return w if counts else a + (1 - decay) * (w - a)
+
+    return map_arrays(move, average, params)

@@ -199,6 +199,7 @@ def _train(
     """Trains as a run's record says, from its first model or from where it stands."""
     recipe = Recipe(**record["recipe"])
     learnt, held_out = _split(data, record)
+    ranks.gather(None)  # all have the photos
     made = {"size": model.config.img_size, "preprocessing": model.info.preprocessing}
     learnt = learnt.replace(**made, augment=AUGMENTS[record["augment"]])
     held_out = held_out.replace(**made)
@@ -225,6 +226,7 @@ def _train(
     )
     if done.finished and ranks.is_first:
         _finish(done, held_out, record, console)
+    ranks.gather(None)  # what rank 0 could not write, it says here
     return done
 
 
@@ -528,7 +530,9 @@ def _finish(
     """Writes the best weights in half precision, with what was measured of them as they are."""
     best = load(str(done.folder / BEST))
     dtype = dtype_name(first_array(best.params))
-    rounded = map_arrays(lambda w: w.astype(np.float16).astype(dtype), best.params)
+    rounded = map_arrays(
+        lambda w: w.astype(np.float16).astype(dtype) if w.dtype.kind == "f" else w, best.params
+    )
     counts = confusion_matrix(rounded, best.config, held_out)
     right, of = int(np.trace(counts)), len(held_out)
     training = {

@@ -29,11 +29,13 @@ from pvt_ref.checkpoint import load, save
 from pvt_ref.checks import check_flag, check_number, check_type
 from pvt_ref.data.ahead import Ahead
 from pvt_ref.data.info import ModelInfo
+from pvt_ref.data.iou import mean_iou, pixel_accuracy
 from pvt_ref.data.labelled import evaluate
 from pvt_ref.data.samples import Samples
 from pvt_ref.draws import What, generator
 from pvt_ref.errors import PVTError, TrainingError, reason, shown
 from pvt_ref.kernels.cpu.threads import default_threads
+from pvt_ref.models.architecture import architecture_of
 from pvt_ref.report.diagnosis import first_non_finite, is_finite
 from pvt_ref.train.checks import check_path
 from pvt_ref.train.data_parallel import ALONE, Ranks
@@ -49,6 +51,7 @@ from pvt_ref.train.saved import (
     save_state,
     weights_sha256,
 )
+from pvt_ref.train.segmentation import evaluate_pixels
 from pvt_ref.train.step import (
     TrainState,
     batch_of_step,
@@ -184,15 +187,15 @@ def fit(
                         samples.expect(mine, state.seed, epoch)
                 state, report = interrupts.allow(train_step, state, samples, config, recipe, ranks)
                 index = state.step % job.steps
-                progress.step(report, recipe.batch_size)
+                progress.step(report, recipe.batch_size, job.answers)
                 line = {"step": state.step, "epoch": state.step / job.steps, "lr": report.lr}
                 line |= {"images_per_second": round(progress.images_per_second, 1)}
                 if data.from_files and (index == 0 or state.step % log_steps == 0):
                     line["data_wait"] = samples.share_waited()
                 if index == 0:
                     _check_weights(job, state, report.lr)
-                    loss, accuracy = interrupts.allow(_measure, job, state, report.lr)
-                    state, of_epoch = _end_of_epoch(job, state, loss, accuracy)
+                    loss, scores = interrupts.allow(_measure, job, state, report.lr)
+                    state, of_epoch = _end_of_epoch(job, state, loss, scores)
                     line |= of_epoch
                     # the metrics come first: lines beyond what is saved are dropped on
                     # resuming, but a line that was never written would be missed for ever
@@ -219,6 +222,7 @@ def fit(
         if state.step == last and ranks.is_first:
             job.lock.check()
             _check_best(job, state)
+        ranks.gather(None)  # rank 0 may have failed to save, and says so here
     except PVTError as error:
         ranks.fail(error)
         raise
@@ -284,6 +288,12 @@ class _Job:
     steps: int
     console: Console | None
     ranks: Ranks
+
+    @property
+    def answers(self) -> int:
+        """How many classes a step tells: of each sample, or of each of its pixels."""
+        pixels = math.prod(self.held_out.size) if self.held_out.has_label_maps else 1
+        return self.recipe.batch_size * pixels
 
     def say(self, text: str) -> None:
         show(self.console, text)
@@ -359,14 +369,15 @@ def _check_resumed(job: _Job, state: TrainState) -> None:
     done = (state.step - 1) % job.steps + 1 if state.step else 0  # steps of the epoch
     most_loss = done * float(np.finfo(dtype_name(first_array(state.params))).max)
     at_most = {"step": job.recipe.epochs * job.steps, "best_epoch": state.step // job.steps}
-    at_most |= {"epoch_hits": done * job.recipe.batch_size, "epoch_loss": most_loss}
+    at_most |= {"epoch_hits": done * job.answers, "epoch_loss": most_loss}
     for name, most in at_most.items():
         if getattr(state, name) > most:
             raise _edited(job, f"{name} is {getattr(state, name)}, and can be {most} at most")
     if state.optimizer.t != state.step:
         raise _edited(job, f"t is {state.optimizer.t} after step {state.step}")
     accuracy, shown_to = state.best_accuracy, len(job.held_out)
-    if state.best_epoch and accuracy != round(accuracy * shown_to) / shown_to:
+    dense = job.held_out.has_label_maps  # then it is a mean over classes
+    if state.best_epoch and not dense and accuracy != round(accuracy * shown_to) / shown_to:
         raise _edited(job, f"best_accuracy is {accuracy}, which is no share of {shown_to} samples")
     if not state.best_epoch and state.step >= job.steps:
         raise _edited(job, f"best_epoch is 0 after step {state.step}")
@@ -384,30 +395,38 @@ def _edited(job: _Job, what: str) -> errors.CheckpointError:
     return errors.CheckpointError(f"{job.place / STATE}: {what}: {advice}")
 
 
-def _measure(job: _Job, state: TrainState, lr: float) -> tuple[float, float]:
-    """Loss and accuracy of the averaged weights on what is held out."""
+def _measure(job: _Job, state: TrainState, lr: float) -> tuple[float, dict[str, float]]:
+    """Loss, and accuracy and the like, of the averaged weights on what is held out."""
     config, held_out = job.config, job.held_out
-    loss, accuracy = quietly(evaluate, state.average, config, held_out, None, job.ranks)
+    if architecture_of(config).dense:
+        loss, counts = quietly(evaluate_pixels, state.average, config, held_out, job.ranks)
+        scores = {"accuracy": pixel_accuracy(counts), "miou": mean_iou(counts)}
+        if math.isnan(scores["miou"]):
+            raise TrainingError("what is held out has no pixel with a label, so no epoch is best")
+    else:
+        loss, accuracy = quietly(evaluate, state.average, config, held_out, None, job.ranks)
+        scores = {"accuracy": accuracy}
     if not math.isfinite(loss):
         images = held_out.batch(slice(0, 64), like=first_array(state.average))
         culprit = first_non_finite(state.average, images, config)
         what = f"the loss on what is held out is {loss}"
         raise diverged(what, state.step - 1, job.steps, lr, culprit)
-    return loss, accuracy
+    return loss, scores
 
 
 def _end_of_epoch(
-    job: _Job, state: TrainState, loss: float, accuracy: float
+    job: _Job, state: TrainState, loss: float, scores: dict[str, float]
 ) -> tuple[TrainState, dict[str, float]]:
     """The state that knows whether the epoch did best, and the line of metrics."""
-    steps, seen = job.steps, job.steps * job.recipe.batch_size
+    steps, seen = job.steps, job.steps * job.answers
     line = {"epoch": state.step // steps, "train_loss": state.epoch_loss / steps}
-    line |= {"train_accuracy": state.epoch_hits / seen}
-    line |= {"held_out_loss": loss, "held_out_accuracy": accuracy}
-    if accuracy > state.best_accuracy:
-        best = {"best_accuracy": accuracy, "best_epoch": line["epoch"]}
+    line |= {"train_accuracy": state.epoch_hits / seen, "held_out_loss": loss}
+    line |= {f"held_out_{name}": score for name, score in scores.items()}
+    name, score = list(scores.items())[-1]  # what epochs are compared by
+    if score > state.best_accuracy:
+        best = {"best_accuracy": score, "best_epoch": line["epoch"]}
         state = dataclasses.replace(state, **best, best_sha256=weights_sha256(state.average))
-    return state, line | {"best_accuracy": state.best_accuracy, "best_epoch": state.best_epoch}
+    return state, line | {f"best_{name}": state.best_accuracy, "best_epoch": state.best_epoch}
 
 
 def _save_best(job: _Job, state: TrainState) -> None:

@@ -37,7 +37,13 @@ _FROM_0, _SHARE = {"least": 0}, {"least": 0, "most": 1}
 _LINE: dict[str, dict[str, Any]] = {"step": _COUNT, "loss": {}, "epoch": _FROM_0, "lr": _FROM_0}
 _LINE |= {"images_per_second": _FROM_0, "grad_norm": _FROM_0, "data_wait": _SHARE}
 _EPOCH = {"epoch": _COUNT, "best_epoch": _COUNT, "train_loss": {}, "held_out_loss": {}}
-_EPOCH |= {"train_accuracy": _SHARE, "held_out_accuracy": _SHARE, "best_accuracy": _SHARE}
+_EPOCH |= {"train_accuracy": _SHARE, "held_out_accuracy": _SHARE}
+_LINE |= {"held_out_miou": _SHARE}
+
+
+def compared_by(line: Mapping[str, Any]) -> str:
+    """The score by which epochs are compared: accuracy, or for segmentation miou."""
+    return "miou" if "held_out_miou" in line else "accuracy"
 
 
 class Metrics:
@@ -87,21 +93,23 @@ def _check_run(path: Path, lines: list[dict[str, Any]], state: TrainState, steps
             if line["step"] > epoch * steps or (line["step"] == epoch * steps) != of_epoch:
                 raise CheckpointError(f"the line of epoch {epoch} is missing")
             if of_epoch:
-                found = (line["best_accuracy"], line["best_epoch"])
+                name = compared_by(line)
+                found = (line[f"best_{name}"], line["best_epoch"])
                 if not before:  # what was best before the first line is unknown
                     best = found if line["epoch"] > 1 else (-1.0, 0)
-                if line["held_out_accuracy"] > best[0]:
-                    best = (line["held_out_accuracy"], line["epoch"])
+                if line[f"held_out_{name}"] > best[0]:
+                    best = (line[f"held_out_{name}"], line["epoch"])
                 if found != best:
                     right = f"{found[0]} in epoch {found[1]}, not {best[0]} in {best[1]}"
-                    raise CheckpointError(f"the best accuracy is {right}")
+                    raise CheckpointError(f"the best {name} is {right}")
                 before, epoch = line, epoch + 1
         if lines and epoch <= state.step // steps:
             raise CheckpointError(f"after it, the line of epoch {epoch} is missing")
         if before:
             number = lines.index(before) + 1
             said = {"epoch": state.step // steps}
-            said |= {"best_epoch": state.best_epoch, "best_accuracy": state.best_accuracy}
+            best_name = f"best_{compared_by(before)}"
+            said |= {"best_epoch": state.best_epoch, best_name: state.best_accuracy}
             if before["step"] == state.step:
                 said["train_loss"] = state.epoch_loss / steps
             for name, saved in said.items():
@@ -156,14 +164,15 @@ def _verified(text: bytes, last: int) -> dict[str, Any]:
     line = parse_json(text, "the line", _LONGEST)
     if not isinstance(line, dict) or "step" not in line:
         raise CheckpointError("needed is a JSON object with a step")
-    is_epoch = any(name in line for name in _EPOCH if name != "epoch")
-    for name, bounds in (_LINE | _EPOCH if is_epoch else _LINE).items():
+    of_epoch: dict[str, dict[str, Any]] = _EPOCH | {f"best_{compared_by(line)}": _SHARE}
+    is_epoch = any(name in line for name in of_epoch if name != "epoch")
+    for name, bounds in (_LINE | of_epoch if is_epoch else _LINE).items():
         if name in line:
             try:
                 check_number(name, line[name], **bounds)
             except PVTError as error:
                 raise CheckpointError(str(error)) from error
-        elif is_epoch and name in _EPOCH:
+        elif is_epoch and name in of_epoch:
             raise CheckpointError(f"the line of an epoch has no {name}")
     if is_epoch and line["best_epoch"] > line["epoch"]:
         raise CheckpointError(f"best_epoch is {line['best_epoch']}, in epoch {line['epoch']}")
@@ -275,9 +284,15 @@ def _draw(lines: list[dict[str, Any]], file: BinaryIO, form: str) -> None:
         ax.set(xlabel="epoch", title=name)
         ax.grid(alpha=0.3)
     if lines:
-        best = max(lines, key=lambda line: line["held_out_accuracy"])
-        where = f"{best['held_out_accuracy']:.4f} in epoch {best['epoch']}"
-        accuracy.set_title(f"accuracy (held out, best: {where})")
+        name = compared_by(lines[-1])
+        best = max(lines, key=lambda line: line[f"held_out_{name}"])
+        where = f"{best[f'held_out_{name}']:.4f} in epoch {best['epoch']}"
+        if name == "miou":
+            values = [line["held_out_miou"] for line in lines]
+            accuracy.plot(epochs, values, color="tab:green", label="mean IoU, held out")
+            accuracy.legend(loc="lower right")
+        titles = {"miou": "pixel accuracy and mean IoU", "accuracy": "accuracy"}
+        accuracy.set_title(f"{titles[name]} (held out, best: {where})")
     loss.legend(loc="upper right")  # "best" warns where looking for it takes a second
     undated = {"Date": None} if form == "svg" else None  # the same run gives the same file
     figure.savefig(file, format=form, dpi=120, metadata=undated)

@@ -104,6 +104,7 @@ def train(args: argparse.Namespace) -> int:
     go_on = f"To go on:\n\n    {printable(shlex.join([*command, '--resume']))}"
     ranks = ranks_here()
     try:
+        ranks = ranks.for_device(args.device)
         done = train_folder(
             args.data,
             args.out,

@@ -63,23 +63,25 @@ class Progress:
         with _shown():
             self._bar.stop()
 
-    def step(self, report: StepReport, batch_size: int) -> None:
-        """After every step."""
+    def step(self, report: StepReport, batch_size: int, answers: int) -> None:
+        """After every step, of so many samples, of which so many classes were asked."""
         now = time.monotonic()
         rate, self._clock = batch_size / max(now - self._clock, 1e-9), now
         self.images_per_second = _smooth(self.images_per_second or None, rate)
         self._loss = _smooth(self._loss, report.loss)
-        self._accuracy = _smooth(self._accuracy, report.hits / batch_size)
+        self._accuracy = _smooth(self._accuracy, report.hits / answers)
         rate = f"{self.images_per_second:,.0f} images/s"
         text = f"loss {self._loss:.3f}  acc {self._accuracy:.3f}  {rate}"
         self._bar.update(self._task, advance=1, text=text)
 
     def epoch(self, line: Mapping[str, Any]) -> None:
         """After every epoch, with its line of the metrics: a line that stays."""
+        best = line.get("best_miou", line.get("best_accuracy"))
+        miou = f"  mIoU {line['held_out_miou']:.4f}" if "held_out_miou" in line else ""
         text = (
             f"epoch {line['epoch']:>3}  loss {line['train_loss']:.4f}  "
             f"acc {line['train_accuracy']:.4f}  held out: loss {line['held_out_loss']:.4f}  "
-            f"acc {line['held_out_accuracy']:.4f}  (best {line['best_accuracy']:.4f})  "
+            f"acc {line['held_out_accuracy']:.4f}{miou}  (best {best:.4f})  "
             f"{line['images_per_second']:,.0f} images/s"
         )
         show(self._console, text)

@@ -17,7 +17,7 @@ from typing import Any
 
 from pvt_ref.checks import check_number
 from pvt_ref.errors import RangeError, TrainingError, shown
-from pvt_ref.models.architecture import architecture_of, layer_numbers
+from pvt_ref.models.architecture import architecture_of, buffer_keys, layer_numbers
 from pvt_ref.tree import map_named, zeros_like
 
 
@@ -48,7 +48,8 @@ def learning_rate_factors(
 
 @functools.lru_cache(maxsize=8)  # every step asks
 def _factors(config: Any, layer_decay: float, frozen: tuple[str, ...]) -> Mapping[str, float]:
-    layers = layer_numbers(config)
+    buffers = buffer_keys(config)
+    layers = {key: layer for key, layer in layer_numbers(config).items() if key not in buffers}
     still = {key for prefix in frozen for key in _keys_below(prefix, layers)}
     if still == layers.keys():
         what = f"frozen is {shown(frozen)}, which is all of the model: nothing would be trained"

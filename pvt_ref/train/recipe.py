@@ -4,10 +4,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pvt_ref.checks import check_flag, check_number, settle
-from pvt_ref.errors import RangeError, TrainingError
+from pvt_ref.errors import RangeError, TrainingError, shown
 from pvt_ref.train.adamw import AdamW
 from pvt_ref.train.rates import as_prefixes
-from pvt_ref.train.schedule import warmup_cosine
+from pvt_ref.train.schedule import warmup_cosine, warmup_poly
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +25,7 @@ class Recipe:
     lr: float = 1e-3  # the learning rate at its peak
     lr_floor: float = 1e-5  # the learning rate at the end
     warmup_epochs: float = 1.0  # epochs in which it rises; may be a fraction
+    schedule: str = "cosine"  # how it falls: "cosine", or "poly", by (1 - t/T)^0.9
     layer_decay: float = 1.0  # of the learning rate, from a layer to the one before it; in (0, 1]
     frozen: tuple[str, ...] = ()  # beginnings of keys, up to a dot, whose weights are not trained
     weight_decay: float = 0.05  # lambda of AdamW, at least 0
@@ -54,6 +55,7 @@ class Recipe:
         settle(self, "lr", above=0)
         settle(self, "lr_floor", least=0, most=self.lr)
         settle(self, "warmup_epochs", least=0, most=self.epochs)
+        _check_word(self, "schedule", "cosine", "poly")
         settle(self, "layer_decay", above=0, most=1)
         object.__setattr__(self, "frozen", as_prefixes(self.frozen))
         for name in ("label_smoothing", "erasing"):
@@ -92,7 +94,7 @@ class Recipe:
         return samples // self.batch_size
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of a step, by :func:`pvt_ref.train.warmup_cosine`.
+        """The learning rate of a step: :func:`pvt_ref.train.warmup_cosine`, or ``warmup_poly``.
         Raises: RangeError if step is no whole number of at least 0, or steps_per_epoch of 1.
 
         Args:
@@ -104,8 +106,51 @@ class Recipe:
         """
         steps_per_epoch = check_number("steps_per_epoch", steps_per_epoch, least=1, whole=True)
         total, warmup = self.epochs * steps_per_epoch, round(self.warmup_epochs * steps_per_epoch)
-        return warmup_cosine(step, total, warmup, self.lr, self.lr_floor)
+        fall = warmup_poly if self.schedule == "poly" else warmup_cosine
+        return fall(step, total, warmup, self.lr, self.lr_floor)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by field name, fit for JSON; ``Recipe(**values)`` is this recipe again."""
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentationRecipe(Recipe):
+    """How a segmentation network is trained; what is not used for pairs is off, and must stay so.
+
+    Scale, crop, mirroring and colours are those of :class:`pvt_ref.train.PairAugment`.
+    Raises: RangeError as Recipe, and if a field that is not used is on.
+    """
+
+    schedule: str = "poly"
+    label_smoothing: float = 0.0
+    crop_padding: int = 0
+    flip: bool = False
+    #: Of the loss of a pixel, by its class; () weighs all alike.
+    class_weights: tuple[float, ...] = ()
+    #: What the loss of a batch is divided by: the weight of the pixels that count ("counted"), or
+    #: the number of all pixels ("all", as the released code does, without weights).
+    loss_mean: str = "counted"
+
+    def __post_init__(self) -> None:
+        Recipe.__post_init__(self)
+        _check_word(self, "loss_mean", "counted", "all")
+        weights = self.class_weights
+        if not isinstance(weights, tuple | list):
+            raise RangeError(f"class_weights are {shown(weights)}; they must be a tuple of numbers")
+        checked = [
+            check_number(f"class_weights[{k}]", w, least=0, most=1e6) for k, w in enumerate(weights)
+        ]
+        object.__setattr__(self, "class_weights", tuple(checked))
+        unused = ("mixup_alpha", "cutmix_alpha", "crop_padding", "flip", "cutout", "erasing")
+        for name in unused:
+            if getattr(self, name):
+                what = f"{name} is {getattr(self, name)}, which is for classification"
+                raise RangeError(f"{what}. PairAugment changes photos and labels together")
+
+
+def _check_word(recipe: Recipe, name: str, *known: str) -> None:
+    value = getattr(recipe, name)
+    if not isinstance(value, str) or value not in known:
+        given, words = shown(value), " or ".join(map(repr, known))
+        raise RangeError(f"{name} is {given}; it must be {words}")

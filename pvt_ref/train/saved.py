@@ -19,12 +19,18 @@ from pvt_ref.checkpoint.whole_file import write_whole
 from pvt_ref.data.info import ModelInfo
 from pvt_ref.data.samples import Samples
 from pvt_ref.errors import CheckpointError, PVTError, TrainingError, reason, shown
-from pvt_ref.models.architecture import architecture_of, config_to_dict
+from pvt_ref.models.architecture import (
+    architecture_of,
+    buffer_keys,
+    config_to_dict,
+    count_keys,
+    param_shapes,
+)
 from pvt_ref.train.adamw import AdamWState
 from pvt_ref.train.checks import check_path
 from pvt_ref.train.recipe import Recipe
 from pvt_ref.train.step import BEST_SO_FAR, TrainState, check_state
-from pvt_ref.tree import digest, to_numpy
+from pvt_ref.tree import digest, to_numpy, without_buffers
 
 FORMAT = "pvt_ref training 3"
 
@@ -39,7 +45,7 @@ _NUMBERS = (
     *("best_accuracy", "best_epoch", "best_sha256"),
 )
 #: Of the recipe, since version 0.2.0.
-_LATER_FIELDS = ("cutmix_alpha", "erasing", "layer_decay", "frozen")
+_LATER_FIELDS = ("cutmix_alpha", "erasing", "layer_decay", "frozen", "schedule")
 _ANEW = "or start anew in another folder"
 
 
@@ -166,11 +172,16 @@ def _state(
     tensors: Mapping[str, np.ndarray], record: Mapping[str, Any], config: Any, like: Array
 ) -> TrainState:
     trees: dict[str, dict[str, Array]] = {name: {} for name in _TREES}
-    dtype = next((dtype_name(x) for key, x in tensors.items() if key.startswith("params.")), "")
+    counts, buffers = count_keys(config), buffer_keys(config)
+    weights = (f"params.{key}" for key in param_shapes(config) if key not in counts)
+    dtype = next((dtype_name(tensors[key]) for key in weights if key in tensors), "")
     for key, x in tensors.items():
         name, _, rest = key.partition(".")
         if name not in trees:
             raise CheckpointError(f"there is an unknown tensor, {shown(key)}")
+        if rest in counts:
+            trees[name][rest] = from_host(x, like=like)
+            continue
         if dtype_name(x) != dtype or dtype not in ("float32", "float64"):
             what = f"{shown(key)} has dtype {dtype_name(x)}"
             raise CheckpointError(f"{what}; all must be float32, or all float64")
@@ -182,7 +193,14 @@ def _state(
     records = {}
     for name, tree in trees.items():
         try:
-            records[name] = from_state_dict(tree, config)
+            if name not in ("m", "v"):
+                records[name] = from_state_dict(tree, config)
+                continue
+            if buffers & tree.keys():
+                raise CheckpointError(f"{shown(min(buffers & tree.keys()))} is not trained")
+            params = trees["params"]
+            kept = {key: params[key] for key in buffers & params.keys()}
+            records[name] = without_buffers(from_state_dict(tree | kept, config))
         except PVTError as error:
             raise CheckpointError(f"its {name}: {error}") from error
     params, m, v, average = records.values()

