@@ -314,22 +314,24 @@ def default_ops(x: Array) -> Ops:
     NumPy arrays get :func:`~pvt_ref.kernels.cpu.table.blocked_ops`, CuPy arrays
     :func:`~pvt_ref.kernels.cuda.table.cuda_ops`, all others REFERENCE. The environment variable
     ``PVT_REF_OPS``, ``reference`` or ``blocked``, decides between the readable layers and their
-    twins. Raises: RangeError if it says neither.
+    twins; with ``kernels``, CuPy arrays get :func:`~pvt_ref.kernels.cuda.table.cuda_kernels`.
+    Raises: RangeError if it says something else.
     """
     if not (is_numpy(x) or is_cupy(x)) or dtype_name(x) not in FLOAT_DTYPES:
         return REFERENCE
     wanted = os.environ.get("PVT_REF_OPS") or "blocked"
     if wanted == "reference":
         return REFERENCE
-    if wanted == "blocked" and is_numpy(x):  # imported by those who compute with them
+    if wanted in ("blocked", "kernels") and is_numpy(x):  # imported by those who compute with them
         from pvt_ref.kernels.cpu.table import blocked_ops
 
         return blocked_ops()
-    if wanted == "blocked":
-        from pvt_ref.kernels.cuda.table import cuda_ops
+    if wanted in ("blocked", "kernels"):
+        from pvt_ref.kernels.cuda.table import cuda_kernels, cuda_ops
 
-        return cuda_ops()
-    known = "'reference' (the readable layers) and 'blocked' (their faster twins, the default)"
+        return cuda_kernels() if wanted == "kernels" else cuda_ops()
+    known = "'reference' (the readable layers), 'blocked' (their faster twins, the default) and "
+    known += "'kernels' (on CUDA, kernels that have run on no GPU yet)"
     raise RangeError(f"the environment variable PVT_REF_OPS is {wanted!r}; known are {known}")
 
 

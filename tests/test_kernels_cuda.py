@@ -13,13 +13,13 @@ import pytest
 from strategies import normal, rng_of
 
 import pvt_ref
-from pvt_ref import REFERENCE, Operation
+from pvt_ref import REFERENCE, Operation, blocked_ops
 from pvt_ref.api import choose_ops, default_ops
 from pvt_ref.errors import ArrayTypeError, DeviceError, RangeError
 from pvt_ref.kernels.cuda import launch
 from pvt_ref.kernels.cuda.launch import HERE, Cuda, Function, on_gpu, source
 from pvt_ref.kernels.cuda.layer_norm import lanes_and_pieces
-from pvt_ref.kernels.cuda.table import cuda_ops, table_with
+from pvt_ref.kernels.cuda.table import cuda_kernels, cuda_ops, table_with
 from pvt_ref.layers.sum_rows import sum_rows
 
 SUM_ROWS = cuda_ops()[sum_rows]  # of float64, it launches nothing
@@ -57,6 +57,9 @@ def fake_cupy(monkeypatch):
 def test_cupy_arrays_get_the_kernels_for_cuda(fake_cupy, monkeypatch):
     monkeypatch.delenv("PVT_REF_OPS", raising=False)
     assert default_ops(fake_cupy) == cuda_ops()
+    monkeypatch.setenv("PVT_REF_OPS", "kernels")
+    assert default_ops(fake_cupy) == cuda_kernels()
+    assert default_ops(np.zeros(1)) == blocked_ops()
     monkeypatch.setenv("PVT_REF_OPS", "reference")
     assert default_ops(fake_cupy) == REFERENCE
     monkeypatch.setenv("PVT_REF_OPS", "fast")
@@ -65,8 +68,9 @@ def test_cupy_arrays_get_the_kernels_for_cuda(fake_cupy, monkeypatch):
 
 
 def test_the_kernels_for_cuda_refuse_numpy_arrays():
-    with pytest.raises(ArrayTypeError, match="'cuda', which does not compute on numpy float64"):
-        choose_ops(cuda_ops(), np.zeros(3))
+    for table, name in ((cuda_ops(), "cuda"), (cuda_kernels(), "cuda kernels")):
+        with pytest.raises(ArrayTypeError, match=f"'{name}', which does not compute on numpy"):
+            choose_ops(table, np.zeros(3))
 
 
 def test_replacing_the_sum_takes_effect_there_too():
@@ -84,8 +88,9 @@ def test_replacing_the_sum_takes_effect_there_too():
 def test_tables_of_equal_settings_are_equal_and_pickle():
     assert table_with(Cuda(), None) == table_with(Cuda(), None)
     assert table_with(Cuda(blocks=5), None) != table_with(Cuda(), None)
-    assert repr(table_with(Cuda(blocks=5), None)) == "Ops('cuda', Cuda(blocks=5))"
-    assert pickle.loads(pickle.dumps(cuda_ops())) == cuda_ops()
+    assert repr(table_with(Cuda(blocks=5), None)) == "Ops('cuda kernels', Cuda(blocks=5))"
+    for table in (cuda_ops(), cuda_kernels()):
+        assert pickle.loads(pickle.dumps(table)) == table
 
 
 # Launching ----------------------------------------------------------------------------------------

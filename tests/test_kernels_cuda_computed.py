@@ -27,7 +27,7 @@ from pvt_ref.draws import Draws
 from pvt_ref.kernels.cpu.gelu import TANH_FIT
 from pvt_ref.kernels.cuda import optimizer
 from pvt_ref.kernels.cuda.launch import Cuda, source
-from pvt_ref.kernels.cuda.table import cuda_ops, table_with
+from pvt_ref.kernels.cuda.table import cuda_kernels, table_with
 from pvt_ref.layers.attention import AttentionCache, attention
 from pvt_ref.layers.conv import ConvCache, ConvParams, conv
 from pvt_ref.layers.depthwise_conv import DepthwiseConvCache, depthwise_conv
@@ -108,7 +108,7 @@ def place(request, poisoned):
         return emulated(ORDERS[-1]), same
     cupy = request.getfixturevalue("cupy")
     poisoned(cupy)
-    return cuda_ops(), lambda tree: map_arrays(cupy.asarray, tree)
+    return cuda_kernels(), lambda tree: map_arrays(cupy.asarray, tree)
 
 
 # One operation ------------------------------------------------------------------------------------
@@ -433,7 +433,7 @@ def test_attention_bears_scores_that_no_float_holds_the_exponential_of(place):
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
 def test_a_sum_of_nothing_is_zero(shape):
-    y, _ = cuda_ops()[sum_rows].forward(None, np.zeros(shape, np.float32), REFERENCE)
+    y, _ = cuda_kernels()[sum_rows].forward(None, np.zeros(shape, np.float32), REFERENCE)
     np.testing.assert_array_equal(y, np.zeros(shape[1]))
 
 

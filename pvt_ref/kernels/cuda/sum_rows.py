@@ -10,7 +10,7 @@ import math
 from pvt_ref.arrays import Array, array_module, sum_in_float64
 from pvt_ref.kernels.cuda.launch import Cuda, Function, Kernel, blocks_for, is_float32
 from pvt_ref.layers.sum_rows import SumRowsCache, sum_rows
-from pvt_ref.ops import Ops
+from pvt_ref.ops import Operation, Ops
 
 PARTIAL_SUMS = Function("sum_rows.cu", "partial_sums")
 ADD_PARTS = Function("sum_rows.cu", "add_parts")
@@ -68,5 +68,15 @@ def sum_rows_forward(
         y = add_parts(parts, cuda)
     return y, SumRowsCache(rows) if keep else None
 
+
+def sum_by_product_forward(
+    p: None, x: Array, ops: Ops, keep: bool = True
+) -> tuple[Array, SumRowsCache | None]:
+    """As :func:`pvt_ref.layers.sum_rows.sum_rows_forward`, by a product with a row of ones."""
+    return _sum_of_groups(x), SumRowsCache(x.shape[0]) if keep else None
+
+
+#: Without a kernel, for any dtype.
+SUM_BY_PRODUCT = Operation(sum_by_product_forward, sum_rows.backward)
 
 sum_rows_kernel = Kernel(sum_rows, sum_rows_forward, None)

@@ -1,4 +1,4 @@
-"""The table of the kernels for CuPy arrays."""
+"""The tables for CuPy arrays: the default, and that of the kernels in CUDA C++."""
 
 import functools
 from collections.abc import Callable
@@ -11,13 +11,24 @@ from pvt_ref.kernels.cuda.gelu import gelu_kernel
 from pvt_ref.kernels.cuda.launch import Cuda, Kernel
 from pvt_ref.kernels.cuda.layer_norm import layer_norm_kernel
 from pvt_ref.kernels.cuda.mlp import mlp_kernel
-from pvt_ref.kernels.cuda.sum_rows import sum_rows_kernel
+from pvt_ref.kernels.cuda.sum_rows import SUM_BY_PRODUCT, sum_rows_kernel
 from pvt_ref.kernels.cuda.windows import conv_kernel, patch_embed_kernel
+from pvt_ref.layers.sum_rows import sum_rows
 from pvt_ref.ops import Ops
 
 
+@functools.cache
 def cuda_ops() -> Ops:
-    """The kernels for CuPy arrays of float32; what they cannot compute, the readable layers do."""
+    """The readable layers, with the sum over rows by a matrix product: the default."""
+    return Ops({sum_rows: SUM_BY_PRODUCT}, name="cuda", accepts=is_cupy)
+
+
+def cuda_kernels() -> Ops:
+    """The kernels for CuPy arrays of float32; what they cannot compute, the readable layers do.
+
+    They have run on the CPU only, in the tests' emulation of CUDA, and on no GPU yet. So they are
+    not the default: ``ops=cuda_kernels()``, or PVT_REF_OPS=kernels in the environment.
+    """
     return table_with(Cuda(), is_cupy)
 
 
@@ -32,4 +43,4 @@ def table_with(settings: Cuda, accepts: Callable[[Array], bool]) -> Ops:
     parts = of(layer_norm_kernel, sum_rows_kernel, attention_kernel, patch_embed_kernel)
     parts |= of(gelu_kernel)
     twins = of(blocks_kernel, mlp_kernel, depthwise_conv_kernel, conv_kernel)
-    return Ops(twins, parts=parts, name="cuda", accepts=accepts, settings=settings)
+    return Ops(twins, parts=parts, name="cuda kernels", accepts=accepts, settings=settings)
