@@ -122,6 +122,11 @@ def from_host(host: np.ndarray, like: Array) -> Array:
     return xp.asarray(host, device=like.device)
 
 
+def address(x: Array) -> int:
+    """Where the first number of a NumPy or CuPy array lies, for code that is given pointers."""
+    return x.data.ptr if is_cupy(x) else x.ctypes.data
+
+
 def synchronize(x: Array) -> None:
     """Waits until x's device has done all it was told, so that a clock can be read."""
     if is_cupy(x):

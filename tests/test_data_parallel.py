@@ -240,9 +240,8 @@ def some_gradients(seed: int) -> tuple[np.ndarray, ...]:
 
 
 @pytest.mark.parametrize(("size", "count"), [(1, 3), (2, 2), (2, 5), (3, 7), (4, 4), (4, 9)])
-def test_slices_by_nccl_have_the_bits_of_one_process(size, count, monkeypatch):
+def test_slices_by_nccl_have_the_bits_of_one_process(size, count):
     """All but the wire is what runs on GPUs; several of these are not to be had here."""
-    monkeypatch.setattr(data_parallel, "_address", lambda x: x.ctypes.data)
 
     def parts(leaves: range) -> list[Part]:
         made: list[Part] = []

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pvt_ref.arrays import Array, array_module, dtype_name, from_host, import_cupy
+from pvt_ref.arrays import Array, address, array_module, dtype_name, from_host, import_cupy
 from pvt_ref.errors import PVTError, TrainingError
 from pvt_ref.tree import map_arrays, named_arrays, to_numpy
 
@@ -325,16 +325,11 @@ class NCCLRanks(ManyRanks):
         stream, start = self._stream().ptr, 0
         self._nccl.groupStart()
         for rank, (piece, count) in enumerate(zip(pieces, counts, strict=True)):
-            self._comm.send(_address(piece), piece.size, kind, rank, stream)
-            self._comm.recv(_address(received[start:]), count, kind, rank, stream)
+            self._comm.send(address(piece), piece.size, kind, rank, stream)
+            self._comm.recv(address(received[start:]), count, kind, rank, stream)
             start += count
         self._nccl.groupEnd()
         return received
-
-
-def _address(x: Array) -> int:
-    """Of the first number of an array on a device."""
-    return x.data.ptr
 
 
 def has_nccl(cupy: Any) -> bool:

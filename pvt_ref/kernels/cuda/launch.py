@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from pvt_ref.arrays import Array, array_module, dtype_name
+from pvt_ref.arrays import Array, address, array_module, dtype_name
 from pvt_ref.errors import DeviceError, reason
 from pvt_ref.ops import Operation
 
@@ -131,11 +131,6 @@ class Cuda:
 def is_float32(*arrays: Array) -> bool:
     """Whether the kernels compute on these arrays: float32, and few enough numbers for an int."""
     return all(dtype_name(x) == "float32" and x.size <= MOST_NUMBERS for x in arrays)
-
-
-def address(x: Array) -> int:
-    """Where the first number of a NumPy or CuPy array lies."""
-    return x.ctypes.data if hasattr(x, "ctypes") else x.data.ptr
 
 
 def packed(x: Array) -> Array:

@@ -9,8 +9,8 @@ from itertools import accumulate
 
 import numpy as np
 
-from pvt_ref.arrays import Array, array_module, from_host
-from pvt_ref.kernels.cuda.launch import THREADS, Cuda, Function, address
+from pvt_ref.arrays import Array, address, array_module, from_host
+from pvt_ref.kernels.cuda.launch import THREADS, Cuda, Function
 from pvt_ref.tree import record
 
 ADAMW = Function("optimizer.cu", "adamw")
