@@ -189,7 +189,7 @@ def _segment(args: argparse.Namespace) -> int:
     inputs = list(_pictures(args.images))
     paths = (path for path, error in inputs if error is None)
     maps = model.segment_each(paths, args.size, window=_one_or_all(args.window))
-    failed, written = 0, set[str]()
+    failed, written = 0, {os.path.abspath(path) for path, _ in inputs}  # no input is replaced
     for index, (path, error) in enumerate(inputs):
         answer = next(maps) if error is None else error
         said: dict[str, Any] = {}
@@ -237,10 +237,9 @@ def _write_maps(
     base = os.path.join(args.out, Path(path).stem)
     targets = {"overlay": f"{base}.overlay.png", "class_map": f"{base}.classes.png"}
     for target in targets.values():
-        if target in written:
-            what = (
-                f"{shown(path, 400)}: {shown(target, 400)} was just made of a picture of that name"
-            )
+        if os.path.abspath(target) in written:
+            what = f"{shown(path, 400)}: {shown(target, 400)} is one of the pictures named"
+            what += ", or was just made of one of that name"
             raise ImageError(f"{what}. Name another --out for it")
         if os.path.lexists(target) and not args.force:
             what = f"{shown(path, 400)}: {shown(target, 400)} is there already"
@@ -254,7 +253,7 @@ def _write_maps(
         data = io.BytesIO()
         picture.save(data, "PNG")
         write_whole(Path(targets[name]), data.getvalue())
-        written.add(targets[name])
+        written.add(os.path.abspath(targets[name]))
     counts = np.bincount(class_map.ravel(), minlength=len(classes))
     order = [k for k in np.argsort(-counts, kind="stable") if counts[k]]
     return {**targets, "classes": {classes[k]: int(counts[k]) / class_map.size for k in order}}

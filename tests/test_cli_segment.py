@@ -160,9 +160,20 @@ def test_two_pictures_of_one_name_do_not_replace_each_other(capsys, photos, weig
     given = [photos / "a.jpg", other / "a.png", "--weights", weights, "--out", out, "--force"]
     status, _, err = run(capsys, *given)
     assert status == 1
-    assert "was just made of a picture of that name. Name another --out for it" in err
+    assert "or was just made of one of that name. Name another --out for it" in err
     assert str(other / "a.png") in err
     assert class_map(out / "a.classes.png").shape == (24, 32)
+
+
+def test_a_picture_that_is_named_is_never_replaced(capsys, weights, tmp_path):
+    for name in ("a.png", "a.overlay.png"):
+        Image.fromarray(scene(9)[0]).save(tmp_path / name)
+    before = (tmp_path / "a.overlay.png").read_bytes()
+    given = [tmp_path / "a.png", tmp_path / "a.overlay.png", "--out", tmp_path, "--force"]
+    status, _, err = run(capsys, *given, "--weights", weights)
+    assert status == 1
+    assert "a.overlay.png' is one of the pictures named" in err
+    assert (tmp_path / "a.overlay.png").read_bytes() == before
 
 
 def test_size_and_window_are_those_of_segment(capsys, photos, weights, tmp_path):

@@ -88,7 +88,8 @@ class PairAugment:
         if self.flip and rng.random() < 0.5:
             target[:h, :w] = target[:h, :w][:, ::-1]
             cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels[:h, :w] = distort_colours(np.asarray(cut), rng) if self.distort else cut
+        colours = np.asarray(cut)
+        pixels[:h, :w] = distort_colours(colours, rng) if self.distort else colours
         return pixels, target
 
     def _crop(self, labels: np.ndarray, crop: tuple[int, int], rng: Generator) -> tuple[int, int]:
