@@ -189,7 +189,7 @@ def _load(
     recognise.check_state(model, used, stated.origin if stated else "")
     chosen = eps_of(used)  # as they are for released weights, whatever layout they are in
     if eps is not None:
-        if not chosen:
+        if not chosen and row.dense:
             what = f"eps is {eps}, and those of a {row.title} are its backbone's"
             raise CheckpointError(f"{what}. Pass config with other ones there, and leave eps out")
         if len(set(eps)) > len(chosen):
