@@ -507,7 +507,7 @@ def updated(params: Any, cache: ForwardCache) -> Any:
         cache: what it returned.
 
     Returns:
-        What belongs into ``dataclasses.replace(params, buffers=...)``. After a forward with the
+        The buffers for ``dataclasses.replace(params, buffers=...)``. After a forward with the
         running statistics, and of a network without batch norms, ``params.buffers`` or None.
 
     Raises:

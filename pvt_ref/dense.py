@@ -25,7 +25,7 @@ def check_dense(config: Any) -> None:
     row = architecture_of(config)
     if not row.dense:
         what = f"a {row.title} tells what a picture shows, not where"
-        advice = "Needed is a segmentation network, such as pvt_ref.load('camvid')"
+        advice = "Needed is a segmentation network: with_segmentation_head(model, ...) makes one"
         raise ConfigError(f"{what}. {advice}")
 
 

@@ -1,4 +1,4 @@
-"""Heads equal MMSegmentation's, number by number, and keep the laws of what they are made of.
+"""Heads agree with MMSegmentation's elementwise, and obey the laws of the layers in them.
 
 The golden numbers were computed once by mmsegmentation 0.13 (Semantic FPN) and 0.30 (SETR), for
 weights and maps that are drawn here again; see golden/README.md. That each operation equals

@@ -114,11 +114,11 @@ class FakeDevice:
 class FakeDeviceArray:
     """An array on a device, whose library keeps what it is told to launch."""
 
-    def __init__(self, number, library):
-        self.device, self.library = FakeDevice(number), library
+    def __init__(self, number, module):
+        self.device, self.module = FakeDevice(number), module
 
     def __array_namespace__(self):
-        return self.library
+        return self.module
 
 
 class FakeLibrary:

@@ -643,7 +643,7 @@ def test_pyramids_equal_the_readable_ones(name, poisoned):
 
 @no_gxx
 def test_attention_maps_are_the_readable_ones(poisoned):
-    # who wants to see the weights is given them: the kernels that have none step aside
+    # kernels that never make the weights step aside when the weights are watched
     config = CONFIGS["pvt"]
     params, images = narrow(random_params(config, 1)), normal(2, 1, 3, 32, 32, dtype=np.float32)
     expected, found = (

@@ -680,7 +680,8 @@ def test_windows_that_leave_gaps_are_refused():
         with pytest.raises(ShapeError, match="must be a side or"):
             sliding_logits(params, images, config, crop, stride)
     bare = dataclasses.replace(PVT, num_classes=3)
-    with pytest.raises(ConfigError, match=r"tells what a picture shows, not where.*load\('camvid"):
+    advice = r"tells what a picture shows, not where.*with_segmentation_head\(model"
+    with pytest.raises(ConfigError, match=advice):
         sliding_logits(params_of(bare), images, bare, 16, 16)
 
 

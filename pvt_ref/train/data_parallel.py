@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -135,7 +136,7 @@ class Ranks:
 ALONE = Ranks()
 
 
-class ManyRanks(Ranks):
+class ManyRanks(Ranks, ABC):
     """Several, which add up their gradients slice by slice. Derived classes move the slices."""
 
     def sum(self, parts: list[Part], count: int) -> Any:
@@ -180,13 +181,13 @@ class ManyRanks(Ranks):
         xp = array_module(arrays[0])
         return xp.concat([xp.reshape(x, (-1,)) for x in arrays])
 
+    @abstractmethod
     def _all_to_all(self, send: Array, send_counts: list[int], counts: list[int]) -> Array:
         """What all ranks send this one, by rank, (sum of counts,); send is cut by send_counts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _all_gather(self, mine: Array, sizes: list[int]) -> Array:
         """Every rank's slice, by rank, (sum of sizes,)."""
-        raise NotImplementedError
 
 
 class MPIRanks(ManyRanks):

@@ -276,11 +276,15 @@ def _begin(
 
 @record
 class _Job:
-    """What stays the same from the first step to the last; steps are those of an epoch."""
+    """What stays the same from the first step to the last; steps are those of an epoch.
+
+    answers is how many classes a step tells: one for each sample, or for each of its pixels.
+    """
 
     config: Any
     recipe: Recipe
     samples: int
+    answers: int
     held_out: Samples
     info: ModelInfo
     place: Path
@@ -288,12 +292,6 @@ class _Job:
     steps: int
     console: Console | None
     ranks: Ranks
-
-    @property
-    def answers(self) -> int:
-        """How many classes a step tells: of each sample, or of each of its pixels."""
-        pixels = math.prod(self.held_out.size) if self.held_out.has_label_maps else 1
-        return self.recipe.batch_size * pixels
 
     def say(self, text: str) -> None:
         show(self.console, text)
@@ -330,7 +328,10 @@ def _job(
         cure = f"Each rank needs a micro-batch of its own: accumulate={ranks.size} or more"
         raise TrainingError(f"{what}. {cure}, or fewer ranks")
     steps, lock = recipe.steps_per_epoch(len(data)), RunLock(place)
-    return _Job(config, recipe, len(data), held_out, info, place, lock, steps, console, ranks)
+    answers = recipe.batch_size * (math.prod(data.size) if data.has_label_maps else 1)
+    return _Job(
+        config, recipe, len(data), answers, held_out, info, place, lock, steps, console, ranks
+    )
 
 
 def _end(lock: RunLock, interrupts: Interrupts) -> None:
