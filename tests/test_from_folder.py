@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -360,7 +361,7 @@ def test_edited_records_are_refused(edit, colours, whole, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-def test_killed_and_resumed_from_the_command_line(colours, whole, tmp_path):
+def test_a_second_process_is_refused_until_the_first_is_killed(colours, whole, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "pvt_ref", "train", str(colours), "--out", str(out)]
     given = ["--variant", "pvt_v2_b0", "--size", "32", "--epochs", "2", "--batch-size", "8"]
@@ -369,11 +370,24 @@ def test_killed_and_resumed_from_the_command_line(colours, whole, tmp_path):
     deadline = time.monotonic() + 120
     while not (out / STATE).exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = subprocess.run(
-        [*command, "--resume"], capture_output=True, text=True, check=False, timeout=300
-    )
+    process.send_signal(signal.SIGSTOP)
+
+    def again(*more):
+        return subprocess.run(
+            [*command, *more], capture_output=True, text=True, check=False, timeout=300
+        )
+
+    try:
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        for more, why in (((), "a training already"), (("--resume",), r"\(process \d+ on ")):
+            refused = again(*more)
+            assert refused.returncode == 2
+            assert re.search(why, refused.stderr), refused.stderr
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = again("--resume")
     assert done.returncode == 0, done.stderr
     assert what_counts(out) == what_counts(whole.folder)
 
