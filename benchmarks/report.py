@@ -7,6 +7,7 @@ import json
 import math
 import statistics
 from pathlib import Path
+from typing import Any
 
 from pvt_ref import VARIANTS, PVTConfig
 
@@ -190,6 +191,14 @@ def machine_line(result: dict) -> str:
     )
 
 
+def _save(figure: Any, path: Path) -> None:
+    """The same measurement gives the same bytes: no date, no random names."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "pvt_ref"}):
+        figure.savefig(path, metadata={"Date": None})
+
+
 def plot_ratios(result: dict, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patheffects import withStroke
@@ -217,7 +226,7 @@ def plot_ratios(result: dict, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.4, 1.02), ncols=3)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    _save(figure, path)
 
 
 def plot_large(result: dict, path: Path) -> None:
@@ -244,7 +253,7 @@ def plot_large(result: dict, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    _save(figure, path)
 
 
 def run_tables(run: dict) -> list[str]:

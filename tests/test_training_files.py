@@ -343,6 +343,15 @@ def test_curves_of_any_numbers_can_be_drawn(loss, drawn, tmp_path):
     assert (tmp_path / CURVES).exists()
 
 
+@pytest.mark.parametrize("form", ["png", "svg", "pdf"])
+def test_the_same_run_gives_the_same_picture(form, drawn, halfway):
+    pictures = []
+    for name in ("first", "second"):
+        draw_curves(halfway / METRICS, halfway / f"{name}.{form}")
+        pictures.append((halfway / f"{name}.{form}").read_bytes())
+    assert pictures[0] == pictures[1]
+
+
 def test_pictures_that_cannot_be_drawn(halfway):
     for name in ("x", "x.jpeg", "x.exe", ".png"):
         with pytest.raises(TrainingError, match=r"must end in \.png, \.svg or \.pdf"):

@@ -253,11 +253,17 @@ def _check_picture(picture: str | os.PathLike[str]) -> Path:
     return target
 
 
+#: The same run gives the same file, whenever it is drawn.
+_UNDATED: Mapping[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+
+
 def _write_picture(target: Path, draw: Callable[[BinaryIO, str], None]) -> None:
     from matplotlib import style
 
     drawn = io.BytesIO()
-    with style.context("default"):  # the user's own may ask for what is not here, such as LaTeX
+    # the user's own style may ask for what is not here, such as LaTeX; names inside an SVG are
+    # random where no salt is given
+    with style.context(["default", {"svg.hashsalt": "pvt_ref"}]):
         draw(drawn, target.suffix.removeprefix("."))
     try:
         write_whole(Path(os.path.realpath(target)), drawn.getvalue())
@@ -294,8 +300,7 @@ def _draw(lines: list[dict[str, Any]], file: BinaryIO, form: str) -> None:
         titles = {"miou": "pixel accuracy and mean IoU", "accuracy": "accuracy"}
         accuracy.set_title(f"{titles[name]} (held out, best: {where})")
     loss.legend(loc="upper right")  # "best" warns where looking for it takes a second
-    undated = {"Date": None} if form == "svg" else None  # the same run gives the same file
-    figure.savefig(file, format=form, dpi=120, metadata=undated)
+    figure.savefig(file, format=form, dpi=120, metadata=_UNDATED.get(form))
 
 
 def _draw_confusion(counts: np.ndarray, classes: Sequence[str], file: BinaryIO, form: str) -> None:
@@ -316,5 +321,4 @@ def _draw_confusion(counts: np.ndarray, classes: Sequence[str], file: BinaryIO, 
             if count:
                 colour = "white" if of_true[i, j] > 0.5 else "black"
                 ax.text(j, i, str(count), ha="center", va="center", color=colour, fontsize=8)
-    undated = {"Date": None} if form == "svg" else None
-    figure.savefig(file, format=form, dpi=120, metadata=undated)
+    figure.savefig(file, format=form, dpi=120, metadata=_UNDATED.get(form))
