@@ -4,6 +4,7 @@
     python tests/planted_bugs/run.py --log bugs.jsonl         # all of them; resumes if interrupted
     python tests/planted_bugs/run.py --only gelu-tanh drop-no-rescale
     python tests/planted_bugs/run.py --first tests/test_layers.py -- --ignore tests/test_image.py
+    python tests/planted_bugs/run.py --catalogue tests/planted_bugs/segmentation.toml
 
 For every bug the package and its tests are copied to a temporary folder, one line of the copy is
 changed, and pytest runs there until its first failure. The repository itself is never written to.
@@ -579,6 +580,9 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n", 1)[0], epilog="After --: arguments for pytest."
     )
+    parser.add_argument(
+        "--catalogue", type=Path, default=CATALOGUE, help="another list of bugs (catalogue.toml)"
+    )
     parser.add_argument("--only", nargs="+", metavar="ID", help="these bugs only")
     parser.add_argument("--file", nargs="+", metavar="FILE", help="bugs of these sources only")
     parser.add_argument("--workers", type=int, default=2, help="bugs at the same time (2)")
@@ -605,7 +609,7 @@ def main() -> int:
     os.environ.update(ONE_THREAD)  # before NumPy is loaded where all runs fork from
     os.environ["HF_HUB_OFFLINE"] = "1"
     _context.set_forkserver_preload(PRELOADED)
-    bugs = read_catalogue()
+    bugs = read_catalogue(options.catalogue)
     unknown = set(options.only or ()) - {bug.id for bug in bugs}
     if unknown:
         return refuse(f"not in the catalogue: {', '.join(sorted(unknown))}")
