@@ -462,8 +462,13 @@ def with_new_head(model: Model, num_classes: int, rng: Generator) -> Model:
 
     built = row.build_params(config, make)
     params = dataclasses.replace(model.params, **{name: getattr(built, name) for name in changed})
-    info = dataclasses.replace(model.info, title="", classes=(), training={})  # not true any more
+    info = _of_other_classes(model.info)
     return Model(params, config, f"{model.source}; new head for {num_classes} classes", info)
+
+
+def _of_other_classes(info: ModelInfo) -> ModelInfo:
+    """What stays true of a model whose head is new: the preprocessing."""
+    return ModelInfo(preprocessing=info.preprocessing)
 
 
 def with_segmentation_head(model: Model, head: Any, num_classes: int, rng: Generator) -> Model:
@@ -503,7 +508,7 @@ def with_segmentation_head(model: Model, head: Any, num_classes: int, rng: Gener
         return kept
 
     params = architecture_of(config).build_params(config, make)
-    info = dataclasses.replace(model.info, title="", classes=(), training={})  # not true any more
+    info = _of_other_classes(model.info)
     source = f"{model.source}; new {config.head.name} head for {num_classes} classes"
     return Model(params, config, source, info)
 

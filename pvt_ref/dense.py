@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from pvt_ref.api import forward
+from pvt_ref.api import default_ops, forward
 from pvt_ref.arrays import Array, Grid, array_module, from_host
 from pvt_ref.checks import Size, as_size
 from pvt_ref.errors import ConfigError, ShapeError
 from pvt_ref.layers.resize import resize, resize_matrix
 from pvt_ref.models.architecture import architecture_of
-from pvt_ref.ops import REFERENCE, Ops
+from pvt_ref.ops import Ops
 
 
 def check_dense(config: Any) -> None:
@@ -42,9 +42,14 @@ def resize_logits(logits: Array, *sizes: Grid) -> Array:
     xp = array_module(logits)
     x = xp.permute_dims(logits, (0, 2, 3, 1))  # (B, h, w, K)
     for size in sizes:
-        if tuple(x.shape[1:3]) != tuple(size):
-            x, _ = resize.forward(None, x, REFERENCE, tuple(size), keep=False)
+        x = _resized(x, size)
     return xp.permute_dims(x, (0, 3, 1, 2))  # (B, K, H, W)
+
+
+def _resized(x: Array, size: Grid) -> Array:
+    """x (B, h, w, K) bilinearly as (B, H, W, K)."""
+    ops = default_ops(x)
+    return ops[resize].forward(None, x, ops, tuple(size), keep=False)[0]
 
 
 def logit_bands(
@@ -74,7 +79,7 @@ def logit_bands(
             near = slice(int(read[0]), int(read[-1]) + 1)  # rows that these are made of
             band = from_host(A_h[top:bottom, near], like=x)
             wide = x[:, near, :, :]  # (1, r, W, K)
-            wide, _ = resize.forward(None, wide, REFERENCE, (wide.shape[1], final[1]), keep=False)
+            wide = _resized(wide, (wide.shape[1], final[1]))
             flat = xp.reshape(wide, (1, wide.shape[1], -1))  # (1, r, W' K)
             part = xp.astype(band, x.dtype) @ flat  # (1, rows, W' K)
             part = xp.reshape(part, (1, bottom - top, final[1], x.shape[-1]))

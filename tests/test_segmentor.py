@@ -879,6 +879,23 @@ def test_a_new_head_and_what_stays_as_it_is(name):
         pvt_ref.with_channels(model, 1)
 
 
+def test_a_new_head_forgets_the_classes_and_their_colours():
+    config, grey = SEGMENTORS["pvt"], Preprocessing(mean=(0.5,) * 3, std=(0.2,) * 3)
+    info = ModelInfo(
+        title="four kinds of things",
+        classes=CLASSES,
+        colours=[(k, k, k) for k in range(4)],
+        preprocessing=grey,
+        training={"data": "streets"},
+    )
+    model = Model(pvt_ref.init_params(config, rng_of(0)), config, info=info)
+    left = ModelInfo(preprocessing=grey)
+    assert pvt_ref.with_new_head(model, 3, rng_of(1)).info == left
+    backbone = dataclasses.replace(config.backbone, num_classes=4)
+    classifier = Model(pvt_ref.init_params(backbone, rng_of(0)), backbone, info=info)
+    assert pvt_ref.with_segmentation_head(classifier, config.head, 3, rng_of(1)).info == left
+
+
 def test_advice_names_a_network_that_is_there():
     for make in (
         lambda: SegmentorConfig(backbone=None),

@@ -16,6 +16,7 @@ from pvt_ref.kernels.cpu.linear import linear_kernel
 from pvt_ref.kernels.cpu.mlp import mlp_kernel
 from pvt_ref.kernels.cpu.patch_embed import patch_embed_kernel
 from pvt_ref.kernels.cpu.position import position_kernel
+from pvt_ref.kernels.cpu.resize import resize_kernel
 from pvt_ref.kernels.cpu.softmax import softmax_kernel
 from pvt_ref.kernels.cpu.tiling import Kernel, Tiling, cache_size, elements_for
 from pvt_ref.ops import Ops
@@ -57,5 +58,5 @@ def _table(tiling: Tiling) -> Ops:
     layers = of(linear_kernel, layer_norm_kernel, gelu_kernel, softmax_kernel)
     parts = layers | of(attention_kernel, patch_embed_kernel, mlp_kernel)
     parts |= of(conv_mlp_kernel, depthwise_conv_kernel)
-    twins = of(position_kernel, block_kernel, conv_kernel)
+    twins = of(position_kernel, block_kernel, conv_kernel, resize_kernel)
     return Ops(twins, parts=parts, name="blocked", accepts=is_numpy, settings=tiling)
