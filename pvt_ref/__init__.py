@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         pad_to_multiple,
         preprocess,
     )
+    from pvt_ref.export.onnx_file import OnnxFile, export_onnx
     from pvt_ref.kernels.cpu.table import blocked_ops
     from pvt_ref.layers.cross_entropy import cross_entropy
     from pvt_ref.report.attention import attention_maps
@@ -71,6 +72,7 @@ _LATER = {
     "data.preprocessing": (
         *("Preprocessing", "load_image", "normalize", "pad_to_multiple", "preprocess"),
     ),
+    "export.onnx_file": ("OnnxFile", "export_onnx"),
     "kernels.cpu.table": ("blocked_ops",),
     "layers.cross_entropy": ("cross_entropy",),
     "report.attention": ("attention_maps",),
@@ -93,11 +95,11 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "REFERENCE", "VARIANTS", "VITS", "Cost", "Model", "ModelInfo", "Operation", "Ops",
+    "REFERENCE", "VARIANTS", "VITS", "Cost", "Model", "ModelInfo", "OnnxFile", "Operation", "Ops",
     "PVTConfig", "PVTError", "PVTParams", "PVTv2Config", "PVTv2Params", "Prediction",
     "Prepared", "Preprocessing", "SETRHead", "SegmentorConfig", "SegmentorParams",
     "SemanticFPNHead", "ViTConfig", "ViTParams", "attention_maps", "backward",
-    "backward_pyramid", "blocked_ops", "count_cost", "cross_entropy", "forward",
+    "backward_pyramid", "blocked_ops", "count_cost", "cross_entropy", "export_onnx", "forward",
     "forward_pyramid", "forward_pyramid_with_cache", "forward_with_cache", "from_state_dict",
     "init_params", "load", "load_image", "normalize", "pad_to_multiple", "prepare",
     "preprocess", "save", "to_device", "to_numpy", "to_state_dict", "updated", "with_channels",

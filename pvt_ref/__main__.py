@@ -1,4 +1,4 @@
-"""The command line: ``python -m pvt_ref classify cat.jpg``, ``summary pvt_small``, ``convert``."""
+"""The command line: ``python -m pvt_ref classify cat.jpg``, ``summary pvt_small`` and so on."""
 
 import argparse
 import io
@@ -96,6 +96,24 @@ def _parser(training: bool) -> argparse.ArgumentParser:
     text = "epsilon of the norms, and of those after projections if another (default: that of the "
     text += "code which made the file; 1e-6 1e-5 for the authors' weights in Hugging Face's files)"
     convert.add_argument("--eps", nargs="+", type=float, metavar="EPS", help=text)
+
+    text = "a network as an ONNX file, for other runtimes; needs the package onnx"
+    export = commands.add_parser("export", parents=[of_file, of_size], help=text)
+    text = f"{', '.join(SHIPPED)}, {', '.join(RELEASED)}; or a weights file"
+    export.add_argument("model", help=text)
+    text = "the file to write (default: in this folder, the model's name with .onnx)"
+    export.add_argument("-o", "--out", metavar="FILE", help=text)
+    text = "leave the size of the image open: for a PVT v2 without linear SRA"
+    export.add_argument("--any-size", action="store_true", help=text)
+    text = "the dense pyramid, outputs F1, F2 and so on, instead of logits"
+    export.add_argument("--pyramid", action="store_true", help=text)
+    text = "of a segmentation network: logits at the size of the image"
+    export.add_argument("--resized", action="store_true", help=text)
+    text = "take pixels, (B, H, W, C) uint8, and normalise them in the graph"
+    export.add_argument("--pixels", action="store_true", help=text)
+    text = "store the weights in half the space; the graph computes in float32"
+    export.add_argument("--float16", action="store_true", help=text)
+    export.add_argument("--force", action="store_true", help="replace a file that is there")
     return parser
 
 
@@ -307,6 +325,26 @@ def _convert(args: argparse.Namespace) -> int:
     return _status(len(args.src), failed)
 
 
+def _export(args: argparse.Namespace) -> int:
+    from pvt_ref.export.onnx_file import export_onnx
+
+    target = f"{Path(args.model).stem}.onnx" if args.out is None else args.out
+    if os.path.lexists(target) and not args.force:
+        raise CheckpointError(f"{shown(target, 400)} is there already. --force replaces it")
+    model = load(args.model, config=args.config, entry=args.entry)
+    written = export_onnx(
+        model,
+        target,
+        what="pyramid" if args.pyramid else "logits",
+        size="any" if args.any_size else _one_or_all(args.size),
+        float16=args.float16,
+        resized=args.resized,
+        with_preprocessing=args.pixels,
+    )
+    print(f"{one_line(args.model)}: {one_line(model.source)}\n{written}")
+    return 0
+
+
 def _train(args: argparse.Namespace) -> int:
     from pvt_ref.train.options import train
 
@@ -324,7 +362,7 @@ def _run(argv: Sequence[str] | None) -> int:
         _say("error: standard output is closed: there is nowhere to print to")
         return _NONE
     commands = {"classify": _classify, "segment": _segment, "summary": _summary}
-    commands |= {"train": _train, "convert": _convert}
+    commands |= {"train": _train, "convert": _convert, "export": _export}
     try:
         return commands[args.command](args)
     except (PVTError, OSError, MemoryError) as error:

@@ -85,6 +85,10 @@ class MissingFileError(PVTError, ValueError, FileNotFoundError):
     """A path at which there is no file."""
 
 
+class MissingPackageError(PVTError, ValueError, ImportError):
+    """An optional package that is not installed."""
+
+
 class TrainingError(PVTError, ValueError):
     """A training that cannot start or go on: unsuitable data, another run's files, divergence."""
 
