@@ -13,6 +13,7 @@ with the labels. The network sees the photo at the size of its training.
 """
 
 import argparse
+import itertools
 import sys
 from collections import Counter
 from pathlib import Path
@@ -251,14 +252,17 @@ def _draw_answers(seen: Seen, panel: Any) -> None:
         right = sum(point.is_right for point in seen.points)
         ax = panel(0, 2, f"where it is wrong: right at {right} of {len(seen.points)} points")
         ax.imshow(photo.mean(axis=-1), "gray", **whole, vmin=-255, vmax=300)
+        sides = itertools.cycle((("top", 0.02 * H), ("bottom", -0.02 * H)))  # of a mark, for words
         for point in seen.points:
             row, col = point.place[0] * H, point.place[1] * W
             if point.is_right:
                 ax.plot(col, row, "o", color="green", ms=4)
             else:
                 ax.plot(col, row, "x", color="red", ms=6, mew=2)
-                below = row + 0.02 * H
-                ax.text(col, below, point.answer, color="red", fontsize=8, ha="center", va="top")
+                va, beside = next(sides)
+                ax.text(
+                    col, row + beside, point.answer, color="red", fontsize=7, ha="center", va=va
+                )
         ax.set_xlabel(
             "labelled by hand; green: the answer agrees;\nred: it is wrong, and stands there"
         )
