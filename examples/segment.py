@@ -209,7 +209,7 @@ def figure_of(seen: Seen) -> Figure:
         C, h, w = feature_map.shape[1:]
         ax = panel(1, i, f"$F_{i + 1}$: {h}×{w} cells, {C} channels")
         ax.imshow(as_rgb(feature_map[0]), extent=(0, W, H, 0), interpolation="nearest")
-        ax.set_xlabel(f"a cell is {stride}×{stride} pixels of what the network sees")
+        ax.set_xlabel(f"a cell is {stride}×{stride} of the network's pixels")
     if has_attention:
         _draw_attention(seen, panel)
     h, w = seen.images.shape[2:]
@@ -264,7 +264,7 @@ def _draw_answers(seen: Seen, panel: Any) -> None:
                     col, row + beside, point.answer, color="red", fontsize=7, ha="center", va=va
                 )
         ax.set_xlabel(
-            "labelled by hand; green: the answer agrees;\nred: it is wrong, and stands there"
+            "labelled by hand; green: the answer agrees;\nred: a wrong answer, beside its mark"
         )
     else:
         ax = panel(0, 2, "the same without the photo")
