@@ -49,9 +49,9 @@ $(NPM): docs/tools/package.json docs/tools/package-lock.json
 
 # Using -----------------------------------------------------------------------------------------
 
-demo: .venv/.stamp-examples ## one photo through a PVT; writes pyramid.png
+demo: .venv/.stamp-examples ## one photo through two PVTs; writes pyramid.png and segmentation.png
 	@$(PY) examples/forward.py $(ARGS)
-	@echo "Next: '. .venv/bin/activate', then 'python -m pvt_ref classify .venv/lib/python3*/site-packages/sklearn/datasets/images/china.jpg', or a photo of yours"
+	@echo "Next: '. .venv/bin/activate', then 'python -m pvt_ref segment .venv/lib/python3*/site-packages/sklearn/datasets/images/china.jpg', or a photo of yours; classify says what a photo shows"
 
 bench: .venv/.stamp-bench ## times everything against PyTorch and others on this CPU, an hour
 	@$(PY) benchmarks/cpu.py $(ARGS)
@@ -109,7 +109,7 @@ mutation: .venv/.stamp-test .venv/.stamp-mutation ## mutates the layers by machi
 # Cleaning --------------------------------------------------------------------------------------
 
 clean: ## removes what was built, and caches; keeps .venv
-	@rm -rf site build dist mutants pyramid.png .coverage .pytest_cache .ruff_cache .hypothesis
+	@rm -rf site build dist mutants pyramid.png segmentation.png .coverage .pytest_cache .ruff_cache .hypothesis
 	@find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## removes .venv too

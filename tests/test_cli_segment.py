@@ -218,10 +218,28 @@ def test_other_weights_are_refused_in_words(capsys, photos, tmp_path):
     assert "a PVT tells what a picture shows, not where" in err
     assert "segmentation network" in err
     assert not (tmp_path / "o").exists()
-    with pytest.raises(SystemExit) as stopped:
-        main(["segment", str(photos / "a.jpg")])
-    assert stopped.value.code == 2
-    assert "--weights" in capsys.readouterr().err
+
+
+def test_without_weights_camvid_answers_and_its_classes_are_named_once(capsys, photos, tmp_path):
+    model = pvt_ref.load("camvid")
+    note = f"camvid knows these classes and no other: {', '.join(model.classes)}. "
+    given = [photos / "a.jpg", photos / "b.png", "--out", tmp_path / "o"]
+    status, text, err = run(capsys, *given)
+    assert (status, err) == (0, f"{note}--weights names another model\n")
+    assert text.count(" -> ") == 2
+    expected = model.segment(photos / "a.jpg")[0]
+    np.testing.assert_array_equal(class_map(tmp_path / "o" / "a.classes.png"), expected)
+    with Image.open(tmp_path / "o" / "a.classes.png") as image:
+        shown = np.asarray(image.convert("RGB"))
+    np.testing.assert_array_equal(shown, np.array(model.info.colours)[expected])
+    given += ["--force"]
+    assert run(capsys, *given, "--weights", "camvid")[2] == ""  # who names it knows it
+    status, text, err = run(capsys, *given, "--json")
+    assert (status, err) == (0, "")
+    assert {record["weights"] for record in json.loads(text)} == {"camvid"}
+    status, _, err = run(capsys, tmp_path / "nowhere.jpg", "--out", tmp_path / "o")
+    assert status == 2
+    assert "knows these classes" not in err
 
 
 def test_classify_says_what_to_ask_a_segmentation_network(capsys, photos, weights):

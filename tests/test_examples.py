@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import re
 import sys
 import types
 from pathlib import Path
@@ -10,6 +11,7 @@ import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
+from segmentors import SEGMENTORS, params_of
 from strategies import normal, rng_of
 
 import pvt_ref
@@ -29,7 +31,7 @@ def examples(monkeypatch, tmp_path):
         return importlib.import_module(name)
 
     yield get
-    for name in ("forward", "forward_gpu", "train_digits", "training", "cifar10_data"):
+    for name in ("forward", "forward_gpu", "pictures", "segment", "train_digits", "training"):
         sys.modules.pop(name, None)
 
 
@@ -58,7 +60,7 @@ def test_forward_classifies_shows_the_stages_and_draws_the_pyramid(examples, cap
             f"{s.keys}",
             macs,
         ]
-    (answers,) = model.predict(forward.default_photo().path)
+    (answers,) = model.predict(examples("pictures").default_photo().path)
     assert answers[0].label == "church"
     heading = next(i for i, row in enumerate(table) if row == ["class", "probability"])
     shown = table[heading + 2 : heading + 7]
@@ -80,31 +82,36 @@ def test_forward_classifies_shows_the_stages_and_draws_the_pyramid(examples, cap
 def test_without_scikit_learns_photo_the_demo_shows_the_cat_and_says_what_it_is_not(
     found, examples, capsys, tmp_path, monkeypatch
 ):
-    forward = examples("forward")
+    forward, pictures = examples("forward"), examples("pictures")
     if found == "an empty folder":
         found = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(forward, "find_spec", lambda name: found)
-    assert forward.default_photo() is forward.CAT
+    for module in (forward, pictures):
+        monkeypatch.setattr(module, "find_spec", lambda name: found)
+    assert pictures.default_photo() is pictures.CAT
     if found is None:
         assert forward.main([]) == 0
         out = capsys.readouterr().out
         assert "chelsea.jpg by Stefan van der Walt (CC0, comes with the examples)" in out
         assert "a cat, which is none of the ten classes; every answer is wrong" in out
         assert "digits" not in out
+        assert "a cat and nothing of a street; the answer is wrong at every pixel" in out
+        assert "labelled" not in out
         assert (tmp_path / "pyramid.png").exists()
+        assert (tmp_path / "segmentation.png").exists()
 
 
 def test_the_truth_about_the_photo_is_told_only_beside_the_weights_that_it_is_about(
     examples, capsys, monkeypatch
 ):
-    forward = examples("forward")
+    forward, pictures = examples("forward"), examples("pictures")
+    monkeypatch.setattr(examples("segment"), "show", lambda *args: None)
     monkeypatch.setattr(forward, "draw", lambda *args, **kwargs: None)  # what is printed will do
-    truth = forward.default_photo().truth
+    truth = pictures.default_photo().truth
     for arguments in ([], ["--size", "64", "96"], ["--weights", "imagenette"]):
         assert forward.main(arguments) == 0
         assert truth in capsys.readouterr().out
     for arguments in (
-        [str(forward.CAT.path)],
+        [str(pictures.CAT.path)],
         ["--weights", "digits"],
         ["--variant", "pvt_tiny", "--size", "32", "32"],
     ):
@@ -114,8 +121,8 @@ def test_the_truth_about_the_photo_is_told_only_beside_the_weights_that_it_is_ab
 
 def test_what_the_readme_and_the_pages_say_of_the_photos_is_so(examples):
     """Sizes that are told with their answers, the unflattering ones among them."""
-    forward = examples("forward")
-    temple, model = forward.default_photo().path, pvt_ref.load("imagenette")
+    pictures = examples("pictures")
+    temple, model = pictures.default_photo().path, pvt_ref.load("imagenette")
     answers = {s: model.predict(temple, top=1, size=s)[0][0] for s in (80, 128, 176, 192, 224)}
     likeliest = {size: answer.label for size, answer in answers.items()}
     assert likeliest == {
@@ -137,10 +144,10 @@ def test_what_the_readme_and_the_pages_say_of_the_photos_is_so(examples):
     assert f"church ({shown[128]})" in use
     assert f"parachute ({shown[224]})" in use
     assert f"({shown[192][:2]} to\n{shown[80]})" in decisions
-    (cat,) = model.predict(forward.CAT.path, top=1)
+    (cat,) = model.predict(pictures.CAT.path, top=1)
     assert (cat[0].label, cat[0].probability > 0.8) == ("French horn", True)
     cifar = pvt_ref.load("cifar10")
-    assert [cifar.predict(forward.CAT.path, size=s)[0][0].label for s in (32, 192)] == [
+    assert [cifar.predict(pictures.CAT.path, size=s)[0][0].label for s in (32, 192)] == [
         "frog",
         "cat",
     ]
@@ -238,6 +245,14 @@ def test_forward_explains_what_is_wrong(examples, capsys, tmp_path):
     assert forward.main(["--variant", "pvt_tiny", "--size", "100", "224"]) == 2
     assert "multiples of 32" in capsys.readouterr().err
     assert not (tmp_path / "pyramid.png").exists()
+
+
+def test_forward_sends_a_segmentation_network_to_the_other_program(examples, capsys, tmp_path):
+    assert examples("forward").main(["--weights", "camvid"]) == 2
+    assert "examples/segment.py draws such a network" in capsys.readouterr().err
+    assert examples("forward").main(["--output", "segmentation.jpg"]) == 2  # without --weights
+    assert "where the second picture goes. Name another" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("output", ["noext", "", "out.xyz", "nodir/out.png"])
@@ -385,7 +400,7 @@ def attention_colours(figure):
 
 
 def test_attention_that_is_nearly_alike_looks_alike(examples):
-    forward = examples("forward")
+    forward, pictures = examples("forward"), examples("pictures")
     config = VARIANTS["pvt_tiny"]
     model = Model(pvt_ref.init_params(config, rng_of(0)), config)
     images = normal(0, 1, 3, 64, 64, dtype=np.float32)
@@ -393,7 +408,7 @@ def test_attention_that_is_nearly_alike_looks_alike(examples):
         spread = np.ptp(colours[..., :3].reshape(-1, 3), axis=0)
         assert spread.max() < 0.1
     trained = pvt_ref.load("cifar10")
-    photo = trained.preprocess([forward.CAT.path], 192)
+    photo = trained.preprocess([pictures.CAT.path], 192)
     for colours in attention_colours(pyramid_of(forward, trained, photo))[1:]:
         spread = np.ptp(colours[..., :3].reshape(-1, 3), axis=0)
         assert spread.max() > 0.5
@@ -436,3 +451,164 @@ def test_names_and_labels_are_drawn_and_printed_as_they_are(examples, capsys, tm
     label = next(ax.xaxis.label for ax in figure.axes if "%" in ax.get_xlabel())
     assert label.get_text().splitlines()[0].startswith(forward.one_line(names[likeliest[0].index]))
     assert not label.get_parse_math()
+
+
+# The class of every pixel -------------------------------------------------------------------------
+
+
+def ideal(photo, shape, classes) -> np.ndarray:
+    """A class map that is right at every point that was labelled."""
+    pictures = importlib.import_module("pictures")
+    H, W = shape
+    answers = np.zeros(shape, np.uint8)
+    for i, row in enumerate(photo.points):
+        for j, letter in enumerate(row):
+            kind = pictures.KINDS.get(letter)
+            if kind in classes:
+                rows = slice(i * H // len(photo.points), (i + 1) * H // len(photo.points))
+                columns = slice(j * W // len(row), (j + 1) * W // len(row))
+                answers[rows, columns] = classes.index(kind)
+    return answers
+
+
+def test_segment_tells_how_much_each_class_gets_and_where_that_is_wrong(examples, capsys, tmp_path):
+    segment, pictures = examples("segment"), examples("pictures")
+    assert segment.main(["--panel", "200"]) == 0
+    out = capsys.readouterr().out
+    model, photo = pvt_ref.load("camvid"), pictures.default_photo()
+    assert f"photo:   {photo.credit}, 427x640 pixels, seen at 192x288\n" in out
+    assert f"classes: {', '.join(model.classes)}; no other is known\n" in out
+    assert "A lake is none of the classes, so there every answer is wrong." in out
+    (class_map,) = model.segment(photo.path)
+    table = [line.split() for line in out.splitlines()]
+    for k, name in enumerate(model.classes):
+        share = (class_map == k).mean()
+        assert ([name, f"{share:.1%}"] in table) == (share > 0)
+        listed = f"{name} {share:.1%}" in out.partition("nowhere on the photo")[2]
+        assert listed == (share > 0 and name in photo.absent)
+    truths = [letter for row in photo.points for letter in row if letter != "."]
+    assert len(truths) == 48
+    places = [(i, j) for i in range(6) for j in range(9) if photo.points[i][j] != "."]
+    answers = [
+        model.classes[class_map[int((i + 0.5) / 6 * 427), int((j + 0.5) / 9 * 640)]]
+        for i, j in places
+    ]
+    right = [pictures.KINDS[t] == answer for t, answer in zip(truths, answers, strict=True)]
+    assert (
+        f"48 points of a grid were labelled by hand; {sum(right)} of the answers there are" in out
+    )
+    for letter, name in pictures.KINDS.items():
+        of_kind = [r for t, r in zip(truths, right, strict=True) if t == letter]
+        words = [*name.split(), f"{len(of_kind)}", f"{sum(of_kind)}"]
+        assert words in [row[: len(words)] for row in table]
+    lake = [a for t, a in zip(truths, answers, strict=True) if t == "-"]
+    assert not any(r for t, r in zip(truths, right, strict=True) if t == "-")
+    assert re.search(rf"a lake +3 +0 +.*{lake[0]}", out)
+    with Image.open(tmp_path / "segmentation.png") as picture:
+        assert 800 < picture.width < 900
+        drawn = np.asarray(picture.convert("RGB").resize((160, 120)), dtype=float)
+    readme = EXAMPLES.parent / "docs" / "images" / "segmentation.jpg"
+    assert readme.stat().st_size < 400_000
+    with Image.open(readme) as picture:
+        shown = np.asarray(picture.convert("RGB").resize((160, 120)), dtype=float)
+    assert np.percentile(np.abs(drawn - shown), 95) < 24  # smaller, and other fonts elsewhere
+
+
+def test_a_perfect_answer_is_called_right_and_a_wrong_one_by_its_name(examples):
+    segment, pictures = examples("segment"), examples("pictures")
+    photo, model = pictures.default_photo(), pvt_ref.load("camvid")
+    answers = ideal(photo, (60, 90), model.classes)
+    points = segment.judge(photo, answers, model.classes)
+    assert [p.truth for p in points if not p.is_right] == ["a lake"] * 3
+    answers[35, 25] = model.classes.index("Car")  # the point of row 3 and column 2
+    points = segment.judge(photo, answers, model.classes)
+    wrong = [p for p in points if not p.is_right and p.truth != "a lake"]
+    assert [(p.truth, p.answer) for p in wrong] == [("Building", "Car")]
+    assert wrong[0].place == (3.5 / 6, 2.5 / 9)
+
+
+def test_what_the_network_gets_is_what_segment_gives_it(examples, monkeypatch):
+    segment, pictures = examples("segment"), examples("pictures")
+    model = pvt_ref.load("camvid")
+    given = []
+    monkeypatch.setattr(
+        Model, "__call__", lambda self, x: given.append(x) or np.zeros((1, 11, 4, 4))
+    )
+    with Image.open(pictures.CAT.path) as photo:
+        model.segment(photo, 64)
+        seen = segment.as_seen(model, photo.convert("RGB"), 64)
+    np.testing.assert_array_equal(given[0], seen)
+
+
+def small_segmentor(path, name, **info):
+    """A file of a small segmentation network."""
+    config = SEGMENTORS[name]
+    pvt_ref.save(
+        path, Model(params_of(config, 1, np.float32), config, info=pvt_ref.ModelInfo(**info))
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "panels"), [("pvt", 128, 12), ("pvt_v2", 112, 8), ("naive", 112, 5)]
+)
+def test_segment_draws_a_photo_of_ones_own_with_every_backbone(
+    name, width, panels, examples, capsys, tmp_path
+):
+    segment = examples("segment")
+    classes = ("a $\\frac{1}{$ b", "two\nlines", "\x1b[31mred", "$x^$")
+    small_segmentor(tmp_path / "m.safetensors", name, classes=classes, title="$x^$ \x07")
+    photo = tmp_path / "$a$ {b}\x1b.png"
+    Image.fromarray(rng_of(0).integers(0, 255, (40, 70, 3), np.uint8)).save(photo)
+    given = [str(photo), "--weights", "m.safetensors", "--size", "64", "--output", "x.jpg"]
+    assert segment.main(given) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    assert "two lines" in out
+    assert "labelled" not in out
+    assert f"seen at 64x{width}" in out
+    with Image.open(tmp_path / "x.jpg") as picture:
+        assert picture.format == "JPEG"
+    model = pvt_ref.load("m.safetensors")
+    seen = segment.see(model, str(photo), "a photo", 64, None)
+    figure = segment.figure_of(seen)
+    assert len(figure.axes) == panels
+    assert figure.axes[2].get_title() == "the same without the photo"
+    for ax in figure.axes:  # of one size, in the photo's proportions
+        if ax.images:
+            box = ax.get_position().bounds
+            inches = box[2:] * figure.get_size_inches()
+            assert tuple(inches) == pytest.approx((3.2, 3.2 * 40 / 70))
+
+
+def test_every_panel_has_as_many_pixels_as_the_photo(examples, tmp_path):
+    segment = examples("segment")
+    small_segmentor(tmp_path / "m.safetensors", "pvt")
+    model = pvt_ref.load("m.safetensors")
+    for width, panel, expected in ((300, None, 300), (90, None, 200), (300, 250, 250)):
+        photo = Image.new("RGB", (width, width // 2))
+        seen = segment.see(model, photo, "a photo", 32, None)
+        segment.draw(seen, tmp_path / "x.png", panel)
+        with Image.open(tmp_path / "x.png") as picture:
+            assert picture.width / segment.figure_of(seen).get_size_inches()[0] == pytest.approx(
+                expected / 3.2, abs=0.1
+            )
+    large = np.zeros((10, 3000, 3), np.uint8)
+    assert segment.thinned(large).shape == (4, 1000, 3)
+    assert segment.thinned(large[:, :1280]).shape == (10, 1280, 3)
+
+
+def test_segment_explains_what_is_wrong(examples, capsys, tmp_path):
+    segment = examples("segment")
+    for given, says in (
+        (["nothing.jpg"], "nothing.jpg"),
+        (["--output", "x.gif"], "--output is 'x.gif'"),
+        (["--panel", "50"], "--panel is 50"),
+        (["--size", "0"], "size is 0"),
+        (["--weights", "digits"], "tells what a picture shows, not where"),
+    ):
+        assert segment.main(given) == 2
+        captured = capsys.readouterr()
+        assert says in captured.err
+        assert captured.err.count("error:") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -434,6 +434,8 @@ def test_damaged_photos_are_left_out_by_choice(with_damage, tmp_path):
         (Options(variant="pvt_v3"), TrainingError, r"variant is 'pvt_v3'; known are pvt_tiny"),
         (Options(weights="cifar10", variant="pvt_tiny"), TrainingError, r"not of pvt_tiny; they"),
         (Options(weights="cifar10", variant="pvt_v2_b0"), TrainingError, r"they are for a PVTC"),
+        (Options(weights="camvid"), TrainingError, "segmentation network learns a class for every"),
+        (Options(variant="fpn_pvt_tiny"), TrainingError, "Name a classifier; LabelledPairs"),
         (Options(weights="no/such.file"), MissingFileError, r"no/such\.file"),
         (Options(weights="cifar10", size=31), ConfigError, "img_size 31 is not a multiple"),
         (Options(weights="cifar10", class_names="none.txt"), MissingFileError, "none.txt"),

@@ -93,3 +93,23 @@ def test_every_file_that_the_readme_links_to_exists():
     assert links
     for link in links:
         assert (Path(__file__).parents[1] / link).exists(), link
+
+
+def test_the_score_of_camvid_in_the_readme_is_that_of_the_weights(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))
+    import ship_camvid
+
+    model = pvt_ref.load("camvid")
+    said, row = model.info.training, ship_camvid.row(model)
+    assert f"| {pvt_ref.count_cost(model.config).parameters:,} |" in row
+    assert f"| mIoU {100 * said['test_miou']:.1f} %; " in row
+    finished = said["steps"] == said["epochs"] * (
+        said["frames"]["train"] // said["recipe"]["batch_size"]
+    )
+    found = [line for line in README.splitlines() if line.startswith("| [CamVid]")]
+    assert found == ([row] if finished else [])  # of weights in the making there is no score
+    once = ship_camvid.with_row(README, row)
+    assert ship_camvid.with_row(once, row) == once
+    lines = once.splitlines()
+    assert lines[lines.index(row) - 1].startswith("| [Imagenette]")
+    assert [line for line in lines if line != row] == [x for x in README.splitlines() if x != row]

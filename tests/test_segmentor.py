@@ -865,8 +865,9 @@ def test_parameters_are_pickled_and_copied(name):
 
 @each
 def test_a_new_head_and_what_stays_as_it_is(name):
-    model = model_of(name)
+    model = model_of(name, colours=tuple((k, k, k) for k in range(4)))
     other = pvt_ref.with_new_head(model, 9, rng_of(2))
+    assert other.info.colours == ()
     assert other.config == dataclasses.replace(model.config, num_classes=9)
     old, new = dict(named_arrays(model.params)), dict(named_arrays(other.params))
     drawn = {"decode_head.conv_seg.weight", "decode_head.conv_seg.bias"}

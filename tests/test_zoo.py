@@ -36,6 +36,7 @@ from pvt_ref.errors import (
     RangeError,
     ShapeError,
 )
+from pvt_ref.models.architecture import count_keys
 from pvt_ref.train import evaluate
 from pvt_ref.tree import map_arrays, named_arrays
 from pvt_ref.zoo import RELEASED, SHIPPED, weights_folder
@@ -69,16 +70,21 @@ def test_the_digits_model_is_as_good_as_it_says(digits):
 def test_shipped_models_say_what_they_are(name):
     model = pvt_ref.load(name)
     training = model.info.training
-    assert len(model.classes) == 10
+    assert len(model.classes) == (11 if name == "camvid" else 10)
     assert model.info.title
-    if name == "imagenette":  # on a GPU, with kernels that are not in the package yet
+    if name == "camvid":
+        assert training["command"].startswith("python examples/train_camvid.py --data DIR")
+        assert {"seed", "epochs", "data", "terms", "recipe", "test_miou"} <= set(training)
+    elif name == "imagenette":  # on a GPU, with kernels that are not in the package yet
         assert {"method", "device", "data", "held_out_accuracy"} <= set(training)
     else:
         assert f"examples/train_{name}.py" in training["command"]
         assert {"seed", "epochs", "data", "held_out_accuracy"} <= set(training)
-    assert count_cost(model.config).parameters <= 4.9e6
-    assert all(x.dtype == np.float32 for _, x in named_arrays(model.params))
+    assert count_cost(model.config).parameters <= (5.6e6 if name == "camvid" else 4.9e6)
+    counts = count_keys(model.config)
+    assert all(x.dtype == np.float32 for key, x in named_arrays(model.params) if key not in counts)
     path = Path(pvt_ref.__file__).parent / "weights" / f"{name}.safetensors"
+    assert path.stat().st_size < 12e6
     assert path.stat().st_size < 2.1 * count_cost(model.config).parameters + 20_000  # float16
 
 
@@ -100,6 +106,30 @@ def test_imagenette_says_how_good_it_is_and_gives_the_logits_it_gave():
     logits = model(images)
     assert logits.shape == stored.shape == (64, 10)
     np.testing.assert_allclose(logits, stored, rtol=0, atol=1e-4 * np.abs(stored).max())
+
+
+def test_camvid_says_how_good_it_is_and_answers_as_it_did(monkeypatch):
+    """Its score is measured by a command, since the frames are not in the repository."""
+    monkeypatch.syspath_prepend(str(EXAMPLES.parent / "tools"))
+    import ship_camvid
+
+    model = pvt_ref.load("camvid")
+    training = model.info.training
+    assert model.classes[:4] == ("Sky", "Building", "Pole", "Road")
+    assert model.info.colours[0] == (128, 128, 128)
+    assert set(training["test_iou"]) == set(model.classes)
+    each = [iou for iou in training["test_iou"].values() if iou is not None]
+    assert training["test_miou"] == pytest.approx(sum(each) / len(each))
+    assert 0 < training["test_miou"] < training["test_pixel_accuracy"] < 1
+    assert "CC BY-NC" in training["terms"]
+    stored = np.load(Path(__file__).parent / "golden" / "camvid.npz")
+    found = ship_camvid.answers(model)
+    assert found["logits"].shape == stored["logits"].shape == (2, 11, 32, 48)
+    bound = 1e-4 * np.abs(stored["logits"]).max()
+    np.testing.assert_allclose(found["logits"], stored["logits"], rtol=0, atol=bound)
+    assert found["cat"].sum() == pytest.approx(1)
+    # decoders of JPEG differ in the last bit
+    np.testing.assert_allclose(found["cat"], stored["cat"], rtol=0, atol=0.01)
 
 
 def test_the_score_of_imagenette_is_counted_class_by_class(tmp_path, capsys, monkeypatch):
@@ -541,6 +571,7 @@ def test_info_of_other_files():
         ("https://huggingface.co/Zetatech/pvt-large-224", "pvt_large"),
         ("https://github.com/whai362/PVT/releases/download/v2/pvt_small.pth", "pvt_small"),
         ("digit", "digits"),
+        ("cam_vid", "camvid"),
         ("resnet50", None),
     ],
 )
@@ -551,7 +582,10 @@ def test_names_that_are_nearly_right_are_suggested(name, meant, tmp_path, monkey
     message = str(caught.value)
     assert message.startswith(name)  # an address keeps both of its slashes
     assert ("is an address, and load reads files" in message) == ("://" in name)
-    assert "Names that are known without a file: digits, cifar10, imagenette, pvt_tiny" in message
+    assert (
+        "Names that are known without a file: digits, cifar10, imagenette, camvid, pvt_tiny"
+        in message
+    )
     assert ("Did you mean" in message) == (meant is not None)
     assert meant is None or message.endswith(f"Did you mean {meant!r}?")
 

@@ -43,7 +43,7 @@ from pvt_ref.errors import (
     reason,
     shown,
 )
-from pvt_ref.models.architecture import config_to_dict, known_variants
+from pvt_ref.models.architecture import architecture_of, config_to_dict, known_variants
 from pvt_ref.report.tables import text_table
 from pvt_ref.train.checks import check_path
 from pvt_ref.train.data_parallel import ALONE, Ranks
@@ -391,6 +391,9 @@ def _first_model(folders: tuple[str, ...], options: Options, config: Any, seed: 
             model = with_new_head(model, len(names), rng)
         if options.size is not None and options.size != model.config.img_size:
             model = with_image_size(model, options.size)
+    if (row := architecture_of(model.config)).dense:
+        what = f"a {row.title} learns a class for every pixel, and folders name one a photo"
+        raise TrainingError(f"{what}. Name a classifier; LabelledPairs and fit train the other")
     info = ModelInfo(classes=names, preprocessing=model.info.preprocessing)
     return dataclasses.replace(model, info=info)
 
