@@ -1,10 +1,12 @@
 """CUDA graphs: on a stand-in for CuPy that keeps CUDA's rules for them, and on a GPU."""
 
 import copy
+import operator
 import pickle
 import sys
 import threading
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -109,11 +111,11 @@ def test_it_runs_three_times_and_only_the_third_is_recorded(fake):
 
 
 def test_weights_are_read_where_they_lie_and_kept(fake):
-    w = fake.asarray(np.ones(2))
-    graph = capture(lambda x: x * w, fake.asarray(np.ones(2)))
-    w[...] = 5.0
+    weights = [fake.asarray(np.ones(2))]
+    graph = capture(partial(operator.mul, weights[0]), fake.asarray(np.ones(2)))
+    weights[0][...] = 5.0
     np.testing.assert_array_equal(graph(fake.asarray(np.ones(2))).get(), 5)
-    del w
+    weights.clear()
     others = [fake.asarray(np.full(2, np.nan)) for _ in range(50)]  # would take its memory
     np.testing.assert_array_equal(graph(fake.asarray(np.ones(2))).get(), 5)
     assert others
@@ -255,8 +257,8 @@ def test_results_that_no_replay_would_renew_are_refused(fake):
 
 
 def test_errors_of_the_function_itself_are_its_own(fake):
+    model = model_on(fake)
     with pytest.raises(ShapeError, match="multiples of 32"):
-        model = model_on(fake)
         capture(lambda x: pvt_ref.forward(model, x), images_on(fake, 0, side=40))
 
 

@@ -32,7 +32,7 @@ from pvt_ref.arrays import (
     is_cupy,
     library_and_dtype,
 )
-from pvt_ref.errors import ArrayTypeError, DeviceError, PVTError, ShapeError, reason, shown
+from pvt_ref.errors import ArrayTypeError, DeviceError, ShapeError, reason, shown
 from pvt_ref.ops import Ops
 from pvt_ref.tree import branches, map_arrays
 
