@@ -8,7 +8,7 @@ nothing is computed. Each operation on arrays is kept with the memory that it re
 a replay does them again on the same memory. Memory comes from pools that hand out again what was
 given back; what is given back, and what is new, holds NaN. Refused while a stream captures, as
 CuPy does: copies from and to the host, cuBLAS, and waiting. What NumPy cannot show is time:
-operations end before the next begins, so a missing wait is seen only in the log.
+operations end before the next begins, so a missing wait is seen only in the history.
 """
 
 import contextlib
@@ -129,7 +129,7 @@ class Event:
     def record(self, stream=None):
         _refuse_while_capturing("cudaEventRecord of another stream")
         self.recorded = stream or get_current_stream()
-        log.append(("record", self.recorded.ptr, id(self)))
+        history.append(("record", self.recorded.ptr, id(self)))
 
     def synchronize(self):
         _refuse_while_capturing("cudaEventSynchronize")
@@ -152,7 +152,7 @@ class Stream:
         now.streams[self.device_id] = self._outer
 
     def wait_event(self, event):
-        log.append(("wait", self.ptr, id(event)))
+        history.append(("wait", self.ptr, id(event)))
 
     def record(self, event=None):
         event = event or Event()
@@ -161,13 +161,13 @@ class Stream:
 
     def synchronize(self):
         _refuse_while_capturing("cudaErrorStreamCaptureUnsupported: cudaStreamSynchronize")
-        log.append(("synchronize", self.ptr))
+        history.append(("synchronize", self.ptr))
 
     def begin_capture(self):
         assert self.non_blocking, "a blocking stream would disturb the others"
         assert now.capturing is None
         now.capturing = []
-        log.append(("begin", self.ptr))
+        history.append(("begin", self.ptr))
 
     def end_capture(self):
         operations, now.capturing = now.capturing, None
@@ -198,13 +198,13 @@ class Graph:
 
     def launch(self, stream=None):
         _refuse_while_capturing("cudaGraphLaunch")
-        log.append(("launch", (stream or get_current_stream()).ptr, now.device))
+        history.append(("launch", (stream or get_current_stream()).ptr, now.device))
         with np.errstate(all="ignore"):
             for operation in self.operations:
                 operation()
 
 
-log = []
+history = []
 
 
 def _refuse_while_capturing(what):
@@ -428,7 +428,7 @@ class RecordingCuPy(types.ModuleType):
         self.products_captured = products_captured
         self.ndarray, self.asarray, self.array = ndarray, asarray, asarray
         self.from_dlpack = from_dlpack
-        self.log = log
+        self.history = history
         self.cuda = types.SimpleNamespace(
             MemoryPool=MemoryPool, using_allocator=using_allocator, Stream=Stream, Event=Event,
             Device=Device, ExternalStream=external_stream, get_current_stream=get_current_stream,
@@ -436,7 +436,7 @@ class RecordingCuPy(types.ModuleType):
                 getDeviceCount=lambda: devices, getDevice=lambda: now.device
             ),
         )  # fmt: skip
-        log.clear()
+        history.clear()
         cupy_now.append(self)
 
     @staticmethod

@@ -288,27 +288,27 @@ def test_a_graph_is_called_with_what_it_was_captured_for(fake):
 def test_a_replay_runs_in_the_current_stream_after_the_one_before(fake):
     x = fake.asarray(np.ones(2))
     graph = capture(lambda x: x + 1, x)
-    fake.log.clear()
+    fake.history.clear()
     for ptr in (77, 88):
         with external_stream(ptr):
             graph(x)
-    assert [entry[:2] for entry in fake.log] == [
+    assert [entry[:2] for entry in fake.history] == [
         ("wait", 77), ("launch", 77), ("record", 77), ("wait", 88), ("launch", 88), ("record", 88),
     ]  # fmt: skip
-    assert len({entry[2] for entry in fake.log if entry[0] != "launch"}) == 1  # one event
+    assert len({entry[2] for entry in fake.history if entry[0] != "launch"}) == 1  # one event
 
 
 def test_a_capture_waits_for_the_current_stream(fake):
     x = fake.asarray(np.ones(2))
-    fake.log.clear()
+    fake.history.clear()
     with external_stream(55):
         capture(lambda x: x + 1, x)
         assert fake.cuda.get_current_stream().ptr == 55
-    (record, wait), begin = fake.log[:2], [entry[0] for entry in fake.log].index("begin")
+    (record, wait), begin = fake.history[:2], [entry[0] for entry in fake.history].index("begin")
     assert record[:2] == ("record", 55)
     assert (wait[0], wait[2]) == ("wait", record[2])
-    assert wait[1] == fake.log[begin][1] != 55
-    assert fake.log[begin - 1] == ("synchronize", wait[1])  # the warm-up is over
+    assert wait[1] == fake.history[begin][1] != 55
+    assert fake.history[begin - 1] == ("synchronize", wait[1])  # the warm-up is over
 
 
 def test_threads_take_turns(fake):
@@ -339,11 +339,11 @@ def test_threads_take_turns(fake):
 def test_arrays_are_computed_on_their_own_device(fake):
     with fake.cuda.Device(1):
         x = fake.asarray(np.ones(2))
-    fake.log.clear()
+    fake.history.clear()
     graph = capture(lambda x: x + 1, x)  # the current device is 0
     result = graph(x)
     assert result.device.id == 1
-    assert ("launch", 0, 1) in fake.log
+    assert ("launch", 0, 1) in fake.history
     assert fake.cuda.runtime.getDevice() == 0
 
 
@@ -449,18 +449,18 @@ def test_predict_replays_where_shapes_repeat(fake, monkeypatch):
     images = normal(3, 2, 3, 32, 32, dtype=np.float32)
     launches = []
     for x in (images, images, images + 1, np.concatenate([images, images])):
-        fake.log.clear()
+        fake.history.clear()
         answers = model.predict(fake.asarray(x), top=2)
-        launches.append(sum(entry[0] == "launch" for entry in fake.log))
+        launches.append(sum(entry[0] == "launch" for entry in fake.history))
         for mine, theirs in zip(answers, plain.predict(x, top=2), strict=True):
             assert [p.index for p in mine] == [p.index for p in theirs]
             np.testing.assert_allclose(mine[0].probability, theirs[0].probability, rtol=1e-5)
     assert launches == [0, 1, 1, 0]
     monkeypatch.setattr(table, "cuda_kernels", lambda: table_of(Cuda(capture=False)))
-    fake.log.clear()
+    fake.history.clear()
     for _ in range(3):
         model.predict(fake.asarray(images))
-    assert not [entry for entry in fake.log if entry[0] == "launch"]
+    assert not [entry for entry in fake.history if entry[0] == "launch"]
 
 
 def test_predict_replays_at_another_size_too(fake, monkeypatch):
