@@ -46,9 +46,12 @@ PARAMS = random_params(CONFIG, 1, np.float32)
 
 @dataclasses.dataclass(frozen=True)
 class Half(Cuda):
-    """Settings of kernels that compute in float16."""
+    """Settings of kernels that compute in float16, whatever multiplies."""
 
     precision: str = "float16"
+
+    def __post_init__(self):
+        pass  # products and precision may not belong together: the tests' own layers round
 
 
 @pytest.fixture

@@ -70,10 +70,10 @@ def update(
     table = from_host(rates(params, state.t + 1, lr, settings, factors), like=like)
     made = adamw(arrays, table, settings.beta1, settings.beta2, settings.eps, cuda, clip)
     norm = float(array_module(clip).reshape(clip[1:], ()))
+    still = {key for key, share in (factors or {}).items() if not share}
 
     def with_new(tree: Any, new: tuple[Array, ...]) -> Any:
         each = iter(new)
-        still = {key for key in factors or {} if not factors[key]} if factors else set[str]()
         return map_named(lambda key, x: x if key in still else next(each), tree)
 
     w, m, v = (with_new(t, x) for t, x in zip((params, state.m, state.v), made, strict=True))
