@@ -146,10 +146,11 @@ def from_dlpack(x: Any) -> Array:
     """
     if is_numpy(x) or is_cupy(x):
         return x
-    if not hasattr(x, "__dlpack__") or not hasattr(x, "__dlpack_device__"):
+    exports = hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__")
+    if not exports or isinstance(x, np.ndarray):  # a masked one would lose its mask
         raise ArrayTypeError(f"expected what DLPack can export, got {describe_type(x)}")
-    kind, number = x.__dlpack_device__()
     try:
+        kind, number = x.__dlpack_device__()
         if kind in _DLPACK_HOST:
             return np.from_dlpack(x)
         if kind in _DLPACK_CUDA:

@@ -48,7 +48,8 @@ def test_any_library_that_exports_is_welcome():
 
 
 def test_a_model_computes_on_it():
-    config = pvt_ref.PVTConfig(img_size=32, num_classes=3, embed_dims=(4, 4, 4, 4))
+    widths = {"embed_dims": (4, 4, 4, 4), "num_heads": (1, 1, 1, 1)}
+    config = pvt_ref.PVTConfig(img_size=32, num_classes=3, **widths)
     params = pvt_ref.init_params(config, np.random.default_rng(0))
     tensor = torch.randn(1, 3, 32, 32)
     logits = pvt_ref.forward(params, from_dlpack(tensor), config)
@@ -61,6 +62,7 @@ def test_a_model_computes_on_it():
         (torch.ones(2, requires_grad=True), r"array of torch .*share x.detach\(\)"),
         (torch.ones(2, dtype=torch.bfloat16), "bfloat16 to float32 first"),
         (Exporter(kind=8), "a device of DLPack's kind 8"),
+        (np.ma.masked_array([1.0, 2.0], [True, False]), "masked array"),
         ([1.0], "expected what DLPack can export, got a list"),
         (None, "got a NoneType"),
     ],

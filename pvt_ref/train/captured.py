@@ -174,13 +174,15 @@ class CapturedSteps:
             return None
         if self._known is _REFUSED:
             return None
-        self._own(state)
-        params, m, v, average = self._owned  # type: ignore[misc]
+        owned = self._own(state)
+        params, m, v, average = owned
         numbers = np.array([1 - decay, 1.0 if scale is None else scale], np.float32)
         t = state.optimizer.t + 1
         host = [numbers, rates(params, t, lr, recipe.optimizer, factors)]
         if self._known is _SEEN:
-            self._known = self._capture(batches, inputs, host, config, recipe, factors, scale)
+            self._known = self._capture(
+                owned, batches, inputs, host, config, recipe, factors, scale
+            )
             if self._known is _REFUSED:
                 self._owned = None
                 return None
@@ -203,16 +205,18 @@ class CapturedSteps:
         classes = from_host(np.arange(config.num_classes), like=targets)
         return xp.astype(xp.expand_dims(targets, axis=1) == classes, images.dtype)
 
-    def _own(self, state: Any) -> None:
-        """Copies what a state holds into arrays of the graph's, if it does not lie there."""
+    def _own(self, state: Any) -> tuple[Any, Any, Any, Any]:
+        """The graph's own arrays, with what a state holds copied there if it does not lie there."""
         given = (state.params, state.optimizer.m, state.optimizer.v, state.average)
         if self._owned is None:
             self._owned = map_arrays(lambda x: x.copy(), given)
         elif any(mine is not x for mine, x in zip(self._owned, given, strict=True)):
             map_arrays(_write, self._owned, given)
+        return self._owned
 
     def _capture(
         self,
+        owned: tuple[Any, Any, Any, Any],
         batches: Sequence[Batch],
         inputs: list[Array],
         host: list[np.ndarray],
@@ -221,9 +225,7 @@ class CapturedSteps:
         factors: Factors,
         scale: float | None,
     ) -> Any:
-        owned, ops = self._owned, self.ops
-        assert owned is not None
-        params, m, v, average = owned
+        ops, (params, m, v, average) = self.ops, owned
         notes, drawn = [], []
         for batch in batches:
             draws = _NotedDraws(batch.draws.seed, batch.draws.step, batch.draws.micro_batch)

@@ -16,7 +16,7 @@ as large as it has to be. The third is recorded, and computes nothing.
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import numpy as np
@@ -162,7 +162,8 @@ def capture(function: Callable[..., Any], *arrays: Array) -> Captured:
 
 
 @contextlib.contextmanager
-def _recorded_with(allocator: Any) -> Any:
+def _recorded_with(allocator: Any) -> Iterator[None]:
+    """Within it, this thread runs what is recorded; constants come from that allocator."""
     _recording.allocator = allocator
     try:
         yield
@@ -174,7 +175,8 @@ def _record(
     function: Callable[..., Any], inputs: tuple[Array, ...], stream: Any
 ) -> tuple[Any, Any, list[tuple[Array, np.ndarray]]]:
     """The graph of one run, what the function returned, and the constants to be filled in."""
-    constants = _recording.constants = []
+    constants: list[tuple[Array, np.ndarray]] = []
+    _recording.constants = constants
     stream.begin_capture()
     try:
         outputs = function(*inputs)
@@ -239,7 +241,7 @@ def _check_outputs(tree: Any, device: Any) -> None:
             )
 
 
-def _arrays(tree: Any) -> Any:
+def _arrays(tree: Any) -> Iterator[Array]:
     """All arrays of a tree; lists and dicts included."""
     if is_array(tree):
         yield tree
