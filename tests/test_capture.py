@@ -220,6 +220,18 @@ def test_work_of_the_host_is_refused(function, fake):
     np.testing.assert_array_equal(graph(fake.asarray(np.ones(2))).get(), 2)
 
 
+def test_ctrl_c_leaves_nothing_behind(fake):
+    def function(x):
+        if fake.cuda.get_current_stream().is_capturing():
+            raise KeyboardInterrupt
+        return x + 1
+
+    with pytest.raises(KeyboardInterrupt):
+        capture(function, fake.asarray(np.ones(2)))
+    assert not is_recording()
+    assert not fake.cuda.get_current_stream().is_capturing()
+
+
 def test_cupys_own_products_are_refused(fake):
     fake.products_captured = False
     with pytest.raises(DeviceError, match=r"cannot be captured .*cuBLAS.*cuda_kernels\(\)"):

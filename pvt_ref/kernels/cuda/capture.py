@@ -119,7 +119,8 @@ def capture(function: Callable[..., Any], *arrays: Array) -> Captured:
         logits = replay(other_images)
 
     It runs three times. What it closes over, such as weights, is read where it lies, and kept. The
-    replay has the bits of direct launches.
+    replay has the bits of direct launches. Numbers of the host that do not change come from
+    :func:`constant`.
 
     Args:
         function: takes these arrays and returns an array, or arrays in a record, tuple, list or
@@ -181,9 +182,11 @@ def _record(
     try:
         outputs = function(*inputs)
         return stream.end_capture(), outputs, constants
-    except Exception as error:  # CuPy has several for what cannot be recorded
+    except BaseException as error:  # CuPy has several for what cannot be recorded
         with contextlib.suppress(Exception):  # the stream must not stay as it is
             stream.end_capture()
+        if not isinstance(error, Exception):  # Ctrl-C
+            raise
         raise DeviceError(
             f"the function cannot be captured as a CUDA graph ({reason(error)}). A graph holds "
             f"what the device does alone. While the function runs, nothing may go between host and "
