@@ -21,6 +21,7 @@ from pvt_ref.api import (
     to_state_dict,
     updated,
 )
+from pvt_ref.arrays import from_dlpack
 from pvt_ref.errors import PVTError
 from pvt_ref.models import VARIANTS
 from pvt_ref.models.pvt.config import PVTConfig
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     )
     from pvt_ref.export.onnx_file import OnnxFile, export_onnx
     from pvt_ref.kernels.cpu.table import blocked_ops
+    from pvt_ref.kernels.cuda.capture import capture
     from pvt_ref.layers.cross_entropy import cross_entropy
     from pvt_ref.report.attention import attention_maps
     from pvt_ref.report.cost import Cost, count_cost
@@ -74,6 +76,7 @@ _LATER = {
     ),
     "export.onnx_file": ("OnnxFile", "export_onnx"),
     "kernels.cpu.table": ("blocked_ops",),
+    "kernels.cuda.capture": ("capture",),
     "layers.cross_entropy": ("cross_entropy",),
     "report.attention": ("attention_maps",),
     "report.cost": ("Cost", "count_cost"),
@@ -99,9 +102,10 @@ __all__ = [
     "PVTConfig", "PVTError", "PVTParams", "PVTv2Config", "PVTv2Params", "Prediction",
     "Prepared", "Preprocessing", "SETRHead", "SegmentorConfig", "SegmentorParams",
     "SemanticFPNHead", "ViTConfig", "ViTParams", "attention_maps", "backward",
-    "backward_pyramid", "blocked_ops", "count_cost", "cross_entropy", "export_onnx", "forward",
-    "forward_pyramid", "forward_pyramid_with_cache", "forward_with_cache", "from_state_dict",
-    "init_params", "load", "load_image", "normalize", "pad_to_multiple", "prepare",
-    "preprocess", "save", "to_device", "to_numpy", "to_state_dict", "updated", "with_channels",
-    "with_image_size", "with_new_head", "with_segmentation_head",
+    "backward_pyramid", "blocked_ops", "capture", "count_cost", "cross_entropy", "export_onnx",
+    "forward", "forward_pyramid", "forward_pyramid_with_cache", "forward_with_cache",
+    "from_dlpack", "from_state_dict", "init_params", "load", "load_image", "normalize",
+    "pad_to_multiple", "prepare", "preprocess", "save", "to_device", "to_numpy",
+    "to_state_dict", "updated", "with_channels", "with_image_size", "with_new_head",
+    "with_segmentation_head",
 ]  # fmt: skip

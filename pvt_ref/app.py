@@ -1,10 +1,12 @@
 """Model: weights and their configuration in one object, for those who only want results."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +16,7 @@ from pvt_ref.api import (
     Prepared,
     check_has_classifier,
     check_params,
+    default_ops,
     draw_leaf,
     forward,
     forward_pyramid,
@@ -35,7 +38,16 @@ from pvt_ref.data.info import UNKNOWN, ModelInfo
 from pvt_ref.data.preprocessing import Preprocessing
 from pvt_ref.dense import check_dense, logit_bands, sliding_logits
 from pvt_ref.draws import Generator
-from pvt_ref.errors import ConfigError, ImageError, PVTError, RangeError, printable, shown
+from pvt_ref.errors import (
+    ConfigError,
+    ImageError,
+    PVTError,
+    RangeError,
+    ShapeError,
+    printable,
+    shown,
+)
+from pvt_ref.kernels.cuda.capture import replays
 from pvt_ref.models.architecture import Leaf, architecture_of
 from pvt_ref.models.segmentor.config import SegmentorConfig
 from pvt_ref.ops import Ops
@@ -176,7 +188,7 @@ class Model(_Core):
                 self(images)  # which refuses it
             for start in range(0, images.shape[0], count):
                 part = images[start : min(start + count, images.shape[0]), ...]
-                answers += self._answers(self(part), top)
+                answers += self._answers(self._logits(part), top)
             return answers
         for answer in self.predict_each(images, top, size):
             if isinstance(answer, PVTError):
@@ -214,7 +226,7 @@ class Model(_Core):
         while batch := list(itertools.islice(rest, self._at_once(size))):
             prepared = [self._preprocess_or_error(picture, size) for picture in batch]
             good = [x for x in prepared if not isinstance(x, PVTError)]  # (1, in_chans, H, W) each
-            logits = [self(array_module(good[0]).concat(good))] if good else []
+            logits = [self._logits(array_module(good[0]).concat(good))] if good else []
             rows = (row for part in logits for row in self._answers(part, top))
             for x in prepared:
                 yield x if isinstance(x, PVTError) else next(rows)
@@ -375,6 +387,21 @@ class Model(_Core):
             PVTError: as :func:`pvt_ref.forward`.
         """
         return forward(self._core(), self._checked(images), ops=ops)
+
+    def _logits(self, images: Array) -> Array:
+        """As calling the model; where shapes repeat, the kernels for CUDA are replayed."""
+        ops, core = default_ops(first_array(self.params)), self._core()
+        if not replays(ops, images):
+            return self(images)
+
+        def make() -> Any:
+            made, size = core, tuple(images.shape[2:])
+            if size != core.size:  # a graph cannot resize tables
+                with contextlib.suppress(ShapeError):  # the forward says what is wrong
+                    made = prepare_checked(self.params, self.config, size)
+            return partial(forward, made, ops=ops)
+
+        return ops.settings.graphs.run(core, make, images)
 
     def pyramid(
         self, images: Array, *, ops: Ops | None = None, blocks: Iterable[int] | None = None

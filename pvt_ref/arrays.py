@@ -5,16 +5,17 @@ and use the functions of the array API standard (https://data-apis.org/array-api
 CuPy share; so the same lines also run on any other library that implements the standard.
 """
 
+import contextlib
 import contextvars
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from pvt_ref.errors import ArrayTypeError, DeviceError
+from pvt_ref.errors import ArrayTypeError, DeviceError, PVTError, reason
 
 #: An array of NumPy, CuPy or another library of the array API standard.
 Array = Any
@@ -122,6 +123,51 @@ def from_host(host: np.ndarray, like: Array) -> Array:
     return xp.asarray(host, device=like.device)
 
 
+#: Kinds of device in DLPack's own numbers: memory that the host reads, and memory of CUDA.
+_DLPACK_HOST, _DLPACK_CUDA = (1, 3), (2, 13)
+
+
+def from_dlpack(x: Any) -> Array:
+    """An array on the memory of another library's array; nothing is copied.
+
+    The way back is the other library's: ``torch.from_dlpack(logits)``, ``jax.dlpack.from_dlpack``.
+    On CUDA, CuPy's current stream waits for what x's library has begun to compute.
+
+    Args:
+        x: whatever exports itself by DLPack: a tensor of PyTorch, an array of JAX, of any shape.
+
+    Returns:
+        An array of NumPy, or of CuPy on x's device; x itself if it is one. Writing to x changes it.
+
+    Raises:
+        ArrayTypeError: if x exports nothing, or nothing that NumPy and CuPy know: it may need a
+            gradient, have a dtype such as bfloat16, or lie on a device of another kind.
+        DeviceError: if x lies on CUDA, and CuPy cannot be used.
+    """
+    if is_numpy(x) or is_cupy(x):
+        return x
+    exports = hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__")
+    if not exports or isinstance(x, np.ndarray):  # a masked one would lose its mask
+        raise ArrayTypeError(f"expected what DLPack can export, got {describe_type(x)}")
+    try:
+        kind, number = x.__dlpack_device__()
+        if kind in _DLPACK_HOST:
+            return np.from_dlpack(x)
+        if kind in _DLPACK_CUDA:
+            cupy = import_cupy()
+            with cupy.cuda.Device(number), explained():
+                return cupy.from_dlpack(x)
+        why = f"it lies on a device of DLPack's kind {int(kind)}"
+    except PVTError:
+        raise
+    except Exception as error:  # each library has its own
+        why = reason(error)
+    raise ArrayTypeError(
+        f"x is an array of {type(x).__module__.split('.')[0]} that cannot be shared ({why}). Of a "
+        f"tensor that needs a gradient share x.detach(); convert bfloat16 to float32 first"
+    )
+
+
 def address(x: Array) -> int:
     """Where the first number of a NumPy or CuPy array lies, for code that is given pointers."""
     return x.data.ptr if is_cupy(x) else x.ctypes.data
@@ -188,3 +234,69 @@ def import_cupy() -> ModuleType:
         f"extras cuda12 and cuda13 of a checkout: pip install -e '.[cuda12]'). Without an NVIDIA "
         f"GPU, everything runs on NumPy: leave the arrays as they are"
     ) from cause
+
+
+_INSTALL = (
+    "pip install 'cupy-cuda12x[ctk]' (or 13x, as nvidia-smi says) brings CuPy with the libraries "
+    "and headers of CUDA that belong to it"
+)
+
+#: What an error of CUDA is known by, in its type or its text; what has happened, and the cure.
+_CURES = (
+    (
+        ("OutOfMemoryError", "cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY"),
+        "no memory is left on the device",
+        "Take a smaller batch or smaller images, or free what other arrays and processes hold: "
+        "nvidia-smi lists them, and cupy.get_default_memory_pool().free_all_blocks() returns what "
+        "CuPy keeps for later",
+    ),
+    (
+        ("cudaErrorInsufficientDriver", "UnsupportedPtxVersion", "UNSUPPORTED_PTX_VERSION"),
+        "the driver is older than the CUDA version that CuPy is made for",
+        f"Update the driver, or install the CuPy of the version that nvidia-smi shows: {_INSTALL}",
+    ),
+    (
+        ("NoKernelImageForDevice", "NO_BINARY_FOR_GPU", "invalid value for --gpu-architecture"),
+        "this CUDA version does not know the GPU",
+        f"Install a newer one: {_INSTALL}",
+    ),
+    (
+        ("open source file", "open include file", "CUDA_PATH"),
+        "the compiler NVRTC does not find the headers of CUDA",
+        f"{_INSTALL}; or set CUDA_PATH to a toolkit of that version",
+    ),
+    (
+        ("cannot open shared object", "DynamicLibNotFoundError", "undefined symbol", "NOT_FOUND"),
+        "a library of CUDA is missing or of another version",
+        _INSTALL,
+    ),
+)
+
+
+def cuda_error(error: Exception) -> DeviceError | None:
+    """What CUDA or CuPy complains of, with the cure; None for an error of another kind."""
+    kind = type(error)
+    text = f"{kind.__name__}: {error}"
+    for signs, what, cure in _CURES:
+        if any(sign in text for sign in signs):
+            return DeviceError(f"{what} ({text[:300]}). {cure}")
+    if kind.__module__.split(".")[0].startswith("cupy"):
+        return DeviceError(
+            f"CUDA reports an error ({text[:300]}). After some of them nothing works until the "
+            f"process is started anew. The environment variable PVT_REF_OPS=reference computes "
+            f"without kernels"
+        )
+    return None
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Where CUDA computes: errors of it and of CuPy become a DeviceError that names the cure."""
+    try:
+        yield
+    except PVTError:
+        raise
+    except Exception as error:
+        if (told := cuda_error(error)) is None:
+            raise
+        raise told from error

@@ -1,8 +1,10 @@
 """What every test file shares: Hypothesis profiles, array libraries, and the GPU's absence told."""
 
 import gc
+import importlib.util
 import os
 import sys
+import types
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test touches the network
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else two thread pools fight over the cores
@@ -172,6 +174,19 @@ def drawn():
 
 
 # Array libraries ----------------------------------------------------------------------------------
+
+
+class _Missing(types.ModuleType):
+    """In the place of a library that is not installed: what asks it for something is skipped."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        pytest.skip(f"{self.__name__} is not installed", allow_module_level=True)
+
+
+if importlib.util.find_spec("array_api_strict") is None:  # as where there is a GPU, perhaps
+    sys.modules["array_api_strict"] = _Missing("array_api_strict")
 
 
 def why_no_gpu() -> str | None:

@@ -112,7 +112,7 @@ def right(tmp_path: Path) -> dict[str, dict[str, Any]]:
         "fit": {"config": CONFIG, "recipe": RECIPE, "data": DATA, "held_out": HELD_OUT}
         | {"folder": tmp_path / "run", "info": ModelInfo(), "first": PARAMS, "resume": False}
         | {"device": "cpu", "save_seconds": 1.0, "log_steps": 1, "stop_at_step": 0}
-        | {"workers": None, "console": None, "ranks": ALONE},
+        | {"workers": None, "console": None, "ranks": ALONE, "ops": None},
         "draw_confusion": {"counts": np.eye(3), "classes": "abc", "picture": tmp_path / "y.png"},
         "Options": {"weights": None, "variant": "pvt_v2_b0", "size": 32, "augment": None}
         | {"class_names": None, "recipe": {"epochs": 1}, "damaged": None},
@@ -129,12 +129,18 @@ def right(tmp_path: Path) -> dict[str, dict[str, Any]]:
         "save_state": {"path": path, "state": STATE, "run": RUN},
         "start_training": {"params": PARAMS, "samples": 27, "seed": 0},
         "train_step": {"state": STATE, "data": DATA, "config": CONFIG, "recipe": RECIPE}
-        | {"ranks": ALONE},
+        | {"ranks": ALONE, "ops": None},
         **dict.fromkeys(("warmup_cosine", "warmup_poly"), SCHEDULE),
     }
 
 
-RECORDS = {"AdamWState", "Run", "StepReport", "TrainState"}  # made by the functions, seen by them
+RECORDS = {
+    "AdamWState",
+    "LossScale",
+    "Run",
+    "StepReport",
+    "TrainState",
+}  # made by the functions, seen by them
 #: Of samples and their augmentation, which other tests look at.
 ELSEWHERE = {"LabelledImages", "cutmix", "cutout", "evaluate", "mixup", "one_hot"} | {
     *("random_crop", "random_erasing", "random_flip", "ImageFolder", "confusion_matrix"),

@@ -209,6 +209,7 @@ def cases(tmp_path) -> dict[str, tuple[Any, dict[str, Any]]]:
             },
         ),
         "blocked_ops": (pvt_ref.blocked_ops, {"threads": 1, "elements": 1000}),
+        "from_dlpack": (pvt_ref.from_dlpack, {"x": np.ones(2)}),
         "count_cost": (
             pvt_ref.count_cost,
             {"config": SMALL, "size": 32, "batch": 1, "dtype": "float32", "pyramid": False},
@@ -300,6 +301,7 @@ NOT_CALLED = {
     "REFERENCE",
     "VARIANTS",
     "VITS",
+    "capture",  # on a device: test_capture.py
     "ViTParams",  # checked where it is used
 }
 

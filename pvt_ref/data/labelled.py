@@ -16,6 +16,7 @@ from pvt_ref.data.preprocessing import Preprocessing
 from pvt_ref.data.samples import Samples
 from pvt_ref.errors import TrainingError
 from pvt_ref.layers.cross_entropy import cross_entropy
+from pvt_ref.ops import Ops
 from pvt_ref.tree import digest, first_array, to_numpy
 
 #: Pixels that go through the network together in :func:`evaluate`: 256 images of 64x64, say.
@@ -97,7 +98,12 @@ class LabelledImages(Samples):
 
 
 def evaluate(
-    params: Any, config: Any, data: Samples, batch_size: int | None = None, ranks: Any = None
+    params: Any,
+    config: Any,
+    data: Samples,
+    batch_size: int | None = None,
+    ranks: Any = None,
+    ops: Ops | None = None,
 ) -> tuple[float, float]:
     """Mean cross-entropy and share of right answers over all of data, without augmentation.
 
@@ -110,6 +116,7 @@ def evaluate(
         batch_size: samples at once. None takes as many as have 1,048,576 pixels, at most 256.
         ranks: :class:`~pvt_ref.train.data_parallel.Ranks` that share the batches; the result is the
             same for any number of them. None: this process does all.
+        ops: a table of operations; None takes the default.
 
     Returns:
         loss, without label smoothing, and accuracy in [0, 1].
@@ -119,7 +126,7 @@ def evaluate(
     """
     found = []
     for labels, images in batches(data, batch_size, first_array(params), ranks):
-        logits = forward(params, images, config)
+        logits = forward(params, images, config, ops=ops)
         targets = from_host(labels.astype(np.int64), like=logits)
         loss = float(cross_entropy(logits, targets, reduction="sum")[0])
         found.append((loss, int(np.sum(to_numpy(logits).argmax(axis=1) == labels))))

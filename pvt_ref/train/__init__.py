@@ -25,6 +25,7 @@ from pvt_ref.train.ema import ema_decay_of_step, ema_step
 from pvt_ref.train.from_folder import Options, train_folder
 from pvt_ref.train.gradients import add_gradients, clip_by_global_norm, global_norm
 from pvt_ref.train.loop import Run, fit
+from pvt_ref.train.loss_scale import LossScale
 from pvt_ref.train.metrics import draw_confusion, draw_curves, read_metrics
 from pvt_ref.train.rates import learning_rate_factors
 from pvt_ref.train.recipe import Recipe, SegmentationRecipe
@@ -39,8 +40,8 @@ from pvt_ref.train.segmentation import evaluate_pixels
 from pvt_ref.train.step import StepReport, TrainState, start_training, train_step
 
 __all__ = [
-    "AdamW", "AdamWState", "ImageFolder", "LabelledImages", "LabelledPairs", "Options",
-    "PairAugment", "PhotoAugment", "Recipe", "Run", "SegmentationRecipe", "StepReport",
+    "AdamW", "AdamWState", "ImageFolder", "LabelledImages", "LabelledPairs", "LossScale",
+    "Options", "PairAugment", "PhotoAugment", "Recipe", "Run", "SegmentationRecipe", "StepReport",
     "TrainState", "adamw_init", "adamw_step", "add_gradients", "class_iou",
     "clip_by_global_norm", "config_of_epoch", "confusion_matrix", "count_pixels", "cutmix",
     "cutout", "draw_confusion", "draw_curves", "drop_path_of_epoch", "ema_decay_of_step",

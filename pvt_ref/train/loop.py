@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 
 from pvt_ref import errors
-from pvt_ref.api import default_ops, init_params
+from pvt_ref.api import choose_ops, init_params
 from pvt_ref.app import Model
 from pvt_ref.arrays import dtype_name, quietly
 from pvt_ref.checkpoint import load, save
@@ -36,7 +36,9 @@ from pvt_ref.draws import What, generator
 from pvt_ref.errors import PVTError, TrainingError, reason, shown
 from pvt_ref.kernels.cpu.threads import default_threads
 from pvt_ref.models.architecture import architecture_of
+from pvt_ref.ops import Ops
 from pvt_ref.report.diagnosis import first_non_finite, is_finite
+from pvt_ref.train.captured import CapturedSteps
 from pvt_ref.train.checks import check_path
 from pvt_ref.train.data_parallel import ALONE, Ranks
 from pvt_ref.train.interrupts import Interrupts
@@ -57,6 +59,7 @@ from pvt_ref.train.step import (
     batch_of_step,
     check_samples,
     diverged,
+    next_step,
     shard_of,
     start_training,
     train_step,
@@ -96,6 +99,7 @@ def fit(
     workers: int | None = None,
     console: Console | None = None,
     ranks: Ranks = ALONE,
+    ops: Ops | None = None,
 ) -> Run:
     """Trains a model, or goes on training it.
 
@@ -128,6 +132,9 @@ def fit(
         ranks: the processes that train together; each calls this with the same arguments. Rank 0
             alone touches the folder. Their number changes no bit, if the table of operations and
             the number of threads are the same.
+        ops: the table of operations for the device; None takes the default. With that of the
+            kernels for CUDA, one rank and classes of images, steps are replayed as CUDA graphs,
+            unless its settings say ``capture=False``; no bit depends on it.
 
     Returns:
         How it ended.
@@ -162,7 +169,9 @@ def fit(
         Model(to_numpy(first), config, info=job.info)  # refuses what is not finite or does not fit
         params: Any = to_device(first, device)
         run = describe_run(config, recipe, data, held_out, first if said else None)
-        table = f"{default_ops(first_array(params))!r}, {default_threads()} threads"
+        ops = choose_ops(ops, first_array(params), architecture_of(config))
+        job = dataclasses.replace(job, ops=ops)
+        table = f"{ops!r}, {default_threads()} threads"
         _check_same_table(ranks.gather(table))  # it decides the last bits
         run["operations"] = {"table": table}
     except PVTError as error:
@@ -174,6 +183,9 @@ def fit(
         interrupts.install()
         state, run = ranks.from_first(lambda: _begin(job, params, data, run, resume))
         state = to_device(state, device)
+        captured = None
+        if ranks.size == 1 and CapturedSteps.can(ops, state.params, config):
+            captured = CapturedSteps(ops)
         metrics = Metrics(job.place / METRICS, state, job.steps) if ranks.is_first else None
         if metrics and metrics.epochs != list(range(1, state.step // job.steps + 1)):
             job.say(f"{metrics.path} lacks epochs that were done, and so will the curves")
@@ -185,7 +197,11 @@ def fit(
                     epoch, chosen = batch_of_step(state.seed, step, len(data), recipe)
                     for _, mine in shard_of(chosen, recipe, ranks):
                         samples.expect(mine, state.seed, epoch)
-                state, report = interrupts.allow(train_step, state, samples, config, recipe, ranks)
+                given = (state, samples, config, recipe, ranks, ops)
+                if captured is None:
+                    state, report = interrupts.allow(train_step, *given)
+                else:
+                    state, report = interrupts.allow(next_step, *given, captured)
                 index = state.step % job.steps
                 progress.step(report, recipe.batch_size, job.answers)
                 line = {"step": state.step, "epoch": state.step / job.steps, "lr": report.lr}
@@ -208,7 +224,9 @@ def fit(
                     progress.epoch(line)
                     samples.share_waited()  # evaluation is no part of the next steps' time
                 elif state.step % log_steps == 0:
-                    line |= {"loss": report.loss, "grad_norm": report.grad_norm}
+                    line["loss"] = report.loss
+                    if not report.skipped:
+                        line["grad_norm"] = report.grad_norm
                     _write(job, metrics, line)
                 if index and time.monotonic() - saved_at > save_seconds:
                     _check_weights(job, state, report.lr)
@@ -292,6 +310,7 @@ class _Job:
     steps: int
     console: Console | None
     ranks: Ranks
+    ops: Ops | None = None  # None until it is known where the weights lie
 
     def say(self, text: str) -> None:
         show(self.console, text)
@@ -374,8 +393,10 @@ def _check_resumed(job: _Job, state: TrainState) -> None:
     for name, most in at_most.items():
         if getattr(state, name) > most:
             raise _edited(job, f"{name} is {getattr(state, name)}, and can be {most} at most")
-    if state.optimizer.t != state.step:
-        raise _edited(job, f"t is {state.optimizer.t} after step {state.step}")
+    skipped = 0 if state.loss_scale is None else state.loss_scale.skipped
+    if state.optimizer.t + skipped != state.step:
+        without = f", {skipped} of them skipped" if skipped else ""
+        raise _edited(job, f"t is {state.optimizer.t} after step {state.step}{without}")
     accuracy, shown_to = state.best_accuracy, len(job.held_out)
     dense = job.held_out.has_label_maps  # then it is a mean over classes
     if state.best_epoch and not dense and accuracy != round(accuracy * shown_to) / shown_to:
@@ -400,12 +421,14 @@ def _measure(job: _Job, state: TrainState, lr: float) -> tuple[float, dict[str, 
     """Loss, and accuracy and the like, of the averaged weights on what is held out."""
     config, held_out = job.config, job.held_out
     if architecture_of(config).dense:
-        loss, counts = quietly(evaluate_pixels, state.average, config, held_out, job.ranks)
+        loss, counts = quietly(evaluate_pixels, state.average, config, held_out, job.ranks, job.ops)
         scores = {"accuracy": pixel_accuracy(counts), "miou": mean_iou(counts)}
         if math.isnan(scores["miou"]):
             raise TrainingError("what is held out has no pixel with a label, so no epoch is best")
     else:
-        loss, accuracy = quietly(evaluate, state.average, config, held_out, None, job.ranks)
+        loss, accuracy = quietly(
+            evaluate, state.average, config, held_out, None, job.ranks, job.ops
+        )
         scores = {"accuracy": accuracy}
     if not math.isfinite(loss):
         images = held_out.batch(slice(0, 64), like=first_array(state.average))

@@ -28,6 +28,7 @@ from pvt_ref.models.architecture import (
 )
 from pvt_ref.train.adamw import AdamWState
 from pvt_ref.train.checks import check_path
+from pvt_ref.train.loss_scale import LossScale
 from pvt_ref.train.recipe import Recipe
 from pvt_ref.train.step import BEST_SO_FAR, TrainState, check_state
 from pvt_ref.tree import digest, to_numpy, without_buffers
@@ -44,6 +45,8 @@ _NUMBERS = (
     *("step", "seed", "samples", "epoch_loss", "epoch_hits"),
     *("best_accuracy", "best_epoch", "best_sha256"),
 )
+#: There only if the loss is scaled.
+_SCALE = "loss_scale"
 #: Of the recipe, since version 0.2.0.
 _LATER_FIELDS = ("cutmix_alpha", "erasing", "layer_decay", "frozen", "schedule")
 _ANEW = "or start anew in another folder"
@@ -73,6 +76,8 @@ def save_state(path: str | os.PathLike[str], state: TrainState, run: Mapping[str
     }
     numbers = {name: getattr(state, name) for name in _NUMBERS}
     record = {"format": FORMAT, "run": _as_run(run), "t": optimizer.t, **numbers}
+    if state.loss_scale is not None:
+        record[_SCALE] = dataclasses.asdict(state.loss_scale)
     # NumPy's numbers as plain ones, as they will be read
     record = json.loads(json.dumps(record, default=lambda number: number.item()))
     record["sha256"] = digest(tensors, record)
@@ -158,7 +163,8 @@ def _record(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> d
         advice = _OTHER_FORMATS.get(str(record["format"]), "Go on with the version that began it")
         what = f"a training of format {shown(record['format'])}"
         raise CheckpointError(f"{what}; this version reads {FORMAT!r}. {advice}")
-    if strange := record.keys() ^ {"format", "sha256", "run", "t", *_NUMBERS}:
+    known = {"format", "sha256", "run", "t", *_NUMBERS, *(record.keys() & {_SCALE})}
+    if strange := record.keys() ^ known:
         what = f"{shown(min(strange))} is missing or unknown"
         raise CheckpointError(f"not the whole state of a training: {what}")
     expected = record.pop("sha256")
@@ -206,9 +212,18 @@ def _state(
     params, m, v, average = records.values()
     numbers = {name: record[name] for name in _NUMBERS}
     optimizer = AdamWState(record["t"], m, v)
+    if _SCALE in record:
+        numbers[_SCALE] = _loss_scale(record[_SCALE])
     state = TrainState(params=params, optimizer=optimizer, average=average, **numbers)
     check_state(state)
     return state
+
+
+def _loss_scale(values: Any) -> LossScale:
+    names = [field.name for field in dataclasses.fields(LossScale)]
+    if not isinstance(values, dict) or values.keys() != set(names):
+        raise CheckpointError(f"{_SCALE} is {shown(values)}; it must have {', '.join(names)}")
+    return LossScale(**values)
 
 
 def _with_later_fields(run: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ from pvt_ref.data.samples import Samples
 from pvt_ref.dense import resize_logits
 from pvt_ref.layers.cross_entropy import cross_entropy
 from pvt_ref.layers.resize import resize
-from pvt_ref.ops import REFERENCE
+from pvt_ref.ops import REFERENCE, Ops
 from pvt_ref.tree import first_array, to_numpy
 
 
@@ -57,7 +57,11 @@ def pixel_loss(logits: Array, labels: Array, recipe: Any) -> tuple[Array, Array,
 
 
 def evaluate_pixels(
-    params: Any, config: Any, data: LabelledPairs, ranks: Any = None
+    params: Any,
+    config: Any,
+    data: LabelledPairs,
+    ranks: Any = None,
+    ops: Ops | None = None,
 ) -> tuple[float, np.ndarray]:
     """Loss and confusion matrix over whole pictures, at the size of their label maps.
 
@@ -69,6 +73,7 @@ def evaluate_pixels(
         data: what to look at.
         ranks: :class:`~pvt_ref.train.data_parallel.Ranks` that share the pictures; the result is
             the same for any number of them. None: this process does all.
+        ops: a table of operations; None takes the default.
 
     Returns:
         The mean cross-entropy of the pixels that count, and (K, K) int64: row the true class,
@@ -82,7 +87,7 @@ def evaluate_pixels(
     found = []
     for pixels, labels in in_order(data.pair, numbers, 4):
         image = data.preprocessing.normalize(pixels[None], like)  # (1, C, H, W)
-        logits = forward(params, image, config)
+        logits = forward(params, image, config, ops=ops)
         full = resize_logits(logits, pixels.shape[1:], labels.shape)  # (1, K, H', W')
         targets = from_host(labels[None].astype(np.int64), like=full)
         loss, _ = cross_entropy(full, targets, reduction="sum", ignore_index=IGNORED)

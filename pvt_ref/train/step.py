@@ -9,8 +9,9 @@ import functools
 import itertools
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from pvt_ref.api import (
     backward,
     batch_buffers,
     check_has_classifier,
+    choose_ops,
     forward_with_cache,
     with_buffers,
 )
@@ -37,16 +39,20 @@ from pvt_ref.draws import Draws, SampleDraws, What, generator
 from pvt_ref.errors import PVTError, RangeError, ShapeError, TrainingError, shown
 from pvt_ref.layers.cross_entropy import cross_entropy
 from pvt_ref.models.architecture import architecture_of, architectures, check_params_type
+from pvt_ref.ops import Ops
 from pvt_ref.report.diagnosis import first_non_finite
 from pvt_ref.train.adamw import AdamWState, adamw_init, adamw_step
+from pvt_ref.train.captured import Batch, CapturedSteps
 from pvt_ref.train.data_parallel import ALONE, Part, Ranks, add_part, add_trees
 from pvt_ref.train.ema import ema_decay_of_step, ema_step
 from pvt_ref.train.gradients import add_gradients, clip_by_global_norm
+from pvt_ref.train.loss_scale import LossScale, scale_for
+from pvt_ref.train.on_device import settings_for, update
 from pvt_ref.train.rates import learning_rate_factors, without_frozen
 from pvt_ref.train.recipe import Recipe, SegmentationRecipe
 from pvt_ref.train.schedule import config_of_epoch
 from pvt_ref.train.segmentation import draw_pairs, pixel_loss
-from pvt_ref.tree import first_array, record, to_numpy, without_buffers
+from pvt_ref.tree import first_array, map_arrays, record, to_numpy, without_buffers
 
 #: For those who start anew.
 BEST_SO_FAR = "first=pvt_ref.load('.../best.safetensors').params begins with the best so far"
@@ -67,6 +73,7 @@ class TrainState:
     best_accuracy: float = -1.0  # of average, on the samples held out; -1 before the first epoch
     best_epoch: int = 0  # after how many epochs that was; 0 before the first
     best_sha256: str = ""  # of average then, by which its file is known; "" before
+    loss_scale: LossScale | None = None  # of half precision; None: the loss is not scaled
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +84,7 @@ class StepReport:
     hits: int  # samples of the batch whose likeliest class was (mostly) theirs
     lr: float  # the learning rate, of the head if layers have their own
     grad_norm: float  # norm of all gradients but those of frozen weights, before clipping
+    skipped: bool = False  # whether weights stay: scaled gradients, and so grad_norm, not finite
 
 
 def start_training(params: Any, samples: int, seed: int) -> TrainState:
@@ -99,7 +107,12 @@ def start_training(params: Any, samples: int, seed: int) -> TrainState:
 
 
 def train_step(
-    state: TrainState, data: Samples, config: Any, recipe: Recipe, ranks: Ranks = ALONE
+    state: TrainState,
+    data: Samples,
+    config: Any,
+    recipe: Recipe,
+    ranks: Ranks = ALONE,
+    ops: Ops | None = None,
 ) -> tuple[TrainState, StepReport]:
     """The next state: draw a batch, change it at random, forward, loss, backward, clip, update.
 
@@ -109,6 +122,8 @@ def train_step(
         config: the model, with drop-path rates as they are at their peak.
         recipe: how.
         ranks: the processes that share the step's micro-batches; all call this with the same.
+        ops: the table of operations; None takes the default. If its precision is float16, the loss
+            is scaled, and a step whose gradients are not finite changes no weight.
 
     Returns:
         The next state, and how the step went.
@@ -116,22 +131,42 @@ def train_step(
     Raises:
         TrainingError: if the loss or a gradient is not finite, but for gradients of frozen weights;
             the message has the step, the learning rate, and the first layer whose output was not.
-            Also if data do not suit, or the model lacks what the recipe freezes.
+            With a scaled loss, gradients may be so until the scale is small. Also if data do not
+            suit, or the model lacks what the recipe freezes.
         RangeError: if a number in state is outside its range, or crop_padding exceeds the images.
         ShapeError: if state is of another model, or of another number of samples.
         ArrayTypeError, ConfigError, PVTError: as :func:`pvt_ref.forward_with_cache`.
     """
+    return next_step(state, data, config, recipe, ranks, ops)
+
+
+def next_step(
+    state: TrainState,
+    data: Samples,
+    config: Any,
+    recipe: Recipe,
+    ranks: Ranks,
+    ops: Ops | None,
+    captured: CapturedSteps | None = None,
+) -> tuple[TrainState, StepReport]:
+    """:func:`train_step`; with captured, the new state holds arrays that the step after changes."""
     check_type("ranks", ranks, Ranks, "from pvt_ref.train.data_parallel")
     check_samples(data, "data", config, recipe)
     check_state(state)
     if state.samples != len(data):
         raise ShapeError(f"state is of a training on {state.samples} samples; data has {len(data)}")
     # what is not finite is found, and named
-    return quietly(_step, state, data, config, recipe, ranks)
+    return quietly(_step, state, data, config, recipe, ranks, ops, captured)
 
 
 def _step(
-    state: TrainState, data: Samples, config: Any, recipe: Recipe, ranks: Ranks
+    state: TrainState,
+    data: Samples,
+    config: Any,
+    recipe: Recipe,
+    ranks: Ranks,
+    ops: Ops | None,
+    captured: CapturedSteps | None,
 ) -> tuple[TrainState, StepReport]:
     steps = recipe.steps_per_epoch(len(data))
     epoch, index = divmod(state.step, steps)
@@ -140,31 +175,33 @@ def _step(
         factors = learning_rate_factors(config, recipe.layer_decay, recipe.frozen)
     config = config_of_epoch(config, epoch, recipe.drop_path_ramp_epochs)
     row = architecture_of(config)
-    has_norms, loss_of = row.batch_buffers is not None, pixel_loss if row.dense else image_loss
+    has_norms = row.batch_buffers is not None
+    ops = choose_ops(ops, first_array(state.params), row)
+    scaling = scale_for(ops, state.loss_scale)
+    scale = None if scaling is None else scaling.scale
     if index == 0:
         state = dataclasses.replace(state, epoch_loss=0.0, epoch_hits=0)
     chosen = batch_of_step(state.seed, state.step, len(data), recipe)[1]
     lr = recipe.learning_rate(state.step, steps)
+    decay = ema_decay_of_step(state.step, recipe.ema_decay)
+    now = _Moment(state.params, config, state.step, steps, lr)
 
-    told, parts = [], []
+    batches: Iterable[Batch] = (
+        _drawn_batch(state, data, samples, chosen, config, recipe, epoch, micro_batch)
+        for micro_batch, samples in shard_of(chosen, recipe, ranks)
+    )
+    replay, parts = None, []
     try:
-        for micro_batch, samples in shard_of(chosen, recipe, ranks):
-            draws = Draws(state.seed, state.step, micro_batch)
-            images, targets = draw_batch(state.params, data, samples, config, recipe, epoch, draws)
-            logits, cache = forward_with_cache(
-                state.params, images, config, draws, batch_statistics=has_norms
-            )
-            part_loss, dlogits, part_hits = loss_of(logits, targets, recipe)
-            value = float(part_loss)  # once: it makes the host wait for the device
-            if not math.isfinite(value):
-                culprit = first_non_finite(state.params, images, config, draws)
-                raise diverged(f"the loss is {value}", state.step, steps, lr, culprit)
-            part_grads, _ = backward(state.params, cache, dlogits, config)
-            seen = to_numpy(batch_buffers(cache)) if has_norms else None
-            del cache  # the largest thing here; the next micro-batch makes its own
-            share = len(samples) / len(chosen)
-            add_part(parts, Part(0, micro_batch, add_gradients(None, part_grads, share)), add_trees)
-            told.append((share * value, part_hits, seen))
+        if captured is not None:
+            batches = list(batches)
+            replay = captured(state, batches, config, recipe, lr, factors, scale, decay)
+        if replay is None:
+            told, parts = _passes(now, batches, recipe, ops, scale)
+        else:
+            told = [
+                _told(now, batch, value, hits)
+                for batch, (value, hits) in zip(batches, replay.told, strict=True)
+            ]
     except PVTError as error:
         ranks.fail(error)
         raise
@@ -173,26 +210,114 @@ def _step(
         loss, hits = loss + part_loss, hits + part_hits
         if has_norms:
             moved = with_buffers(moved, seen)
-    grads = ranks.sum(parts, recipe.accumulate)
-    if factors is not None:
-        grads = without_frozen(grads, factors)
     max_norm = math.inf if recipe.clip_norm is None else recipe.clip_norm
-    grads, norm = clip_by_global_norm(grads, max_norm)
-    largest = float(np.finfo(dtype_name(first_array(state.params))).max)
-    if not min(norm, max_norm) ** 2 < largest or not math.isfinite(norm):  # AdamW squares them
-        culprit = first_non_finite(grads)
-        raise diverged(f"the norm of the gradients is {norm}", state.step, steps, lr, culprit)
 
-    decay = ema_decay_of_step(state.step, recipe.ema_decay)
     # the loop looks at weights before it keeps them
-    trained = without_buffers(state.params)
-    params, optimizer = adamw_step(trained, grads, state.optimizer, lr, recipe.optimizer, factors)
-    if has_norms:
-        params = dataclasses.replace(params, buffers=moved.buffers)
-    average = ema_step(state.average, params, decay)
+    trained, optimizer, rule = without_buffers(state.params), state.optimizer, recipe.optimizer
+    if replay is not None:
+        norm, params, optimizer, average = replay[1:]
+        skipped = _is_skipped(now, norm, max_norm, scaling, None)
+    else:
+        grads = ranks.sum(parts, recipe.accumulate)
+        if (cuda := settings_for(ops, trained)) is not None:
+            params, optimizer, norm = update(
+                trained, grads, optimizer, lr, rule, factors, max_norm, scale, cuda
+            )
+            skipped = _is_skipped(now, norm, max_norm, scaling, grads)
+        else:
+            if factors is not None:
+                grads = without_frozen(grads, factors)
+            if scale is not None:
+                grads = map_arrays(lambda g: g / scale, grads)
+            grads, norm = clip_by_global_norm(grads, max_norm)
+            params, skipped = trained, _is_skipped(now, norm, max_norm, scaling, grads)
+            if not skipped:
+                params, optimizer = adamw_step(trained, grads, optimizer, lr, rule, factors)
+        if has_norms:
+            params = dataclasses.replace(params, buffers=moved.buffers)
+        average = ema_step(state.average, params, decay)
     changes = {"step": state.step + 1, "params": params, "optimizer": optimizer, "average": average}
     totals = {"epoch_loss": state.epoch_loss + loss, "epoch_hits": state.epoch_hits + hits}
-    return dataclasses.replace(state, **changes, **totals), StepReport(loss, hits, lr, norm)
+    if scaling is not None:
+        changes["loss_scale"] = scaling.after(not skipped)
+    report = StepReport(loss, hits, lr, norm, skipped)
+    return dataclasses.replace(state, **changes, **totals), report
+
+
+class _Moment(NamedTuple):
+    """A step before it is done: what it computes with, and where the training is."""
+
+    params: Any
+    config: Any
+    step: int
+    steps: int  # of an epoch
+    lr: float
+
+    def diverged(self, what: str, culprit: str) -> TrainingError:
+        return diverged(what, self.step, self.steps, self.lr, culprit)
+
+
+def _drawn_batch(
+    state: TrainState,
+    data: Samples,
+    samples: np.ndarray,
+    chosen: np.ndarray,
+    config: Any,
+    recipe: Recipe,
+    epoch: int,
+    micro_batch: int,
+) -> Batch:
+    """A micro-batch of the samples, of the batch that was chosen."""
+    draws = Draws(state.seed, state.step, micro_batch)
+    drawn = draw_batch(state.params, data, samples, config, recipe, epoch, draws)
+    return Batch(draws, len(samples) / len(chosen), *drawn)
+
+
+def _told(
+    now: _Moment, batch: Batch, loss: float, hits: int, seen: Any = None
+) -> tuple[float, int, Any]:
+    """What a micro-batch tells all ranks; refuses a loss that is not finite."""
+    if not math.isfinite(loss):
+        culprit = first_non_finite(now.params, batch.images, now.config, batch.draws)
+        raise now.diverged(f"the loss is {loss}", culprit)
+    return batch.share * loss, hits, seen
+
+
+def _passes(
+    now: _Moment, batches: Iterable[Batch], recipe: Recipe, ops: Ops, scale: float | None
+) -> tuple[list[tuple[float, int, Any]], list[Part]]:
+    """Forward and backward of each micro-batch: what it tells, and sums of gradients."""
+    row = architecture_of(now.config)
+    has_norms, loss_of = row.batch_buffers is not None, pixel_loss if row.dense else image_loss
+    told, parts = [], []
+    for batch in batches:
+        logits, cache = forward_with_cache(
+            now.params, batch.images, now.config, batch.draws, ops=ops, batch_statistics=has_norms
+        )
+        loss, dlogits, hits = loss_of(logits, batch.targets, recipe)
+        seen = to_numpy(batch_buffers(cache)) if has_norms else None
+        told.append(_told(now, batch, float(loss), hits, seen))  # the host waits for the device
+        if scale is not None:
+            dlogits = dlogits * scale
+        grads, _ = backward(now.params, cache, dlogits, now.config)
+        del cache  # the largest thing here; the next micro-batch makes its own
+        grads = add_gradients(None, grads, batch.share)
+        add_part(parts, Part(0, batch.draws.micro_batch, grads), add_trees)
+    return told, parts
+
+
+def _is_skipped(
+    now: _Moment, norm: float, max_norm: float, scaling: LossScale | None, grads: Any
+) -> bool:
+    """Whether a smaller scale of the loss may mend the gradients; refuses what it would not."""
+    largest = float(np.finfo(dtype_name(first_array(now.params))).max)
+    finite = math.isfinite(norm)
+    if finite and min(norm, max_norm) ** 2 < largest:  # AdamW squares them
+        return False
+    if not finite and scaling is not None and not scaling.is_least:
+        return True
+    culprit = "A CUDA graph keeps none of them to look at" if grads is None else ""
+    raise now.diverged(f"the norm of the gradients is {norm}", culprit or first_non_finite(grads))
 
 
 def image_loss(logits: Array, targets: Array, recipe: Recipe) -> tuple[Array, Array, int]:
@@ -304,6 +429,8 @@ def check_state(state: TrainState) -> None:
     for name, most in bounds.items():
         check_number(f"state.{name}", getattr(state, name), least=0, most=most, whole=True)
     check_number("state.optimizer.t", state.optimizer.t, least=0, most=2**53, whole=True)
+    if state.loss_scale is not None:
+        check_type("state.loss_scale", state.loss_scale, LossScale, "or None")
     check_number("state.epoch_loss", state.epoch_loss, least=0)
     none = state.best_epoch == 0  # no epoch has been measured
     accuracy = check_number("state.best_accuracy", state.best_accuracy, least=-1, most=1)

@@ -8,14 +8,16 @@ tests run them on NumPy arrays without a GPU.
 import functools
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from pvt_ref.arrays import Array, address, array_module, dtype_name
+from pvt_ref.arrays import Array, address, array_module, dtype_name, explained
 from pvt_ref.errors import DeviceError, reason
+from pvt_ref.kernels.cuda.capture import Graphs
 from pvt_ref.ops import Operation
 
 HERE = Path(__file__).parent
@@ -122,10 +124,19 @@ class Cuda:
         launch: starts a kernel.
         blocks: among how many blocks of threads a sum is shared at most. It decides how sums are
             rounded, so it is no number of the GPU at hand: this many fill the largest of today.
+        capture: whether predict and a training replay what repeats as CUDA graphs. No bit depends
+            on it.
+        graphs: those captured so far.
     """
 
     launch: Launch = field(default=on_gpu, repr=False)
     blocks: int = 264
+    capture: bool = field(default=True, repr=False, kw_only=True)
+    graphs: Graphs = field(default_factory=Graphs, repr=False, compare=False, kw_only=True)
+
+    def scope(self) -> AbstractContextManager[None]:
+        """Around a public call: an error of CUDA names its cure."""
+        return explained()
 
 
 def is_float32(*arrays: Array) -> bool:

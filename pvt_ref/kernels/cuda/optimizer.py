@@ -9,7 +9,8 @@ from itertools import accumulate
 
 import numpy as np
 
-from pvt_ref.arrays import Array, address, array_module, from_host
+from pvt_ref.arrays import Array, address, array_module
+from pvt_ref.kernels.cuda.capture import constant
 from pvt_ref.kernels.cuda.launch import THREADS, Cuda, Function
 from pvt_ref.tree import record
 
@@ -50,12 +51,19 @@ def _like(arrays: Sequence[Array]) -> tuple[Array, ...]:
 
 
 def gather(
-    weights: Sequence[Array], grads: Sequence[Array], m: Sequence[Array], v: Sequence[Array]
+    weights: Sequence[Array],
+    grads: Sequence[Array],
+    m: Sequence[Array],
+    v: Sequence[Array],
+    in_place: bool = False,
 ) -> Arrays:
-    """The arrays of one step, float32 and of the same shapes in each of the four."""
+    """The arrays of one step, float32 and of the same shapes in each of the four.
+
+    in_place: the step changes weights, m and v, which are contiguous; else it makes new ones.
+    """
     xp = array_module(weights[0])
     given = tuple(tuple(map(xp.ascontiguousarray, each)) for each in (weights, grads, m, v))
-    made = tuple(_like(weights) for _ in range(3))
+    made = (given[0], *given[2:]) if in_place else tuple(_like(weights) for _ in range(3))
     addresses = [[address(x) for x in row] for row in zip(*given, *made, strict=True)]
     chunks = [
         (a, first, min(first + _CHUNK, x.size))
@@ -63,16 +71,20 @@ def gather(
         for first in range(0, x.size, _CHUNK)
     ]
     tables = np.array(addresses, np.uint64), np.array(chunks, np.int32)
-    return Arrays(given, made, *(from_host(table, like=weights[0]) for table in tables))
+    return Arrays(given, made, *(constant(table, like=weights[0]) for table in tables))
 
 
-def clip_factor(arrays: Arrays, max_norm: float, cuda: Cuda) -> Array:
-    """(2,): the factor that makes the gradients' common norm at most max_norm, and the norm."""
+def clip_factor(arrays: Arrays, max_norm: float, cuda: Cuda, scale: Array | None = None) -> Array:
+    """(2,): the factor that makes the gradients' common norm at most max_norm, and the norm.
+
+    scale (1,) float32: how many times too large the gradients are, as a scaled loss makes them;
+    the norm is that of what they should be, and the factor divides by the scale too.
+    """
     xp, blocks = array_module(arrays.chunks), len(arrays.chunks)
     parts, clip = xp.empty(blocks, xp.float64), xp.empty(2, xp.float32)
     squares = (arrays.addresses, arrays.chunks, parts)
     cuda.launch(SUMS_OF_SQUARES, (blocks,), (THREADS,), squares)
-    cuda.launch(CLIP_FACTOR, (1,), (THREADS,), (parts, blocks, float(max_norm), clip))
+    cuda.launch(CLIP_FACTOR, (1,), (THREADS,), (parts, blocks, float(max_norm), scale, clip))
     return clip
 
 
@@ -96,7 +108,8 @@ def adamw(
         beta2: as beta1.
         eps: as beta1.
         cuda: the settings.
-        clip: what :func:`clip_factor` returned; None leaves the gradients as they are.
+        clip: what :func:`clip_factor` returned; None leaves the gradients as they are. If the norm
+            in it is not finite, the new arrays are as the old.
     """
     betas = (beta1, 1 - beta1, beta2, 1 - beta2)
     arguments = (arrays.addresses, rates, arrays.chunks, clip, *map(float, betas), float(eps))

@@ -23,13 +23,14 @@ def cuda_ops() -> Ops:
     return Ops({sum_rows: SUM_BY_PRODUCT}, name="cuda", accepts=is_cupy)
 
 
-def cuda_kernels() -> Ops:
+def cuda_kernels(*, capture: bool = True) -> Ops:
     """The kernels for CuPy arrays of float32; what they cannot compute, the readable layers do.
 
     They have run on the CPU only, in the tests' emulation of CUDA, and on no GPU yet. So they are
-    not the default: ``ops=cuda_kernels()``, or PVT_REF_OPS=kernels in the environment.
+    not the default: ``ops=cuda_kernels()``, or PVT_REF_OPS=kernels in the environment. Without
+    capture, trainings launch what they would replay as CUDA graphs.
     """
-    return table_with(Cuda(), is_cupy)
+    return table_with(Cuda(capture=capture), is_cupy)
 
 
 @functools.lru_cache(maxsize=16)
