@@ -46,6 +46,7 @@ TYPES = {
     "float": (np.dtype(np.float32), 4),
     "float4": (np.dtype(np.float32), 16),
     "double": (np.dtype(np.float64), 8),
+    "half_bits": (np.dtype(np.uint16), 2),  # of a float16 or bfloat16
     "int": (np.dtype(np.int32), 4),
     "size_t": (np.dtype(np.uint64), 8),  # addresses: arrays that are reached by them are unguarded
 }

@@ -15,13 +15,20 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from pvt_ref.arrays import Array, address, array_module, dtype_name
-from pvt_ref.errors import DeviceError, reason
+from pvt_ref.errors import ConfigError, DeviceError, RangeError, reason, shown
+from pvt_ref.kernels.cuda.cublaslt import Finder
+from pvt_ref.kernels.cuda.cublaslt import on_gpu as cublaslt_on_gpu
 from pvt_ref.ops import Operation
 
 HERE = Path(__file__).parent
 
 #: More numbers than an int of a kernel counts are left to the readable layers.
 MOST_NUMBERS = 2**31 - 1
+
+#: In what a product's factors are rounded, and what may compute it.
+PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
+HALVES = ("float16", "bfloat16")
+PRODUCTS = ("own", "cublaslt", "cupy")
 
 #: Threads of a block, where nothing speaks for another number.
 THREADS = 256
@@ -122,10 +129,35 @@ class Cuda:
         launch: starts a kernel.
         blocks: among how many blocks of threads a sum is shared at most. It decides how sums are
             rounded, so it is no number of the GPU at hand: this many fill the largest of today.
+        products: what computes matrix products: ``"own"``, a kernel of this package;
+            ``"cublaslt"``, NVIDIA's library; or ``"cupy"``, which leaves them to CuPy.
+        precision: in what the factors of products are rounded: ``"float32"``, not at all;
+            ``"tf32"``, 10 bits of mantissa; ``"float16"``, as many, and 65504 is the largest
+            number; ``"bfloat16"``, 7 bits. All else is float32: sums, norms, softmax, losses.
+        cublaslt: finds cuBLASLt for an array.
+
+    Raises:
+        RangeError: if products or precision is none of these.
+        ConfigError: if products cannot have that precision.
     """
 
     launch: Launch = field(default=on_gpu, repr=False)
     blocks: int = 264
+    products: str = "own"
+    precision: str = "float32"
+    cublaslt: Finder = field(default=cublaslt_on_gpu, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, known in (("products", PRODUCTS), ("precision", PRECISIONS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise RangeError(f"{name} is {shown(value)}; it must be one of {', '.join(known)}")
+        able = {"own": ("float32", "tf32"), "cublaslt": PRECISIONS, "cupy": ("float32",)}
+        if self.precision not in able[self.products]:
+            raise ConfigError(
+                f"products={self.products!r} cannot compute in {self.precision}. "
+                f"products='cublaslt' can"
+            )
 
 
 def is_float32(*arrays: Array) -> bool:
