@@ -17,7 +17,7 @@ from pvt_ref import REFERENCE, Operation, blocked_ops
 from pvt_ref.api import choose_ops, default_ops
 from pvt_ref.errors import ArrayTypeError, DeviceError, RangeError
 from pvt_ref.kernels.cuda import launch
-from pvt_ref.kernels.cuda.launch import HERE, Cuda, Function, on_gpu, source
+from pvt_ref.kernels.cuda.launch import HALVES, HERE, Cuda, Function, on_gpu, source
 from pvt_ref.kernels.cuda.layer_norm import lanes_and_pieces
 from pvt_ref.kernels.cuda.table import cuda_kernels, cuda_ops, table_with
 from pvt_ref.layers.sum_rows import sum_rows
@@ -88,7 +88,9 @@ def test_replacing_the_sum_takes_effect_there_too():
 def test_tables_of_equal_settings_are_equal_and_pickle():
     assert table_with(Cuda(), None) == table_with(Cuda(), None)
     assert table_with(Cuda(blocks=5), None) != table_with(Cuda(), None)
-    assert repr(table_with(Cuda(blocks=5), None)) == "Ops('cuda kernels', Cuda(blocks=5))"
+    assert repr(table_with(Cuda(blocks=5), None)) == (
+        "Ops('cuda kernels', Cuda(blocks=5, products='own', precision='float32'))"
+    )
     for table in (cuda_ops(), cuda_kernels()):
         assert pickle.loads(pickle.dumps(table)) == table
 
@@ -224,7 +226,18 @@ def files_with_macros():
                 yield Function(f"{name}.cu", "", (("D", d), ("LANES", lanes)))
     for piece in ("float", "float4"):
         yield Function("windows.cu", "", (("PIECE", piece),))
-    for name in ("sum_rows", "gelu", "depthwise_conv", "optimizer", "mlp"):
+    for tile, piece in ((64, 4), (32, 4), (32, 1)):
+        for layout in ((0, 0), (0, 1), (1, 1), (1, 0)):
+            for terms in (3, 1):
+                values = (tile, terms, *layout, piece)
+                names = ("TILE", "TERMS", "A_IN_COLUMNS", "B_IN_COLUMNS", "PIECE")
+                yield Function("product.cu", "", tuple(zip(names, values, strict=True)))
+    for half in HALVES:
+        yield Function("cast.cu", "", (("CAST", f"to_{half}"),))
+    for name in (
+        *("sum_rows", "gelu", "depthwise_conv", "optimizer", "mlp"),
+        *("product_parts", "product_plain", "product_tiled"),
+    ):
         yield Function(f"{name}.cu", "")
 
 

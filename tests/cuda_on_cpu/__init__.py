@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pvt_ref.kernels.cuda.cublaslt import CublasLt
 from pvt_ref.kernels.cuda.launch import Function, source
 
 HEADER = Path(__file__).parent / "cuda_on_cpu.h"
@@ -85,6 +86,15 @@ class Fault(ctypes.Structure):
     ]
 
 
+class Memory(ctypes.Structure):
+    """What the header uses of memory, for all files; it fills this in."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("stacks", "shared", "owner")]
+
+
+_memory = Memory()
+
+
 def why_not() -> str | None:
     """The reason why kernels cannot be compiled here, or None if they can."""
     if sys.platform != "linux":
@@ -130,8 +140,10 @@ def as_cpp(function: Function) -> str:
         calls += (
             f"static void call_{name}(void **v) {{ {name}({', '.join(values)}); }}\n"
             f'extern "C" int launch_{name}(void **v, const unsigned *grid, const unsigned *block, '
-            f"unsigned order, unsigned shared, cuda_on_cpu::Fault *fault)\n"
-            f"{{ return cuda_on_cpu::run(call_{name}, v, grid, block, order, shared, fault); }}\n"
+            f"unsigned order, unsigned shared, cuda_on_cpu::Fault *fault, "
+            f"cuda_on_cpu::Memory *memory)\n"
+            f"{{ return cuda_on_cpu::run(call_{name}, v, grid, block, order, shared, fault, "
+            f"memory); }}\n"
         )
     return f'#include "cuda_on_cpu.h"\n{defines}{body}\n{calls}'
 
@@ -140,19 +152,53 @@ def as_cpp(function: Function) -> str:
 def compiled(function: Function) -> ctypes.CDLL:
     """The library of a function's file and macros, which g++ makes the first time."""
     code = as_cpp(function)
-    key = hashlib.sha256(repr((code, HEADER.read_text("utf-8"), FLAGS)).encode()).hexdigest()[:16]
-    library = CACHE / f"{Path(function.file).stem}-{key}.so"
+    return _library(Path(function.file).stem, code, FLAGS, HEADER.read_text("utf-8"))
+
+
+def _library(name: str, code: str, flags: tuple[str, ...], more: str = "") -> ctypes.CDLL:
+    """What g++ makes of code; more is what else its content depends on."""
+    key = hashlib.sha256(repr((code, more, flags)).encode()).hexdigest()[:16]
+    library = CACHE / f"{name}-{key}.so"
     if not library.exists():
         CACHE.mkdir(mode=0o700, exist_ok=True)
         assert CACHE.stat().st_uid == os.getuid(), f"{CACHE} is somebody else's"
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             made = Path(folder) / "made.so"
-            command = ["g++", *FLAGS, f"-I{HEADER.parent}", "-o", str(made), "-"]
+            command = ["g++", *flags, f"-I{HEADER.parent}", "-o", str(made), "-"]
             done = subprocess.run(command, input=code, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise KernelError(f"{function.file} does not compile:\n{done.stderr}")
+                raise KernelError(f"{name} does not compile:\n{done.stderr}")
             made.replace(library)  # whole, or not there: another process may compile the same
     return ctypes.CDLL(str(library))
+
+
+class StandIn:
+    """cuBLASLt's stand-in (cublaslt.cpp), as kernels/cuda/cublaslt.py finds a library.
+
+        table_with(Cuda(Emulation(), products="cublaslt", cublaslt=StandIn()), is_numpy)
+
+    Attributes:
+        functions: the library, with some functions for tests.
+        library: what the kernels' table gets, once it was asked for.
+    """
+
+    def __init__(self) -> None:
+        code = (HEADER.parent / "cublaslt.cpp").read_text("utf-8")
+        flags = ("-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-x", "c++")
+        self.functions = _library("cublaslt", code, flags)
+        self.functions.stand_in_complaint.restype = ctypes.c_char_p
+        self.functions.stand_in_version.argtypes = (ctypes.c_size_t,)
+        self.library: CublasLt | None = None
+
+    def __call__(self, x: Any) -> CublasLt:
+        if self.library is None:
+            self.library = CublasLt(self.functions)
+        return self.library
+
+    @property
+    def complaint(self) -> str:
+        """Why a call was refused last."""
+        return self.functions.stand_in_complaint().decode()
 
 
 # Memory -------------------------------------------------------------------------------------------
@@ -296,7 +342,7 @@ def _run(
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     fault = Fault()
     sizes = [(ctypes.c_uint * 3)(*each) for each in (grid, threads)]
-    failed = launch(pointers, *sizes, order, shared, ctypes.byref(fault))
+    failed = launch(pointers, *sizes, order, shared, ctypes.byref(fault), ctypes.byref(_memory))
     if failed:
         what, block, thread = fault.what.decode(), tuple(fault.block), tuple(fault.thread)
         if what.startswith("touches"):

@@ -100,6 +100,14 @@ struct Fault {
     unsigned block[3], thread[3];
 };
 
+// Stacks and dynamic shared memory, which all compiled files share: a process may have 65,530
+// mappings, and the stacks with their forbidden pages are 2,048. A Python structure has the same
+// fields.
+struct Memory {
+    char *stacks, *shared;
+    void *owner; // whose fibers have begun on the stacks
+};
+
 constexpr int MOST = 1024;        // threads of a block
 constexpr size_t STACK = 1 << 16; // bytes of a fiber, the last page of which is forbidden
 constexpr size_t MOST_SHARED = 48 << 10;
@@ -351,27 +359,30 @@ inline void run_block(unsigned order)
 // Runs a grid: 0 if it went well. order: threads and blocks rise (0), fall (1), or are shuffled by
 // it.
 inline int run(void (*kernel)(void **), void **values, const unsigned *grid, const unsigned *block,
-               unsigned order, unsigned shared, Fault *told)
+               unsigned order, unsigned shared, Fault *told, Memory *memory)
 {
     constexpr int SIGNALS[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP};
     static char signal_stack[1 << 15];
-    static char *shared_pages = nullptr;
     call = kernel, arguments = values, fault = told;
     grid_size = {grid[0], grid[1], grid[2]}, block_size = {block[0], block[1], block[2]};
     in_block = block[0] * block[1] * block[2];
     block_index = {0, 0, 0}, current = nullptr;
-    if (!stacks) {
-        stacks = (char *)mmap(nullptr, MOST * STACK, PROT_READ | PROT_WRITE,
+    if (!memory->stacks) {
+        memory->stacks = (char *)mmap(nullptr, MOST * STACK, PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        shared_pages = (char *)mmap(nullptr, 2 * MOST_SHARED, PROT_READ | PROT_WRITE,
+        memory->shared = (char *)mmap(nullptr, 2 * MOST_SHARED, PROT_READ | PROT_WRITE,
                                     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (stacks == MAP_FAILED || shared_pages == MAP_FAILED)
+        if (memory->stacks == MAP_FAILED || memory->shared == MAP_FAILED)
             return snprintf(told->what, sizeof told->what, "finds no memory");
-        for (int i = 0; i < MOST; i++) mprotect(stacks + i * STACK, 4096, PROT_NONE);
-        mprotect(shared_pages + MOST_SHARED, MOST_SHARED, PROT_NONE);
+        for (int i = 0; i < MOST; i++) mprotect(memory->stacks + i * STACK, 4096, PROT_NONE);
+        mprotect(memory->shared + MOST_SHARED, MOST_SHARED, PROT_NONE);
     }
+    stacks = memory->stacks;
+    if (memory->owner != fibers)
+        for (int i = 0; i < MOST; i++) fibers[i].begun = false;
+    memory->owner = fibers;
     dynamic_bytes = (shared + 15) / 16 * 16;
-    dynamic = shared_pages + MOST_SHARED - dynamic_bytes;
+    dynamic = memory->shared + MOST_SHARED - dynamic_bytes;
     struct sigaction mine = {}, before[5];
     stack_t for_signals = {}, old_stack;
     for_signals.ss_sp = signal_stack;

@@ -29,8 +29,9 @@ _MOST_PLANS = 1024
 #: What an algorithm may ask for at most, in bytes.
 _MOST_WORKSPACE = 32 << 20
 
-#: Bytes to whose multiples all arrays are aligned here. cuBLASLt takes 256 for granted.
-ALIGNMENT = 16
+#: What arrays are aligned to at most, in bytes, as far as plans are told. cuBLASLt takes 256 for
+#: granted if it is told nothing.
+_MOST_ALIGNMENT = 16
 
 # of cublasLt.h, library_types.h and cublas_api.h
 _FLOAT32 = 0
@@ -78,7 +79,8 @@ class Factor(Protocol):
 class Problem(NamedTuple):
     """What a plan is for: D (m, n) = op(A) op(B) + bias + C, columns first; C has D's layout.
 
-    Where batch > 1, as many matrices stand so many numbers apart.
+    Where batch > 1, as many matrices stand so many numbers apart. A, B and D lie at multiples of so
+    many bytes.
     """
 
     m: int
@@ -91,8 +93,9 @@ class Problem(NamedTuple):
     ldb: int
     has_bias: bool
     has_residual: bool
-    batch: int = 1
-    steps: tuple[int, int, int] = (0, 0, 0)
+    batch: int
+    steps: tuple[int, int, int]
+    alignments: tuple[int, int, int]
 
 
 class _Heuristic(ctypes.Structure):
@@ -154,10 +157,6 @@ class CublasLt:
         name = f"cublasLt{kind}SetAttribute"
         self._call(name, descriptor, attribute, byref(value), ctypes.sizeof(value))
 
-    def _destroy(self, made: list[tuple[str, c_void_p]]) -> None:
-        for kind, descriptor in made:
-            getattr(self._library, f"cublasLt{kind}Destroy")(descriptor)
-
     def _new_plan(self, problem: Problem) -> "Plan":
         m, n, k, precision = problem[:4]
         made: list[tuple[str, c_void_p]] = []
@@ -171,7 +170,7 @@ class CublasLt:
             ):
                 self._set("MatmulDesc", description, attribute, c_int(value))
             if problem.has_bias:  # only that there is one: the address comes with each call
-                self._set("MatmulDesc", description, _BIAS_POINTER, c_uint64(ALIGNMENT))
+                self._set("MatmulDesc", description, _BIAS_POINTER, c_uint64(_MOST_ALIGNMENT))
             a = (k, m) if problem.a_transposed else (m, k)
             b = (n, k) if problem.b_transposed else (k, n)
             dtype = _TYPES[precision]
@@ -189,8 +188,9 @@ class CublasLt:
                     self._set("MatrixLayout", layout, _BATCH_STEP, c_int64(step))
             preference = self._made("MatmulPreference", made)
             self._set("MatmulPreference", preference, _WORKSPACE, c_uint64(_MOST_WORKSPACE))
-            for attribute in _ALIGNMENTS:
-                self._set("MatmulPreference", preference, attribute, c_uint32(ALIGNMENT))
+            alignments = (*problem.alignments, problem.alignments[2])  # C's is D's
+            for attribute, value in zip(_ALIGNMENTS, alignments, strict=True):
+                self._set("MatmulPreference", preference, attribute, c_uint32(value))
             best, count = _Heuristic(), c_int()
             self._call(
                 "cublasLtMatmulAlgoGetHeuristic",
@@ -204,10 +204,10 @@ class CublasLt:
                     f"{problem}. cuda_kernels(products='own') needs no cuBLASLt"
                 )
         except BaseException:
-            self._destroy(made)
+            _destroy(self._library, made)
             raise
         plan = Plan(description, tuple(layouts), best)
-        weakref.finalize(plan, self._destroy, made).atexit = False
+        weakref.finalize(plan, _destroy, self._library, made).atexit = False
         return plan
 
     def multiply(
@@ -231,6 +231,11 @@ class CublasLt:
         problem = Problem(
             *(N, M, K, precision, not b.in_columns, a.in_columns, b.step, a.step),
             *(bias is not None, residual is not None, batch, steps),
+            (
+                _alignment(b),
+                _alignment(a),
+                _MOST_ALIGNMENT if M * N % 4 == 0 or batch * heads == 1 else 4,
+            ),
         )
         plan = self.plan(problem)
         given = None if bias is None else c_uint64(address(bias))
@@ -260,6 +265,11 @@ class CublasLt:
         return y
 
 
+def _destroy(library: Any, made: list[tuple[str, c_void_p]]) -> None:
+    for kind, descriptor in made:
+        getattr(library, f"cublasLt{kind}Destroy")(descriptor)
+
+
 class Plan:
     """The descriptors of a problem and the algorithm for it; they live as long as this does."""
 
@@ -268,6 +278,12 @@ class Plan:
     ) -> None:
         self.description, self.layouts, self.best = description, layouts, best
         self.lock = threading.Lock()
+
+
+def _alignment(x: Factor) -> int:
+    """Bytes to whose multiples all matrices of a stack are aligned."""
+    together = address(x.array) | x.array.itemsize * (x.outer | x.inner) | _MOST_ALIGNMENT
+    return together & -together  # the largest power of two that divides all
 
 
 #: How the table's settings find the library for an array.

@@ -8,7 +8,6 @@ import math
 from typing import NamedTuple
 
 from pvt_ref.arrays import Array, address, array_module
-from pvt_ref.kernels.cuda.cublaslt import ALIGNMENT
 from pvt_ref.kernels.cuda.launch import (
     HALVES,
     MOST_NUMBERS,
@@ -47,12 +46,12 @@ class Factor(NamedTuple):
     inner: int
 
 
-def _factor(x: Array, alignment: int = 0) -> Factor:
-    """x (..., rows, K) as it lies in memory, or a copy if it lies otherwise or is not aligned."""
+def _factor(x: Array) -> Factor:
+    """x (..., rows, K) as it lies in memory, or a copy if it lies otherwise."""
     rows, K = x.shape[-2:]
     outer, inner, row, column = (step // x.itemsize for step in (0, 0, *x.strides)[-4:])
     row, column = row if rows > 1 else K, column if K > 1 else 1
-    if min(outer, inner) >= 0 and not (alignment and address(x) % alignment):
+    if min(outer, inner) >= 0:
         if column == 1 and row >= K:
             return Factor(x, False, row, outer, inner)
         if row == 1 and column >= rows:
@@ -99,7 +98,7 @@ def multiply(
     columns = xp.matrix_transpose(b)  # (N, K)
     if cuda.precision in HALVES:
         a, columns = _in_half(a, cuda), _in_half(columns, cuda)
-    factors = (_factor(a, ALIGNMENT), _factor(columns, ALIGNMENT))
+    factors = (_factor(a), _factor(columns))
     library = cuda.cublaslt(a)
     return library.multiply(*factors, (*stack, M, N), cuda.precision, bias, residual)
 
