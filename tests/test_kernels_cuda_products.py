@@ -53,11 +53,17 @@ def by_library(precision: str = "float32", stand_in: StandIn | None = None) -> C
     return Cuda(Emulation(5), BLOCKS, "cublaslt", precision, found)
 
 
-def matrix(seed: int, *shape: int, in_columns: bool = False, gap: int = 0) -> np.ndarray:
-    """Normal numbers (..., rows, K) of float32, columns or rows together, gap numbers between."""
+def matrix(
+    seed: int, *shape: int, in_columns: bool = False, gap: int = 0, shift: int = 0
+) -> np.ndarray:
+    """Normal numbers (..., rows, K) of float32, columns or rows together, gap numbers between.
+
+    shift numbers are before them, so that they begin at no multiple of 16 bytes.
+    """
     *stack, rows, K = shape
     lines, along = (K, rows) if in_columns else (rows, K)
-    x = np.full((*stack, lines, along + gap), np.nan, np.float32)
+    whole = (*stack, lines, along + gap)
+    x = np.full(shift + int(np.prod(whole)), np.nan, np.float32)[shift:].reshape(whole)
     x[..., :along] = normal(seed, *stack, lines, along)
     x = x[..., :along]
     return x.swapaxes(-1, -2) if in_columns else x
@@ -78,9 +84,10 @@ def factors(draw):
         draw(st.sampled_from(sizes)) for sizes in ((1, 3, 36, 68), (1, 5, 32, 68), (2, 7, 36))
     )
     a_in_columns, b_in_columns = draw(st.sampled_from([(0, 1), (0, 0), (1, 0), (1, 1)]))
-    gap, seed = draw(st.sampled_from([0, 0, 4, 1])), draw(st.integers(0, 9))
-    a = matrix(seed, M, K, in_columns=bool(a_in_columns), gap=gap)
-    b = matrix(seed + 1, K, N, in_columns=bool(b_in_columns), gap=gap)
+    gap, shift = draw(st.sampled_from([(0, 0), (0, 0), (4, 0), (1, 0), (0, 1)]))
+    seed = draw(st.integers(0, 9))
+    a = matrix(seed, M, K, in_columns=bool(a_in_columns), gap=gap, shift=shift)
+    b = matrix(seed + 1, K, N, in_columns=bool(b_in_columns), gap=gap, shift=shift)
     bias = matrix(seed + 2, 1, N)[0] if draw(st.booleans()) else None
     residual = matrix(seed + 3, M, N) if draw(st.booleans()) else None
     return a, b, bias, residual
@@ -158,6 +165,14 @@ def test_long_sums_of_one_sign_do_not_drift(terms):
     a = 1 + abs(matrix(1, 2, terms)) / 8
     b = 1 + abs(matrix(2, terms, 4)) / 8
     assert relative(multiply(a, b, own()), exact(a, b)) < 4e-7
+
+
+@pytest.mark.parametrize("where", [{"gap": 1}, {"shift": 1}, {"gap": 4}])
+def test_numbers_that_are_not_aligned_are_copied_one_by_one(where):
+    a, b = matrix(1, 5, 36, **where), matrix(2, 36, 8, **where)
+    for cuda in (own(), by_library(), by_library("float16")):
+        y = multiply(a, b, cuda)
+        assert relative(y, exact(a, b)) < TOLERANCES[cuda.precision]
 
 
 # What is not finite -------------------------------------------------------------------------------
