@@ -117,16 +117,15 @@ def test_cublaslt_is_asked_for_the_same(arguments, precision):
     assert np.linalg.norm(y - exact(a, b, bias, residual)) <= TOLERANCES[precision] * scale
 
 
-@pytest.mark.parametrize(
-    "make", [own, lambda: by_library("float32"), lambda: by_library("float16")]
-)
-def test_stacks_of_matrices_are_multiplied_one_by_one(make):
+@pytest.mark.parametrize(("B", "N"), [(2, 3), (3, 2), (1, 3)])
+@pytest.mark.parametrize("make", [own, by_library, lambda: by_library("float16")])
+def test_stacks_of_matrices_are_multiplied_one_by_one(make, B, N):
     cuda = make()
-    a = matrix(1, 2, 3, 7, 20)
-    heads = matrix(2, 2, 20, 36).reshape(2, 20, 3, 12).transpose(0, 2, 1, 3)  # (2, 3, 20, 12)
-    for b in (heads, np.ascontiguousarray(heads), heads[:1].repeat(2, axis=0)):
+    a = matrix(1, B, N, 7, 20)
+    heads = matrix(2, B, 20, N * 12).reshape(B, 20, N, 12).transpose(0, 2, 1, 3)  # (B, N, 20, 12)
+    for b in (heads, np.ascontiguousarray(heads)):
         y = multiply(a, b, cuda)
-        assert y.shape == (2, 3, 7, 12)
+        assert y.shape == (B, N, 7, 12)
         assert relative(y, exact(a, b)) < TOLERANCES[cuda.precision]
 
 

@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from ctypes import byref, c_float, c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from pvt_ref.arrays import Array, address, array_module, is_cupy
 from pvt_ref.errors import DeviceError, reason
@@ -66,8 +66,12 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
-class Factor(Protocol):
-    """What is asked of a matrix (rows, K), or a stack of them; see product.py."""
+class Factor(NamedTuple):
+    """A matrix (rows, K), or a stack (B, N, rows, K) of them, as it lies in memory.
+
+    Numbers that follow each other in memory are a row's or, if in_columns, a column's; step counts
+    the numbers from row to row, or column to column, and outer and inner those along B and N.
+    """
 
     array: Array
     in_columns: bool
@@ -225,16 +229,19 @@ class CublasLt:
         """
         xp, (M, N) = array_module(a.array), shape[-2:]
         K = a.array.shape[-1]
-        batch, heads = shape[:-2] or (1, 1)
         y = xp.empty(shape, xp.float32)
-        steps = (b.outer, a.outer, heads * M * N) if batch > 1 else (0, 0, 0)
+        images, heads = shape[:-2] or (1, 1)
+        # of a stack, the longer axis becomes a batch, the other a loop
+        axes = (images, (b.outer, a.outer, heads * M * N)), (heads, (b.inner, a.inner, M * N))
+        (times, moves), (batch, steps) = sorted(axes)
         problem = Problem(
             *(N, M, K, precision, not b.in_columns, a.in_columns, b.step, a.step),
-            *(bias is not None, residual is not None, batch, steps),
+            *(bias is not None, residual is not None),
+            *(batch, steps if batch > 1 else (0, 0, 0)),
             (
                 _alignment(b),
                 _alignment(a),
-                _MOST_ALIGNMENT if M * N % 4 == 0 or batch * heads == 1 else 4,
+                4 if images * heads > 1 and M * N % 4 else _MOST_ALIGNMENT,
             ),
         )
         plan = self.plan(problem)
@@ -244,11 +251,11 @@ class CublasLt:
             stream = xp.cuda.get_current_stream().ptr if is_cupy(a.array) else None
             workspace = xp.empty(plan.best.workspace, xp.uint8)
             where = address(workspace) if workspace.size else None
-            for head in range(heads):
+            for i in range(times):
                 # their places in bytes
                 pointers = [
-                    address(x) + x.itemsize * head * step
-                    for x, step in ((b.array, b.inner), (a.array, a.inner), (y, M * N))
+                    address(x) + x.itemsize * i * move
+                    for x, move in zip((b.array, a.array, y), moves, strict=True)
                 ]
                 old = pointers[2] if residual is None else address(residual)
                 with plan.lock:  # the address of the bias is the description's

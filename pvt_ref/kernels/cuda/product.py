@@ -5,9 +5,9 @@ accumulated in float32 and results are float32, whatever the precision.
 """
 
 import math
-from typing import NamedTuple
 
 from pvt_ref.arrays import Array, address, array_module
+from pvt_ref.kernels.cuda.cublaslt import Factor
 from pvt_ref.kernels.cuda.launch import (
     HALVES,
     MOST_NUMBERS,
@@ -30,20 +30,6 @@ _WORTH_A_PART, _WORTH_A_PART_OF_A_GRADIENT = 1024, 256
 
 #: Products of a stack, along z of the grid.
 _MOST_IN_STACK = 65_535
-
-
-class Factor(NamedTuple):
-    """A matrix (rows, K), or a stack (B, N, rows, K) of them, as the kernels read it.
-
-    Numbers that follow each other in memory are a row's or, if in_columns, a column's; step counts
-    the numbers from row to row, or column to column, and outer and inner those along B and N.
-    """
-
-    array: Array
-    in_columns: bool
-    step: int
-    outer: int
-    inner: int
 
 
 def _factor(x: Array) -> Factor:
