@@ -89,7 +89,10 @@ class Fault(ctypes.Structure):
 class Memory(ctypes.Structure):
     """What the header uses of memory, for all files; it fills this in."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("stacks", "shared", "owner")]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("stacks", "shared", "owner")),
+        ("poison", ctypes.c_int),
+    ]
 
 
 _memory = Memory()
@@ -263,9 +266,11 @@ class Emulation:
 
     Attributes:
         order: of threads and blocks: 0 rising, 1 falling, others shuffle by it.
+        poison: the byte of which shared memory is full at first; 0xFF makes NaN.
     """
 
     order: int = 0
+    poison: int = 0xFF
 
     def __call__(
         self,
@@ -285,6 +290,7 @@ class Emulation:
             many = f"{len(arguments)} arguments for {len(parameters)} parameters"
             raise KernelError(f"{function.name}: {many}")
         with _one_at_a_time:
+            _memory.poison = self.poison
             _run(function, parameters, grid, threads, arguments, shared, self.order)
 
 
@@ -334,7 +340,8 @@ def _run(
     pages = []
     for start, stop in spans:
         inside = [TYPES[p.type][1] for (first, _), p in arrays if start <= first <= stop]
-        pages.append(Pages(start, stop, max(inside)))
+        # what is not aligned stays so, for kernels that read more at once than their types tell
+        pages.append(Pages(start, stop, 16 if start % 16 else max(inside)))
     for (start, stop), page in zip(spans, pages, strict=True):
         ctypes.memmove(page.start, start, stop - start)
     before = [page.outside() for page in pages]

@@ -106,6 +106,7 @@ struct Fault {
 struct Memory {
     char *stacks, *shared;
     void *owner; // whose fibers have begun on the stacks
+    int poison;  // the byte of which shared memory is full when a block begins
 };
 
 constexpr int MOST = 1024;        // threads of a block
@@ -119,7 +120,7 @@ inline jmp_buf scheduler;
 inline sigjmp_buf way_out; // of a kernel that is stopped
 inline ucontext_t unused;
 inline dim3 grid_size, block_size, block_index;
-inline int in_block, waiting;
+inline int in_block, waiting, poison;
 inline char *dynamic; // the end of a page behind which nothing may be touched
 inline size_t dynamic_bytes;
 inline Fault *fault;
@@ -325,8 +326,8 @@ inline void run_block(unsigned order)
     unsigned seed = order;
     waiting = 0;
     if (__start_cuda_shared)
-        memset(__start_cuda_shared, 0xff, __stop_cuda_shared - __start_cuda_shared); // NaN
-    memset(dynamic, 0xff, dynamic_bytes);
+        memset(__start_cuda_shared, poison, __stop_cuda_shared - __start_cuda_shared);
+    memset(dynamic, poison, dynamic_bytes);
     for (int i = 0; i < in_block; i++) {
         fibers[i].number = i;
         fibers[i].state = READY;
@@ -377,7 +378,7 @@ inline int run(void (*kernel)(void **), void **values, const unsigned *grid, con
         for (int i = 0; i < MOST; i++) mprotect(memory->stacks + i * STACK, 4096, PROT_NONE);
         mprotect(memory->shared + MOST_SHARED, MOST_SHARED, PROT_NONE);
     }
-    stacks = memory->stacks;
+    stacks = memory->stacks, poison = memory->poison;
     if (memory->owner != fibers)
         for (int i = 0; i < MOST; i++) fibers[i].begun = false;
     memory->owner = fibers;

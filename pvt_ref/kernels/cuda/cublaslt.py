@@ -229,7 +229,6 @@ class CublasLt:
         """
         xp, (M, N) = array_module(a.array), shape[-2:]
         K = a.array.shape[-1]
-        y = xp.empty(shape, xp.float32)
         images, heads = shape[:-2] or (1, 1)
         # of a stack, the longer axis becomes a batch, the other a loop
         axes = (images, (b.outer, a.outer, heads * M * N)), (heads, (b.inner, a.inner, M * N))
@@ -249,6 +248,7 @@ class CublasLt:
         one, beta = c_float(1), c_float(residual is not None)
         with a.array.device if is_cupy(a.array) else nullcontext():
             stream = xp.cuda.get_current_stream().ptr if is_cupy(a.array) else None
+            y = xp.empty(shape, xp.float32)
             workspace = xp.empty(plan.best.workspace, xp.uint8)
             where = address(workspace) if workspace.size else None
             for i in range(times):
