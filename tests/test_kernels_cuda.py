@@ -10,6 +10,7 @@ import types
 
 import numpy as np
 import pytest
+from closeness import relative
 from strategies import normal, rng_of
 
 import pvt_ref
@@ -17,8 +18,9 @@ from pvt_ref import REFERENCE, Operation, blocked_ops
 from pvt_ref.api import choose_ops, default_ops
 from pvt_ref.errors import ArrayTypeError, DeviceError, RangeError
 from pvt_ref.kernels.cuda import launch
-from pvt_ref.kernels.cuda.launch import HERE, Cuda, Function, on_gpu, source
+from pvt_ref.kernels.cuda.launch import HALVES, HERE, Cuda, Function, on_gpu, source
 from pvt_ref.kernels.cuda.layer_norm import lanes_and_pieces
+from pvt_ref.kernels.cuda.product import multiply
 from pvt_ref.kernels.cuda.table import cuda_kernels, cuda_ops, table_with
 from pvt_ref.layers.sum_rows import sum_rows
 
@@ -88,7 +90,9 @@ def test_replacing_the_sum_takes_effect_there_too():
 def test_tables_of_equal_settings_are_equal_and_pickle():
     assert table_with(Cuda(), None) == table_with(Cuda(), None)
     assert table_with(Cuda(blocks=5), None) != table_with(Cuda(), None)
-    assert repr(table_with(Cuda(blocks=5), None)) == "Ops('cuda kernels', Cuda(blocks=5))"
+    assert repr(table_with(Cuda(blocks=5), None)) == (
+        "Ops('cuda kernels', Cuda(blocks=5, products='own', precision='float32'))"
+    )
     for table in (cuda_ops(), cuda_kernels()):
         assert pickle.loads(pickle.dumps(table)) == table
 
@@ -224,7 +228,18 @@ def files_with_macros():
                 yield Function(f"{name}.cu", "", (("D", d), ("LANES", lanes)))
     for piece in ("float", "float4"):
         yield Function("windows.cu", "", (("PIECE", piece),))
-    for name in ("sum_rows", "gelu", "depthwise_conv", "optimizer", "mlp"):
+    for tile, piece in ((64, 4), (32, 4), (32, 1)):
+        for layout in ((0, 0), (0, 1), (1, 1), (1, 0)):
+            for terms in (3, 1):
+                values = (tile, terms, *layout, piece)
+                names = ("TILE", "TERMS", "A_IN_COLUMNS", "B_IN_COLUMNS", "PIECE")
+                yield Function("product.cu", "", tuple(zip(names, values, strict=True)))
+    for half in HALVES:
+        yield Function("cast.cu", "", (("CAST", f"to_{half}"),))
+    for name in (
+        *("sum_rows", "gelu", "depthwise_conv", "optimizer", "mlp"),
+        *("product_parts", "product_plain", "product_tiled"),
+    ):
         yield Function(f"{name}.cu", "")
 
 
@@ -291,3 +306,37 @@ def test_on_a_gpu_the_gradients_are_those_of_the_readable_layers(cupy):
     largest = max(np.abs(x).max() for x in results[1].values())
     for key, x in results[0].items():
         np.testing.assert_allclose(x, results[1][key], rtol=1e-4, atol=1e-6 * largest, err_msg=key)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("products", "precision", "tolerance"),
+    [
+        *(("own", "float32", 3e-7), ("own", "tf32", 1e-3), ("cublaslt", "float32", 3e-7)),
+        *(
+            ("cublaslt", "tf32", 1e-3),
+            ("cublaslt", "float16", 1e-3),
+            ("cublaslt", "bfloat16", 8e-3),
+        ),
+    ],
+)
+def test_on_a_gpu_products_have_the_accuracy_of_their_precision(
+    products, precision, tolerance, cupy
+):
+    cuda = cuda_kernels(precision, products).settings
+    for M, K, N in ((3, 5, 7), (197, 384, 1000), (130, 68, 36), (49, 4096, 64)):
+        a, b = normal(1, M, K, dtype=np.float32), normal(2, K, N, dtype=np.float32)
+        bias, residual = normal(3, N, dtype=np.float32), normal(4, M, N, dtype=np.float32)
+        expected = a.astype(np.float64) @ b + bias + residual
+        factors = (cupy.asarray(a), cupy.asarray(a.T.copy()).T, cupy.asarray(b))
+        for left in factors[:2]:
+            for right in (factors[2], cupy.asarray(b.T.copy()).T):
+                more = (cupy.asarray(bias), cupy.asarray(residual))
+                y = multiply(left, right, cuda, *more)
+                assert relative(cupy.asnumpy(y), expected) < tolerance
+                again = multiply(left, right, cuda, *more)
+                np.testing.assert_array_equal(cupy.asnumpy(again), cupy.asnumpy(y))
+    a = np.ones((2, 8), np.float32)
+    a[0, 1], a[1, 2] = np.inf, np.nan
+    y = cupy.asnumpy(multiply(cupy.asarray(a), cupy.ones((8, 4), np.float32), cuda))
+    np.testing.assert_array_equal(y, [[np.inf] * 4, [np.nan] * 4])

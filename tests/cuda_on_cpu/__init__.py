@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pvt_ref.kernels.cuda.cublaslt import CublasLt
 from pvt_ref.kernels.cuda.launch import Function, source
 
 HEADER = Path(__file__).parent / "cuda_on_cpu.h"
@@ -46,6 +47,7 @@ TYPES = {
     "float": (np.dtype(np.float32), 4),
     "float4": (np.dtype(np.float32), 16),
     "double": (np.dtype(np.float64), 8),
+    "half_bits": (np.dtype(np.uint16), 2),  # of a float16 or bfloat16
     "int": (np.dtype(np.int32), 4),
     "size_t": (np.dtype(np.uint64), 8),  # addresses: arrays that are reached by them are unguarded
 }
@@ -82,6 +84,18 @@ class Fault(ctypes.Structure):
         ("block", ctypes.c_uint * 3),
         ("thread", ctypes.c_uint * 3),
     ]
+
+
+class Memory(ctypes.Structure):
+    """What the header uses of memory, for all files; it fills this in."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("stacks", "shared", "owner")),
+        ("poison", ctypes.c_int),
+    ]
+
+
+_memory = Memory()
 
 
 def why_not() -> str | None:
@@ -129,8 +143,10 @@ def as_cpp(function: Function) -> str:
         calls += (
             f"static void call_{name}(void **v) {{ {name}({', '.join(values)}); }}\n"
             f'extern "C" int launch_{name}(void **v, const unsigned *grid, const unsigned *block, '
-            f"unsigned order, unsigned shared, cuda_on_cpu::Fault *fault)\n"
-            f"{{ return cuda_on_cpu::run(call_{name}, v, grid, block, order, shared, fault); }}\n"
+            f"unsigned order, unsigned shared, cuda_on_cpu::Fault *fault, "
+            f"cuda_on_cpu::Memory *memory)\n"
+            f"{{ return cuda_on_cpu::run(call_{name}, v, grid, block, order, shared, fault, "
+            f"memory); }}\n"
         )
     return f'#include "cuda_on_cpu.h"\n{defines}{body}\n{calls}'
 
@@ -139,19 +155,53 @@ def as_cpp(function: Function) -> str:
 def compiled(function: Function) -> ctypes.CDLL:
     """The library of a function's file and macros, which g++ makes the first time."""
     code = as_cpp(function)
-    key = hashlib.sha256(repr((code, HEADER.read_text("utf-8"), FLAGS)).encode()).hexdigest()[:16]
-    library = CACHE / f"{Path(function.file).stem}-{key}.so"
+    return _library(Path(function.file).stem, code, FLAGS, HEADER.read_text("utf-8"))
+
+
+def _library(name: str, code: str, flags: tuple[str, ...], more: str = "") -> ctypes.CDLL:
+    """What g++ makes of code; more is what else its content depends on."""
+    key = hashlib.sha256(repr((code, more, flags)).encode()).hexdigest()[:16]
+    library = CACHE / f"{name}-{key}.so"
     if not library.exists():
         CACHE.mkdir(mode=0o700, exist_ok=True)
         assert CACHE.stat().st_uid == os.getuid(), f"{CACHE} is somebody else's"
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             made = Path(folder) / "made.so"
-            command = ["g++", *FLAGS, f"-I{HEADER.parent}", "-o", str(made), "-"]
+            command = ["g++", *flags, f"-I{HEADER.parent}", "-o", str(made), "-"]
             done = subprocess.run(command, input=code, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise KernelError(f"{function.file} does not compile:\n{done.stderr}")
+                raise KernelError(f"{name} does not compile:\n{done.stderr}")
             made.replace(library)  # whole, or not there: another process may compile the same
     return ctypes.CDLL(str(library))
+
+
+class StandIn:
+    """cuBLASLt's stand-in (cublaslt.cpp), as kernels/cuda/cublaslt.py finds a library.
+
+        table_with(Cuda(Emulation(), products="cublaslt", cublaslt=StandIn()), is_numpy)
+
+    Attributes:
+        functions: the library, with some functions for tests.
+        library: what the kernels' table gets, once it was asked for.
+    """
+
+    def __init__(self) -> None:
+        code = (HEADER.parent / "cublaslt.cpp").read_text("utf-8")
+        flags = ("-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-x", "c++")
+        self.functions = _library("cublaslt", code, flags)
+        self.functions.stand_in_complaint.restype = ctypes.c_char_p
+        self.functions.stand_in_version.argtypes = (ctypes.c_size_t,)
+        self.library: CublasLt | None = None
+
+    def __call__(self, x: Any) -> CublasLt:
+        if self.library is None:
+            self.library = CublasLt(self.functions)
+        return self.library
+
+    @property
+    def complaint(self) -> str:
+        """Why a call was refused last."""
+        return self.functions.stand_in_complaint().decode()
 
 
 # Memory -------------------------------------------------------------------------------------------
@@ -216,9 +266,11 @@ class Emulation:
 
     Attributes:
         order: of threads and blocks: 0 rising, 1 falling, others shuffle by it.
+        poison: the byte of which shared memory is full at first; 0xFF makes NaN.
     """
 
     order: int = 0
+    poison: int = 0xFF
 
     def __call__(
         self,
@@ -238,6 +290,7 @@ class Emulation:
             many = f"{len(arguments)} arguments for {len(parameters)} parameters"
             raise KernelError(f"{function.name}: {many}")
         with _one_at_a_time:
+            _memory.poison = self.poison
             _run(function, parameters, grid, threads, arguments, shared, self.order)
 
 
@@ -287,7 +340,8 @@ def _run(
     pages = []
     for start, stop in spans:
         inside = [TYPES[p.type][1] for (first, _), p in arrays if start <= first <= stop]
-        pages.append(Pages(start, stop, max(inside)))
+        # what is not aligned stays so, for kernels that read more at once than their types tell
+        pages.append(Pages(start, stop, 16 if start % 16 else max(inside)))
     for (start, stop), page in zip(spans, pages, strict=True):
         ctypes.memmove(page.start, start, stop - start)
     before = [page.outside() for page in pages]
@@ -295,7 +349,7 @@ def _run(
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     fault = Fault()
     sizes = [(ctypes.c_uint * 3)(*each) for each in (grid, threads)]
-    failed = launch(pointers, *sizes, order, shared, ctypes.byref(fault))
+    failed = launch(pointers, *sizes, order, shared, ctypes.byref(fault), ctypes.byref(_memory))
     if failed:
         what, block, thread = fault.what.decode(), tuple(fault.block), tuple(fault.thread)
         if what.startswith("touches"):

@@ -100,3 +100,69 @@ extern "C" __global__ void waits_for_blocks(float *y, int n)
 extern "C" __global__ void overflows(int *y, int n) { y[threadIdx.x] = (n << 10) * (n << 10); }
 extern "C" __global__ void divides_by_zero(int *y, int n) { y[threadIdx.x] = n / (n - 64); }
 extern "C" __global__ void __launch_bounds__(64) bounded(float *y, int n) { y[threadIdx.x] = 1; }
+
+// The instructions of mma.h.
+extern "C" __global__ void copies_unaligned(float *y, int n)
+{
+    __shared__ __align__(16) float shared[64];
+    copy_async<16>(shared + 1, y, true);
+    wait_copies<0>();
+}
+
+extern "C" __global__ void does_not_wait(float *y, int n)
+{
+    __shared__ __align__(16) float shared[64];
+    copy_async<4>(shared + threadIdx.x, y + threadIdx.x, true);
+    commit_copies();
+    wait_copies<1>();
+}
+
+extern "C" __global__ void loads_unaligned(float *y, int n)
+{
+    __shared__ __align__(16) float shared[64];
+    float x[4];
+    load_matrices(x, shared + 2);
+}
+
+extern "C" __global__ void half_a_tensor_core(float *y, int n)
+{
+    float a[4] = {}, b[2] = {}, c[4] = {};
+    mma_tf32(c, a, b);
+}
+
+extern "C" __global__ void mixes_exchanges(float *y, int n)
+{
+    float a[4] = {}, b[2] = {}, c[4] = {};
+    if (threadIdx.x % 2)
+        mma_tf32(c, a, b);
+    else
+        y[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1.0f, 0);
+}
+
+// Right: what shared memory holds before any copy is waited for, then after all but the last group.
+extern "C" __global__ void copies_in_groups(const float *x, float *y)
+{
+    __shared__ __align__(16) float first[32], second[32];
+    int i = threadIdx.x;
+    copy_async<4>(first + i, x + i, true);
+    commit_copies();
+    copy_async<4>(second + i, x + 32 + i, true);
+    commit_copies();
+    y[i] = first[i];
+    wait_copies<1>();
+    y[32 + i] = first[i];
+    wait_copies<0>();
+    y[64 + i] = second[i];
+}
+
+// Right: one multiplication of a tensor core, y (16, 8) = c + a (16, 8) b (8, 8)^T.
+extern "C" __global__ void tensor_core(const float *a, const float *b, const float *c, float *y)
+{
+    int g = threadIdx.x / 4, t = threadIdx.x % 4;
+    float own_a[4], own_b[2], own_c[4];
+    for (int i = 0; i < 4; i++) own_a[i] = a[(g + i % 2 * 8) * 8 + t + i / 2 * 4];
+    for (int i = 0; i < 2; i++) own_b[i] = b[g * 8 + t + 4 * i];
+    for (int i = 0; i < 4; i++) own_c[i] = c[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
+    mma_tf32(own_c, own_a, own_b);
+    for (int i = 0; i < 4; i++) y[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = own_c[i];
+}

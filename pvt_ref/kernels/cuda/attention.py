@@ -18,6 +18,7 @@ from pvt_ref.kernels.cuda.launch import (
     is_float32,
     packed,
 )
+from pvt_ref.kernels.cuda.product import multiply
 from pvt_ref.layers.attention import attention
 from pvt_ref.layers.dropout import dropout
 from pvt_ref.layers.softmax import softmax
@@ -124,7 +125,7 @@ def attention_backward(
     inputs = (*steps, float(cache.scale), cache.y, cache.log_sum)
     arguments = (*inputs, *outputs, n, m, *cache.order)
     cuda.launch(function, (blocks_for(n, in_block), N, B), (_THREADS,), arguments)
-    dk, dv = dscores @ q, weights @ dy  # (B, N, m, d) each
+    dk, dv = multiply(dscores, q, cuda), multiply(weights, dy, cuda)  # (B, N, m, d) each
     return (xp.permute_dims(dq, (0, 2, 1, 3)), dk, dv), None
 
 

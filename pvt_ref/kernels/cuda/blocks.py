@@ -1,14 +1,15 @@
 """The blocks of a stage on CUDA: each residual sum together with the norm that follows it.
 
 The norm after the second sum of a block is the next block's first, which is why all blocks of a
-stage are one operation. What is between the norms is the table's, but for spatial reduction: the
-norm before it writes the tokens patch by patch, so nothing has to be cut out.
+stage are one operation. What is between the norms is the table's, but for two things: the norm
+before spatial reduction writes the tokens patch by patch, so nothing has to be cut out; and where
+nothing is dropped, the last product of a branch adds what its branch is added to.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from pvt_ref.arrays import Array, Grid
-from pvt_ref.blocks.conv_mlp import ConvMLPParams
+from pvt_ref.blocks.mlp import mlp
 from pvt_ref.blocks.sra import sra
 from pvt_ref.blocks.transformer import (
     ATTENTIONS,
@@ -22,15 +23,20 @@ from pvt_ref.blocks.transformer import (
 from pvt_ref.draws import Source, What, generator_at
 from pvt_ref.kernels.cuda.launch import Cuda, Kernel, Order
 from pvt_ref.kernels.cuda.layer_norm import (
+    RASTER,
     add_and_norm_rows,
     can_norm,
     norm_backward_rows,
     norm_rows,
 )
+from pvt_ref.kernels.cuda.mlp import can_mlp, mlp_rows
+from pvt_ref.kernels.cuda.product import fuses_residual
 from pvt_ref.kernels.cuda.sra import order_of, sra_backward, sra_forward
 from pvt_ref.layers.attention import attention
 from pvt_ref.layers.dropout import drop_path, dropout
-from pvt_ref.layers.layer_norm import layer_norm
+from pvt_ref.layers.gelu import gelu
+from pvt_ref.layers.layer_norm import LayerNormParams, layer_norm
+from pvt_ref.layers.linear import linear
 from pvt_ref.layers.patch_embed import patch_embed
 from pvt_ref.layers.softmax import softmax
 from pvt_ref.layers.sum_rows import sum_rows
@@ -44,6 +50,75 @@ class BlocksCache:
 
     blocks: tuple[BlockCache, ...]
     orders: tuple[Order, ...]
+
+
+class _Told(NamedTuple):
+    """What the two branches of a block are told."""
+
+    ops: Ops
+    grid: Grid
+    settings: BlockSettings
+    rng: Source
+    keep: bool
+    cuda: Cuda
+
+    def fuses(self, x: Array) -> bool:
+        """Whether a branch's last product may add the sum's other term: nothing is dropped."""
+        settings = self.settings
+        rates = (settings.drop_path_rate, settings.drop_rate, settings.attn.drop_rate)
+        return fuses_residual(x, self.cuda) and (self.rng is None or not any(rates))
+
+
+def _after_attention(
+    p: BlockParams, x: Array, y: Array, order: Order, told: _Told
+) -> tuple[Array, Array | None, Any, Any]:
+    """x (B, n, C) + SRA(y) and None, or x and the branch to be added; caches of SRA and path."""
+    ops, grid, settings, rng, keep, cuda = told
+    if order.R > 1:
+        residual = x if told.fuses(x) else None
+        inputs = (p.attn, y, ops, order, settings.attn, rng, keep, cuda)
+        branch, cache = sra_forward(*inputs, residual)  # (B, n, C)
+        if residual is not None:
+            return branch, None, cache, None
+    else:
+        branch, cache = ops[ATTENTIONS[type(p.attn)]].forward(
+            p.attn, y, ops, grid, settings.attn, rng, keep=keep
+        )  # (B, n, C)
+    rate = settings.drop_path_rate
+    branch, path_cache = ops[drop_path].forward(None, branch, ops, rate, rng, keep=keep)
+    return x, branch, cache, path_cache
+
+
+def _after_mlp(
+    p: BlockParams, x: Array, y: Array, told: _Told
+) -> tuple[Array, Array | None, Any, Any]:
+    """The same for x (B, n, C) + MLP(y)."""
+    ops, grid, settings, rng, keep, cuda = told
+    is_plain = MLPS[type(p.mlp)] == mlp
+    if is_plain and told.fuses(x) and can_mlp(p.mlp, y, settings.drop_rate, rng):
+        total, cache = mlp_rows(p.mlp, y, keep, cuda, x)  # (B, n, C)
+        return total, None, cache, None
+    more = () if is_plain else (grid, settings.has_relu)
+    branch, cache = ops[MLPS[type(p.mlp)]].forward(
+        p.mlp, y, ops, *more, settings.drop_rate, rng, keep=keep
+    )  # (B, n, C)
+    rate = settings.drop_path_rate
+    branch, path_cache = ops[drop_path].forward(None, branch, ops, rate, rng, keep=keep)
+    return x, branch, cache, path_cache
+
+
+def _sum_and_norm(
+    p: LayerNormParams,
+    x: Array,
+    branch: Array | None,
+    eps: float,
+    cuda: Cuda,
+    order: Order = RASTER,
+) -> tuple[Array, Array, Any]:
+    """x (B, n, C) + branch, or x if it is the sum already; its norm, in that order; the cache."""
+    if branch is None:
+        return x, *norm_rows(p, x, eps, cuda, order)
+    return add_and_norm_rows(p, x, branch, eps, cuda, order)
 
 
 def blocks_forward(
@@ -68,31 +143,19 @@ def blocks_forward(
     ]
     y, norm1_cache = norm_rows(p[0].norm1, x, settings[0].norm_eps, cuda, orders[0])  # (B, n, C)
     for k, (p_k, settings_k, order) in enumerate(zip(p, settings, orders, strict=True)):
-        rng_k = generator_at(rng, What.BLOCK, settings_k.number)
-        rate = settings_k.drop_path_rate
-        if order.R > 1:
-            branch, attn_cache = sra_forward(
-                p_k.attn, y, ops, order, settings_k.attn, rng_k, keep, cuda
-            )  # (B, n, C)
-        else:
-            branch, attn_cache = ops[ATTENTIONS[type(p_k.attn)]].forward(
-                p_k.attn, y, ops, grid, settings_k.attn, rng_k, keep=keep
-            )  # (B, n, C)
-        branch, path1_cache = ops[drop_path].forward(None, branch, ops, rate, rng_k, keep=keep)
-        x, y, norm2_cache = add_and_norm_rows(p_k.norm2, x, branch, settings_k.norm_eps, cuda)
-        told = (grid, settings_k.has_relu) if isinstance(p_k.mlp, ConvMLPParams) else ()
-        branch, mlp_cache = ops[MLPS[type(p_k.mlp)]].forward(
-            p_k.mlp, y, ops, *told, settings_k.drop_rate, rng_k, keep=keep
-        )  # (B, n, C)
-        branch, path2_cache = ops[drop_path].forward(None, branch, ops, rate, rng_k, keep=keep)
+        rng_k, eps = generator_at(rng, What.BLOCK, settings_k.number), settings_k.norm_eps
+        told = _Told(ops, grid, settings_k, rng_k, keep, cuda)
+        x, branch, attn_cache, path1_cache = _after_attention(p_k, x, y, order, told)
+        x, y, norm2_cache = _sum_and_norm(p_k.norm2, x, branch, eps, cuda)  # (B, n, C)
+        x, branch, mlp_cache, path2_cache = _after_mlp(p_k, x, y, told)
         if keep:
             parts = (norm1_cache, attn_cache, path1_cache, norm2_cache, mlp_cache, path2_cache)
             caches.append(BlockCache(*parts))
         if k < last:
-            x, y, norm1_cache = add_and_norm_rows(
+            x, y, norm1_cache = _sum_and_norm(
                 p[k + 1].norm1, x, branch, settings[k + 1].norm_eps, cuda, orders[k + 1]
             )  # (B, n, C) each
-        else:
+        elif branch is not None:
             x = x + branch  # (B, n, C)
     return x, BlocksCache(tuple(caches), tuple(orders)) if keep else None
 
@@ -129,5 +192,8 @@ blocks_kernel = Kernel(
     blocks,
     blocks_forward,
     blocks_backward,
-    (block, layer_norm, sum_rows, sra, patch_embed, attention, softmax, dropout),
+    absorbs=(
+        *(block, layer_norm, sum_rows, sra, patch_embed, attention, softmax, dropout, drop_path),
+        *(mlp, linear, gelu),
+    ),
 )

@@ -16,14 +16,21 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from pvt_ref.arrays import Array, address, array_module, dtype_name, explained
-from pvt_ref.errors import DeviceError, reason
+from pvt_ref.errors import ConfigError, DeviceError, RangeError, reason, shown
 from pvt_ref.kernels.cuda.capture import Graphs
+from pvt_ref.kernels.cuda.cublaslt import Finder
+from pvt_ref.kernels.cuda.cublaslt import on_gpu as cublaslt_on_gpu
 from pvt_ref.ops import Operation
 
 HERE = Path(__file__).parent
 
 #: More numbers than an int of a kernel counts are left to the readable layers.
 MOST_NUMBERS = 2**31 - 1
+
+#: In what a product's factors are rounded, and what may compute it.
+PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
+HALVES = ("float16", "bfloat16")
+PRODUCTS = ("own", "cublaslt", "cupy")
 
 #: Threads of a block, where nothing speaks for another number.
 THREADS = 256
@@ -124,15 +131,40 @@ class Cuda:
         launch: starts a kernel.
         blocks: among how many blocks of threads a sum is shared at most. It decides how sums are
             rounded, so it is no number of the GPU at hand: this many fill the largest of today.
+        products: what computes matrix products: ``"own"``, a kernel of this package;
+            ``"cublaslt"``, NVIDIA's library; or ``"cupy"``, which leaves them to CuPy.
+        precision: in what the factors of products are rounded: ``"float32"``, not at all;
+            ``"tf32"``, 10 bits of mantissa; ``"float16"``, as many, and 65504 is the largest
+            number; ``"bfloat16"``, 7 bits. All else is float32: sums, norms, softmax, losses.
+        cublaslt: finds cuBLASLt for an array.
         capture: whether predict and a training replay what repeats as CUDA graphs. No bit depends
             on it.
         graphs: those captured so far.
+
+    Raises:
+        RangeError: if products or precision is none of these.
+        ConfigError: if products cannot have that precision.
     """
 
     launch: Launch = field(default=on_gpu, repr=False)
     blocks: int = 264
+    products: str = "own"
+    precision: str = "float32"
+    cublaslt: Finder = field(default=cublaslt_on_gpu, repr=False)
     capture: bool = field(default=True, repr=False, kw_only=True)
     graphs: Graphs = field(default_factory=Graphs, repr=False, compare=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name, known in (("products", PRODUCTS), ("precision", PRECISIONS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise RangeError(f"{name} is {shown(value)}; it must be one of {', '.join(known)}")
+        able = {"own": ("float32", "tf32"), "cublaslt": PRECISIONS, "cupy": ("float32",)}
+        if self.precision not in able[self.products]:
+            raise ConfigError(
+                f"products={self.products!r} cannot compute in {self.precision}. "
+                f"products='cublaslt' can"
+            )
 
     def scope(self) -> AbstractContextManager[None]:
         """Around a public call: an error of CUDA names its cure."""

@@ -1,4 +1,5 @@
-"""The MLP on CUDA: the bias of its first product is added by GELU's kernel, forward and backward.
+"""The MLP on CUDA: the bias of its first product is added by GELU's kernel, forward and backward;
+or, where nothing is kept, bias and GELU by the product's own.
 
 Only the product itself is kept for the backward, of the two arrays of a block that are widest.
 """
@@ -7,7 +8,7 @@ from typing import Any
 
 from pvt_ref.arrays import Array, array_module
 from pvt_ref.blocks.mlp import MLPParams, mlp
-from pvt_ref.draws import Rng
+from pvt_ref.draws import Rng, Source
 from pvt_ref.kernels.cuda.launch import (
     THREADS,
     Cuda,
@@ -17,10 +18,12 @@ from pvt_ref.kernels.cuda.launch import (
     is_float32,
     packed,
 )
+from pvt_ref.kernels.cuda.linear import linear_rows
+from pvt_ref.kernels.cuda.product import fuses_gelu, multiply
 from pvt_ref.kernels.cuda.sum_rows import add_parts, number_of_parts
 from pvt_ref.layers.dropout import dropout
 from pvt_ref.layers.gelu import gelu
-from pvt_ref.layers.linear import LinearCache, LinearParams, linear
+from pvt_ref.layers.linear import LinearParams, linear
 from pvt_ref.layers.sum_rows import sum_rows
 from pvt_ref.ops import Ops
 from pvt_ref.tree import record
@@ -37,6 +40,28 @@ class MLPCache:
     h: Array
 
 
+def can_mlp(p: MLPParams, x: Array, drop_rate: float, rng: Source) -> bool:
+    """Whether the kernels have such a width; nothing may be dropped."""
+    fits = p.fc1.bias is not None and p.fc1.bias.size % 4 == 0 and is_float32(x) and x.size > 0
+    return fits and (rng is None or drop_rate == 0.0)
+
+
+def mlp_rows(
+    p: MLPParams, x: Array, keep: bool, cuda: Cuda, residual: Array | None = None
+) -> tuple[Array, MLPCache | None]:
+    """The MLP of x (B, n, C), to which a residual of the same shape is added, and its cache."""
+    if not keep and fuses_gelu(x, cuda):
+        hidden = linear_rows(p.fc1, x, cuda, has_gelu=True)  # (B, n, E*C)
+        return linear_rows(p.fc2, hidden, cuda, residual), None  # (B, n, C)
+    h = packed(linear_rows(LinearParams(p.fc1.weight, None), x, cuda))  # (B, n, E*C)
+    hidden = array_module(x).empty_like(h)
+    count, columns = h.size // 4, h.shape[-1] // 4
+    arguments = (h, packed(_bias_of(p.fc1)), hidden, count, columns)
+    cuda.launch(BIAS_GELU, (blocks_for(count),), (THREADS,), arguments)
+    y = linear_rows(p.fc2, hidden, cuda, residual)  # (B, n, C)
+    return y, MLPCache(x, h) if keep else None
+
+
 def mlp_forward(
     p: MLPParams,
     x: Array,
@@ -48,17 +73,9 @@ def mlp_forward(
     cuda: Cuda,
 ) -> tuple[Array, Any]:
     """As :func:`pvt_ref.blocks.mlp.mlp_forward`, which computes where there is dropout."""
-    dropped = rng is not None and drop_rate > 0.0
-    if dropped or p.fc1.bias is None or p.fc1.bias.size % 4 or not is_float32(x) or not x.size:
+    if not can_mlp(p, x, drop_rate, rng):
         return mlp.forward(p, x, ops, drop_rate, rng, keep)
-    product = LinearParams(p.fc1.weight, None)
-    h = packed(linear.forward(product, x, ops, keep=False)[0])  # (B, n, E*C)
-    hidden = array_module(x).empty_like(h)
-    count, columns = h.size // 4, h.shape[-1] // 4
-    arguments = (h, packed(p.fc1.bias), hidden, count, columns)
-    cuda.launch(BIAS_GELU, (blocks_for(count),), (THREADS,), arguments)
-    y, _ = linear.forward(p.fc2, hidden, ops, keep=False)  # (B, n, C)
-    return y, MLPCache(x, h) if keep else None
+    return mlp_rows(p, x, keep, cuda)
 
 
 def mlp_backward(
@@ -70,7 +87,7 @@ def mlp_backward(
     xp, width = array_module(dy), cache.h.shape[-1]
     dy_rows = xp.reshape(dy, (-1, dy.shape[-1]))  # (rows, C)
     # y = fc2(hidden), as far as hidden need not be known
-    dh = packed(dy_rows @ p.fc2.weight)  # (rows, E*C), dL/dhidden so far
+    dh = packed(multiply(dy_rows, p.fc2.weight, cuda))  # (rows, E*C), dL/dhidden so far
     dbias2 = None
     if p.fc2.bias is not None:
         dbias2, _ = ops[sum_rows].forward(None, dy_rows, ops, keep=False)
@@ -82,11 +99,11 @@ def mlp_backward(
     cuda.launch(BIAS_GELU_BACKWARD, grid, threads, arguments)
     dbias1 = add_parts(parts, cuda)
     # y = fc2(hidden), the rest; h = x W_1^T
-    dfc2 = LinearParams(xp.matrix_transpose(dy_rows) @ hidden, dbias2)
-    product = LinearParams(p.fc1.weight, None)
-    dh = xp.reshape(dh, cache.h.shape)  # (B, n, E*C)
-    dx, dproduct = linear.backward(product, LinearCache(cache.x), dh, ops)
-    return dx, MLPParams(LinearParams(dproduct.weight, dbias1), dfc2)
+    dfc2 = LinearParams(multiply(xp.matrix_transpose(dy_rows), hidden, cuda), dbias2)
+    x_rows = xp.reshape(cache.x, (rows, -1))  # (rows, C)
+    dfc1 = LinearParams(multiply(xp.matrix_transpose(dh), x_rows, cuda), dbias1)
+    dx = xp.reshape(multiply(dh, p.fc1.weight, cuda), cache.x.shape)  # (B, n, C)
+    return dx, MLPParams(dfc1, dfc2)
 
 
 def _bias_of(p: LinearParams) -> Array:

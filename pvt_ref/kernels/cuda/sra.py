@@ -19,8 +19,9 @@ from pvt_ref.draws import Rng, Source
 from pvt_ref.kernels.cuda.attention import attend, attention_backward, can_attend
 from pvt_ref.kernels.cuda.launch import Cuda, Order
 from pvt_ref.kernels.cuda.layer_norm import can_norm, norm_backward_rows, norm_rows
+from pvt_ref.kernels.cuda.linear import linear_rows
 from pvt_ref.layers.dropout import dropout
-from pvt_ref.layers.linear import LinearParams, linear
+from pvt_ref.layers.linear import LinearCache, LinearParams, linear
 from pvt_ref.layers.patch_embed import kernel_to_matrix, matrix_to_kernel
 from pvt_ref.ops import Ops
 from pvt_ref.tree import record
@@ -58,8 +59,12 @@ def sra_forward(
     rng: Rng,
     keep: bool,
     cuda: Cuda,
+    residual: Array | None = None,
 ) -> tuple[Array, Any]:
-    """As :func:`pvt_ref.blocks.sra.sra_forward`, for tokens x (B, n, C) in that order."""
+    """As :func:`pvt_ref.blocks.sra.sra_forward`, for tokens x (B, n, C) in that order.
+
+    With a residual (B, n, C), in raster order, nothing is dropped, and y is the sum of both.
+    """
     assert p.sr is not None  # or there would be no order
     assert p.norm is not None
     xp, (B, n, C), N = array_module(x), x.shape, settings.num_heads
@@ -72,8 +77,12 @@ def sra_forward(
     qkv = (split_heads(q, N), *keys_and_values(kv, N))
     heads, attention_cache = attend(qkv, settings.scale, keep, cuda, order)  # (B, n, N, d)
     merged = xp.reshape(heads, (B, n, C))  # (B, n, C), in raster order
-    y, proj_cache = ops[linear].forward(p.proj, merged, ops, keep=keep)  # (B, n, C)
-    y, drop_cache = ops[dropout].forward(None, y, ops, settings.drop_rate, rng, keep)
+    if residual is not None:
+        y = linear_rows(p.proj, merged, cuda, residual)  # (B, n, C)
+        proj_cache, drop_cache = LinearCache(merged), None
+    else:
+        y, proj_cache = ops[linear].forward(p.proj, merged, ops, keep=keep)  # (B, n, C)
+        y, drop_cache = ops[dropout].forward(None, y, ops, settings.drop_rate, rng, keep)
     if not keep:
         return y, None
     caches = (q_cache, sr_cache, norm_cache, kv_cache, attention_cache, proj_cache, drop_cache)

@@ -10,6 +10,7 @@ from pvt_ref.kernels.cuda.depthwise_conv import depthwise_conv_kernel
 from pvt_ref.kernels.cuda.gelu import gelu_kernel
 from pvt_ref.kernels.cuda.launch import Cuda, Kernel
 from pvt_ref.kernels.cuda.layer_norm import layer_norm_kernel
+from pvt_ref.kernels.cuda.linear import linear_kernel
 from pvt_ref.kernels.cuda.mlp import mlp_kernel
 from pvt_ref.kernels.cuda.sum_rows import SUM_BY_PRODUCT, sum_rows_kernel
 from pvt_ref.kernels.cuda.windows import conv_kernel, patch_embed_kernel
@@ -23,14 +24,32 @@ def cuda_ops() -> Ops:
     return Ops({sum_rows: SUM_BY_PRODUCT}, name="cuda", accepts=is_cupy)
 
 
-def cuda_kernels(*, capture: bool = True) -> Ops:
+def cuda_kernels(
+    precision: str = "float32", products: str | None = None, *, capture: bool = True
+) -> Ops:
     """The kernels for CuPy arrays of float32; what they cannot compute, the readable layers do.
 
     They have run on the CPU only, in the tests' emulation of CUDA, and on no GPU yet. So they are
-    not the default: ``ops=cuda_kernels()``, or PVT_REF_OPS=kernels in the environment. Without
-    capture, trainings launch what they would replay as CUDA graphs.
+    not the default: ``ops=cuda_kernels()``, or PVT_REF_OPS=kernels in the environment.
+
+    Args:
+        precision: in what the factors of matrix products are rounded: ``"float32"``, not at all;
+            ``"tf32"``, ``"float16"`` or ``"bfloat16"``. Arrays and all else stay float32. With
+            float16, training needs its loss scaled.
+        products: ``"own"``, a kernel of this package, for float32 and TF32; ``"cublaslt"``; or
+            ``"cupy"``, for float32. None takes the first for float32, else the second.
+        capture: whether predict and trainings replay what repeats as CUDA graphs.
+
+    Returns:
+        A table, equal to every other one made with the same arguments; its ``settings`` tell them.
+
+    Raises:
+        RangeError: if precision or products is none of these.
+        ConfigError: if products cannot have that precision.
     """
-    return table_with(Cuda(capture=capture), is_cupy)
+    if products is None:
+        products = "own" if precision == "float32" else "cublaslt"
+    return table_with(Cuda(products=products, precision=precision, capture=capture), is_cupy)
 
 
 @functools.lru_cache(maxsize=16)
@@ -42,6 +61,6 @@ def table_with(settings: Cuda, accepts: Callable[[Array], bool]) -> Ops:
 
     # what larger ones compute themselves: these serve outside of them, and where they step aside
     parts = of(layer_norm_kernel, sum_rows_kernel, attention_kernel, patch_embed_kernel)
-    parts |= of(gelu_kernel)
-    twins = of(blocks_kernel, mlp_kernel, depthwise_conv_kernel, conv_kernel)
+    parts |= of(gelu_kernel, linear_kernel, mlp_kernel)
+    twins = of(blocks_kernel, depthwise_conv_kernel, conv_kernel)
     return Ops(twins, parts=parts, name="cuda kernels", accepts=accepts, settings=settings)

@@ -1,0 +1,11 @@
+// float32 to float16 or bfloat16, rounded to nearest: the factors of a product in half precision.
+//
+// Compiled with CAST, to_float16 or to_bfloat16.
+
+#include "mma.h"
+
+extern "C" __global__ void cast(const float *x, half_bits *y, int count)
+{
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) y[i] = CAST(x[i]);
+}

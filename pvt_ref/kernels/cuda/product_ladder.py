@@ -1,0 +1,41 @@
+"""The steps from a plain product to product.cu, for the course: a (M, K) b (N, K)^T, float32."""
+
+from dataclasses import replace
+
+from pvt_ref.arrays import Array, array_module
+from pvt_ref.kernels.cuda.launch import Cuda, Function, blocks_for
+from pvt_ref.kernels.cuda.product import multiply
+
+PLAIN = Function("product_plain.cu", "product_plain")
+TILED = Function("product_tiled.cu", "product_tiled")
+
+#: Threads along both sides of a block, and elements along both sides of a tile of TILED.
+_SIDE, _TILE = 16, 64
+
+
+def _launched(function: Function, side: int, a: Array, b: Array, cuda: Cuda) -> Array:
+    """The product by a kernel whose blocks make so many elements along each side."""
+    (M, K), N, xp = a.shape, len(b), array_module(a)
+    y = xp.empty((M, N), a.dtype)
+    grid = (blocks_for(N, side), blocks_for(M, side))
+    arguments = (xp.ascontiguousarray(a), xp.ascontiguousarray(b), y, M, N, K)
+    cuda.launch(function, grid, (_SIDE, _SIDE), arguments)
+    return y
+
+
+def plain(a: Array, b: Array, cuda: Cuda) -> Array:
+    """A thread for each element, which reads a row of a and one of b."""
+    return _launched(PLAIN, _SIDE, a, b, cuda)
+
+
+def tiled(a: Array, b: Array, cuda: Cuda) -> Array:
+    """Tiles of both factors pass through shared memory."""
+    return _launched(TILED, _TILE, a, b, cuda)
+
+
+def tensor_cores(a: Array, b: Array, cuda: Cuda) -> Array:
+    """Three products of TF32 on tensor cores."""
+    return multiply(a, array_module(b).matrix_transpose(b), replace(cuda, products="own"))
+
+
+STEPS = (plain, tiled, tensor_cores)
