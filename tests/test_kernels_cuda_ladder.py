@@ -1,4 +1,4 @@
-"""Every step of a ladder of kernels computes what the readable layer does, by the emulation of CUDA.
+"""Every step of a ladder of kernels computes what the readable layer does, emulated or on a GPU.
 
 Expected is what the readable layers compute in float64. Arrays that a kernel should fill hold NaN
 before it does.
