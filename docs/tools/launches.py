@@ -10,13 +10,18 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import wraps
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pvt_ref.kernels.cuda.launch import Function, source
+from pvt_ref.kernels.cuda.launch import Cuda, Function, source
+from pvt_ref.kernels.cuda.sum_rows import SUM_BY_PRODUCT
+from pvt_ref.kernels.cuda.table import table_with
+from pvt_ref.layers.sum_rows import sum_rows
+from pvt_ref.ops import Ops
 from pvt_ref.report.shapes import ShapeArray, Shapes
 
 
@@ -26,7 +31,7 @@ class Start(NamedTuple):
     name: str  # of the array function, or of the kernel in its .cu file
     kind: str  # "product", "kernel" (a .cu file's), "copy" or "elementwise"
     moved: int  # bytes read and written
-    operations: int  # floating-point operations, of products only
+    operations: int  # on floating-point numbers; 0 where only a kernel's source knows
 
 
 class DeviceArray(ShapeArray):
@@ -37,12 +42,14 @@ class DeviceArray(ShapeArray):
     ctypes = SimpleNamespace(data=0)  # a row begins where kernels can read it in pieces
 
     def view(self, shape: Sequence[int], strides: Sequence[int]) -> "DeviceArray":
+        """The same memory in another shape."""
         return DeviceArray(tuple(shape), tuple(strides), self.dtype, self.memory)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def copy(self) -> "DeviceArray":
+        """The same numbers in order, in new memory."""
         y = self.memory.shapes.empty(self.shape, self.dtype)
         self.memory.shapes.note("copy", "copy", [self], y)
         return y
@@ -101,6 +108,8 @@ class Device(Shapes):
         """Adds a kernel that reads these arrays, or what of them is in memory, and writes y."""
         arrays = [x for x in (*read, y) if isinstance(x, ShapeArray)]
         moved = sum(min(x.nbytes, x.memory.bytes) for x in arrays)
+        if kind == "elementwise":
+            operations = max(x.size for x in arrays)
         self.starts.append(Start(name, kind, moved, operations))
 
     @contextmanager
@@ -131,19 +140,24 @@ class Device(Shapes):
     # the functions that kernels need beside those of networks
 
     def empty(self, shape: Any, dtype: Any = Shapes.float64, device: None = None) -> DeviceArray:
+        """New memory, into which nothing is written."""
         x = super().empty(shape if isinstance(shape, tuple) else (shape,), dtype)
         return DeviceArray(x.shape, x.strides, x.dtype, x.memory)
 
     def empty_like(self, x: ShapeArray) -> DeviceArray:
+        """As :meth:`empty`, in x's shape."""
         return self.empty(x.shape, x.dtype)
 
     def ones(self, shape: Any, dtype: Any = Shapes.float64) -> DeviceArray:
+        """New memory that is filled."""
         return self.zeros(shape, dtype)
 
     def flip(self, x: DeviceArray, *, axis: int) -> DeviceArray:
-        return x  # a view, whose strides no kernel takes
+        """A view, which no kernel takes as it is."""
+        return self.permute_dims(x, tuple(range(x.ndim)))
 
     def ascontiguousarray(self, x: DeviceArray) -> DeviceArray:
+        """x, or a copy if its numbers do not lie in order."""
         strides = [math.prod(x.shape[i:]) for i in range(1, x.ndim + 1)]
         as_they_are = all(
             n == 1 or a == b for n, a, b in zip(x.shape, x.strides, strides, strict=True)
@@ -159,3 +173,15 @@ for _name in (
     *("where", "sum", "mean", "max"),
 ):
     setattr(Device, _name, _noted(_name, getattr(Shapes, _name)))
+
+
+def readable_on(device: Device) -> Ops:
+    """The readable layers, with the sum over rows by a product: the default table for CuPy."""
+    return Ops({sum_rows: SUM_BY_PRODUCT}, name="on no device")
+
+
+def kernels_on(device: Device) -> Ops:
+    """The table of kernels, which this device notes."""
+    # products that are not launched as kernels are, but by a library's own functions, need a GPU
+    own = {"products": "own"} if "products" in {f.name for f in fields(Cuda)} else {}
+    return table_with(Cuda(device.launch, **own), None)
