@@ -51,14 +51,16 @@ def measured(results: Path = RESULTS) -> dict | None:
 
 
 def figures(ladder: str, steps: Sequence[Step], results: Path = RESULTS) -> str:
-    """A table of the steps: microseconds of each case, and the share of the bound that they reach.
-
-    Where nothing was measured, the table says so.
-    """
+    """A table of the steps and their times; where nothing was measured, it says so."""
     found = measured(results)
     if found is None:
         rows = [f"| {k}. {step.title} | {NOT_YET} |" for k, step in enumerate(steps, start=1)]
         return "\n".join(["| step | time |", "| --- | --- |", *rows, ""])
+    return figures_of(found, ladder, steps)
+
+
+def figures_of(found: dict, ladder: str, steps: Sequence[Step]) -> str:
+    """Microseconds of each step in each case, and the share of the bound that it reaches."""
     by_place = {(row["step"], row["case"]): row for row in found["rows"] if row["ladder"] == ladder}
     cases = list(dict.fromkeys(case for _, case in by_place))
     rows = [f"| step | {' | '.join(cases)} |", f"| --- |{' --- |' * len(cases)}"]
@@ -66,9 +68,12 @@ def figures(ladder: str, steps: Sequence[Step], results: Path = RESULTS) -> str:
         cells = [_cell(by_place.get((step.title, case)), found["ceilings"]) for case in cases]
         rows.append(f"| {k}. {step.title} | {' | '.join(cells)} |")
     on = found["machine"]
-    rows += ["", f"Measured on one {on['gpu']} on {on['date']}, commit {on['commit']}, by device "
-             "events; in brackets the share of the bound by bytes or by operations, whichever is "
-             "larger.", ""]  # fmt: skip
+    rows += [
+        "",
+        f"Measured on one {on['gpu']} on {on['date']}, commit {on['commit']}, by device events; in "
+        "brackets the share of the bound by bytes or by operations, whichever is larger.",
+        "",
+    ]
     return "\n".join(rows)
 
 
