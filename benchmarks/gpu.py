@@ -127,7 +127,7 @@ class Impatient(Worker):
         self.arguments = [str(ROOT / "benchmarks" / "gpu_worker.py"), self.arguments[1]]
         super().start()
 
-    def ask_within(self, seconds: float, **order: object) -> dict:
+    def ask_within(self, seconds: float, order: dict) -> dict:
         """The answer, or why there is none."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -178,7 +178,7 @@ def measure(
         if not exact.exists():
             np.savez(exact, **exact_results(model, Path(weights[model]), row["what"]))
         order = row | {"weights": weights[model], "exact": str(exact), "seconds": seconds}
-        answer = workers[row["contender"]].ask_within(min(limit, left), **order)
+        answer = workers[row["contender"]].ask_within(min(limit, left), order)
         if "not ready" in answer.get("not_run", "") and left < limit:
             break  # the end of this run, and no fault of the contender's
         version = answer.pop("versions", None)

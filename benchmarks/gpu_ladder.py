@@ -10,7 +10,9 @@ docs/results/gpu_ladder.json, and gpu_report.py makes a page of them.
 """
 
 import argparse
+import importlib
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +21,7 @@ import numpy as np
 from gpu import RESULTS, describe, write
 from gpu_clock import Clock, CupyClock, time_in_a_row
 from gpu_report import write_kernels_page
-from in_turn import say
+from in_turn import ROOT, say
 
 from pvt_ref import REFERENCE
 from pvt_ref.arrays import import_cupy
@@ -28,7 +30,12 @@ from pvt_ref.kernels.cuda.ladder.step import Step
 from pvt_ref.kernels.cuda.launch import Cuda
 from pvt_ref.layers.attention import attention as attention_layer
 
-LADDERS: dict[str, tuple[Step, ...]] = {"sum_rows": sum_rows.STEPS, "attention": attention.STEPS}
+sys.path.insert(0, str(ROOT / "docs" / "tools"))
+LADDERS: dict[str, tuple[Step, ...]] = {
+    "sum_rows": sum_rows.STEPS,
+    "attention": attention.STEPS,
+    "product": importlib.import_module("ladder").product_steps(),
+}
 
 #: Largest relative error (L2) against float64 with which a step may be timed.
 ALLOWED = 3e-6
@@ -76,10 +83,25 @@ def attentions(B: int, N: int, n: int, m: int, d: int) -> Case:
     return Case("attention", name, make, exact, moved, 4 * B * N * n * m * d)
 
 
-#: Sums and attentions of pvt_small at 224 x 224, with 64 images and with one.
+def products(M: int, N: int, K: int) -> Case:
+    """A product of a layer's tokens and its weight."""
+
+    def make() -> tuple[np.ndarray, ...]:
+        rng = np.random.default_rng(0)
+        return tuple(rng.standard_normal((rows, K), dtype=np.float32) for rows in (M, N))
+
+    def exact(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return a.astype(np.float64) @ b.astype(np.float64).T
+
+    moved = 4 * (M * K + N * K + M * N)
+    return Case("product", f"{M:,} × {K} → {N}", make, exact, moved, 2 * M * N * K)
+
+
+#: Sums, attentions and products of pvt_small at 224 x 224, with 64 images and with one.
 CASES = (
     sums(200_704, 64), sums(200_704, 512), sums(12_544, 320), sums(3_136, 64),
     attentions(64, 1, 3136, 49, 64), attentions(64, 5, 196, 49, 64), attentions(1, 1, 3136, 49, 64),
+    products(200_704, 512, 64), products(12_544, 320, 320), products(3_136, 64, 64),
 )  # fmt: skip
 
 

@@ -217,7 +217,7 @@ def ladder_tables(ladder: dict | None) -> str:
         f"{ceilings['operations_per_second'] / 1e12:.0f} tera-operations in float32. Times are "
         f"those of one call among many that follow each other without a gap.\n"
     )
-    tables = [f"{name}:\n\n{figures(ladder, name, s)}" for name, s in steps.items()]
+    tables = [f"{name}:\n\n{figures(ladder, name, s)}" for name, s in steps.items() if s]
     return "\n".join([seen, *tables])
 
 

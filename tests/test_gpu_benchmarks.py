@@ -13,8 +13,10 @@ from cuda_on_cpu import Emulation
 
 import pvt_ref
 from pvt_ref import VARIANTS, PVTConfig, PVTv2Config, ViTConfig
+from pvt_ref.arrays import is_numpy
 from pvt_ref.kernels.cuda.ladder.step import Step
 from pvt_ref.kernels.cuda.launch import Cuda
+from pvt_ref.kernels.cuda.table import table_with
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,7 +95,7 @@ class Answers:
     def __init__(self, answer=None, takes=1.0):
         self.asked, self.answer, self.takes, self.clock = [], answer or {}, takes, None
 
-    def ask_within(self, seconds, **order):
+    def ask_within(self, seconds, order):
         self.asked.append((seconds, order))
         self.clock.now += self.takes
         return {"seconds": 0.5, "versions": "A 1"} | self.answer
@@ -180,10 +182,10 @@ def test_a_process_that_is_late_or_dies_is_begun_again(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     worker = gpu.Impatient("PyTorch")
     try:
-        assert worker.ask_within(60, do="answer") == {"by": "PyTorch"}
-        assert worker.ask_within(0.2, do="sleep") == {"not_run": "not ready after 0 s"}
-        assert worker.ask_within(60, do="die")["not_run"].startswith("its process ended")
-        assert worker.ask_within(60, do="answer") == {"by": "PyTorch"}
+        assert worker.ask_within(60, {"do": "answer"}) == {"by": "PyTorch"}
+        assert worker.ask_within(0.2, {"do": "sleep"}) == {"not_run": "not ready after 0 s"}
+        assert worker.ask_within(60, {"do": "die"})["not_run"].startswith("its process ended")
+        assert worker.ask_within(60, {"do": "answer"}) == {"by": "PyTorch"}
     finally:
         worker.process.kill()
         worker.process.communicate()
@@ -242,6 +244,25 @@ def test_contenders_give_the_numbers_of_float64_in_a_batch_of_others(on_host, mo
         assert told["calls"] == 5  # the least, since none is asked to take time
         assert told["mib"] == 100
         assert told["versions"] == "B 2"
+
+
+@no_gxx
+def test_a_step_of_kernels_updates_all_weights_in_one_launch(on_host, monkeypatch):
+    worker, launched = import_module("gpu_worker"), []
+
+    def launch(function, *given, **more):
+        launched.append(function.name)
+        Emulation(0)(function, *given, **more)
+
+    table = table_with(Cuda(launch, blocks=6), is_numpy)
+    monkeypatch.setattr(worker, "kernels_of", lambda *_: table)
+    order = on_host("pvt_small", "step")
+    with np.load(order["exact"]) as exact:
+        case = worker.make_case(1, 10, first_only=True)
+        found = worker.ours(order).results(case)
+        errors = worker.errors_of(found, dict(exact), "float32")
+    assert launched.count("adamw") == 1
+    assert len(errors) == 4
 
 
 def test_a_step_is_compared_by_what_it_changes(on_host, monkeypatch):
@@ -326,10 +347,13 @@ def test_calls_in_a_row_begin_behind_what_holds_the_device():
 
 
 @no_gxx
-@pytest.mark.parametrize("name", ["sums", "attentions"])
+@pytest.mark.parametrize("name", ["sums", "attentions", "products"])
 def test_steps_of_a_ladder_are_compared_before_they_are_timed(name):
     bench = import_module("gpu_ladder")
-    case = bench.sums(70, 33) if name == "sums" else bench.attentions(1, 2, 5, 7, 8)
+    sizes = {"sums": (70, 33), "attentions": (1, 2, 5, 7, 8), "products": (9, 12, 8)}
+    case = getattr(bench, name)(*sizes[name])
+    if not bench.LADDERS[case.ladder]:
+        pytest.skip("this version has no such ladder")
     wrong = Step("wrong", "none", lambda *given: 1.01 * steps[0].run(*given))
     steps = bench.LADDERS[case.ladder]
     cuda, clock = Cuda(Emulation(0), blocks=6), FakeClock()

@@ -3,6 +3,7 @@
 Everything here returns text; pages print it.
 """
 
+import importlib
 import itertools
 import json
 import re
@@ -42,6 +43,19 @@ def purpose(file: str) -> str:
     lines = (HERE / file).read_text(encoding="utf-8").splitlines()
     comment = " ".join(line[3:] for line in itertools.takewhile(lambda x: x[:2] == "//", lines))
     return re.split(r"[.:](?: |$)", re.sub(r" ?\([^)]*\)", "", comment))[0]
+
+
+def product_steps() -> tuple[Step, ...]:
+    """The versions of a matrix product a (M, K) b (N, K)^T; none if this version has no such file."""
+    try:
+        steps = importlib.import_module("pvt_ref.kernels.cuda.product_ladder")
+    except ImportError:
+        return ()
+    return (
+        Step("a thread an element", steps.PLAIN.file, steps.plain),
+        Step("tiles in shared memory", steps.TILED.file, steps.tiled),
+        Step("three TF32 on tensor cores", "product.cu", steps.tensor_cores),
+    )
 
 
 def measured(results: Path = RESULTS) -> dict | None:

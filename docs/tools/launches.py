@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import wraps
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -31,7 +30,7 @@ class Start(NamedTuple):
     name: str  # of the array function, or of the kernel in its .cu file
     kind: str  # "product", "kernel" (a .cu file's), "copy" or "elementwise"
     moved: int  # bytes read and written
-    operations: int  # on floating-point numbers; 0 where only a kernel's source knows
+    operations: int  # on floating-point numbers; 0 where only a kernel's source tells
 
 
 class DeviceArray(ShapeArray):
@@ -135,7 +134,11 @@ class Device(Shapes):
         )
         assert len(parameters.split(",")) == len(arguments), function.name
         moved = sum(x.nbytes for x in arguments if isinstance(x, ShapeArray))
-        self.starts.append(Start(function.name, "kernel", moved, 0))
+        kind, operations = "kernel", 0
+        if function.name == "product":  # a stack along z, or one product in parts
+            M, N, K, parts, _ = arguments[-5:]
+            kind, operations = "product", 2 * M * N * K * (grid[2] if parts == 1 else 1)
+        self.starts.append(Start(function.name, kind, moved, operations))
 
     # the functions that kernels need beside those of networks
 
@@ -182,6 +185,4 @@ def readable_on(device: Device) -> Ops:
 
 def kernels_on(device: Device) -> Ops:
     """The table of kernels, which this device notes."""
-    # products that are not launched as kernels are, but by a library's own functions, need a GPU
-    own = {"products": "own"} if "products" in {f.name for f in fields(Cuda)} else {}
-    return table_with(Cuda(device.launch, **own), None)
+    return table_with(Cuda(device.launch), None)
