@@ -46,7 +46,7 @@ def purpose(file: str) -> str:
 
 
 def product_steps() -> tuple[Step, ...]:
-    """The versions of a matrix product a (M, K) b (N, K)^T; none if this version has no such file."""
+    """The versions of a product a (M, K) b (N, K)^T; none if this version has no such files."""
     try:
         steps = importlib.import_module("pvt_ref.kernels.cuda.product_ladder")
     except ImportError:
