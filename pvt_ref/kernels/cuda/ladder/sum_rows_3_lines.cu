@@ -2,8 +2,8 @@
 // of all rows a share. Its sums are parts, which a second launch adds up (add_parts of
 // sum_rows.cu).
 //
-// Enough threads, and whole lines are read. Every number is added in double, on a unit that data
-// centre GPUs have half as many of as for float, and others a sixty-fourth.
+// Enough threads, and whole lines are read. But every number is added in double, for which the GPUs
+// of data centres have half as many units as for float, and others a sixty-fourth.
 
 #define COLUMNS 32
 #define ROWS 8
