@@ -1,40 +1,100 @@
-"""Times this project on a CUDA device, through CuPy, against PyTorch on the same device.
+"""Times this project on a CUDA device, through CuPy, beside PyTorch on the same device.
 
-    python benchmarks/gpu.py                         a few minutes; needs CuPy and a CUDA PyTorch
-    python benchmarks/gpu.py --kernels               only where the device's time goes, by kernel
+    python benchmarks/gpu.py --minutes 10            as many rows as that time allows
+    python benchmarks/gpu.py --list                  the rows in their order; nothing is run
 
-As on the CPU (cpu.py): each contender in a process of its own, asked in turn, and only if its
-numbers are those of the readable layers in float64. All compute in float32; TensorFloat-32 is off
-for all, in cuBLAS and cuDNN, since it would give other numbers. A time is that of one call on a
-device with nothing to do, until the device is done. Results go to docs/results/: gpu.json,
-gpu_tables.md and a picture.
+A row is a model, what is computed (a forward; with its backward; a whole step with AdamW), how many
+images, a precision, and who does it: this project's kernels, launched or captured as a graph, and
+PyTorch eager, compiled with mode="reduce-overhead", or with mode="max-autotune" if that is ready in
+three minutes. A row is timed only if its numbers are those of the readable layers in float64, and
+by the device's own events. The most important rows come first, and each is written to
+docs/results/gpu_kernels.json as soon as it is there: run again, the program goes on where it was.
+Then gpu_report.py makes the page. gpu_ladder.py times the steps of single kernels.
+
+docs/results/gpu.json holds times of an earlier commit by an earlier program, before there were
+kernels.
 """
 
 import argparse
 import json
 import os
+import select
 import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
-from gpu_report import kind, write_gpu_report
-from in_turn import (
-    NATIVE,
-    RESULTS,
-    Worker,
-    check_equality,
-    make_weights,
-    measure_device_memory,
-    say,
-    time_in_turn,
-)
+import numpy as np
+from gpu_report import write_kernels_page
+from gpu_worker import exact_results
+from in_turn import ROOT, Worker, make_weights, say
 from machine import cores, describe_machine
-from report import RIVAL
 
 from pvt_ref.arrays import import_cupy
 
-NAMES = ("pvt_ref", "PyTorch eager", "PyTorch eager, fused attention", "torch.compile")
-BATCHES = (1, 8, 64)
+RESULTS = ROOT / "docs" / "results"
+FILE = "gpu_kernels.json"
+
+#: Who does it, by process: how the work is started.
+HOW = {
+    "pvt_ref": ("captured", "launched"),
+    "PyTorch": ("eager", "reduce-overhead"),
+}
+
+#: Seconds after which an answer is not waited for any longer.
+LIMITS = {"reduce-overhead": 150, "max-autotune": 180}
+LIMIT = 60
+
+MODELS = ("pvt_small", "pvt_v2_b2", "deit_s_16")
+WHATS = ("forward", "train", "step")
+BATCHES = (1, 64, 8)
+
+#: What is asked first of each model: what, images, precision.
+FIRST = (
+    *(("forward", 1, "float32"), ("forward", 64, "float32"), ("train", 64, "float32")),
+    *(("step", 64, "float32"), ("forward", 1, "tf32"), ("forward", 64, "tf32")),
+    *(("train", 64, "tf32"), ("train", 1, "float32"), ("forward", 8, "float32")),
+    *(("forward", 64, "float16"), ("step", 64, "float16")),
+)
+
+#: Variables by which the processes would compute in another precision than the one asked for.
+OVERRIDES = ("NVIDIA_TF32_OVERRIDE", "CUPY_TF32")
+
+KEY = ("contender", "how", "model", "what", "batch", "precision")
+
+
+def rows_of(cases: list[tuple]) -> tuple[list[dict], list[dict]]:
+    """The rows of these cases: those that need seconds, and those that compile for a minute."""
+    rows: tuple[list[dict], list[dict]] = [], []
+    for model, what, batch, precision in cases:
+        case = {"model": model, "what": what, "batch": batch, "precision": precision}
+        for contender, hows in HOW.items():
+            for how in hows:
+                rows[how in LIMITS].append({"contender": contender, "how": how} | case)
+    return rows
+
+
+def plan() -> list[dict]:
+    """All rows, the most important first."""
+    small, *others = MODELS
+    first = [(small, *case) for case in FIRST]
+    second = [(model, *case) for case in FIRST[:4] for model in others]
+    rest = []
+    for what in WHATS:
+        for batch in BATCHES:
+            rest += [(model, what, batch, p) for p in ("float32", "tf32") for model in MODELS]
+            rest += [(small, what, batch, p) for p in ("float16", "bfloat16")]
+    rest = [case for case in dict.fromkeys(rest) if case not in {*first, *second}]
+    head = [row for case in first[:3] for rows in rows_of([case]) for row in rows]
+    tuned = [row | {"how": "max-autotune"} for row in head if row["how"] == "reduce-overhead"]
+    blocks = [rows_of(cases) for cases in (first[3:], second, rest)]
+    (quick, slow), (quick_2, slow_2), (quick_3, slow_3) = blocks
+    return [*head, *quick, *quick_2, *slow, *tuned, *slow_2, *quick_3, *slow_3]
+
+
+def key(row: dict) -> tuple:
+    return tuple(row[name] for name in KEY)
 
 
 def describe_device() -> dict[str, str]:
@@ -51,70 +111,141 @@ def describe_device() -> dict[str, str]:
     }
 
 
-def measure_kernels(workers: list[Worker], orders: list[dict]) -> list[dict]:
-    """Kernels of one call, by what they do: how many and for how many seconds."""
-    results = []
-    for order in orders:
-        case = {key: order[key] for key in ("model", "size", "batch", "train")}
-        kinds: dict[str, dict] = {}
-        for worker in workers:
-            found = kinds.setdefault(worker.name, {})
-            for name, (count, seconds) in worker.ask(do="kernels", **order)["kernels"].items():
-                before = found.get(kind(name), (0, 0.0))
-                found[kind(name)] = before[0] + count, before[1] + seconds
-        results.append(case | {"kernels": kinds})
-    return results
+def describe(named_commit: str | None) -> dict:
+    """Machine and device; the commit may be told where there is no git."""
+    told = describe_machine(cores()) | describe_device()
+    return told | ({"commit": named_commit} if named_commit else {})
+
+
+class Impatient(Worker):
+    """A process of gpu_worker.py that is ended if it does not answer in time."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, cores(), "cuda")
+
+    def start(self) -> None:
+        self.arguments = [str(ROOT / "benchmarks" / "gpu_worker.py"), self.arguments[1]]
+        super().start()
+
+    def ask_within(self, seconds: float, order: dict) -> dict:
+        """The answer, or why there is none."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(order) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return self._again("its process had ended")
+        if not select.select([self.process.stdout], [], [], seconds)[0]:
+            return self._again(f"not ready after {seconds:.0f} s")
+        answer = self.process.stdout.readline()
+        return json.loads(answer) if answer else self._again("its process ended")
+
+    def _again(self, why: str) -> dict:
+        self.process.kill()
+        self.process.communicate()
+        status = self.process.returncode
+        self.start()
+        return {"not_run": why + (f" with status {status}" if "ended" in why else "")}
+
+
+def measure(
+    rows: list[dict],
+    result: dict,
+    file: Path,
+    workers: dict[str, Impatient],
+    folder: Path,
+    minutes: float,
+    seconds: float,
+    now=time.monotonic,
+) -> None:
+    """Asks for the rows that result lacks, in their order, and writes each as it comes."""
+    begun, done = now(), {key(row) for row in result["rows"]}
+    weights: dict[str, str] = {}
+    for row in rows:
+        if key(row) in done:
+            continue
+        left = 60 * minutes - (now() - begun)
+        if left < 10:
+            break
+        limit = LIMITS.get(row["how"], LIMIT)
+        if row["how"] in LIMITS and left < 90:
+            continue  # it would be cut off while it compiles; what needs less time goes on
+        model = row["model"]
+        if model not in weights:
+            weights[model] = str(make_weights(model, folder))
+        exact = folder / f"{model}-{row['what']}.npz"
+        if not exact.exists():
+            np.savez(exact, **exact_results(model, Path(weights[model]), row["what"]))
+        order = row | {"weights": weights[model], "exact": str(exact), "seconds": seconds}
+        answer = workers[row["contender"]].ask_within(min(limit, left), order)
+        if "not ready" in answer.get("not_run", "") and left < limit:
+            break  # the end of this run, and no fault of the contender's
+        version = answer.pop("versions", None)
+        if version:
+            result["versions"][row["contender"]] = version
+        result["rows"].append(row | answer)
+        write(file, result)
+        told = answer.get("not_run") or f"{1e3 * answer['seconds']:.3f} ms"
+        say(f"  {', '.join(str(row[name]) for name in KEY)}: {told}")
+
+
+def write(file: Path, result: dict) -> None:
+    """The whole file, or the old one: a run may be cut off at any moment."""
+    new = file.with_suffix(".part")
+    new.write_text(json.dumps(result, indent=1) + "\n")
+    new.replace(file)
+
+
+def begin(file: Path, machine: dict) -> dict:
+    """What an earlier run has measured on this machine with this code; or an empty result."""
+    if not file.exists():
+        return {"machine": machine, "versions": {}, "rows": []}
+    result = json.loads(file.read_text())
+    for name in ("gpu", "driver", "commit"):
+        if result["machine"][name] != machine[name]:
+            raise SystemExit(
+                f"{file} holds figures of {name} {result['machine'][name]}, and here it is "
+                f"{machine[name]}. Figures of both cannot stand in one table: move the file away, "
+                f"or name another folder with --out"
+            )
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kernels", action="store_true", help="only where the time goes")
-    parser.add_argument("--rounds", type=int, default=5, help="times that each is asked")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of timing a case and round")
-    parser.add_argument("--skip", nargs="*", default=[], choices=NAMES, metavar="NAME")
+    parser.add_argument("--list", action="store_true", help="print the rows, and run nothing")
+    parser.add_argument("--minutes", type=float, default=10, help="to measure at most (default 10)")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of timing a row (default 0.3)")
+    parser.add_argument("--commit", help="of this code, where git cannot tell")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args()
-    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # for the processes started below
-    names = [name for name in NAMES if name not in args.skip]
-    threads = cores()
-    result: dict = {"machine": describe_machine(threads) | describe_device(), "versions": {}}
-    if args.kernels:
-        result = json.loads((args.out / "gpu.json").read_text())
-    models = ["pvt_tiny", "pvt_small"]
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        weights = {name: str(make_weights(name, folder)) for name in models}
-        cases = [
-            {"weights": weights[model], "model": model, "size": NATIVE, "batch": batch}
-            | {"train": train}
-            for model in models
-            for train in (False, True)
-            for batch in BATCHES
-        ]
-        if not args.kernels:
-            say("Starting", ", ".join(names))
-            workers = [Worker(name, threads, "cuda") for name in names]
-            say("Checking that all compute the same")
-            checks = [case for case in cases if case["batch"] == 1]
-            result["errors"] = check_equality(workers, checks, folder)
-            say(f"Timing, {args.rounds} rounds; medians")
-            result["times"] = time_in_turn(workers, cases, args.rounds, args.seconds)
-            result["memory"] = measure_device_memory(workers, cases)
-            for worker in workers:
-                answer = worker.ask(do="versions", **cases[0])
-                result["versions"][worker.name] = answer["versions"]
-                worker.close()
-        say("Counting kernels")
-        workers = [Worker(name, threads, "cuda") for name in ("pvt_ref", RIVAL)]
-        chosen = [c for c in cases if c["model"] == "pvt_small" and c["batch"] in (1, 64)]
-        result["kernels"] = measure_kernels(workers, chosen)
-        for worker in workers:
-            worker.close()
+    rows = plan()
+    if args.list:
+        for number, row in enumerate(rows, start=1):
+            print(number, *key(row), sep="\t")
+        return
+    begun = time.monotonic()
+    for variable in OVERRIDES:
+        os.environ.pop(variable, None)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
-    write_gpu_report(result, args.out)
-    say(f"Written to {args.out}: gpu.json, gpu_tables.md and gpu_ratios.svg")
+    file = args.out / FILE
+    result = begin(file, describe(args.commit))
+    say(f"{result['machine']['gpu']}, commit {result['machine']['commit']}; {len(rows)} rows, "
+        f"{len(result['rows'])} of them measured before")  # fmt: skip
+    workers = {name: Impatient(name) for name in HOW}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            left = args.minutes - (time.monotonic() - begun) / 60
+            measure(rows, result, file, workers, Path(folder), left, args.seconds)
+    finally:
+        for worker in workers.values():
+            worker.process.kill()
+            worker.process.communicate()
+        write(file, result)
+        write_kernels_page(args.out)
+    say(f"Written to {args.out}: {FILE} and gpu_kernels.md, {len(result['rows'])} rows")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -31,7 +31,7 @@ def examples(monkeypatch, tmp_path):
         return importlib.import_module(name)
 
     yield get
-    for name in ("forward", "forward_gpu", "pictures", "segment", "train_digits", "training"):
+    for name in ("forward", "pictures", "segment", "train_digits", "training", "cifar10_data"):
         sys.modules.pop(name, None)
 
 
@@ -294,82 +294,6 @@ def test_query_attention_picks_the_token_at_the_point(examples):
         np.testing.assert_array_equal(found[i].ravel(), weights[cls + row * W + col][cls:])
         assert found[i].shape == (2, 3)
         assert weights.shape[0] == H * W + cls
-
-
-def test_forward_gpu_without_cuda_says_what_to_install_and_exits_with_2(
-    examples, capsys, monkeypatch
-):
-    monkeypatch.setitem(sys.modules, "cupy", None)  # an import of it fails
-    assert examples("forward_gpu").main([]) == 2
-    captured = capsys.readouterr()
-    assert not captured.out
-    assert captured.err.count("error:") == 1
-    assert "pip install cupy-cuda12x" in captured.err
-
-
-class FakeCuda:
-    """Stands in for CuPy's module where only the device's name is asked."""
-
-    __version__ = "0"
-
-    class cuda:  # noqa: N801
-        class runtime:  # noqa: N801
-            @staticmethod
-            def getDevice():  # noqa: N802
-                return 0
-
-            @staticmethod
-            def getDeviceProperties(_):  # noqa: N802
-                return {"name": b"a CPU in disguise"}
-
-
-@pytest.fixture
-def gpu_script(examples, monkeypatch):
-    """The script with NumPy in the place of the device: everything but CuPy itself is run."""
-    script = examples("forward_gpu")
-    monkeypatch.setattr(script, "import_cupy", lambda: FakeCuda)
-    monkeypatch.setattr(script, "to_device", lambda tree: tree)
-    config = dataclasses.replace(VARIANTS["pvt_tiny"], embed_dims=(8, 16, 20, 16))
-    small = Model(pvt_ref.init_params(config, rng_of(0)), config, "test weights")
-    monkeypatch.setattr(script, "get_model", lambda *_: small)
-    monkeypatch.setattr(
-        script, "get_images", lambda *_: ("noise", normal(0, 1, 3, 32, 32, dtype=np.float32))
-    )
-    return script
-
-
-def test_forward_gpu_compares_everything_before_it_times(gpu_script, capsys):
-    assert gpu_script.main(["--batch", "2"]) == 0
-    out = capsys.readouterr().out
-    assert "All results match." in out
-    for name in ("logits", "pyramid F1 to F4", "gradients of the classifier"):
-        assert f"{name} " in out
-    assert out.index("All results match") < out.index("stage 1")
-    assert "forward and backward" in out
-
-
-def test_forward_gpu_refuses_to_time_wrong_numbers(gpu_script, capsys, monkeypatch):
-    honest = gpu_script.run_all
-    calls = []
-
-    def dishonest(params, images, config):
-        results = honest(params, images, config)
-        calls.append(None)
-        if len(calls) == 2:  # the device's turn
-            results["logits"] = [results["logits"][0] * 1.01]
-        return results
-
-    monkeypatch.setattr(gpu_script, "run_all", dishonest)
-    assert gpu_script.main(["--batch", "1"]) == 1
-    out = capsys.readouterr().out
-    assert "NO" in out
-    assert "stage 1" not in out
-
-
-@pytest.mark.gpu
-def test_forward_gpu_on_a_gpu(examples, capsys, cupy):
-    assert examples("forward_gpu").main(["--batch", "2"]) == 0
-    assert "All results match." in capsys.readouterr().out
 
 
 def test_time_stages_gives_a_time_for_each_stage_and_the_rest():
