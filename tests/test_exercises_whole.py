@@ -61,7 +61,9 @@ def test_the_stored_numbers_are_pytorchs():
     for path, x in again.items():
         size = np.abs(x).max()
         # a gradient that cancels, that of the keys' bias, is rounding noise in part
-        np.testing.assert_allclose(stored[path], x, rtol=0, atol=1e-11 * max(size, 1.0), err_msg=path)
+        np.testing.assert_allclose(
+            stored[path], x, rtol=0, atol=1e-11 * max(size, 1.0), err_msg=path
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The shape comments of layers, blocks and model hold: they are executed, see testing/comments.py."""
+"""The shape comments of layers, blocks and model hold: testing/comments.py executes them."""
 
 import importlib.util
 import pkgutil

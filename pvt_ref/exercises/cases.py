@@ -67,7 +67,9 @@ class _Draw:
 
     def unit(self, D: int, C: int) -> ConvUnitParams:
         kernel = ConvParams(self(D, C, 3, 3, size=1 / math.sqrt(9 * C)), None)
-        return ConvUnitParams(kernel, BatchNormParams(1 + self(D, size=0.3), 0.8 + self(D, size=0.3)))
+        return ConvUnitParams(
+            kernel, BatchNormParams(1 + self(D, size=0.3), 0.8 + self(D, size=0.3))
+        )
 
     def buffers(self, D: int) -> ConvUnitBuffers:
         variance = 0.5 + np.abs(self(D))
@@ -75,6 +77,7 @@ class _Draw:
 
 
 def linear() -> Iterator[Case]:
+    """One token, several, and a layer without a bias."""
     d = _Draw(1)
     yield Case(d.linear(3, 2), d(1, 1, 2))
     yield Case(d.linear(4, 2), d(2, 3, 2))
@@ -82,30 +85,35 @@ def linear() -> Iterator[Case]:
 
 
 def layer_norm() -> Iterator[Case]:
+    """One token, and several with an eps that counts."""
     d = _Draw(2)
     yield Case(d.norm(3), d(1, 1, 3), (1e-5,))
     yield Case(d.norm(4), d(2, 3, 4, size=0.5), (0.1,))
 
 
 def gelu() -> Iterator[Case]:
+    """A row, and a larger array."""
     d = _Draw(3)
     yield Case(None, d(1, 3))
     yield Case(None, d(2, 3, 4, size=2.0))
 
 
 def softmax() -> Iterator[Case]:
+    """A row, and several."""
     d = _Draw(4)
     yield Case(None, d(1, 3))
     yield Case(None, d(2, 3, 4, size=2.0))
 
 
 def cross_entropy() -> Iterator[Case]:
+    """One sample, and three."""
     d = _Draw(5)
     yield Case(None, d(1, 3), (np.array([1]),), False)
     yield Case(None, d(3, 4, size=2.0), (np.array([3, 0, 2]),), False)
 
 
 def patch_embed() -> Iterator[Case]:
+    """Two patches, several on a grid that is not square, and patches of one cell."""
     d = _Draw(6)
     yield Case(d.patches(3, 1, 2), d(1, 2, 4, 1), (1e-5,))
     yield Case(d.patches(4, 3, 2), d(2, 4, 6, 3), (0.1,))
@@ -113,6 +121,7 @@ def patch_embed() -> Iterator[Case]:
 
 
 def position() -> Iterator[Case]:
+    """The table's own grid, finer and coarser ones, with and without a cls row."""
     d = _Draw(7)
     yield Case(d(1, 4, 1), d(1, 4, 1), ((2, 2), (2, 2), False))
     yield Case(d(1, 2, 1), d(1, 6, 1), ((2, 3), (1, 2), False))
@@ -124,6 +133,7 @@ def position() -> Iterator[Case]:
 
 
 def attention() -> Iterator[Case]:
+    """One head, and several heads and samples."""
     d = _Draw(8)
     yield Case(None, (d(1, 1, 2, 2), d(1, 1, 3, 2), d(1, 1, 3, 2)), (0.7,))
     yield Case(None, (d(2, 2, 3, 4), d(2, 2, 5, 4), d(2, 2, 5, 4)), (0.5,))
@@ -134,6 +144,7 @@ def _attn(C: int, N: int, eps: float = 1e-5) -> SRASettings:
 
 
 def sra() -> Iterator[Case]:
+    """Without a reduction, then with one."""
     d = _Draw(9)
     yield Case(d.sra(4, 1), d(1, 3, 4), ((1, 3), _attn(4, 2)))
     yield Case(d.sra(6, 1, bias=False), d(2, 1 + 4, 6), ((2, 2), _attn(6, 2)))  # with a cls token
@@ -142,6 +153,7 @@ def sra() -> Iterator[Case]:
 
 
 def mlp() -> Iterator[Case]:
+    """One token, and several."""
     d = _Draw(10)
     yield Case(MLPParams(d.linear(4, 2), d.linear(2, 4)), d(1, 1, 2))
     yield Case(MLPParams(d.linear(6, 3), d.linear(3, 6)), d(2, 4, 3))
@@ -152,6 +164,7 @@ def _of_block(C: int, N: int, eps: float) -> BlockSettings:
 
 
 def block() -> Iterator[Case]:
+    """Without a reduction, then with one."""
     d = _Draw(11)
     yield Case(d.block(4, 1, 5), d(1, 2, 4), ((1, 2), _of_block(4, 2, 1e-2)))
     yield Case(d.block(4, 2, 6), d(2, 8, 4), ((2, 4), _of_block(4, 2, 1e-2)))
@@ -162,12 +175,14 @@ def _of_stage(P: int, side: int, C: int, depth: int) -> StageSettings:
 
 
 def stage() -> Iterator[Case]:
+    """On the table's own grid, and on another one, with two blocks and a reduction."""
     d = _Draw(12)
     yield Case(d.stage(4, 1, 2, 1, 4, 1), d(1, 4, 4, 1), (_of_stage(2, 2, 4, 1),))
     yield Case(d.stage(4, 3, 2, 2, 1 + 9, 2), d(2, 4, 8, 3), (_of_stage(2, 3, 4, 2),))
 
 
 def pyramid() -> Iterator[Case]:
+    """Two stages, of one image and of two."""
     d = _Draw(13)
     for B, size, C_in in ((1, (4, 4), 1), (2, (4, 8), 2)):
         p = (d.stage(4, C_in, 2, 1, 4, 1), d.stage(4, 4, 2, 1, 1 + 1, 1))
@@ -175,6 +190,7 @@ def pyramid() -> Iterator[Case]:
 
 
 def conv() -> Iterator[Case]:
+    """Stride 1 and 2, as many channels in as out, and windows that leave a row over."""
     d = _Draw(14)
     yield Case(_kernel(d, 2, 1, 3, 3), d(1, 3, 4, 1), (1, 1))
     yield Case(_kernel(d, 3, 2, 3, 3), d(2, 5, 8, 2), (2, 1))
@@ -188,12 +204,14 @@ def _kernel(d: _Draw, C_out: int, *rest: int) -> ConvParams:
 
 
 def depthwise_conv() -> Iterator[Case]:
+    """A small map, and two larger ones."""
     d = _Draw(15)
     yield Case(_kernel(d, 2, 1, 3, 3), d(1, 2, 3, 2))
     yield Case(_kernel(d, 3, 1, 3, 3), d(2, 4, 5, 3))
 
 
 def semantic_fpn() -> Iterator[Case]:
+    """Maps that halve, maps that do not quite, and the statistics of the batch."""
     d = _Draw(16)
     for B, sizes, in_batch in (
         (1, ((2, 4), (1, 2), (1, 1), (1, 1)), False),

@@ -4,8 +4,11 @@ A line is a sentence or an equation of the derivation on a page of the course. I
 reader's code and the mathematics part, and never how the code should read.
 """
 
+import functools
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pvt_ref.blocks.mlp import mlp
@@ -79,7 +82,6 @@ class Exercise:
         settings: names of the arguments of the forward after ops.
         forward, backward: laws of this operation alone.
         lines: of the derivation, by what is wrong: "y", an input's name, or the name of a law.
-        hints: for the forward and the backward, each a little nearer.
         names, order: of arrays, as in :class:`pvt_ref.testing.laws.Trial`.
         alone: whether one function gives y and its gradient together, as a loss does.
     """
@@ -88,13 +90,17 @@ class Exercise:
     operation: Operation
     cases: Callable[[], Iterator[cases.Case]]
     lines: Mapping[str, Line]
-    hints: Mapping[str, Sequence[str]]
     settings: tuple[str, ...] = ()
     forward: tuple[Property, ...] = ()
     backward: tuple[Property, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
     order: tuple[str, ...] = ()
     alone: bool = False
+
+    @property
+    def hints(self) -> Mapping[str, Sequence[str]]:
+        """For the forward and for the backward, each a little nearer."""
+        return _hints()[self.name]
 
     @property
     def page(self) -> str:
@@ -115,41 +121,49 @@ class Exercise:
             return next((self.lines[k] for k in keys if k in self.lines), IDIOM[broken])
         steps = where.split(".")
         keys += [".".join(steps[:k]) for k in range(len(steps), 0, -1)] if where else []
-        gradient = broken in _OF_GRADIENTS
-        return next((self.lines[k] for k in keys if k in self.lines), self.lines["dy" if gradient else "y"])  # fmt: skip
+        keys.append("dy" if broken in _OF_GRADIENTS else "y")
+        return next(self.lines[k] for k in keys if k in self.lines)
 
 
-_OF_GRADIENTS = (
-    *("gradient shape", "gradient values", "finite differences", "adjoint", "batch"),
-)
+@functools.cache
+def _hints() -> dict[str, dict[str, list[str]]]:
+    return tomllib.loads(Path(__file__).with_name("hints.toml").read_text(encoding="utf-8"))
+
+
+_OF_GRADIENTS = (*("gradient shape", "gradient values", "finite differences", "adjoint", "batch"),)
 
 #: Lines of laws that every operation obeys.
 IDIOM = {
     "returns": Line("notation", "the-one-idiom", "It returns the output and a cache"),
     "gradient": Line("notation", "the-one-idiom", "as a record of the same type as the weights"),
     "dtype": Line("gpu", "what-must-not-be-written", "A Python number adapts to the array"),
-    "gradient dtype": Line("gpu", "what-must-not-be-written", "A Python number adapts to the array"),
+    "gradient dtype": Line(
+        "gpu", "what-must-not-be-written", "A Python number adapts to the array"
+    ),
     "pure": Line(
-        "gpu", "what-must-not-be-written",
+        "gpu",
+        "what-must-not-be-written",
         "What a layer may change in place is what it has made itself",
-    ),  # fmt: skip
+    ),
     "cache": Line(
         "notation", "the-one-idiom", "It leaves its cache as it was, so it can be called again"
     ),
     "state": Line("notation", "the-one-idiom", "holds what the backward needs of the forward"),
     "repeatable": Line("notation", "the-one-idiom", "All pairs have the same signatures"),
     "aliased cache": Line(
-        "gpu", "what-must-not-be-written",
+        "gpu",
+        "what-must-not-be-written",
         "A slice or a reshape may share memory with the array it came from",
     ),
     "layout": Line(
-        "gpu", "what-must-not-be-written",
+        "gpu",
+        "what-must-not-be-written",
         "A slice or a reshape may share memory with the array it came from",
-    ),  # fmt: skip
+    ),
     "linear in dy": Line(
         "notation", "the-backward", "A backward multiplies by the transpose of the Jacobian", 4
     ),
-}  # fmt: skip
+}
 
 
 def _cross_entropy_forward(p: None, x: Any, ops: Any, labels: Any) -> Any:
@@ -175,37 +189,35 @@ def _pages(page: str, forward: str = "the-equation") -> tuple[Callable[..., Line
 def _linear() -> Exercise:
     f, b = _pages("linear")
     return Exercise(
-        "linear", linear, cases.linear,
+        "linear",
+        linear,
+        cases.linear,
         lines={
             "y": f(2),
             "samples": f(2, "nothing in the sum connects one token with another"),
-            "x": b(5), "weight": b(3, "Rows are summed over, so this is a matrix product"),
-            "bias": b(4, "for every row, with the factor 1"), "dy": b(3),
+            "x": b(5),
+            "weight": b(3, "Rows are summed over, so this is a matrix product"),
+            "bias": b(4, "for every row, with the factor 1"),
+            "dy": b(3),
         },
         forward=(Property(law.bias_at_zero, f(1)),),
-        hints={
-            "forward": (
-                "Which axis of x is summed over, and which axis of W?",
-                "Batch and tokens are both rows: the @ of NumPy already leaves all leading axes alone.",
-                "weight is stored output first, so it has to be transposed. A bias of None adds nothing.",
-            ),
-            "backward": (
-                "Write the shapes down. dx must have x's, and only one order of dy and W gives that.",
-                "W is used once for every row, and every use contributes. Make x and dy matrices of rows first.",
-                "The gradient of what was broadcast is a sum, over all axes that were made.",
-            ),
-        },
-    )  # fmt: skip
+    )
 
 
 def _layer_norm() -> Exercise:
     f, b = _pages("layer_norm")
     return Exercise(
-        "layer_norm", layer_norm, cases.layer_norm,
+        "layer_norm",
+        layer_norm,
+        cases.layer_norm,
         settings=("eps",),
         lines={
-            "y": f(1), "samples": f(None, "Nothing here connects two tokens, or two images"),
-            "x": b(3), "weight": b(4), "bias": b(4), "dy": b(3),
+            "y": f(1),
+            "samples": f(None, "Nothing here connects two tokens, or two images"),
+            "x": b(3),
+            "weight": b(4),
+            "bias": b(4),
+            "dy": b(3),
         },
         forward=(
             Property(law.tokens_apart, f(None, "Nothing here connects two tokens, or two images")),
@@ -219,25 +231,15 @@ def _layer_norm() -> Exercise:
             Property(law.gradient_mean_zero, b(3, "so the mean of the gradient is taken off")),
             Property(law.gradient_across, b(2, "where the last step put")),
         ),
-        hints={
-            "forward": (
-                "Every mean is over the channels of one token, and keeps its axis so that it broadcasts.",
-                "Take the mean off first. The variance is the mean of the squares of what is left.",
-                "eps is added to the variance, before the root.",
-            ),
-            "backward": (
-                "x affects x_hat in three ways. Which of them does your dx leave out?",
-                "Go back through y = weight * x_hat + bias first, to g. Then through the scaling, then the centring.",
-                "dx of a token has to be at right angles to the constant token and to x_hat.",
-            ),
-        },
-    )  # fmt: skip
+    )
 
 
 def _gelu() -> Exercise:
     f, b = _pages("gelu")
     return Exercise(
-        "gelu", gelu, cases.gelu,
+        "gelu",
+        gelu,
+        cases.gelu,
         lines={"y": f(1), "x": b(3), "dy": b(3)},
         forward=(
             Property(law.gelu_mirror, f(1)),
@@ -245,23 +247,15 @@ def _gelu() -> Exercise:
             Property(law.gelu_of_one, f(1, "PVT was trained with the exact one")),
         ),
         backward=(Property(law.gelu_slopes, b(3)),),
-        hints={
-            "forward": (
-                "Phi is the distribution function of the normal distribution; scipy.special has erf.",
-                "erf takes x over the root of 2.",
-            ),
-            "backward": (
-                "The product rule: two factors depend on x.",
-                "The derivative of Phi is the density, with its factor 1 / sqrt(2 pi).",
-            ),
-        },
-    )  # fmt: skip
+    )
 
 
 def _softmax() -> Exercise:
     f, b = _pages("softmax")
     return Exercise(
-        "softmax", softmax, cases.softmax,
+        "softmax",
+        softmax,
+        cases.softmax,
         lines={"y": f(1), "x": b(3), "dy": b(3)},
         forward=(
             Property(law.rows_sum_to_one, f(None, "is positive and a row sums to 1")),
@@ -269,25 +263,17 @@ def _softmax() -> Exercise:
             Property(law.no_overflow, f(None, "no exponent is above 0, so nothing overflows")),
         ),
         backward=(Property(law.gradient_rows_zero, b(3, "sums to 0, as it must when a shift of")),),
-        hints={
-            "forward": (
-                "A row is what lies along the last axis.",
-                "A number that is taken off the whole row cancels. Which one keeps exp from overflowing?",
-            ),
-            "backward": (
-                "Each x_k moves every y_j of its row: the Jacobian is not diagonal.",
-                "The sum over j is one inner product a row; everything you need is in y.",
-            ),
-        },
-    )  # fmt: skip
+    )
 
 
 def _cross_entropy() -> Exercise:
     f, b = _pages("softmax")
     return Exercise(
-        "cross_entropy", Operation(_cross_entropy_forward, _cross_entropy_backward),
+        "cross_entropy",
+        Operation(_cross_entropy_forward, _cross_entropy_backward),
         cases.cross_entropy,
-        settings=("labels",), alone=True,
+        settings=("labels",),
+        alone=True,
         lines={"y": f(2), "x": b(4), "dy": b(4)},
         forward=(
             Property(law.loss_is_a_mean, f(2, "and takes the mean over the batch")),
@@ -297,28 +283,24 @@ def _cross_entropy() -> Exercise:
         ),
         backward=(Property(law.gradient_rows_zero, b(4)),),
         names={"x": "logits"},
-        hints={
-            "forward": (
-                "Of each row the logarithm of one share counts: that of its label.",
-                "log p = z - log sum exp z, with the row's maximum taken off first. A log of a softmax loses digits.",
-            ),
-            "backward": (
-                "p less the one-hot target, row by row.",
-                "The mean of the loss divides here as well.",
-            ),
-        },
-    )  # fmt: skip
+    )
 
 
 def _patch_embed() -> Exercise:
     f, b = _pages("patch_embed")
     norm = Line("layer_norm", "the-backward", "Here the tokens must be told apart", 4)
     return Exercise(
-        "patch_embed", patch_embed, cases.patch_embed,
+        "patch_embed",
+        patch_embed,
+        cases.patch_embed,
         settings=("eps",),
         lines={
             "y": f(3, "rows of the square, then columns, then channels"),
-            "x": b(6), "proj.weight": b(5), "proj.bias": b(5), "norm": norm, "dy": b(7),
+            "x": b(6),
+            "proj.weight": b(5),
+            "proj.bias": b(5),
+            "norm": norm,
+            "dy": b(7),
         },
         forward=(
             Property(law.tokens_are_normed, f(2)),
@@ -328,28 +310,24 @@ def _patch_embed() -> Exercise:
             Property(law.norm_comes_first, b(None, "First back through the norm")),
             Property(law.one_token_one_patch, b(6, "So no sum over cells is left")),
         ),
-        hints={
-            "forward": (
-                "Split the rows into H/P times P, the columns into W/P times P, and bring the two P together.",
-                "Weight and patches have to be flattened in one order. The kernel's axes are (C_out, C_in, P, P).",
-                "Projection first, then the norm: ops[linear] and ops[layer_norm] do both.",
-            ),
-            "backward": (
-                "Norm, product, cutting: take them from the last to the first.",
-                "Cutting moves numbers. Its transpose moves them back: the same axes, exchanged once more.",
-                "The gradient of the kernel has the kernel's shape: undo the flattening, and the transpose.",
-            ),
-        },
-    )  # fmt: skip
+    )
 
 
 def _position() -> Exercise:
     f, b = _equation("position", "another-grid"), _equation("position", "the-backward")
     return Exercise(
-        "position", position, cases.position,
+        "position",
+        position,
+        cases.position,
         settings=("grid", "table_grid", "cls"),
-        lines={"y": f(4), "x": b(8), "table": b(10), "dy": b(9), "batch:table": b(9),
-               "gradient shape:table": b(9)},
+        lines={
+            "y": f(4),
+            "x": b(8),
+            "table": b(10),
+            "dy": b(9),
+            "batch:table": b(9),
+            "gradient shape:table": b(9),
+        },
         forward=(
             Property(law.cls_row_stays, f(None, "It belongs to no cell")),
             Property(law.own_grid, Line("position", "the-equation", "on the table's own grid", 1)),
@@ -362,31 +340,27 @@ def _position() -> Exercise:
             Property(law.passes_dy, b(8)),
             Property(law.unused_row_zero, b(None, "so its gradient is zero")),
             Property(law.cls_gradient_copied, b(None, "so its gradient is copied back")),
-            Property(law.nothing_lost, b(11, "Because the shares sum to 1, nothing is lost on the way")),
+            Property(
+                law.nothing_lost, b(11, "Because the shares sum to 1, nothing is lost on the way")
+            ),
         ),
         names={"p": "table"},
-        hints={
-            "forward": (
-                "One small matrix for each axis, with at most two weights a row. Write it for one axis first.",
-                "Centres, not corners: half a cell goes on before the division, and off after it.",
-                "The row of the cls token is cut off before, and put back after. Without cls it is left out.",
-            ),
-            "backward": (
-                "All images share the table.",
-                "Resizing is linear, so its backward is the transpose: the same matrices, turned.",
-                "The gradient of the table has the table's shape, with zeros in a row that was not used.",
-            ),
-        },
-    )  # fmt: skip
+    )
 
 
 def _attention() -> Exercise:
     f, b = _pages("attention")
     return Exercise(
-        "attention", attention, cases.attention,
+        "attention",
+        attention,
+        cases.attention,
         settings=("scale",),
         lines={
-            "y": f(4), "samples": f(5), "q": b(9), "k": b(9), "v": b(6, "sums over queries"),
+            "y": f(4),
+            "samples": f(5),
+            "q": b(9),
+            "k": b(9),
+            "v": b(6, "sums over queries"),
             "dy": b(7),
         },
         forward=(
@@ -397,32 +371,26 @@ def _attention() -> Exercise:
         ),
         backward=(Property(law.key_gradients_cancel, b(8)),),
         names={"x.0": "q", "x.1": "k", "x.2": "v"},
-        hints={
-            "forward": (
-                "Scores (B, N, n, m), weights of the same shape, then the mean of the values.",
-                "The softmax is over the keys, for each query by itself: the last axis of the scores.",
-                "scale multiplies the scores, before the softmax.",
-            ),
-            "backward": (
-                "Three steps, from the last to the first: the mean, the softmax, the scores.",
-                "Of a product A v both factors get a gradient, each with the other one transposed.",
-                "The scores were multiplied by scale, so both dq and dk are.",
-            ),
-        },
-    )  # fmt: skip
+    )
 
 
 def _sra() -> Exercise:
     f, b = _pages("sra")
     return Exercise(
-        "sra", sra, cases.sra,
-        settings=("grid", "settings"), order=("proj", "kv", "norm", "sr", "q"),
+        "sra",
+        sra,
+        cases.sra,
+        settings=("grid", "settings"),
+        order=("proj", "kv", "norm", "sr", "q"),
         lines={
-            "y": f(1), "q": b(None, "The weights of the queries get"),
-            "kv": b(None, "Both came from"), "proj": b(None, "is linear"),
+            "y": f(1),
+            "q": b(None, "The weights of the queries get"),
+            "kv": b(None, "Both came from"),
+            "proj": b(None, "is linear"),
             "sr": b(None, "so one term is left of the sum over patches"),
             "norm": Line("layer_norm", "the-backward", "Here the tokens must be told apart", 4),
-            "x": b(None, "Only one thing is new:"), "dy": b(None, "Read the five steps"),
+            "x": b(None, "Only one thing is new:"),
+            "dy": b(None, "Read the five steps"),
         },
         forward=(
             Property(law.values_stand_last, f(None, "of which the upper half makes keys")),
@@ -431,48 +399,41 @@ def _sra() -> Exercise:
             Property(law.reduction_is_normed, f(3)),
             Property(law.blocks_change_places, f(None, "Laid out in one row")),
         ),
-        hints={
-            "forward": (
-                "Five steps: queries, reduction, keys and values, attention, projection. Four are operations of the table.",
-                "SR is a patch embedding: PatchEmbedParams(p.sr, p.norm) are its weights. Without p.sr every token is a key.",
-                "(B, n, C) to (B, N, n, d): split the last axis into N heads of d neighbours, then swap.",
-            ),
-            "backward": (
-                "The five steps in reverse, each with the cache of its own forward.",
-                "dk and dv go back through kv side by side, in the order in which they were taken apart.",
-                "x went into the queries and into the reduction.",
-            ),
-        },
-    )  # fmt: skip
+    )
 
 
 def _mlp() -> Exercise:
     f, b = _pages("block")
     second = b(None, "The second layer is")
     return Exercise(
-        "mlp", mlp, cases.mlp,
+        "mlp",
+        mlp,
+        cases.mlp,
         lines={
-            "y": f(3), "fc1": b(None, "GELU acts on each number alone"), "fc2": second,
-            "x": b(None, "and the first layer is linear again"), "dy": second,
+            "y": f(3),
+            "fc1": b(None, "GELU acts on each number alone"),
+            "fc2": second,
+            "x": b(None, "and the first layer is linear again"),
+            "dy": second,
         },
         forward=(Property(law.tokens_apart, f(3, "no token sees another")),),
-        hints={
-            "forward": ("Three operations of the table in a row.",),
-            "backward": (
-                "The same three in reverse, each with the cache of its own forward.",
-                "What goes into fc1's backward has come through GELU's.",
-            ),
-        },
-    )  # fmt: skip
+    )
 
 
 def _block() -> Exercise:
     f, b = _pages("block")
     return Exercise(
-        "block", block, cases.block,
+        "block",
+        block,
+        cases.block,
         settings=("grid", "settings"),
         lines={
-            "y": f(2), "x": b(7), "norm1": b(7), "attn": b(7), "norm2": b(5), "mlp": b(5),
+            "y": f(2),
+            "x": b(7),
+            "norm1": b(7),
+            "attn": b(7),
+            "norm2": b(5),
+            "mlp": b(5),
             "dy": b(5),
         },
         forward=(
@@ -480,127 +441,98 @@ def _block() -> Exercise:
             Property(law.norms_stand_first, f(None, "The norms stand first in each branch")),
         ),
         backward=(Property(law.gradient_skips, b(5, "A fork")),),
-        hints={
-            "forward": (
-                "x + f(norm(x)), twice. The second time x is the sum that you already have.",
-                "sra is given grid and settings.attn, both norms settings.norm_eps.",
-            ),
-            "backward": (
-                "Where the forward forks, the backward adds.",
-                "First the MLP's half as a whole, with its skip. What comes out is dy for the other half.",
-            ),
-        },
-    )  # fmt: skip
+    )
 
 
 def _stage() -> Exercise:
     f, b = _equation("stages", "the-equation"), _equation("whole_backward", "the-backward")
     return Exercise(
-        "stage", stage, cases.stage,
+        "stage",
+        stage,
+        cases.stage,
         settings=("settings",),
         lines={
-            "y": f(3), "shape": f(1), "x": b(7), "patch_embed": b(7), "pos_embed": b(None, "adds the same table"),
-            "blocks": b(None, "The blocks of stage 4, in reverse"), "dy": b(7),
+            "y": f(3),
+            "shape": f(1),
+            "x": b(7),
+            "patch_embed": b(7),
+            "pos_embed": b(None, "adds the same table"),
+            "blocks": b(None, "The blocks of stage 4, in reverse"),
+            "dy": b(7),
         },
-        hints={
-            "forward": (
-                "Patch embedding, positions, blocks, and back to a map.",
-                "The table's own grid is table_side by table_side; that of the tokens comes from x and patch_size.",
-                "Without a cls token: ops[position] is given False for cls.",
-            ),
-            "backward": (
-                "dy is a map: tokens first. Then the blocks, the last one first.",
-                "blocks has to be a tuple of gradients in the order of the weights.",
-            ),
-        },
-    )  # fmt: skip
+    )
 
 
 def _pyramid() -> Exercise:
     f, b = _equation("whole_backward", "the-equation"), _equation("whole_backward", "the-backward")
     return Exercise(
-        "pyramid", pyramid, cases.pyramid,
+        "pyramid",
+        pyramid,
+        cases.pyramid,
         settings=("settings",),
         lines={"y": f(1), "x": f(3), "dy": b(8)},
         forward=(Property(law.coarse_told_by_fine, Line("stages", "the-equation", "", 1)),),
         backward=(Property(law.maps_add_up, b(8, "Where gradients meet")),),
-        hints={
-            "forward": ("Each stage takes the map of the one before; all of them are returned, in a list.",),
-            "backward": (
-                "From the last stage to the first.",
-                "F_i is an output and the input of the next stage: two gradients meet in it.",
-            ),
-        },
-    )  # fmt: skip
+    )
 
 
 def _conv() -> Exercise:
     f, b = _pages("convolution")
     return Exercise(
-        "conv", conv, cases.conv,
+        "conv",
+        conv,
+        cases.conv,
         settings=("stride", "padding"),
         lines={
-            "y": f(1), "shape": f(2), "x": b(15, "turned by 180 degrees, and with the two channel axes swapped"),
-            "weight": b(13), "bias": b(12), "dy": b(12),
+            "y": f(1),
+            "shape": f(2),
+            "x": b(15, "turned by 180 degrees, and with the two channel axes swapped"),
+            "weight": b(13),
+            "bias": b(12),
+            "dy": b(12),
         },
         forward=(Property(law.frame_of_zeros, f(1, "zeros on each side")),),
-        backward=(Property(law.windows_counted, b(14, "Where the forward copies, the backward adds")),),
-        hints={
-            "forward": (
-                "Put the frame of zeros around x first. How many windows then fit?",
-                "For each place (u, v) of the kernel one slice, with the stride as its step, meets all windows.",
-            ),
-            "backward": (
-                "The gradient of the weight at (u, v) is a product of dy with the slice that met it.",
-                "A pixel lies in several windows: add to a framed array of zeros, slice by slice, and cut the frame off.",
-            ),
-        },
-    )  # fmt: skip
+        backward=(
+            Property(law.windows_counted, b(14, "Where the forward copies, the backward adds")),
+        ),
+    )
 
 
 def _depthwise_conv() -> Exercise:
     f, b = _pages("convolution")
     return Exercise(
-        "depthwise_conv", depthwise_conv, cases.depthwise_conv,
+        "depthwise_conv",
+        depthwise_conv,
+        cases.depthwise_conv,
         lines={"y": f(7), "x": b(17), "weight": b(16), "bias": b(16), "dy": b(16)},
         forward=(Property(law.channels_apart, f(6, "the kernel is diagonal in the channels")),),
-        hints={
-            "forward": (
-                "The map keeps its size: half the kernel's side of zeros all around.",
-                "A sum of k x k shifted maps, each times one number a channel.",
-            ),
-            "backward": (
-                "What was shifted one way comes back the other way.",
-                "dx needs the frame as well, until the end.",
-            ),
-        },
-    )  # fmt: skip
+    )
 
 
 def _semantic_fpn() -> Exercise:
     f, b = _pages("semantic_fpn")
     return Exercise(
-        "semantic_fpn", semantic_fpn, cases.semantic_fpn,
+        "semantic_fpn",
+        semantic_fpn,
+        cases.semantic_fpn,
         settings=("buffers", "batch_statistics"),
         lines={
-            "y": f(5), "shape": f(5), "P_1": b(12), "P_2": b(12), "P_3": b(12), "P_4": b(12),
-            "conv_seg": b(12), "scale_heads": b(12, "Then each level goes back through its enlargements and units"),
+            "y": f(5),
+            "shape": f(5),
+            "P_1": b(12),
+            "P_2": b(12),
+            "P_3": b(12),
+            "P_4": b(12),
+            "conv_seg": b(12),
+            "scale_heads": b(12, "Then each level goes back through its enlargements and units"),
             "dy": b(12),
         },
         forward=(Property(law.levels_are_summed, f(5)),),
-        backward=(Property(law.summands_alike, b(12, "a sum hands its gradient to every summand")),),
+        backward=(
+            Property(law.summands_alike, b(12, "a sum hands its gradient to every summand")),
+        ),
         names={f"x.{i}": f"P_{i + 1}" for i in range(4)},
-        hints={
-            "forward": (
-                "Each level goes through its scale_head and is then resized to the size of the first map.",
-                "The sum of the four goes through conv_seg, a convolution of stride 1 without padding.",
-            ),
-            "backward": (
-                "A sum hands its gradient to each summand unchanged.",
-                "Resize and scale_head, in reverse, with the cache of their own level.",
-            ),
-        },
-    )  # fmt: skip
+    )
 
 
 #: All exercises by name, in the order of the course.

@@ -156,12 +156,12 @@ def _whole(folder: Path, progress: Progress, args: argparse.Namespace) -> bool:
     right = True
     for what, result, wrong in running.whole(folder, args.photo, max(args.seconds, 600.0)):
         right = right and not wrong
-        print(f"  {what}: {printable(wrong or result)}{' (not right)' if wrong else ''}", flush=True)
+        print(
+            f"  {what}: {printable(wrong or result)}{' (not right)' if wrong else ''}", flush=True
+        )
     files = "".join(progress.exercises[name].digest for name in EXERCISES)
     progress.whole = hashlib.sha256(files.encode()).hexdigest() if right else ""
     progress.save(folder)
     if right:
         print("That is a Pyramid Vision Transformer of your own, forward and backward")
     return right
-
-

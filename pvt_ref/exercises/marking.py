@@ -72,7 +72,9 @@ class ReadersError(Exception):
             own = [traceback.FrameSummary(str(path), error.lineno or 0, "the file")]
         if len(own) > 4:  # a recursion
             own = [*own[:2], *own[-2:]]
-        lines = [f"{path.name}, line {f.lineno}, in {f.name}: {(f.line or '').strip()}" for f in own]
+        lines = [
+            f"{path.name}, line {f.lineno}, in {f.name}: {(f.line or '').strip()}" for f in own
+        ]
         self.trace = printable("\n".join(lines))
 
 
@@ -144,7 +146,9 @@ def readers_pair(exercise: Exercise, path: Path) -> tuple[Callable[..., Any], Ca
     return forward, backward
 
 
-def twin(exercise: Exercise, forward: Callable[..., Any], backward: Callable[..., Any]) -> Operation:
+def twin(
+    exercise: Exercise, forward: Callable[..., Any], backward: Callable[..., Any]
+) -> Operation:
     """The reader's pair as a twin for a table of operations.
 
     Raises, when called:
@@ -210,9 +214,7 @@ def _described(exercise: Exercise, trial: Trial) -> str:
     return ", ".join([*arrays, *told])
 
 
-def _way(
-    exercise: Exercise, way: str, pair: tuple[Any, Any], ops: Ops
-) -> Mark:
+def _way(exercise: Exercise, way: str, pair: tuple[Any, Any], ops: Ops) -> Mark:
     trials = [
         (case.batched, *(_trial(exercise, p, case, ops) for p in (pair, _own_pair(exercise))))
         for case in exercise.cases()
@@ -249,7 +251,9 @@ def _aliased(trial: Trial, reference: Trial) -> bool:
 
     def shares(trial: Trial) -> bool:
         y, cache = trial.run()
-        return any(np.may_share_memory(a, b) for a in laws.arrays_of(y) for _, b in laws.leaves(cache))
+        return any(
+            np.may_share_memory(a, b) for a in laws.arrays_of(y) for _, b in laws.leaves(cache)
+        )
 
     return shares(trial) and not shares(reference)
 

@@ -204,7 +204,7 @@ def one_pixel_one_token(trial: Trial) -> None:
 
 
 def tokens_are_normed(trial: Trial) -> None:
-    """The tokens are normed: a projection three times as large, with nine times the eps, is alike."""
+    """The tokens are normed: a projection three times as large, with nine times eps, is alike."""
     larger = {"proj.weight": 3 * trial.p.proj.weight, "proj.bias": 3 * trial.p.proj.bias}
     scaled = replace(trial.given(larger), settings=(9 * trial.settings[0],))
     _alike(scaled.run()[0], _y(trial), "y of the larger projection")
@@ -272,9 +272,9 @@ def rows_stay_rows(trial: Trial) -> None:
 
 
 def borders_clamped(trial: Trial) -> None:
-    """Where the grid is finer than the table, the first and last tokens take the table's corners."""
+    """Where the grid is finer than the table, the first and last token take its corners."""
     (H, W), (h, w), cls = trial.settings
-    if H >= h and W >= w:
+    if h <= H and w <= W:
         rows, extra = _table_rows(trial)
         added = (_y(trial) - trial.x)[:, int(cls) :]
         _alike(added[:, 0], np.broadcast_to(rows[extra], added[:, 0].shape), "y - x of token 0")

@@ -55,7 +55,9 @@ class _Worker:
         self._process.wait()
 
 
-def marks(folder: Path, names: Sequence[str], seconds: float = SECONDS) -> Iterator[tuple[Mark, str]]:
+def marks(
+    folder: Path, names: Sequence[str], seconds: float = SECONDS
+) -> Iterator[tuple[Mark, str]]:
     """The marks of some exercises, two each, and what the code printed until then.
 
     Args:
@@ -121,5 +123,3 @@ def whole(folder: Path, photo: str | None, seconds: float) -> Iterator[tuple[str
                 yield what, found, wrong
         if answer:
             yield "the whole network", "", str(answer)
-
-

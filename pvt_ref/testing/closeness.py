@@ -38,9 +38,7 @@ def spelt_pair(a: float, b: float) -> tuple[str, str]:
     return few if few[0] != few[1] else (repr(a), repr(b))
 
 
-def first_wrong(
-    actual: np.ndarray, expected: np.ndarray, allowed: float
-) -> tuple[int, ...] | None:
+def first_wrong(actual: np.ndarray, expected: np.ndarray, allowed: float) -> tuple[int, ...] | None:
     """Index of the first entry that is off by more than its share of an L2 norm allowed; or None.
 
     What is not finite on one side only is off, whatever is allowed.
@@ -75,7 +73,7 @@ def close(
         law: name of the law, for the message.
 
     Raises:
-        LawError: if the shapes differ, or the arrays do; its index is that of the first wrong entry.
+        LawError: if the shapes differ, or the arrays do; its index is the first wrong entry's.
         ValueError: if expected is all zeros, and there is no floor.
     """
     actual, expected = np.asarray(actual), np.asarray(expected)

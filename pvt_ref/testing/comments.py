@@ -731,9 +731,10 @@ class _Call:
 
 @contextlib.contextmanager
 def shape_comments(*modules: ModuleType, stages: Stages | None = None) -> Iterator[ShapeComments]:
-    """Executes the shape comments of modules: ``with shape_comments(my_layer): run()``.
+    """Executes the shape comments of modules while it is entered.
 
-    A line that ends in ``# (B, n, C)`` is checked whenever it has run; the letters are those of the
+    With ``with shape_comments(my_layer): run()``, a line that ends in ``# (B, n, C)`` is checked
+    whenever it has run; the letters are those of the
     docstring's ``Args:``. What the language is, the head of this file says.
 
     Args:

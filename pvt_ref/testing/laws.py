@@ -399,11 +399,13 @@ def pure_backward(trial: Trial) -> None:
         index = first_wrong(second[name], g, 0.0)
         if index is not None:
             what = f"the gradient of {spelt_entry(name, index)} is another in a second backward"
-            raise LawError("cache", f"{what} with the same cache, which was written to", name, index)
+            raise LawError(
+                "cache", f"{what} with the same cache, which was written to", name, index
+            )
 
 
 def no_state(trial: Trial) -> None:
-    """A backward knows its forward by the cache alone: another forward in between changes nothing."""
+    """A backward knows its forward by the cache alone, whatever other forward came in between."""
     y, cache = trial.run()
     dy = trial.drawn(1, y)
     expected = trial.back(cache, dy)

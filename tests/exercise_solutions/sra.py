@@ -17,7 +17,7 @@ def merge(x):
 
 
 def sra_forward(p, x, ops, grid, settings):
-    N, (B, n, C) = settings.num_heads, x.shape
+    N, (B, _, C) = settings.num_heads, x.shape
     q, q_cache = ops[linear].forward(p.q, x, ops)
     reduced, sr_cache = x, None
     if p.sr is not None:
