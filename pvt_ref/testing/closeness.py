@@ -79,8 +79,8 @@ def close(
     actual, expected = np.asarray(actual), np.asarray(expected)
     if actual.shape != expected.shape:
         raise LawError(law, f"{what} has shape {actual.shape}; it must be {expected.shape}")
-    norm = max(float(np.linalg.norm(expected.ravel())), floor)
-    if not norm and expected.size:
+    norm = max(float(np.linalg.norm(expected[np.isfinite(expected)])), floor)
+    if not norm and expected.size and not np.any(expected):
         raise ValueError(
             f"{what} is compared with zeros, which shows little. If it should be zero, name a "
             f"floor, the size of number at which it counts as one"

@@ -426,9 +426,9 @@ def laws_of(batched: bool, compared: bool) -> list[Callable[..., None]]:
     """All laws in the order in which they are tried."""
     found: list[Callable[..., None]] = [shape, values] if compared else []
     found += [dtype, pure, repeatable, *([samples] if batched else [])]
-    found += [gradient_shapes, gradient_dtypes, linear_in_dy, *([batch_sum] if batched else [])]
-    found += [adjoint, *([gradient_values] if compared else [])]
-    return [*found, pure_backward, no_state, layout]
+    found += [gradient_shapes, pure_backward, gradient_dtypes, linear_in_dy]
+    found += [*([batch_sum] if batched else []), adjoint]
+    return [*found, *([gradient_values] if compared else []), no_state, layout]
 
 
 def _try_all(trial: Trial, batched: bool, reference: Trial | None) -> None:
