@@ -116,6 +116,6 @@ def read_progress(folder: Path) -> tuple[Progress, bool]:
 
 
 def _remembered(stated: Any) -> Remembered:
-    texts = [str(stated.get(name, "")) for name in ("forward", "backward", "digest")]
+    texts = {name: str(stated.get(name, "")) for name in ("forward", "backward", "digest")}
     hints = {str(way): max(int(n), 0) for way, n in stated.get("hints", {}).items()}
-    return Remembered(*texts, hints)
+    return Remembered(**texts, hints=hints)

@@ -62,7 +62,7 @@ def _weight(key: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def network(name: str) -> tuple[Any, Any, np.ndarray]:
-    """Weights, configuration and two images of a network of :data:`CONFIGS`."""
+    """Weights, configuration and two images of a network of ``CONFIGS``."""
     config = CONFIGS[name]
     state = {key: _weight(key, shape) for key, shape in param_shapes(config).items()}
     return api.from_state_dict(state, config), config, drawn("images", (2, 3, *SIZE))
