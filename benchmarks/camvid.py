@@ -268,6 +268,12 @@ def draw_curves(logs: dict[str, list[dict]], path: Path) -> None:
         figure.savefig(path, metadata={"Date": None})
 
 
+def mean_of(iou: np.ndarray, chosen: np.ndarray) -> float:
+    """The mean of chosen classes, of those that are anywhere."""
+    some = iou[chosen & ~np.isnan(iou)]
+    return float(some.mean()) if some.size else np.nan
+
+
 def percent(x: float) -> str:
     return "–" if np.isnan(x) else f"{100 * x:.1f}"
 
@@ -302,8 +308,8 @@ def page(found: dict[str, Any]) -> str:
         ["epochs, steps", *(f"{r['recipe']['epochs']}, {r['steps']:,}" for r in runs.values())],
         ["minutes of steps", *(f"{run['minutes']:.0f}" for run in runs.values())],
         ["**test mIoU**, %", *(f"**{percent(mean_iou(x))}**" for x in counts.values())],
-        ["mIoU of the thin classes", *(percent(np.nanmean(iou[h][is_thin])) for h in runs)],
-        ["mIoU of the others", *(percent(np.nanmean(iou[h][~is_thin])) for h in runs)],
+        ["mIoU of the thin classes", *(percent(mean_of(iou[h], is_thin)) for h in runs)],
+        ["mIoU of the others", *(percent(mean_of(iou[h], ~is_thin)) for h in runs)],
         ["test pixel accuracy, %", *(percent(pixel_accuracy(x)) for x in counts.values())],
     ]
     lines = [

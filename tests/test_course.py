@@ -151,6 +151,7 @@ def test_a_lesson_keeps_to_the_order(page):
 def test_the_course_is_whole():
     pages = {page.stem for page in COURSE}
     more = ("pyramid", "notation", "stages", "whole_backward", "checkpoints", "training", "gpu")
+    more += ("segmentation_training", "one_scale")
     assert pages == {*OPERATIONS, *more}
 
 
