@@ -129,10 +129,8 @@ def peak_of(weights: Path) -> float:
     )
     arguments = [sys.executable, "-c", code, str(weights.resolve()), *map(str, WHOLE)]
     here = str(Path(__file__).resolve().parent)
-    return min(
-        float(subprocess.run(arguments, cwd=here, check=True, capture_output=True, text=True).stdout)
-        for _ in range(3)
-    )
+    run = {"cwd": here, "check": True, "capture_output": True, "text": True}
+    return min(float(subprocess.run(arguments, **run).stdout) for _ in range(3))
 
 
 def command(head: str, recipe: dict[str, Any]) -> str:
@@ -339,9 +337,9 @@ def page(found: dict[str, Any]) -> str:
     return f"""# CamVid
 
 Two networks that name every pixel of street scenes, trained alike on {w}×{h} crops of {W}×{H}
-frames: [Semantic FPN](../course/semantic_fpn.md) reads four scales, [SETR-Naive](../course/one_scale.md)
-one. Written by `python benchmarks/camvid.py` from the files of the runs; what the trainings teach is
-on [their page of the course](../course/segmentation_training.md).
+frames: [Semantic FPN](../course/semantic_fpn.md) reads four scales,
+[SETR-Naive](../course/one_scale.md) one. Written by `python benchmarks/camvid.py` from the files of
+the runs. What the trainings teach is on [a page of the course](../course/segmentation_training.md).
 {trial}
 ```sh
 {commands}
@@ -366,10 +364,10 @@ python examples/score_camvid.py DIR
 Intersection over union in percent. A pixel is thin if it lies in a run of fewer than {P} pixels of
 its class, along its row or its column, in the network's picture; *thickness* is the median of
 these lengths. Both are counted on the training frames. A class counts as thin above if more than
-half of it is. *Averaged* is the Semantic FPN whose logits were averaged over {P}×{P} pixels and
-enlarged as SETR's are: the same network, speaking in the other's grid. *Labels* are the true labels
-themselves, averaged and enlarged in the same way: no network errs in that column. It is no limit, since
-[a cell can say more](../course/one_scale.md#the-equation) than the shares of its classes.
+half of it is. *First one, averaged* is the Semantic FPN whose logits were averaged over {P}×{P}
+pixels and enlarged as SETR's are: the same network, answering on the other's grid. *Labels,
+averaged* are the true labels after the same: each cell tells the shares of its classes, and no
+network errs. That is no limit, since [a cell can say more](../course/one_scale.md#the-equation).
 
 {markdown([*heads, "first one, averaged", "labels, averaged"], lines)}
 ## Curves

@@ -75,8 +75,8 @@ def page(run: dict[str, Any]) -> str:
     return f"""# Segmentation on a CPU
 
 {MODEL}, the released sizes of [Semantic FPN](../course/semantic_fpn.md) on PVT-Tiny: one image of
-{side}×{side} pixels, forward to the small logits. Written by `python benchmarks/segmentation.py`, which
-first holds both against the readable layers in float64 (relative error at most {worst:.0e}).
+{side}×{side} pixels, forward to the small logits. Written by `python benchmarks/segmentation.py`,
+which first holds both against the readable layers in float64 (relative error at most {worst:.0e}).
 
 {markdown(["", "asked for", "here"], rows)}
 {machine_line(run)}
@@ -105,7 +105,7 @@ def bench(
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", type=int, default=SIDE, help="side of the image, a multiple of 32")
+    parser.add_argument("--size", type=int, default=SIDE, help="side, a multiple of 32")
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--rounds", type=int, default=5, help="times that each is asked")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing in each round")

@@ -412,7 +412,8 @@ def test_the_page_of_segmentation_says_what_was_asked_for():
     seconds = {"pvt_ref": [0.5, 0.4, 0.5], "PyTorch eager": [0.3, 0.4, 0.45]}
     run = {"machine": MACHINE, "versions": {"pvt_ref": "NumPy 2"}, "errors": [{"error": 2e-6}]}
     run["times"] = [case | {"seconds": seconds}]
-    run["growth"] = [{"size": 512, "mib": {"pvt_ref": [30.0, 40.0, 50.0], "PyTorch eager": [100.0]}}]
+    mib = {"pvt_ref": [30.0, 40.0, 50.0], "PyTorch eager": [100.0]}
+    run["growth"] = [{"size": 512, "mib": mib}]
     page = segmentation.page(run).splitlines()
     # within the rounds: 0.3 / 0.5, 0.4 / 0.4, 0.45 / 0.5
     assert "| speed, as a multiple of PyTorch eager's | at least 0.8 | 0.90 (0.60-1.00) |" in page

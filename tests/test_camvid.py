@@ -1,6 +1,5 @@
 """What is told of the two trainings on CamVid is what their files say, and the frames stay out."""
 
-import dataclasses
 import json
 import sys
 from importlib import import_module
