@@ -134,7 +134,7 @@ def peak_of(weights: Path) -> float:
 
 
 def command(head: str, recipe: dict[str, Any]) -> str:
-    """What the training was called with."""
+    """What the training was called with, by its recipe, where its file does not say."""
     words = ["python examples/train_camvid.py --data DIR --out RUN"]
     words += ["--head setr"] * (head == "setr")
     usual = {"epochs": 40, "batch_size": 8, "lr": 1e-3, "seed": 0}
@@ -148,13 +148,14 @@ def command(head: str, recipe: dict[str, Any]) -> str:
 
 def measure(head: str, folder: Path, model: Model, counts: np.ndarray) -> dict[str, Any]:
     """What is kept of one run."""
-    recipe = model.info.training["recipe"]
+    training = model.info.training
+    recipe = training["recipe"]
     epochs = [x for x in read_metrics(folder / "metrics.jsonl") if "held_out_miou" in x]
     per_epoch = epochs[0]["step"] * recipe["batch_size"]
     cost = pvt_ref.count_cost(model.config, WHOLE)
     kept = cache_bytes(model.config, CROP, recipe["batch_size"])
     return {
-        "command": command(head, recipe),
+        "command": training.get("command") or command(head, recipe),
         "config": config_to_dict(model.config),
         "recipe": recipe,
         "steps": epochs[-1]["step"],
