@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 
 import pvt_ref
-from pvt_ref import PVTConfig, PVTParams, PVTv2Config, PVTv2Params, ViTConfig, ViTParams
+from pvt_ref import (
+    PVTConfig,
+    PVTParams,
+    PVTv2Config,
+    PVTv2Params,
+    SegmentorConfig,
+    ViTConfig,
+    ViTParams,
+)
 
 #: The gradients that are compared before anything is timed, by the names of the weights.
 _PVT = ("patch_embed1.proj.weight", "block1.0.attn.sr.weight", "block4.1.mlp.fc1.weight")
@@ -26,6 +34,7 @@ COMPARED: dict[type, tuple[str, ...]] = {
     PVTConfig: _PVT, PVTParams: _PVT,
     PVTv2Config: _PVT_V2, PVTv2Params: _PVT_V2,
     ViTConfig: _VIT, ViTParams: _VIT,
+    SegmentorConfig: (),  # timed forward only
 }  # fmt: skip
 
 

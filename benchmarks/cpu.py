@@ -5,6 +5,8 @@
     make bench ARGS="--large"                        only the large images
     make bench ARGS="--models pvt_v2_b0 deit_s_16"   only these models
 
+Without any of these, a segmentation network is measured at the end, by segmentation.py.
+
 Every contender lives in a process of its own; they are asked in turn, round after round, while the
 others sleep. First all of them must give the numbers of the readable layers in float64. One case is
 timed again while another process keeps a core busy. For large images, memory is measured too.
@@ -35,6 +37,7 @@ from in_turn import (
 )
 from machine import cores, describe_machine
 from report import CASES, RIVAL, all_cases, models_of, read_runs, write_report
+from segmentation import bench as bench_segmentation
 
 from pvt_ref import VARIANTS, PVTConfig
 
@@ -211,6 +214,8 @@ def main() -> None:
         if others:
             runs = run(bench.times, few, others, min(args.rounds, FEW_ROUNDS))
     write_report(runs, args.out)
+    if args.models is MODELS and not args.quick and not args.large:
+        bench_segmentation(rounds=args.rounds, seconds=args.seconds, out=args.out)
     say(f"Written to {args.out}: cpu.json, cpu_tables.md and pictures")
 
 

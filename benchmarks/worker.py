@@ -1,14 +1,13 @@
 """One contender in a process of its own. Reads commands, a JSON line each, and answers likewise."""
 
-import contextlib
 import json
-import resource
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 from contenders import CONTENDERS
+from peak import growth_mib, peak_mib
 
 from pvt_ref import VARIANTS
 
@@ -18,20 +17,6 @@ def inputs(batch: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(batch)
     images = rng.standard_normal((batch, 3, size, size), dtype=np.float32)
     return images, rng.standard_normal((batch, 1000), dtype=np.float32)
-
-
-def peak_mib() -> float:
-    """Most memory that this process ever had in use, in MiB.
-
-    Linux hands ru_maxrss on from the process that started this one, and that one may be larger;
-    the kernel's own account of this program does not.
-    """
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 2**10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def measure(run, synchronize, seconds: float, least: int) -> list[float]:
@@ -101,6 +86,9 @@ def main() -> None:
             answer["before"] = peak_mib()
             answer["times"] = measure(run, model.synchronize, 0, order["least"])
             answer["peak"] = peak_mib()
+        elif order["do"] == "growth":
+            model.forward(model.prepare(inputs(1, 64)[0]))  # weights and libraries are there now
+            answer["growth"] = growth_mib(run)
         elif order["do"] == "kernels":
             answer["kernels"] = kernels(run, model.synchronize)
         elif order["do"] == "device memory":

@@ -107,6 +107,7 @@ def run_cpu(monkeypatch, tmp_path):
     monkeypatch.setattr(contenders, "NEEDS", needs)
     monkeypatch.setattr(cpu, "Worker", Answers)
     monkeypatch.setattr(cpu, "make_weights", lambda name, folder: folder / name)
+    monkeypatch.setattr(cpu, "bench_segmentation", lambda **asked: run.segmented.append(asked))
     monkeypatch.setattr(
         cpu,
         "check_equality",
@@ -120,7 +121,7 @@ def run_cpu(monkeypatch, tmp_path):
         )
 
     def run(*arguments):
-        run.drawn = {}
+        run.drawn, run.segmented = {}, []
         monkeypatch.setattr(Answers, "made", ())
         monkeypatch.setattr(sys, "argv", ["cpu.py", *arguments, "--out", str(tmp_path)])
         cpu.main()
@@ -172,6 +173,14 @@ def test_models_other_than_pvt_are_timed_beside_few_and_in_fewer_rounds(run_cpu)
         "cpu_ratios_others.svg": {"times": others["times"]},
         "cpu_large.svg": large,
     }
+
+
+@pytest.mark.parametrize("some", [("--quick",), ("--large",), ("--models", "deit_s_16")])
+def test_segmentation_is_measured_where_everything_is(some, run_cpu, tmp_path):
+    run_cpu("--rounds", "3", "--seconds", "0.5")
+    assert run_cpu.segmented == [{"rounds": 3, "seconds": 0.5, "out": tmp_path}]
+    run_cpu(*some, "--rounds", "1")
+    assert run_cpu.segmented == []
 
 
 def test_all_contenders_are_asked_of_any_model_if_told_to(run_cpu):
@@ -378,6 +387,40 @@ def test_another_commit_is_taken_out_as_it_was(tmp_path, monkeypatch):
     root = compare.take_out("HEAD", tmp_path)
     files = {str(p.relative_to(root)): p.read_text() for p in root.rglob("*.py")}
     assert files == {"pvt_ref/file.py": "old\n", "benchmarks/file.py": "old\n"}
+
+
+# Segmentation ------------------------------------------------------------------------------------
+
+
+def test_a_segmentation_network_is_timed_beside_its_twin(tmp_path):
+    """In processes of their own, on a small image."""
+    segmentation = import_module("segmentation")
+    segmentation.bench(threads=1, rounds=1, seconds=0.0, out=tmp_path, side=64)
+    run = json.loads((tmp_path / "cpu_segmentation.json").read_text())
+    errors = {error["contender"]: error["error"] for error in run["errors"]}
+    assert set(errors) == {"pvt_ref", "PyTorch eager"}
+    assert all(0 < error < 1e-5 for error in errors.values())
+    (grown,) = run["growth"]
+    assert all(len(mib) == 1 and 0 <= mib[0] < 500 for mib in grown["mib"].values())
+    assert "PyTorch" in run["versions"]["PyTorch eager"]
+    assert segmentation.page(run) == (tmp_path / "cpu_segmentation.md").read_text("utf-8")
+
+
+def test_the_page_of_segmentation_says_what_was_asked_for():
+    segmentation = import_module("segmentation")
+    case = {"model": "fpn_pvt_tiny", "size": 512, "batch": 1, "train": False}
+    seconds = {"pvt_ref": [0.5, 0.4, 0.5], "PyTorch eager": [0.3, 0.4, 0.45]}
+    run = {"machine": MACHINE, "versions": {"pvt_ref": "NumPy 2"}, "errors": [{"error": 2e-6}]}
+    run["times"] = [case | {"seconds": seconds}]
+    mib = {"pvt_ref": [30.0, 40.0, 50.0], "PyTorch eager": [100.0]}
+    run["growth"] = [{"size": 512, "mib": mib}]
+    page = segmentation.page(run).splitlines()
+    # within the rounds: 0.3 / 0.5, 0.4 / 0.4, 0.45 / 0.5
+    assert "| speed, as a multiple of PyTorch eager's | at least 0.8 | 0.90 (0.60-1.00) |" in page
+    assert "| growth of memory, share of PyTorch eager's | at most 0.5 | 0.40 |" in page
+    assert "| pvt_ref | 40 (30-50) |" in page
+    seconds["pvt_ref"] = [1.0, 1.0, 1.0]
+    assert "| 0.40 (0.30-0.45): missed |" in segmentation.page(run)
 
 
 # Time by operation -------------------------------------------------------------------------------
