@@ -26,8 +26,8 @@ from pvt_ref.tree import first_array, map_arrays, named_arrays
 
 SIZE = 224
 LR = 1e-3
-#: Of AdamW: larger than usual, or the first step would be the sign of each gradient, and the sign of
-#: those that are nearly 0 is rounding.
+#: Of AdamW: larger than usual, or the first step would be the sign of each gradient, which is
+#: rounding where one is nearly 0.
 EPS = 1e-4
 DEVICE = "cuda"
 
