@@ -186,7 +186,7 @@ def test_numbers_that_are_not_aligned_are_copied_one_by_one(where):
 @pytest.mark.parametrize("K", [36, 2052])
 def test_infinity_and_nan_come_where_float32_has_them_and_nowhere_else(value, precision, K):
     a, b = matrix(1, 5, K), matrix(2, K, 6) / 1e3
-    a[1, 3], a[3, K - 1] = value, -value
+    a[1, 3], a[1, K - 1], a[3, K - 1] = value, value, -value  # in two parts, if there are some
     b[3, 2] = 0  # times infinity: NaN
     y = multiply(a, b, own(precision=precision))
     with np.errstate(all="ignore"):

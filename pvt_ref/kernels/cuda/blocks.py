@@ -20,7 +20,7 @@ from pvt_ref.blocks.transformer import (
     block,
     blocks,
 )
-from pvt_ref.draws import Source, What, generator_at
+from pvt_ref.draws import Rng, Source, What, generator_at
 from pvt_ref.kernels.cuda.launch import Cuda, Kernel, Order
 from pvt_ref.kernels.cuda.layer_norm import (
     RASTER,
@@ -58,7 +58,7 @@ class _Told(NamedTuple):
     ops: Ops
     grid: Grid
     settings: BlockSettings
-    rng: Source
+    rng: Rng
     keep: bool
     cuda: Cuda
 
