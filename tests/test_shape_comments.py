@@ -1,4 +1,4 @@
-"""The shape comments of layers, blocks and model hold: they are executed, see shape_comments.py."""
+"""The shape comments of layers, blocks and model hold: testing/comments.py executes them."""
 
 import importlib.util
 import pkgutil
@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from shape_comments import ShapeComments, find_shapes, read_functions, spelt
 
 import pvt_ref
 import pvt_ref.blocks
@@ -36,6 +35,7 @@ from pvt_ref.models.pvt import model
 from pvt_ref.models.pvt_v2 import model as model_v2
 from pvt_ref.models.vit import model as vit_model
 from pvt_ref.ops import REFERENCE
+from pvt_ref.testing.comments import ShapeComments, find_shapes, read_functions, spelt
 
 #: Sizes that coincide nowhere within a stage, not even those that are made of others.
 B, H, W, K = 11, 96, 224, 13

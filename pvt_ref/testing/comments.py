@@ -31,6 +31,7 @@ from pathlib import Path
 from types import CodeType, FrameType, ModuleType
 from typing import Any
 
+from pvt_ref.testing.closeness import LawError
 from pvt_ref.tree import branches
 
 #: Letters that need no shape of their own: the first formula counts whose letters are known.
@@ -726,3 +727,34 @@ class _Call:
         comment.facts.add((frozenset(scope.items()), seen))
         for shape in wrong:
             self.owner.fault(where, f"it is {shape}")
+
+
+@contextlib.contextmanager
+def shape_comments(*modules: ModuleType, stages: Stages | None = None) -> Iterator[ShapeComments]:
+    """Executes the shape comments of modules while it is entered.
+
+    With ``with shape_comments(my_layer): run()``, a line that ends in ``# (B, n, C)`` is checked
+    whenever it has run; the letters are those of the
+    docstring's ``Args:``. What the language is, the head of this file says.
+
+    Args:
+        modules: those whose comments are read.
+        stages: for letters with an index, such as C_i, their sizes by index, from 0.
+
+    Yields:
+        What was read and seen, for questions such as which comments no line reached.
+
+    Raises:
+        LawError: at the end, if a comment does not hold, could not be evaluated, or if no line with
+            a comment has run.
+        ValueError: if a comment is no shape, or stands where nothing is assigned or returned.
+    """
+    comments = ShapeComments(modules, stages)
+    with comments:
+        yield comments
+    if comments.faults:
+        raise LawError("shape comments", "; ".join(comments.faults))
+    if not any(comment.facts for comment in comments.comments):
+        names = ", ".join(module.__name__ for module in modules)
+        what = f"no line with a shape comment of {names} has run, so nothing was checked"
+        raise LawError("shape comments", what)
