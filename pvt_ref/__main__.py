@@ -28,7 +28,7 @@ _SOME, _NONE, _INTERRUPTED, _PIPE_CLOSED = 1, 2, 130, 141
 _DEFAULT_WEIGHTS = "imagenette"
 
 
-def _parser(training: bool) -> argparse.ArgumentParser:
+def _parser(chosen: str) -> argparse.ArgumentParser:
     about = "The Pyramid Vision Transformer in NumPy."
     text = "Exit status: 0; 1 if some of several inputs failed; 2 if all did, if the command is "
     text += "wrong, or if the output could not be written to its end."
@@ -83,10 +83,17 @@ def _parser(training: bool) -> argparse.ArgumentParser:
 
     text = "a network on a folder of photos: TRAIN/CLASS/PHOTO.jpg"
     train = commands.add_parser("train", help=text)
-    if training:  # its options need the package's training, which takes a while to import
+    if chosen == "train":  # its options need the package's training, which takes a while to import
         from pvt_ref.train.options import add_options
 
         add_options(train)
+
+    text = "build it yourself: the operations as exercises, marked by the laws they must obey"
+    exercises = commands.add_parser("exercises", help=text)
+    if chosen == "exercises":  # likewise
+        from pvt_ref.exercises.command import add_options
+
+        add_options(exercises)
 
     text = "weights of any readable layout to this project's .safetensors"
     convert = commands.add_parser("convert", parents=[of_file], help=text)
@@ -313,9 +320,15 @@ def _train(args: argparse.Namespace) -> int:
     return train(args)
 
 
+def _exercises(args: argparse.Namespace) -> int:
+    from pvt_ref.exercises.command import run
+
+    return run(args)
+
+
 def _run(argv: Sequence[str] | None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
-    parser = _parser(training="train" in arguments[:1])
+    parser = _parser(chosen="".join(arguments[:1]))
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()
@@ -324,7 +337,7 @@ def _run(argv: Sequence[str] | None) -> int:
         _say("error: standard output is closed: there is nowhere to print to")
         return _NONE
     commands = {"classify": _classify, "segment": _segment, "summary": _summary}
-    commands |= {"train": _train, "convert": _convert}
+    commands |= {"train": _train, "convert": _convert, "exercises": _exercises}
     try:
         return commands[args.command](args)
     except (PVTError, OSError, MemoryError) as error:
