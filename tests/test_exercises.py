@@ -15,7 +15,7 @@ from pvt_ref.__main__ import main
 from pvt_ref.errors import PVTError
 from pvt_ref.exercises import running
 from pvt_ref.exercises.catalogue import EXERCISES, IDIOM, Line
-from pvt_ref.exercises.command import _table
+from pvt_ref.exercises.command import _hint, _table
 from pvt_ref.exercises.marking import (
     BACKWARD,
     FAILED,
@@ -23,10 +23,19 @@ from pvt_ref.exercises.marking import (
     NOT_STARTED,
     PASSED,
     WAITS,
+    Mark,
     mark_file,
     readers_pair,
 )
-from pvt_ref.exercises.reading import file_of, name_of, read_progress, template, write_new
+from pvt_ref.exercises.reading import (
+    Progress,
+    Remembered,
+    file_of,
+    name_of,
+    read_progress,
+    template,
+    write_new,
+)
 from pvt_ref.exercises.whole import STORED, steps
 
 
@@ -133,6 +142,8 @@ def test_an_exception_is_shown_by_the_readers_own_lines(tmp_path):
     assert "answer.py, line 1" in forward.trace
     forward, _ = marked(tmp_path, "gelu", "import sys\nsys.exit(3)\n")
     assert forward.found == "SystemExit: 3"
+    (tmp_path / "answer.py").write_bytes(b"# \xff\n")
+    assert next(mark_file(EXERCISES["gelu"], tmp_path / "answer.py")).found.startswith("Unicode")
     forward, _ = marked(tmp_path, "gelu", "x = 1\n")
     assert forward.found == "NameError: answer.py defines no gelu_forward and no gelu_backward"
 
@@ -279,6 +290,17 @@ def test_check_marks_one_and_keeps_what_it_knows(folder, capsys):
     assert "0 of 16 exercises done" in table
 
 
+def test_hints_come_one_by_one_and_end():
+    progress = Progress({name: Remembered() for name in EXERCISES})
+    failed = [Mark("gelu", FORWARD, PASSED), Mark("gelu", BACKWARD, FAILED)]
+    hints = EXERCISES["gelu"].hints[BACKWARD]
+    for count in (1, 2, 2):
+        said = _hint(failed, progress)
+        assert [hint in said for hint in hints] == [True, count == 2]
+        assert ("1 more" if count == 1 else "there is no further one") in said
+    assert _hint(failed[:1], progress) == "There is nothing to give a hint for"
+
+
 def facts(folder, names, seconds=running.SECONDS):
     found = running.marks(folder, names, seconds)
     return [(m.exercise, m.way, m.state, m.found, printed) for m, printed in found]
@@ -330,6 +352,8 @@ def test_a_folder_or_file_that_is_not_there_is_refused(tmp_path, capsys):
     assert "exercises new DIR" in capsys.readouterr().err
     assert main(["exercises", "check", str(tmp_path), "linear"]) == 2
     assert "there is no 01_linear.py" in capsys.readouterr().err
+    assert main(["exercises", "check", str(tmp_path), "--seconds", "0"]) == 2
+    assert "it must be a number above 0" in capsys.readouterr().err
 
 
 # Whole networks -----------------------------------------------------------------------------------

@@ -2,10 +2,11 @@
 
 import argparse
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from pvt_ref.errors import MissingFileError, printable, shown
+from pvt_ref.errors import MissingFileError, RangeError, printable, shown
 from pvt_ref.exercises import running
 from pvt_ref.exercises.catalogue import EXERCISES
 from pvt_ref.exercises.marking import FAILED, NOT_STARTED, PASSED, Mark
@@ -50,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.folder)
     if args.exercises == "new":
         return _new(folder)
+    if not 0 < args.seconds < math.inf:
+        raise RangeError(f"--seconds is {args.seconds:g}; it must be a number above 0, such as 60")
     if not folder.is_dir():
         what = f"there is no folder {shown(args.folder, 400)}"
         raise MissingFileError(f"{what}. Make it: python -m pvt_ref exercises new DIR")
@@ -132,7 +135,14 @@ def _table(folder: Path, progress: Progress) -> str:
         rows.append([path.name, *states])
     done = sum(_passed(folder, progress, n) for n in EXERCISES)
     table = text_table(["exercise", "forward", "backward"], rows)
-    return f"{table}\n{done} of {len(EXERCISES)} exercises done"
+    whole = ", and the whole networks" if progress.whole == _all_files(progress) else ""
+    return f"{table}\n{done} of {len(EXERCISES)} exercises{whole} done"
+
+
+def _all_files(progress: Progress) -> str:
+    """By which the files that the last marks are of are known, all together."""
+    files = "".join(progress.exercises[name].digest for name in EXERCISES)
+    return hashlib.sha256(files.encode()).hexdigest()
 
 
 def _hint(found: Sequence[Mark], progress: Progress) -> str:
@@ -159,8 +169,7 @@ def _whole(folder: Path, progress: Progress, args: argparse.Namespace) -> bool:
         print(
             f"  {what}: {printable(wrong or result)}{' (not right)' if wrong else ''}", flush=True
         )
-    files = "".join(progress.exercises[name].digest for name in EXERCISES)
-    progress.whole = hashlib.sha256(files.encode()).hexdigest() if right else ""
+    progress.whole = _all_files(progress) if right else ""
     progress.save(folder)
     if right:
         print("That is a Pyramid Vision Transformer of your own, forward and backward")

@@ -80,7 +80,10 @@ class ReadersError(Exception):
 
 def load_file(path: Path) -> dict[str, Any]:
     """The names that a file defines. Raises: ReadersError, or an OSError."""
-    source = path.read_text(encoding="utf-8-sig")
+    try:
+        source = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ReadersError(error, path) from error
     module = types.ModuleType(f"exercise_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses look for their module
@@ -95,7 +98,7 @@ def is_unwritten(path: Path, function: str) -> bool:
     """Whether a function's body is its docstring, ``...``, pass or raise NotImplementedError."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8-sig"))
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError):
         return False
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name == function:
