@@ -1,6 +1,6 @@
 """Keeps what two trainings on CamVid came to: one network of four scales, and one of a single one.
 
-    python benchmarks/camvid.py RUN_FPN RUN_SETR --data DIR
+    python benchmarks/camvid.py RUN_FPN RUN_SETR --data DIR        or the first one alone
     python benchmarks/camvid.py               page and curves again, from what is stored
 
 Each RUN is a finished one of examples/train_camvid.py; DIR is SegNet's copy of CamVid. Nothing is
@@ -224,10 +224,11 @@ def compare(folders: dict[str, Path], data: Path, every: int, out: Path) -> dict
 def draw_answers(rows: list, shown: list[dict], path: Path) -> None:
     """A frame a row: the answer and the wrong pixels of each network. No photo, no label."""
     colours = np.array(list(CLASSES.values()), np.uint8)
-    figure = Figure(figsize=(10, 2.2 * len(rows) + 0.7), layout="constrained")
-    axes = figure.subplots(len(rows), 4, squeeze=False)
+    heads = [head for head in NAMES if head in shown[0]]
+    figure = Figure(figsize=(5 * len(heads), 2.2 * len(rows) + 0.7), layout="constrained")
+    axes = figure.subplots(len(rows), 2 * len(heads), squeeze=False)
     for ax_row, row, told in zip(axes, rows, shown, strict=True):
-        for k, (head, (answer, wrong, void)) in enumerate(zip(NAMES, row, strict=True)):
+        for k, (head, (answer, wrong, void)) in enumerate(zip(heads, row, strict=True)):
             picture = colours[answer]
             picture[void] = 255
             mistakes = np.full((*answer.shape, 3), 225, np.uint8)
@@ -239,14 +240,15 @@ def draw_answers(rows: list, shown: list[dict], path: Path) -> None:
             share = wrong[~void].mean()
             ax_row[2 * k].set_xlabel(f"mIoU {told[head]:.2f}", fontsize=8)
             ax_row[2 * k + 1].set_xlabel(f"{share:.0%} of the pixels wrong", fontsize=8)
-    for k, name in enumerate(NAMES.values()):
-        axes[0, 2 * k].set_title(name, fontsize=9)
+    for k, head in enumerate(heads):
+        axes[0, 2 * k].set_title(NAMES[head], fontsize=9)
         axes[0, 2 * k + 1].set_title("wrong, in red", fontsize=9)
     for ax, rank in zip(axes[:, 0], ("best frame", "median frame", "worst frame"), strict=False):
         ax.set_ylabel(rank, fontsize=9)
     legend = [Patch(color=c / 255, label=name) for name, c in zip(CLASSES, colours, strict=True)]
-    figure.legend(handles=legend, loc="outside lower center", ncols=11, fontsize=7, frameon=False,
-                  handlelength=1, columnspacing=1)  # fmt: skip
+    columns = min(len(legend), 6 * len(heads))
+    figure.legend(handles=legend, loc="outside lower center", ncols=columns, fontsize=7,
+                  frameon=False, handlelength=1, columnspacing=1)  # fmt: skip
     figure.savefig(path, dpi=110, metadata={"Software": None}, pil_kwargs={"optimize": True})
 
 
@@ -254,7 +256,7 @@ def draw_curves(logs: dict[str, list[dict]], path: Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "pvt_ref", "font.size": 9}):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         loss, miou = figure.subplots(1, 2)
-        for (head, lines), colour in zip(logs.items(), ("tab:blue", "tab:orange"), strict=True):
+        for (head, lines), colour in zip(logs.items(), ("tab:blue", "tab:orange"), strict=False):
             epochs = [x["epoch"] for x in lines]
             loss.plot(epochs, [x["train_loss"] for x in lines], color=colour, alpha=0.45, lw=1)
             loss.plot(epochs, [x["held_out_loss"] for x in lines], color=colour, label=NAMES[head])
@@ -275,6 +277,27 @@ def mean_of(iou: np.ndarray, chosen: np.ndarray) -> float:
 
 def percent(x: float) -> str:
     return "–" if np.isnan(x) else f"{100 * x:.1f}"
+
+
+#: How the page begins, and the logs it names, for both networks and for the first alone.
+_ABOUT_TWO = (
+    """Two networks that name every pixel of street scenes, trained alike on {crop} crops of {frame}
+frames: [Semantic FPN](../course/semantic_fpn.md) reads four scales,
+[SETR-Naive](../course/one_scale.md) one. Written by `python benchmarks/camvid.py` from the files of
+the runs. What the trainings teach is on
+[a page of the course](../course/segmentation_training.md).""",
+    ("training_camvid_fpn.jsonl", "training_camvid_setr.jsonl"),
+)
+_ABOUT_ONE = (
+    """A network that names every pixel of street scenes, trained on {crop} crops of {frame} frames:
+[Semantic FPN](../course/semantic_fpn.md) reads four scales. Written by
+`python benchmarks/camvid.py` from the files of the run. What the training teaches is on
+[a page of the course](../course/segmentation_training.md). SETR-Naive, which reads
+[one scale](../course/one_scale.md), is to be trained on the same crops; it has no figures yet.""",
+    ("training_camvid_fpn.jsonl",),
+)
+_APART = """The two differ in more than the number of scales: only the first begins with weights
+that had seen photos, because there are none for the other. """
 
 
 def page(found: dict[str, Any]) -> str:
@@ -323,7 +346,8 @@ def page(found: dict[str, Any]) -> str:
         ]
         for k, name in enumerate(classes)
     ]
-    heads = ["class", "% of test pixels", "% of it thin", "thickness", *NAMES.values()]
+    names = [NAMES[head] for head in runs]
+    heads = ["class", "% of test pixels", "% of it thin", "thickness", *names]
     trial = ""
     if found["every"] > 1:
         trial = f"\n**A trial on every {found['every']}th frame only; no result.**\n"
@@ -332,26 +356,24 @@ def page(found: dict[str, Any]) -> str:
     P = found["patch"]
     commands = "\n".join(run["command"] for run in runs.values())
     shown = "; ".join(
-        f"{rank} ({x['frame']}: {x['fpn']:.2f} and {x['setr']:.2f})"
+        f"{rank} ({x['frame']}: {' and '.join(f'{x[head]:.2f}' for head in runs)})"
         for rank, x in zip(("best", "median", "worst"), found["shown"], strict=True)
     )
+    begin, logs = _ABOUT_TWO if len(runs) == 2 else _ABOUT_ONE
+    linked = " and\n".join(f"[{file}]({file})" for file in logs)
     return f"""# CamVid
 
-Two networks that name every pixel of street scenes, trained alike on {w}×{h} crops of {W}×{H}
-frames: [Semantic FPN](../course/semantic_fpn.md) reads four scales,
-[SETR-Naive](../course/one_scale.md) one. Written by `python benchmarks/camvid.py` from the files of
-the runs. What the trainings teach is on [a page of the course](../course/segmentation_training.md).
+{begin.format(crop=f"{w}×{h}", frame=f"{W}×{H}")}
 {trial}
 ```sh
 {commands}
 ```
 
-{markdown(["", *NAMES.values()], rows)}
+{markdown(["", *names], rows)}
 Scored on {found["frames"]} test frames at their own 480×360 pixels, once, by the averaged weights
 of the last epoch in half precision. The validation frames chose nothing: they are seven seconds of
 one street. One run each, seed {runs["fpn"]["recipe"]["seed"]}: how much another seed changes is not
-known. The two differ in more than the number of scales: only the first begins with weights that
-had seen photos, because there are none for the other. MACs and memory are counted but
+known. {"" if len(runs) == 1 else _APART}MACs and memory are counted but
 for the growth of the process, which is measured with the default kernels, as is the time.
 
 To score the network that comes with the package, `load("camvid")`, again:
@@ -373,18 +395,17 @@ network errs. That is no limit, since [a cell can say more](../course/one_scale.
 {markdown([*heads, "first one, averaged", "labels, averaged"], lines)}
 ## Curves
 
-![Two charts over the epochs: the loss of both networks falls, in training and on the validation
-frames, and the mean intersection over union on the validation frames rises](training_camvid.svg)
+![Two charts over the epochs: the loss falls, in training and on the validation frames, and the mean
+intersection over union on the validation frames rises](training_camvid.svg)
 
-Every epoch is in [training_camvid_fpn.jsonl](training_camvid_fpn.jsonl) and
-[training_camvid_setr.jsonl](training_camvid_setr.jsonl).
+Every epoch is in {linked}.
 
 ## Right and wrong
 
-![Three rows of four pictures: the classes that each network gave to a test frame, in colours, and
-which of its pixels are wrong, in red on grey](training_camvid_answers.png)
+![Three rows of pictures: the classes that were given to the pixels of a test frame, in colours, and
+which of them are wrong, in red on grey](training_camvid_answers.png)
 
-*Answers of the networks, and where they are wrong; what has no label is white. The frames are those
+*Answers, and where they are wrong; what has no label is white. The frames are those
 with the best, the median and the worst mIoU of the Semantic FPN: {shown}. The photos cannot be
 shown here: their licence does not allow it.*
 
@@ -405,7 +426,7 @@ project or in its weights. The photos here had been stored as JPEG, the labels a
 
 def write(found: dict[str, Any], out: Path) -> None:
     """The page and the curves."""
-    logs = {head: read_metrics(out / f"training_camvid_{head}.jsonl") for head in NAMES}
+    logs = {head: read_metrics(out / f"training_camvid_{head}.jsonl") for head in found["runs"]}
     draw_curves(logs, out / "training_camvid.svg")
     (out / "training_camvid.md").write_text(page(found), encoding="utf-8")
 
@@ -419,9 +440,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     file = args.out / "training_camvid.json"
     if args.runs:
-        if len(args.runs) != 2 or args.data is None:
-            parser.error("needed are two runs, Semantic FPN's first, and --data DIR")
-        folders = dict(zip(NAMES, args.runs, strict=True))
+        if len(args.runs) > len(NAMES) or args.data is None:
+            parser.error("needed are one run or two, Semantic FPN's first, and --data DIR")
+        folders = dict(zip(NAMES, args.runs, strict=False))
         found = compare(folders, args.data, args.every, args.out)
         file.write_text(json.dumps(found) + "\n")
     write(json.loads(file.read_text()), args.out)

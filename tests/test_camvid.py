@@ -170,6 +170,21 @@ def test_two_runs_become_figures_a_page_and_pictures(camvid, data, runs, tmp_pat
         camvid.main([*map(str, runs.values()), "--data", str(data), "--out", str(out)])
 
 
+def test_the_first_run_alone_has_a_page_too(camvid, data, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(camvid, "peak_of", lambda weights: 7.0)
+    out = tmp_path / "out"
+    out.mkdir()
+    camvid.main([str(runs["fpn"]), "--data", str(data), "--out", str(out)])
+    assert not (out / "training_camvid_setr.jsonl").exists()
+    found = json.loads((out / "training_camvid.json").read_text())
+    assert list(found["runs"]) == ["fpn"]
+    text = (out / "training_camvid.md").read_text("utf-8")
+    assert "it has no figures yet" in text
+    assert "jsonl) and" not in text
+    with pytest.raises(SystemExit):
+        camvid.main([*[str(runs["fpn"])] * 3, "--data", str(data), "--out", str(out)])
+
+
 def test_a_command_says_what_is_not_usual(camvid):
     usual = {"epochs": 40, "batch_size": 8, "lr": 1e-3, "seed": 0}
     assert camvid.command("fpn", usual).endswith("--data DIR --out RUN")
