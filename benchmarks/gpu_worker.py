@@ -22,6 +22,7 @@ from pvt_ref import VARIANTS
 from pvt_ref.arrays import array_module, from_host
 from pvt_ref.kernels.cuda import optimizer
 from pvt_ref.kernels.cuda.launch import Cuda
+from pvt_ref.kernels.cuda.table import cuda_kernels
 from pvt_ref.tree import first_array, map_arrays, named_arrays
 
 SIZE = 224
@@ -149,16 +150,10 @@ def our_results(
 
 def ours(order: dict) -> Contender:
     """pvt_ref with its kernels for CUDA, launched one by one or captured."""
-    from pvt_ref.kernels.cuda.table import cuda_kernels
-
     config, what = VARIANTS[order["model"]], order["what"]
-    ops = kernels_of(cuda_kernels, order["precision"])
+    ops = cuda_kernels(order["precision"])
     params = pvt_ref.to_device(pvt_ref.load(Path(order["weights"]), config).params)
-    wrap = None
-    if order["how"] == "captured":
-        wrap = getattr(pvt_ref, "capture", None)
-        if wrap is None:
-            raise NotRunError("this version has no pvt_ref.capture")
+    wrap = pvt_ref.capture if order["how"] == "captured" else None
 
     def prepared(case: Case) -> Callable[[], Any]:
         arrays = pvt_ref.to_device(arguments_of(case, what))
@@ -167,16 +162,6 @@ def ours(order: dict) -> Contender:
         return lambda: run(*arrays)
 
     return Contender(lambda case: our_results(params, case, config, what, ops, wrap), prepared)
-
-
-def kernels_of(table: Callable[..., Any], precision: str) -> Any:
-    """The table of kernels in a precision; those of an earlier version know float32 only."""
-    try:
-        return table(precision=precision)
-    except TypeError as error:
-        if precision == "float32":
-            return table()
-        raise NotRunError("this version's kernels compute in float32 only") from error
 
 
 class NotRunError(Exception):

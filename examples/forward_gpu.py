@@ -32,7 +32,7 @@ import pvt_ref
 from pvt_ref import VARIANTS, Model, Ops, PVTError, to_device, to_numpy
 from pvt_ref.api import choose_ops
 from pvt_ref.arrays import import_cupy, synchronize
-from pvt_ref.errors import CheckpointError, DeviceError, printable
+from pvt_ref.errors import CheckpointError, printable
 from pvt_ref.kernels.cuda.launch import Cuda
 from pvt_ref.kernels.cuda.table import cuda_kernels, table_with
 from pvt_ref.models.architecture import architecture_of
@@ -93,17 +93,6 @@ def _kind(config: Any) -> tuple[Any, ...]:
 def make_batch(photo: NDArray, size: int) -> NDArray:
     """The photo (1, 3, H, W), shifted sideways from one sample to the next: (size, 3, H, W)."""
     return np.concatenate([np.roll(photo, 16 * b, axis=3) for b in range(size)])
-
-
-def device_ops(precision: str) -> Ops:
-    """The table of kernels for CUDA whose products are computed in that precision."""
-    table: Callable[..., Ops] = cuda_kernels
-    try:
-        return table(precision=precision)
-    except TypeError as error:
-        if precision == "float32":
-            return table()
-        raise DeviceError(f"--precision is {precision}; these kernels know float32 only") from error
 
 
 # Numbers ------------------------------------------------------------------------------------------
@@ -402,11 +391,9 @@ def report(
     params, there, cotangent = to_device((model.params, images, dlogits))
     host, clock = host_clock(), device_clock(cupy, there)
     launched = ours("CUDA, launched", model, there, cotangent, ops, clock, None)
-    contenders = [ours("NumPy", model, images, dlogits, None, host, None), launched]
+    captured = ours("CUDA, captured", model, there, cotangent, ops, clock, pvt_ref.capture)
+    contenders = [ours("NumPy", model, images, dlogits, None, host, None), launched, captured]
     left_out = []
-    capture = getattr(pvt_ref, "capture", None)
-    if capture is not None:
-        contenders.append(ours("CUDA, captured", model, there, cotangent, ops, clock, capture))
     if compare:
         try:
             logits = pvt_ref.forward(model.params, images, model.config)
@@ -438,7 +425,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         cupy = import_cupy()
-        ops = device_ops(args.precision)
+        ops = cuda_kernels(args.precision)
         model = model_of(args.weights, args.variant)
         side = model.config.img_size
         name, photo = get_images(args.image, model, tuple(args.size or (side, side)))

@@ -16,7 +16,7 @@ from strategies import normal, rng_of
 import pvt_ref
 from pvt_ref import VARIANTS, Model
 from pvt_ref.arrays import is_numpy
-from pvt_ref.errors import CheckpointError, DeviceError
+from pvt_ref.errors import CheckpointError
 from pvt_ref.kernels.cuda.launch import Cuda
 from pvt_ref.kernels.cuda.table import table_with
 
@@ -86,11 +86,11 @@ def script(plain_script, monkeypatch):
     photo = normal(0, 1, 3, 32, 32, dtype=np.float32)
     monkeypatch.setattr(plain_script, "import_cupy", fake_cupy)
     monkeypatch.setattr(plain_script, "to_device", lambda tree: tree)
-    monkeypatch.setattr(plain_script, "device_ops", lambda precision: None)
+    monkeypatch.setattr(plain_script, "cuda_kernels", lambda precision: None)
     monkeypatch.setattr(plain_script, "device_clock", lambda cupy, like: plain_script.host_clock())
     monkeypatch.setattr(plain_script, "get_model", lambda *_: model)
     monkeypatch.setattr(plain_script, "get_images", lambda *_: ("noise", photo))
-    monkeypatch.delattr(pvt_ref, "capture", raising=False)
+    monkeypatch.setattr(pvt_ref, "capture", lambda function, *arrays: function)
     return plain_script
 
 
@@ -104,7 +104,6 @@ def test_without_cuda_it_says_what_to_install_and_exits_with_2(plain_script, cap
 
 
 def test_everything_is_compared_before_anything_is_timed(script, capsys, monkeypatch):
-    monkeypatch.setattr(pvt_ref, "capture", lambda function, *arrays: function, raising=False)
     assert script.main(["--batch", "2"]) == 0
     out = capsys.readouterr().out
     compared, timed = out.split("All results match.")
@@ -161,15 +160,6 @@ def test_weights_must_be_those_of_the_variant(plain_script, monkeypatch):
     assert plain_script.model_of("f", "pvt_tiny") is model
 
 
-def test_kernels_that_know_one_precision_are_asked_for_no_other(plain_script, monkeypatch):
-    monkeypatch.setattr(plain_script, "cuda_kernels", lambda: "old")
-    assert plain_script.device_ops("float32") == "old"
-    with pytest.raises(DeviceError, match="--precision is tf32; these kernels know float32 only"):
-        plain_script.device_ops("tf32")
-    monkeypatch.setattr(plain_script, "cuda_kernels", lambda precision: precision)
-    assert plain_script.device_ops("tf32") == "tf32"
-
-
 def test_a_call_is_timed_alone(plain_script):
     clock, done = ticking()
     assert plain_script.seconds(lambda: done.append("run"), clock, repeats=3) == 1
@@ -216,7 +206,7 @@ def test_kernels_are_timed_one_by_one_behind_what_holds_the_device(plain_script,
 )
 def test_the_kernels_of_a_forward_are_told_by_name(script, capsys, monkeypatch):
     ops = table_with(Cuda(Emulation(0), blocks=6), is_numpy)
-    monkeypatch.setattr(script, "device_ops", lambda precision: ops)
+    monkeypatch.setattr(script, "cuda_kernels", lambda precision: ops)
     monkeypatch.setattr(script, "check", lambda *_: ("", True))  # that takes its time here
     assert script.main(["--batch", "1"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]

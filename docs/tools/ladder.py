@@ -3,13 +3,13 @@
 Everything here returns text; pages print it.
 """
 
-import importlib
 import itertools
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from pvt_ref.kernels.cuda import product_ladder
 from pvt_ref.kernels.cuda.ladder.step import Step
 from pvt_ref.kernels.cuda.launch import HERE
 
@@ -46,15 +46,11 @@ def purpose(file: str) -> str:
 
 
 def product_steps() -> tuple[Step, ...]:
-    """The versions of a product a (M, K) b (N, K)^T; none if this version has no such files."""
-    try:
-        steps = importlib.import_module("pvt_ref.kernels.cuda.product_ladder")
-    except ImportError:
-        return ()
+    """The versions of a product a (M, K) b (N, K)^T."""
     return (
-        Step("a thread an element", steps.PLAIN.file, steps.plain),
-        Step("tiles in shared memory", steps.TILED.file, steps.tiled),
-        Step("three TF32 on tensor cores", "product.cu", steps.tensor_cores),
+        Step("a thread an element", product_ladder.PLAIN.file, product_ladder.plain),
+        Step("tiles in shared memory", product_ladder.TILED.file, product_ladder.tiled),
+        Step("three TF32 on tensor cores", "product.cu", product_ladder.tensor_cores),
     )
 
 
