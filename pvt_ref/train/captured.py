@@ -208,11 +208,12 @@ class CapturedSteps:
     def _own(self, state: Any) -> tuple[Any, Any, Any, Any]:
         """The graph's own arrays, with what a state holds copied there if it does not lie there."""
         given = (state.params, state.optimizer.m, state.optimizer.v, state.average)
-        if self._owned is None:
-            self._owned = map_arrays(lambda x: x.copy(), given)
-        elif any(mine is not x for mine, x in zip(self._owned, given, strict=True)):
-            map_arrays(_write, self._owned, given)
-        return self._owned
+        owned = self._owned
+        if owned is None:
+            owned = self._owned = map_arrays(lambda x: x.copy(), given)
+        elif any(mine is not x for mine, x in zip(owned, given, strict=True)):
+            map_arrays(_write, owned, given)
+        return owned
 
     def _capture(
         self,

@@ -64,7 +64,8 @@ def update(
     """
     check_alike("grads", grads, params)
     like = first_array(params)
-    arrays = gather(*(trained(tree, factors) for tree in (params, grads, state.m, state.v)))
+    w, g, m, v = (trained(tree, factors) for tree in (params, grads, state.m, state.v))
+    arrays = gather(w, g, m, v)
     by = None if scale is None else from_host(np.array([scale], np.float32), like=like)
     clip = clip_factor(arrays, max_norm, cuda, by)
     table = from_host(rates(params, state.t + 1, lr, settings, factors), like=like)
@@ -76,5 +77,6 @@ def update(
         each = iter(new)
         return map_named(lambda key, x: x if key in still else next(each), tree)
 
-    w, m, v = (with_new(t, x) for t, x in zip((params, state.m, state.v), made, strict=True))
-    return w, AdamWState(state.t + math.isfinite(norm), m, v), norm
+    trees = (params, state.m, state.v)
+    new_w, new_m, new_v = (with_new(t, x) for t, x in zip(trees, made, strict=True))
+    return new_w, AdamWState(state.t + math.isfinite(norm), new_m, new_v), norm
