@@ -342,7 +342,7 @@ def test_evaluation_needs_no_more_memory_for_more_data():
 def test_large_images_are_evaluated_few_at_a_time(monkeypatch):
     sizes = []
 
-    def spy(params, images, config):
+    def spy(params, images, config, ops=None):
         sizes.append(images.shape[0])
         return np.zeros((images.shape[0], 3), np.float32)
 
