@@ -257,6 +257,11 @@ def cases(tmp_path) -> dict[str, tuple[Any, dict[str, Any]]]:
             pvt_ref.init_params,
             {"config": SMALL, "rng": rng_of(0), "dtype": "float32"},
         ),
+        "export_onnx": (
+            pvt_ref.export_onnx,
+            {"model": MODEL, "path": str(tmp_path / "x.onnx"), "what": "logits", "size": 32}
+            | dict.fromkeys(("float16", "resized", "with_preprocessing"), False),
+        ),
         "load": (pvt_ref.load, {"name": file, "config": None, "eps": None, "mirror": None}),
         "load_image": (pvt_ref.load_image, {"source": photo, "size": 32}),
         "normalize": (pvt_ref.normalize, {"pixels": np.zeros((4, 4, 3), np.uint8)}),
@@ -290,6 +295,7 @@ TRUE_TO_THE_WORD = {("time_stages", "repeats", name) for name in ("huge", "enorm
 
 #: Names that are no functions of arguments a caller types, or that others above stand for.
 NOT_CALLED = {
+    "OnnxFile",  # what export_onnx returns
     "Operation",  # a pair of functions
     "Ops",  # a table of operations
     "PVTError",
