@@ -89,8 +89,11 @@ def run(page: Path) -> tuple[str, list[str]]:
 
 
 @pytest.fixture
-def elsewhere(monkeypatch):
-    """What pages show but no test has: weights that are fetched, a reader's photo, a GPU."""
+def elsewhere(monkeypatch, tmp_path):
+    """What pages show but no test has: weights that are fetched, a reader's photo, a GPU.
+
+    Files that pages write go elsewhere, too.
+    """
     load, to_device, predict = pvt_ref.load, pvt_ref.to_device, pvt_ref.Model.predict
 
     @functools.wraps(load)
@@ -107,10 +110,21 @@ def elsewhere(monkeypatch):
     def stay(tree, device="cuda"):
         return tree if device == "cuda" else to_device(tree, device)
 
+    export = pvt_ref.export_onnx
+
+    @functools.wraps(export)
+    def export_there(model, path, **told):
+        return export(model, tmp_path / path, **told)
+
+    @functools.wraps(pvt_ref.capture)
+    def as_it_is(function, *examples):
+        return function
+
     monkeypatch.setattr(pvt_ref, "load", load_offline)
     monkeypatch.setattr(pvt_ref.Model, "predict", predict_offline)
     monkeypatch.setattr(pvt_ref, "to_device", stay)
-    monkeypatch.setattr(pvt_ref, "capture", lambda function, *examples: function)
+    monkeypatch.setattr(pvt_ref, "capture", as_it_is)
+    monkeypatch.setattr(pvt_ref, "export_onnx", export_there)
     monkeypatch.setattr("pvt_ref.kernels.cuda.table.cuda_kernels", pvt_ref.blocked_ops)
     monkeypatch.chdir(DOCS.parent)
 
