@@ -160,13 +160,13 @@ def error_table(rows: list[dict]) -> str:
     return markdown(["contender", "precision", "largest error", "of"], lines)
 
 
-def rows_in_all() -> int:
-    """How many rows gpu.py would run if it had the time."""
-    return len(importlib.import_module("gpu").plan())
+#: Rows of the plan that a page without results shows.
+FIRST = 12
 
 
-def kernels_page(result: dict | None, ladder: dict | None, in_all: int) -> str:
-    """The page: what was measured, with machine and versions; or that nothing was."""
+def kernels_page(result: dict | None, ladder: dict | None, plan: list[dict]) -> str:
+    """The page: what was measured, with machine and versions; or what of gpu.py's plan will be."""
+    in_all = len(plan)
     parts = [
         "# Kernels on a GPU\n\nWhat is read off these tables, and what was measured before there "
         "were kernels: [how fast it is on a GPU](gpu.md). Made by `benchmarks/gpu_report.py`.\n"
@@ -175,8 +175,9 @@ def kernels_page(result: dict | None, ladder: dict | None, in_all: int) -> str:
         parts.append(
             "**Not measured yet.** `python benchmarks/gpu.py` times the kernels, launched and "
             f"captured, beside PyTorch eager and compiled: {in_all} rows, the most important "
-            "first. No row has been run with the code that stands here.\n"
+            "first. No row has been run with the code that stands here. It begins with:\n"
         )
+        parts.append(markdown(list(plan[0]), [list(map(str, x.values())) for x in plan[:FIRST]]))
     else:
         m, rows = result["machine"], result["rows"]
         versions = ", ".join(result["versions"].values())
@@ -228,7 +229,7 @@ def read(file: Path) -> dict | None:
 def write_kernels_page(folder: Path) -> None:
     """gpu_kernels.md, of the files in folder."""
     result, ladder = (read(folder / f"{name}.json") for name in ("gpu_kernels", "gpu_ladder"))
-    page = kernels_page(result, ladder, rows_in_all())
+    page = kernels_page(result, ladder, importlib.import_module("gpu").plan())
     (folder / "gpu_kernels.md").write_text(page, "utf-8")
 
 

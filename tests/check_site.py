@@ -491,7 +491,7 @@ def test_a_page_prints_from_a_dark_system(page, open_page):
     assert tab.evaluate("window.lost") == []
     tab.emulate_media(media="print")
     assert tab.evaluate(_PALE) == []
-    assert tab.locator("article").bounding_box()["height"] > 200
+    assert tab.locator("article").bounding_box()["height"] > 300
     for picture in tab.locator("article img").all():
         assert picture.evaluate("e => getComputedStyle(e).filter") == "none"
 

@@ -168,6 +168,18 @@ def undrawn(request, monkeypatch):
         monkeypatch.setattr(metrics, "_draw", lambda lines, file, form: file.write(signature))
 
 
+@pytest.fixture(scope="session")
+def nvrtc():
+    """The compiler of kernels, which needs no GPU."""
+    try:
+        from cupy.cuda import nvrtc
+
+        nvrtc.getVersion()
+    except Exception as error:  # CuPy has many for a library that it does not find
+        pytest.skip(f"no kernel was compiled for a GPU: {type(error).__name__}: {error}"[:160])
+    return nvrtc
+
+
 @pytest.fixture
 def drawn():
     """With this, matplotlib draws the curves."""

@@ -386,7 +386,7 @@ def test_the_page_tells_times_ratios_and_what_did_not_run():
          if k not in ("seconds", "mib", "errors")} | {"not_run": "no room"},
     ]  # fmt: skip
     result = {"machine": MACHINE, "versions": {"PyTorch": "PyTorch 9"}, "rows": rows}
-    lines = report.kernels_page(result, None, 10).splitlines()
+    lines = report.kernels_page(result, None, 10 * [{}]).splitlines()
     assert "| 224×224 | pvt_ref, captured | PyTorch eager |" in lines
     assert "| pvt_small, forward, B = 1 | 1 ms (6.00) | 6 ms (1.00) |" in lines
     assert "| pvt_small, forward, B = 64, tf32 | 12.5 ms | not run |" in lines
@@ -430,7 +430,11 @@ def test_the_course_shows_the_figures_of_a_ladder_or_that_there_are_none(tmp_pat
     assert lines[2] == "| 1. plain | 10.0 µs (50%) | not measured yet |"
     assert lines[3] == "| 2. fast | not measured yet | it is off by 1 |"
     assert "Measured on one a GPU on 2026-01-02, commit abc" in lines[5]
-    page = import_module("gpu_report").kernels_page(None, stored | {"rows": []}, 1)
+    plan = [{"contender": "the first"}, *[{"contender": "the others"}] * 20]
+    page = import_module("gpu_report").kernels_page(None, stored | {"rows": []}, plan)
+    assert "21 rows" in page
+    assert page.count("| the first |") == 1
+    assert page.count("| the others |") == 11
     assert "copy 0.00 terabytes a second" in page
     assert "sum_rows:" in page
 

@@ -8,6 +8,7 @@ import re
 import sys
 import types
 
+import cuda_on_cpu
 import numpy as np
 import pytest
 from closeness import relative
@@ -246,18 +247,6 @@ def files_with_macros():
 FUNCTIONS = sorted(set(files_with_macros()))
 
 
-@pytest.fixture(scope="module")
-def nvrtc():
-    """The compiler, which needs no GPU."""
-    try:
-        from cupy.cuda import nvrtc
-
-        nvrtc.getVersion()
-    except Exception as error:  # CuPy has many for a library that it does not find
-        pytest.skip(f"no kernel was compiled for a GPU: {type(error).__name__}: {error}"[:160])
-    return nvrtc
-
-
 def test_every_file_of_kernels_is_compiled_here():
     assert {function.file for function in FUNCTIONS} == {path.name for path in HERE.glob("*.cu")}
 
@@ -269,14 +258,7 @@ def test_every_file_of_kernels_is_compiled_here():
     ids=lambda f: "-".join(map(str, (f.file, *dict(f.macros).values()))),
 )
 def test_every_kernel_compiles_without_spilling_registers(function, arch, nvrtc):
-    options = ["-std=c++17", f"-arch={arch}", "--ptxas-options=-v"]
-    options += [f"-D{name}={value}" for name, value in function.macros]
-    program = nvrtc.createProgram(source(function.file), function.file, (), ())
-    try:
-        nvrtc.compileProgram(program, tuple(options))
-    except nvrtc.NVRTCError:
-        pytest.fail(nvrtc.getProgramLog(program))
-    log = nvrtc.getProgramLog(program)
+    log = cuda_on_cpu.compiled_for(nvrtc, function, arch)
     spills, uses = r"(\d+) bytes spill stores", r"Used (\d+) registers(?:.*?(\d+) bytes smem)?"
     pattern = rf"entry function '(\w+)'.*?{spills}.*?{uses}"
     found = re.findall(pattern, log, flags=re.DOTALL)

@@ -15,7 +15,7 @@ from strategies import normal
 from pvt_ref import REFERENCE
 from pvt_ref.kernels.cuda.ladder import attention as attention_ladder
 from pvt_ref.kernels.cuda.ladder import sum_rows as sum_rows_ladder
-from pvt_ref.kernels.cuda.launch import HERE, Cuda, Function, source
+from pvt_ref.kernels.cuda.launch import HERE, Cuda, Function
 from pvt_ref.layers.attention import attention
 from pvt_ref.layers.sum_rows import sum_rows
 
@@ -92,21 +92,8 @@ FUNCTIONS = [
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.file.rpartition("/")[2])
-def test_every_version_compiles_for_a_gpu_without_spilling_registers(function, arch):
-    try:
-        from cupy.cuda import nvrtc
-
-        nvrtc.getVersion()
-    except Exception as error:  # CuPy has many for a library that it does not find
-        pytest.skip(f"no kernel was compiled for a GPU: {type(error).__name__}: {error}"[:160])
-    options = ["-std=c++17", f"-arch={arch}", "--ptxas-options=-v"]
-    options += [f"-D{name}={value}" for name, value in function.macros]
-    program = nvrtc.createProgram(source(function.file), function.file, (), ())
-    try:
-        nvrtc.compileProgram(program, tuple(options))
-    except nvrtc.NVRTCError:
-        pytest.fail(nvrtc.getProgramLog(program))
-    log = nvrtc.getProgramLog(program)
+def test_every_version_compiles_for_a_gpu_without_spilling_registers(function, arch, nvrtc):
+    log = cuda_on_cpu.compiled_for(nvrtc, function, arch)
     spilled = re.findall(r"(\d+) bytes spill stores", log)
     assert spilled, log
     assert set(spilled) == {"0"}, log

@@ -327,7 +327,7 @@ def test_plans_are_few_and_what_they_hold_is_given_back(monkeypatch):
         multiply(matrix(rows, rows, 4), b, by_library(stand_in=stand_in))
     gc.collect()
     assert stand_in.functions.stand_in_alive() - before == 3 * 5
-    stand_in.library.plan.cache_clear()
+    stand_in.loaded.plan.cache_clear()
     gc.collect()
     assert stand_in.functions.stand_in_alive() == before
 
@@ -384,7 +384,7 @@ def test_what_cublaslt_refuses_is_told_and_leaks_nothing(name, status, words, fa
         )
         < 3e-7
     )
-    stand_in.library.plan.cache_clear()
+    stand_in.loaded.plan.cache_clear()
     gc.collect()
     assert stand_in.functions.stand_in_alive() == before
 

@@ -108,6 +108,21 @@ def why_not() -> str | None:
 # Compiling ----------------------------------------------------------------------------------------
 
 
+def compiled_for(nvrtc: Any, function: Function, arch: str) -> str:
+    """What NVRTC says of a file that it compiles for a kind of GPU, which need not be there.
+
+    Raises: KernelError if it refuses.
+    """
+    options = ["-std=c++17", f"-arch={arch}", "--ptxas-options=-v"]
+    options += [f"-D{name}={value}" for name, value in function.macros]
+    program = nvrtc.createProgram(source(function.file), function.file, (), ())
+    try:
+        nvrtc.compileProgram(program, tuple(options))
+    except nvrtc.NVRTCError as error:
+        raise KernelError(nvrtc.getProgramLog(program)) from error
+    return nvrtc.getProgramLog(program)
+
+
 @functools.cache
 def kernels_of(function: Function) -> dict[str, tuple[list[Parameter], str]]:
     """The parameters of each kernel of a file, and its launch bound as it is written, or ""."""
@@ -182,7 +197,7 @@ class StandIn:
 
     Attributes:
         functions: the library, with some functions for tests.
-        library: what the kernels' table gets, once it was asked for.
+        loaded: what the kernels' table gets, once it was asked for.
     """
 
     def __init__(self) -> None:
@@ -191,12 +206,12 @@ class StandIn:
         self.functions = _library("cublaslt", code, flags)
         self.functions.stand_in_complaint.restype = ctypes.c_char_p
         self.functions.stand_in_version.argtypes = (ctypes.c_size_t,)
-        self.library: CublasLt | None = None
+        self.loaded: CublasLt | None = None
 
     def __call__(self, x: Any) -> CublasLt:
-        if self.library is None:
-            self.library = CublasLt(self.functions)
-        return self.library
+        if self.loaded is None:
+            self.loaded = CublasLt(self.functions)
+        return self.loaded
 
     @property
     def complaint(self) -> str:

@@ -3,7 +3,7 @@
 A forward is some hundred launches. Python needs microseconds for each, and with few images the GPU
 computes faster than it is told what to do. A graph is told once: a replay is a single launch.
 
-What is recorded are addresses. So a graph has arrays of its own for what goes in, memory of its own
+A graph records addresses. So it has arrays of its own for what goes in, memory of its own
 for all that lies between, and closes over the weights where they are; a call copies its arrays in
 and the results out. What the host does while a graph is recorded, it does once: numbers of Python
 stay what they were. What would go from host to device or back is refused by CUDA, and so by
