@@ -133,19 +133,6 @@ def peak_of(weights: Path) -> float:
     return min(float(subprocess.run(arguments, **run).stdout) for _ in range(3))
 
 
-def command(head: str, recipe: dict[str, Any]) -> str:
-    """What the training was called with, by its recipe, where its file does not say."""
-    words = ["python examples/train_camvid.py --data DIR --out RUN"]
-    words += ["--head setr"] * (head == "setr")
-    usual = {"epochs": 40, "batch_size": 8, "lr": 1e-3, "seed": 0}
-    words += [
-        f"--{name.replace('_', '-')} {recipe[name]}"
-        for name, value in usual.items()
-        if recipe[name] != value
-    ]
-    return " ".join(words)
-
-
 def measure(head: str, folder: Path, model: Model, counts: np.ndarray) -> dict[str, Any]:
     """What is kept of one run."""
     training = model.info.training
@@ -155,7 +142,7 @@ def measure(head: str, folder: Path, model: Model, counts: np.ndarray) -> dict[s
     cost = pvt_ref.count_cost(model.config, WHOLE)
     kept = cache_bytes(model.config, CROP, recipe["batch_size"])
     return {
-        "command": training.get("command") or command(head, recipe),
+        "command": training["command"],
         "config": config_to_dict(model.config),
         "recipe": recipe,
         "steps": epochs[-1]["step"],

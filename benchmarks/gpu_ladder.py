@@ -10,7 +10,6 @@ docs/results/gpu_ladder.json, and gpu_report.py makes a page of them.
 """
 
 import argparse
-import importlib
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from in_turn import ROOT, say
 
 from pvt_ref import REFERENCE
 from pvt_ref.arrays import import_cupy
-from pvt_ref.kernels.cuda.ladder import attention, sum_rows
+from pvt_ref.kernels.cuda.ladder import attention, product, sum_rows
 from pvt_ref.kernels.cuda.ladder.step import Step
 from pvt_ref.kernels.cuda.launch import Cuda
 from pvt_ref.layers.attention import attention as attention_layer
@@ -34,7 +33,7 @@ sys.path.insert(0, str(ROOT / "docs" / "tools"))
 LADDERS: dict[str, tuple[Step, ...]] = {
     "sum_rows": sum_rows.STEPS,
     "attention": attention.STEPS,
-    "product": importlib.import_module("ladder").product_steps(),
+    "product": product.STEPS,
 }
 
 #: Largest relative error (L2) against float64 with which a step may be timed.

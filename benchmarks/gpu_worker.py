@@ -186,7 +186,6 @@ def pytorch(order: dict) -> Contender:
         model = network(config, fused=True)
     model.load_state_dict(load_file(order["weights"], device=DEVICE), assign=True)
     model = model.requires_grad_()
-    torch.compiler.reset()
     module = model
     if how != "eager":
         module = torch.compile(model, mode=how, dynamic=False)
@@ -318,11 +317,17 @@ def with_torch() -> Family:
 
     ones = torch.ones(64, 64, device=DEVICE)
     ones @ ones
+
+    def release() -> None:
+        torch.compiler.reset()  # the graphs of the row before hold memory
+        gc.collect()
+        torch.cuda.empty_cache()
+
     return Family(
         pytorch,
         TorchClock(torch),
         f"PyTorch {torch.__version__}",
-        torch.cuda.empty_cache,
+        release,
         lambda: torch.cuda.mem_get_info()[0] / 2**20,
     )
 

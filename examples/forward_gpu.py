@@ -80,6 +80,8 @@ def model_of(weights: str | None, variant: str | None) -> Model:
     if not weights:
         return get_model(None, variant or "pvt_tiny")
     model = get_model(weights, None)
+    if not model.config.has_classifier:
+        raise CheckpointError(f"{weights} holds no classifier, and calls of one are timed")
     if variant and _kind(model.config) != _kind(VARIANTS[variant]):
         raise CheckpointError(f"{weights} holds another model than {variant}: {model.source}")
     return model
@@ -405,6 +407,9 @@ def report(
                     left_out.append(f"{contender.name} is not timed: it is off by {error:.1e}")
         except ImportError as error:
             left_out.append(f"PyTorch is not compared: {error}. pip install torch brings it")
+        except Exception as error:  # of any compiler that torch.compile asks
+            why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            left_out.append(f"PyTorch is not timed further: {why}")
     yield call_table(contenders)
     yield from left_out
     config = model.config

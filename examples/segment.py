@@ -35,16 +35,15 @@ from pictures import (
     one_line,
     query_attention,
 )
-from PIL import Image
 
 import pvt_ref
 from pvt_ref import Model, PVTConfig, PVTError
+from pvt_ref.app import as_seen
 from pvt_ref.checks import check_number
 from pvt_ref.data.image import read_rgb
 from pvt_ref.data.overlay import class_colours
 from pvt_ref.errors import printable
 from pvt_ref.report.tables import text_table
-from pvt_ref.tree import first_array
 
 #: What is used unless --weights says otherwise.
 WEIGHTS = "camvid"
@@ -105,21 +104,6 @@ def see(model: Model, picture: Any, name: str, size: int | None, about: Photo | 
     truth = "" if about is None else about.dense_truth
     images = as_seen(model, photo, size or model.config.img_size)
     return Seen(model, name, np.asarray(photo), class_map, images, points, truth)
-
-
-def as_seen(model: Model, photo: Image.Image, side: int) -> NDArray:
-    """The photo as :meth:`Model.segment` gives it to the network, (1, C, h, w)."""
-    scale = side / min(photo.size)
-    h, w = model.config.fitting_size(
-        *(max(1, round(n * scale)) for n in (photo.height, photo.width))
-    )
-    resized = photo.resize((w, h), Image.Resampling.BILINEAR)
-    if model.info.preprocessing.mode == "L":
-        resized = resized.convert("L")
-    pixels = np.asarray(resized).reshape(1, h, w, -1).transpose(0, 3, 1, 2)
-    return model.info.preprocessing.normalize(
-        np.ascontiguousarray(pixels), first_array(model.params)
-    )
 
 
 def judge(about: Photo, class_map: NDArray, classes: tuple[str, ...]) -> list[Point]:

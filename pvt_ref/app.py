@@ -325,18 +325,8 @@ class Model(_Core):
 
     def _segment(self, picture: Any, side: int, part: Grid | None) -> np.ndarray:
         photo = read_rgb(picture)
-        scale = side / min(photo.size)
-        H, W = (max(1, round(n * scale)) for n in (photo.height, photo.width))
-        if part is None:
-            H, W = self.config.fitting_size(H, W)
-        check_pixels(H, W)
-        resized = photo.resize((W, H), Image.Resampling.BILINEAR)
-        if self.info.preprocessing.mode == "L":
-            resized = resized.convert("L")
-        pixels = np.asarray(resized).reshape(1, H, W, -1).transpose(0, 3, 1, 2)
-        x = self.info.preprocessing.normalize(
-            np.ascontiguousarray(pixels), first_array(self.params)
-        )
+        x = as_seen(self, photo, side, fitting=part is None)
+        H, W = x.shape[2:]
         if part is None:
             logits = self(x)
         else:
@@ -449,6 +439,35 @@ class Model(_Core):
             ShapeError: if the model cannot take that size.
         """
         return f"{printable(self.source)}\n\n{format_cost(count_cost(self.config, size))}"
+
+
+def as_seen(model: Model, photo: Image.Image, side: int, fitting: bool = True) -> Array:
+    """A photo as :meth:`Model.segment` gives it to the network.
+
+    Args:
+        model: whose preprocessing it gets.
+        photo: RGB, of Pillow.
+        side: pixels of the short side.
+        fitting: both sides become sizes that the network takes; windows need it not.
+
+    Returns:
+        (1, C, H, W), of the weights' dtype and device.
+
+    Raises:
+        ImageError: if that are too many pixels.
+        ShapeError: if the network takes no such size.
+    """
+    scale = side / min(photo.size)
+    H, W = (max(1, round(n * scale)) for n in (photo.height, photo.width))
+    if fitting:
+        H, W = model.config.fitting_size(H, W)
+    check_pixels(H, W)
+    resized = photo.resize((W, H), Image.Resampling.BILINEAR)
+    preprocessing = model.info.preprocessing
+    if preprocessing.mode == "L":
+        resized = resized.convert("L")
+    pixels = np.asarray(resized).reshape(1, H, W, -1).transpose(0, 3, 1, 2)
+    return preprocessing.normalize(np.ascontiguousarray(pixels), first_array(model.params))
 
 
 def _without_claims(info: ModelInfo) -> ModelInfo:

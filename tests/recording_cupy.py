@@ -15,7 +15,6 @@ import contextlib
 import operator
 import threading
 import types
-import weakref
 from typing import Any
 
 import numpy as np
@@ -73,19 +72,14 @@ class MemoryPool:
 
     def __init__(self):
         self.free = {}
-        pools.add(self)
 
     def malloc(self, size):
         if size > most_bytes[0]:
             raise OutOfMemoryError(f"Out of memory allocating {size} bytes")
         return Block(self, size)
 
-    def total_bytes(self):
-        return sum(size * len(blocks) for size, blocks in self.free.items())
-
 
 most_bytes = [2**31]
-pools = weakref.WeakSet()
 default_pool = MemoryPool()
 
 

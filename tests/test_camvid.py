@@ -74,7 +74,7 @@ def runs(camvid, data, tmp_path):
     for seed, (name, head) in enumerate(heads.items()):
         config = SegmentorConfig(backbone=backbones[name], head=head, num_classes=11)
         params = segmentors.params_of(config, seed, np.float32)
-        told = {"recipe": RECIPE.to_dict()} | ({"command": "python own.py"} if seed else {})
+        told = {"recipe": RECIPE.to_dict(), "command": f"python {name}.py"}
         info = ModelInfo(classes=tuple(camvid.CLASSES), training=told)
         folder = folders[name] = tmp_path / name
         folder.mkdir()
@@ -143,7 +143,7 @@ def test_two_runs_become_figures_a_page_and_pictures(camvid, data, runs, tmp_pat
     assert written == {name.format("training_camvid") for name in names}
     found = json.loads((out / "training_camvid.json").read_text())
     commands = [run["command"] for run in found["runs"].values()]
-    assert commands == [camvid.command("fpn", RECIPE.to_dict()), "python own.py"]
+    assert commands == ["python fpn.py", "python setr.py"]
     for head, folder in runs.items():
         run = found["runs"][head]
         assert run["counts"] == json.loads((folder / "test.json").read_text())
@@ -184,15 +184,6 @@ def test_the_first_run_alone_has_a_page_too(camvid, data, runs, tmp_path, monkey
     assert "jsonl) and" not in text
     with pytest.raises(SystemExit):
         camvid.main([*[str(runs["fpn"])] * 3, "--data", str(data), "--out", str(out)])
-
-
-def test_a_command_says_what_is_not_usual(camvid):
-    usual = {"epochs": 40, "batch_size": 8, "lr": 1e-3, "seed": 0}
-    assert camvid.command("fpn", usual).endswith("--data DIR --out RUN")
-    changed = usual | {"batch_size": 4}
-    assert camvid.command("setr", changed).endswith("--out RUN --head setr --batch-size 4")
-    told = getattr(sys.modules["train_camvid"], "USUAL", usual)
-    assert told.items() >= usual.items()
 
 
 def test_the_page_is_made_of_what_was_stored(camvid):

@@ -232,6 +232,19 @@ def test_ctrl_c_leaves_nothing_behind(fake):
     assert not fake.cuda.get_current_stream().is_capturing()
 
 
+def test_a_recording_that_cannot_begin_leaves_nothing_behind(fake, monkeypatch):
+    def refuse(self):
+        raise RuntimeError("cudaErrorStreamCaptureUnsupported")
+
+    x = fake.asarray(np.ones(2))
+    with monkeypatch.context() as m:
+        m.setattr(type(fake.cuda.Stream(non_blocking=True)), "begin_capture", refuse)
+        with pytest.raises(DeviceError, match="StreamCaptureUnsupported"):
+            capture(lambda x: x * 2, x)
+    assert not is_recording()
+    np.testing.assert_array_equal(constant(np.arange(3.0), like=x).get(), [0, 1, 2])
+
+
 def test_cupys_own_products_are_refused(fake):
     fake.products_captured = False
     with pytest.raises(DeviceError, match=r"cannot be captured .*cuBLAS.*cuda_kernels\(\)"):

@@ -24,10 +24,12 @@ from pvt_ref.arrays import is_cupy, is_numpy
 from pvt_ref.draws import Draws, What
 from pvt_ref.errors import TrainingError
 from pvt_ref.kernels.cuda import table
+from pvt_ref.kernels.cuda.capture import Captured
 from pvt_ref.kernels.cuda.launch import Cuda
 from pvt_ref.layers.linear import LinearParams, linear
+from pvt_ref.layers.patch_embed import patch_embed
 from pvt_ref.train import LossScale, fit, start_training, train_step
-from pvt_ref.train.captured import CapturedSteps, draw_again
+from pvt_ref.train.captured import CapturedSteps, _Graph, draw_again
 from pvt_ref.train.data_parallel import ALONE
 from pvt_ref.train.loop import METRICS, STATE
 from pvt_ref.train.on_device import settings_for
@@ -129,6 +131,21 @@ def test_kernels_update_as_the_readable_optimiser_does(name):
             else:
                 assert relative(x, y) < 2e-5 or np.abs(x - y).max() < 1e-7, key
     assert mine.optimizer.t == 3
+
+
+@no_gxx
+def test_a_frozen_weight_is_no_culprit():
+    def spoilt(p, cache, dy, ops):
+        dx, grads = patch_embed.backward(p, cache, dy, ops)
+        return dx, map_arrays(lambda g: np.full_like(g, np.inf), grads)
+
+    twins = {patch_embed: Operation(patch_embed.forward, spoilt)}
+    ops = Ops(twins, name="x", accepts=is_numpy, settings=Cuda(Emulation(5), 6))
+    recipe = dataclasses.replace(RECIPE, accumulate=1, frozen=("patch_embed1", "block1"))
+    with pytest.raises(TrainingError) as found:
+        run(1, ops, recipe=recipe)
+    assert "patch_embed2" in str(found.value)
+    assert "patch_embed1" not in str(found.value)
 
 
 def half_backward(p, cache, dy, ops):
@@ -302,6 +319,7 @@ def test_on_a_gpu_a_captured_step_has_the_bits_of_a_launched_one(name, cupy):
         state = begin(cupy)
         for _ in range(6):
             state, report = next_step(state, DATA, CONFIG, recipe, ALONE, ops, captured)
+        assert captured is None or isinstance(captured._known, _Graph)
         results.append((bits(state), report))
     assert results[0] == results[1] == results[2]
 
@@ -309,6 +327,13 @@ def test_on_a_gpu_a_captured_step_has_the_bits_of_a_launched_one(name, cupy):
 @pytest.mark.gpu
 def test_on_a_gpu_a_training_goes_on_with_the_same_bits(cupy, tmp_path, monkeypatch):
     monkeypatch.setenv("PVT_REF_OPS", "kernels")
+    replays, replay = [], Captured.__call__
+
+    def counted(self, *arrays):
+        replays.append(self)
+        return replay(self, *arrays)
+
+    monkeypatch.setattr(Captured, "__call__", counted)
 
     def train(folder, **options):
         return fit(CONFIG, RECIPE, DATA, HELD_OUT, tmp_path / folder, device="cuda", **options)
@@ -316,3 +341,4 @@ def test_on_a_gpu_a_training_goes_on_with_the_same_bits(cupy, tmp_path, monkeypa
     whole = train("whole")
     train("parts", stop_at_step=5)
     assert bits(train("parts", resume=True).state) == bits(whole.state)
+    assert len(replays) > 3

@@ -239,7 +239,7 @@ def files_with_macros():
         yield Function("cast.cu", "", (("CAST", f"to_{half}"),))
     for name in (
         *("sum_rows", "gelu", "depthwise_conv", "optimizer", "mlp"),
-        *("product_parts", "product_plain", "product_tiled"),
+        "product_parts",
     ):
         yield Function(f"{name}.cu", "")
 

@@ -23,10 +23,13 @@ from strategies import normal
 import pvt_ref
 from pvt_ref import REFERENCE
 from pvt_ref.arrays import is_numpy
+from pvt_ref.blocks.mlp import MLPParams, mlp
 from pvt_ref.errors import ConfigError, DeviceError, RangeError
-from pvt_ref.kernels.cuda import cublaslt, product_ladder
+from pvt_ref.kernels.cuda import cublaslt, product
 from pvt_ref.kernels.cuda.cublaslt import CublasLt
+from pvt_ref.kernels.cuda.ladder import product as product_ladder
 from pvt_ref.kernels.cuda.launch import Cuda, Function
+from pvt_ref.kernels.cuda.mlp import mlp_rows
 from pvt_ref.kernels.cuda.product import multiply
 from pvt_ref.kernels.cuda.table import cuda_kernels, table_with
 from pvt_ref.layers.gelu import gelu
@@ -303,6 +306,17 @@ def test_float64_and_nothing_are_left_to_the_library_of_the_arrays():
 # cuBLASLt -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_more_hidden_numbers_than_an_int_counts_are_left_to_the_library(keep, monkeypatch):
+    p = MLPParams(LinearParams(matrix(1, 8, 4), matrix(2, 1, 8)[0]),
+                  LinearParams(matrix(3, 4, 8), matrix(4, 1, 4)[0]))  # fmt: skip
+    x = matrix(5, 1, 20, 4)
+    expected, _ = mlp.forward(p, x, REFERENCE)
+    monkeypatch.setattr(product, "MOST_NUMBERS", 100)  # 160 are hidden
+    y, _ = mlp_rows(p, x, keep, own())
+    assert relative(y, expected) < 1e-6
+
+
 def test_a_plan_is_made_once_for_a_shape_and_takes_the_bias_of_each_call():
     stand_in = StandIn()
     cuda = by_library(stand_in=stand_in)
@@ -481,11 +495,11 @@ def test_a_network_in_lower_precision_is_near_and_not_equal(precision):
 # The ladder ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", product_ladder.STEPS, ids=lambda step: step.__name__)
+@pytest.mark.parametrize("step", product_ladder.STEPS, ids=lambda step: step.run.__name__)
 @pytest.mark.parametrize(("M", "N", "K"), [(1, 1, 1), (17, 5, 33), (70, 66, 40)])
 def test_each_step_of_the_ladder_computes_the_product(step, M, N, K):
     a, b = matrix(1, M, K), matrix(2, N, K)
-    y = step(a, b, Cuda(Emulation(5)))
+    y = step.run(a, b, Cuda(Emulation(5)))
     assert relative(y, exact(a, b.T)) < 4e-7
 
 
@@ -500,7 +514,7 @@ MISTAKES = str(HEADER.parent / "mistakes.cu")
         ("copies_unaligned", "copies 16 bytes between places that are not aligned"),
         ("does_not_wait", "ends while copies are under way"),
         ("loads_unaligned", "a row of a matrix that is not aligned"),
-        ("half_a_tensor_core", "waits for ever in an exchange|names lane 16"),
+        ("half_a_tensor_core", "names lane 16 in a mask, and its warp has 16"),
         ("mixes_exchanges", "exchanges otherwise than lane"),
     ],
 )

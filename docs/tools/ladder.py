@@ -9,7 +9,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from pvt_ref.kernels.cuda import product_ladder
 from pvt_ref.kernels.cuda.ladder.step import Step
 from pvt_ref.kernels.cuda.launch import HERE
 
@@ -43,15 +42,6 @@ def purpose(file: str) -> str:
     lines = (HERE / file).read_text(encoding="utf-8").splitlines()
     comment = " ".join(line[3:] for line in itertools.takewhile(lambda x: x[:2] == "//", lines))
     return re.split(r"[.:](?: |$)", re.sub(r" ?\([^)]*\)", "", comment))[0]
-
-
-def product_steps() -> tuple[Step, ...]:
-    """The versions of a product a (M, K) b (N, K)^T."""
-    return (
-        Step("a thread an element", product_ladder.PLAIN.file, product_ladder.plain),
-        Step("tiles in shared memory", product_ladder.TILED.file, product_ladder.tiled),
-        Step("three TF32 on tensor cores", "product.cu", product_ladder.tensor_cores),
-    )
 
 
 def measured(results: Path = RESULTS) -> dict | None:

@@ -1,7 +1,7 @@
 """Marks one file of the reader's: which law fails first, on the smallest case, and where to look.
 
 A file is executed as it is. What it raises is shown by its own lines; what is not written yet is
-no mistake. Nothing here keeps a reader's code from running for ever: ``workers.py`` does.
+no mistake. Nothing here keeps a reader's code from running for ever: ``running.py`` does.
 """
 
 import ast
@@ -242,7 +242,7 @@ def _way(exercise: Exercise, way: str, pair: tuple[Any, Any], ops: Ops) -> Mark:
 def _stopped(exercise: Exercise, way: str, error: ReadersError, case: str) -> Mark:
     """The code raised something: where it should have got to, only its section can say."""
     line = exercise.line("values" if way == FORWARD else "adjoint", "")
-    says = "The function runs through." if case else "The file can be executed."
+    says = "The function ends without an error." if case else "The file can be executed."
     return Mark(
         exercise.name, way, FAILED, "runs", says, case, str(error), line.address, line.address,
         trace=error.trace,
@@ -250,15 +250,22 @@ def _stopped(exercise: Exercise, way: str, error: ReadersError, case: str) -> Ma
 
 
 def _aliased(trial: Trial, reference: Trial) -> bool:
-    """Whether the cache shares memory with y, and our own does not."""
+    """Whether what is written into y changes the gradients, as it does not with our own."""
 
-    def shares(trial: Trial) -> bool:
+    def is_changed(trial: Trial) -> bool:
         y, cache = trial.run()
-        return any(
-            np.may_share_memory(a, b) for a in laws.arrays_of(y) for _, b in laws.leaves(cache)
-        )
+        before = trial.back(cache, dy := trial.drawn(1, y))
+        y, cache = trial.run()
+        for a in laws.arrays_of(y):
+            if a.flags.writeable:
+                a.fill(np.nan)
+        after = trial.back(cache, dy)
+        return any(laws.first_wrong(after[name], g, 0.0) is not None for name, g in before.items())
 
-    return shares(trial) and not shares(reference)
+    try:
+        return is_changed(trial) and not is_changed(reference)
+    except (LawError, ReadersError):  # gradients that cannot be compared
+        return False
 
 
 def _own_pair(exercise: Exercise) -> tuple[Any, Any]:
@@ -308,7 +315,7 @@ def mark_file(exercise: Exercise, path: Path, ops: Ops = REFERENCE) -> Iterator[
         yield from (Mark(exercise.name, way, NOT_STARTED) for way in (FORWARD, BACKWARD))
         return
     try:
-        pair = quietly(readers_pair, exercise, path)
+        pair = without_warnings(readers_pair, exercise, path)
     except ReadersError as error:
         yield _stopped(exercise, FORWARD, error, "")
         yield Mark(exercise.name, BACKWARD, WAITS)
@@ -325,12 +332,12 @@ def _mark(exercise: Exercise, way: str, pair: tuple[Any, Any], empty: bool, ops:
     if empty:
         return Mark(exercise.name, way, NOT_STARTED)
     try:
-        return quietly(_way, exercise, way, pair, ops)
+        return without_warnings(_way, exercise, way, pair, ops)
     except NotImplementedError:  # half of it is written
         return Mark(exercise.name, way, NOT_STARTED)
 
 
-def quietly(function: Callable[..., Any], *args: Any) -> Any:
+def without_warnings(function: Callable[..., Any], *args: Any) -> Any:
     """function(*args) without warnings: an overflow is told by the law that it breaks."""
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")

@@ -8,24 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pvt_ref.arrays import Array, array_module
-from pvt_ref.blocks.transformer import BlockParams, BlockSettings, block
-from pvt_ref.layers.patch_embed import PatchEmbedParams, patch_embed
+from pvt_ref.arrays import Array
+from pvt_ref.blocks.transformer import BlockSettings, blocks
+from pvt_ref.layers.patch_embed import patch_embed
 from pvt_ref.layers.position import position
+from pvt_ref.models.pvt.model import to_map, to_tokens
+from pvt_ref.models.pvt.params import StageParams
 from pvt_ref.ops import REFERENCE, Operation, Ops
-from pvt_ref.tree import record
-
-
-@record
-class StageParams:
-    """The weights of a stage, or their gradients.
-
-    pos_embed is (1, n, C), or (1, 1 + n, C) with a row for a cls token, which a map has not.
-    """
-
-    patch_embed: PatchEmbedParams
-    pos_embed: Array
-    blocks: tuple[BlockParams, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,34 +31,25 @@ def stage_forward(
     p: StageParams, x: Array, ops: Ops, settings: StageSettings, keep: bool = True
 ) -> tuple[Array, Any]:
     """F_i = Stage_i(F_{i-1}): patch embedding, positions, blocks, and back to a map."""
-    xp = array_module(x)
     grid = (x.shape[1] // settings.patch_size, x.shape[2] // settings.patch_size)
     table_grid = (settings.table_side, settings.table_side)
     x, embed_cache = ops[patch_embed].forward(p.patch_embed, x, ops, settings.norm_eps, keep=keep)
     x, position_cache = ops[position].forward(
         p.pos_embed, x, ops, grid, table_grid, False, keep=keep
     )
-    caches = []
-    for p_k, settings_k in zip(p.blocks, settings.blocks, strict=True):
-        x, cache = ops[block].forward(p_k, x, ops, grid, settings_k, keep=keep)
-        caches.append(cache)
-    y = xp.reshape(x, (x.shape[0], *grid, x.shape[-1]))
-    return y, (embed_cache, position_cache, tuple(caches)) if keep else None
+    x, blocks_cache = ops[blocks].forward(p.blocks, x, ops, grid, settings.blocks, keep=keep)
+    return to_map(x, grid), (embed_cache, position_cache, blocks_cache) if keep else None
 
 
 def stage_backward(
     p: StageParams, cache: Any, dy: Array, ops: Ops = REFERENCE
 ) -> tuple[Array, StageParams]:
     """Gradients of :func:`stage_forward`: each step's own, in reverse order."""
-    embed_cache, position_cache, caches = cache
-    dx = array_module(dy).reshape(dy, (dy.shape[0], -1, dy.shape[-1]))
-    dblocks: list[BlockParams] = []
-    for p_k, cache_k in zip(reversed(p.blocks), reversed(caches), strict=True):
-        dx, dblock = ops[block].backward(p_k, cache_k, dx, ops)
-        dblocks.insert(0, dblock)
+    embed_cache, position_cache, blocks_cache = cache
+    dx, dblocks = ops[blocks].backward(p.blocks, blocks_cache, to_tokens(dy), ops)
     dx, dtable = ops[position].backward(p.pos_embed, position_cache, dx, ops)
     dx, dembed = ops[patch_embed].backward(p.patch_embed, embed_cache, dx, ops)
-    return dx, StageParams(dembed, dtable, tuple(dblocks))
+    return dx, StageParams(dembed, dtable, dblocks)
 
 
 def pyramid_forward(

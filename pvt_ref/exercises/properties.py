@@ -43,7 +43,7 @@ def _unit(trial: Trial) -> Trial:
 
 
 def bias_at_zero(trial: Trial) -> None:
-    """Of zeros comes the bias."""
+    """For an input of zeros, y is the bias."""
     y = _y(trial, x=np.zeros_like(trial.x))
     bias = 0.0 if trial.p.bias is None else trial.p.bias
     _alike(y, np.zeros_like(y) + bias)
@@ -172,7 +172,7 @@ def gradient_rows_zero(trial: Trial) -> None:
 
 
 def loss_at_zero(trial: Trial) -> None:
-    """Of K equal logits the loss is log K, with either number of samples."""
+    """For K equal logits the loss is log K, whatever the number of samples."""
     K = trial.x.shape[-1]
     _alike(_y(trial, x=np.zeros_like(trial.x)), math.log(K), "the loss of equal logits")
 

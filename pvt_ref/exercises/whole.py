@@ -20,7 +20,8 @@ import numpy as np
 from pvt_ref import api
 from pvt_ref.exercises.catalogue import EXERCISES
 from pvt_ref.exercises.marking import twin
-from pvt_ref.exercises.network import StageParams, StageSettings, pyramid, stage
+from pvt_ref.exercises.network import StageSettings, pyramid, stage
+from pvt_ref.layers.softmax import softmax
 from pvt_ref.models import VARIANTS
 from pvt_ref.models.architecture import architecture_of, param_shapes
 from pvt_ref.ops import REFERENCE, Operation, Ops
@@ -122,7 +123,7 @@ def steps(pairs: Pairs, photo: Path = PHOTO) -> Iterator[Step]:
     yield _digests(what, gradients, stored["pvt"]["gradients"])
 
     table = table_of(pairs, known | {stage, pyramid})
-    p = tuple(StageParams(*params.of_stage(i)) for i in range(1, 5))
+    p = tuple(params.of_stage(i) for i in range(1, 5))
     maps, cache = table[pyramid].forward(p, images.transpose(0, 2, 3, 1), table, _settings(config))
     first = [m.transpose(0, 3, 1, 2) for m in maps]
     named = {f"F_{i}": m for i, m in enumerate(first, start=1)}
@@ -177,7 +178,7 @@ def _classified(table: Ops, photo: Path) -> Step:
     mine = api.forward(model.params, images, model.config, ops=table)[0]
     ours = api.forward(model.params, images, model.config, ops=REFERENCE)[0]
     classes = model.classes
-    shares = np.exp(mine - mine.max()) / np.sum(np.exp(mine - mine.max()))
+    shares, _ = softmax.forward(None, mine, REFERENCE)
     best = int(np.argmax(shares))
     what = f"the shipped weights look at {photo.name}"
     found = f"{classes[best]}, {shares[best]:.0%}"

@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     folder, names = Path(argv[0]), argv[1:]
     for name in names:
         if name == WHOLE:
-            _whole(folder, Path(argv[-1]) if argv[-1] != WHOLE else None, say)
+            _whole(folder, Path(names[1]) if len(names) > 1 else None, say)
             return
         printed = _Bounded()
         marks = mark_file(EXERCISES[name], file_of(folder, name))

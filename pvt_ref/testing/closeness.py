@@ -45,7 +45,8 @@ def first_wrong(actual: np.ndarray, expected: np.ndarray, allowed: float) -> tup
     """
     with np.errstate(invalid="ignore", over="ignore"):
         off = np.abs(actual - expected)
-        off = np.where(actual == expected, 0.0, off)  # also two infinities
+        alike = (actual == expected) | (np.isnan(actual) & np.isnan(expected))
+        off = np.where(alike, 0.0, off)  # also two infinities, two NaNs
         if float(np.sqrt(np.sum(off * off))) <= allowed:
             return None
         wrong = ~(off <= allowed / np.sqrt(max(off.size, 1)))

@@ -735,7 +735,7 @@ def shape_comments(*modules: ModuleType, stages: Stages | None = None) -> Iterat
 
     With ``with shape_comments(my_layer): run()``, a line that ends in ``# (B, n, C)`` is checked
     whenever it has run; the letters are those of the
-    docstring's ``Args:``. What the language is, the head of this file says.
+    docstring's ``Args:``. The head of this file has the notation.
 
     Args:
         modules: those whose comments are read.

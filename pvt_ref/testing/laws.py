@@ -153,7 +153,7 @@ def dot(a: Any, b: Any) -> float:
 
 
 def shape(trial: Trial, reference: Trial) -> None:
-    """y has its shape."""
+    """y has the shape that the docstring gives."""
     y, expected = arrays_of(trial.run()[0]), arrays_of(reference.run()[0])
     shapes, wanted = ([tuple(a.shape) for a in arrays] for arrays in (y, expected))
     if shapes != wanted:
@@ -174,7 +174,7 @@ def _compare(law: str, what: str, y: Any, expected: Any, tolerance: float) -> No
 
 
 def dtype(trial: Trial) -> None:
-    """In float32 everything is float32: y, and the gradients."""
+    """y has the dtype of the inputs."""
     for kind in (np.float32, np.float64):
         y, _ = trial.cast(kind).run()
         _refuse_dtypes("dtype", {"y": y}, kind)
@@ -387,6 +387,7 @@ def pure_backward(trial: Trial) -> None:
     """The backward changes neither weights nor dy, and leaves its cache as it was."""
     y, cache = trial.run()
     dy = trial.drawn(1, y)
+    first = trial.back(cache, dy)
     p, own = map_arrays(np.copy, (trial.p, dy))
     trial.backward(p, cache, own)
     _refuse_changes("pure", trial, replace(trial, p=p))
@@ -394,7 +395,7 @@ def pure_backward(trial: Trial) -> None:
         index = first_wrong(b, a, 0.0)
         if index is not None:
             raise LawError("pure", f"{spelt_entry('dy', index)} was written to", "dy", index)
-    first, second = trial.back(cache, dy), trial.back(cache, dy)
+    second = trial.back(cache, dy)
     for name, g in first.items():
         index = first_wrong(second[name], g, 0.0)
         if index is not None:

@@ -19,14 +19,14 @@ from pvt_ref.api import backward, forward_with_cache
 from pvt_ref.arrays import Array, array_module, dtype_name, from_host
 from pvt_ref.draws import Draws, What
 from pvt_ref.errors import DeviceError
-from pvt_ref.kernels.cuda.capture import Captured, capture, replays
+from pvt_ref.kernels.cuda.capture import REFUSED, SEEN, Captured, capture, replays
 from pvt_ref.kernels.cuda.optimizer import adamw, clip_factor, gather
-from pvt_ref.layers.cross_entropy import cross_entropy
 from pvt_ref.models.architecture import architecture_of
 from pvt_ref.ops import Ops
 from pvt_ref.train.adamw import AdamWState
 from pvt_ref.train.data_parallel import Part, add_part, add_trees, add_up_parts
 from pvt_ref.train.gradients import add_gradients
+from pvt_ref.train.image_loss import image_loss
 from pvt_ref.train.on_device import Factors, rates, settings_for, trained
 from pvt_ref.train.recipe import Recipe
 from pvt_ref.tree import map_arrays, named_arrays, to_numpy
@@ -42,9 +42,9 @@ class Batch(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """What a replayed step gives. told has loss and right answers of each micro-batch."""
+    """What a replayed step gives. losses has loss and right answers of each micro-batch."""
 
-    told: list[tuple[float, int]]
+    losses: list[tuple[float, int]]
     norm: float
     params: Any
     optimizer: AdamWState
@@ -119,9 +119,6 @@ class _Graph:
     notes: tuple[tuple[_Note, ...], ...]
 
 
-_SEEN, _REFUSED = object(), object()
-
-
 class CapturedSteps:
     """The steps of one training: each kind is captured when it comes the second time.
 
@@ -133,7 +130,7 @@ class CapturedSteps:
         self.ops = ops
         self._owned: tuple[Any, Any, Any, Any] | None = None  # params, m, v, average
         self._kind: Any = None
-        self._known: Any = None  # of that kind: nothing, _SEEN, _REFUSED or a _Graph
+        self._known: Any = None  # of that kind: nothing, SEEN, REFUSED or a _Graph
 
     @staticmethod
     def can(ops: Ops, params: Any, config: Any) -> bool:
@@ -170,29 +167,29 @@ class CapturedSteps:
         inputs = [x for b, t in zip(batches, targets, strict=True) for x in (b.images, t)]
         kind = (config, recipe, scale is None, *((x.shape, dtype_name(x)) for x in inputs))
         if kind != self._kind:
-            self._kind, self._known = kind, _SEEN
+            self._kind, self._known = kind, SEEN
             return None
-        if self._known is _REFUSED:
+        if self._known is REFUSED:
             return None
         owned = self._own(state)
         params, m, v, average = owned
         numbers = np.array([1 - decay, 1.0 if scale is None else scale], np.float32)
         t = state.optimizer.t + 1
         host = [numbers, rates(params, t, lr, recipe.optimizer, factors)]
-        if self._known is _SEEN:
+        if self._known is SEEN:
             self._known = self._capture(
                 owned, batches, inputs, host, config, recipe, factors, scale
             )
-            if self._known is _REFUSED:
+            if self._known is REFUSED:
                 self._owned = None
                 return None
         graph: _Graph = self._known
         drawn = [draw_again(b.draws, notes) for b, notes in zip(batches, graph.notes, strict=True)]
         given = [from_host(x, like=inputs[0]) for x in (*host, *map(_at_least_one, drawn))]
-        told, clip = to_numpy(graph.replay(*given, *inputs))
+        losses, clip = to_numpy(graph.replay(*given, *inputs))
         norm = float(clip[1])
         optimizer = AdamWState(t if math.isfinite(norm) else t - 1, m, v)
-        losses = [(float(loss), int(hits)) for loss, hits in told]
+        losses = [(float(loss), int(hits)) for loss, hits in losses]
         return Replay(losses, norm, params, optimizer, average)
 
     @staticmethod
@@ -239,16 +236,14 @@ class CapturedSteps:
         constants = (optimizer.beta1, optimizer.beta2, optimizer.eps)
 
         def step(numbers: Array, rates: Array, *rest: Array) -> Any:
-            xp = array_module(numbers)
             parts: list[Part] = []
-            told = []
+            losses = []
             for i in range(count):
                 images, targets = rest[count + 2 * i : count + 2 * i + 2]
                 draws = _GivenDraws(0, 0, i, notes[i], rest[i])
                 logits, cache = forward_with_cache(params, images, config, draws, ops=ops)
-                loss, dlogits = cross_entropy(logits, targets, recipe.label_smoothing)
-                right = xp.argmax(logits, axis=1) == xp.argmax(targets, axis=1)
-                told.append((loss, xp.sum(right)))
+                loss, dlogits, hits = image_loss(logits, targets, recipe)
+                losses.append((loss, hits))
                 if scale is not None:
                     dlogits = dlogits * numbers[1]
                 grads, _ = backward(params, cache, dlogits, config)
@@ -264,14 +259,14 @@ class CapturedSteps:
                 _write(a, a + numbers[0] * (w - a) if recipe.ema_decay else w)
 
             map_arrays(move, average, params)
-            return told, clip
+            return losses, clip
 
         before = map_arrays(lambda x: x.copy(), owned)
         given = [from_host(x, like=inputs[0]) for x in (*host, *map(_at_least_one, drawn))]
         try:
             return _Graph(capture(step, *given, *inputs), tuple(notes))
         except DeviceError:
-            return _REFUSED
+            return REFUSED
         finally:
             map_arrays(_write, owned, before)  # the runs that warm up have changed them
 

@@ -67,6 +67,6 @@ class LossScale:
 
 
 def scale_for(ops: Ops, so_far: LossScale | None) -> LossScale | None:
-    """The scale of a step with that table: of a training that has one, or of float16's first."""
+    """The scale of a step: the training's own, a first one if the table has float16, or None."""
     precision: Any = getattr(ops.settings, "precision", None)
     return LossScale() if so_far is None and precision == "float16" else so_far

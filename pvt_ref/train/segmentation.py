@@ -27,7 +27,7 @@ def draw_pairs(
     return images, from_host(pixels[:, -1].astype(np.int64), like=like)
 
 
-def pixel_loss(logits: Array, labels: Array, recipe: Any) -> tuple[Array, Array, int]:
+def pixel_loss(logits: Array, labels: Array, recipe: Any) -> tuple[Array, Array, Array]:
     """The loss of logits that are resized to the size of the labels, and its gradient.
 
     Args:
@@ -51,7 +51,7 @@ def pixel_loss(logits: Array, labels: Array, recipe: Any) -> tuple[Array, Array,
         full, labels, recipe.label_smoothing, reduction,
         ignore_index=IGNORED, class_weights=weights,
     )  # fmt: skip
-    hits = int(to_numpy(xp.sum(xp.argmax(full, axis=1) == labels)))
+    hits = xp.sum(xp.argmax(full, axis=1) == labels)
     dx, _ = resize.backward(None, cache, xp.permute_dims(dfull, (0, 2, 3, 1)), REFERENCE)
     return loss, xp.permute_dims(dx, (0, 3, 1, 2)), hits
 

@@ -23,7 +23,7 @@ from pvt_ref.api import (
     forward_with_cache,
     with_buffers,
 )
-from pvt_ref.arrays import Array, array_module, dtype_name, from_host, quietly
+from pvt_ref.arrays import Array, dtype_name, from_host, quietly
 from pvt_ref.checks import check_number, check_type
 from pvt_ref.data.augment import (
     cutmix,
@@ -37,7 +37,6 @@ from pvt_ref.data.augment import (
 from pvt_ref.data.samples import Samples
 from pvt_ref.draws import Draws, SampleDraws, What, generator
 from pvt_ref.errors import PVTError, RangeError, ShapeError, TrainingError, shown
-from pvt_ref.layers.cross_entropy import cross_entropy
 from pvt_ref.models.architecture import architecture_of, architectures, check_params_type
 from pvt_ref.ops import Ops
 from pvt_ref.report.diagnosis import first_non_finite
@@ -46,6 +45,7 @@ from pvt_ref.train.captured import Batch, CapturedSteps
 from pvt_ref.train.data_parallel import ALONE, Part, Ranks, add_part, add_trees
 from pvt_ref.train.ema import ema_decay_of_step, ema_step
 from pvt_ref.train.gradients import add_gradients, clip_by_global_norm
+from pvt_ref.train.image_loss import image_loss
 from pvt_ref.train.loss_scale import LossScale, scale_for
 from pvt_ref.train.on_device import settings_for, update
 from pvt_ref.train.rates import learning_rate_factors, without_frozen
@@ -196,17 +196,17 @@ def _step(
             batches = list(batches)
             replay = captured(state, batches, config, recipe, lr, factors, scale, decay)
         if replay is None:
-            told, parts = _passes(now, batches, recipe, ops, scale)
+            losses, parts = _passes(now, batches, recipe, ops, scale)
         else:
-            told = [
-                _told(now, batch, value, hits)
-                for batch, (value, hits) in zip(batches, replay.told, strict=True)
+            losses = [
+                _checked_loss(now, batch, value, hits)
+                for batch, (value, hits) in zip(batches, replay.losses, strict=True)
             ]
     except PVTError as error:
         ranks.fail(error)
         raise
     loss, hits, moved = 0.0, 0, state.params
-    for part_loss, part_hits, seen in itertools.chain(*ranks.gather(told)):  # by micro-batch
+    for part_loss, part_hits, seen in itertools.chain(*ranks.gather(losses)):  # by micro-batch
         loss, hits = loss + part_loss, hits + part_hits
         if has_norms:
             moved = with_buffers(moved, seen)
@@ -219,14 +219,14 @@ def _step(
         skipped = _is_skipped(now, norm, max_norm, scaling, None)
     else:
         grads = ranks.sum(parts, recipe.accumulate)
+        if factors is not None:
+            grads = without_frozen(grads, factors)
         if (cuda := settings_for(ops, trained)) is not None:
             params, optimizer, norm = update(
                 trained, grads, optimizer, lr, rule, factors, max_norm, scale, cuda
             )
             skipped = _is_skipped(now, norm, max_norm, scaling, grads)
         else:
-            if factors is not None:
-                grads = without_frozen(grads, factors)
             if scale is not None:
                 grads = map_arrays(lambda g: g / scale, grads)
             grads, norm = clip_by_global_norm(grads, max_norm)
@@ -273,10 +273,10 @@ def _drawn_batch(
     return Batch(draws, len(samples) / len(chosen), *drawn)
 
 
-def _told(
+def _checked_loss(
     now: _Moment, batch: Batch, loss: float, hits: int, seen: Any = None
 ) -> tuple[float, int, Any]:
-    """What a micro-batch tells all ranks; refuses a loss that is not finite."""
+    """A micro-batch's share of the loss, its hits and buffers; refuses what is not finite."""
     if not math.isfinite(loss):
         culprit = first_non_finite(now.params, batch.images, now.config, batch.draws)
         raise now.diverged(f"the loss is {loss}", culprit)
@@ -289,21 +289,22 @@ def _passes(
     """Forward and backward of each micro-batch: what it tells, and sums of gradients."""
     row = architecture_of(now.config)
     has_norms, loss_of = row.batch_buffers is not None, pixel_loss if row.dense else image_loss
-    told, parts = [], []
+    losses, parts = [], []
     for batch in batches:
         logits, cache = forward_with_cache(
             now.params, batch.images, now.config, batch.draws, ops=ops, batch_statistics=has_norms
         )
         loss, dlogits, hits = loss_of(logits, batch.targets, recipe)
         seen = to_numpy(batch_buffers(cache)) if has_norms else None
-        told.append(_told(now, batch, float(loss), hits, seen))  # the host waits for the device
+        # float waits for the device
+        losses.append(_checked_loss(now, batch, float(loss), int(hits), seen))
         if scale is not None:
             dlogits = dlogits * scale
         grads, _ = backward(now.params, cache, dlogits, now.config)
         del cache  # the largest thing here; the next micro-batch makes its own
         grads = add_gradients(None, grads, batch.share)
         add_part(parts, Part(0, batch.draws.micro_batch, grads), add_trees)
-    return told, parts
+    return losses, parts
 
 
 def _is_skipped(
@@ -318,15 +319,6 @@ def _is_skipped(
         return True
     culprit = "A CUDA graph keeps none of them to look at" if grads is None else ""
     raise now.diverged(f"the norm of the gradients is {norm}", culprit or first_non_finite(grads))
-
-
-def image_loss(logits: Array, targets: Array, recipe: Recipe) -> tuple[Array, Array, int]:
-    """Loss of logits (B, K), its gradient, and how many are right (mixed: about the larger one)."""
-    xp = array_module(logits)
-    loss, dlogits = cross_entropy(logits, targets, recipe.label_smoothing)
-    if targets.ndim == 2:  # mixed: the class with the larger share
-        targets = xp.argmax(targets, axis=1)
-    return loss, dlogits, int(to_numpy(xp.sum(xp.argmax(logits, axis=1) == targets)))
 
 
 @functools.lru_cache(maxsize=2)  # every step asks

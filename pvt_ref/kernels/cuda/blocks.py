@@ -3,7 +3,7 @@
 The norm after the second sum of a block is the next block's first, which is why all blocks of a
 stage are one operation. What is between the norms is the table's, but for two things: the norm
 before spatial reduction writes the tokens patch by patch, so nothing has to be cut out; and where
-nothing is dropped, the last product of a branch adds what its branch is added to.
+nothing is dropped, the last product of a spatial-reduction or plain MLP branch adds the residual.
 """
 
 from typing import Any, NamedTuple
@@ -52,8 +52,8 @@ class BlocksCache:
     orders: tuple[Order, ...]
 
 
-class _Told(NamedTuple):
-    """What the two branches of a block are told."""
+class _BranchArgs(NamedTuple):
+    """Arguments that both branches of a block share."""
 
     ops: Ops
     grid: Grid
@@ -70,12 +70,12 @@ class _Told(NamedTuple):
 
 
 def _after_attention(
-    p: BlockParams, x: Array, y: Array, order: Order, told: _Told
+    p: BlockParams, x: Array, y: Array, order: Order, args: _BranchArgs
 ) -> tuple[Array, Array | None, Any, Any]:
     """x (B, n, C) + SRA(y) and None, or x and the branch to be added; caches of SRA and path."""
-    ops, grid, settings, rng, keep, cuda = told
+    ops, grid, settings, rng, keep, cuda = args
     if order.R > 1:
-        residual = x if told.fuses(x) else None
+        residual = x if args.fuses(x) else None
         inputs = (p.attn, y, ops, order, settings.attn, rng, keep, cuda)
         branch, cache = sra_forward(*inputs, residual)  # (B, n, C)
         if residual is not None:
@@ -90,12 +90,12 @@ def _after_attention(
 
 
 def _after_mlp(
-    p: BlockParams, x: Array, y: Array, told: _Told
+    p: BlockParams, x: Array, y: Array, args: _BranchArgs
 ) -> tuple[Array, Array | None, Any, Any]:
     """The same for x (B, n, C) + MLP(y)."""
-    ops, grid, settings, rng, keep, cuda = told
+    ops, grid, settings, rng, keep, cuda = args
     is_plain = MLPS[type(p.mlp)] == mlp
-    if is_plain and told.fuses(x) and can_mlp(p.mlp, y, settings.drop_rate, rng):
+    if is_plain and args.fuses(x) and can_mlp(p.mlp, y, settings.drop_rate, rng):
         total, cache = mlp_rows(p.mlp, y, keep, cuda, x)  # (B, n, C)
         return total, None, cache, None
     more = () if is_plain else (grid, settings.has_relu)
@@ -144,10 +144,10 @@ def blocks_forward(
     y, norm1_cache = norm_rows(p[0].norm1, x, settings[0].norm_eps, cuda, orders[0])  # (B, n, C)
     for k, (p_k, settings_k, order) in enumerate(zip(p, settings, orders, strict=True)):
         rng_k, eps = generator_at(rng, What.BLOCK, settings_k.number), settings_k.norm_eps
-        told = _Told(ops, grid, settings_k, rng_k, keep, cuda)
-        x, branch, attn_cache, path1_cache = _after_attention(p_k, x, y, order, told)
+        args = _BranchArgs(ops, grid, settings_k, rng_k, keep, cuda)
+        x, branch, attn_cache, path1_cache = _after_attention(p_k, x, y, order, args)
         x, y, norm2_cache = _sum_and_norm(p_k.norm2, x, branch, eps, cuda)  # (B, n, C)
-        x, branch, mlp_cache, path2_cache = _after_mlp(p_k, x, y, told)
+        x, branch, mlp_cache, path2_cache = _after_mlp(p_k, x, y, args)
         if keep:
             parts = (norm1_cache, attn_cache, path1_cache, norm2_cache, mlp_cache, path2_cache)
             caches.append(BlockCache(*parts))

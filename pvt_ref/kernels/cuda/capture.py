@@ -39,7 +39,7 @@ from pvt_ref.tree import branches, map_arrays
 #: Runs before the one that is recorded.
 _WARM_UPS = 2
 
-#: Two at a time would be allowed, but nobody gains by it.
+#: CUDA allows concurrent captures, but they gain nothing here.
 _one_at_a_time = threading.RLock()
 
 
@@ -118,7 +118,8 @@ def capture(function: Callable[..., Any], *arrays: Array) -> Captured:
         replay = pvt_ref.capture(lambda x: pvt_ref.forward(prepared, x, ops=ops), images)
         logits = replay(other_images)
 
-    It runs three times. What it closes over, such as weights, is read where it lies, and kept. The
+    The function runs three times. Arrays that it closes over, such as weights, are read in place
+    and kept alive. The
     replay has the bits of direct launches. Numbers of the host that do not change come from
     :func:`constant`.
 
@@ -178,8 +179,8 @@ def _record(
     """The graph of one run, what the function returned, and the constants to be filled in."""
     constants: list[tuple[Array, np.ndarray]] = []
     _recording.constants = constants
-    stream.begin_capture()
     try:
+        stream.begin_capture()
         outputs = function(*inputs)
         return stream.end_capture(), outputs, constants
     except BaseException as error:  # CuPy has several for what cannot be recorded
@@ -255,15 +256,16 @@ def _arrays(tree: Any) -> Iterator[Array]:
 
 # Where shapes repeat ------------------------------------------------------------------------------
 
-_SEEN, _REFUSED = object(), object()
+#: What is known of a shape that was used once, and of one whose capture was refused.
+SEEN, REFUSED = object(), object()
 
 
 class Graphs:
     """The graphs of a table of operations: captured where shapes repeat, at most so many.
 
     A function is called as it is the first time. The second time with arrays of the same shapes it
-    is captured; if that is refused, it is called as it is from then on. The graph that was not used
-    for longest makes room for a new one.
+    is captured; if that is refused, it is called as it is from then on. The least recently used
+    graph is evicted first.
     """
 
     def __init__(self, most: int = 16) -> None:
@@ -286,8 +288,8 @@ class Graphs:
         """make()(*arrays), or the replay of its graph.
 
         Args:
-            owner: that which the function computes with, such as weights: a record, which never
-                changes, so that it stands for the addresses of its arrays. A graph keeps it alive.
+            owner: the record of weights that the function uses. Records never change, so its
+                identity stands for the addresses of its arrays. A graph keeps it alive.
             make: makes the function; nothing that it does itself is captured.
             arrays: what the function takes, on a device.
         """
@@ -295,12 +297,12 @@ class Graphs:
         key = (id(owner), of_arrays)
         with self._lock:
             known, _ = self._known.pop(key, (None, None))
-            self._enter(key, known or _SEEN, owner)
-        if known is _SEEN:
+            self._enter(key, known or SEEN, owner)
+        if known is SEEN:
             try:
                 known = capture(make(), *arrays)
             except DeviceError:
-                known = _REFUSED
+                known = REFUSED
             with self._lock:
                 self._enter(key, known, owner)
         return known(*arrays) if isinstance(known, Captured) else make()(*arrays)

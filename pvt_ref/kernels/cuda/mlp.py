@@ -50,7 +50,7 @@ def mlp_rows(
     p: MLPParams, x: Array, keep: bool, cuda: Cuda, residual: Array | None = None
 ) -> tuple[Array, MLPCache | None]:
     """The MLP of x (B, n, C), to which a residual of the same shape is added, and its cache."""
-    if not keep and fuses_gelu(x, cuda):
+    if not keep and fuses_gelu(x, p.fc1.weight.shape[0], cuda):
         hidden = linear_rows(p.fc1, x, cuda, has_gelu=True)  # (B, n, E*C)
         return linear_rows(p.fc2, hidden, cuda, residual), None  # (B, n, C)
     h = packed(linear_rows(LinearParams(p.fc1.weight, None), x, cuda))  # (B, n, E*C)

@@ -77,7 +77,7 @@ def gather(
 def clip_factor(arrays: Arrays, max_norm: float, cuda: Cuda, scale: Array | None = None) -> Array:
     """(2,): the factor that makes the gradients' common norm at most max_norm, and the norm.
 
-    scale (1,) float32: how many times too large the gradients are, as a scaled loss makes them;
+    scale (1,) float32: the loss scale, by which the gradients are too large;
     the norm is that of what they should be, and the factor divides by the scale too.
     """
     xp, blocks = array_module(arrays.chunks), len(arrays.chunks)

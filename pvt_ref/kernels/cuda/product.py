@@ -89,9 +89,10 @@ def multiply(
     return library.multiply(*factors, (*stack, M, N), cuda.precision, bias, residual)
 
 
-def fuses_gelu(x: Array, cuda: Cuda) -> bool:
-    """Whether GELU costs no launch of its own: cuBLASLt has only its form with tanh."""
-    return cuda.products == "own" and is_float32(x)
+def fuses_gelu(x: Array, columns: int, cuda: Cuda) -> bool:
+    """Whether GELU of a product with so many columns costs no launch: cuBLASLt has only tanh's."""
+    fits = x.size // x.shape[-1] * columns <= MOST_NUMBERS
+    return cuda.products == "own" and is_float32(x) and fits
 
 
 def fuses_residual(x: Array, cuda: Cuda) -> bool:

@@ -1,13 +1,14 @@
-"""The steps from a plain product to product.cu, for the course: a (M, K) b (N, K)^T, float32."""
+"""Three versions of a product, a (M, K) b (N, K)^T: a thread an element, tiles, tensor cores."""
 
 from dataclasses import replace
 
 from pvt_ref.arrays import Array, array_module
+from pvt_ref.kernels.cuda.ladder.step import Step
 from pvt_ref.kernels.cuda.launch import Cuda, Function, blocks_for
 from pvt_ref.kernels.cuda.product import multiply
 
-PLAIN = Function("product_plain.cu", "product_plain")
-TILED = Function("product_tiled.cu", "product_tiled")
+PLAIN = Function("ladder/product_1_plain.cu", "product_1")
+TILED = Function("ladder/product_2_tiled.cu", "product_2")
 
 #: Threads along both sides of a block, and elements along both sides of a tile of TILED.
 _SIDE, _TILE = 16, 64
@@ -33,9 +34,13 @@ def tiled(a: Array, b: Array, cuda: Cuda) -> Array:
     return _launched(TILED, _TILE, a, b, cuda)
 
 
-def tensor_cores(a: Array, b: Array, cuda: Cuda) -> Array:
-    """Three products of TF32 on tensor cores."""
+def last(a: Array, b: Array, cuda: Cuda) -> Array:
+    """Three products of TF32 on tensor cores, by the kernel of the tables."""
     return multiply(a, array_module(b).matrix_transpose(b), replace(cuda, products="own"))
 
 
-STEPS = (plain, tiled, tensor_cores)
+STEPS = (
+    Step("a thread an element", PLAIN.file, plain),
+    Step("tiles in shared memory", TILED.file, tiled),
+    Step("three TF32 on tensor cores", "product.cu", last),
+)
