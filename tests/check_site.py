@@ -41,6 +41,7 @@ AXE = ROOT / "docs" / "tools" / "node_modules" / "axe-core" / "axe.min.js"
 #: All pages but the one that a server shows instead of a missing one: its links begin at the root.
 PAGES = sorted({path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html")} - {"404.html"})
 SCHEMES = ("light", "dark")
+WIDTHS = (390, 1440)
 
 _QUIET = (
     "--no-sandbox",  # containers run as root
@@ -72,37 +73,71 @@ def browser():
         browser.close()
 
 
+def new_tab(browser, noise, width, scheme, **options):
+    """An empty tab that notes in a list what its pages ask of other hosts, and print."""
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=scheme, **options
+    )
+    tab = context.new_page()
+
+    def judge(route):
+        url = route.request.url
+        if url.startswith(("file:", "data:", "blob:")):
+            route.continue_()
+        else:
+            noise.append(f"asked for {url}")
+            route.abort()
+
+    context.route("**/*", judge)
+    tab.on("console", lambda m: m.type in ("error", "warning") and noise.append(m.text))
+    tab.on("pageerror", lambda error: noise.append(str(error)))
+    return tab
+
+
 @pytest.fixture
 def open_page(browser):
-    """A function that opens a page of the site, and afterwards asserts that it was quiet."""
+    """A function that opens a page in a tab of its own; afterwards the page must be quiet."""
     opened, noise = [], []
 
     def open_page(page, width=1440, scheme="light", **options):
-        context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=scheme, **options
-        )
-        opened.append(context)
-        tab = context.new_page()
-
-        def judge(route):
-            url = route.request.url
-            if url.startswith(("file:", "data:", "blob:")):
-                route.continue_()
-            else:
-                noise.append(f"asked for {url}")
-                route.abort()
-
-        context.route("**/*", judge)
-        tab.on("console", lambda m: m.type in ("error", "warning") and noise.append(m.text))
-        tab.on("pageerror", lambda error: noise.append(str(error)))
-        tab.goto((SITE / page).as_uri())
-        tab.wait_for_load_state("load")
-        return tab
+        opened.append(new_tab(browser, noise, width, scheme, **options))
+        opened[-1].goto((SITE / page).as_uri())
+        return opened[-1]
 
     yield open_page
-    for context in opened:
-        context.close()
+    for tab in opened:
+        tab.context.close()
     assert noise == []
+
+
+@pytest.fixture(scope="session")
+def tabs():
+    return {}
+
+
+@pytest.fixture
+def look(browser, tabs):
+    """As open_page, in a tab that many tests share: to start one takes longer than most pages."""
+    used = []
+
+    def look(page, width, scheme, java_script_enabled=True):
+        key = width, scheme, java_script_enabled
+        if key not in tabs:
+            noise = []
+            scripts = {"java_script_enabled": java_script_enabled}
+            tabs[key] = new_tab(browser, noise, width, scheme, **scripts), noise
+        tab, noise = tabs[key]
+        used.append(noise)
+        tab.emulate_media(media="null", color_scheme=scheme)
+        tab.set_viewport_size({"width": width, "height": 900})
+        tab.goto((SITE / page).as_uri())
+        return tab
+
+    yield look
+    told = [line for noise in used for line in noise]
+    for noise in used:
+        noise.clear()
+    assert told == []
 
 
 def test_there_is_a_site():
@@ -343,55 +378,97 @@ _SMALL = """
 """
 
 
-#: Before axe looks: of the words of listings and equations that are styled alike, one of each style
-#: stays an element, the others become plain text. axe judges each element, and most are such words.
+#: Before axe looks: of the words of listings that are styled alike, one of each style stays an
+#: element, the others become plain text. axe judges each element, and most are such words.
 _ONE_OF_EACH = """
     () => {
       const seen = new Set();
-      const words = document.querySelectorAll("pre span[class], .katex-html span[class]");
-      for (const word of [...words].reverse()) { // inner ones first
-        if (word.children.length || word.id || word.tabIndex >= 0) continue;
-        const style = [word.closest("pre") !== null, word.className, word.style.cssText].join(" ");
-        if (seen.has(style)) word.replaceWith(word.textContent);
-        seen.add(style);
+      for (const word of document.querySelectorAll("pre span[class]")) {
+        if (word.children.length || word.id || word.hasAttribute("tabindex")) continue;
+        if (seen.has(word.className)) word.replaceWith(word.textContent);
+        seen.add(word.className);
       }
     }
 """
 
-#: A scheme and a width each: what one scheme shows wrongly at one width only, the first page tells.
-LOOKS = (("light", 1440), ("dark", 390))
-ALL_LOOKS = (*LOOKS, ("light", 390), ("dark", 1440))
-LOOKED_AT_TWICE = ("index.html", "course/sra.html")
+
+def check_layout(tab, width):
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    equations = tab.locator(".equation")
+    assert equations.count() == tab.locator(".equation .katex-html").count()
+    if equations.count():
+        fonts = "[...document.fonts].filter(f => f.status === 'loaded').map(f => f.family)"
+        tab.evaluate("document.fonts.ready.then(() => true)")
+        assert any("KaTeX" in family for family in tab.evaluate(fonts))
+        assert tab.evaluate(_NUMBERS_IN_THE_WAY) == []
+    assert tab.evaluate(_CUT_OFF) == []
+    assert tab.evaluate(_SMALL) == []
+
+
+def check_access(tab):
+    tab.evaluate(_OPEN)
+    tab.add_script_tag(path=AXE)
+    found = tab.evaluate("axe.run({preload: false, resultTypes: ['violations']})")
+    serious = [
+        (v["id"], v["nodes"][0]["html"][:200], v["nodes"][0]["failureSummary"][:300])
+        for v in found["violations"]
+        if v["impact"] in ("serious", "critical")
+    ]
+    assert serious == []
+
+
+_OPEN = "document.querySelectorAll('details').forEach(e => (e.open = true))"
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_is_quiet_accessible_and_fits(page, open_page):
-    for scheme, width in ALL_LOOKS if page in LOOKED_AT_TWICE else LOOKS:
-        where = f"{page}, {scheme}, {width} px"
-        tab = open_page(page, width, scheme)
-        assert tab.evaluate("document.documentElement.scrollWidth") <= width, where
-        equations = tab.locator(".equation")
-        shown = tab.locator(".equation .katex-html")
-        assert equations.count() == shown.count(), where
-        if equations.count():
-            fonts = "[...document.fonts].filter(f => f.status === 'loaded').map(f => f.family)"
-            tab.evaluate("document.fonts.ready.then(() => true)")
-            assert any("KaTeX" in family for family in tab.evaluate(fonts)), where
-            assert tab.evaluate(_NUMBERS_IN_THE_WAY) == [], where
-        assert tab.evaluate(_CUT_OFF) == [], where
-        assert tab.evaluate(_SMALL) == [], where
-        tab.evaluate("document.querySelectorAll('details').forEach(e => (e.open = true))")
-        if page not in LOOKED_AT_TWICE:
-            tab.evaluate(_ONE_OF_EACH)
-        tab.add_script_tag(path=AXE)
-        found = tab.evaluate("axe.run({preload: false, resultTypes: ['violations']})")
-        serious = [
-            (v["id"], v["nodes"][0]["html"][:200], v["nodes"][0]["failureSummary"][:300])
-            for v in found["violations"]
-            if v["impact"] in ("serious", "critical")
-        ]
-        assert serious == [], where
-        tab.context.close()
+def test_a_page_at_a_desk_by_day(page, look):
+    tab = look(page, 1440, "light")
+    check_layout(tab, 1440)
+    if page.startswith("course/"):
+        assert tab.evaluate(_UNUSED) == []
+    tab.evaluate(_ONE_OF_EACH)
+    check_access(tab)
+
+
+#: What a page says in its paragraphs; panels are there for scripts only.
+_SAID = """
+    [...document.querySelectorAll("article p")].filter(e => !e.closest(".panel"))
+      .map(e => e.innerText)
+"""
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_on_a_phone_by_night_then_narrow_on_paper_and_without_scripts(page, look):
+    tab = look(page, 390, "dark")
+    check_layout(tab, 390)
+    tab.set_viewport_size({"width": 320, "height": 900})
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 320
+    said = tab.evaluate(_SAID)
+    check_print(tab, page)
+    tab.set_viewport_size({"width": 390, "height": 900})
+    if not page.startswith("api/"):  # alike; by day each is judged, and one at night below
+        tab.evaluate(_ONE_OF_EACH)
+        check_access(tab)
+    plain = look(page, 320, "dark", java_script_enabled=False)
+    assert plain.evaluate("document.documentElement.scrollWidth") <= 320
+    assert plain.locator("h1").inner_text()
+    if page.startswith("course/"):
+        for table in plain.locator("article table").all()[:3]:
+            assert table.is_visible()
+        for figure in plain.locator(".drawn svg").all():
+            assert figure.is_visible()
+            assert len(figure.get_attribute("aria-label")) > 60
+    if not page.startswith("api/"):  # a script adds no text and takes none away
+        assert plain.evaluate(_SAID) == said
+
+
+@pytest.mark.parametrize("page", ["index.html", "course/sra.html", "api/checkpoint.html"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_page_of_each_kind_in_every_look_with_every_word(page, scheme, width, open_page):
+    tab = open_page(page, width, scheme)
+    check_layout(tab, width)
+    check_access(tab)
 
 
 #: Listings that are cut though no line is longer than the package's own, which have 100 characters.
@@ -407,28 +484,6 @@ _CUT_LISTINGS = """
 def test_a_line_of_source_fits_a_desk(width, open_page):
     for page in ("course/sra.html", "course/whole_backward.html", "course/block.html"):
         assert open_page(page, width).evaluate(_CUT_LISTINGS) == [], page
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_a_page_reads_and_fits_without_javascript_on_the_narrowest_phone(page, open_page):
-    read = (
-        "[...document.querySelectorAll('article p')].filter(e => !e.closest('.panel'))"
-        ".map(e => e.innerText)"
-    )
-    told = []
-    for script in (True, False):
-        tab = open_page(page, 320, java_script_enabled=script)
-        assert tab.evaluate("document.documentElement.scrollWidth") <= 320, script
-        told.append(tab.evaluate(read))
-    assert tab.locator("h1").inner_text()
-    if page.startswith("course/"):
-        for table in tab.locator("article table").all()[:3]:
-            assert table.is_visible()
-        for figure in tab.locator(".drawn svg").all():
-            assert figure.is_visible()
-            assert len(figure.get_attribute("aria-label")) > 60
-    if not page.startswith("api/"):  # a script adds no text and takes none away
-        assert told[1] == told[0]
 
 
 def luminance(colour: str) -> float:
@@ -505,10 +560,9 @@ _LOST = """
 """
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_a_page_prints_from_a_dark_system(page, open_page):
-    tab = open_page(page, width=1280, scheme="dark")
-    tab.evaluate("document.querySelectorAll('details').forEach(e => (e.open = true))")
+def check_print(tab, page):
+    """From a dark system."""
+    tab.evaluate(_OPEN)
     tab.evaluate(_LOST)
     tab.pdf(format="A4", prefer_css_page_size=page == "cheat_sheet.html")
     assert tab.evaluate("window.lost") == []
@@ -517,6 +571,7 @@ def test_a_page_prints_from_a_dark_system(page, open_page):
     assert tab.locator("article").bounding_box()["height"] > 300
     for picture in tab.locator("article img").all():
         assert picture.evaluate("e => getComputedStyle(e).filter") == "none"
+    tab.emulate_media(media="screen")
 
 
 def test_forced_colours_leave_a_trace_of_what_is_lit_and_of_the_step(open_page):
@@ -693,11 +748,6 @@ _UNUSED = """
       return !names.some(name => found.has(name));
     })
 """
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("course/")])
-def test_every_symbol_is_a_variable_of_the_page(page, open_page):
-    assert open_page(page).evaluate(_UNUSED) == []
 
 
 #: Whether every control of a figure can be reached by the Tab key.
