@@ -84,9 +84,10 @@ docs: need-npm .venv/.stamp-docs $(NPM) ## the documentation as web pages in sit
 docs-serve: need-npm .venv/.stamp-docs $(NPM) ## the documentation on a local port, rebuilt at every change
 	@$(MKDOCS) serve --strict $(ARGS)
 
-check-site: need-npm .venv/.stamp-site docs ## every page of site/, in Chromium or Chrome
-	@again=$$(mktemp -d) && trap 'rm -rf "$$again"' EXIT && \
-	  $(MKDOCS) build --quiet --site-dir "$$again" && \
+check-site: need-npm .venv/.stamp-docs .venv/.stamp-site $(NPM) ## every page of site/, built twice, in Chromium or Chrome
+	@again=$$(mktemp -d) && trap 'kill $$second 2>/dev/null; rm -rf "$$again"' EXIT && \
+	  { $(MKDOCS) build --quiet --site-dir "$$again" & second=$$!; } && \
+	  $(MKDOCS) build --strict && wait $$second && \
 	  SITE_AGAIN="$$again" $(PY) -m pytest tests/check_site.py -n auto --maxprocesses 4 $(ARGS)
 
 # Checking the tests (hours, not minutes) -------------------------------------------------------

@@ -540,8 +540,8 @@ _LOST = """
       const article = document.querySelector("article");
       window.paper = innerWidth;
       // A blank may hang beyond a line that it ends (white-space: pre-wrap), and nothing is lost.
+      const range = document.createRange(); // one: every change of the page updates each that lives
       const ends = text => [...text.data.matchAll(/\\S+/g)].map(word => {
-        const range = document.createRange();
         range.setStart(text, word.index);
         range.setEnd(text, word.index + word[0].length);
         return range.getBoundingClientRect().right;
