@@ -481,6 +481,7 @@ def test_predict_replays_where_shapes_repeat(fake, monkeypatch):
             assert [p.index for p in mine] == [p.index for p in theirs]
             np.testing.assert_allclose(mine[0].probability, theirs[0].probability, rtol=1e-5)
     assert launches == [0, 1, 1, 0]
+    assert len(ops.settings.arranged) == 1
     monkeypatch.setattr(table, "cuda_kernels", lambda: table_of(Cuda(capture=False)))
     fake.history.clear()
     for _ in range(3):

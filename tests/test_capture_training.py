@@ -288,6 +288,7 @@ def test_fit_replays_its_steps_and_saves_what_a_training_without_graphs_saves(
         done = fit(
             CONFIG, RECIPE, DATA, HELD_OUT, tmp_path / folder, device="cuda", log_steps=1, **options
         )
+        assert not len(ops.settings.arranged)  # these weights change
         return done, sum(entry[0] == "launch" for entry in fake.history)
 
     direct, launches = train("direct", capture=False, stop_at_step=6)
