@@ -48,6 +48,7 @@ from pvt_ref.errors import (
     shown,
 )
 from pvt_ref.kernels.cuda.capture import replays
+from pvt_ref.kernels.cuda.weights import arranged_for
 from pvt_ref.models.architecture import Leaf, architecture_of
 from pvt_ref.models.segmentor.config import SegmentorConfig
 from pvt_ref.ops import Ops
@@ -381,15 +382,16 @@ class Model(_Core):
     def _logits(self, images: Array) -> Array:
         """As calling the model; where shapes repeat, the kernels for CUDA are replayed."""
         ops, core = default_ops(first_array(self.params)), self._core()
+        seen = arranged_for(ops, core)
         if not replays(ops, images):
-            return self(images)
+            return forward(seen, self._checked(images))
 
         def make() -> Any:
             made, size = core, tuple(images.shape[2:])
             if size != core.size:  # a graph cannot resize tables
                 with contextlib.suppress(ShapeError):  # the forward says what is wrong
                     made = prepare_checked(self.params, self.config, size)
-            return partial(forward, made, ops=ops)
+            return partial(forward, dataclasses.replace(made, params=seen.params), ops=ops)
 
         return ops.settings.graphs.run(core, make, images)
 
