@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from closeness import relative
 from cuda_on_cpu import Emulation, StandIn
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from segmentors import SEGMENTORS, params_of
 from strategies import normal, random_params, rng_of, seeds
 
 import pvt_ref
@@ -27,6 +28,7 @@ from pvt_ref.blocks.mha import MHAParams
 from pvt_ref.blocks.mlp import MLPParams, mlp
 from pvt_ref.blocks.sra import SRAParams
 from pvt_ref.draws import Draws
+from pvt_ref.heads.conv_unit import ConvUnitBuffers, ConvUnitParams, conv_unit, statistics
 from pvt_ref.kernels.cpu.gelu import TANH_FIT
 from pvt_ref.kernels.cuda import optimizer
 from pvt_ref.kernels.cuda.depthwise_conv import _kernel_first
@@ -34,6 +36,12 @@ from pvt_ref.kernels.cuda.launch import Cuda, packed, source
 from pvt_ref.kernels.cuda.table import cuda_kernels, table_with
 from pvt_ref.kernels.cuda.weights import Arranged, arranged, can_join, joined, taken_apart
 from pvt_ref.layers.attention import AttentionCache, attention
+from pvt_ref.layers.batch_norm import (
+    BatchNormBuffers,
+    BatchNormCache,
+    BatchNormParams,
+    batch_norm,
+)
 from pvt_ref.layers.conv import ConvCache, ConvParams, conv
 from pvt_ref.layers.depthwise_conv import DepthwiseConvCache, depthwise_conv
 from pvt_ref.layers.gelu import GeluCache, gelu
@@ -45,13 +53,15 @@ from pvt_ref.layers.patch_embed import (
     kernel_to_matrix,
     patch_embed,
 )
+from pvt_ref.layers.pool import pool
+from pvt_ref.layers.resize import resize
 from pvt_ref.layers.sum_rows import sum_rows
 from pvt_ref.train import AdamW, AdamWState, adamw_step, clip_by_global_norm, is_decayed
 from pvt_ref.tree import map_arrays, named_arrays, record
 
 READABLE_CACHES = (
     *(AttentionCache, ConvCache, DepthwiseConvCache, GeluCache, LayerNormCache, PatchEmbedCache),
-    blocks_mlp.MLPCache,
+    *(blocks_mlp.MLPCache, BatchNormCache),
 )
 
 no_gxx = pytest.mark.skipif(
@@ -133,7 +143,7 @@ class Case:
 
     def __init__(self, op: Operation, facts: dict, p: Any, x: Any, args: tuple = ()):
         # the numbers are those of float32, so that both precisions compute with the same
-        self.op, self.p, self.x, self.args = op, wide(narrow(p)), wide(narrow(x)), args
+        self.op, self.p, self.x, self.args = op, *(wide(narrow(tree)) for tree in (p, x, args))
         self.facts = facts
 
     def __repr__(self):
@@ -182,16 +192,17 @@ def laid_out(tree, layout: str):
 def results(case: Case, ops, convert=same, layout: str = "plain"):
     """y and all gradients by name, and the cache; dy is drawn, and as large as y is."""
     p, x = (laid_out(convert(map_arrays(np.copy, tree)), layout) for tree in (case.p, case.x))
-    inputs = pvt_ref.to_numpy([p, x])
-    y, cache = ops[case.op].forward(p, x, ops, *case.args)
-    alone, nothing = ops[case.op].forward(p, x, ops, *case.args, keep=False)
+    args = convert(case.args)
+    inputs = pvt_ref.to_numpy([p, x, args])
+    y, cache = ops[case.op].forward(p, x, ops, *args)
+    alone, nothing = ops[case.op].forward(p, x, ops, *args, keep=False)
     assert nothing is None
     y, alone = (pvt_ref.to_numpy(each) for each in (y, alone))
     np.testing.assert_array_equal(y, alone)
     dy = laid_out(convert(normal(9, *y.shape)), layout)
     dx, grads = ops[case.op].backward(p, cache, dy, ops)
     np.testing.assert_equal(  # nobody wrote to what was not his
-        [dict(named_arrays(each)) for each in pvt_ref.to_numpy([p, x])],
+        [dict(named_arrays(each)) for each in pvt_ref.to_numpy([p, x, args])],
         [dict(named_arrays(each)) for each in inputs],
     )
     found = {"y": y, "dy": pvt_ref.to_numpy(dy)}
@@ -375,6 +386,83 @@ def test_patch_embeds(place, case, layout):
     check_case(case, place, layout=layout)
 
 
+def batch_norm_parts(seed: int, C: int) -> tuple[BatchNormParams, BatchNormBuffers]:
+    """Weights and running statistics of C channels."""
+    p = BatchNormParams(1 + 0.3 * normal(seed, C), 0.3 * normal(seed + 1, C))
+    running = normal(seed + 2, C), 0.5 + np.abs(normal(seed + 3, C))
+    return p, BatchNormBuffers(*running, np.zeros(()))
+
+
+@st.composite
+def batch_norms(draw):
+    shape = [draw(st.integers(1, n)) for n in (3, 9, 9)] + [draw(st.sampled_from([1, 3, 32, 36]))]
+    seed, in_batch = draw(seeds), draw(st.booleans())
+    shape[0] += in_batch  # one value has no variance
+    p, buffers = batch_norm_parts(seed, shape[-1])
+    x = normal(seed + 4, *shape) * 3 + draw(st.sampled_from([0, 50]))
+    eps = draw(st.sampled_from([1e-5, 1e-1]))
+    facts = {"shape": shape, "in_batch": in_batch, "eps": eps, "seed": seed}
+    return Case(batch_norm, facts, p, x, (buffers, in_batch, eps))
+
+
+@on_every_place(batch_norms())
+def test_batch_norms(place, case, layout):
+    check_case(case, place, 1e-6, layout)
+
+
+@st.composite
+def conv_units(draw):
+    B, H, W = (draw(st.integers(1, n)) for n in (2, 7, 7))
+    C, C_out, k = draw(st.sampled_from([3, 8])), draw(st.sampled_from([5, 36])), 3
+    seed, in_batch = draw(seeds), draw(st.booleans())
+    bn, buffers = batch_norm_parts(seed, C_out)
+    p = ConvUnitParams(ConvParams(normal(seed + 5, C_out, C, k, k) / (3 * C**0.5), None), bn)
+    x = normal(seed + 6, B + in_batch, H, W, C)
+    facts = {"x": x.shape, "C_out": C_out, "in_batch": in_batch, "seed": seed}
+    return Case(conv_unit, facts, p, x, (ConvUnitBuffers(buffers), in_batch))
+
+
+@on_every_place(conv_units())
+def test_units_of_heads(place, case, layout):
+    check_case(case, place, 2e-6, layout)
+    ops, there = place
+    p, x, args = (there(narrow(tree)) for tree in (case.p, case.x, case.args))
+    _, cache = ops[conv_unit].forward(p, x, ops, *args)
+    assert cache.relu is None  # or the readable one has computed
+    seen = pvt_ref.to_numpy(statistics(cache))
+    expected = statistics(conv_unit.forward(case.p, case.x, REFERENCE, *case.args)[1])
+    assert (seen is not None) is args[1]
+    for (key, y), (_, exact) in zip(named_arrays(seen), named_arrays(expected), strict=True):
+        np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+@st.composite
+def resizes(draw):
+    shape = [draw(st.integers(1, n)) for n in (2, 9, 9)] + [draw(st.sampled_from([1, 3, 8]))]
+    size = tuple(draw(st.integers(1, 19)) for _ in range(2))
+    mode, align = draw(st.sampled_from(["bilinear", "nearest", "bicubic"])), draw(st.booleans())
+    facts = {"shape": shape, "size": size, "mode": mode, "align": align, "seed": 0}
+    assume(size != tuple(shape[1:3]))
+    return Case(resize, facts, None, normal(0, *shape), (size, mode, align))
+
+
+@on_every_place(resizes())
+def test_resizes(place, case, layout):
+    check_case(case, place, layout=layout)
+
+
+@st.composite
+def pools(draw):
+    shape = [draw(st.integers(1, n)) for n in (2, 17, 17)] + [draw(st.sampled_from([3, 8]))]
+    size = draw(st.sampled_from([(7, 7), (2, 3), (1, 1)]))
+    return Case(pool, {"shape": shape, "size": size}, None, normal(0, *shape), (size,))
+
+
+@on_every_place(pools())
+def test_pools(place, case, layout):
+    check_case(case, place, layout=layout)
+
+
 # What the cases above do not show -----------------------------------------------------------------
 
 
@@ -420,6 +508,28 @@ def test_a_norm_of_numbers_far_from_zero_keeps_its_digits(place):
     p = LayerNormParams(np.ones(64), np.zeros(64))
     x = 1000 + np.round(normal(1, 5, 64) * 64) / 64  # float32 holds them exactly
     check_case(Case(layer_norm, {}, p, x, (1e-6,)), place)
+
+
+@pytest.mark.parametrize("in_batch", [True, False])
+def test_a_batch_norm_of_numbers_far_from_zero_keeps_its_digits(in_batch, place):
+    x = 1000 + np.round(normal(1, 3, 5, 5, 32) * 64) / 64  # float32 holds them exactly
+    running = BatchNormBuffers(np.full(32, 1000.0), np.ones(32), np.zeros(()))
+    p = BatchNormParams(np.ones(32), np.zeros(32))
+    check_case(Case(batch_norm, {}, p, x, (running, in_batch)), place, 1e-6)
+
+
+def test_relu_of_a_unit_keeps_nan_and_passes_nothing_back_at_zero(place):
+    ops, there = place
+    bn = BatchNormParams(np.ones(2, np.float32), np.zeros(2, np.float32))
+    p = ConvUnitParams(ConvParams(np.eye(2, dtype=np.float32).reshape(2, 2, 1, 1), None), bn)
+    running = BatchNormBuffers(np.zeros(2, np.float32), np.ones(2, np.float32), np.zeros(()))
+    x = np.array([[[[0, 1], [-1, 2], [3, -4], [np.nan, np.nan]]]], np.float32)
+    p, running, x = (there(tree) for tree in (p, running, x))
+    y, cache = ops[conv_unit].forward(p, x, ops, ConvUnitBuffers(running), False)
+    y = pvt_ref.to_numpy(y)[0, 0]
+    np.testing.assert_allclose(y, [[0, 1], [0, 2], [3, 0], [np.nan, np.nan]], rtol=1e-5)
+    dx, _ = ops[conv_unit].backward(p, cache, there(np.ones((1, 1, 4, 2), np.float32)), ops)
+    np.testing.assert_allclose(pvt_ref.to_numpy(dx)[0, 0], [[0, 1], [0, 1], [1, 0], [0, 0]], 1e-5)
 
 
 def test_gelu_is_right_far_outside(place):
@@ -486,6 +596,12 @@ def test_what_has_no_kernel_is_computed_by_the_readable_layers(what):
         cases[conv] = (ConvParams(normal(0, 4, 8, 2, 2), None), normal(1, 1, 4, 4, 8), (2, 0))
         p = PatchEmbedParams(LinearParams(normal(0, 4, 8, 2, 2), normal(3, 4)), None)
         cases[patch_embed] = (p, normal(1, 1, 4, 4, 8), (1e-6,))
+        bn, buffers = batch_norm_parts(2, 8)
+        cases[batch_norm] = (bn, normal(1, 1, 4, 4, 8), (buffers, False))
+        unit = ConvUnitParams(ConvParams(normal(0, 8, 8, 3, 3), None), bn)
+        cases[conv_unit] = (unit, normal(1, 1, 4, 4, 8), (ConvUnitBuffers(buffers), True))
+        cases[resize] = (None, normal(1, 1, 4, 4, 8), ((6, 3),))
+        cases[pool] = (None, normal(1, 1, 4, 4, 8), ((3, 2),))
     for op, (p, x, args) in cases.items():
         p, x = (map_arrays(lambda a: a.astype(dtype), tree) for tree in (p, x))
         results = []
@@ -662,6 +778,34 @@ def test_pyramids_equal_the_readable_ones(name, poisoned):
 
 
 @no_gxx
+@pytest.mark.parametrize(("name", "in_batch"), [("pvt", True), ("linear", False), ("pup", True)])
+def test_segmentation_networks_equal_the_readable_ones(name, in_batch, poisoned):
+    config = SEGMENTORS[name]
+    params = params_of(config, 1, np.float32)
+    images = normal(2, 1, 3, 32, 48, dtype=np.float32)
+    results = []
+    for convert, ops in ((wide_floats, REFERENCE), (same, REFERENCE), (same, emulated(5))):
+        p, x = convert(params), convert(images)
+        y, cache = pvt_ref.forward_with_cache(p, x, config, ops=ops, batch_statistics=in_batch)
+        dy = convert(normal(3, *y.shape, dtype=np.float32))
+        grads, dimages = pvt_ref.backward(p, cache, dy, config)
+        seen = pvt_ref.updated(p, cache)
+        found = {"logits": y, "dimages": dimages} | dict(named_arrays((grads, seen)))
+        results.append(found)
+    exact, plain, mine = results
+    assert list(mine) == list(exact)
+    largest = max(np.linalg.norm(x) for key, x in exact.items() if "num_batches" not in key)
+    for key, x in mine.items():
+        errors = [np.linalg.norm(each - exact[key]) for each in (x, plain[key])]
+        limit = max(4 * errors[1], 3e-6 * np.linalg.norm(exact[key]), 1e-6 * largest)
+        assert errors[0] <= limit, key
+
+
+def wide_floats(tree):
+    return map_arrays(lambda x: x.astype(np.float64) if x.dtype == np.float32 else x, tree)
+
+
+@no_gxx
 def test_attention_maps_are_the_readable_ones(poisoned):
     # kernels that never make the weights step aside when the weights are watched
     config = CONFIGS["pvt"]
@@ -792,11 +936,36 @@ def test_the_number_of_launches_does_not_grow_unseen(name, products, dry):
     assert (*found, calls.total()) == LAUNCHES[name, products], dict(calls)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+def test_the_number_of_launches_of_a_head_does_not_grow_unseen(dry):
+    ops, calls = dry
+    config = SEGMENTORS["pvt"]
+    params = params_of(config, 1, np.float32)
+    found = []
+    for in_batch in (False, True):
+        calls.clear()
+        images = normal(1, 1, 3, 32, 64, dtype=np.float32)
+        y, cache = pvt_ref.forward_with_cache(
+            params, images, config, ops=ops, batch_statistics=in_batch
+        )
+        found.append(dict(calls))
+        pvt_ref.backward(params, cache, y, config)
+        found.append(dict(calls - Counter(found[-1])))
+    names = ["batch_norm", "batch_norm_squares", "batch_norm_sums", "batch_norm_backward", "resize"]
+    counts = [[each.get(name, 0) for name in names] for each in found]
+    # seven units; three levels told by nearest, six enlargements; and back
+    assert counts == [[7, 0, 0, 0, 9], [0, 0, 7, 7, 9], [7, 7, 0, 0, 9], [0, 0, 7, 7, 9]]
+    assert [sum(each.values()) for each in found] == [109, 277, 137, 277]
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "segmentor"])
 def test_replacing_any_operation_takes_effect(name, dry):
     ops, _ = dry
-    config = CONFIGS[name]
-    params, images = narrow(random_params(config, 1)), normal(2, 1, 3, 32, 32, dtype=np.float32)
+    if name == "segmentor":
+        config, images = SEGMENTORS["pvt"], normal(2, 1, 3, 32, 64, dtype=np.float32)
+        params = params_of(config, 1, np.float32)
+    else:
+        config, images = CONFIGS[name], normal(2, 1, 3, 32, 32, dtype=np.float32)
+        params = narrow(random_params(config, 1))
     asked: set[Operation] = set()
     watched = REFERENCE.watched(lambda call: asked.add(call.operation))
     y, cache = pvt_ref.forward_with_cache(params, images, config, ops=watched)
