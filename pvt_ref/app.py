@@ -36,7 +36,7 @@ from pvt_ref.checks import Size, as_size, check_finite, check_number, check_rng,
 from pvt_ref.data.image import check_pixels, read_rgb
 from pvt_ref.data.info import UNKNOWN, ModelInfo
 from pvt_ref.data.preprocessing import Preprocessing
-from pvt_ref.dense import check_dense, logit_bands, sliding_logits
+from pvt_ref.dense import check_dense, logit_bands, slide
 from pvt_ref.draws import Generator
 from pvt_ref.errors import (
     ConfigError,
@@ -329,11 +329,11 @@ class Model(_Core):
         x = as_seen(self, photo, side, fitting=part is None)
         H, W = x.shape[2:]
         if part is None:
-            logits = self(x)
+            logits = self._logits(x)
         else:
             h, w = (min(n, m) for n, m in zip(part, (H, W), strict=True))
             stride = max(1, 2 * h // 3), max(1, 2 * w // 3)
-            logits = sliding_logits(self.params, x, self.config, (h, w), stride)
+            logits = slide(self._logits, x, (h, w), stride)
         size = photo.height, photo.width
         answers = np.empty(size, np.uint8)
         # a band of rows at a time: all logits of a large picture would not fit in memory
