@@ -54,6 +54,7 @@ from pvt_ref.layers.patch_embed import (
     patch_embed,
 )
 from pvt_ref.layers.pool import pool
+from pvt_ref.layers.position import position
 from pvt_ref.layers.resize import resize
 from pvt_ref.layers.sum_rows import sum_rows
 from pvt_ref.train import AdamW, AdamWState, adamw_step, clip_by_global_norm, is_decayed
@@ -460,6 +461,22 @@ def pools(draw):
 
 @on_every_place(pools())
 def test_pools(place, case, layout):
+    check_case(case, place, layout=layout)
+
+
+@st.composite
+def position_tables(draw):
+    table_grid, grid = ((draw(st.integers(1, 5)), draw(st.integers(1, 5))) for _ in range(2))
+    cls, has_row = draw(st.sampled_from([(True, True), (False, True), (False, False)]))
+    mode, C = draw(st.sampled_from(["bilinear", "bicubic"])), draw(st.sampled_from([3, 8]))
+    table = normal(1, 1, has_row + table_grid[0] * table_grid[1], C)
+    x = normal(2, 2, cls + grid[0] * grid[1], C)
+    facts = {"x": x.shape, "table": table.shape, "grid": grid, "cls": cls, "mode": mode}
+    return Case(position, facts, table, x, (grid, table_grid, cls, mode))
+
+
+@on_every_place(position_tables())
+def test_position_tables(place, case, layout):
     check_case(case, place, layout=layout)
 
 

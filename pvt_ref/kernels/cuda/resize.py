@@ -28,7 +28,7 @@ from pvt_ref.ops import Ops
 
 
 @functools.cache
-def _matrix(mode: str, align_corners: bool) -> MakeMatrix:
+def matrix_of(mode: str, align_corners: bool) -> MakeMatrix:
     """Makes the matrices of a way of resizing: the same function whenever it is asked for."""
     return functools.partial(resize_matrix, mode=mode, align_corners=align_corners)
 
@@ -83,7 +83,7 @@ def resize_forward(
     size, old = (size[0], size[1]), (x.shape[1], x.shape[2])
     if size == old or not _can_resize(x, size):
         return resize.forward(p, x, ops, size, mode, align_corners, keep)
-    y = separable(x, size, _matrix(mode, align_corners), cuda)
+    y = separable(x, size, matrix_of(mode, align_corners), cuda)
     return y, ResizeCache(old, mode, align_corners) if keep else None
 
 
@@ -94,7 +94,7 @@ def resize_backward(
     size = (cache.size[0], cache.size[1])
     if size == tuple(dy.shape[1:3]) or not _can_resize(dy, size):
         return resize.backward(p, cache, dy, ops)
-    make = _matrix(cache.mode, cache.align_corners)
+    make = matrix_of(cache.mode, cache.align_corners)
     return separable(dy, size, make, cuda, transposed=True), None
 
 

@@ -13,6 +13,7 @@ from pvt_ref.kernels.cuda.launch import Cuda, Kernel
 from pvt_ref.kernels.cuda.layer_norm import layer_norm_kernel
 from pvt_ref.kernels.cuda.linear import linear_kernel
 from pvt_ref.kernels.cuda.mlp import mlp_kernel
+from pvt_ref.kernels.cuda.position import position_kernel
 from pvt_ref.kernels.cuda.resize import pool_kernel, resize_kernel
 from pvt_ref.kernels.cuda.sum_rows import SUM_BY_PRODUCT, sum_rows_kernel
 from pvt_ref.kernels.cuda.windows import conv_kernel, patch_embed_kernel
@@ -65,5 +66,5 @@ def table_with(settings: Cuda, accepts: Callable[[Array], bool]) -> Ops:
     parts = of(layer_norm_kernel, sum_rows_kernel, attention_kernel, patch_embed_kernel)
     parts |= of(gelu_kernel, linear_kernel, mlp_kernel, batch_norm_kernel)
     twins = of(blocks_kernel, depthwise_conv_kernel, conv_kernel, conv_unit_kernel)
-    twins |= of(resize_kernel, pool_kernel)
+    twins |= of(resize_kernel, pool_kernel, position_kernel)
     return Ops(twins, parts=parts, name="cuda kernels", accepts=accepts, settings=settings)
