@@ -250,15 +250,16 @@ class CapturedSteps:
             each = len(inputs) // count
             for i in range(count):
                 first = count + each * i
-                images, *targets = rest[first : first + each]
+                images, targets = rest[first], rest[first + 1 : first + each]
                 draws = _GivenDraws(0, 0, i, notes[i], rest[i])
                 logits, cache = forward_with_cache(
                     params, images, config, draws, ops=ops, batch_statistics=has_norms
                 )
                 if row.dense:
-                    loss, dlogits, hits = pixel_loss_of_targets(logits, *targets, ops)
+                    labels, t, share = targets
+                    loss, dlogits, hits = pixel_loss_of_targets(logits, labels, t, share, ops)
                 else:
-                    loss, dlogits, hits = image_loss(logits, *targets, recipe)
+                    loss, dlogits, hits = image_loss(logits, targets[0], recipe)
                 losses.append((loss, hits))
                 if has_norms:
                     after = with_buffers(after, batch_buffers(cache))
