@@ -634,6 +634,19 @@ def test_on_a_gpu_predict_replays(cupy, monkeypatch):
 
 
 @pytest.mark.gpu
+def test_on_a_gpu_segment_replays(cupy, monkeypatch):
+    monkeypatch.setenv("PVT_REF_OPS", "kernels")
+    config = SEGMENTORS["pvt"]
+    model = Model(on_device(cupy, params_of(config, 1, np.float32)), config)
+    graphs = table.cuda_kernels().settings.graphs
+    graphs.clear()
+    picture = Image.fromarray(rng_of(1).integers(0, 256, (20, 32, 3), np.uint8))
+    answers = [model.segment(picture, size=20)[0].tobytes() for _ in range(3)]
+    assert answers[0] == answers[1] == answers[2]
+    assert len(graphs) == 1
+
+
+@pytest.mark.gpu
 def test_on_a_gpu_work_of_the_host_is_refused(cupy):
     for function in (
         lambda x: x * float(x[0]),

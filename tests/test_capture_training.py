@@ -228,10 +228,14 @@ PIXELS = {
 }
 
 
+@pytest.fixture
+def scenes(tmp_path):
+    return small_pairs.pairs(small_pairs.write_pairs(tmp_path, 10), augment=small_pairs.AUGMENT)
+
+
 @no_gxx
 @pytest.mark.parametrize("name", PIXELS)
-def test_a_captured_step_of_segmentation_has_the_bits_of_a_launched_one(name, fake, tmp_path):
-    data = small_pairs.pairs(small_pairs.write_pairs(tmp_path, 10), augment=small_pairs.AUGMENT)
+def test_a_captured_step_of_segmentation_has_the_bits_of_a_launched_one(name, fake, scenes):
     recipe = dataclasses.replace(PIXEL_RECIPE, **PIXELS[name])
     cuda = Cuda(launched_by(Emulation()), 6, products="cupy")
     needed = (conv_unit_kernel, resize_kernel, position_kernel)
@@ -239,11 +243,11 @@ def test_a_captured_step_of_segmentation_has_the_bits_of_a_launched_one(name, fa
     ops = Ops(twins, name="cuda kernels", accepts=is_cupy, settings=cuda)
     results = []
     for captured in (None, CapturedSteps(ops)):
-        state = start_training(map_arrays(fake.asarray, PIXEL_PARAMS), len(data), recipe.seed)
+        state = start_training(map_arrays(fake.asarray, PIXEL_PARAMS), len(scenes), recipe.seed)
         after, launches = [], []
         for _ in range(3):
             fake.history.clear()
-            state, report = next_step(state, data, PIXEL_CONFIG, recipe, ALONE, ops, captured)
+            state, report = next_step(state, scenes, PIXEL_CONFIG, recipe, ALONE, ops, captured)
             after.append((bits(state), report))
             launches.append(sum(entry[0] == "launch" for entry in fake.history))
         results.append(after)
@@ -391,3 +395,19 @@ def test_on_a_gpu_a_training_goes_on_with_the_same_bits(cupy, tmp_path, monkeypa
     train("parts", stop_at_step=5)
     assert bits(train("parts", resume=True).state) == bits(whole.state)
     assert len(replays) > 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PIXELS)
+def test_on_a_gpu_a_captured_step_of_segmentation_has_the_bits_of_a_launched_one(
+    name, cupy, scenes
+):
+    recipe = dataclasses.replace(PIXEL_RECIPE, **PIXELS[name])
+    ops, results = table.cuda_kernels(), []
+    for captured in (None, CapturedSteps(ops), CapturedSteps(ops)):  # the same bits twice
+        state = start_training(map_arrays(cupy.asarray, PIXEL_PARAMS), len(scenes), recipe.seed)
+        for _ in range(4):
+            state, report = next_step(state, scenes, PIXEL_CONFIG, recipe, ALONE, ops, captured)
+        assert captured is None or isinstance(captured._known, _Graph)
+        results.append((bits(state), report))
+    assert results[0] == results[1] == results[2]

@@ -40,7 +40,8 @@ def order_of(p: Any, x: Array, grid: Grid, settings: SRASettings, rng: Source) -
         return Order()
     if not isinstance(p, SRAParams) or p.sr is None or p.norm is None or not can_norm(p.norm, x):
         return None
-    return Order(grid[1], p.sr.weight.shape[-1])
+    R = p.sr.weight.shape[-1]
+    return Order(grid[1], R) if R > 1 else None
 
 
 @record
