@@ -36,7 +36,7 @@ from pvt_ref.checks import Size, as_size, check_finite, check_number, check_rng,
 from pvt_ref.data.image import check_pixels, read_rgb
 from pvt_ref.data.info import UNKNOWN, ModelInfo
 from pvt_ref.data.preprocessing import Preprocessing
-from pvt_ref.dense import check_dense, logit_bands, sliding_logits
+from pvt_ref.dense import check_dense, logit_bands, slide
 from pvt_ref.draws import Generator
 from pvt_ref.errors import (
     ConfigError,
@@ -48,6 +48,7 @@ from pvt_ref.errors import (
     shown,
 )
 from pvt_ref.kernels.cuda.capture import replays
+from pvt_ref.kernels.cuda.weights import arranged_for
 from pvt_ref.models.architecture import Leaf, architecture_of
 from pvt_ref.models.segmentor.config import SegmentorConfig
 from pvt_ref.ops import Ops
@@ -328,11 +329,11 @@ class Model(_Core):
         x = as_seen(self, photo, side, fitting=part is None)
         H, W = x.shape[2:]
         if part is None:
-            logits = self(x)
+            logits = self._logits(x)
         else:
             h, w = (min(n, m) for n, m in zip(part, (H, W), strict=True))
             stride = max(1, 2 * h // 3), max(1, 2 * w // 3)
-            logits = sliding_logits(self.params, x, self.config, (h, w), stride)
+            logits = slide(self._logits, x, (h, w), stride)
         size = photo.height, photo.width
         answers = np.empty(size, np.uint8)
         # a band of rows at a time: all logits of a large picture would not fit in memory
@@ -381,15 +382,16 @@ class Model(_Core):
     def _logits(self, images: Array) -> Array:
         """As calling the model; where shapes repeat, the kernels for CUDA are replayed."""
         ops, core = default_ops(first_array(self.params)), self._core()
+        seen = arranged_for(ops, core)
         if not replays(ops, images):
-            return self(images)
+            return forward(seen, self._checked(images))
 
         def make() -> Any:
             made, size = core, tuple(images.shape[2:])
             if size != core.size:  # a graph cannot resize tables
                 with contextlib.suppress(ShapeError):  # the forward says what is wrong
                     made = prepare_checked(self.params, self.config, size)
-            return partial(forward, made, ops=ops)
+            return partial(forward, dataclasses.replace(made, params=seen.params), ops=ops)
 
         return ops.settings.graphs.run(core, make, images)
 

@@ -6,7 +6,7 @@ be looked at window by window.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -131,6 +131,11 @@ def sliding_logits(
         PVTError: as :func:`pvt_ref.forward`.
     """
     check_dense(config)
+    return slide(lambda part: forward(params, part, config, ops=ops), images, crop, stride)
+
+
+def slide(logits_of: Callable[[Array], Array], images: Array, crop: Size, stride: Size) -> Array:
+    """As :func:`sliding_logits`, for a function that makes logits (B, K, h', w') of a window."""
     crop, stride = as_size(crop, least=1), as_size(stride, least=1)
     if any(step > side for step, side in zip(stride, crop, strict=True)):
         what = f"stride is {stride} and crop {crop}"
@@ -140,7 +145,7 @@ def sliding_logits(
     h, w = min(crop[0], H), min(crop[1], W)
     total = covered = xp.zeros(0)
     for k, (down, right) in enumerate(windows((H, W), (h, w), stride)):
-        logits = forward(params, images[:, :, down, right], config, ops=ops)
+        logits = logits_of(images[:, :, down, right])
         logits = resize_logits(logits, (h, w))  # (B, K, h, w)
         if k == 0:  # now the device and dtype are known
             total = xp.zeros((*logits.shape[:2], H, W), dtype=logits.dtype)  # (B, K, H, W)

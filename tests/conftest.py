@@ -176,6 +176,8 @@ def nvrtc():
 
         nvrtc.getVersion()
     except Exception as error:  # CuPy has many for a library that it does not find
+        if os.environ.get("NEED_NVRTC"):
+            raise
         pytest.skip(f"no kernel was compiled for a GPU: {type(error).__name__}: {error}"[:160])
     return nvrtc
 

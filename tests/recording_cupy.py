@@ -396,7 +396,7 @@ def call(function, *args, **kwargs):
     return wrap(result, lambda result: result)
 
 
-def asarray(x, dtype=None, device=None):
+def asarray(x, dtype=None):
     if isinstance(x, ndarray):
         return x if dtype in (None, x.dtype) else call(np.astype, x, dtype)
     _refuse_while_capturing("cudaMemcpy from the host")

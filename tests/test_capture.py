@@ -8,10 +8,14 @@ import threading
 from dataclasses import replace
 from functools import partial
 
+import cuda_on_cpu
 import numpy as np
 import pytest
 import recording_cupy
-from recording_cupy import RecordingCuPy, external_stream
+from cuda_on_cpu import Emulation
+from PIL import Image
+from recording_cupy import RecordingCuPy, external_stream, launched_by
+from segmentors import SEGMENTORS, params_of
 from strategies import normal, random_params, rng_of
 
 import pvt_ref
@@ -21,7 +25,12 @@ from pvt_ref.errors import ArrayTypeError, DeviceError, ShapeError
 from pvt_ref.kernels.cuda import table
 from pvt_ref.kernels.cuda.capture import Graphs, constant, is_recording, replays
 from pvt_ref.kernels.cuda.launch import Cuda
+from pvt_ref.kernels.cuda.table import table_with
 from pvt_ref.tree import map_arrays, named_arrays
+
+no_gxx = pytest.mark.skipif(
+    cuda_on_cpu.why_not() is not None, reason=cuda_on_cpu.why_not() or "there is g++"
+)
 
 CONFIG = replace(
     VARIANTS["pvt_tiny"],
@@ -481,6 +490,7 @@ def test_predict_replays_where_shapes_repeat(fake, monkeypatch):
             assert [p.index for p in mine] == [p.index for p in theirs]
             np.testing.assert_allclose(mine[0].probability, theirs[0].probability, rtol=1e-5)
     assert launches == [0, 1, 1, 0]
+    assert len(ops.settings.arranged) == 1
     monkeypatch.setattr(table, "cuda_kernels", lambda: table_of(Cuda(capture=False)))
     fake.history.clear()
     for _ in range(3):
@@ -497,6 +507,29 @@ def test_predict_replays_at_another_size_too(fake, monkeypatch):
     answers = [model.predict(images) for _ in range(3)]
     assert answers[0] == answers[1] == answers[2]
     assert len(ops.settings.graphs) == 1
+
+
+@no_gxx
+def test_segment_replays_where_shapes_repeat(fake, monkeypatch):
+    monkeypatch.setenv("PVT_REF_OPS", "kernels")
+    ops = table_with(Cuda(launched_by(Emulation()), 6), is_cupy)
+    monkeypatch.setattr(table, "cuda_kernels", lambda: ops)
+    config = SEGMENTORS["pvt"]
+    params = params_of(config, 1, np.float32)
+    plain, model = Model(params, config), Model(on_device(fake, params), config)
+    picture = Image.fromarray(rng_of(1).integers(0, 256, (20, 32, 3), np.uint8))
+    expected = plain.segment(picture, size=20)[0]
+    launches = []
+    for _ in range(3):
+        fake.history.clear()
+        found = model.segment(picture, size=20)[0]
+        launches.append(sum(entry[0] == "launch" for entry in fake.history))
+        assert (found == expected).mean() > 0.99  # of two classes alike, either may win
+    assert launches == [0, 1, 1]
+    fake.history.clear()
+    windows = model.segment(picture, size=40, window=32)[0]  # six, of the shape captured before
+    assert sum(entry[0] == "launch" for entry in fake.history) == 6
+    assert (windows == plain.segment(picture, size=40, window=32)[0]).mean() > 0.99
 
 
 # What CUDA complains of ---------------------------------------------------------------------------
@@ -596,6 +629,19 @@ def test_on_a_gpu_predict_replays(cupy, monkeypatch):
     graphs = table.cuda_kernels().settings.graphs
     graphs.clear()
     answers = [model.predict(images_on(cupy, 0)) for _ in range(3)]
+    assert answers[0] == answers[1] == answers[2]
+    assert len(graphs) == 1
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_segment_replays(cupy, monkeypatch):
+    monkeypatch.setenv("PVT_REF_OPS", "kernels")
+    config = SEGMENTORS["pvt"]
+    model = Model(on_device(cupy, params_of(config, 1, np.float32)), config)
+    graphs = table.cuda_kernels().settings.graphs
+    graphs.clear()
+    picture = Image.fromarray(rng_of(1).integers(0, 256, (20, 32, 3), np.uint8))
+    answers = [model.segment(picture, size=20)[0].tobytes() for _ in range(3)]
     assert answers[0] == answers[1] == answers[2]
     assert len(graphs) == 1
 

@@ -11,10 +11,12 @@ import sys
 import cuda_on_cpu
 import numpy as np
 import pytest
+import small_pairs
 import small_training
 from closeness import relative
 from cuda_on_cpu import Emulation
 from recording_cupy import RecordingCuPy, launched_by
+from segmentors import SEGMENTORS, params_of
 from small_training import DATA, HELD_OUT
 from strategies import random_params
 
@@ -24,8 +26,11 @@ from pvt_ref.arrays import is_cupy, is_numpy
 from pvt_ref.draws import Draws, What
 from pvt_ref.errors import TrainingError
 from pvt_ref.kernels.cuda import table
+from pvt_ref.kernels.cuda.batch_norm import conv_unit_kernel
 from pvt_ref.kernels.cuda.capture import Captured
 from pvt_ref.kernels.cuda.launch import Cuda
+from pvt_ref.kernels.cuda.position import position_kernel
+from pvt_ref.kernels.cuda.resize import resize_kernel
 from pvt_ref.layers.linear import LinearParams, linear
 from pvt_ref.layers.patch_embed import patch_embed
 from pvt_ref.train import LossScale, fit, start_training, train_step
@@ -44,6 +49,10 @@ CONFIG = dataclasses.replace(small_training.CONFIG, drop_rate=0.1)
 #: Of one kind from its first step on.
 RECIPE = dataclasses.replace(small_training.RECIPE, drop_path_ramp_epochs=0)
 PARAMS = random_params(CONFIG, 1, np.float32)
+#: Of a segmentation network, with batch norms.
+PIXEL_CONFIG = SEGMENTORS["pvt"]
+PIXEL_PARAMS = params_of(PIXEL_CONFIG, 1, np.float32)
+PIXEL_RECIPE = dataclasses.replace(small_pairs.RECIPE, drop_path_ramp_epochs=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +219,48 @@ def test_a_captured_step_has_the_bits_of_a_launched_one(name, fake):
     assert after == expected
 
 
+PIXELS = {
+    "weighted, averaged": {},
+    "fine-tuning, all pixels counted": {
+        **{"accumulate": 1, "frozen": ("backbone",), "ema_decay": 0.0, "clip_norm": None},
+        **{"loss_mean": "all", "class_weights": ()},
+    },
+}
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    return small_pairs.pairs(small_pairs.write_pairs(tmp_path, 10), augment=small_pairs.AUGMENT)
+
+
+@no_gxx
+@pytest.mark.parametrize("name", PIXELS)
+def test_a_captured_step_of_segmentation_has_the_bits_of_a_launched_one(name, fake, scenes):
+    recipe = dataclasses.replace(PIXEL_RECIPE, **PIXELS[name])
+    cuda = Cuda(launched_by(Emulation()), 6, products="cupy")
+    needed = (conv_unit_kernel, resize_kernel, position_kernel)
+    twins = {kernel.readable: kernel.with_settings(cuda) for kernel in needed}
+    ops = Ops(twins, name="cuda kernels", accepts=is_cupy, settings=cuda)
+    results = []
+    for captured in (None, CapturedSteps(ops)):
+        state = start_training(map_arrays(fake.asarray, PIXEL_PARAMS), len(scenes), recipe.seed)
+        after, launches = [], []
+        for _ in range(3):
+            fake.history.clear()
+            state, report = next_step(state, scenes, PIXEL_CONFIG, recipe, ALONE, ops, captured)
+            after.append((bits(state), report))
+            launches.append(sum(entry[0] == "launch" for entry in fake.history))
+        results.append(after)
+        assert launches == ([0, 0, 0] if captured is None else [0, 1, 1])
+    assert results[0] == results[1]
+    seen = pvt_ref.to_numpy(state.params.buffers)
+    assert [n for key, n in named_arrays(seen) if key.endswith("tracked")] == [
+        n + 3 * recipe.accumulate
+        for key, n in named_arrays(PIXEL_PARAMS.buffers)
+        if key.endswith("tracked")
+    ]
+
+
 @no_gxx
 def test_a_captured_step_is_left_out_too(fake):
     ops, first = kernels(IN_HALF, Half), LossScale(2.0**19)
@@ -255,12 +306,13 @@ def test_a_loss_that_is_not_finite_ends_a_captured_training(fake):
 
 def test_what_can_be_captured(fake):
     params = map_arrays(fake.asarray, PARAMS)
-    assert CapturedSteps.can(kernels(), params, CONFIG)
-    assert not CapturedSteps.can(kernels(capture=False), params, CONFIG)
-    assert not CapturedSteps.can(REFERENCE, params, CONFIG)
-    assert not CapturedSteps.can(kernels(), PARAMS, CONFIG)
+    assert CapturedSteps.can(kernels(), params)
+    assert CapturedSteps.can(kernels(), map_arrays(fake.asarray, PIXEL_PARAMS))
+    assert not CapturedSteps.can(kernels(capture=False), params)
+    assert not CapturedSteps.can(REFERENCE, params)
+    assert not CapturedSteps.can(kernels(), PARAMS)
     wide = map_arrays(lambda w: fake.asarray(w.astype(np.float64)), PARAMS)
-    assert not CapturedSteps.can(kernels(), wide, CONFIG)
+    assert not CapturedSteps.can(kernels(), wide)
 
 
 def test_numbers_are_drawn_as_the_places_draw_them():
@@ -288,6 +340,7 @@ def test_fit_replays_its_steps_and_saves_what_a_training_without_graphs_saves(
         done = fit(
             CONFIG, RECIPE, DATA, HELD_OUT, tmp_path / folder, device="cuda", log_steps=1, **options
         )
+        assert not len(ops.settings.arranged)  # these weights change
         return done, sum(entry[0] == "launch" for entry in fake.history)
 
     direct, launches = train("direct", capture=False, stop_at_step=6)
@@ -342,3 +395,19 @@ def test_on_a_gpu_a_training_goes_on_with_the_same_bits(cupy, tmp_path, monkeypa
     train("parts", stop_at_step=5)
     assert bits(train("parts", resume=True).state) == bits(whole.state)
     assert len(replays) > 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PIXELS)
+def test_on_a_gpu_a_captured_step_of_segmentation_has_the_bits_of_a_launched_one(
+    name, cupy, scenes
+):
+    recipe = dataclasses.replace(PIXEL_RECIPE, **PIXELS[name])
+    ops, results = table.cuda_kernels(), []
+    for captured in (None, CapturedSteps(ops), CapturedSteps(ops)):  # the same bits twice
+        state = start_training(map_arrays(cupy.asarray, PIXEL_PARAMS), len(scenes), recipe.seed)
+        for _ in range(4):
+            state, report = next_step(state, scenes, PIXEL_CONFIG, recipe, ALONE, ops, captured)
+        assert captured is None or isinstance(captured._known, _Graph)
+        results.append((bits(state), report))
+    assert results[0] == results[1] == results[2]

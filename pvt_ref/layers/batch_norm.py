@@ -43,13 +43,15 @@ class BatchNormBuffers:
 class BatchNormCache:
     """x_hat (..., C), the normalised cells before weight and bias, and rstd (C,).
 
-    mean and variance (C,) are the batch's, the variance biased; None if they were not used.
+    mean and variance (C,) are the batch's, the variance biased; None if they were not used. count
+    is N, the values of a channel.
     """
 
     x_hat: Array
     rstd: Array
     mean: Array | None
     variance: Array | None
+    count: int
 
 
 def batch_norm_forward(
@@ -103,7 +105,7 @@ def batch_norm_forward(
         x_hat *= p.weight
         x_hat += p.bias
         return x_hat, None
-    return x_hat * p.weight + p.bias, BatchNormCache(x_hat, rstd, mean, variance)
+    return x_hat * p.weight + p.bias, BatchNormCache(x_hat, rstd, mean, variance, _count(x))
 
 
 def batch_norm_backward(
@@ -141,22 +143,23 @@ def batch_norm_backward(
     if cache.mean is None:
         dx = dy * (p.weight * cache.rstd)  # (..., C)
     else:
-        N = _count(dy)
+        N = cache.count
         dx = dy - cache.x_hat * (dweight / N)  # (..., C)
         dx -= dbias / N
         dx *= p.weight * cache.rstd
     return dx, BatchNormParams(dweight, dbias)
 
 
-def statistics(cache: BatchNormCache) -> BatchNormBuffers | None:
+def statistics(cache: Any) -> BatchNormBuffers | None:
     """Those of a forward's batch, as buffers; None if it took the running ones.
 
-    The variance is the unbiased one, N/(N - 1) times that which normalised the batch.
+    The variance is the unbiased one, N/(N - 1) times that which normalised the batch. Of the
+    cache, which may be a twin's, only mean, variance and count are read.
     """
     if cache.mean is None or cache.variance is None:
         return None
-    xp, N = array_module(cache.mean), _count(cache.x_hat)
-    one = xp.asarray(1, dtype=xp.int64, device=cache.mean.device)
+    xp, N = array_module(cache.mean), cache.count
+    one = xp.ones_like(cache.mean[0, ...], dtype=xp.int64)  # made where the others lie
     return BatchNormBuffers(cache.mean, cache.variance * (N / (N - 1)), one)
 
 

@@ -71,7 +71,8 @@ def cross_entropy(
     _check(logits, label_smoothing, reduction, ignore_index)
     if class_weights is not None:
         class_weights = _check_weights(class_weights, logits)
-    t, counted = _distribution(logits, targets, float(label_smoothing), ignore_index, class_weights)
+    smoothing = float(label_smoothing)
+    t, counted = distribution(logits, targets, smoothing, ignore_index, class_weights)
     shape, logits = logits.shape, _to_rows(logits)  # (rows, K), a row a sample
     divisor = {"mean": counted, "mean_of_all": logits.shape[0], "sum": 1}[reduction]
     share = 1 / (divisor or 1)  # without a sample that counts, what is divided is 0
@@ -150,7 +151,7 @@ def _check_weights(weights: Any, logits: Array) -> Array:
     return xp.astype(weights, logits.dtype)
 
 
-def _distribution(
+def distribution(
     logits: Array,
     targets: Array,
     smoothing: float,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pvt_ref.api import backward, forward_with_cache
+from pvt_ref.api import backward, batch_buffers, forward_with_cache, with_buffers
 from pvt_ref.arrays import Array, array_module, dtype_name, from_host
 from pvt_ref.draws import Draws, What
 from pvt_ref.errors import DeviceError
@@ -29,7 +29,8 @@ from pvt_ref.train.gradients import add_gradients
 from pvt_ref.train.image_loss import image_loss
 from pvt_ref.train.on_device import Factors, rates, settings_for, trained
 from pvt_ref.train.recipe import Recipe
-from pvt_ref.tree import map_arrays, named_arrays, to_numpy
+from pvt_ref.train.segmentation import pixel_loss_of_targets, pixel_targets
+from pvt_ref.tree import first_array, map_arrays, to_numpy, without_buffers
 
 
 class Batch(NamedTuple):
@@ -133,12 +134,10 @@ class CapturedSteps:
         self._known: Any = None  # of that kind: nothing, SEEN, REFUSED or a _Graph
 
     @staticmethod
-    def can(ops: Ops, params: Any, config: Any) -> bool:
-        """Whether steps with that table can be captured: classification, in float32, on CUDA."""
-        row = architecture_of(config)
-        fits = not row.dense and row.batch_buffers is None
-        first = next(x for _, x in named_arrays(params))
-        return fits and replays(ops, first) and settings_for(ops, params) is not None
+    def can(ops: Ops, params: Any) -> bool:
+        """Whether steps with that table can be captured: in float32, on CUDA."""
+        fits = settings_for(ops, without_buffers(params)) is not None
+        return fits and replays(ops, first_array(params))
 
     def __call__(
         self,
@@ -163,8 +162,7 @@ class CapturedSteps:
             scale: of the loss, or None.
             decay: of the average.
         """
-        targets = [self._as_distribution(batch, config) for batch in batches]
-        inputs = [x for b, t in zip(batches, targets, strict=True) for x in (b.images, t)]
+        inputs = [x for batch in batches for x in self._inputs(batch, config, recipe)]
         kind = (config, recipe, scale is None, *((x.shape, dtype_name(x)) for x in inputs))
         if kind != self._kind:
             self._kind, self._known = kind, SEEN
@@ -175,7 +173,7 @@ class CapturedSteps:
         params, m, v, average = owned
         numbers = np.array([1 - decay, 1.0 if scale is None else scale], np.float32)
         t = state.optimizer.t + 1
-        host = [numbers, rates(params, t, lr, recipe.optimizer, factors)]
+        host = [numbers, rates(without_buffers(params), t, lr, recipe.optimizer, factors)]
         if self._known is SEEN:
             self._known = self._capture(
                 owned, batches, inputs, host, config, recipe, factors, scale
@@ -193,14 +191,21 @@ class CapturedSteps:
         return Replay(losses, norm, params, optimizer, average)
 
     @staticmethod
-    def _as_distribution(batch: Batch, config: Any) -> Array:
-        """The targets (B, K): labels would be checked, for which the host has to wait."""
+    def _inputs(batch: Batch, config: Any, recipe: Any) -> tuple[Array, ...]:
+        """Images, and what the loss takes: labels would be checked, for which the host has to wait.
+
+        Of classes of images their distribution (B, K); of pixels labels (B, H, W), distributions
+        (B, K, H, W), and what their losses are multiplied by.
+        """
         images, targets = batch.images, batch.targets
+        if architecture_of(config).dense:
+            t, share = pixel_targets(images, targets, config.num_classes, recipe)
+            return images, targets, t, from_host(share, like=images)
         if targets.ndim == 2:
-            return targets
+            return images, targets
         xp = array_module(targets)
         classes = from_host(np.arange(config.num_classes), like=targets)
-        return xp.astype(xp.expand_dims(targets, axis=1) == classes, images.dtype)
+        return images, xp.astype(xp.expand_dims(targets, axis=1) == classes, images.dtype)
 
     def _own(self, state: Any) -> tuple[Any, Any, Any, Any]:
         """The graph's own arrays, with what a state holds copied there if it does not lie there."""
@@ -224,10 +229,14 @@ class CapturedSteps:
         scale: float | None,
     ) -> Any:
         ops, (params, m, v, average) = self.ops, owned
+        row = architecture_of(config)
+        has_norms = row.batch_buffers is not None
         notes, drawn = [], []
         for batch in batches:
             draws = _NotedDraws(batch.draws.seed, batch.draws.step, batch.draws.micro_batch)
-            forward_with_cache(params, batch.images, config, draws, ops=ops)
+            forward_with_cache(
+                params, batch.images, config, draws, ops=ops, batch_statistics=has_norms
+            )
             notes.append(tuple(draws.notes))
             drawn.append(draw_again(batch.draws, draws.notes))
         shares, count = [batch.share for batch in batches], len(batches)
@@ -237,13 +246,23 @@ class CapturedSteps:
 
         def step(numbers: Array, rates: Array, *rest: Array) -> Any:
             parts: list[Part] = []
-            losses = []
+            losses, after = [], params
+            each = len(inputs) // count
             for i in range(count):
-                images, targets = rest[count + 2 * i : count + 2 * i + 2]
+                first = count + each * i
+                images, targets = rest[first], rest[first + 1 : first + each]
                 draws = _GivenDraws(0, 0, i, notes[i], rest[i])
-                logits, cache = forward_with_cache(params, images, config, draws, ops=ops)
-                loss, dlogits, hits = image_loss(logits, targets, recipe)
+                logits, cache = forward_with_cache(
+                    params, images, config, draws, ops=ops, batch_statistics=has_norms
+                )
+                if row.dense:
+                    labels, t, share = targets
+                    loss, dlogits, hits = pixel_loss_of_targets(logits, labels, t, share, ops)
+                else:
+                    loss, dlogits, hits = image_loss(logits, targets[0], recipe)
                 losses.append((loss, hits))
+                if has_norms:
+                    after = with_buffers(after, batch_buffers(cache))
                 if scale is not None:
                     dlogits = dlogits * numbers[1]
                 grads, _ = backward(params, cache, dlogits, config)
@@ -251,12 +270,17 @@ class CapturedSteps:
                 add_part(parts, Part(0, i, add_gradients(None, grads, shares[i])), add_trees)
             grads = add_up_parts(parts, add_trees)
             cuda = ops.settings
-            arrays = gather(*(trained(x, factors) for x in (params, grads, m, v)), in_place=True)
+            trees = (without_buffers(params), grads, m, v)
+            arrays = gather(*(trained(x, factors) for x in trees), in_place=True)
             clip = clip_factor(arrays, max_norm, cuda, None if scale is None else numbers[1:])
             adamw(arrays, rates, *constants, cuda, clip)
 
+            if has_norms:
+                map_arrays(_write, params.buffers, after.buffers)
+
             def move(a: Array, w: Array) -> None:  # as ema_step
-                _write(a, a + numbers[0] * (w - a) if recipe.ema_decay else w)
+                counts = not dtype_name(w).startswith("float")
+                _write(a, w if counts or not recipe.ema_decay else a + numbers[0] * (w - a))
 
             map_arrays(move, average, params)
             return losses, clip

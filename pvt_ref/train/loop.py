@@ -184,7 +184,7 @@ def fit(
         state, run = ranks.from_first(lambda: _begin(job, params, data, run, resume))
         state = to_device(state, device)
         captured = None
-        if ranks.size == 1 and CapturedSteps.can(ops, state.params, config):
+        if ranks.size == 1 and CapturedSteps.can(ops, state.params):
             captured = CapturedSteps(ops)
         metrics = Metrics(job.place / METRICS, state, job.steps) if ranks.is_first else None
         if metrics and metrics.epochs != list(range(1, state.step // job.steps + 1)):

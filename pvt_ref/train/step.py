@@ -38,7 +38,7 @@ from pvt_ref.data.samples import Samples
 from pvt_ref.draws import Draws, SampleDraws, What, generator
 from pvt_ref.errors import PVTError, RangeError, ShapeError, TrainingError, shown
 from pvt_ref.models.architecture import architecture_of, architectures, check_params_type
-from pvt_ref.ops import Ops
+from pvt_ref.ops import REFERENCE, Ops
 from pvt_ref.report.diagnosis import first_non_finite
 from pvt_ref.train.adamw import AdamWState, adamw_init, adamw_step
 from pvt_ref.train.captured import Batch, CapturedSteps
@@ -287,8 +287,11 @@ def _passes(
     now: _Moment, batches: Iterable[Batch], recipe: Recipe, ops: Ops, scale: float | None
 ) -> tuple[list[tuple[float, int, Any]], list[Part]]:
     """Forward and backward of each micro-batch: what it tells, and sums of gradients."""
-    row = architecture_of(now.config)
-    has_norms, loss_of = row.batch_buffers is not None, pixel_loss if row.dense else image_loss
+    row, loss_of = architecture_of(now.config), image_loss
+    has_norms = row.batch_buffers is not None
+    if row.dense:  # only kernels that can be captured resize otherwise than the readable layer
+        has_kernels = settings_for(ops, without_buffers(now.params)) is not None
+        loss_of = functools.partial(pixel_loss, ops=ops if has_kernels else REFERENCE)
     losses, parts = [], []
     for batch in batches:
         logits, cache = forward_with_cache(

@@ -3,12 +3,13 @@
 The norm after the second sum of a block is the next block's first, which is why all blocks of a
 stage are one operation. What is between the norms is the table's, but for two things: the norm
 before spatial reduction writes the tokens patch by patch, so nothing has to be cut out; and where
-nothing is dropped, the last product of a spatial-reduction or plain MLP branch adds the residual.
+nothing is dropped, the last product of an attention or of a plain MLP adds the residual.
 """
 
 from typing import Any, NamedTuple
 
 from pvt_ref.arrays import Array, Grid
+from pvt_ref.blocks.mha import mha
 from pvt_ref.blocks.mlp import mlp
 from pvt_ref.blocks.sra import sra
 from pvt_ref.blocks.transformer import (
@@ -46,10 +47,13 @@ from pvt_ref.tree import record
 
 @record
 class BlocksCache:
-    """The cache of each block, with caches of these kernels inside, and its order of tokens."""
+    """The cache of each block, with caches of these kernels inside, and its order of tokens.
+
+    An order is None where the readable attention computed.
+    """
 
     blocks: tuple[BlockCache, ...]
-    orders: tuple[Order, ...]
+    orders: tuple[Order | None, ...]
 
 
 class _BranchArgs(NamedTuple):
@@ -70,11 +74,11 @@ class _BranchArgs(NamedTuple):
 
 
 def _after_attention(
-    p: BlockParams, x: Array, y: Array, order: Order, args: _BranchArgs
+    p: BlockParams, x: Array, y: Array, order: Order | None, args: _BranchArgs
 ) -> tuple[Array, Array | None, Any, Any]:
     """x (B, n, C) + SRA(y) and None, or x and the branch to be added; caches of SRA and path."""
     ops, grid, settings, rng, keep, cuda = args
-    if order.R > 1:
+    if order is not None:
         residual = x if args.fuses(x) else None
         inputs = (p.attn, y, ops, order, settings.attn, rng, keep, cuda)
         branch, cache = sra_forward(*inputs, residual)  # (B, n, C)
@@ -113,9 +117,10 @@ def _sum_and_norm(
     branch: Array | None,
     eps: float,
     cuda: Cuda,
-    order: Order = RASTER,
+    order: Order | None = None,
 ) -> tuple[Array, Array, Any]:
     """x (B, n, C) + branch, or x if it is the sum already; its norm, in that order; the cache."""
+    order = order or RASTER
     if branch is None:
         return x, *norm_rows(p, x, eps, cuda, order)
     return add_and_norm_rows(p, x, branch, eps, cuda, order)
@@ -141,7 +146,8 @@ def blocks_forward(
         order_of(p_k.attn, x, grid, settings_k.attn, rng)
         for p_k, settings_k in zip(p, settings, strict=True)
     ]
-    y, norm1_cache = norm_rows(p[0].norm1, x, settings[0].norm_eps, cuda, orders[0])  # (B, n, C)
+    first = orders[0] or RASTER
+    y, norm1_cache = norm_rows(p[0].norm1, x, settings[0].norm_eps, cuda, first)  # (B, n, C)
     for k, (p_k, settings_k, order) in enumerate(zip(p, settings, orders, strict=True)):
         rng_k, eps = generator_at(rng, What.BLOCK, settings_k.number), settings_k.norm_eps
         args = _BranchArgs(ops, grid, settings_k, rng_k, keep, cuda)
@@ -176,14 +182,14 @@ def blocks_backward(
         dx, dnorm2 = norm_backward_rows(p_k.norm2, c.norm2, dbranch, dy, cuda)  # branch + skip
         # x = x + droppath(sra(norm1(x)))
         dbranch, _ = ops[drop_path].backward(None, c.path1, dx, ops)  # (B, n, C)
-        if order.R > 1:
+        if order is not None:
             dbranch, dattn = sra_backward(p_k.attn, c.attn, dbranch, ops, cuda)
         else:
             dbranch, dattn = ops[ATTENTIONS[type(p_k.attn)]].backward(
                 p_k.attn, c.attn, dbranch, ops
             )  # (B, n, C)
         # branch + skip
-        dy, dnorm1 = norm_backward_rows(p_k.norm1, c.norm1, dbranch, dx, cuda, order)
+        dy, dnorm1 = norm_backward_rows(p_k.norm1, c.norm1, dbranch, dx, cuda, order or RASTER)
         grads.append(BlockParams(dnorm1, dattn, dnorm2, dmlp))
     return dy, tuple(reversed(grads))
 
@@ -193,7 +199,7 @@ blocks_kernel = Kernel(
     blocks_forward,
     blocks_backward,
     absorbs=(
-        *(block, layer_norm, sum_rows, sra, patch_embed, attention, softmax, dropout, drop_path),
-        *(mlp, linear, gelu),
+        *(block, layer_norm, sum_rows, sra, mha, patch_embed, attention, softmax, dropout),
+        *(drop_path, mlp, linear, gelu),
     ),
 )

@@ -20,6 +20,7 @@ from pvt_ref.errors import ConfigError, DeviceError, RangeError, reason, shown
 from pvt_ref.kernels.cuda.capture import Graphs
 from pvt_ref.kernels.cuda.cublaslt import Finder
 from pvt_ref.kernels.cuda.cublaslt import on_gpu as cublaslt_on_gpu
+from pvt_ref.kernels.cuda.weights import Arranged
 from pvt_ref.ops import Operation
 
 HERE = Path(__file__).parent
@@ -140,6 +141,7 @@ class Cuda:
         capture: whether predict and a training replay what repeats as CUDA graphs. No bit depends
             on it.
         graphs: those captured so far.
+        arranged: weights of models, as the kernels read them.
 
     Raises:
         RangeError: if products or precision is none of these.
@@ -153,6 +155,7 @@ class Cuda:
     cublaslt: Finder = field(default=cublaslt_on_gpu, repr=False)
     capture: bool = field(default=True, repr=False, kw_only=True)
     graphs: Graphs = field(default_factory=Graphs, repr=False, compare=False, kw_only=True)
+    arranged: Arranged = field(default_factory=Arranged, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for name, known in (("products", PRODUCTS), ("precision", PRECISIONS)):

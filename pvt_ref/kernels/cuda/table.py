@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from pvt_ref.arrays import Array, is_cupy
 from pvt_ref.kernels.cuda.attention import attention_kernel
+from pvt_ref.kernels.cuda.batch_norm import batch_norm_kernel, conv_unit_kernel
 from pvt_ref.kernels.cuda.blocks import blocks_kernel
 from pvt_ref.kernels.cuda.depthwise_conv import depthwise_conv_kernel
 from pvt_ref.kernels.cuda.gelu import gelu_kernel
@@ -12,6 +13,8 @@ from pvt_ref.kernels.cuda.launch import Cuda, Kernel
 from pvt_ref.kernels.cuda.layer_norm import layer_norm_kernel
 from pvt_ref.kernels.cuda.linear import linear_kernel
 from pvt_ref.kernels.cuda.mlp import mlp_kernel
+from pvt_ref.kernels.cuda.position import position_kernel
+from pvt_ref.kernels.cuda.resize import pool_kernel, resize_kernel
 from pvt_ref.kernels.cuda.sum_rows import SUM_BY_PRODUCT, sum_rows_kernel
 from pvt_ref.kernels.cuda.windows import conv_kernel, patch_embed_kernel
 from pvt_ref.layers.sum_rows import sum_rows
@@ -61,6 +64,7 @@ def table_with(settings: Cuda, accepts: Callable[[Array], bool]) -> Ops:
 
     # what larger ones compute themselves: these serve outside of them, and where they step aside
     parts = of(layer_norm_kernel, sum_rows_kernel, attention_kernel, patch_embed_kernel)
-    parts |= of(gelu_kernel, linear_kernel, mlp_kernel)
-    twins = of(blocks_kernel, depthwise_conv_kernel, conv_kernel)
+    parts |= of(gelu_kernel, linear_kernel, mlp_kernel, batch_norm_kernel)
+    twins = of(blocks_kernel, depthwise_conv_kernel, conv_kernel, conv_unit_kernel)
+    twins |= of(resize_kernel, pool_kernel, position_kernel)
     return Ops(twins, parts=parts, name="cuda kernels", accepts=accepts, settings=settings)

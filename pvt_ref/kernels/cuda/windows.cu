@@ -5,21 +5,7 @@
 // and the steps count pieces. A thread has one piece of what is written, so nothing is added by two
 // threads.
 
-static __device__ __forceinline__ void set_zero(float &x) { x = 0; }
-static __device__ __forceinline__ void set_zero(float4 &x) { x = make_float4(0, 0, 0, 0); }
-static __device__ __forceinline__ void add(float &x, float y) { x += y; }
-static __device__ __forceinline__ void add(float4 &x, float4 y)
-{
-    x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
-}
-
-// The last index of a number's place in an array, of an axis with n; rest is the place without it.
-static __device__ __forceinline__ int last_index(int &rest, int n)
-{
-    int index = rest % n;
-    rest /= n;
-    return index;
-}
+#include "piece.h"
 
 // windows_(b, i, j, u, v, c) = x_(b, i s + u - padding, j s + v - padding, c). x lies anywhere: the
 // last four arguments are its steps from image to image, line to line, pixel to pixel and channel

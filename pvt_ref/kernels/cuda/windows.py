@@ -43,9 +43,19 @@ def _piece(x: Array) -> int:
     return 4 if together and aligned else 1
 
 
+def _are_pixels(k: Grid, stride: int, padding: int) -> bool:
+    """Whether each window is a pixel of the map, and each pixel a window."""
+    return tuple(k) == (1, 1) and stride == 1 and padding == 0
+
+
 def unfold(x: Array, k: Grid, stride: int, padding: int, cuda: Cuda) -> Array:
-    """As :func:`pvt_ref.layers.conv.unfold`, of a map (B, H, W, C) in any order of memory."""
+    """As :func:`pvt_ref.layers.conv.unfold`, of a map (B, H, W, C) in any order of memory.
+
+    Windows that are pixels are the map itself, if it lies in order.
+    """
     (B, H, W, C), width = x.shape, _piece(x)
+    if _are_pixels(k, stride, padding):
+        return array_module(x).reshape(x, (B, H * W, C))
     h, w = windows_along((H, W), k, stride, padding)
     windows = array_module(x).empty((B, h * w, k[0] * k[1] * C), x.dtype)
     steps = [step // x.itemsize for step in x.strides]
@@ -63,6 +73,8 @@ def fold(windows: Array, size: Grid, k: Grid, stride: int, padding: int, cuda: C
     """As :func:`pvt_ref.layers.conv.fold`, and with the same bits."""
     xp = array_module(windows)
     (B, _, D), (H, W) = windows.shape, size
+    if _are_pixels(k, stride, padding):
+        return xp.reshape(windows, (B, H, W, D))
     C = D // (k[0] * k[1])
     h, w = windows_along(size, k, stride, padding)
     windows = packed(windows)
