@@ -263,8 +263,11 @@ def test_the_course_shows_each_pair_as_it_is_installed():
     ]
     assert len(pairs) > 20
     for thing in pairs:
-        code = lesson.source(thing).strip().removeprefix("```python\n").removesuffix("```")
+        file, code = lesson.source(thing).strip().removesuffix("```").split("```python\n")
         assert code.strip() in shown, thing.__name__
+        path = f"{thing.__module__.replace('.', '/')}.py"
+        assert path in file, thing.__name__
+        assert re.search(rf'<a [^>]*href="[^"]+"[^>]*><code>{path}</code></a>', course), path
 
 
 def test_the_licences_of_others_go_with_the_site():
