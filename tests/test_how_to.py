@@ -4,8 +4,8 @@ A page's blocks share one namespace and one folder, in which ``examples`` is tha
 block of text right below a block of Python is what that prints, to the letter; below commands, its
 lines are among what they print, in this order.
 
-A block that needs a package which is not installed is left out, and so are those that use its names;
-a test of its own is then skipped and says which.
+A block that needs a package which is not installed is left out, and so are those that use its
+names; a test of its own is then skipped and says which.
 """
 
 import ast
@@ -200,7 +200,7 @@ def test_the_harness_sees_a_wrong_promise_and_a_missing_package(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     page = tmp_path / "page.md"
     page.write_text("```python\nprint(1)\n```\n\n```text\n2\n```\n", "utf-8")
-    with pytest.raises(AssertionError, match="page.md, line 2"):
+    with pytest.raises(AssertionError, match=r"page\.md, line 2"):
         run(page, set())
     page.write_text(
         "```python\nimport jax\nx = 1\n```\n\n```python\ny = x\n```\n\n```python\nz = 2\n```\n",
