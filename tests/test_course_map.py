@@ -76,25 +76,3 @@ def test_every_page_has_the_exercises_that_are_set(course_map):
     for page in course_map.pages():
         assert page.exercises_to_set, page.name
         assert max(page.exercises_to_set) <= page.exercises, page.name
-
-
-def test_how_to_and_course_come_before_the_reference(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "tools"))
-    findable = importlib.import_module("findable")
-    boosts = dict(findable.BOOSTS)
-    assert boosts["course/"] > boosts["how_to/"] > 1 > boosts["api/"]
-
-    class Page:
-        def __init__(self, path, meta):
-            self.meta = meta
-            self.file = type("File", (), {"src_uri": path})
-
-    for path, said, boost in (
-        ("course/sra.md", {}, 3.0),
-        ("course/index.md", {}, 1.0),
-        ("api/layers.md", {"search": {"boost": 2}}, 2),
-        ("use.md", {}, None),
-    ):
-        page = Page(path, said)
-        findable.on_page_markdown("", page, None, None)
-        assert page.meta.get("search", {}).get("boost") == boost, path
