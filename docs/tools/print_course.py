@@ -11,91 +11,109 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from urllib.parse import urljoin
 
 import course_map
-from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).parents[2]
-SITE = Path(os.environ.get("SITE", ROOT / "site")).resolve()
 
-#: Addresses made absolute, solutions unfolded, and what is of no use on paper taken away.
-_ARTICLE = """
-    () => {
-      const article = document.querySelector("article");
-      for (const e of article.querySelectorAll("details.note, .headerlink, script, nav, form"))
-        e.remove();
-      for (const e of article.querySelectorAll("details")) e.open = true;
-      for (const e of article.querySelectorAll("img")) e.src = e.src;
-      for (const e of article.querySelectorAll("a[href]")) e.href = e.href;
-      return article.innerHTML;
-    }
-"""
+#: What is of no use on paper: marks to link by, scripts, and the code of figures and tables.
+_LEFT_OUT = re.compile(
+    r'<a class="headerlink".*?</a>|<script\b.*?</script>|<details class="note">.*?</details>',
+    re.DOTALL,
+)
 
-_STYLE = """
-    section.lesson + section.lesson { break-before: page }
-    h1, h2, h3 { break-after: avoid }
-    .drawn, table, .katex-display { break-inside: avoid }
-"""
+_STYLE = """<style>
+  section.lesson + section.lesson { break-before: page }
+  h1, h2, h3 { break-after: avoid }
+  .drawn, .katex-display { break-inside: avoid }
+</style>"""
 
 
-def pages() -> list[Path]:
+def pages(site: Path) -> list[Path]:
     """The pages of the site that are printed, in order."""
     names = ["course/index", *(f"course/{page.name}" for page in course_map.pages()), "exercises"]
-    return [SITE / f"{name}.html" for name in names]
+    return [site / f"{name}.html" for name in names]
 
 
-def joined(articles: dict[Path, str]) -> str:
-    """The articles as one: ids are told apart by their page, and links lead from one to another."""
+def joined(paths: list[Path]) -> str:
+    """One page of HTML with the articles of all, in the place of the first one's article.
+
+    Ids are told apart by their page, and links lead from one article to another; links to pages
+    that are not printed are taken away.
+    """
     parts = []
-    for path, article in articles.items():
-        own = path.stem
-        article = re.sub(r'(\sid="|href="#|url\(#|url\(&quot;#)', rf"\g<1>{own}-", article)
-        for other in articles:
-            uri = re.escape(other.as_uri())
-            article = re.sub(rf'href="{uri}#([^"]*)"', rf'href="#{other.stem}-\g<1>"', article)
-            article = re.sub(rf'href="{uri}"', f'href="#{other.stem}"', article)
-        article = re.sub(r' href="file:[^"]*"', "", article)  # a page that is not printed
-        parts.append(f'<section class="lesson" id="{own}">{article}</section>')
-    return "".join(parts)
+    for path in paths:
+        article = _LEFT_OUT.sub("", _split(path)[1]).replace("<details", "<details open")
+        article = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{path.stem}-", article)
+        article = re.sub(
+            r' (src|href)="(?!#|[a-z]+:)([^"]*)"',
+            lambda found, path=path: _address(found[1], urljoin(path.as_uri(), found[2]), paths),
+            article,
+        )
+        parts.append(f'<section class="lesson" id="{path.stem}">{article}</section>')
+    before, _, after = _split(paths[0])
+    title = "<title>The Pyramid Vision Transformer: the course</title>"
+    before = re.sub(r"<title>.*?</title>", title, before, flags=re.DOTALL)
+    return before.replace("</head>", f"{_STYLE}</head>") + "".join(parts) + after
+
+
+def _split(path: Path) -> tuple[str, str, str]:
+    """A page of the site: what is before its article's content, that content, and the rest."""
+    text = path.read_text("utf-8")
+    start = text.index(">", text.index("<article")) + 1
+    end = text.index("</article>")
+    return text[:start], text[start:end], text[end:]
+
+
+def _address(attribute: str, uri: str, paths: list[Path]) -> str:
+    """An attribute with an address: inside the PDF if its page is printed, none if it is not."""
+    page, _, place = uri.partition("#")
+    for path in paths:
+        if page == path.as_uri():
+            return f' {attribute}="#{path.stem}-{place}"' if place else f' href="#{path.stem}"'
+    return "" if attribute == "href" else f' {attribute}="{uri}"'
 
 
 def main() -> None:
     """Writes the PDF."""
+    site = Path(os.environ.get("SITE", ROOT / "site")).resolve()
     target = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "print" / "course.pdf")
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     browser_path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    missing = [path for path in pages() if not path.is_file()]
+    missing = [path for path in pages(site) if not path.is_file()]
     if missing:
         sys.exit(f"there is no {missing[0]}; build the site first: make docs")
     if browser_path is None:
         sys.exit("no Chromium or Chrome here; install one, or name it: CHROMIUM=its path")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        tab = browser.new_page(color_scheme="light")
-        articles = {}
-        for path in pages():
-            tab.goto(path.as_uri())
-            articles[path] = tab.evaluate(_ARTICLE)
-        tab.goto(pages()[0].as_uri())
-        put = "html => { document.querySelector('article').innerHTML = html; }"
-        tab.evaluate(put, joined(articles))
-        tab.evaluate("document.title = 'The Pyramid Vision Transformer: the course'")
-        tab.add_style_tag(content=_STYLE)
-        tab.evaluate("document.fonts.ready.then(() => true)")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        number = '<div style="font-size: 8px; width: 100%; text-align: center">{}</div>'
-        tab.pdf(
-            path=target,
-            format="A4",
-            display_header_footer=True,
-            header_template="<span></span>",
-            footer_template=number.format('<span class="pageNumber"></span>'),
-            margin={"top": "15mm", "bottom": "18mm", "left": "15mm", "right": "15mm"},
-            outline=True,
-            tagged=True,
-        )
-        browser.close()
-    print(f"written: {target}, {len(articles)} pages of the site")
+    from playwright.sync_api import sync_playwright
+
+    whole = site / "course" / "whole_course.html"  # beside the pages, whose style sheets it has
+    whole.write_text(joined(pages(site)), "utf-8")
+    try:
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(
+                executable_path=browser_path, args=["--no-sandbox"], timeout=0
+            )
+            tab = browser.new_page(color_scheme="light", java_script_enabled=False)
+            tab.set_default_timeout(0)  # it is a long page
+            tab.goto(whole.as_uri())
+            target.parent.mkdir(parents=True, exist_ok=True)
+            footer = '<div style="font-size: 8px; width: 100%; text-align: center">{}</div>'
+            tab.pdf(
+                path=target,
+                format="A4",
+                display_header_footer=True,
+                header_template="<span></span>",
+                footer_template=footer.format('<span class="pageNumber"></span>'),
+                margin={"top": "15mm", "bottom": "18mm", "left": "15mm", "right": "15mm"},
+                outline=True,
+                tagged=True,
+            )
+            browser.close()
+    finally:
+        whole.unlink()
+    print(f"written: {target}, {len(pages(site))} pages of the site")
 
 
 if __name__ == "__main__":
