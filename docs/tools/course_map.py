@@ -27,6 +27,7 @@ class Page(NamedTuple):
     number: str
     title: str
     after: tuple[str, ...]  # nearest pages that it builds upon
+    at: float  # place in its row of the drawn map
     draw: str
     exercises_to_set: tuple[int, ...]
     reading: int  # minutes
@@ -63,7 +64,7 @@ def pages() -> list[Page]:
         text = (DOCS / "course" / f"{name}.md").read_text("utf-8")
         exercises = len(re.findall(r"^\*\*\d+\.", text.partition("\n## Exercises\n")[2], re.M))
         row = told[name]
-        found.append(Page(name, number, title, tuple(row["after"]), row["draw"],
+        found.append(Page(name, number, title, tuple(row["after"]), row["at"], row["draw"],
                           tuple(row["set"]), minutes_of(text), exercises))  # fmt: skip
     return found
 
@@ -143,23 +144,18 @@ def drawn() -> str:
 
     course = pages()
     depth = depths(course)
-    rows: dict[int, list[Page]] = {}
-    for page in course:
-        rows.setdefault(depth[page.name], []).append(page)
-    place = {
-        page.name: ((k + 0.5) / len(row), -float(d))
-        for d, row in rows.items()
-        for k, page in enumerate(row)
-    }
-    with panels(width=7.5, height=0.72 * len(rows)) as (figure, ax):
+    rows = 1 + max(depth.values())
+    place = {page.name: (page.at, -float(depth[page.name])) for page in course}
+    with panels(width=7.5, height=0.72 * rows) as (figure, ax):
         bare(ax)
-        ax.set(xlim=(0, 1), ylim=(-len(rows) + 0.4, 0.6))
+        ax.set(xlim=(0, 1), ylim=(-rows + 0.4, 0.6))
         for page in course:
             for name in page.after:
                 (x, y), (u, v) = place[name], place[page.name]
                 ax.annotate("", (u, v + 0.2), (x, y - 0.2), zorder=1,
                             arrowprops={"arrowstyle": "->", "color": FAINT, "lw": 1})  # fmt: skip
             short = re.sub(r"^The | and .*|: .*|,.*", "", page.title)
+            short = short[0].upper() + short[1:]
             ax.text(*place[page.name], f"{page.number}. {short}", ha="center", va="center",
                     zorder=2, fontsize=8, color=INK,
                     bbox={"boxstyle": "round,pad=0.3", "fc": PAPER, "ec": FAINT})  # fmt: skip
