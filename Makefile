@@ -10,7 +10,7 @@ PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips must not write into one .venv
-.PHONY: help venv need-npm demo bench test lint format types docs docs-serve check-site \
+.PHONY: help venv need-npm demo bench test lint format types docs docs-serve check-site print \
   check-planted fuzz interrupts mutation clean distclean
 
 help: ## this list
@@ -90,6 +90,9 @@ check-site: need-npm .venv/.stamp-docs .venv/.stamp-site $(NPM) ## every page of
 	  $(MKDOCS) build --strict && wait $$second && \
 	  SITE_AGAIN="$$again" $(PY) -m pytest tests/check_site.py -n auto --maxprocesses 4 $(ARGS)
 
+print: need-npm .venv/.stamp-site docs ## the course as one PDF, print/course.pdf; needs Chromium or Chrome
+	@$(PY) docs/tools/print_course.py $(ARGS)
+
 # Checking the tests (hours, not minutes) -------------------------------------------------------
 
 check-planted: .venv/.stamp-test ## plants known mistakes, one at a time: do the tests notice?
@@ -110,7 +113,7 @@ mutation: .venv/.stamp-test .venv/.stamp-mutation ## mutates the layers by machi
 # Cleaning --------------------------------------------------------------------------------------
 
 clean: ## removes what was built, and caches; keeps .venv
-	@rm -rf site build dist mutants pyramid.png segmentation.png .coverage .pytest_cache .ruff_cache .hypothesis
+	@rm -rf site print build dist mutants pyramid.png segmentation.png .coverage .pytest_cache .ruff_cache .hypothesis
 	@find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## removes .venv too

@@ -297,8 +297,11 @@ def test_the_course_shows_each_pair_as_it_is_installed():
     ]
     assert len(pairs) > 20
     for thing in pairs:
-        code = lesson.source(thing).strip().removeprefix("```python\n").removesuffix("```")
+        file, code = lesson.source(thing).strip().removesuffix("```").split("```python\n")
         assert code.strip() in shown, thing.__name__
+        path = f"{thing.__module__.replace('.', '/')}.py"
+        assert path in file, thing.__name__
+        assert re.search(rf'<a [^>]*href="[^"]+"[^>]*><code>{path}</code></a>', course), path
 
 
 def test_the_licences_of_others_go_with_the_site():
@@ -345,6 +348,66 @@ def test_serving_runs_the_package_as_it_is_at_each_build():
     )
     where = os.pathsep.join((str(ROOT), str(ROOT / "docs" / "tools")))
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": where})
+
+
+#: What people type, and the page that answers it.
+_SEARCHES = {
+    "fine-tune": "how_to/fine_tune.html",
+    "VJP": "course/notation.html",
+    "receptive field": "course/stages.html",
+    "elementwise": "course/notation.html",
+    "Swin": "course/pvt_v2.html",
+    "ONNX": "how_to/export.html",
+    "DDP": "how_to/many_machines.html",
+    "cls token": "course/stages.html",
+    "dropout": "course/block.html",
+    "layer norm": "course/layer_norm.html",
+    "softmax": "course/softmax.html",
+    "attention": "course/attention.html",
+    "linear": "course/linear.html",
+    "position embedding": "course/position.html",
+    "depthwise convolution": "course/convolution.html",
+    "AdamW": "course/training.html",
+}
+
+#: The site's own search, which runs in a worker of the browser, run by Node: for each of some words
+#: the first page that it finds.
+_SEARCH = """
+    const fs = require("fs");
+    const [script, index, ...words] = process.argv.slice(1);
+    const messages = [];
+    let hear;
+    Object.assign(globalThis, {
+      self: globalThis,
+      addEventListener: (_, listener) => { hear = listener; },
+      postMessage: message => messages.push(message),
+    });
+    (0, eval)(fs.readFileSync(script, "utf8"));
+    const ask = async message => { await hear({data: message}); return messages.pop(); };
+    (async () => {
+      const told = JSON.parse(fs.readFileSync(index, "utf8"));
+      await ask({type: 0, data: {...told, options: {suggest: false}}});
+      const first = [];
+      for (const word of words)
+        first.push((await ask({type: 2, data: word})).data.items[0]?.[0]?.location ?? "nothing");
+      console.log(JSON.stringify(first));
+    })();
+"""
+
+
+def test_the_search_finds_the_page_that_explains():
+    node = shutil.which("node")
+    assert node, "needs Node.js, which npm came with"
+    (worker,) = (SITE / "assets" / "javascripts" / "workers").glob("search.*.min.js")
+    index = SITE / "search" / "search_index.json"
+    done = subprocess.run(
+        [node, "-e", _SEARCH, worker, index, *_SEARCHES],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = [place.partition("#")[0] for place in json.loads(done.stdout)]
+    assert dict(zip(_SEARCHES, found, strict=True)) == _SEARCHES
 
 
 # In a browser -------------------------------------------------------------------------------------

@@ -18,6 +18,9 @@ import numpy as np
 import pytest
 
 import pvt_ref
+from pvt_ref.arrays import erf
+from pvt_ref.layers.linear import LinearCache, linear_forward
+from pvt_ref.train.lock import RunLock
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^( *)```python([^\n]*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
@@ -31,9 +34,15 @@ OPERATIONS = (
     "linear", "layer_norm", "gelu", "softmax", "patch_embed", "position", "attention", "sra",
     "block", "vit", "convolution", "pvt_v2", "semantic_fpn",
 )  # fmt: skip
-COURSE = sorted((DOCS / "course").glob("*.md"))
+COURSE = sorted(set((DOCS / "course").glob("*.md")) - {DOCS / "course" / "index.md"})
 PHOTO = DOCS.parent / "examples" / "chelsea.jpg"
-OTHERS = [DOCS / f"{name}.md" for name in ("index", "use", "cheat_sheet", "glossary", "api/index")]
+OTHERS = [
+    DOCS / f"{name}.md"
+    for name in (
+        *("index", "use", "cheat_sheet", "glossary", "api/index"),
+        *("course/index", "teachers", "field"),
+    )
+]
 
 
 #: What only the extra ``docs`` brings. Pages run without it, also where it happens to be there.
@@ -192,6 +201,13 @@ def test_a_lesson_shows_only_what_holds(lesson):
         lesson.compare("x", x, 0 * x, 1e-3)
     gradient = lesson.finite_difference(lambda v: float(np.sum(v**3)), 2 * x)
     np.testing.assert_allclose(gradient, 12, rtol=1e-8)
+    told = lesson.source(erf, LinearCache, linear_forward, RunLock)
+    named = [line for line in told.splitlines() if line.endswith("{ .listing }")]
+    assert named == [
+        "[`pvt_ref/arrays.py`][pvt_ref.arrays]{ .listing }",
+        "[`pvt_ref/layers/linear.py`][pvt_ref.layers.linear]{ .listing }",
+        "`pvt_ref/train/lock.py`{ .listing }",  # in no page of the reference
+    ]
     shown = lesson.source(lesson.finite_difference)
     assert "central differences" not in shown
     assert "gradient = np.empty_like(x)" in shown

@@ -3,6 +3,7 @@
 Everything here returns text; pages print it, since only their own print is looked at.
 """
 
+import functools
 import inspect
 import json
 import re
@@ -17,16 +18,37 @@ Array = np.ndarray
 
 
 def source(*functions: Any) -> str:
-    """The source of functions or records, as it is installed, without docstrings."""
-    blocks = []
+    """The source of functions or records, as it is installed, without docstrings.
+
+    A line above says which file of the package it is from, and links that file's reference.
+    """
+    blocks, last = [], None
     for function in functions:
         text = textwrap.dedent(inspect.getsource(function))
         if '"""' in text:  # the page says it in more words
             start = text.index('"""')
             end = text.index('"""', start + 3) + 3
             text = text[:start].rstrip() + re.sub(r"^\n\n", "\n", text[end:])
+        if (module := function.__module__) != last and module.startswith("pvt_ref."):
+            blocks.append(f"{_file(module)}{{ .listing }}\n")
+        last = module
         blocks.append(f"```python\n{text.rstrip()}\n```\n")
     return "\n".join(blocks)
+
+
+def _file(module: str) -> str:
+    """A module's file, as a link where the reference has it."""
+    name = f"`{module.replace('.', '/')}.py`"
+    return f"[{name}][{module}]" if module in _in_the_reference() else name
+
+
+@functools.cache
+def _in_the_reference() -> frozenset[str]:
+    """What the pages of the reference list by name."""
+    pages = (Path(__file__).parents[1] / "api").glob("*.md")
+    return frozenset(
+        re.findall(r"^::: (\S+)$", "\n".join(p.read_text("utf-8") for p in pages), re.M)
+    )
 
 
 def shapes(sizes: dict[str, int], **arrays: tuple[Array, str, str]) -> str:
