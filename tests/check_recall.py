@@ -110,7 +110,7 @@ def test_where_a_browser_keeps_nothing_the_page_says_so(browser):  # noqa: F811
     context.close()
 
 
-@pytest.mark.parametrize("page, scheme", [("review", "light"), ("course/linear", "dark")])
+@pytest.mark.parametrize(("page", "scheme"), [("review", "light"), ("course/linear", "dark")])
 def test_due_questions_pass_axe_when_they_are_open(page, scheme, open_page):  # noqa: F811
     tab = open_page(f"{page}.html", 390, scheme)
     keep(tab, {"linear-dx": card(-1), "linear-dw": card(5)})
