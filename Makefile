@@ -88,7 +88,7 @@ check-site: need-npm .venv/.stamp-docs .venv/.stamp-site $(NPM) ## every page of
 	@again=$$(mktemp -d) && trap 'kill $$second 2>/dev/null; rm -rf "$$again"' EXIT && \
 	  { $(MKDOCS) build --quiet --site-dir "$$again" & second=$$!; } && \
 	  $(MKDOCS) build --strict && wait $$second && \
-	  SITE_AGAIN="$$again" $(PY) -m pytest tests/check_site.py -n auto --maxprocesses 4 $(ARGS)
+	  SITE_AGAIN="$$again" $(PY) -m pytest tests/check_site.py tests/check_recall.py -n auto --maxprocesses 4 $(ARGS)
 
 print: need-npm .venv/.stamp-site docs ## the course as one PDF, print/course.pdf; needs Chromium or Chrome
 	@$(PY) docs/tools/print_course.py $(ARGS)

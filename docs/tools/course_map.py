@@ -62,7 +62,7 @@ def pages() -> list[Page]:
     found = []
     for number, title, name in nav:
         text = (DOCS / "course" / f"{name}.md").read_text("utf-8")
-        exercises = len(re.findall(r"^\*\*\d+\.", text.partition("\n## Exercises\n")[2], re.M))
+        exercises = len(re.findall(r"^\*\*\d+ \(", text.partition("\n## Exercises\n")[2], re.M))
         row = told[name]
         found.append(Page(name, number, title, tuple(row["after"]), row["at"], row["draw"],
                           tuple(row["set"]), minutes_of(text), exercises))  # fmt: skip

@@ -17,6 +17,7 @@ _WANTED = (
     ("katex/dist/katex.min.css", "katex"),
     ("katex/dist/fonts/*.woff2", "katex/fonts"),
     ("iframe-worker/shim/index.js", "iframe-worker"),
+    ("ts-fsrs/dist/index.umd.js", "ts-fsrs"),
 )
 
 

@@ -23,7 +23,7 @@ def _texts() -> dict[str, Path]:
     """The file of each licence, by its name on the site."""
     texts = {path.stem: path for path in KEPT.glob("*.txt")}
     texts["pvt_ref"] = TOOLS.parents[1] / "LICENSE"
-    for package in ("iframe-worker", "katex"):
+    for package in ("iframe-worker", "katex", "ts-fsrs"):
         texts[package] = TOOLS / "node_modules" / package / "LICENSE"
     for package in ("mkdocs-material", "mkdocstrings-python"):
         (found,) = [
