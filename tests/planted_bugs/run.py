@@ -199,9 +199,23 @@ def edited(text: str, bug: Bug) -> str:
         )
     at = bug.occurrence or 1
     result = bug.old.join(pieces[:at]) + bug.new + bug.old.join(pieces[at:])
-    if ast.dump(ast.parse(text)) == ast.dump(ast.parse(result)):
+    if _code(text, bug.file) == _code(result, bug.file):
         raise DoesNotApplyError("only a comment changes")
     return result
+
+
+def _code(text: str, file: str) -> str:
+    """What stands in a file besides comments and spaces: Python, or CUDA C++ with ``//`` only."""
+    if file.endswith(".py"):
+        return ast.dump(ast.parse(text))
+    return re.sub(r"//.*|\s", "", text)
+
+
+def module_of(file: str) -> str:
+    """The module that has to import when file was edited; a kernel's text is read, not imported."""
+    if not file.endswith(".py"):
+        return "pvt_ref"
+    return file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
 
 
 # A copy ---------------------------------------------------------------------------------------
@@ -224,10 +238,11 @@ def copy_with(bug: Bug | None) -> Iterator[Path]:
                 raise DoesNotApplyError(f"there is no {bug.file}")
             try:
                 target.write_text(edited(target.read_text("utf-8"), bug), "utf-8")
-                py_compile.compile(str(target), cfile=str(copy / "compiled"), doraise=True)
+                if target.suffix == ".py":
+                    py_compile.compile(str(target), cfile=str(copy / "compiled"), doraise=True)
             except (SyntaxError, py_compile.PyCompileError) as error:
                 raise DoesNotApplyError(f"{bug.file} does not compile: {error}") from error
-            (copy / "compiled").unlink()
+            (copy / "compiled").unlink(missing_ok=True)
         yield copy
 
 
@@ -262,8 +277,7 @@ def end(process: multiprocessing.process.BaseProcess) -> None:
 
 def check_import(copy: Path, file: str = "pvt_ref/__init__.py") -> None:
     """Raises unless the copy's package imports, and is the copy's."""
-    module = file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
-    code = f"import pvt_ref, {module}; print(pvt_ref.__file__)"
+    code = f"import pvt_ref, {module_of(file)}; print(pvt_ref.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=copy,
@@ -354,9 +368,7 @@ def _pytest_in(copy: str, file: str, arguments: list[str], output: str) -> None:
     try:
         import pvt_ref
 
-        importlib.import_module(
-            file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
-        )
+        importlib.import_module(module_of(file))
         found = Path(pvt_ref.__file__).resolve()
         assert Path(copy) in found.parents, f"imported {found}, not the copy in {copy}"
     except BaseException as error:
