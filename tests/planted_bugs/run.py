@@ -493,9 +493,10 @@ def run_bug(bug: Bug, tests: Tests) -> Result:
                 by = first_failure(output)
                 if not bug.file.endswith(".py") and _NOT_COMPILED.search(output):
                     return result(NOT_APPLIED, f"{bug.file} does not compile: {by}")
-                # 1: a test failed. 2 with a test named: it failed while it was collected.
-                if status == 1 or (status == 2 and by):
-                    return result(CAUGHT, by or "?")
+                # 1: a test failed; 2: it failed while it was collected. Where none is named, it is
+                # not pytest that has failed
+                if status in (1, 2) and by:
+                    return result(CAUGHT, by)
                 if status != 0:
                     last = output.strip().splitlines()[-1:] or [""]
                     return result(BROKEN, f"pytest ended with {status}: {last[0]}")
