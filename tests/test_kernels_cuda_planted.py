@@ -81,6 +81,19 @@ def test_wide_heads_fit_shared_memory():
     check(attention, None, (q, k, v), 1 / 16)
 
 
+def test_attention_has_no_most_images(monkeypatch):
+    monkeypatch.setattr(np, "empty", np.zeros)
+    grids = []
+    cuda = Cuda(lambda function, grid, *_: grids.append(grid), products="cupy")
+    ops, q = table_with(cuda, is_numpy), np.zeros((65_536, 1, 1, 4), np.float32)
+    y, cache = ops[attention].forward(None, (q, q, q), ops, 0.5)
+    ops[attention].backward(None, cache, y, ops)
+    assert len(grids) == 2
+    for along_x, *others in grids:  # as CUDA allows
+        assert along_x < 2**31
+        assert max(others) < 2**16
+
+
 # What the kernels leave to the readable layers ----------------------------------------------------
 
 
