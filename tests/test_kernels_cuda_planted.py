@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import recording_cupy
 from closeness import relative
-from cuda_on_cpu import Emulation
+from cuda_on_cpu import Emulation, StandIn
 from recording_cupy import RecordingCuPy
 from strategies import normal
 
@@ -25,6 +25,7 @@ from pvt_ref.blocks.transformer import BlockParams, BlockSettings, blocks
 from pvt_ref.draws import Draws
 from pvt_ref.kernels.cuda import optimizer, product
 from pvt_ref.kernels.cuda.capture import Graphs
+from pvt_ref.kernels.cuda.ladder import attention as attention_ladder
 from pvt_ref.kernels.cuda.launch import Cuda, is_float32
 from pvt_ref.kernels.cuda.layer_norm import add_and_norm_rows, norm_backward_rows, norm_rows
 from pvt_ref.kernels.cuda.product import multiply
@@ -34,6 +35,7 @@ from pvt_ref.layers.attention import attention
 from pvt_ref.layers.conv import ConvParams, conv
 from pvt_ref.layers.layer_norm import LayerNormParams, layer_norm
 from pvt_ref.layers.linear import LinearParams
+from pvt_ref.layers.sum_rows import sum_rows
 from pvt_ref.tree import map_arrays, named_arrays
 
 no_gxx = pytest.mark.skipif(
@@ -51,11 +53,17 @@ def arrays_of(*trees):
     return [x for tree in trees for _, x in named_arrays(tree)]
 
 
-def check(op, p, x, *args, tolerance=1e-6, readable=np.float64):
+def by_library():
+    """A table whose products are cuBLASLt's, which add the residual where nothing is dropped."""
+    cuda = Cuda(Emulation(5), 6, products="cublaslt", cublaslt=StandIn())
+    return table_with(cuda, is_numpy)
+
+
+def check(op, p, x, *args, tolerance=1e-6, readable=np.float64, ops=OPS):
     """y and the gradients are those of the readable layers; the same twice from one cache."""
-    y, cache = OPS[op].forward(p, x, OPS, *args)
+    y, cache = ops[op].forward(p, x, ops, *args)
     dy = numbers(9, *y.shape)
-    found = [arrays_of((y, *OPS[op].backward(p, cache, dy, OPS))) for _ in range(2)]
+    found = [arrays_of((y, *ops[op].backward(p, cache, dy, ops))) for _ in range(2)]
     p, x, dy = (map_arrays(lambda a: a.astype(readable), tree) for tree in (p, x, dy))
     y, cache = op.forward(p, x, REFERENCE, *args)
     expected = arrays_of((y, *op.backward(p, cache, dy, REFERENCE)))
@@ -73,6 +81,14 @@ def test_queries_and_values_may_lie_otherwise_than_keys(more_q, more_v):
     q = numbers(1, 2, 2, 5, 8 + more_q)[..., :8]
     k, v = numbers(2, 2, 2, 9, 8), numbers(3, 2, 2, 9, 8 + more_v)[..., :8]
     check(attention, None, (q, k, v), 0.5)
+
+
+@no_gxx
+@pytest.mark.parametrize("step", attention_ladder.STEPS, ids=lambda step: step.run.__name__)
+def test_every_step_of_the_ladder_bears_scores_far_below_zero(step):
+    q, k, v = np.ones((1, 1, 3, 4)), np.full((1, 1, 9, 4), -60.0), numbers(1, 1, 1, 9, 4)
+    y = step.run(q.astype(np.float32), k.astype(np.float32), v, 1.0, CUDA)
+    np.testing.assert_allclose(y, np.repeat(v.mean(axis=2, keepdims=True), 3, axis=2), rtol=1e-5)
 
 
 @no_gxx
@@ -111,7 +127,7 @@ NEVER = table_with(Cuda(never, products="cupy"), is_numpy)
         (layer_norm, LayerNormParams(numbers(1, 8), numbers(2, 8)),
          np.zeros((0, 3, 8), np.float32), (1e-6,)),
         (conv, ConvParams(numbers(1, 4, 4, 2, 2), None),
-         np.zeros((0, 4, 4, 4), np.float32), (2, 0)),
+         np.ndarray((0, 4, 4, 4), np.float32, strides=(256, 64, 16, 4)), (2, 0)),  # as CuPy's
         # kernels that read float32 would take the bytes of float64 for it
         (attention, None, (numbers(1, 1, 1, 2, 4), normal(2, 1, 1, 3, 4), normal(3, 1, 1, 3, 4)),
          (0.5,)),
@@ -158,6 +174,32 @@ def test_windows_that_are_a_view_are_folded():
     np.testing.assert_array_equal(found, expected)
 
 
+# Sums ---------------------------------------------------------------------------------------------
+
+
+ROWS = np.arange(1536)
+#: Each part of a sum has eight rows of 96, so numbers of one sign: it is large, and the sum is not.
+SIGNS = 1 - 2 * (ROWS // 8 % 2)
+
+
+@no_gxx
+def test_parts_of_a_sum_are_added_in_double():
+    x = (SIGNS * 2.0**20 + ROWS % 5).astype(np.float32)  # eight of them have no error in float32
+    y, _ = OPS[sum_rows].forward(None, np.stack((x, -x), axis=1), OPS)
+    np.testing.assert_array_equal(y, [(ROWS % 5).sum(), -(ROWS % 5).sum()])
+
+
+@no_gxx
+def test_the_first_bias_of_an_mlp_has_its_gradient_added_in_double():
+    eye = np.eye(4, dtype=np.float32)
+    # so far from zero that GELU is the identity
+    p = MLPParams(LinearParams(eye, np.full(4, 100, np.float32)), LinearParams(eye, None))
+    _, cache = OPS[mlp].forward(p, np.zeros((1, 1536, 4), np.float32), OPS)
+    dy = np.outer(SIGNS * 2.0**22 + ROWS % 5, [1, -1, 1, -1]).astype(np.float32)
+    _, grads = OPS[mlp].backward(p, cache, dy[None], OPS)
+    np.testing.assert_array_equal(grads.fc1.bias, (ROWS % 5).sum() * np.array([1, -1, 1, -1]))
+
+
 # Blocks -------------------------------------------------------------------------------------------
 
 C, GRID = 8, (4, 8)
@@ -194,7 +236,7 @@ def test_dropout_after_attention_alone_is_not_forgotten():
     settings = (BlockSettings(1e-6, replace(ATTENTION, drop_rate=0.4)),)
     p, x = (block_params(0, 2),), numbers(1, 2, 32, C)
     # masks are drawn in the dtype of x
-    how = {"tolerance": 1e-5, "readable": np.float32}
+    how = {"tolerance": 1e-5, "readable": np.float32, "ops": by_library()}
     check(blocks, p, x, GRID, settings, Draws(4, 1), **how)
 
 
@@ -213,6 +255,14 @@ def test_results_too_large_and_stacks_too_high_have_no_kernel(monkeypatch):
     monkeypatch.setattr(product, "MOST_NUMBERS", 100)
     a, b = numbers(1, 20, 4), numbers(2, 4, 8)
     np.testing.assert_array_equal(multiply(a, b, Cuda(never)), a @ b)
+
+
+@no_gxx
+def test_matrices_of_a_stack_need_not_begin_where_pieces_of_four_may():
+    memory = numbers(1, 1, 2, 25)
+    a = np.ndarray((1, 2, 3, 8), np.float32, memory, strides=(200, 100, 32, 4))
+    b = numbers(2, 1, 2, 8, 4)
+    assert relative(multiply(a, b, Cuda(Emulation(5, 0x4B), 6)), a.astype(np.float64) @ b) < 3e-7
 
 
 @no_gxx
