@@ -33,6 +33,7 @@ from pvt_ref.kernels.cuda.table import table_with
 from pvt_ref.kernels.cuda.windows import fold
 from pvt_ref.layers.attention import attention
 from pvt_ref.layers.conv import ConvParams, conv
+from pvt_ref.layers.depthwise_conv import depthwise_conv
 from pvt_ref.layers.layer_norm import LayerNormParams, layer_norm
 from pvt_ref.layers.linear import LinearParams
 from pvt_ref.layers.sum_rows import sum_rows
@@ -200,6 +201,12 @@ def test_the_first_bias_of_an_mlp_has_its_gradient_added_in_double():
     np.testing.assert_array_equal(grads.fc1.bias, (ROWS % 5).sum() * np.array([1, -1, 1, -1]))
 
 
+@no_gxx
+def test_the_last_pixels_of_a_sum_are_as_many_as_there_are():
+    p = ConvParams(numbers(1, 4, 1, 3, 3), numbers(2, 4))
+    check(depthwise_conv, p, numbers(3, 1, 131, 1, 4))  # two parts, one a pixel short
+
+
 # Blocks -------------------------------------------------------------------------------------------
 
 C, GRID = 8, (4, 8)
@@ -263,6 +270,13 @@ def test_matrices_of_a_stack_need_not_begin_where_pieces_of_four_may():
     a = np.ndarray((1, 2, 3, 8), np.float32, memory, strides=(200, 100, 32, 4))
     b = numbers(2, 1, 2, 8, 4)
     assert relative(multiply(a, b, Cuda(Emulation(5, 0x4B), 6)), a.astype(np.float64) @ b) < 3e-7
+
+
+@no_gxx
+def test_cublaslt_is_told_how_matrices_of_a_stack_are_aligned():
+    a, b = numbers(1, 2, 3, 3, 5), numbers(2, 2, 3, 5, 7)
+    y = multiply(a, b, by_library().settings)
+    assert relative(y, a.astype(np.float64) @ b) < 3e-7
 
 
 @no_gxx
