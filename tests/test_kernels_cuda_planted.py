@@ -23,8 +23,10 @@ from pvt_ref.blocks.mlp import MLPParams, mlp
 from pvt_ref.blocks.sra import SRAParams, SRASettings
 from pvt_ref.blocks.transformer import BlockParams, BlockSettings, blocks
 from pvt_ref.draws import Draws
+from pvt_ref.errors import DeviceError
 from pvt_ref.kernels.cuda import optimizer, product
 from pvt_ref.kernels.cuda.capture import Graphs
+from pvt_ref.kernels.cuda.cublaslt import CublasLt
 from pvt_ref.kernels.cuda.ladder import attention as attention_ladder
 from pvt_ref.kernels.cuda.launch import Cuda, is_float32
 from pvt_ref.kernels.cuda.layer_norm import add_and_norm_rows, norm_backward_rows, norm_rows
@@ -277,6 +279,28 @@ def test_cublaslt_is_told_how_matrices_of_a_stack_are_aligned():
     a, b = numbers(1, 2, 3, 3, 5), numbers(2, 2, 3, 5, 7)
     y = multiply(a, b, by_library().settings)
     assert relative(y, a.astype(np.float64) @ b) < 3e-7
+
+
+@no_gxx
+def test_a_product_that_cublaslt_finds_none_for_is_refused(monkeypatch):
+    call, ops = CublasLt._call, by_library()
+
+    def finds_none(self, name, *arguments, **more):
+        if name != "cublasLtMatmulAlgoGetHeuristic":
+            call(self, name, *arguments, **more)
+
+    monkeypatch.setattr(CublasLt, "_call", finds_none)
+    with pytest.raises(DeviceError, match="has no algorithm on this device"):
+        multiply(numbers(1, 3, 5), numbers(2, 5, 7), ops.settings)
+
+
+@no_gxx
+def test_two_numbers_are_written_at_once_only_where_pairs_may_begin(monkeypatch):
+    # a CPU does not mind
+    monkeypatch.setattr(cuda_on_cpu, "FLAGS", (*cuda_on_cpu.FLAGS, "-fsanitize=alignment"))
+    monkeypatch.setattr(cuda_on_cpu, "compiled", cuda_on_cpu.compiled.__wrapped__)
+    a, b = numbers(1, 3, 5), numbers(2, 5, 7)
+    assert relative(multiply(a, b, Cuda(Emulation(5, 0x4B))), a.astype(np.float64) @ b) < 3e-7
 
 
 @no_gxx
