@@ -121,6 +121,8 @@ def never(*_, **__):
 
 
 NEVER = table_with(Cuda(never, products="cupy"), is_numpy)
+#: With steps that are positive, as CuPy's has.
+NO_MAPS = np.ndarray((0, 4, 4, 4), np.float32, b"0" * 256, strides=(256, 64, 16, 4))
 
 
 @pytest.mark.parametrize(
@@ -129,8 +131,7 @@ NEVER = table_with(Cuda(never, products="cupy"), is_numpy)
         (attention, None, (np.zeros((0, 2, 3, 8), np.float32),) * 3, (0.5,)),
         (layer_norm, LayerNormParams(numbers(1, 8), numbers(2, 8)),
          np.zeros((0, 3, 8), np.float32), (1e-6,)),
-        (conv, ConvParams(numbers(1, 4, 4, 2, 2), None),
-         np.ndarray((0, 4, 4, 4), np.float32, strides=(256, 64, 16, 4)), (2, 0)),  # as CuPy's
+        (conv, ConvParams(numbers(1, 4, 4, 2, 2), None), NO_MAPS, (2, 0)),
         # kernels that read float32 would take the bytes of float64 for it
         (attention, None, (numbers(1, 1, 1, 2, 4), normal(2, 1, 1, 3, 4), normal(3, 1, 1, 3, 4)),
          (0.5,)),
@@ -314,6 +315,14 @@ def test_long_sums_of_a_stack_are_not_cut_into_parts(in_columns):
 
 
 @no_gxx
+def test_an_element_that_is_made_again_has_its_bias_and_residual():
+    a, b, bias, residual = numbers(1, 3, 4), numbers(2, 4, 6), numbers(3, 6), numbers(4, 3, 6)
+    a[1, 2], b[2] = np.finfo(np.float32).max, 1e-38  # rounded to ten bits, it is infinite
+    y = multiply(a, b, Cuda(Emulation(5, 0x4B)), bias, residual)
+    assert relative(y, a.astype(np.float64) @ b + bias + residual) < 3e-7
+
+
+@no_gxx
 def test_tf32_rounds_to_nearest():
     a, b = 1.5 + np.clip(numbers(1, 4, 1024), -1, 1) / 3, 1.5 + numbers(2, 1024, 4) / 9
     y = multiply(a, b, Cuda(Emulation(5, 0x4B), 6, precision="tf32"))
@@ -391,6 +400,13 @@ def test_a_graph_is_found_by_dtype_too_and_its_owner_is_kept(fake):
     del owner
     gc.collect()
     assert kept() is not None, "its id could be another's, who would get this graph"
+
+
+def test_results_on_another_device_are_refused(fake):
+    with fake.cuda.Device(1):
+        elsewhere = fake.asarray(np.ones(2))
+    with pytest.raises(DeviceError, match="the device does not compute it"):
+        capture(lambda x: (x + 1, elsewhere), fake.asarray(np.ones(2)))
 
 
 def test_memory_lives_as_long_as_the_graph(fake, monkeypatch):
