@@ -122,6 +122,11 @@ SHOWN_BY = {
     "pvt_ref/blocks/linear_sra": "layers pvt_v2 cost",
     "pvt_ref/blocks/mha": "layers vit",
     "pvt_ref/blocks/": "ops layers planted_gaps golden",
+    "pvt_ref/kernels/cuda/capture": "capture capture_training",
+    "pvt_ref/kernels/cuda/launch": "kernels_cuda kernels_cuda_computed",
+    "pvt_ref/kernels/cuda/ladder/": "kernels_cuda_ladder kernels_cuda_products",
+    "pvt_ref/kernels/cuda/optimizer": "kernels_cuda_computed loss_scaling capture_training",
+    "pvt_ref/kernels/cuda/": "kernels_cuda_computed kernels_cuda_products kernels_cuda",
     "pvt_ref/kernels/": "layers kernels maps ops pvt_v2 properties",
     "pvt_ref/models/vit/files": "vit loading",
     "pvt_ref/models/vit/": "vit report",
@@ -136,6 +141,8 @@ SHOWN_BY = {
     "pvt_ref/dense.py": "segmentor",
     "pvt_ref/models/architecture": "fine_tuning config_and_params ops planted_gaps properties",
     "pvt_ref/models/": "config_and_params ops planted_gaps properties",
+    "pvt_ref/train/captured": "capture_training loss_scaling",
+    "pvt_ref/train/on_device": "loss_scaling capture_training kernels_cuda_computed",
     "pvt_ref/train/rates": "fine_tuning",
     "pvt_ref/train/segmentation": "twin_segmentor segmentation_training",
     "pvt_ref/train/data_parallel": "data_parallel",
@@ -174,13 +181,13 @@ SHOWN_BY = {
 
 
 def read_catalogue(path: Path = CATALOGUE) -> list[Bug]:
-    """All entries, in order; ids are unique and no field is empty."""
+    """All entries, in order; ids are unique, and no field is empty but ``new`` may be."""
     bugs = [Bug(**entry) for entry in tomllib.loads(path.read_text("utf-8"))["bug"]]
     twice = [key for key, count in Counter(bug.id for bug in bugs).items() if count > 1]
     if twice:
         raise ValueError(f"ids occur twice: {', '.join(twice)}")
     for bug in bugs:
-        if not all((bug.id, bug.file, bug.old, bug.new, bug.why, bug.shows)):
+        if not all((bug.id, bug.file, bug.old, bug.why, bug.shows)):
             raise ValueError(f"{bug.id}: a field is empty")
         if "\n" in bug.old + bug.new:
             raise ValueError(f"{bug.id}: an edit stays within one line")
@@ -199,9 +206,23 @@ def edited(text: str, bug: Bug) -> str:
         )
     at = bug.occurrence or 1
     result = bug.old.join(pieces[:at]) + bug.new + bug.old.join(pieces[at:])
-    if ast.dump(ast.parse(text)) == ast.dump(ast.parse(result)):
+    if _code(text, bug.file) == _code(result, bug.file):
         raise DoesNotApplyError("only a comment changes")
     return result
+
+
+def _code(text: str, file: str) -> str:
+    """What stands in a file besides comments and spaces: Python, or CUDA C++ with ``//`` only."""
+    if file.endswith(".py"):
+        return ast.dump(ast.parse(text))
+    return re.sub(r"//.*|\s", "", text)
+
+
+def module_of(file: str) -> str:
+    """The module that has to import when file was edited; a kernel's text is read, not imported."""
+    if not file.endswith(".py"):
+        return "pvt_ref"
+    return file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
 
 
 # A copy ---------------------------------------------------------------------------------------
@@ -224,10 +245,11 @@ def copy_with(bug: Bug | None) -> Iterator[Path]:
                 raise DoesNotApplyError(f"there is no {bug.file}")
             try:
                 target.write_text(edited(target.read_text("utf-8"), bug), "utf-8")
-                py_compile.compile(str(target), cfile=str(copy / "compiled"), doraise=True)
+                if target.suffix == ".py":
+                    py_compile.compile(str(target), cfile=str(copy / "compiled"), doraise=True)
             except (SyntaxError, py_compile.PyCompileError) as error:
                 raise DoesNotApplyError(f"{bug.file} does not compile: {error}") from error
-            (copy / "compiled").unlink()
+            (copy / "compiled").unlink(missing_ok=True)
         yield copy
 
 
@@ -262,8 +284,7 @@ def end(process: multiprocessing.process.BaseProcess) -> None:
 
 def check_import(copy: Path, file: str = "pvt_ref/__init__.py") -> None:
     """Raises unless the copy's package imports, and is the copy's."""
-    module = file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
-    code = f"import pvt_ref, {module}; print(pvt_ref.__file__)"
+    code = f"import pvt_ref, {module_of(file)}; print(pvt_ref.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=copy,
@@ -354,9 +375,7 @@ def _pytest_in(copy: str, file: str, arguments: list[str], output: str) -> None:
     try:
         import pvt_ref
 
-        importlib.import_module(
-            file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
-        )
+        importlib.import_module(module_of(file))
         found = Path(pvt_ref.__file__).resolve()
         assert Path(copy) in found.parents, f"imported {found}, not the copy in {copy}"
     except BaseException as error:
@@ -383,6 +402,10 @@ def _pytest_in(copy: str, file: str, arguments: list[str], output: str) -> None:
     status = int(pytest.main(arguments, plugins=[NamesakesFirst()]))
     sys.stdout.flush()
     os._exit(status)
+
+
+#: How the emulation of CUDA (tests/cuda_on_cpu) says, in pytest's summary, what g++ refused.
+_NOT_COMPILED = re.compile(r"KernelError: \w+ does not compile")
 
 
 def first_failure(output: str) -> str:
@@ -468,9 +491,12 @@ def run_bug(bug: Bug, tests: Tests) -> Result:
                 if status is None:
                     return result(TIMEOUT, f"no result in {timeout:.0f} s")
                 by = first_failure(output)
-                # 1: a test failed. 2 with a test named: it failed while it was collected.
-                if status == 1 or (status == 2 and by):
-                    return result(CAUGHT, by or "?")
+                if not bug.file.endswith(".py") and _NOT_COMPILED.search(output):
+                    return result(NOT_APPLIED, f"{bug.file} does not compile: {by}")
+                # 1: a test failed; 2: it failed while it was collected. Where none is named, it is
+                # not pytest that has failed
+                if status in (1, 2) and by:
+                    return result(CAUGHT, by)
                 if status != 0:
                     last = output.strip().splitlines()[-1:] or [""]
                     return result(BROKEN, f"pytest ended with {status}: {last[0]}")

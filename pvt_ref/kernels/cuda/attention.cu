@@ -23,8 +23,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
               float scale, float4 *y, float *log_sum, int n, int m, int W, int R)
 {
     __shared__ float4 keys[KEYS * PIECES], values[KEYS * PIECES];
-    int lane = threadIdx.x % LANES, head = blockIdx.y, image = blockIdx.z;
-    int t = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES;
+    int lane = threadIdx.x % LANES, blocks = (n + QUERIES - 1) / QUERIES; // of an image and head
+    int image = blockIdx.x / blocks, head = blockIdx.y;
+    int t = blockIdx.x % blocks * QUERIES + threadIdx.x / LANES;
     bool mine = t < n;
     if (!mine) t = n - 1; // it helps to load keys, and takes part in the sums of its warp
     q += (size_t)image * q_image + (size_t)head * q_head + (size_t)t * q_row;

@@ -2,9 +2,11 @@
 // LANES-th piece of four of its D numbers, and keys and values pass through shared memory, KEYS at
 // a time.
 //
-// Compiled with D, divisible by 4, and LANES. Grid: (queries / queries of a block, heads, images).
+// Compiled with D, divisible by 4, and LANES. Grid: (images * blocks of queries, heads): along x a
+// grid may have 2^31 - 1 blocks, along y and z 65,535.
 
 #define THREADS 128
+#define QUERIES (THREADS / LANES)                // of a block
 #define PIECES (D / 4)                           // of a row
 #define OWN ((PIECES + LANES - 1) / LANES)       // of a thread
 #define KEYS (D <= 64 ? 64 : D <= 128 ? 32 : 16) // in shared memory at a time

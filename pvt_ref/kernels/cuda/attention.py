@@ -86,7 +86,7 @@ def attend(
     function, in_block = _function("attention", q.shape, cuda)
     inputs = (*_with_steps(q), *_with_steps(k), *_with_steps(v), float(scale))
     arguments = (*inputs, y, log_sum, n, m, *order)
-    cuda.launch(function, (blocks_for(n, in_block), N, B), (_THREADS,), arguments)
+    cuda.launch(function, (B * blocks_for(n, in_block), N), (_THREADS,), arguments)
     return y, AttentionCache((q, k, v), scale, y, log_sum, order) if keep else None
 
 
@@ -124,7 +124,7 @@ def attention_backward(
     outputs = (dq, weights, dscores)
     inputs = (*steps, float(cache.scale), cache.y, cache.log_sum)
     arguments = (*inputs, *outputs, n, m, *cache.order)
-    cuda.launch(function, (blocks_for(n, in_block), N, B), (_THREADS,), arguments)
+    cuda.launch(function, (B * blocks_for(n, in_block), N), (_THREADS,), arguments)
     dk, dv = multiply(dscores, q, cuda), multiply(weights, dy, cuda)  # (B, N, m, d) each
     return (xp.permute_dims(dq, (0, 2, 1, 3)), dk, dv), None
 

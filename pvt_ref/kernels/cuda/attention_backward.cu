@@ -22,8 +22,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                        float *weights, float *dscores, int n, int m, int W, int R)
 {
     __shared__ float4 keys[KEYS * PIECES], values[KEYS * PIECES];
-    int lane = threadIdx.x % LANES, head = blockIdx.y, image = blockIdx.z;
-    int t = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES;
+    int lane = threadIdx.x % LANES, blocks = (n + QUERIES - 1) / QUERIES; // of an image and head
+    int image = blockIdx.x / blocks, head = blockIdx.y;
+    int t = blockIdx.x % blocks * QUERIES + threadIdx.x / LANES;
     bool mine = t < n;
     if (!mine) t = n - 1;
     size_t own_head = (size_t)image * gridDim.y + head;
