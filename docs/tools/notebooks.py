@@ -2,16 +2,15 @@
 
 A notebook has the page's text, equations and code, in the page's order, and nothing that was
 computed: its reader runs it. Two builds of one commit give the same bytes. If the environment
-variable REPOSITORY names the repository on GitHub (``owner/name``), as .github/workflows/docs.yml
-does, the notebook fetches that commit where there is no checkout, and its page links to Colab.
+variable REPOSITORY names a repository on GitHub and a commit (``owner/name@commit``), as in
+.github/workflows/docs.yml, a notebook fetches that where there is no checkout, and its page links
+to Colab.
 """
 
 import json
 import os
 import re
-import subprocess
 import textwrap
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urljoin
 
@@ -42,19 +41,18 @@ def address() -> Address | None:
     """From the environment, or None where nobody has said.
 
     Raises:
-        ValueError: if REPOSITORY is not of the form ``owner/name``.
+        ValueError: if REPOSITORY is not of the form ``owner/name@commit``.
     """
-    repository = os.environ.get("REPOSITORY", "")
-    if not repository:
+    said = os.environ.get("REPOSITORY", "")
+    if not said:
         return None
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})", said)
+    if found is None:
         raise ValueError(
-            f"REPOSITORY is {repository!r}; it must be owner/name, as in the repository's address "
-            "https://github.com/owner/name"
+            f"REPOSITORY is {said!r}; it must be owner/name@commit, as in the repository's address "
+            "https://github.com/owner/name, and the commit's 40 digits"
         )
-    command = ["git", "rev-parse", "HEAD"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=True)
-    return Address(repository, done.stdout.decode().strip())
+    return Address(found[1], found[2])
 
 
 # The first cell -----------------------------------------------------------------------------------
