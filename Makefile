@@ -11,7 +11,7 @@ PY := .venv/bin/python
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips must not write into one .venv
 .PHONY: help venv need-npm demo bench test lint format types docs docs-serve check-site \
-  check-planted fuzz interrupts mutation clean distclean
+  check-planted fuzz fuzz-guided interrupts mutation coverage clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -31,7 +31,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --progress-bar off
 TORCH := $(PIP) -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 .venv/.stamp-%: tools/locked/%.txt pyproject.toml constraints.txt | .venv/bin/pip
 	@echo "Installing the extra '$*' into .venv (the first time, this takes a few minutes) ..."
-	@{ $(PIP) --require-hashes -r $< $(if $(filter test bench site,$*),&& $(TORCH)) && \
+	@{ $(PIP) --require-hashes -r $< $(if $(filter test bench site coverage fuzz,$*),&& $(TORCH)) && \
 	  $(PIP) --no-deps --no-build-isolation -e .; } >.venv/install-$*.log 2>&1 || { \
 	  cat .venv/install-$*.log >&2; exit 1; }
 	@touch $@
@@ -59,9 +59,15 @@ bench: .venv/.stamp-bench ## times everything against PyTorch and others on this
 # Checking --------------------------------------------------------------------------------------
 
 # small chunks keep the order of tests/conftest.py: layers first
-PYTEST := $(PY) -m pytest -n auto --maxprocesses 8 --maxschedchunk 4
+PYTEST := -m pytest -n auto --maxprocesses 8 --maxschedchunk 4
 test: .venv/.stamp-test ## all tests; those that compute, with the kernels and with the readable layers
-	@$(PYTEST) $(ARGS)
+	@$(PY) $(PYTEST) $(ARGS)
+
+coverage: .venv/.stamp-coverage ## all tests, and which lines and branches none of them runs
+	@$(PY) -m coverage erase
+	@$(PY) -m coverage run $(PYTEST) $(ARGS)
+	@$(PY) -m coverage combine --quiet && $(PY) -m coverage json --quiet -o build/coverage.json
+	@$(PY) tools/coverage_floors.py build/coverage.json
 
 lint: .venv/.stamp-lint ## formatting and style
 	@.venv/bin/ruff format --check .
@@ -87,7 +93,8 @@ docs-serve: need-npm .venv/.stamp-docs $(NPM) ## the documentation on a local po
 check-site: need-npm .venv/.stamp-site docs ## every page of site/, in Chromium or Chrome
 	@again=$$(mktemp -d) && trap 'rm -rf "$$again"' EXIT && \
 	  $(MKDOCS) build --quiet --site-dir "$$again" && \
-	  SITE_AGAIN="$$again" $(PY) -m pytest tests/check_site.py -n auto --maxprocesses 4 $(ARGS)
+	  SITE_AGAIN="$$again" $(PY) -m pytest tests/check_site.py tests/check_notebooks.py \
+	  -n auto --maxprocesses 4 $(ARGS)
 
 # Checking the tests (hours, not minutes) -------------------------------------------------------
 
@@ -97,6 +104,11 @@ check-planted: .venv/.stamp-test ## plants known mistakes, one at a time: do the
 fuzz: ARGS ?= --count 100000 --seed 0
 fuzz: .venv/.stamp-test ## 100,000 damaged weights files of each kind
 	@$(PY) tests/fuzz_checkpoints.py $(ARGS)
+
+fuzz-guided: ARGS ?= -max_total_time=60
+fuzz-guided: .venv/.stamp-fuzz ## each reader of files, led by the lines that its input reaches
+	@for reader in pickle legacy safetensors config picture; do \
+	  echo "$$reader" && $(PY) tests/fuzz_atheris.py $$reader $(ARGS) || exit 1; done
 
 interrupts: ARGS ?= --count 5000 --seed 0
 interrupts: .venv/.stamp-test ## 5,000 times Ctrl-C at random moments: is all as before?
@@ -109,7 +121,7 @@ mutation: .venv/.stamp-test .venv/.stamp-mutation ## mutates the layers by machi
 # Cleaning --------------------------------------------------------------------------------------
 
 clean: ## removes what was built, and caches; keeps .venv
-	@rm -rf site build dist mutants pyramid.png segmentation.png .coverage .pytest_cache .ruff_cache .hypothesis
+	@rm -rf site build dist mutants pyramid.png segmentation.png .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis
 	@find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## removes .venv too
