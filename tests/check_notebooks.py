@@ -59,7 +59,7 @@ def judge(first_line: str, printed: str, page: str) -> str:
         rows = [cell for row in printed.splitlines() for cell in row.split("|")]
         missing = [cell for cell in rows if words(markdown.markdown(cell)) not in words(page)]
         return "\n".join(missing)
-    extensions = ["tables", "fenced_code", "md_in_html"]
+    extensions = ["tables", "md_in_html", "pymdownx.superfences", "pymdownx.details"]
     said = words(markdown.markdown(printed, extensions=extensions))
     return "" if said in words(page) else said
 

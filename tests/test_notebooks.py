@@ -212,6 +212,11 @@ def test_a_notebook_shows_what_is_printed_as_the_page_does(shell, capsys):
     shell.run("# prints Markdown\nfor k in range(2):\n    print(f'| {k} |')", {})
     shell.run("# prints HTML\nprint('<svg/>')", {})
     shell.run("print('plain')", {})
+    shell.run("# prints Markdown\nprint('??? note \"kernel.cu\"\\n    text')", {})
+    assert shell.shown.pop() == (
+        "Markdown",
+        "<details>\n<summary>kernel.cu</summary>\n\ntext\n\n</details>\n\n",
+    )
     assert shell.shown[0] == ("Markdown", "| 0 |\n| 1 |\n")
     kind, html = shell.shown[1]
     assert kind == "HTML"

@@ -7,10 +7,12 @@ shows it so. Run as plain Python, such a cell just prints.
 import io
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 STYLE = Path(__file__).parents[1] / "assets" / "course.css"
+_FOLDED = re.compile(r'^\?\?\? \w+ "([^"\n]+)"\n((?: {4}[^\n]*\n|\n)*)', re.MULTILINE)
 _FIRST_LINE = re.compile(r"# prints (Markdown|HTML)\n")
 
 
@@ -20,6 +22,16 @@ def on_paper(html: str) -> str:
     assert found is not None, f"{STYLE} has no colours for figures"
     colours = " ".join(found[1].split())
     return f'<div style="background: white; color: #1c1c22; {colours}">{html}</div>'
+
+
+def unfold(markdown: str) -> str:
+    """The site's folds, ``??? note "title"``, in HTML, which Jupyter folds too."""
+
+    def details(match: re.Match[str]) -> str:
+        inside = textwrap.dedent(match[2]).strip("\n")
+        return f"<details>\n<summary>{match[1]}</summary>\n\n{inside}\n\n</details>\n\n"
+
+    return _FOLDED.sub(details, markdown)
 
 
 class Shown:
@@ -44,7 +56,7 @@ class Shown:
             if kind == "HTML":
                 self.display.display(self.display.HTML(on_paper(text)))
             else:
-                self.display.display(self.display.Markdown(text))
+                self.display.display(self.display.Markdown(unfold(text)))
 
 
 def begin() -> None:

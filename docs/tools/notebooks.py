@@ -10,9 +10,10 @@ to Colab.
 import json
 import os
 import re
-import textwrap
 from typing import Any, NamedTuple
 from urllib.parse import urljoin
+
+from in_notebook import unfold
 
 #: The branch of the repository that Colab opens notebooks from; docs.yml puts them there.
 BRANCH = "notebooks"
@@ -107,7 +108,6 @@ def first_cell(at: Address | None) -> str:
 #: A block that runs on the page: what follows exec="1", and the code.
 _RUN = re.compile(r'^```python exec="1"([^\n]*)\n(.*?)^```$\n?', re.DOTALL | re.MULTILINE)
 _FRONT_MATTER = re.compile(r"\A---\n.*?^---\n", re.DOTALL | re.MULTILINE)
-_FOLDED = re.compile(r'^\?\?\? \w+ "([^"\n]+)"\n((?: {4}[^\n]*\n|\n)*)', re.MULTILINE)
 _FENCED = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 #: What Jupyter's Markdown does not know; a page that uses it needs more lines here.
@@ -138,11 +138,6 @@ def _text(markdown: str, page: str, base: str) -> str:
     return "".join(parts)
 
 
-def _unfold(match: re.Match[str]) -> str:
-    inside = textwrap.dedent(match[2]).strip("\n")
-    return f"<details>\n<summary>{match[1]}</summary>\n\n{inside}\n\n</details>\n\n"
-
-
 # The notebook -------------------------------------------------------------------------------------
 
 
@@ -170,7 +165,7 @@ def notebook(markdown: str, page: str, at: Address | None = None) -> dict[str, A
     cells: list[dict[str, Any]] = []
 
     def add_text(text: str) -> None:
-        text = _text(_FOLDED.sub(_unfold, text), page, base)
+        text = _text(unfold(text), page, base)
         for section in re.split(r"^(?=## )", text, flags=re.MULTILINE):
             if section.strip():
                 cells.append({"cell_type": "markdown", "metadata": {}, "source": section.strip()})
