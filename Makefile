@@ -11,7 +11,7 @@ PY := .venv/bin/python
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips must not write into one .venv
 .PHONY: help venv need-npm demo bench test lint format types docs docs-serve check-site print \
-  check-planted fuzz interrupts mutation clean distclean
+  check-planted fuzz fuzz-guided interrupts mutation coverage clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -31,7 +31,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --progress-bar off
 TORCH := $(PIP) -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 .venv/.stamp-%: tools/locked/%.txt pyproject.toml constraints.txt | .venv/bin/pip
 	@echo "Installing the extra '$*' into .venv (the first time, this takes a few minutes) ..."
-	@{ $(PIP) --require-hashes -r $< $(if $(filter test bench site,$*),&& $(TORCH)) && \
+	@{ $(PIP) --require-hashes -r $< $(if $(filter test bench site coverage fuzz,$*),&& $(TORCH)) && \
 	  $(PIP) --no-deps --no-build-isolation -e .; } >.venv/install-$*.log 2>&1 || { \
 	  cat .venv/install-$*.log >&2; exit 1; }
 	@touch $@
@@ -59,9 +59,15 @@ bench: .venv/.stamp-bench ## times everything against PyTorch and others on this
 # Checking --------------------------------------------------------------------------------------
 
 # small chunks keep the order of tests/conftest.py: layers first
-PYTEST := $(PY) -m pytest -n auto --maxprocesses 8 --maxschedchunk 4
+PYTEST := -m pytest -n auto --maxprocesses 8 --maxschedchunk 4
 test: .venv/.stamp-test ## all tests; those that compute, with the kernels and with the readable layers
-	@$(PYTEST) $(ARGS)
+	@$(PY) $(PYTEST) $(ARGS)
+
+coverage: .venv/.stamp-coverage ## all tests, and which lines and branches none of them runs
+	@$(PY) -m coverage erase
+	@$(PY) -m coverage run $(PYTEST) $(ARGS)
+	@$(PY) -m coverage combine --quiet && $(PY) -m coverage json --quiet -o build/coverage.json
+	@$(PY) tools/coverage_floors.py build/coverage.json
 
 lint: .venv/.stamp-lint ## formatting and style
 	@.venv/bin/ruff format --check .
@@ -88,7 +94,8 @@ check-site: need-npm .venv/.stamp-docs .venv/.stamp-site $(NPM) ## every page of
 	@again=$$(mktemp -d) && trap 'kill $$second 2>/dev/null; rm -rf "$$again"' EXIT && \
 	  { $(MKDOCS) build --quiet --site-dir "$$again" & second=$$!; } && \
 	  $(MKDOCS) build --strict && wait $$second && \
-	  SITE_AGAIN="$$again" $(PY) -m pytest tests/check_site.py tests/check_recall.py -n auto --maxprocesses 4 $(ARGS)
+	  SITE_AGAIN="$$again" $(PY) -m pytest tests/check_site.py tests/check_recall.py \
+  tests/check_notebooks.py -n auto --maxprocesses 4 $(ARGS)
 
 print: need-npm .venv/.stamp-site docs ## the course as one PDF, print/course.pdf; needs Chromium or Chrome
 	@$(PY) docs/tools/print_course.py $(ARGS)
@@ -102,6 +109,11 @@ fuzz: ARGS ?= --count 100000 --seed 0
 fuzz: .venv/.stamp-test ## 100,000 damaged weights files of each kind
 	@$(PY) tests/fuzz_checkpoints.py $(ARGS)
 
+fuzz-guided: ARGS ?= -max_total_time=60
+fuzz-guided: .venv/.stamp-fuzz ## each reader of files, led by the lines that its input reaches
+	@for reader in pickle legacy safetensors config picture; do \
+	  echo "$$reader" && $(PY) tests/fuzz_atheris.py $$reader $(ARGS) || exit 1; done
+
 interrupts: ARGS ?= --count 5000 --seed 0
 interrupts: .venv/.stamp-test ## 5,000 times Ctrl-C at random moments: is all as before?
 	@$(PY) tests/interrupt_campaign.py $(ARGS)
@@ -113,7 +125,7 @@ mutation: .venv/.stamp-test .venv/.stamp-mutation ## mutates the layers by machi
 # Cleaning --------------------------------------------------------------------------------------
 
 clean: ## removes what was built, and caches; keeps .venv
-	@rm -rf site print build dist mutants pyramid.png segmentation.png .coverage .pytest_cache .ruff_cache .hypothesis
+	@rm -rf site print build dist mutants pyramid.png segmentation.png .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis
 	@find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## removes .venv too

@@ -82,10 +82,56 @@ def test_workflows_name_actions_by_commit_and_have_no_rights_to_spare(name):
     jobs = re.split(r"\n  (?=\w+:)", text.split("\njobs:", 1)[1])[1:]
     assert len(jobs) >= 2
     for job in jobs:
-        rights = set(re.findall(r"([\w-]+): (?:read|write)$", job, flags=re.MULTILINE))
-        installs = "make" in job or ".ci/run" in job
-        assert rights == ({"contents"} if installs else {"pages", "id-token"}), job
-        assert not (installs and ": write" in job)
+        rights = set(re.findall(r"^      ([\w-]+: (?:read|write))$", job, flags=re.MULTILINE))
+        if "actions/checkout@" in job:  # runs what others wrote, and may only read
+            assert rights == {"contents: read"}, job
+        else:
+            assert rights in MAY_WRITE, job
+            assert not re.search(r"\b(make|pip|npm|python|bash)\b|\.ci/", without_pypi(job)), job
+
+
+#: Of jobs that run nothing but actions, git and gh: to Pages; to a branch or a release; proof of
+#: who built a file; to PyPI.
+MAY_WRITE = (
+    {"pages: write", "id-token: write"},
+    {"contents: write"},
+    {"id-token: write", "attestations: write"},
+    {"id-token: write"},
+)
+
+
+def without_pypi(job: str) -> str:
+    return re.sub(r"#.*|pypa/gh-action-pypi-publish|environment: pypi", "", job)
+
+
+def test_a_release_is_proved_before_it_is_published():
+    needed = r"\n  (\w+):(?: #[^\n]*)?\n    needs: (\w+)"
+    jobs = dict(re.findall(needed, WORKFLOWS["release.yml"]))
+    assert jobs == {"attest": "build", "publish": "attest", "announce": "publish"}
+    assert "password" not in WORKFLOWS["release.yml"]
+    assert "secrets." not in "".join(WORKFLOWS.values())
+
+
+def test_the_documentation_tells_notebooks_its_repository_and_readers_its_address():
+    docs = WORKFLOWS["docs.yml"]
+    assert "REPOSITORY: ${{ github.repository }}@${{ github.sha }}" in docs
+    assert 'echo "The site is at $ADDRESS"' in docs
+    assert "steps.deployment.outputs.page_url" in docs.split("ADDRESS:")[1]
+    written = "".join(WORKFLOWS.values())  # so that a fork needs no change
+    assert not re.search(r"github\.com/(?!\$REPOSITORY)[\w-]+/|github\.repository ==", written)
+
+
+def test_wheels_are_tested_on_every_platform():
+    lanes = re.findall(
+        r"- \{ name: .*?, os: (\w+).*?python: \"(\S+)\", how: (\w+)", WORKFLOWS["ci.yml"]
+    )
+    assert {system for system, _, _ in lanes} == {"ubuntu", "macos", "windows"}
+    assert "ubuntu-24.04-arm" in WORKFLOWS["ci.yml"]
+    assert {"locked", "lowest", "alone"} == {how for _, _, how in lanes}
+    script = (ROOT / ".ci" / "wheel").read_text(encoding="utf-8")
+    assert all(re.search(rf"^  {how}\)$", script, re.MULTILINE) for _, _, how in lanes)
+    lowest = next(python for _, python, how in lanes if how == "lowest")
+    assert PROJECT["requires-python"] == f">={lowest}"
 
 
 def test_the_oldest_and_the_newest_python_are_tested():

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = ("examples", "test", "bench", "docs", "site", "lint", "mutation")
+EXTRAS = ("examples", "test", "bench", "docs", "site", "lint", "mutation", "coverage", "fuzz")
 UNLOCKED = re.compile(r"(torch|triton|nvidia-[\w-]+|cuda-[\w-]+)==")
 HEAD = """\
 # What `make` installs for the extra '{extra}', and hatchling and editables to build the project.
