@@ -125,7 +125,8 @@ SHOWN_BY = {
     "pvt_ref/blocks/": "ops layers planted_gaps golden",
     "pvt_ref/kernels/cuda/capture": "capture kernels_cuda_planted capture_training",
     "pvt_ref/kernels/cuda/launch": "kernels_cuda kernels_cuda_planted kernels_cuda_computed",
-    "pvt_ref/kernels/cuda/ladder/": "kernels_cuda_ladder kernels_cuda_products kernels_cuda_planted",
+    "pvt_ref/kernels/cuda/ladder/": "kernels_cuda_ladder kernels_cuda_products "
+    "kernels_cuda_planted",
     "pvt_ref/kernels/cuda/optimizer": "kernels_cuda_computed kernels_cuda_planted loss_scaling "
     "capture_training",
     "pvt_ref/kernels/cuda/": "kernels_cuda_computed kernels_cuda_products kernels_cuda "
