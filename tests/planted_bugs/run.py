@@ -5,6 +5,7 @@
     python tests/planted_bugs/run.py --only gelu-tanh drop-no-rescale
     python tests/planted_bugs/run.py --first tests/test_layers.py -- --ignore tests/test_image.py
     python tests/planted_bugs/run.py --catalogue tests/planted_bugs/segmentation.toml
+    python tests/planted_bugs/run.py --catalogue tests/planted_bugs/cuda.toml
 
 For every bug the package and its tests are copied to a temporary folder, one line of the copy is
 changed, and pytest runs there until its first failure. The repository itself is never written to.
@@ -122,11 +123,14 @@ SHOWN_BY = {
     "pvt_ref/blocks/linear_sra": "layers pvt_v2 cost",
     "pvt_ref/blocks/mha": "layers vit",
     "pvt_ref/blocks/": "ops layers planted_gaps golden",
-    "pvt_ref/kernels/cuda/capture": "capture capture_training",
-    "pvt_ref/kernels/cuda/launch": "kernels_cuda kernels_cuda_computed",
-    "pvt_ref/kernels/cuda/ladder/": "kernels_cuda_ladder kernels_cuda_products",
-    "pvt_ref/kernels/cuda/optimizer": "kernels_cuda_computed loss_scaling capture_training",
-    "pvt_ref/kernels/cuda/": "kernels_cuda_computed kernels_cuda_products kernels_cuda",
+    "pvt_ref/kernels/cuda/capture": "capture kernels_cuda_planted capture_training",
+    "pvt_ref/kernels/cuda/launch": "kernels_cuda kernels_cuda_planted kernels_cuda_computed",
+    "pvt_ref/kernels/cuda/ladder/": "kernels_cuda_ladder kernels_cuda_products "
+    "kernels_cuda_planted",
+    "pvt_ref/kernels/cuda/optimizer": "kernels_cuda_computed kernels_cuda_planted loss_scaling "
+    "capture_training",
+    "pvt_ref/kernels/cuda/": "kernels_cuda_computed kernels_cuda_products kernels_cuda "
+    "kernels_cuda_planted",
     "pvt_ref/kernels/": "layers kernels maps ops pvt_v2 properties",
     "pvt_ref/models/vit/files": "vit loading",
     "pvt_ref/models/vit/": "vit report",
