@@ -87,7 +87,7 @@ docs-serve: need-npm .venv/.stamp-docs $(NPM) ## the documentation on a local po
 check-site: need-npm .venv/.stamp-site docs ## every page of site/, in Chromium or Chrome
 	@again=$$(mktemp -d) && trap 'rm -rf "$$again"' EXIT && \
 	  $(MKDOCS) build --quiet --site-dir "$$again" && \
-	  SITE_AGAIN="$$again" $(PY) -m pytest tests/check_site.py -n auto --maxprocesses 4 $(ARGS)
+	  SITE_AGAIN="$$again" $(PY) -m pytest tests/check_site.py tests/check_try.py -n auto --maxprocesses 4 $(ARGS)
 
 # Checking the tests (hours, not minutes) -------------------------------------------------------
 
