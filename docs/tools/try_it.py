@@ -48,6 +48,8 @@ def export(folder: Path) -> None:
     what = ("logits", "pyramid", "attention")
     pvt_ref.export_onnx(_classifier(), classifier, what=what, **options)
     pvt_ref.export_onnx(_streets(), streets, size=STREET, resized=True, **options)
+
+
 # --8<-- [end:export]
 
 
@@ -177,8 +179,8 @@ def looks() -> str:
     words = (
         "Four times the temple, under the attention of one query on its walls, at stages 1 to 4, "
         "in the last block, mean of the heads. A red square marks the query, 2 pixels wide in "
-        "stage 1 and 16 in stage 4. The keys are 8 by 8 squares in all four; under each picture stand the "
-        "smallest and the largest weight."
+        "stage 1 and 16 in stage 4. The keys are 8 by 8 squares in all four; under each picture "
+        "stand the smallest and the largest weight."
     )
     return _part("attention", show(figure, "try-looks", words))
 
