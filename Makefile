@@ -95,7 +95,7 @@ check-site: need-npm .venv/.stamp-docs .venv/.stamp-site $(NPM) ## every page of
 	  { $(MKDOCS) build --quiet --site-dir "$$again" & second=$$!; } && \
 	  $(MKDOCS) build --strict && wait $$second && \
 	  SITE_AGAIN="$$again" $(PY) -m pytest tests/check_site.py tests/check_recall.py \
-  tests/check_notebooks.py -n auto --maxprocesses 4 $(ARGS)
+  tests/check_notebooks.py tests/check_try.py -n auto --maxprocesses 4 $(ARGS)
 
 print: need-npm .venv/.stamp-site docs ## the course as one PDF, print/course.pdf; needs Chromium or Chrome
 	@$(PY) docs/tools/print_course.py $(ARGS)

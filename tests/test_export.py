@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -67,12 +68,15 @@ def assert_same(path, config, what="logits", batches=(1, 3), size=(32, 32)) -> N
     params = params_of(config)
     for B in batches:
         x = images_of(config, B, size)
-        found = run(path, x)
-        if what == "logits":
-            expected = {"logits": pvt_ref.forward(params, x, config)}
-        else:
+        found, expected = run(path, x), {}
+        if "logits" in what:
+            expected["logits"] = pvt_ref.forward(params, x, config)
+        if "pyramid" in what:
             maps = pvt_ref.forward_pyramid(params, x, config)
-            expected = {f"F{i}": y for i, y in enumerate(maps, start=1)}
+            expected |= {f"F{i}": y for i, y in enumerate(maps, start=1)}
+        if "attention" in what:
+            maps = pvt_ref.attention_maps(params, x, config)
+            expected |= {f"A{stage}.{block}": A for (stage, block), A in maps.items()}
         assert list(found) == list(expected)
         for name, y in found.items():
             assert y.dtype == np.float32
@@ -101,6 +105,39 @@ def test_a_pyramids_maps(name, path):
     assert_same(path, config, "pyramid")
 
 
+#: Everything at once: classifiers, of which a PVT runs stage 4 twice, a backbone, and heads.
+ALL = ("logits", "pyramid", "attention")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_all_outputs_of_one_graph(name, path):
+    config = NETWORKS[name]
+    written = export_onnx(model_of(config), path, what=ALL)
+    assert_same(path, config, ALL)
+    for key, y in run(path, images_of(config, 3)).items():
+        assert written.outputs[key] == ("batch", *y.shape[1:])
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_attention_alone_of_a_classifier_and_of_a_backbone(name, path):
+    for config in (BACKBONES[name], CLASSIFIERS[name]):
+        export_onnx(model_of(config), path, what="attention")
+        assert_same(path, config, ["attention"])
+
+
+def test_what_passes_share_is_computed_once(path):
+    config = CLASSIFIERS["pvt"]
+    counts = {}
+    for what in ("logits", ("attention", "logits"), ("pyramid", "logits")):
+        export_onnx(model_of(config), path, what=what)
+        counts[what] = [node.name for node in onnx.load(path).graph.node]
+    first, with_attention, with_maps = counts.values()
+    assert sorted(with_attention) == sorted(first)  # the weights are there, they are only shown
+    assert set(first) < set(with_maps)
+    again = set(with_maps) - set(first)
+    assert all(re.match(r"(pos_embed4|block4|(Reshape|Transpose)(_\d+)?$)", name) for name in again)
+
+
 @pytest.mark.parametrize("name", SEGMENTORS)
 def test_a_segmentation_networks_logits(name, path):
     config = SEGMENTORS[name]
@@ -127,11 +164,14 @@ def test_a_size_that_is_stretched_and_logits_at_the_size_of_the_image(name, path
     assert_near(run(path, x)["logits"], exact, FLOAT32)
 
 
-@pytest.mark.parametrize("what", ["logits", "pyramid"])
+@pytest.mark.parametrize("what", ["logits", "pyramid", ALL])
 def test_a_version_2_takes_any_size_if_it_is_left_open(what, path):
     config = CLASSIFIERS["pvt_v2"]
     written = export_onnx(model_of(config), path, what=what, size="any")
     assert written.input == ("images", "float32", ("batch", 3, "height", "width"))
+    for name, shape in written.outputs.items():
+        if name.startswith("A"):
+            assert shape[2:] == (f"{name}_queries", f"{name}_keys")
     for size in ((32, 32), (64, 96), (32, 160)):
         assert_same(path, config, what, size=size)
 
@@ -222,10 +262,24 @@ def test_symbols_have_the_shapes_of_arrays_and_refuse_what_a_graph_cannot_say(pa
     with pytest.raises(NotImplementedError):
         x[:, 0, :] = x[:, 1, :]
     table = np.ones((6, 4), np.float32)
-    graph = Graph({id(table): "table"})
+    other = 2 * table
+    graph = Graph({id(table): "table", id(other): "table"})
     y = graph.input("y", (BATCH, 6, 4), np.float32) + table
     with pytest.raises(ValueError, match="two arrays want to be called table"):
-        y + graph.called(2 * table, like=table)
+        y + other
+
+
+def test_what_is_made_of_a_weight_has_its_name_and_a_number_where_it_is_not_the_same():
+    table = np.ones((6, 4), np.float32)
+    graph = Graph({id(table): "table"})
+    assert graph.called(table[:3], like=table) is not table
+    for x in (table[:3].copy(), table.copy(), table[:3].copy(), table.copy()):
+        graph.input("x", (BATCH, *x.shape), np.float32) + graph.called(x, like=table)
+    assert {key: x.shape for key, x in graph.constants.items()} == {
+        "table": (3, 4),
+        "table/2": (6, 4),
+    }
+    assert graph.called(other := table[1:], like=table[2:]) is other  # no weight
 
 
 # What is in the file ------------------------------------------------------------------------------
@@ -361,7 +415,10 @@ def test_without_onnx_it_says_what_to_install(path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("pvt", {"what": "maps"}, "what is 'maps'; it must be 'logits' or 'pyramid'"),
+        ("pvt", {"what": "maps"}, "what is 'maps'; it must be one or several of 'logits', "),
+        ("pvt", {"what": ("logits", "A")}, "what is ('logits', 'A'); it must be"),
+        ("pvt", {"what": []}, "what is []; it must be"),
+        ("pvt", {"what": 3}, "what is 3; it must be"),
         ("pvt", {"size": (32, 33)}, "32x33 does not fit"),
         ("pvt", {"size": "all"}, "size is 'all'"),
         ("pvt", {"size": "any"}, "pos_embed1 is made for one size"),
@@ -389,6 +446,7 @@ def test_a_bare_backbone_has_no_logits_and_a_network_without_maps_no_pyramid(pat
         config = toy.ToyConfig()
         model = Model(pvt_ref.init_params(config, np.random.default_rng(0)), config)
         assert "a toy has no pyramid" in refusal(model, path, what="pyramid")
+        assert "a toy has no block with attention" in refusal(model, path, what="attention")
 
 
 def test_preprocessing_of_other_channels(path):

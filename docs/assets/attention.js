@@ -1,15 +1,6 @@
-// Click a patch of the photo: where does it look? The weights are those of attention_maps.
-(function () {
-  const root = document.getElementById("attention");
-  if (!root) return;
-  const { photo, side, layers } = JSON.parse(root.querySelector("script").textContent);
-  for (const element of root.querySelectorAll(".drawn, img")) element.hidden = true;
-
-  for (const layer of layers) {
-    const bytes = Uint8Array.from(atob(layer.weights), (c) => c.charCodeAt(0));
-    layer.steps = new Uint16Array(bytes.buffer);
-  }
-
+// Click a patch of the photo: where does it look? A panel for weights of any network: layers have
+// stage, block, grid, keys, heads, cls, and weights (heads, queries, keys) without the cls token's.
+function attentionPanel({ photo, side, layers, point = [0.55, 0.5] }) {
   const panel = document.createElement("div");
   panel.className = "panel";
   panel.innerHTML = `
@@ -22,17 +13,16 @@
     </div>
     <svg viewBox="0 0 ${side} ${side}" class="photo" role="img"></svg>
     <p class="words" aria-live="polite"></p>`;
-  root.prepend(panel);
   const [layerBox, headBox, row, column] = ["layer", "head", "row", "column"].map((c) => panel.querySelector("." + c));
   const svg = panel.querySelector("svg");
   // the query as a fraction of the image, so that another stage keeps the place
-  let place = [0.55, 0.5];
+  let place = point;
 
   function weightsOf(layer, head, query) {
     const m = layer.keys[0] * layer.keys[1], n = layer.grid[0] * layer.grid[1];
     const heads = head < 0 ? [...Array(layer.heads).keys()] : [head];
     return Array.from({ length: m }, (_, key) =>
-      heads.reduce((sum, h) => sum + layer.steps[(h * n + query) * m + key], 0) / heads.length / 65535 * layer.top);
+      heads.reduce((sum, h) => sum + layer.weights[(h * n + query) * m + key], 0) / heads.length);
   }
 
   function enter() {
@@ -89,4 +79,18 @@
   row.addEventListener("input", moved);
   column.addEventListener("input", moved);
   enter();
+  return panel;
+}
+
+// The figure of a page, whose weights are those of attention_maps, in 65535 steps.
+(function () {
+  const root = document.getElementById("attention");
+  if (!root) return;
+  const figure = JSON.parse(root.querySelector("script").textContent);
+  for (const element of root.querySelectorAll(".drawn, img")) element.hidden = true;
+  for (const layer of figure.layers) {
+    const bytes = Uint8Array.from(atob(layer.weights), (c) => c.charCodeAt(0));
+    layer.weights = Float64Array.from(new Uint16Array(bytes.buffer), (step) => (step / 65535) * layer.top);
+  }
+  root.prepend(attentionPanel(figure));
 })();

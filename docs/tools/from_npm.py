@@ -18,6 +18,9 @@ _WANTED = (
     ("katex/dist/fonts/*.woff2", "katex/fonts"),
     ("iframe-worker/shim/index.js", "iframe-worker"),
     ("ts-fsrs/dist/index.umd.js", "ts-fsrs"),
+    # its plain build, and the one WebAssembly that this build asks for; try_it.py's page fetches it
+    ("onnxruntime-web/dist/ort.wasm.bundle.min.mjs", "onnxruntime"),
+    ("onnxruntime-web/dist/ort-wasm-simd-threaded.wasm", "onnxruntime"),
 )
 
 
@@ -40,3 +43,6 @@ def on_post_build(config: Any) -> None:
         r',url\([^)]*\.(woff|ttf)\) format\("[^"]*"\)', "", sheet.read_text("utf-8")
     )
     sheet.write_text(only_woff2, encoding="utf-8")
+    (script,) = (Path(config["site_dir"]) / "assets" / "onnxruntime").glob("*.mjs")
+    unmapped = re.sub(r"\n//# sourceMappingURL=\S+", "", script.read_text("utf-8"))
+    script.write_text(unmapped, encoding="utf-8")  # the map is not there

@@ -27,6 +27,7 @@ from pvt_ref.errors import (
 )
 from pvt_ref.export.symbols import BATCH, Dim, Graph, Node, Symbol
 from pvt_ref.export.twins import ANY_SIZE, SIZED, SYMBOLIC
+from pvt_ref.layers.attention import attention, attention_weights
 from pvt_ref.models.architecture import architecture_of, config_to_dict
 from pvt_ref.ops import Call
 from pvt_ref.tree import first_array, map_arrays, named_arrays, to_numpy
@@ -35,10 +36,14 @@ from pvt_ref.tree import first_array, map_arrays, named_arrays, to_numpy
 #: runtimes read no newer one.
 _OPSET, _IR = 20, 9
 
+#: What a graph can return, in this order.
+_PARTS = ("logits", "pyramid", "attention")
+
 
 @dataclass(frozen=True, slots=True)
 class OnnxFile:
-    """What was written. Where a size may vary, a shape has its name: "batch", "height", "width".
+    """What was written. Where a size may vary, a shape has its name: "batch", "height", "width";
+    of attention weights, "queries" and "keys".
 
     Attributes:
         path: of the file.
@@ -66,7 +71,7 @@ def export_onnx(
     model: Model,
     path: FilePath,
     *,
-    what: str = "logits",
+    what: str | Sequence[str] = "logits",
     size: Size | str | None = None,
     float16: bool = False,
     resized: bool = False,
@@ -82,8 +87,10 @@ def export_onnx(
     Args:
         model: any model; arrays on a device are copied to the host.
         path: ends in ``.onnx``; its directory exists. An older file of that name is replaced.
-        what: ``"logits"``, one output of that name; or ``"pyramid"``, outputs F1, F2, ..., as
-            :func:`pvt_ref.forward_pyramid` returns them.
+        what: ``"logits"``, one output of that name; ``"pyramid"``, outputs F1, F2, ..., as
+            :func:`pvt_ref.forward_pyramid` returns them; ``"attention"``, outputs A1.0, A1.1, ...,
+            for block 0 of stage 1 and so on, as :func:`pvt_ref.attention_maps`; or several of
+            them, of one graph that computes what they share once.
         size: of the image, (H, W) or a side, in pixels, to which position tables are resized; None
             takes config.img_size. ``"any"``, for a PVT v2 without linear SRA, leaves it open: the
             graph takes what the network takes, and refuses other sizes when it runs.
@@ -100,8 +107,8 @@ def export_onnx(
     Raises:
         MissingPackageError: if the package onnx is not installed.
         CheckpointError: if path ends in something else, or the file cannot be written.
-        ConfigError: if the model has no logits, no pyramid or no map to resize, or size is "any"
-            and something in it is made for one size.
+        ConfigError: if the model has no logits, no pyramid or no map to resize, size is "any" and
+            something in it is made for one size, or it has no attention.
         ShapeError: if the model cannot take that size.
         RangeError: if what or a flag is another.
         NonFiniteError: if a weight is not finite, also in the dtype that it is stored in.
@@ -116,14 +123,13 @@ def export_onnx(
         check_flag(name, flag)
     target, where = _checked_path(path)
     config, row = model.config, architecture_of(model.config)
-    if not isinstance(what, str) or what not in ("logits", "pyramid"):
-        raise RangeError(f"what is {shown(what)}; it must be 'logits' or 'pyramid'")
-    if what == "logits":
+    parts = _checked_parts(what)
+    if "logits" in parts:
         check_has_classifier(config)
-    elif row.forward_pyramid is None:
+    if "pyramid" in parts and row.forward_pyramid is None:
         raise ConfigError(f"a {row.title} has no pyramid: no maps for dense prediction")
-    if resized and (what == "pyramid" or not row.dense):
-        kind = "feature maps" if what == "pyramid" else f"the logits of a {row.title}"
+    if resized and not (row.dense and "logits" in parts):
+        kind = f"the logits of a {row.title}" if "logits" in parts else "feature maps"
         raise ConfigError(f"resized is for logits of a segmentation network, not for {kind}")
     free = isinstance(size, str) and size == "any"
     side = config.size_multiple  # 3 and 5 of it: no axis of a map is 1, which would broadcast
@@ -134,12 +140,9 @@ def export_onnx(
     keys = {id(x): key for key, x in named_arrays(params)}
     graph = Graph(keys)
     images = _images(graph, model, pixels, free, with_preprocessing)
-    result = _traced(graph, params, images, config, what, free)
+    outputs = _traced(graph, params, images, config, parts, free)
     if resized:
-        result = resize_logits(result, pixels)
-    outputs = {"logits": result}
-    if what == "pyramid":
-        outputs = {f"F{i}": x for i, x in enumerate(result, start=1)}
+        outputs["logits"] = resize_logits(outputs["logits"], pixels)
     metadata = {
         "title": model.info.title,
         "classes": json.dumps(model.classes if config.has_classifier else []),
@@ -172,6 +175,15 @@ def _checked_path(path: FilePath) -> tuple[Path, str]:
             f"{where}: runtimes know such a file by its suffix .onnx. Use {other}"
         )
     return target, where
+
+
+def _checked_parts(what: object) -> tuple[str, ...]:
+    """What the graph returns, in the order of the outputs. Raises: RangeError."""
+    given = [what] if isinstance(what, str) else what
+    if not isinstance(given, list | tuple) or not given or any(x not in _PARTS for x in given):
+        known = ", ".join(map(repr, _PARTS))
+        raise RangeError(f"what is {shown(what)}; it must be one or several of {known}")
+    return tuple(part for part in _PARTS if part in given)
 
 
 def _import_onnx() -> Any:
@@ -229,8 +241,16 @@ def _images(
     return graph.permute_dims(x, (0, 3, 1, 2))
 
 
-def _traced(graph: Graph, params: Any, images: Symbol, config: Any, what: str, free: bool) -> Any:
-    """The network's own forward on symbols: logits, or a list of maps. Raises: ConfigError."""
+def _traced(
+    graph: Graph, params: Any, images: Symbol, config: Any, parts: Sequence[str], free: bool
+) -> dict[str, Symbol]:
+    """The network's own forward on symbols: the outputs by name. Raises: ConfigError.
+
+    A second pass notes only the nodes that the first did not. Attention is the classifier's, if
+    there is one, as in attention_maps.
+    """
+    row, table = architecture_of(config), ANY_SIZE if free else SYMBOLIC
+    weights = dict[str, Symbol]()
 
     def before(call: Call) -> None:
         if free and call.operation in SIZED:
@@ -240,16 +260,30 @@ def _traced(graph: Graph, params: Any, images: Symbol, config: Any, what: str, f
 
     def after(call: Call) -> None:
         graph.paths.pop()
+        place = row.place(call.path) if call.operation == attention else None
+        if place is not None and place.block is not None:
+            q, k, _ = call.args[1]  # the nodes of these weights are there already
+            A = attention_weights(q, k, call.args[3], table)
+            weights.setdefault(f"A{place.stage}.{place.block}", A)  # of the first pass only
 
-    row, table = architecture_of(config), ANY_SIZE if free else SYMBOLIC
     ops = table.watched(after, before=before, params=params)
-    core: Any = row.forward if what == "logits" else row.forward_pyramid
-    return core(params, images, config, ops, None, False, None)[0]
+    source = "logits" if config.has_classifier else "pyramid"
+    passes = {source if part == "attention" else part for part in parts}
+    found: dict[str, dict[str, Symbol]] = {"attention": weights}
+    if "logits" in passes:
+        logits, _ = row.forward(params, images, config, ops, None, False, None)
+        found["logits"] = {"logits": logits}
+    if "pyramid" in passes and row.forward_pyramid is not None:
+        maps, _ = row.forward_pyramid(params, images, config, ops, None, False, None)
+        found["pyramid"] = {f"F{i}": x for i, x in enumerate(maps, start=1)}
+    if "attention" in parts and not weights:
+        raise ConfigError(f"a {row.title} has no block with attention, so no weights of it")
+    return {name: x for part in parts for name, x in found[part].items()}
 
 
 def _spoken(x: Symbol, output: str = "") -> tuple[Any, ...]:
     """The shape, with names for sizes that may vary: those of an output are its own."""
-    names = iter(["height", "width"])
+    names = iter(["queries", "keys"] if output.startswith("A") else ["height", "width"])
     prefix = f"{output}_" if output else ""
     sizes = [f"{prefix}{next(names)}" if isinstance(n, Dim) else n for n in x.shape]
     return ("batch", *sizes[1:])
@@ -283,7 +317,7 @@ def _encoded(
         x = graph.constants.get(key)
         if x is None:
             continue
-        rounded = quietly(lambda x=x: x.astype(np.float16)) if key in half else None
+        rounded = quietly(lambda x=x: x.astype(np.float16)) if key.split("/")[0] in half else None
         if rounded is not None and np.array_equal(rounded, x):  # a resized table would lose digits
             names[key] = f"{key}/float32"
             tensors.append(from_array(rounded, key))

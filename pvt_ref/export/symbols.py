@@ -160,10 +160,19 @@ class Graph:
         return Dim(x.shape[axis], source)
 
     def called(self, x: np.ndarray, like: np.ndarray) -> np.ndarray:
-        """x, which was made of a weight and takes its name."""
-        if id(like) in self._keys:
-            self._keys[id(x)] = self._keys[id(like)]
-            self._constant(x)  # keeps it alive, and so its identity
+        """x, which was made of a weight and takes its name: key/2 if another of its arrays has it.
+
+        A classifier and its pyramid read a table with and without the row of the cls token.
+        """
+        key = self._keys.get(id(like))
+        if key is None:
+            return x
+        number = 1
+        while not np.array_equal(self.constants.setdefault(key, x), x):
+            number += 1
+            key = f"{self._keys[id(like)]}/{number}"
+        x = self.constants[key]  # kept alive there, and so its identity
+        self._keys[id(x)] = key
         return x
 
     def node(
