@@ -108,8 +108,8 @@ of `load("imagenette")`, begun with its weights and begun with random ones. Imag
 these classes but one kind of lorry. Written by `python benchmarks/fine_tuning.py`; the last epoch
 counts, not the best.
 
-![Begun with the weights imagenette, the accuracy on photos held out is soon far above that of random
-weights, and stays there](fine_tuning.svg)
+![Begun with the weights imagenette, the accuracy on photos held out is soon far above that of
+random weights, and stays there](fine_tuning.svg)
 
 | | 1 epoch | 5 | 10 | {args.epochs} | images/s |
 | --- | --- | --- | --- | --- | --- |
