@@ -6,7 +6,8 @@ Run by make check-site, after tests/check_site.py, from which the browser comes.
 from datetime import datetime, timedelta
 
 import pytest
-from check_site import AXE, SITE, browser, open_page  # noqa: F401 (fixtures)
+from browsing import SITE
+from check_site import AXE
 from questions import FOLDER, read
 
 KEY = "pvt_ref.recall"
@@ -32,7 +33,7 @@ def keep(tab, cards) -> None:
     tab.reload()
 
 
-def test_a_graded_question_is_remembered_and_comes_back(open_page):  # noqa: F811
+def test_a_graded_question_is_remembered_and_comes_back(open_page):
     tab = open_page("course/linear.html")
     words = tab.locator(".recall .words")
     asked = read("linear")
@@ -61,7 +62,7 @@ def test_a_graded_question_is_remembered_and_comes_back(open_page):  # noqa: F81
     assert "1 minute" in words.inner_text()
 
 
-def test_the_review_lists_what_is_due_of_all_pages(open_page):  # noqa: F811
+def test_the_review_lists_what_is_due_of_all_pages(open_page):
     tab = open_page("review.html")
     assert tab.locator("article > .recall-question").count() == len(ALL)
     cards = {"linear-dx": card(-1), "gelu-derivative": card(-2), "sra-fork": card(5)}
@@ -89,7 +90,7 @@ def test_the_review_lists_what_is_due_of_all_pages(open_page):  # noqa: F811
     assert "None of" in tab.locator(".recall .words").inner_text()
 
 
-def test_where_a_browser_keeps_nothing_the_page_says_so(browser):  # noqa: F811
+def test_where_a_browser_keeps_nothing_the_page_says_so(browser):
     context = browser.new_context()
     tab = context.new_page()
     noise = []
@@ -111,7 +112,7 @@ def test_where_a_browser_keeps_nothing_the_page_says_so(browser):  # noqa: F811
 
 
 @pytest.mark.parametrize(("page", "scheme"), [("review", "light"), ("course/linear", "dark")])
-def test_due_questions_pass_axe_when_they_are_open(page, scheme, open_page):  # noqa: F811
+def test_due_questions_pass_axe_when_they_are_open(page, scheme, open_page):
     tab = open_page(f"{page}.html", 390, scheme)
     keep(tab, {"linear-dx": card(-1), "linear-dw": card(5)})
     tab.locator(".recall-question:has(.recall-due:not([hidden])) summary").first.click()
@@ -122,7 +123,7 @@ def test_due_questions_pass_axe_when_they_are_open(page, scheme, open_page):  # 
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-def test_forced_colours_show_what_is_due(open_page):  # noqa: F811
+def test_forced_colours_show_what_is_due(open_page):
     tab = open_page("course/linear.html", forced_colors="active")
     keep(tab, {"linear-dx": card(-1)})
     shown = tab.locator(".recall-due:visible")
@@ -130,7 +131,7 @@ def test_forced_colours_show_what_is_due(open_page):  # noqa: F811
     assert shown.evaluate("e => getComputedStyle(e).borderTopStyle") == "solid"
 
 
-def test_without_a_script_it_is_a_list_that_opens(open_page):  # noqa: F811
+def test_without_a_script_it_is_a_list_that_opens(open_page):
     tab = open_page("review.html", java_script_enabled=False)
     assert tab.locator(".recall-question").count() == len(ALL)
     assert tab.locator("article button").count() == 0

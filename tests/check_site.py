@@ -28,116 +28,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browsing import SITE
 
 import pvt_ref
 import pvt_ref.train
 
 pytest.importorskip("playwright", reason="needs playwright: make check-site installs it")
-from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).parents[1]
-SITE = Path(os.environ.get("SITE", ROOT / "site")).resolve()
 AXE = ROOT / "docs" / "tools" / "node_modules" / "axe-core" / "axe.min.js"
 #: All pages but the one that a server shows instead of a missing one: its links begin at the root.
 PAGES = sorted({path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html")} - {"404.html"})
 SCHEMES = ("light", "dark")
 WIDTHS = (390, 1440)
 
-_QUIET = (
-    "--no-sandbox",  # containers run as root
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-)
-
 sys.path.insert(0, str(ROOT / "docs" / "tools"))
-
-
-def find_browser() -> str | None:
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-
-
-@pytest.fixture(scope="session")
-def browser():
-    executable = find_browser()
-    if executable is None:
-        reason = "no Chromium or Chrome here; install one, or name it in CHROMIUM"
-        if os.environ.get("NEED_BROWSER"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=list(_QUIET))
-        yield browser
-        browser.close()
-
-
-def new_tab(browser, noise, width, scheme, **options):
-    """An empty tab that notes in a list what its pages ask of other hosts, and print."""
-    context = browser.new_context(
-        viewport={"width": width, "height": 900}, color_scheme=scheme, **options
-    )
-    tab = context.new_page()
-
-    def judge(route):
-        url = route.request.url
-        if url.startswith(("file:", "data:", "blob:")):
-            route.continue_()
-        else:
-            noise.append(f"asked for {url}")
-            route.abort()
-
-    context.route("**/*", judge)
-    tab.on("console", lambda m: m.type in ("error", "warning") and noise.append(m.text))
-    tab.on("pageerror", lambda error: noise.append(str(error)))
-    return tab
-
-
-@pytest.fixture
-def open_page(browser):
-    """A function that opens a page in a tab of its own; afterwards the page must be quiet."""
-    opened, noise = [], []
-
-    def open_page(page, width=1440, scheme="light", **options):
-        opened.append(new_tab(browser, noise, width, scheme, **options))
-        opened[-1].goto((SITE / page).as_uri())
-        return opened[-1]
-
-    yield open_page
-    for tab in opened:
-        tab.context.close()
-    assert noise == []
-
-
-@pytest.fixture(scope="session")
-def tabs():
-    return {}
-
-
-@pytest.fixture
-def look(browser, tabs):
-    """As open_page, in a tab that many tests share: to start one takes longer than most pages."""
-    used = []
-
-    def look(page, width, scheme, java_script_enabled=True):
-        key = width, scheme, java_script_enabled
-        if key not in tabs:
-            noise = []
-            scripts = {"java_script_enabled": java_script_enabled}
-            tabs[key] = new_tab(browser, noise, width, scheme, **scripts), noise
-        tab, noise = tabs[key]
-        used.append(noise)
-        tab.emulate_media(media="null", color_scheme=scheme)
-        tab.set_viewport_size({"width": width, "height": 900})
-        tab.goto((SITE / page).as_uri())
-        return tab
-
-    yield look
-    told = [line for noise in used for line in noise]
-    for noise in used:
-        noise.clear()
-    assert told == []
 
 
 def test_there_is_a_site():

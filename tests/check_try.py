@@ -17,9 +17,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from check_site import _PALE, _QUIET, AXE, SITE, find_browser
+from browsing import SITE
+from check_site import _PALE, AXE
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
 import pvt_ref
 from pvt_ref.dense import resize_logits
@@ -49,17 +49,6 @@ def address():
     server.shutdown()
     thread.join()
     server.server_close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if find_browser() is None:
-        pytest.skip("no Chromium or Chrome here; install one, or name it in CHROMIUM")
-    with sync_playwright() as playwright:
-        path = find_browser()
-        browser = playwright.chromium.launch(executable_path=path, args=list(_QUIET))
-        yield browser
-        browser.close()
 
 
 def opened(browser, address, noise, **options):

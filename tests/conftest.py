@@ -11,6 +11,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else two thread pools figh
 
 import numpy as np
 import pytest
+from browsing import browser, look, open_page, tabs  # noqa: F401 (fixtures of the checks)
 from hypothesis import HealthCheck, Phase, settings
 
 _SLOW_IS_FINE = (HealthCheck.too_slow, HealthCheck.data_too_large)

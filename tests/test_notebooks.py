@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-COURSE = sorted((DOCS / "course").glob("*.md"))
+COURSE = sorted(page for page in (DOCS / "course").glob("*.md") if page.stem != "index")
 FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 
 

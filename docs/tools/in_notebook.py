@@ -13,6 +13,8 @@ from typing import Any
 
 STYLE = Path(__file__).parents[1] / "assets" / "course.css"
 _FOLDED = re.compile(r'^\?\?\? \w+ "([^"\n]+)"\n((?: {4}[^\n]*\n|\n)*)', re.MULTILINE)
+_REFERENCE = re.compile(r"\[(`[^`\n]+`)\]\[[\w.]+\]")
+_CLASS = re.compile(r"\{ \.[\w-]+ \}$", re.MULTILINE)
 _FIRST_LINE = re.compile(r"# prints (Markdown|HTML)\n")
 
 
@@ -22,6 +24,11 @@ def on_paper(html: str) -> str:
     assert found is not None, f"{STYLE} has no colours for figures"
     colours = " ".join(found[1].split())
     return f'<div style="background: white; color: #1c1c22; {colours}">{html}</div>'
+
+
+def plain(markdown: str) -> str:
+    """Markdown without what only the site reads: links to its reference, and classes."""
+    return _CLASS.sub("", _REFERENCE.sub(r"\1", markdown))
 
 
 def unfold(markdown: str) -> str:
@@ -56,7 +63,7 @@ class Shown:
             if kind == "HTML":
                 self.display.display(self.display.HTML(on_paper(text)))
             else:
-                self.display.display(self.display.Markdown(unfold(text)))
+                self.display.display(self.display.Markdown(unfold(plain(text))))
 
 
 def begin() -> None:

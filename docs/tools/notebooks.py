@@ -194,8 +194,8 @@ def notebook(markdown: str, page: str, at: Address | None = None) -> dict[str, A
 
 
 def _page(file: Any) -> str | None:
-    """The name of a page of the course, or None."""
-    found = re.fullmatch(r"course/(\w+)\.md", file.src_uri)
+    """The name of a lesson of the course, or None."""
+    found = re.fullmatch(r"course/(?!index\.)(\w+)\.md", file.src_uri)
     return found[1] if found else None
 
 
