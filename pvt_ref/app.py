@@ -384,7 +384,7 @@ class Model(_Core):
         ops, core = default_ops(first_array(self.params)), self._core()
         seen = arranged_for(ops, core)
         if not replays(ops, images):
-            return forward(seen, self._checked(images))
+            return self(images) if seen is core else forward(seen, self._checked(images))
 
         def make() -> Any:
             made, size = core, tuple(images.shape[2:])

@@ -180,7 +180,7 @@ def test_the_first_run_alone_has_a_page_too(camvid, data, runs, tmp_path, monkey
     found = json.loads((out / "training_camvid.json").read_text())
     assert list(found["runs"]) == ["fpn"]
     text = (out / "training_camvid.md").read_text("utf-8")
-    assert "it has no figures yet" in text
+    assert "was not measured with it" in text
     assert "jsonl) and" not in text
     with pytest.raises(SystemExit):
         camvid.main([*[str(runs["fpn"])] * 3, "--data", str(data), "--out", str(out)])

@@ -22,7 +22,8 @@ def test_layers_come_first_and_pages_last():
 
 @pytest.mark.parametrize(("workers", "go_on"), [("0", False), ("2", False), ("0", True)])
 def test_after_a_failure_in_a_layer_nothing_later_begins(tmp_path, workers, go_on):
-    (tmp_path / "conftest.py").write_text((HERE / "conftest.py").read_text(encoding="utf-8"))
+    for name in ("conftest.py", "browsing.py"):
+        (tmp_path / name).write_text((HERE / name).read_text(encoding="utf-8"))
     ran = "from pathlib import Path\n\ndef test_it():\n    Path(__file__ + '.ran').touch()\n"
     fails = ran.replace("test_it", "test_fails") + "    assert 2 + 2 == 5, 'the layer'\n"
     for name in ("test_course.py", "test_readme.py", "test_cost.py"):
