@@ -862,6 +862,13 @@ def test_the_sliders_show_what_count_cost_counts(open_page):
     assert panel.locator(".words").inner_text() != before
 
 
+#: Place and darkness of a picture's rectangles.
+_BOXES = """
+    svg => [...svg.querySelectorAll("rect")].map(e => Object.fromEntries(
+      ["x", "y", "opacity"].map(name => [name, Number(e.getAttribute(name))])))
+"""
+
+
 def test_the_photo_shows_the_attention_of_the_package(open_page):
     import explore
 
@@ -897,8 +904,7 @@ def test_the_photo_shows_the_attention_of_the_package(open_page):
                 assert words in svg.get_attribute("aria-label")
                 assert panel.locator(".row + output").inner_text() == str(row)
                 assert panel.locator(".column + output").inner_text() == str(column)
-                boxes = [{k: float(e.get_attribute(k) or 0) for k in ("x", "y", "width", "opacity")}
-                         for e in svg.locator("rect").all()]  # fmt: skip
+                boxes = svg.evaluate(_BOXES)
                 cell, token = explore.SIDE / w, explore.SIDE / W
                 assert len(boxes) == looked.size - cls + 1
                 assert (boxes[-1]["x"], boxes[-1]["y"]) == (column * token, row * token)

@@ -1,7 +1,8 @@
 """The map of the course: which page builds upon which, and how long each takes.
 
 What builds upon what is told once, in course.toml; order and titles are the navigation's, and the
-minutes are counted from the pages themselves. Functions return text; pages print it.
+minutes are counted from the pages themselves. Functions return text; pages print it. Links end in
+.html: what a page prints is Markdown whose links mkdocs does not follow.
 """
 
 import re
@@ -90,7 +91,7 @@ def depths(course: list[Page]) -> dict[str, int]:
 
 
 def _link(page: Page, here: str) -> str:
-    return f"[{page.title}]({here}{page.name}.md)"
+    return f"[{page.title}]({here}{page.name}.html)"
 
 
 def table(here: str = "") -> str:
@@ -100,7 +101,7 @@ def table(here: str = "") -> str:
         here: the way from the page that prints it to the folder of the course.
     """
     course = pages()
-    titles = {page.name: f"[{page.number}]({here}{page.name}.md)" for page in course}
+    titles = {page.name: f"[{page.number}]({here}{page.name}.html)" for page in course}
     rows = ["| | page | builds upon | minutes | exercises |", "| --- | --- | --- | --- | --- |"]
     for page in course:
         after = ", ".join(titles[name] for name in page.after) or "nothing"
@@ -118,7 +119,7 @@ def way(name: str, here: str = "") -> str:
     course = pages()
     (goal,) = [page for page in course if page.name == name]
     stops = [*needed(name, course), goal]
-    links = " → ".join(f"[{page.number}]({here}{page.name}.md)" for page in stops)
+    links = " → ".join(f"[{page.number}]({here}{page.name}.html)" for page in stops)
     return f"**{goal.title}**: {links}, {sum(page.reading for page in stops)} minutes."
 
 
