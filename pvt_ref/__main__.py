@@ -385,9 +385,15 @@ def _run(argv: Sequence[str] | None) -> int:
     if sys.stdout is None:
         _say("error: standard output is closed: there is nowhere to print to")
         return _NONE
-    commands = {"classify": _classify, "segment": _segment, "summary": _summary}
-    commands |= {"train": _train, "convert": _convert}
-    commands |= {"export": _export, "exercises": _exercises}
+    commands = {
+        "classify": _classify,
+        "segment": _segment,
+        "summary": _summary,
+        "train": _train,
+        "convert": _convert,
+        "export": _export,
+        "exercises": _exercises,
+    }
     try:
         return commands[args.command](args)
     except (PVTError, OSError, MemoryError) as error:

@@ -1,7 +1,10 @@
 """A browser for the checks of the built site: one a process, which all of them share."""
 
+import contextlib
+import http.server
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -39,8 +42,22 @@ def browser():
         browser.close()
 
 
-def new_tab(browser, noise, width, scheme, **options):
-    """An empty tab that notes in a list what its pages ask of other hosts, and print."""
+@contextlib.contextmanager
+def served(handler):
+    """The address of a server on a free port of this machine, without a slash at its end."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def new_tab(browser, noise, width, scheme, home="file:", **options):
+    """An empty tab that notes in a list what its pages ask of elsewhere than home, and print."""
     context = browser.new_context(
         viewport={"width": width, "height": 900}, color_scheme=scheme, **options
     )
@@ -48,7 +65,7 @@ def new_tab(browser, noise, width, scheme, **options):
 
     def judge(route):
         url = route.request.url
-        if url.startswith(("file:", "data:", "blob:")):
+        if url.startswith((home, "data:", "blob:")):
             route.continue_()
         else:
             noise.append(f"asked for {url}")

@@ -22,13 +22,12 @@ import shutil
 import string
 import subprocess
 import sys
-import threading
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-from browsing import SITE
+from browsing import SITE, served
 
 import pvt_ref
 import pvt_ref.train
@@ -636,13 +635,8 @@ def project_address():
             asked.append((self.command, self.path))
 
     asked = []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/some/project/", asked
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with served(Handler) as address:
+        yield f"{address}/some/project/", asked
 
 
 @pytest.mark.parametrize("missing", ["nothing.html", "course/deep/down/nothing.html"])

@@ -12,12 +12,11 @@ import functools
 import http.server
 import io
 import re
-import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from browsing import SITE
+from browsing import SITE, new_tab, served
 from check_site import _PALE, AXE
 from PIL import Image
 
@@ -42,33 +41,14 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def address():
     handler = functools.partial(Quiet, directory=str(SITE))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with served(handler) as address:
+        yield f"{address}/"
 
 
 def opened(browser, address, noise, **options):
     """A tab with the page, and what it asked for, as it is asked; noise gets what is wrong."""
-    context = browser.new_context(viewport={"width": 1440, "height": 900}, **options)
-    asked = {}
-
-    def judge(route):
-        url = route.request.url
-        if url.startswith((address, "data:", "blob:")):
-            route.continue_()
-        else:
-            noise.append(f"asked for {url}")
-            route.abort()
-
-    context.route("**/*", judge)
-    tab = context.new_page()
+    asked, tab = {}, new_tab(browser, noise, 1440, "light", home=address, **options)
     tab.on("response", lambda r: asked.update({r.url: int(r.headers.get("content-length", 0))}))
-    tab.on("console", lambda m: m.type in ("error", "warning") and noise.append(m.text))
-    tab.on("pageerror", lambda error: noise.append(str(error)))
     tab.goto(address + "try.html")
     tab.wait_for_load_state("networkidle")
     return tab, asked

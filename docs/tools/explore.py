@@ -27,7 +27,8 @@ PHOTO = Path(__file__).parents[2] / "examples" / "chelsea.jpg"
 SIDE = 64
 
 
-def _widget(name: str, data: Any, fallback: str) -> str:
+def widget(name: str, data: Any, fallback: str) -> str:
+    """The place of an interactive figure: its fallback, and the data of its script."""
     record = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return (
         f'<div class="explore" id="{name}">{fallback}'
@@ -35,7 +36,8 @@ def _widget(name: str, data: Any, fallback: str) -> str:
     )
 
 
-def _table(heading: list[str], rows: list[list[str]]) -> str:
+def table_of(heading: list[str], rows: list[list[str]]) -> str:
+    """A table of cells that are HTML."""
     head = "".join(f'<th scope="col">{cell}</th>' for cell in heading)
     body = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -172,9 +174,9 @@ def sra_steps(config: PVTConfig) -> str:
         + [" × ".join(map(str, shape)) if shape else "(R = 1: none)" for shape in s["shapes"]]
         for s in steps
     ]
-    table = _table(["array", "shape", *(f"stage {i}" for i in range(1, 5))], rows)
+    table = table_of(["array", "shape", *(f"stage {i}" for i in range(1, 5))], rows)
     data = {"steps": steps, "R": config.sr_ratios, "N": config.num_heads}
-    return _widget("sra-steps", data, table)
+    return widget("sra-steps", data, table)
 
 
 # Cost by image size and R -------------------------------------------------------------------------
@@ -216,7 +218,7 @@ def cost_table(name: str = "pvt_tiny") -> str:
         for side in (256, 512, 1024)
     ]
     heading = ["image"] + [f"GMACs, R = {R}" for R in RATIOS] + [f"MB, R = {R}" for R in RATIOS]
-    return _widget("cost-table", data, _table(heading, rows))
+    return widget("cost-table", data, table_of(heading, rows))
 
 
 # Attention on a photo -----------------------------------------------------------------------------
@@ -259,4 +261,4 @@ def attention_explorer(fallback: str) -> str:
     file = io.BytesIO()
     Image.fromarray(pixels(images)).save(file, "PNG")
     photo = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    return _widget("attention", {"photo": photo, "side": SIDE, "layers": layers}, fallback)
+    return widget("attention", {"photo": photo, "side": SIDE, "layers": layers}, fallback)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from draw import bare, panels, show
-from explore import _table, _widget
+from explore import table_of, widget
 from matplotlib.patches import Rectangle
 from PIL import Image
 
@@ -102,7 +102,7 @@ def controls() -> str:
         "street": STREET, "kinds": streets.classes, "opacity": OPACITY,
         "colours": [f"rgb({r}, {g}, {b})" for r, g, b in streets.info.colours],
     }  # fmt: skip
-    return _widget("try", data, "")
+    return widget("try", data, "")
 
 
 def _part(name: str, fallback: str) -> str:
@@ -113,7 +113,7 @@ def classes() -> str:
     """How likely each class is."""
     (answers,) = _classifier().predict(PHOTO, top=10)
     rows = [[html.escape(a.label), f"{a.probability:.4f}"] for a in answers]
-    return _part("classes", _table(["class", "probability"], rows))
+    return _part("classes", table_of(["class", "probability"], rows))
 
 
 def most_varying(feature_map: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -220,5 +220,5 @@ def segmentation() -> str:
         "the same; the trees in another; the temple in patches of several, roofs as trees."
     )
     return _part(
-        "segmentation", _picture(tinted, words) + _table(["class", "share of the pixels"], rows)
+        "segmentation", _picture(tinted, words) + table_of(["class", "share of the pixels"], rows)
     )

@@ -95,7 +95,7 @@ def load_file(path: Path) -> dict[str, Any]:
 
 
 def is_unwritten(path: Path, function: str) -> bool:
-    """Whether a function's body is its docstring, ``...``, pass or raise NotImplementedError."""
+    """Whether a function's body is its docstring, ``...``, pass or the raise of a new file."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8-sig"))
     except (SyntaxError, ValueError, RecursionError):
@@ -108,7 +108,7 @@ def is_unwritten(path: Path, function: str) -> bool:
 
 def _says_nothing(node: ast.stmt) -> bool:
     if isinstance(node, ast.Raise):
-        return "NotImplementedError" in ast.unparse(node)
+        return "NotImplementedError" in ast.unparse(node)  # as new files have it
     constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     return constant or isinstance(node, ast.Pass)
 
@@ -118,7 +118,7 @@ def _guarded(function: Callable[..., Any], path: Path) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         try:
             return function(*args)
-        except (NotImplementedError, LawError, ReadersError):
+        except (NotImplementedError, LawError, ReadersError):  # not written yet, or told already
             raise
         except (Exception, SystemExit) as error:
             raise ReadersError(error, path) from error
