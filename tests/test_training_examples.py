@@ -184,10 +184,28 @@ def test_the_held_out_part_and_the_test_set_are_never_learnt_from(cifar, example
     assert np.array_equal(np.concatenate([learnt.images, held_out.images]), everything.images)
 
 
-def test_cifar10s_model_is_small_enough(examples):
+def test_cifar10_for_pvt_v2_is_enlarged_as_pillow_does_it(cifar, examples, capsys):
     program = examples("train_cifar10")
-    assert count_cost(program.CONFIG).parameters <= 4e6
-    assert pvt_ref.load("cifar10").config.embed_dims == program.CONFIG.embed_dims
+    program.HELD_OUT = 50
+    test = cifar.read_cifar10("data", cifar.TEST_FILES)
+    assert program.at_size(test, 32) is test
+    enlarged = program.at_size(test, 64)
+    picture = Image.fromarray(test.images[7].transpose(1, 2, 0)).resize((64, 64), Image.BICUBIC)
+    assert np.array_equal(enlarged.images[7].transpose(1, 2, 0), np.asarray(picture))
+    assert np.array_equal(enlarged.labels, test.labels)
+    arguments = ["--data", "data", "--network", "v2", "--epochs", "1", "--batch-size", "50"]
+    assert program.main([*arguments, "--warmup-epochs", "0.5"]) == 0
+    assert "2,089,130 parameters, 250 samples" in capsys.readouterr().out
+    model = pvt_ref.load("runs/cifar10/model.safetensors")
+    assert evaluate(model.params, model.config, enlarged)[1] == model.info.training["test_accuracy"]
+    assert program.main(["--data", "data", "--test", "runs/cifar10/model.safetensors"]) == 0
+    assert f"accuracy {model.info.training['test_accuracy']:.4f}" in capsys.readouterr().out
+
+
+def test_cifar10s_models_are_small_enough(examples):
+    program = examples("train_cifar10")
+    assert max(count_cost(config).parameters for config in (program.V1, program.V2)) <= 4e6
+    assert pvt_ref.load("cifar10").config.embed_dims == program.V1.embed_dims
     assert isinstance(program.RECIPE, Recipe)
 
 
