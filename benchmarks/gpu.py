@@ -59,9 +59,9 @@ _KERNELS = (sys.executable, "benchmarks/gpu_sanitized.py")
 
 #: What comes before the rows: the share of the minutes that it may take, and the command.
 CHECKS: dict[str, tuple[float, tuple[str, ...]]] = {
-    "tests": (0.4, _TESTS),
-    "memcheck": (0.1, (*_SANITIZER, "memcheck", *_KERNELS)),
-    "racecheck": (0.1, (*_SANITIZER, "racecheck", *_KERNELS)),
+    "tests": (0.35, _TESTS),
+    "memcheck": (0.15, (*_SANITIZER, "memcheck", *_KERNELS)),
+    "racecheck": (0.15, (*_SANITIZER, "racecheck", *_KERNELS)),
 }
 
 MODELS = ("pvt_small", "pvt_v2_b2", "deit_s_16")

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import types
 from importlib import import_module
 from pathlib import Path
 
@@ -395,6 +396,15 @@ def test_captured_work_is_what_capture_returns(on_host, monkeypatch):
 
 
 # Clocks -------------------------------------------------------------------------------------------
+
+
+def test_the_device_is_held_by_its_own_nanoseconds():
+    """CUDA 13 has no clock rate among the properties of a device, so nobody may ask for it."""
+    launches = []
+    cupy = types.SimpleNamespace(RawKernel=lambda *_: lambda *given: launches.append(given))
+    import_module("gpu_clock").CupyClock(cupy, milliseconds=2).hold()
+    assert launches == [((1,), (1,), (2_000_000,))]
+    assert launches[0][2][0].dtype == np.uint64
 
 
 def test_single_calls_are_timed_on_an_empty_queue():
