@@ -24,6 +24,7 @@ from pvt_ref.arrays import array_module, from_host
 from pvt_ref.kernels.cuda import optimizer
 from pvt_ref.kernels.cuda.launch import Cuda
 from pvt_ref.kernels.cuda.table import cuda_kernels
+from pvt_ref.kernels.cuda.weights import arranged_for
 from pvt_ref.models.architecture import architecture_of
 from pvt_ref.tree import first_array, map_arrays, named_arrays
 
@@ -92,11 +93,17 @@ def exact_results(model: str, weights: Path, what: str) -> dict[str, np.ndarray]
 
 
 def our_work(params: Any, config: Any, what: str, ops: Any) -> Callable[..., Any]:
-    """A function of arrays that does it: logits; with gradients; or the weights after a step."""
+    """A function of arrays that does it: logits; with gradients; or the weights after a step.
+
+    What a Model does once for all its forwards is done before.
+    """
     from pvt_ref.train import AdamW, adamw_init, adamw_step
 
     if what == "forward":
-        return lambda images: pvt_ref.forward(params, images, config, ops=ops)
+        model = pvt_ref.prepare(params, config, side_of(config))
+        if ops is not None:
+            model = arranged_for(ops, model)
+        return lambda images: pvt_ref.forward(model, images, ops=ops)
 
     def forward_and_backward(images: Any, dlogits: Any) -> Any:
         logits, cache = pvt_ref.forward_with_cache(params, images, config, ops=ops)

@@ -329,7 +329,9 @@ def test_contenders_give_the_numbers_of_float64_in_a_batch_of_others(on_host, mo
 
 
 @no_gxx
-def test_a_step_of_kernels_updates_all_weights_in_one_launch(on_host, monkeypatch):
+@pytest.mark.parametrize("what", ["forward", "step"])
+def test_kernels_get_what_a_user_gives_them(what, on_host, monkeypatch):
+    """Weights laid out once for all forwards, as by a Model; a step in one launch for all."""
     worker, launched = import_module("gpu_worker"), []
 
     def launch(function, *given, **more):
@@ -338,13 +340,15 @@ def test_a_step_of_kernels_updates_all_weights_in_one_launch(on_host, monkeypatc
 
     table = table_with(Cuda(launch, blocks=6), is_numpy)
     monkeypatch.setattr(worker, "cuda_kernels", lambda *_: table)
-    order = on_host("pvt_small", "step")
+    order = on_host("pvt_small", what)
     with np.load(order["exact"]) as exact:
         case = worker.make_case(1, SMALL["pvt_small"], first_only=True)
         found = worker.ours(order).results(case)
         errors = worker.errors_of(found, dict(exact), "pvt_small", "float32")
-    assert launched.count("adamw") == 1
-    assert len(errors) == 4
+    forward = what == "forward"
+    assert launched.count("adamw") == (not forward)
+    assert len(table.settings.arranged) == forward
+    assert len(errors) == (1 if forward else 4)
 
 
 def test_a_step_is_compared_by_what_it_changes(on_host, monkeypatch):
