@@ -185,7 +185,8 @@ def check_table(checks: dict[str, dict]) -> str:
         if "not_run" in told:
             lines.append([name, f"not run: {told['not_run']}", ""])
         else:
-            lines.append([name, "passed" if told["passed"] else "**failed**", told["said"]])
+            said = told["said"].replace("|", "\\|")
+            lines.append([name, "passed" if told["passed"] else "**failed**", said])
     return markdown(["before anything was timed", "", "last line"], lines)
 
 

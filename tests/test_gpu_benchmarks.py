@@ -489,7 +489,7 @@ def test_the_page_tells_times_ratios_and_what_did_not_run():
     result = {"machine": MACHINE, "versions": {"PyTorch": "PyTorch 9"}, "rows": rows}
     segmented = timed("PyTorch", "eager", 0.02, model="fpn_pvt_tiny", what="train", batch=8)
     rows.append(segmented)
-    tests = {"passed": True, "said": "90 passed", "seconds": 1.0}
+    tests = {"passed": True, "said": "90 passed | 1 s", "seconds": 1.0}
     result["checks"] = {"tests": tests, "memcheck": {"not_run": "no such program"}}
     plan = [
         *rows,
@@ -513,7 +513,7 @@ def test_the_page_tells_times_ratios_and_what_did_not_run():
         "| 224×224 | pvt_ref, captured | PyTorch eager |"
     )
     assert "| fpn_pvt_tiny, forward + backward, B = 8 | 20 ms (1.00) |" in lines
-    assert "| tests | passed | 90 passed |" in lines
+    assert r"| tests | passed | 90 passed \| 1 s |" in lines
     assert "| memcheck | not run: no such program |  |" in lines
     assert "| racecheck | not run: nobody asked for it |  |" in lines
     assert "launched |" not in text  # who was never asked has no column
@@ -521,7 +521,7 @@ def test_the_page_tells_times_ratios_and_what_did_not_run():
     tested = {"machine": MACHINE, "versions": {}, "rows": [], "checks": result["checks"]}
     text = report.kernels_page(tested, None, plan)
     assert "commit abc. 0 of 8 rows were run; the other 8 are named below." in text
-    assert "| tests | passed | 90 passed |" in text
+    assert r"| tests | passed | 90 passed \| 1 s |" in text
     assert "float64" not in text
 
 
