@@ -21,6 +21,7 @@ from pvt_ref import (
     PVTv2Config,
     PVTv2Params,
     SegmentorConfig,
+    SegmentorParams,
     ViTConfig,
     ViTParams,
 )
@@ -29,12 +30,16 @@ from pvt_ref import (
 _PVT = ("patch_embed1.proj.weight", "block1.0.attn.sr.weight", "block4.1.mlp.fc1.weight")
 _PVT_V2 = (*_PVT[:2], "block1.0.mlp.dwconv.dwconv.weight")
 _VIT = ("patch_embed.proj.weight", "pos_embed", "blocks.1.mlp.fc1.weight")
+_FPN = (
+    *("backbone.patch_embed1.proj.weight", "backbone.block1.0.attn.sr.weight"),
+    *("neck.lateral_convs.1.conv.weight", "decode_head.scale_heads.1.0.bn.weight"),
+)
 #: They are asked for by the type of a configuration, or of a record of gradients.
 COMPARED: dict[type, tuple[str, ...]] = {
     PVTConfig: _PVT, PVTParams: _PVT,
     PVTv2Config: _PVT_V2, PVTv2Params: _PVT_V2,
     ViTConfig: _VIT, ViTParams: _VIT,
-    SegmentorConfig: (),  # timed forward only
+    SegmentorConfig: _FPN, SegmentorParams: _FPN,
 }  # fmt: skip
 
 

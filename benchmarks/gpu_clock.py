@@ -7,13 +7,15 @@ long the host took to look at a clock.
 from collections.abc import Callable
 from typing import Any, Protocol
 
-#: A kernel that does nothing for so many ticks: while it runs, the host can queue what is timed, so
-#: that kernels which take less time than their launch follow one another without a gap.
+#: A kernel that does nothing for so long: while it runs, the host can queue what is timed, so that
+#: kernels which take less time than their launch follow one another without a gap. It reads the
+#: device's nanoseconds, since CUDA 13 no longer tells how fast clock64() ticks.
 _SPIN = r"""
-extern "C" __global__ void spin(long long ticks)
+extern "C" __global__ void spin(unsigned long long nanoseconds)
 {
-    long long begin = clock64();
-    while (clock64() - begin < ticks) {}
+    unsigned long long begin, now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(begin));
+    do asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)); while (now - begin < nanoseconds);
 }
 """
 
@@ -38,10 +40,8 @@ class CupyClock:
     """Of CuPy's current device and stream."""
 
     def __init__(self, cupy: Any, milliseconds: float = 5.0) -> None:
-        self.cupy = cupy
-        device = cupy.cuda.runtime.getDevice()
-        kilohertz = cupy.cuda.runtime.getDeviceProperties(device)["clockRate"]
-        self.ticks, self.spin = int(milliseconds * kilohertz), cupy.RawKernel(_SPIN, "spin")
+        self.cupy, self.spin = cupy, cupy.RawKernel(_SPIN, "spin")
+        self.nanoseconds = int(1e6 * milliseconds)
 
     def note(self) -> Any:
         event = self.cupy.cuda.Event()
@@ -57,7 +57,7 @@ class CupyClock:
     def hold(self) -> None:
         import numpy as np
 
-        self.spin((1,), (1,), (np.int64(self.ticks),))
+        self.spin((1,), (1,), (np.uint64(self.nanoseconds),))
 
 
 class TorchClock:

@@ -12,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+from gpu_worker import side_of
 from report import (
     RESULTS,
     RIVAL,
@@ -22,6 +23,8 @@ from report import (
     summary_table,
     time_tables,
 )
+
+from pvt_ref import VARIANTS
 
 PRODUCTS = "matrix products"
 #: In the name of a kernel that multiplies matrices; PyTorch's patch embeddings are convolutions.
@@ -110,14 +113,24 @@ def case_of(row: dict) -> str:
     return what + ("" if row["precision"] == "float32" else f", {row['precision']}")
 
 
-def by_case(rows: list[dict], cell) -> str:
+def by_size(rows: list[dict], cell) -> str:
+    """A table for each size of the images."""
+    sides = {row["model"]: side_of(VARIANTS[row["model"]]) for row in rows}
+    tables = []
+    for side in dict.fromkeys(sides.values()):
+        own = [row for row in rows if sides[row["model"]] == side]
+        tables.append(by_case(own, cell, f"{side}×{side}"))
+    return "\n".join(tables)
+
+
+def by_case(rows: list[dict], cell, title: str) -> str:
     """A table with a line for each case and a column for each contender that has a row."""
     shown = [c for c in COLUMNS if any((r["contender"], r["how"]) == c[:2] for r in rows)]
     lines = []
     for case in dict.fromkeys(map(case_of, rows)):
         own = {(r["contender"], r["how"]): r for r in rows if case_of(r) == case}
         lines.append([case, *(cell(own.get(c[:2]), own) for c in shown)])
-    return markdown(["224×224", *(name for _, _, name in shown)], lines)
+    return markdown([title, *(name for _, _, name in shown)], lines)
 
 
 def time_cell(row: dict | None, own: dict) -> str:
@@ -149,6 +162,34 @@ def reasons(rows: list[dict]) -> str:
     return "Not run:\n\n" + "\n".join(lines) + "\n"
 
 
+def not_reached(rows: list[dict], plan: list[dict]) -> str:
+    """The rows of the plan that there are no results of, by case; nothing if there are none."""
+    names = {(contender, how): name for contender, how, name in COLUMNS}
+    done = {(case_of(row), row["contender"], row["how"]) for row in rows}
+    left: dict[str, list[str]] = {}
+    for row in plan:
+        place = row["contender"], row["how"]
+        if (case_of(row), *place) not in done:
+            left.setdefault(case_of(row), []).append(names[place])
+    if not left:
+        return ""
+    lines = [f"- {case}: {'; '.join(missing)}" for case, missing in left.items()]
+    return "For these there was no time:\n\n" + "\n".join(lines) + "\n"
+
+
+def check_table(checks: dict[str, dict]) -> str:
+    """How the tests and compute-sanitizer ended, and what of them was not run."""
+    lines = []
+    for name in importlib.import_module("gpu").CHECKS:
+        told = checks.get(name, {"not_run": "nobody asked for it"})
+        if "not_run" in told:
+            lines.append([name, f"not run: {told['not_run']}", ""])
+        else:
+            said = told["said"].replace("|", "\\|")
+            lines.append([name, "passed" if told["passed"] else "**failed**", said])
+    return markdown(["before anything was timed", "", "last line"], lines)
+
+
 def error_table(rows: list[dict]) -> str:
     """The largest error of each contender and precision, of all that it was compared in."""
     worst: dict[tuple[str, str], tuple[float, str]] = {}
@@ -171,31 +212,37 @@ def kernels_page(result: dict | None, ladder: dict | None, plan: list[dict]) -> 
         "# Kernels on a GPU\n\nWhat is read off these tables, and what was measured before there "
         "were kernels: [how fast it is on a GPU](gpu.md). Made by `benchmarks/gpu_report.py`.\n"
     ]
-    if result is None or not result["rows"]:
+    if result is None or not (result["rows"] or result.get("checks")):
         parts.append(
-            "**Not measured yet.** `python benchmarks/gpu.py` times the kernels, launched and "
-            f"captured, beside PyTorch eager and compiled: {in_all} rows, the most important "
-            "first. No row has been run with the code that stands here. It begins with:\n"
+            "**Not measured yet.** `python benchmarks/gpu.py` runs the tests that need a device "
+            "and compute-sanitizer. Then it times the kernels, launched and captured, beside "
+            f"PyTorch eager and compiled: {in_all} rows, the most important first. None of this "
+            "has been run with the code that stands here. The first rows:\n"
         )
         parts.append(markdown(list(plan[0]), [list(map(str, x.values())) for x in plan[:FIRST]]))
     else:
         m, rows = result["machine"], result["rows"]
-        versions = ", ".join(result["versions"].values())
+        versions = "; ".join([f"commit {m['commit']}", *result["versions"].values()])
         left = in_all - len(rows)
         parts += [
             f"On one {m['gpu']}, driver {m['driver']}, CUDA runtime {m['cuda']}, {m['date']}, "
-            f"commit {m['commit']}; {versions}. {len(rows)} of {in_all} rows were run"
-            + (f"; for the other {left} there was no time.\n" if left else ".\n"),
-            "Medians of single calls by device events, launches included. In brackets PyTorch "
-            "eager's time over this one: above 1 is faster. PyTorch has fused attention.\n",
-            by_case(rows, time_cell),
-            reasons(rows),
-            "MiB of the device that the work took, weights, images and what libraries keep for "
-            "later included:\n",
-            by_case([row for row in rows if "mib" in row], memory_cell),
-            "Before anything was timed, results were compared with float64, relative L2:\n",
-            error_table(rows),
+            f"{versions}. {len(rows)} of {in_all} rows were run"
+            + (f"; the other {left} are named below.\n" if left else ".\n"),
+            check_table(result.get("checks", {})),
         ]
+        if rows:
+            parts += [
+                "Medians of single calls by device events, launches included. In brackets PyTorch "
+                "eager's time over this one: above 1 is faster. PyTorch has fused attention.\n",
+                by_size(rows, time_cell),
+                reasons(rows),
+                "MiB of the device that the work took, weights, images and what libraries keep for "
+                "later included:\n",
+                by_size([row for row in rows if "mib" in row], memory_cell),
+                "Before anything was timed, results were compared with float64, relative L2:\n",
+                error_table(rows),
+            ]
+        parts.append(not_reached(rows, plan))
     parts += ["## Steps of single kernels\n", ladder_tables(ladder)]
     return "\n".join(part for part in parts if part)
 

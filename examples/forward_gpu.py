@@ -171,16 +171,18 @@ def host_clock() -> Clock:
     return Clock(time.perf_counter, lambda begin, end: end - begin, lambda: None, lambda: None)
 
 
-#: Does nothing for so many ticks of the device.
-_SPIN = r"""extern "C" __global__ void spin(long long ticks)
-{ long long begin = clock64(); while (clock64() - begin < ticks) {} }"""
+#: Does nothing for so many nanoseconds.
+_SPIN = r"""extern "C" __global__ void spin(unsigned long long nanoseconds)
+{
+    unsigned long long begin, now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(begin));
+    do asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)); while (now - begin < nanoseconds);
+}"""
 
 
 def device_clock(cupy: Any, like: Any) -> Clock:
     """Events in the current stream of a CUDA device, which has the array like."""
-    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
-    ticks = np.int64(100 * properties["clockRate"])  # in kHz: a tenth of a second
-    spin = cupy.RawKernel(_SPIN, "spin")
+    tenth, spin = np.uint64(10**8), cupy.RawKernel(_SPIN, "spin")
 
     def note() -> Any:
         event = cupy.cuda.Event()
@@ -190,7 +192,7 @@ def device_clock(cupy: Any, like: Any) -> Clock:
     def seconds(begin: Any, end: Any) -> float:
         return cupy.cuda.get_elapsed_time(begin, end) / 1e3
 
-    return Clock(note, seconds, lambda: synchronize(like), lambda: spin((1,), (1,), (ticks,)))
+    return Clock(note, seconds, lambda: synchronize(like), lambda: spin((1,), (1,), (tenth,)))
 
 
 class Contender(NamedTuple):

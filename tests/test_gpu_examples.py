@@ -50,7 +50,7 @@ def fake_cupy():
     """Of CuPy's module what is asked besides arrays."""
     runtime = types.SimpleNamespace(
         getDevice=lambda: 0,
-        getDeviceProperties=lambda _: {"name": b"a CPU in disguise", "clockRate": 1},
+        getDeviceProperties=lambda _: {"name": b"a CPU in disguise"},
     )
     pool = FakePool()
     return types.SimpleNamespace(
@@ -92,6 +92,14 @@ def script(plain_script, monkeypatch):
     monkeypatch.setattr(plain_script, "get_images", lambda *_: ("noise", photo))
     monkeypatch.setattr(pvt_ref, "capture", lambda function, *arrays: function)
     return plain_script
+
+
+def test_a_device_is_held_without_its_clock_rate_which_cuda_13_does_not_tell(plain_script):
+    launches, cupy = [], fake_cupy()
+    cupy.RawKernel = lambda *_: lambda *given: launches.append(given)
+    plain_script.device_clock(cupy, None).hold()
+    assert launches == [((1,), (1,), (100_000_000,))]
+    assert launches[0][2][0].dtype == np.uint64
 
 
 def test_without_cuda_it_says_what_to_install_and_exits_with_2(plain_script, capsys, monkeypatch):

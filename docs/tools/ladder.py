@@ -3,7 +3,6 @@
 Everything here returns text; pages print it.
 """
 
-import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -35,13 +34,6 @@ def listing(file: str, *kernels: str) -> str:
 
 
 _LINES = re.DOTALL | re.MULTILINE
-
-
-def purpose(file: str) -> str:
-    """The first sentence of a .cu file's comment, on one line, without what is in brackets."""
-    lines = (HERE / file).read_text(encoding="utf-8").splitlines()
-    comment = " ".join(line[3:] for line in itertools.takewhile(lambda x: x[:2] == "//", lines))
-    return re.split(r"[.:](?: |$)", re.sub(r" ?\([^)]*\)", "", comment))[0]
 
 
 def measured(results: Path = RESULTS) -> dict | None:
