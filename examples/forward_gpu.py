@@ -35,6 +35,7 @@ from pvt_ref.arrays import import_cupy, synchronize
 from pvt_ref.errors import CheckpointError, printable
 from pvt_ref.kernels.cuda.launch import Cuda
 from pvt_ref.kernels.cuda.table import cuda_kernels, table_with
+from pvt_ref.kernels.cuda.weights import arranged_for
 from pvt_ref.models.architecture import architecture_of
 from pvt_ref.report.tables import text_table
 from pvt_ref.tree import map_arrays, named_arrays
@@ -217,6 +218,12 @@ def seconds(run: Callable[[], Any], clock: Clock, repeats: int = 5) -> float:
     return statistics.median(times[2:])  # the first ones warm up
 
 
+def laid_out(params: Any, config: Any, size: tuple[int, ...], ops: Ops | None) -> Any:
+    """The weights as a Model gives them to all its forwards."""
+    prepared = pvt_ref.prepare(params, config, size)
+    return prepared if ops is None else arranged_for(ops, prepared)
+
+
 def ours(
     name: str, model: Model, images: Any, dlogits: Any, ops: Ops | None, clock: Clock, wrap: Any
 ) -> Contender:
@@ -224,9 +231,10 @@ def ours(
     params, config = model.params, model.config
     if not isinstance(images, np.ndarray):
         params = to_device(params)
+    prepared = laid_out(params, config, images.shape[2:], ops)
 
     def forward(images: Any) -> Any:
-        return pvt_ref.forward(params, images, config, ops=ops)
+        return pvt_ref.forward(prepared, images, ops=ops)
 
     def train(images: Any, dlogits: Any) -> Any:
         logits, cache = pvt_ref.forward_with_cache(params, images, config, ops=ops)
@@ -420,9 +428,10 @@ def report(
         stage_times(params, there, config, ops, clock),
     )
     if ops is not None and isinstance(ops.settings, Cuda):
+        prepared = laid_out(params, config, there.shape[2:], ops)
 
         def forward(table: Ops) -> Any:
-            return pvt_ref.forward(params, there, config, ops=table)
+            return pvt_ref.forward(prepared, there, ops=table)
 
         yield kernel_table(*kernel_times(forward, ops, clock))
     yield memory_line(cupy.get_default_memory_pool(), launched)

@@ -168,6 +168,17 @@ def test_weights_must_be_those_of_the_variant(plain_script, monkeypatch):
     assert plain_script.model_of("f", "pvt_tiny") is model
 
 
+def test_forwards_share_weights_that_were_laid_out_once(plain_script):
+    table = table_with(Cuda(None), is_numpy)
+    model = small_model()
+    plain_script.laid_out(model.params, model.config, (32, 32), table)
+    assert len(table.settings.arranged) == 1
+    clock, _ = ticking()
+    images = normal(0, 2, 3, 32, 32, dtype=np.float32)
+    ours = plain_script.ours("NumPy", model, images, None, None, clock, None)
+    assert np.array_equal(ours.forward(), pvt_ref.forward(model.params, images, model.config))
+
+
 def test_a_call_is_timed_alone(plain_script):
     clock, done = ticking()
     assert plain_script.seconds(lambda: done.append("run"), clock, repeats=3) == 1
