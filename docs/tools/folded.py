@@ -11,7 +11,7 @@ from typing import Any
 _HIDDEN = re.compile(
     r'^```python exec="1"(?:(?P<figure> html="1")|(?P<told> result="text"))? session="\w+"\n'
     r"(?P<code>.*?)^```\n"
-    r"(?P<caption>\n\*[^*\n].*?(?=\n\n|\Z))?",
+    r"(?(figure)(?:\n\*[^*\n].*?(?=\n\n|\Z))?)",
     re.DOTALL | re.MULTILINE,
 )
 
