@@ -567,9 +567,16 @@ def test_the_course_shows_the_figures_of_a_ladder_or_that_there_are_none(tmp_pat
 def test_the_course_shows_kernels_as_they_are_in_their_files():
     tool = import_module("ladder")
     whole = tool.listing("ladder/sum_rows_1_plain.cu")
-    assert whole.startswith('```cpp\nextern "C" __global__ void sum_rows_1(')
+    file, code = whole.split("\n\n", 1)
+    assert file == (
+        "[`pvt_ref/kernels/cuda/ladder/sum_rows_1_plain.cu`]"
+        "[pvt_ref.kernels.cuda.ladder.sum_rows]{ .listing }"
+    )
+    assert code.startswith('```cpp\nextern "C" __global__ void sum_rows_1(')
     one = tool.listing("sum_rows.cu", "add_parts")
-    assert one.startswith("```cpp\n// y (columns), the sum of parts (count, columns).\nextern")
+    file, code = one.split("\n\n", 1)
+    assert file.endswith("sum_rows.cu`][pvt_ref.kernels.cuda.sum_rows]{ .listing }")
+    assert code.startswith("```cpp\n// y (columns), the sum of parts (count, columns).\nextern")
     assert "partial_sums" not in one
     assert one.endswith("}\n```\n")
     with pytest.raises(AssertionError, match="has not all of"):

@@ -17,7 +17,10 @@ NOT_YET = "not measured yet"
 
 
 def listing(file: str, *kernels: str) -> str:
-    """The kernels of a .cu file, by their names; without names all of it but its first comment."""
+    """The kernels of a .cu file, by their names; without names all of it but its first comment.
+
+    A line above names the file and links the reference of the module that launches it.
+    """
     text = (HERE / file).read_text(encoding="utf-8")
     if kernels:
         found = [
@@ -30,7 +33,9 @@ def listing(file: str, *kernels: str) -> str:
         text = "\n".join(match[0] for match in found if match)
     else:
         text = re.sub(r"\A(?://.*\n)+\n*", "", text)
-    return f"```cpp\n{text.rstrip()}\n```\n"
+    launched_by = "pvt_ref.kernels.cuda." + re.sub(r"(_\d\w*)?\.cu$", "", file).replace("/", ".")
+    name = f"[`pvt_ref/kernels/cuda/{file}`][{launched_by}]{{ .listing }}"
+    return f"{name}\n\n```cpp\n{text.rstrip()}\n```\n"
 
 
 _LINES = re.DOTALL | re.MULTILINE
