@@ -152,7 +152,7 @@ def test_every_block_of_a_lesson_runs(page, tools, elsewhere):
     assert all("assert " in code for code in solutions)
     assert 'class="drawn"' in text
     assert not re.search(r"^(True |False )*False\b", text, re.MULTILINE)
-    compared = re.findall(r"^(.+?) +relative error +(\S+), bound (\S+)$", text, re.MULTILINE)
+    compared = re.findall(r"^(.+?) +relative error +(\d\S*), bound (\d\S*)$", text, re.MULTILINE)
     for name, error, bound in compared:
         assert float(error) <= float(bound) <= (1e-6 if "difference" in name else 1e-11), name
     numbers = re.findall(r"\\tag\{(\d+)\}", page.read_text("utf-8"))
