@@ -133,7 +133,7 @@ def test_the_wiring_is_that_of_the_block(anatomy):
     for shown, value in zip(pictures(drawn), values, strict=True):
         assert_near(shown, coloured(value.reshape(grid), 0, most), 5e-3)
     eye = 4 * grid[1] + 4
-    assert anatomy.token_at(grid) == (4, 4)
+    assert anatomy.eye_on(grid) == (4, 4)
     numbers = re.findall(r"256×192\|eye:([\d.]+)", written(drawn))
     assert numbers == [f"{value[eye]:.1f}" for value in values]
     assert "SRA:256queries,64keys,6heads" in written(drawn).replace("|", "")
@@ -168,7 +168,7 @@ def test_the_key_is_made_as_the_package_makes_it(anatomy):
     (call,) = [call for call in calls if call.path.startswith("block2.0.attn.sr")]
     tokens, reduced = call.args[1][0], call.result[0][0]
     attn = model.params.block2[0].attn
-    seen = anatomy.one_block()
+    seen = anatomy.one_patch()
     H, W, C = tokens.shape
     assert (seen.grid, seen.R, seen.place) == ((16, 16), 2, (2, 2)) == ((H, W), 2, (2, 2))
     number = 2 * 8 + 2
@@ -227,9 +227,12 @@ def test_the_first_page_shows_what_segment_gives(anatomy):
         best = F[0][np.argsort(-F[0].var(axis=(1, 2)))[0]]
         assert_near(shown[..., 0], 255 * (best - best.min()) / np.ptp(best), 2e-2)
         assert f"F{i}:{H}×{W}×{C}" in written(drawn)
-    for share, name in re.findall(r"</span>(\w+) (\d+)%", drawn):
-        k = model.classes.index(share)
-        assert round(100 * np.mean(class_map == k)) == int(name)
+    legend = re.findall(r"rgb\((.*?)\)\"></span>(\w+) (\d+)%</span>", drawn)
+    assert sum(int(share) for _, _, share in legend) > 97
+    for colour, name, share in legend:
+        k = model.classes.index(name)
+        assert colour == "{}, {}, {}".format(*model.info.colours[k])
+        assert share == f"{100 * np.mean(class_map == k):.0f}"
 
 
 FIGURES = ("architecture", "wiring", "to_one_key", "segmentation")
@@ -241,7 +244,7 @@ def test_computed_and_drawn_twice_a_figure_has_the_same_bytes(name, anatomy):
     for computed in (
         anatomy.stages,
         anatomy.block_lines,
-        anatomy.one_block,
+        anatomy.one_patch,
         anatomy.street_network,
     ):
         computed.cache_clear()

@@ -8,7 +8,6 @@ resampled, so that what is seen is what was computed.
 """
 
 import functools
-import html
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -56,7 +55,9 @@ def sheet(width: float, height: float) -> Iterator[tuple[Figure, Any]]:
         yield figure, ax
 
 
-def cells(ax: Any, array: Array, left: float, top: float, width: float, height: float, **how: Any):
+def cells(
+    ax: Any, array: Array, left: float, top: float, width: float, height: float, **how: Any
+) -> None:
     """An array as a picture of its cells, (h, w) by a colour map or (h, w, 3)."""
     there = (left, left + width, top + height, top)
     ax.imshow(array, extent=there, interpolation="none", aspect="auto", **how)
@@ -145,8 +146,14 @@ def unlike_the_mean(feature_map: Array) -> Array:
     return np.linalg.norm(feature_map - feature_map.mean(axis=(1, 2), keepdims=True), axis=0)
 
 
-#: Row and column, in cells of the last map, of what is marked: an eye.
-EYE = (2, 2)
+#: What is marked, row and column as fractions of the photo: an eye.
+EYE = (0.31, 0.27)
+
+
+def eye_on(grid: tuple[int, int]) -> tuple[int, int]:
+    """Row and column of the cell that lies on the eye."""
+    return int(EYE[0] * grid[0]), int(EYE[1] * grid[1])
+
 
 #: Of a part of the figure, in inches: all, a map's left and its side; a cell of what is to scale.
 UNIT, LEFT, ENLARGED, CELL = (1.46, 3.42), 0.2, 1.2, 0.0078
@@ -181,7 +188,8 @@ def stage_figure(i: int) -> Figure:
         picture = unlike_the_mean(seen.maps[i - 1]) if i else seen.pixels
         cells(ax, picture, LEFT, top, ENLARGED, ENLARGED)
         side = ENLARGED / seen.grid(4)[0]
-        mark(ax, LEFT + EYE[1] * side, top + EYE[0] * side, side, side)
+        row, column = eye_on(seen.grid(4))
+        mark(ax, LEFT + column * side, top + row * side, side, side)
         ax.text(middle, top + ENLARGED + 0.13, f"$F_{i}$: {shape}", ha="center", va="center")
         ax.text(middle, top + ENLARGED + 0.31, letters, ha="center", va="center", fontsize=9)
         # the array itself: all at one scale, channels backwards and at half of their length
@@ -220,7 +228,7 @@ def _of_stage(i: int) -> str:
     return (
         f"Stage {i}: a patch embedding of {P} by {P} cells, then {L} blocks with {keys} keys. Its "
         f"map has {H} by {W} cells and {C} channels: {said}. The red frame on the eye holds "
-        f"{framed} of them. Below, to scale, the map as a block as long as it has channels: from "
+        f"{framed} of them. Below, to scale, the map as a box as long as it has channels: from "
         "stage to stage its front is smaller and it is longer."
     )
 
@@ -297,12 +305,11 @@ def segmentation() -> str:
         "the temple in patches of several, its roofs in that of the trees."
     )
     parts.append(fitting(figure, "segmented-classes", words))
+    swatch = '<span class="swatch" style="background: rgb({}, {}, {})"></span>'
+    colours, names = seen.model.info.colours, seen.model.classes
     legend = " &ensp;".join(
-        '<span class="swatch" style="background: rgb({}, {}, {})"></span>'.format(
-            *seen.model.info.colours[k]
-        )
-        + f"{html.escape(seen.model.classes[k])} {share:.0%}"
-        for k, share in shares(seen.class_map, seen.model.classes)
+        f'<span class="together">{swatch.format(*colours[k])}{names[k]} {share:.0%}</span>'
+        for k, share in shares(seen.class_map, names)
         if share >= 0.005
     )
     return f'{side_by_side(parts)}<p style="text-align:center">{legend}</p>'
@@ -359,15 +366,6 @@ def block_lines(i: int = 3) -> Block:
     return Block(attn.args[3], lines, boxes)
 
 
-#: Of the photo, as fractions: the middle of the eye.
-EYE_AT = (0.31, 0.27)
-
-
-def token_at(grid: tuple[int, int], place: tuple[float, float] = EYE_AT) -> tuple[int, int]:
-    """Row and column of the token on a place of the photo."""
-    return int(place[0] * grid[0]), int(place[1] * grid[1])
-
-
 def as_map(tokens: Array, grid: tuple[int, int]) -> Array:
     """Tokens (n, C) as a map (C, h, w)."""
     return tokens.T.reshape(-1, *grid)
@@ -376,7 +374,7 @@ def as_map(tokens: Array, grid: tuple[int, int]) -> Array:
 def wiring_figure() -> Figure:
     """A block from top to bottom, with the array on each line."""
     block = block_lines()
-    row, column = token_at(block.grid)
+    row, column = eye_on(block.grid)
     maps = {name: unlike_the_mean(as_map(x, block.grid)) for name, x in block.lines.items()}
     most = max(x.max() for x in maps.values())
     pitch, side, first = 0.74, 0.62, 0.56
@@ -423,7 +421,7 @@ def wiring_figure() -> Figure:
 def wiring() -> str:
     """A block's wiring, drawn and in words."""
     block = block_lines()
-    row, column = token_at(block.grid)
+    row, column = eye_on(block.grid)
     eye = [unlike_the_mean(as_map(x, block.grid))[row, column] for x in block.lines.values()]
     n, C = block.lines["$x$"].shape
     words = (
@@ -442,45 +440,45 @@ def wiring() -> str:
 
 
 class Key(NamedTuple):
-    """One R x R block of tokens on its way to a key, and its neighbours' end."""
+    """One patch of R x R tokens on its way to a key, and the keys of all."""
 
     pixels: Array  # (H, W, 3) of uint8
     grid: tuple[int, int]  # of tokens
     R: int
-    place: tuple[int, int]  # of the block among blocks, row and column
-    block: Array  # (R, R, C), normalised tokens
+    place: tuple[int, int]  # of the patch among patches, row and column
+    patch: Array  # (R, R, C), normalised tokens
     row: Array  # (R*R*C,)
     W_S: Array  # (C, R*R*C)
     projected: Array  # (C,), before the norm
     reduced: Array  # (C,)
     key: Array  # (C,), all heads
-    keys: Array  # (m, C), of all blocks
+    keys: Array  # (m, C), of all patches
 
 
 @functools.cache
-def one_block(i: int = 2) -> Key:
-    """The eye's block in the first block of stage i, by the weights ``cifar10``."""
+def one_patch(i: int = 2) -> Key:
+    """The eye's patch in the first block of stage i, by the weights ``cifar10``."""
     model = pvt_ref.load("cifar10")
     images = model.preprocess([PHOTO], SIDE)
     p, x, _, grid, settings = calls_of(model, images, sra)[f"block{i}.0.attn"].args[:5]
     _, cache = sra.forward(p, x, REFERENCE, grid, settings)
     C, _, R, _ = p.sr.weight.shape
-    place = token_at((grid[0] // R, grid[1] // R))
+    place = eye_on((grid[0] // R, grid[1] // R))
     number = place[0] * (grid[1] // R) + place[1]
     tokens = x[0].reshape(*grid, C)
-    block = tokens[place[0] * R : (place[0] + 1) * R, place[1] * R : (place[1] + 1) * R]
+    patch = tokens[place[0] * R : (place[0] + 1) * R, place[1] * R : (place[1] + 1) * R]
     row = patchify(x.reshape(1, *grid, C), R)[0, number]
     W_S = kernel_to_matrix(p.sr.weight)
     keys = merge_heads(cache.attention.k)[0]
     return Key(
-        pixels(images), grid, R, place, block, row, W_S, W_S @ row + p.sr.bias,
+        pixels(images), grid, R, place, patch, row, W_S, W_S @ row + p.sr.bias,
         cache.kv.x[0, number], keys[number], keys,
     )  # fmt: skip
 
 
 def key_figure() -> Figure:
     """R x R tokens laid out in a row, times W^S, normalised, and a key made of it."""
-    seen = one_block()
+    seen = one_patch()
     (H, W), R, C = seen.grid, seen.R, len(seen.key)
     left, unit, high = 0.1, 2.4 / seen.row.size, 0.15  # inches: of the sheet, a channel, a strip
     with sheet(3.6, 4.86) as (figure, ax):
@@ -500,21 +498,21 @@ def key_figure() -> Figure:
             line, thin = side * k / W, {"color": "#ffffff", "lw": 0.4, "alpha": 0.6}
             ax.plot((left + line,) * 2, (top, top + side), **thin)
             ax.plot((left, left + side), (top + line,) * 2, **thin)
-        block = side * R / W
-        corner = left + seen.place[1] * block, top + seen.place[0] * block
-        mark(ax, *corner, block, block)
-        # the tokens of one block, a strip of channels each
+        patch = side * R / W
+        corner = left + seen.place[1] * patch, top + seen.place[0] * patch
+        mark(ax, *corner, patch, patch)
+        # its tokens, a strip of channels each
         x, y, strip = 1.86, 0.62, 0.72
         say(x, 0.14, f"{R}×{R} of them,")
         say(x, 0.31, f"$C$ = {C} channels each")
         for k, end in enumerate((y - 0.1, y + 0.63)):
-            ax.plot((corner[0] + block, x - 0.08), (corner[1] + k * block, end), color=MARK, lw=0.8)
+            ax.plot((corner[0] + patch, x - 0.08), (corner[1] + k * patch, end), color=MARK, lw=0.8)
         most = np.abs(seen.row).max()
         for s in range(R):
             for t in range(R):
                 place = x + t * (strip + 0.14), y + 0.4 * s
                 say(place[0], place[1] - 0.09, f"$s$ = {s}, $t$ = {t}", fontsize=8)
-                signed(seen.block[s, t][None], *place, strip, high, most=most)
+                signed(seen.patch[s, t][None], *place, strip, high, most=most)
         # the same as one row
         y = top + side + 0.4
         arrow(ax, (2.2, 1.26), (2.2, y - 0.03))
@@ -539,14 +537,14 @@ def key_figure() -> Figure:
         keys = unlike_the_mean(as_map(seen.keys, (H // R, W // R)))
         grid_left = 1.9
         cells(ax, keys, grid_left, top, side, side)
-        block = side * R / W
-        middle = top + (seen.place[0] + 0.5) * block
-        mark(ax, grid_left + seen.place[1] * block, top + seen.place[0] * block, block, block)
+        patch = side * R / W
+        middle = top + (seen.place[0] + 0.5) * patch
+        mark(ax, grid_left + seen.place[1] * patch, top + seen.place[0] * patch, patch, patch)
         arrow(ax, (x_k, y + deep + 0.2), (x_k, middle), (grid_left + side + 0.03, middle))
         m = len(seen.keys)
         lines = (
             f"$m$ = {H // R}×{W // R} = {m} keys,",
-            "one for each block.",
+            "one for each patch.",
             f"All {H * W} queries",
             f"ask these {m}.",
         )
@@ -557,7 +555,7 @@ def key_figure() -> Figure:
 
 def to_one_key() -> str:
     """The way from R x R tokens to a key, drawn and in words."""
-    seen = one_block()
+    seen = one_patch()
     (H, W), R, C = seen.grid, seen.R, len(seen.key)
     words = (
         f"From top to bottom. A photo of a cat's face under a grid of {H} by {W} tokens, a red "
