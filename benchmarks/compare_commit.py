@@ -5,9 +5,9 @@
     python benchmarks/compare_commit.py HEAD~1 --models pvt_v2_b0 deit_s_16
 
 The other commit's files are written into a temporary folder and run by its own
-benchmarks/worker.py, since the names of functions change between commits. Else all is as in cpu.py:
-processes in turn, and no time before all results match. Prints tables; --out keeps them, and what
-was measured, in against.md and against.json.
+benchmarks/worker.py, since the names of functions change between commits. Everything else is as in
+cpu.py: processes run in turn, and nothing is timed before all results match. Prints tables; --out
+stores them and the measurements in against.md and against.json.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pvt_ref import VARIANTS
 
 
 def git(*words: str) -> str:
-    """What git answers, in this checkout; it says itself what is wrong."""
+    """git's output in this checkout; git itself reports errors."""
     command = ["git", "-C", str(ROOT), *words]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 

@@ -3,16 +3,16 @@
     python benchmarks/gpu.py --minutes 10            as many rows as that time allows
     python benchmarks/gpu.py --list                  the rows in their order; nothing is run
 
-A row is a model, what is computed (a forward; with its backward; a whole step with AdamW), how many
-images, a precision, and who does it: this project's kernels, launched or captured as a graph, and
-PyTorch eager, compiled with mode="reduce-overhead", or with mode="max-autotune" if that is ready in
-three minutes. A row is timed only if its numbers are those of the readable layers in float64, and
-by the device's own events. The most important rows come first, and each is written to
-docs/results/gpu_kernels.json as soon as it is there: run again, the program goes on where it was.
+A row is a model, a task (forward; forward and backward; a whole step with AdamW), a batch size, a
+precision, and a contender: this project's kernels, launched or captured as a graph, or PyTorch,
+eager, compiled with mode="reduce-overhead", or with mode="max-autotune" if that is ready in
+three minutes. A row is timed, with device events, only if its numbers equal those of the readable
+layers in float64. The most important rows come first, and each is written to
+docs/results/gpu_kernels.json at once, so the next run of the program continues there.
 Then gpu_report.py makes the page. gpu_ladder.py times the steps of single kernels.
 
-docs/results/gpu.json holds times of an earlier commit by an earlier program, before there were
-kernels.
+docs/results/gpu.json holds times of an earlier commit, measured by an earlier program before there
+were kernels.
 """
 
 import argparse
@@ -36,13 +36,13 @@ from pvt_ref.arrays import import_cupy
 RESULTS = ROOT / "docs" / "results"
 FILE = "gpu_kernels.json"
 
-#: Who does it, by process: how the work is started.
+#: The contenders, by process: how the work is started.
 HOW = {
     "pvt_ref": ("captured", "launched"),
     "PyTorch": ("eager", "reduce-overhead"),
 }
 
-#: Seconds after which an answer is not waited for any longer.
+#: Seconds to wait for an answer.
 LIMITS = {"reduce-overhead": 150, "max-autotune": 180}
 LIMIT = 60
 
@@ -50,7 +50,7 @@ MODELS = ("pvt_small", "pvt_v2_b2", "deit_s_16")
 WHATS = ("forward", "train", "step")
 BATCHES = (1, 64, 8)
 
-#: What is asked first of each model: what, images, precision.
+#: The first cases of each model: task, batch size, precision.
 FIRST = (
     *(("forward", 1, "float32"), ("forward", 64, "float32"), ("train", 64, "float32")),
     *(("step", 64, "float32"), ("forward", 1, "tf32"), ("forward", 64, "tf32")),
@@ -58,14 +58,14 @@ FIRST = (
     *(("forward", 64, "float16"), ("step", 64, "float16")),
 )
 
-#: Variables by which the processes would compute in another precision than the one asked for.
+#: Environment variables that would change the precision of the processes.
 OVERRIDES = ("NVIDIA_TF32_OVERRIDE", "CUPY_TF32")
 
 KEY = ("contender", "how", "model", "what", "batch", "precision")
 
 
 def rows_of(cases: list[tuple]) -> tuple[list[dict], list[dict]]:
-    """The rows of these cases: those that need seconds, and those that compile for a minute."""
+    """The rows of these cases: those that take seconds, and those that compile for a minute."""
     rows: tuple[list[dict], list[dict]] = [], []
     for model, what, batch, precision in cases:
         case = {"model": model, "what": what, "batch": batch, "precision": precision}
@@ -112,13 +112,13 @@ def describe_device() -> dict[str, str]:
 
 
 def describe(named_commit: str | None) -> dict:
-    """Machine and device; the commit may be told where there is no git."""
+    """Machine and device; without git, the commit can be passed."""
     told = describe_machine(cores()) | describe_device()
     return told | ({"commit": named_commit} if named_commit else {})
 
 
 class Impatient(Worker):
-    """A process of gpu_worker.py that is ended if it does not answer in time."""
+    """A process of gpu_worker.py that is killed if it does not answer in time."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name, cores(), "cuda")
@@ -128,7 +128,7 @@ class Impatient(Worker):
         super().start()
 
     def ask_within(self, seconds: float, order: dict) -> dict:
-        """The answer, or why there is none."""
+        """The answer, or the reason why there is none."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -159,7 +159,7 @@ def measure(
     seconds: float,
     now=time.monotonic,
 ) -> None:
-    """Asks for the rows that result lacks, in their order, and writes each as it comes."""
+    """Measures the rows that result lacks, in order, and writes each at once."""
     begun, done = now(), {key(row) for row in result["rows"]}
     weights: dict[str, str] = {}
     for row in rows:
@@ -170,7 +170,7 @@ def measure(
             break
         limit = LIMITS.get(row["how"], LIMIT)
         if row["how"] in LIMITS and left < 90:
-            continue  # it would be cut off while it compiles; what needs less time goes on
+            continue  # it would be cut off while compiling; shorter rows follow
         model = row["model"]
         if model not in weights:
             weights[model] = str(make_weights(model, folder))
@@ -180,7 +180,7 @@ def measure(
         order = row | {"weights": weights[model], "exact": str(exact), "seconds": seconds}
         answer = workers[row["contender"]].ask_within(min(limit, left), order)
         if "not ready" in answer.get("not_run", "") and left < limit:
-            break  # the end of this run, and no fault of the contender's
+            break  # this run ends; the contender did not fail
         version = answer.pop("versions", None)
         if version:
             result["versions"][row["contender"]] = version
@@ -191,14 +191,14 @@ def measure(
 
 
 def write(file: Path, result: dict) -> None:
-    """The whole file, or the old one: a run may be cut off at any moment."""
+    """Replaces the file in one step, since a run may be cut off at any moment."""
     new = file.with_suffix(".part")
     new.write_text(json.dumps(result, indent=1) + "\n")
     new.replace(file)
 
 
 def begin(file: Path, machine: dict) -> dict:
-    """What an earlier run has measured on this machine with this code; or an empty result."""
+    """The result of an earlier run on this machine with this code, or an empty result."""
     if not file.exists():
         return {"machine": machine, "versions": {}, "rows": []}
     result = json.loads(file.read_text())

@@ -395,7 +395,7 @@ def test_the_page_tells_times_ratios_and_what_did_not_run():
     assert "| pvt_ref | tf32 | 1.0e-03 | logits, pvt_small, forward, B = 64, tf32 |" in lines
     text = "\n".join(lines)
     assert "On one a GPU, driver 1, CUDA runtime 13.0, 2026-01-02, commit abc; PyTorch 9." in text
-    assert "4 of 10 rows were run; for the other 6 there was no time." in text
+    assert "4 of 10 rows were run; there was no time for the other 6." in text
     assert "launched |" not in text  # who was never asked has no column
     assert text.count("Not measured yet") == 1  # the ladder
 
@@ -435,7 +435,7 @@ def test_the_course_shows_the_figures_of_a_ladder_or_that_there_are_none(tmp_pat
     assert "21 rows" in page
     assert page.count("| the first |") == 1
     assert page.count("| the others |") == 11
-    assert "copy 0.00 terabytes a second" in page
+    assert "a copy moves 0.00 terabytes a second" in page
     assert "sum_rows:" in page
 
 
