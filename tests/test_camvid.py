@@ -207,7 +207,7 @@ def test_a_network_is_scored_again(camvid, data, runs, capsys):
     few = evaluate_pixels(model.params, model.config, two)[1]
     assert f"mean IoU {mean_iou(few):.2%}" in capsys.readouterr().out
     for wrong, says in (
-        (["--weights", "digits"], "does not tell CamVid's 11 classes apart"),
+        (["--weights", "digits"], "does not have CamVid's 11 classes"),
         (["--weights", weights, "--every", "0"], "--every is 0"),
     ):
         assert score.main([str(data), *wrong]) == 2
