@@ -177,8 +177,8 @@ def compare(folders: dict[str, Path], data: Path, every: int, out: Path) -> dict
             apart = np.abs(counts - stored).sum() / 2 / stored.sum()
             if counts.sum() != stored.sum() or apart > AGAIN:
                 raise SystemExit(
-                    f"{folder}: {SCORE} was counted of another network, or of other frames, than "
-                    f"{MODEL} gives now ({apart:.1%} of the pixels are apart)"
+                    f"{folder}: the counts of {SCORE} are of another network or of other frames: "
+                    f"{MODEL} gives different ones ({apart:.1%} of the pixels differ)"
                 )
             counts = stored
         runs[head] = measure(head, folder, models[head], counts)
@@ -421,15 +421,15 @@ def write(found: dict[str, Any], out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="of fpn, then of setr")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="fpn, then setr")
     parser.add_argument("--data", type=Path, metavar="DIR", help="SegNet's copy of CamVid")
-    parser.add_argument("--every", type=int, default=1, help="every n-th frame, for a trial")
+    parser.add_argument("--every", type=int, default=1, help="every n-th frame only, for a trial")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args(argv)
     file = args.out / "training_camvid.json"
     if args.runs:
         if len(args.runs) > len(NAMES) or args.data is None:
-            parser.error("needed are one run or two, Semantic FPN's first, and --data DIR")
+            parser.error("give one run or two, Semantic FPN's first, and --data DIR")
         folders = dict(zip(NAMES, args.runs, strict=False))
         found = compare(folders, args.data, args.every, args.out)
         file.write_text(json.dumps(found) + "\n")

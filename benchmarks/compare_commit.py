@@ -1,4 +1,4 @@
-"""Times another commit of this project beside the present code and PyTorch, in the same run.
+"""Times another commit of this project beside the current code and PyTorch, in the same run.
 
     python benchmarks/compare_commit.py bfea25b
     python benchmarks/compare_commit.py bfea25b --quick --rounds 9
@@ -40,7 +40,7 @@ def take_out(commit: str, folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("commit", help="what git calls it")
+    parser.add_argument("commit", help="any name that git knows")
     parser.add_argument("--quick", action="store_true", help="pvt_tiny, B = 1 only")
     parser.add_argument(
         "--models",
@@ -48,10 +48,10 @@ def main() -> None:
         default=["pvt_tiny", "pvt_small"],
         choices=VARIANTS,
         metavar="NAME",
-        help="not PVT: of commits that time them",
+        help="models other than PVT need a commit that can time them",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="times that each is asked")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of timing a case and round")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing")
+    parser.add_argument("--seconds", type=float, default=2.0, help="timing per case and round")
     parser.add_argument("--threads", type=int, default=None, help="default: all cores")
     parser.add_argument("--out", type=Path, default=None, help="folder for the results")
     args = parser.parse_args()
@@ -77,7 +77,7 @@ def main() -> None:
             for train in (False, True)
             for batch in batches
         ]
-        say("Checking that all compute the same")
+        say("Checking that all results match")
         checks = [case for case in cases if case["train"] and case["batch"] == 1]
         result: dict = {"machine": describe_machine(threads), "against": commit}
         result["errors"] = check_equality(workers, checks, folder)
@@ -88,7 +88,7 @@ def main() -> None:
             result["versions"][worker.name] = worker.ask(do="versions", **cases[0])["versions"]
             worker.close()
     tables = [times_table(result), ratio_table(result, other), ratio_table(result)]
-    heading = f"# The present code and commit {commit}\n"
+    heading = f"# The current code and commit {commit}\n"
     text = "\n".join([heading, machine_line(result), *tables])
     print("\n" + text)
     if args.out:

@@ -69,7 +69,7 @@ class Bench:
         args, has_tiny = self.args, "pvt_tiny" in models
         say("Starting", ", ".join(names))
         workers = [Worker(name, self.threads) for name in names]
-        say("Checking that all compute the same")
+        say("Checking that all results match")
         checks = [self.order(model, NATIVE, 2, train=True) for model in models]
         if has_tiny and not args.quick:
             checks.append(self.order("pvt_tiny", LARGE[0], 1))
@@ -172,8 +172,8 @@ def main() -> None:
         metavar="NAME",
         help=f"default: {' '.join(MODELS)}",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="times that each is asked")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of timing a case and round")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing")
+    parser.add_argument("--seconds", type=float, default=2.0, help="timing per case and round")
     parser.add_argument("--skip", nargs="*", default=[], choices=rest, metavar="NAME")
     parser.add_argument("--all", action="store_true", help="all contenders for all models")
     parser.add_argument("--threads", type=int, default=None, help="default: all cores")

@@ -205,8 +205,8 @@ def begin(file: Path, machine: dict) -> dict:
     for name in ("gpu", "driver", "commit"):
         if result["machine"][name] != machine[name]:
             raise SystemExit(
-                f"{file} holds figures of {name} {result['machine'][name]}, and here it is "
-                f"{machine[name]}. Figures of both cannot stand in one table: move the file away, "
+                f"{file} has results of {name} {result['machine'][name]}, but this is "
+                f"{machine[name]}. One table cannot hold both: move the file away, "
                 f"or name another folder with --out"
             )
     return result
@@ -215,9 +215,9 @@ def begin(file: Path, machine: dict) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--list", action="store_true", help="print the rows, and run nothing")
-    parser.add_argument("--minutes", type=float, default=10, help="to measure at most (default 10)")
-    parser.add_argument("--seconds", type=float, default=0.3, help="of timing a row (default 0.3)")
-    parser.add_argument("--commit", help="of this code, where git cannot tell")
+    parser.add_argument("--minutes", type=float, default=10, help="time limit (default 10)")
+    parser.add_argument("--seconds", type=float, default=0.3, help="timing per row (default 0.3)")
+    parser.add_argument("--commit", help="the commit of this code, if git is not available")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args()
     rows = plan()

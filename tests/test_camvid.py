@@ -167,7 +167,7 @@ def test_two_runs_become_figures_a_page_and_pictures(camvid, data, runs, tmp_pat
     assert (out / "training_camvid.md").read_text("utf-8") == text
 
     (runs["setr"] / "test.json").write_text(json.dumps(np.roll(counts[1], 1, axis=1).tolist()))
-    with pytest.raises(SystemExit, match=r"test.json was counted of another network"):
+    with pytest.raises(SystemExit, match=r"test.json are of another network"):
         camvid.main([*map(str, runs.values()), "--data", str(data), "--out", str(out)])
 
 

@@ -164,7 +164,7 @@ def test_figures_of_two_machines_or_commits_do_not_mix(tmp_path):
     gpu.write(file, {"machine": MACHINE, "versions": {}, "rows": [1]})
     assert gpu.begin(file, MACHINE | {"date": "2026-01-03"})["rows"] == [1]
     for other in ({"gpu": "another"}, {"commit": "def"}):
-        with pytest.raises(SystemExit, match="cannot stand in one table: move the file away"):
+        with pytest.raises(SystemExit, match="table cannot hold both: move the file away"):
             gpu.begin(file, MACHINE | other)
 
 

@@ -109,7 +109,7 @@ def test_everything_is_compared_before_anything_is_timed(script, capsys, monkeyp
     compared, timed = out.split("All results match.")
     for name in ("logits", "maps", "gradients of the classifier", "gradients of the maps"):
         assert compared.count(f"\n{name} ") == 2  # in two precisions
-    for name in ("NumPy", "CUDA, launched", "CUDA, captured", "stage 1", "forward", "device memory"):
+    for name in ("NumPy", "CUDA, launched", "CUDA, captured", "stage 1", "forward", "device"):
         assert f"\n{name}" in timed
     assert "images of 32x32 pixels" in compared
     assert "1 MiB for a forward, 2 MiB with its backward" in timed
