@@ -13,8 +13,8 @@ The most important rows come first, and each is written to docs/results/gpu_kern
 it is there: run again, the program goes on where it was. Then gpu_report.py makes the page, which
 names what was not run. gpu_ladder.py times the steps of single kernels.
 
-docs/results/gpu.json holds times of an earlier commit by an earlier program, before there were
-kernels.
+docs/results/gpu.json holds times of an earlier commit, measured by an earlier program before there
+were kernels.
 """
 
 import argparse
@@ -39,13 +39,13 @@ from pvt_ref.arrays import import_cupy
 RESULTS = ROOT / "docs" / "results"
 FILE = "gpu_kernels.json"
 
-#: Who does it, by process: how the work is started.
+#: The contenders, by process: how the work is started.
 HOW = {
     "pvt_ref": ("captured", "launched"),
     "PyTorch": ("eager", "reduce-overhead"),
 }
 
-#: Seconds after which an answer is not waited for any longer.
+#: Seconds to wait for an answer.
 LIMITS = {"reduce-overhead": 150, "max-autotune": 180}
 LIMIT = 60
 
@@ -68,7 +68,7 @@ MODELS = ("pvt_small", "pvt_v2_b2", "deit_s_16")
 WHATS = ("forward", "train", "step")
 BATCHES = (1, 64, 8)
 
-#: What is asked first of each model: what, images, precision.
+#: The first cases of each model: task, batch size, precision.
 FIRST = (
     *(("forward", 1, "float32"), ("forward", 64, "float32"), ("train", 64, "float32")),
     *(("step", 64, "float32"), ("forward", 1, "tf32"), ("forward", 64, "tf32")),
@@ -86,14 +86,14 @@ OTHERS = (
     ),
 )
 
-#: Variables by which the processes would compute in another precision than the one asked for.
+#: Environment variables that would change the precision of the processes.
 OVERRIDES = ("NVIDIA_TF32_OVERRIDE", "CUPY_TF32")
 
 KEY = ("contender", "how", "model", "what", "batch", "precision")
 
 
 def rows_of(cases: list[tuple]) -> tuple[list[dict], list[dict]]:
-    """The rows of these cases: those that need seconds, and those that compile for a minute."""
+    """The rows of these cases: those that take seconds, and those that compile for a minute."""
     rows: tuple[list[dict], list[dict]] = [], []
     for model, what, batch, precision in cases:
         case = {"model": model, "what": what, "batch": batch, "precision": precision}
@@ -141,13 +141,13 @@ def describe_device() -> dict[str, str]:
 
 
 def describe(named_commit: str | None) -> dict:
-    """Machine and device; the commit may be told where there is no git."""
+    """Machine and device; without git, the commit can be passed."""
     told = describe_machine(cores()) | describe_device()
     return told | ({"commit": named_commit} if named_commit else {})
 
 
 class Impatient(Worker):
-    """A process of gpu_worker.py that is ended if it does not answer in time."""
+    """A process of gpu_worker.py that is killed if it does not answer in time."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name, cores(), "cuda")
@@ -157,7 +157,7 @@ class Impatient(Worker):
         super().start()
 
     def ask_within(self, seconds: float, order: dict) -> dict:
-        """The answer, or why there is none."""
+        """The answer, or the reason why there is none."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -224,7 +224,7 @@ def measure(
     seconds: float,
     now=time.monotonic,
 ) -> None:
-    """Asks for the rows that result lacks, in their order, and writes each as it comes."""
+    """Measures the rows that result lacks, in order, and writes each at once."""
     begun, done = now(), {key(row) for row in result["rows"]}
     weights: dict[str, str] = {}
     for row in rows:
@@ -235,7 +235,7 @@ def measure(
             break
         limit = LIMITS.get(row["how"], LIMIT)
         if row["how"] in LIMITS and left < 90:
-            continue  # it would be cut off while it compiles; what needs less time goes on
+            continue  # it would be cut off while compiling; shorter rows follow
         model = row["model"]
         if model not in weights:
             weights[model] = str(make_weights(model, folder))
@@ -245,7 +245,7 @@ def measure(
         order = row | {"weights": weights[model], "exact": str(exact), "seconds": seconds}
         answer = workers[row["contender"]].ask_within(min(limit, left), order)
         if "not ready" in answer.get("not_run", "") and left < limit:
-            break  # the end of this run, and no fault of the contender's
+            break  # this run ends; the contender did not fail
         version = answer.pop("versions", None)
         if version:
             result["versions"][row["contender"]] = version
@@ -256,22 +256,22 @@ def measure(
 
 
 def write(file: Path, result: dict) -> None:
-    """The whole file, or the old one: a run may be cut off at any moment."""
+    """Replaces the file in one step, since a run may be cut off at any moment."""
     new = file.with_suffix(".part")
     new.write_text(json.dumps(result, indent=1) + "\n")
     new.replace(file)
 
 
 def begin(file: Path, machine: dict) -> dict:
-    """What an earlier run has measured on this machine with this code; or an empty result."""
+    """The result of an earlier run on this machine with this code, or an empty result."""
     if not file.exists():
         return {"machine": machine, "versions": {}, "checks": {}, "rows": []}
     result = json.loads(file.read_text())
     for name in ("gpu", "driver", "commit"):
         if result["machine"][name] != machine[name]:
             raise SystemExit(
-                f"{file} holds figures of {name} {result['machine'][name]}, and here it is "
-                f"{machine[name]}. Figures of both cannot stand in one table: move the file away, "
+                f"{file} has results of {name} {result['machine'][name]}, but this is "
+                f"{machine[name]}. One table cannot hold both: move the file away, "
                 f"or name another folder with --out"
             )
     return result
@@ -280,12 +280,10 @@ def begin(file: Path, machine: dict) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--list", action="store_true", help="print the rows, and run nothing")
-    parser.add_argument("--minutes", type=float, default=10, help="to measure at most (default 10)")
-    parser.add_argument(
-        "--no-checks", action="store_true", help="no tests before, and no sanitizer"
-    )
-    parser.add_argument("--seconds", type=float, default=0.3, help="of timing a row (default 0.3)")
-    parser.add_argument("--commit", help="of this code, where git cannot tell")
+    parser.add_argument("--minutes", type=float, default=10, help="time limit (default 10)")
+    parser.add_argument("--no-checks", action="store_true", help="skip the tests and the sanitizer")
+    parser.add_argument("--seconds", type=float, default=0.3, help="timing per row (default 0.3)")
+    parser.add_argument("--commit", help="the commit of this code, if git is not available")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args()
     rows = plan()

@@ -1,7 +1,7 @@
-"""The device's own clock: events that it notes as it comes to them.
+"""The device's own clock: events that the device records when it reaches them.
 
-A time between two events holds what the device did and what it waited for in between, but not how
-long the host took to look at a clock.
+The time between two events includes the device's work and waiting in between, but not the host's
+delay in reading a clock.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ extern "C" __global__ void spin(unsigned long long nanoseconds)
 
 
 class Clock(Protocol):
-    """A device that can note when it comes to a place in its queue."""
+    """A device that can record when it reaches a place in its queue."""
 
     def note(self) -> Any:
         """An event at this place of the queue."""
@@ -30,14 +30,14 @@ class Clock(Protocol):
         """Returns when the queue is empty."""
 
     def seconds(self, begin: Any, end: Any) -> float:
-        """Between two events that the device has come to."""
+        """Time between two events that the device has reached."""
 
     def hold(self) -> None:
         """Keeps the device busy for some milliseconds."""
 
 
 class CupyClock:
-    """Of CuPy's current device and stream."""
+    """The clock of CuPy's current device and stream."""
 
     def __init__(self, cupy: Any, milliseconds: float = 5.0) -> None:
         self.cupy, self.spin = cupy, cupy.RawKernel(_SPIN, "spin")
@@ -61,7 +61,7 @@ class CupyClock:
 
 
 class TorchClock:
-    """Of PyTorch's current device and stream."""
+    """The clock of PyTorch's current device and stream."""
 
     def __init__(self, torch: Any) -> None:
         self.torch = torch
@@ -86,7 +86,7 @@ def time_calls(
 ) -> list[float]:
     """Times of single calls on a device with nothing else to do, launches included.
 
-    As many calls as take so many seconds together, but at least and at most so many.
+    The calls take about the given seconds together, within the given numbers of calls.
     """
     times: list[float] = []
     while len(times) < least or (sum(times) < seconds and len(times) < most):
@@ -102,9 +102,9 @@ def time_calls(
 def time_in_a_row(
     runs: list[Callable[[], Any]], clock: Clock, repeats: int = 20, rounds: int = 7
 ) -> list[float]:
-    """Seconds of one of these calls, when the device does all of them in turn without waiting.
+    """Seconds of one of these calls, when the device runs all of them in turn without waiting.
 
-    The calls do the same in different memory, more of it together than a cache holds. One time for
+    The calls do the same in different memory, together more than a cache holds. One time for
     each round.
     """
     times = []

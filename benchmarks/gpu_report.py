@@ -1,9 +1,9 @@
-"""Tables of what was measured on a GPU.
+"""Tables of the measurements on a GPU.
 
-python benchmarks/gpu_report.py        makes them again from what docs/results/ holds
+python benchmarks/gpu_report.py        renews them from the files in docs/results/
 
-gpu_kernels.md is made of what gpu.py and gpu_ladder.py measured, and says what they did not;
-gpu_tables.md and a picture, of gpu.json: times of an earlier commit, without kernels.
+gpu_kernels.md shows the measurements of gpu.py and gpu_ladder.py, and says what they left out;
+gpu_tables.md and a picture show gpu.json: times of an earlier commit, without kernels.
 """
 
 import importlib
@@ -27,12 +27,12 @@ from report import (
 from pvt_ref import VARIANTS
 
 PRODUCTS = "matrix products"
-#: In the name of a kernel that multiplies matrices; PyTorch's patch embeddings are convolutions.
+#: Matches names of kernels that multiply matrices; PyTorch's patch embeddings are convolutions.
 _PRODUCT = re.compile(r"gemm|gemv|cutlass|xmma|dot_kernel|splitK|dgrad|wgrad")
 
 
 def kind(name: str) -> str:
-    """What a kernel does: ``add`` for CuPy's ``cupy_add__float32_float32_float32``."""
+    """The kind of a kernel: ``add`` for CuPy's ``cupy_add__float32_float32_float32``."""
     if _PRODUCT.search(name):
         return PRODUCTS
     if name.startswith("Mem"):
@@ -55,8 +55,8 @@ def kernel_table(result: dict, most: int = 5) -> str:
             rows.append([label(case), name, f"{count:,}", f"{1e3 * whole:.1f}", largest])
     headers = ["", "contender", "kernels", "device's ms", f"the {most} largest kinds"]
     return (
-        "One call: how many kernels it starts, and for how long the device works on them, without "
-        "the time in which it waits for the next.\n\n" + markdown(headers, rows)
+        "Kernels started by one call, and the time that the device works on them, without waiting "
+        "for the next.\n\n" + markdown(headers, rows)
     )
 
 
@@ -68,8 +68,8 @@ def memory_table(result: dict) -> str:
         cells = [f"{mib:,.0f} ({mib / rival:.2f})" for mib in case["mib"].values()]
         rows.append([label(case), *cells])
     return (
-        "MiB of the device that the library's allocator held after the call (PyTorch: at most "
-        "during it), weights and images included; in brackets the share of "
+        "MiB that the library's allocator held on the device after the call (PyTorch: the peak "
+        "during it), including weights and images; in brackets the fraction of "
         f"{RIVAL}'s.\n\n" + markdown(["", *names], rows)
     )
 
@@ -79,8 +79,8 @@ def write_gpu_report(result: dict, folder: Path) -> None:
     m = result["machine"]
     device = f"On one {m['gpu']}, driver {m['driver']}, CUDA runtime {m['cuda']}. "
     tables = [
-        "# Times, memory and kernels on a GPU\n\nWhat is read off them: [how fast it is on a GPU]"
-        "(gpu.md).\n",
+        "# Times, memory and kernels on a GPU\n\n[How fast it is on a GPU](gpu.md) discusses these "
+        "tables.\n",
         device + machine_line(result),
         summary_table(result, digits=1),
         time_tables(result),
@@ -97,7 +97,7 @@ def write_gpu_report(result: dict, folder: Path) -> None:
 
 WHATS = {"forward": "forward", "train": "forward + backward", "step": "step with AdamW"}
 
-#: Who is shown, in this order: process, how the work is started, and the name for people.
+#: The columns, in this order: process, how the work is started, and the column's title.
 COLUMNS = (
     ("pvt_ref", "captured", "pvt_ref, captured"),
     ("pvt_ref", "launched", "pvt_ref, launched"),
@@ -108,7 +108,7 @@ COLUMNS = (
 
 
 def case_of(row: dict) -> str:
-    """What a row is about, for people."""
+    """A row's case, in words."""
     what = f"{row['model']}, {WHATS[row['what']]}, B = {row['batch']}"
     return what + ("" if row["precision"] == "float32" else f", {row['precision']}")
 
@@ -149,7 +149,7 @@ def memory_cell(row: dict | None, own: dict) -> str:
 
 
 def reasons(rows: list[dict]) -> str:
-    """Who did not run where, and why; nothing if all did."""
+    """Which contenders did not run in which cases, and why; empty if all ran."""
     names = {(contender, how): name for contender, how, name in COLUMNS}
     found: dict[tuple[str, str], list[str]] = {}
     for row in rows:
@@ -191,7 +191,7 @@ def check_table(checks: dict[str, dict]) -> str:
 
 
 def error_table(rows: list[dict]) -> str:
-    """The largest error of each contender and precision, of all that it was compared in."""
+    """The largest error of each contender and precision, over all comparisons."""
     worst: dict[tuple[str, str], tuple[float, str]] = {}
     for row in rows:
         for quantity, error in row.get("errors", {}).items():
@@ -206,11 +206,11 @@ FIRST = 12
 
 
 def kernels_page(result: dict | None, ladder: dict | None, plan: list[dict]) -> str:
-    """The page: what was measured, with machine and versions; or what of gpu.py's plan will be."""
+    """The page: the measurements with machine and versions, or the beginning of gpu.py's plan."""
     in_all = len(plan)
     parts = [
-        "# Kernels on a GPU\n\nWhat is read off these tables, and what was measured before there "
-        "were kernels: [how fast it is on a GPU](gpu.md). Made by `benchmarks/gpu_report.py`.\n"
+        "# Kernels on a GPU\n\n[How fast it is on a GPU](gpu.md) discusses these tables, and the "
+        "measurements before there were kernels. `benchmarks/gpu_report.py` wrote this page.\n"
     ]
     if result is None or not (result["rows"] or result.get("checks")):
         parts.append(
@@ -248,7 +248,7 @@ def kernels_page(result: dict | None, ladder: dict | None, plan: list[dict]) -> 
 
 
 def ladder_tables(ladder: dict | None) -> str:
-    """The times of gpu_ladder.py, as the course shows them."""
+    """The times of gpu_ladder.py, in the course's format."""
     if ladder is None:
         return (
             "**Not measured yet.** `python benchmarks/gpu_ladder.py` times each version of a "
@@ -260,10 +260,10 @@ def ladder_tables(ladder: dict | None) -> str:
     steps = importlib.import_module("gpu_ladder").LADDERS
     ceilings = ladder["ceilings"]
     seen = (
-        f"The device was seen to copy {ceilings['bytes_per_second'] / 1e12:.2f} terabytes a second "
-        f"(read and written) and to multiply matrices at "
-        f"{ceilings['operations_per_second'] / 1e12:.0f} tera-operations in float32. Times are "
-        f"those of one call among many that follow each other without a gap.\n"
+        f"Measured on this device, a copy moves {ceilings['bytes_per_second'] / 1e12:.2f} "
+        f"terabytes a second (read and written), and matrix multiplication reaches "
+        f"{ceilings['operations_per_second'] / 1e12:.0f} tera-operations a second in float32. "
+        f"Times are those of one call among many without gaps between them.\n"
     )
     tables = [f"{name}:\n\n{figures(ladder, name, s)}" for name, s in steps.items() if s]
     return "\n".join([seen, *tables])
@@ -274,7 +274,7 @@ def read(file: Path) -> dict | None:
 
 
 def write_kernels_page(folder: Path) -> None:
-    """gpu_kernels.md, of the files in folder."""
+    """gpu_kernels.md, from the files in folder."""
     result, ladder = (read(folder / f"{name}.json") for name in ("gpu_kernels", "gpu_ladder"))
     page = kernels_page(result, ladder, importlib.import_module("gpu").plan())
     (folder / "gpu_kernels.md").write_text(page, "utf-8")

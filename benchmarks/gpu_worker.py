@@ -1,8 +1,8 @@
-"""One contender on a CUDA device, in a process of its own: an order a line, an answer a line.
+"""One contender on a CUDA device, in its own process: one line for each order and answer.
 
-An order names a model, what is computed, for how many images, in which precision, and how it is
-started. The answer holds how far the results are from those in float64, and only if that is little
-enough, times by device events and the memory that was taken. Otherwise it says why there are none.
+An order names a model, a task, a batch size, a precision, and how the work is started. The answer
+holds the errors to float64. If they are small enough, it also holds times by device events and the
+memory used; otherwise it says why there are none.
 """
 
 import gc
@@ -31,18 +31,18 @@ from pvt_ref.tree import first_array, map_arrays, named_arrays
 #: Sides of the images: of a classifier, and of a segmentation network.
 SIZE, DENSE_SIZE = 224, 512
 LR = 1e-3
-#: Of AdamW: larger than usual, or the first step would be the sign of each gradient, which is
-#: rounding where one is nearly 0.
+#: AdamW's epsilon, larger than usual. Otherwise the first step would be the sign of each gradient,
+#: and the sign of a gradient near 0 is rounding noise.
 EPS = 1e-4
 DEVICE = "cuda"
 
-#: How far results may be from float64's to be timed, relative L2: logits, gradients and weights.
+#: Largest errors to float64 at which a row is timed, relative L2: logits, gradients and weights.
 #: TF32 and halves have 11 and 8 significant bits, and a network is some hundred products deep.
 ALLOWED = {"float32": 1e-5, "tf32": 1e-2, "float16": 2e-2, "bfloat16": 1e-1}
 
 
 class Case(NamedTuple):
-    """What every contender gets: the first image and its targets are the same for every batch."""
+    """The input of every contender; the first image and its targets are the same in every batch."""
 
     images: np.ndarray  # (B, 3, H, W)
     dlogits: np.ndarray  # (B, K) or (B, K, H/4, W/4), of a forward and its backward
@@ -50,7 +50,7 @@ class Case(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """A model on a device: numbers by name of what is asked for, and what is timed."""
+    """A model on a device: its results by name, and the call that is timed."""
 
     results: Callable[[Case], dict[str, np.ndarray]]
     prepared: Callable[[Case], Callable[[], Any]]  # a call that does it once
@@ -81,7 +81,7 @@ def make_case(batch: int, config: Any, first_only: bool = False) -> Case:
 
 
 def exact_results(model: str, weights: Path, what: str) -> dict[str, np.ndarray]:
-    """What the readable layers give on NumPy in float64, for the first image."""
+    """The results of the readable layers on NumPy in float64, for the first image."""
     config = VARIANTS[model]
     params = pvt_ref.load(weights, config).params
     params = map_arrays(lambda x: x.astype(np.float64) if x.dtype.kind == "f" else x, params)
@@ -146,7 +146,7 @@ def one_launch(params: Any, cuda: Cuda) -> Callable[[Any], Any]:
 
 
 def arguments_of(case: Case, what: str) -> tuple[np.ndarray, ...]:
-    """The arrays that such a function takes."""
+    """The arguments of such a function."""
     return {
         "forward": (case.images,),
         "train": (case.images, case.dlogits),
@@ -187,7 +187,7 @@ def ours(order: dict) -> Contender:
 
 
 class NotRunError(Exception):
-    """A contender cannot do what is asked, and says why."""
+    """A contender cannot do the task; the message says why."""
 
 
 # PyTorch ------------------------------------------------------------------------------------------
@@ -276,12 +276,12 @@ def errors_of(found: dict, exact: dict, model: str, precision: str) -> dict[str,
 
 
 class Family(NamedTuple):
-    """What a process needs of its library."""
+    """The functions that a process needs from its library."""
 
     make: Callable[[dict], Contender]
     clock: Any
     versions: str
-    release: Callable[[], None]  # gives back what the library keeps for later
+    release: Callable[[], None]  # frees the memory that the library keeps for reuse
     mib_free: Callable[[], float]  # of the device
 
 
@@ -304,18 +304,18 @@ def answer(order: dict, family: Family) -> dict:
         "seconds": statistics.median(times),
         "spread": [min(times), max(times)],
         "calls": len(times),
-        # what libraries keep for later is what the work needed at its fullest
+        # memory kept for reuse equals the peak need of the work
         "mib": before - family.mib_free(),
     }
 
 
 def answer_or_why_not(order: dict, family: Family) -> dict:
-    """The same, or the reason for having none."""
+    """The answer, or the reason why there is none."""
     try:
         told = answer(order, family)
     except NotRunError as error:
         told = {"not_run": str(error)}
-    except Exception as error:  # of any library: no memory left, a compiler that fails
+    except Exception as error:  # from any library: out of memory, a failing compiler
         told = {"not_run": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     return told | {"versions": family.versions}
 
@@ -325,7 +325,7 @@ def with_cupy() -> Family:
 
     cupy = import_cupy()
     ones = cupy.ones((64, 64), "float32")
-    ones @ ones  # the library of products takes its memory
+    ones @ ones  # the matrix library allocates its memory
     return Family(
         ours,
         CupyClock(cupy),
@@ -342,7 +342,7 @@ def with_torch() -> Family:
     ones @ ones
 
     def release() -> None:
-        torch.compiler.reset()  # the graphs of the row before hold memory
+        torch.compiler.reset()  # the graphs of the previous row hold memory
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -357,7 +357,7 @@ def with_torch() -> Family:
 
 def main() -> None:
     answers = sys.stdout
-    sys.stdout = sys.stderr  # whatever a library prints is no answer
+    sys.stdout = sys.stderr  # output of a library is not an answer
     family = {"pvt_ref": with_cupy, "PyTorch": with_torch}[sys.argv[1]]()
     for line in sys.stdin:
         print(json.dumps(answer_or_why_not(json.loads(line), family)), file=answers, flush=True)

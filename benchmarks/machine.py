@@ -1,4 +1,4 @@
-"""What a benchmark ran on: to be printed beside every figure."""
+"""The machine that a benchmark ran on, to be printed beside every figure."""
 
 import contextlib
 import datetime
@@ -28,7 +28,7 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit that the code is of, and whether it has been changed since."""
+    """The commit of the code, and whether it has been changed since."""
     git = ["git", "-C", str(Path(__file__).parent)]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         options = {"capture_output": True, "text": True, "check": True}

@@ -232,7 +232,7 @@ def test_figures_of_two_machines_or_commits_do_not_mix(tmp_path):
     gpu.write(file, {"machine": MACHINE, "versions": {}, "rows": [1]})
     assert gpu.begin(file, MACHINE | {"date": "2026-01-03"})["rows"] == [1]
     for other in ({"gpu": "another"}, {"commit": "def"}):
-        with pytest.raises(SystemExit, match="cannot stand in one table: move the file away"):
+        with pytest.raises(SystemExit, match="table cannot hold both: move the file away"):
             gpu.begin(file, MACHINE | other)
 
 
@@ -560,7 +560,7 @@ def test_the_course_shows_the_figures_of_a_ladder_or_that_there_are_none(tmp_pat
     assert "21 rows" in page
     assert page.count("| the first |") == 1
     assert page.count("| the others |") == 11
-    assert "copy 0.00 terabytes a second" in page
+    assert "a copy moves 0.00 terabytes a second" in page
     assert "sum_rows:" in page
 
 

@@ -117,7 +117,7 @@ def test_everything_is_compared_before_anything_is_timed(script, capsys, monkeyp
     compared, timed = out.split("All results match.")
     for name in ("logits", "maps", "gradients of the classifier", "gradients of the maps"):
         assert compared.count(f"\n{name} ") == 2  # in two precisions
-    for name in ("NumPy", "CUDA, launched", "CUDA, captured", "stage 1", "forward", "memory of"):
+    for name in ("NumPy", "CUDA, launched", "CUDA, captured", "stage 1", "forward", "device"):
         assert f"\n{name}" in timed
     assert "images of 32x32 pixels" in compared
     assert "1 MiB for a forward, 2 MiB with its backward" in timed
@@ -217,7 +217,7 @@ def test_kernels_are_timed_one_by_one_behind_what_holds_the_device(plain_script,
     assert done == ["run", "wait", "hold", "run", "wait"]
     rows = [line.split() for line in plain_script.kernel_table(found, whole).splitlines()]
     assert ["a", "2", "2,000.000", "29%"] in rows
-    assert ["products", "and", "copies", "of", "libraries", "4,000.000", "57%"] in rows
+    assert ["products", "and", "copies", "by", "libraries", "4,000.000", "57%"] in rows
 
 
 @pytest.mark.skipif(
