@@ -864,7 +864,7 @@ def test_pad_refuses():
         pad_to_multiple(images[0], 32)
     with pytest.raises(ShapeError, match=r"shape \(4, 4\); they must be \(B, C, H, W\)$"):
         pad_to_multiple(images[0, 0], 32)
-    with pytest.raises(ShapeError, match=r"looks channels-last: \(8, 20, 20, 3\)"):
+    with pytest.raises(ShapeError, match=r"look channels-last: \(8, 20, 20, 3\)"):
         pad_to_multiple(np.zeros((8, 20, 20, 3), np.float32), 32)
     with pytest.raises(ShapeError, match="nothing in them"):
         pad_to_multiple(np.zeros((1, 3, 0, 4), np.float32), 32)

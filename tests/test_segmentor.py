@@ -799,13 +799,15 @@ def test_segment_refuses_what_it_cannot_do():
     with pytest.raises(ConfigError, match="a PVT tells what a picture shows, not where"):
         classifier.segment(photo)
     bands = model_of(preprocessing=Preprocessing("bands", (0.5,) * 3, (0.25,) * 3))
-    with pytest.raises(ConfigError, match="mode 'bands', and pictures have colours or grey"):
+    with pytest.raises(ConfigError, match="mode 'bands', but pictures are in colour or grey"):
         bands.segment(photo)
     many = dataclasses.replace(SEGMENTORS["pvt"], num_classes=257)
-    with pytest.raises(ConfigError, match="the model has 257 classes, and a class map holds a by"):
+    with pytest.raises(
+        ConfigError, match="the model has 257 classes, but a class map holds one by"
+    ):
         Model(params_of(many), many).segment(photo)
     grey = model_of(preprocessing=Preprocessing("L", (0.5,), (0.25,)))
-    with pytest.raises(ConfigError, match="in_chans=3, and its preprocessing makes 1 channels"):
+    with pytest.raises(ConfigError, match="in_chans=3, but its preprocessing makes 1 channels"):
         grey.segment(photo)
 
 
@@ -874,7 +876,7 @@ def test_a_new_head_and_what_stays_as_it_is(name):
     assert {key for key in old if new[key] is not old[key]} == drawn
     assert 0.005 < new["decode_head.conv_seg.weight"].std() < 0.02
     assert other.classes == tuple("012345678")
-    with pytest.raises(ConfigError, match=r"another one to each call: model.segment\(pictures, s"):
+    with pytest.raises(ConfigError, match=r"another size to each call: model.segment\(pictures, s"):
         pvt_ref.with_image_size(model, 64)
     with pytest.raises(ConfigError, match="a segmentation network has no first layer"):
         pvt_ref.with_channels(model, 1)
@@ -1039,7 +1041,7 @@ def test_batch_statistics_is_a_choice_of_networks_with_batch_norm():
         with pytest.raises(RangeError, match=r"batch_statistics is .*; it must be True or False"):
             pvt_ref.forward_with_cache(params, images, config, batch_statistics=flag)
     classifier = dataclasses.replace(PVT, num_classes=3)
-    with pytest.raises(ConfigError, match=r"batch_statistics is True, and a PVT has no batch norm"):
+    with pytest.raises(ConfigError, match=r"batch_statistics is True, but a PVT has no batch norm"):
         pvt_ref.forward_with_cache(params_of(classifier), images, classifier, batch_statistics=True)
 
 
@@ -1065,7 +1067,7 @@ def test_wrong_arguments_are_refused():
     floats = map_arrays(lambda x: x.astype(np.float64), params)
     with pytest.raises(ArrayTypeError, match="num_batches_tracked has dtype float64; it counts"):
         pvt_ref.forward(floats, images, config)
-    with pytest.raises(ConfigError, match="the maps of a segmentation network are those of its"):
+    with pytest.raises(ConfigError, match="a segmentation network gives one map for each stage"):
         pvt_ref.forward_pyramid(params, images, config, blocks=[0])
 
 
