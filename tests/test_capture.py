@@ -541,7 +541,7 @@ def test_segment_replays_where_shapes_repeat(fake, monkeypatch):
         ("cudaErrorInsufficientDriver: CUDA driver version is insufficient", "Update the driver"),
         ("cudaErrorUnsupportedPtxVersion: the provided PTX was compiled", "Update the driver"),
         ("cudaErrorMemoryAllocation: out of memory", "free_all_blocks"),
-        ("cudaErrorNoKernelImageForDevice: no kernel image", "does not know the GPU"),
+        ("cudaErrorNoKernelImageForDevice: no kernel image", "does not support the GPU"),
         ('error: could not open source file "cuda_fp16.h"', "does not find the headers"),
         ("libnvrtc.so.12: cannot open shared object file", r"cupy-cuda12x\[ctk\]"),
         ("libcublasLt.so.13: undefined symbol: cublasLtCreate", "another version"),
@@ -558,7 +558,7 @@ def test_other_errors_stay_what_they_are():
         with pytest.raises(type(error), match=str(error)), explained():
             raise error
     strange = type("CUDARuntimeError", (RuntimeError,), {"__module__": "cupy_backends.cuda.api"})
-    assert "process is started anew" in str(cuda_error(strange("cudaErrorIllegalAddress")))
+    assert "process is restarted" in str(cuda_error(strange("cudaErrorIllegalAddress")))
 
 
 def test_no_memory_left_is_said_of_a_forward_and_of_a_capture(fake, monkeypatch):

@@ -215,7 +215,7 @@ def test_other_weights_are_refused_in_words(capsys, photos, tmp_path):
     pvt_ref.save(path, Model(params_of(classifier, dtype=np.float32), classifier))
     status, text, err = run(capsys, photos / "a.jpg", "--weights", path, "--out", tmp_path / "o")
     assert (status, text) == (2, "")
-    assert "a PVT tells what a picture shows, not where" in err
+    assert "a PVT classifies a whole picture, not its pixels" in err
     assert "segmentation network" in err
     assert not (tmp_path / "o").exists()
 

@@ -294,7 +294,7 @@ def test_a_classifiers_file_is_no_segmentation_network(tmp_path):
     torch.save(as_torch(state_of(classifier, dtype=np.float32)), tmp_path / "a.pth")
     message = refusal(tmp_path / "a.pth", SEGMENTORS["pvt"])
     assert "it holds a PVT, and config is a SegmentorConfig" in message
-    with pytest.raises(ConfigError, match="tells what a picture shows, not where"):
+    with pytest.raises(ConfigError, match="classifies a whole picture, not its pixels"):
         load(tmp_path / "a.pth", classifier).segment([])
 
 

@@ -674,13 +674,13 @@ def test_windows_are_averaged_where_they_overlap():
 def test_windows_that_leave_gaps_are_refused():
     config = SEGMENTORS["pvt"]
     params, images = params_of(config), images_of("pvt")
-    with pytest.raises(ShapeError, match="pixels between two windows would have no answer"):
+    with pytest.raises(ShapeError, match="pixels between two windows would get no logits"):
         sliding_logits(params, images, config, 16, (16, 17))
     for crop, stride in ((0, 1), (16, 0), (16.0, 4), (16, (1, 2, 3))):
         with pytest.raises(ShapeError, match="must be a side or"):
             sliding_logits(params, images, config, crop, stride)
     bare = dataclasses.replace(PVT, num_classes=3)
-    advice = r"tells what a picture shows, not where.*with_segmentation_head\(model"
+    advice = r"classifies a whole picture, not its pixels.*with_segmentation_head\(model"
     with pytest.raises(ConfigError, match=advice):
         sliding_logits(params_of(bare), images, bare, 16, 16)
 
@@ -796,7 +796,7 @@ def test_segment_refuses_what_it_cannot_do():
             model.segment(photo, window=window)
     backbone = dataclasses.replace(PVT, num_classes=3)
     classifier = Model(params_of(backbone), backbone)
-    with pytest.raises(ConfigError, match="a PVT tells what a picture shows, not where"):
+    with pytest.raises(ConfigError, match="a PVT classifies a whole picture, not its pixels"):
         classifier.segment(photo)
     bands = model_of(preprocessing=Preprocessing("bands", (0.5,) * 3, (0.25,) * 3))
     with pytest.raises(ConfigError, match="mode 'bands', but pictures are in colour or grey"):
