@@ -118,7 +118,7 @@ def test_classes_can_be_given(tmp_path):
     found = ImageFolder(tmp_path, classes=["c", "b", "a"])
     assert found.labels.tolist() == [1]
     assert found.classes == ("c", "b", "a")
-    with pytest.raises(TrainingError, match=r"the folder 'b', which is no class"):
+    with pytest.raises(TrainingError, match=r"the folder 'b', which is not a class"):
         ImageFolder(tmp_path, classes=["a", "c"])
     with pytest.raises(ConfigError, match="a name comes twice"):
         ImageFolder(tmp_path, classes=["b", "b"])
@@ -165,7 +165,7 @@ def test_classes_without_photos_are_known_again_too(root):
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda p: None, TrainingError, r"has no folders in it\. Needed are folders named after"),
+        (lambda p: None, TrainingError, r"has no folders in it\. It must have folders named after"),
         (lambda p: picture(p / "a.png"), TrainingError, r"but photos: which class are they\?"),
         (lambda p: (p / "cat").mkdir(), TrainingError, r"1 folders and no photo"),
         (lambda p: p.rmdir(), MissingFileError, r"there is no folder"),
