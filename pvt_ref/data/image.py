@@ -25,11 +25,11 @@ Source = str | os.PathLike[str] | BinaryIO | Image.Image
 
 
 def read_rgb(source: Source) -> Image.Image:
-    """A picture upright and in plain RGB, whatever it was stored as, without metadata.
+    """A picture upright and in plain RGB, in whatever form it was stored, without metadata.
 
     The orientation in the EXIF data is applied, transparency is laid on white, palettes, CMYK,
     YCbCr, LAB and HSV are converted, 16-bit grey is scaled to 8 bits and rounded. Float grey (mode
-    F) counts from 0 to 255, as everywhere in Pillow. Colour profiles are not applied. The authors'
+    F) is from 0 to 255, as everywhere in Pillow. Colour profiles are not applied. The authors'
     ``image.convert("RGB")`` gives the same for an upright opaque 8-bit picture.
 
     Args:

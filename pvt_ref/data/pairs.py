@@ -145,8 +145,8 @@ class LabelledPairs(Samples):
             kinds = ", ".join(map(str, np.unique(values[wrong])[:5]))
             raise ImageError(
                 f"{what} holds {kinds}; classes are 0 to {last}, and {IGNORED} where a pixel does "
-                f"not count. Does it count from 1, or is a class to be ignored? replaced={{...}} "
-                f"says what stands for what"
+                f"not count. Does it count from 1, or should a class be ignored? replaced={{...}} "
+                f"maps the values"
             )
         return Image.fromarray(values)
 
