@@ -199,7 +199,7 @@ def test_a_forward_with_its_backward(fake):
 
 
 def test_without_cuda_it_says_so():
-    with pytest.raises(DeviceError, match="array 0 is numpy float64, and a CUDA graph is of CuPy"):
+    with pytest.raises(DeviceError, match="array 0 is numpy float64, but a CUDA graph needs CuPy"):
         capture(lambda x: x, np.zeros(2))
     for arguments, words in (
         ((3, np.zeros(2)), "function is 3"),
@@ -312,7 +312,7 @@ def test_a_graph_is_called_with_what_it_was_captured_for(fake):
     ):
         with pytest.raises(error, match=words):
             graph(*given)
-    with pytest.raises(DeviceError, match="a graph is of one device"):
+    with pytest.raises(DeviceError, match="a graph needs one device"):
         capture(lambda x, y: x, x, elsewhere)
 
 
