@@ -582,7 +582,7 @@ def test_a_photo_damaged_meanwhile_ends_the_training_by_name(held_out, tmp_path)
 def test_photos_of_another_mode_or_size_are_refused(root, held_out, tmp_path):
     recipe = Recipe(epochs=1, batch_size=2)
     colours = photos(root, preprocessing=Preprocessing())
-    with pytest.raises(TrainingError, match="images have 3 channels, and the configuration"):
+    with pytest.raises(TrainingError, match="images have 3 channels, but the configuration"):
         fit(CONFIG, recipe, colours, colours, tmp_path / "run")
     with pytest.raises(ShapeError, match="17"):
         fit(CONFIG, recipe, photos(root, 17), held_out, tmp_path / "run")

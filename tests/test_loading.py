@@ -289,7 +289,7 @@ def test_preprocessing_beside_the_weights(folder, their_model, transformers):
 def test_folders_without_weights(tmp_path):
     assert "a directory without model.safetensors or pytorch_model.bin" in refusal(tmp_path, None)
     (tmp_path / "other.pth").write_bytes(b"")
-    assert "there are: 'other.pth'" in refusal(tmp_path, None)
+    assert "it has: 'other.pth'" in refusal(tmp_path, None)
     (tmp_path / "config.json").write_text("{}")
     assert "a JSON file, which holds no weights" in refusal(tmp_path / "config.json", None)
 

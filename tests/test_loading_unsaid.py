@@ -368,7 +368,7 @@ def test_what_a_signal_handler_raises_is_not_taken_for_damage(
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".th", ".pkl", ".pth.tar"])
 def test_weights_of_any_usual_name_are_mentioned(tmp_path, suffix):
     (tmp_path / f"last{suffix}").write_bytes(b"")
-    assert f"there are: 'last{suffix}'" in refusal(tmp_path, None)
+    assert f"it has: 'last{suffix}'" in refusal(tmp_path, None)
     message = refusal(tmp_path / f"lost{suffix}", None, MissingFileError)
     assert f"weights files there: 'last{suffix}'" in message
 

@@ -382,7 +382,7 @@ def test_the_default_table_is_that_of_the_environment(monkeypatch):
     monkeypatch.delenv("PVT_REF_OPS")
     assert default_ops(images) == blocked_ops()
     monkeypatch.setenv("PVT_REF_OPS", "fast")
-    with pytest.raises(RangeError, match="PVT_REF_OPS is 'fast'; known are 'reference'"):
+    with pytest.raises(RangeError, match="PVT_REF_OPS is 'fast'; use one of 'reference'"):
         pvt_ref.forward(CASE.params(), images, CONFIG)
 
 
