@@ -28,7 +28,7 @@ def parse_json(text: str | bytes, what: str, limit: int = 2**20) -> Any:
     except RecursionError:
         raise CheckpointError(f"{what} is nested too deeply: over {MAX_DEPTH} levels") from None
     except ValueError as error:  # includes JSONDecodeError and UnicodeDecodeError
-        raise CheckpointError(f"{what} is not usable JSON ({error})") from error
+        raise CheckpointError(f"{what} is not JSON that can be used ({error})") from error
     return value
 
 
