@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-#: Where the names stand that are imported when first asked for: nobody who computes waits for them.
+#: Modules of the names that are imported on first use, so that `import pvt_ref` stays fast.
 _LATER = {
     "app": (
         *("Model", "Prediction", "with_channels", "with_image_size", "with_new_head"),

@@ -21,57 +21,57 @@ from pvt_ref.report.cost import count_cost
 from pvt_ref.report.tables import format_cost, one_line, text_table
 from pvt_ref.zoo import RELEASED, SHIPPED, load
 
-#: Exit statuses: some inputs failed; all did, or the output cannot be written to its end; stopped
-#: by Ctrl-C; the reader of standard output left.
+#: Exit statuses: some inputs failed; all failed, or the output could not be fully written; stopped
+#: by Ctrl-C; the reader of standard output closed it.
 _SOME, _NONE, _INTERRUPTED, _PIPE_CLOSED = 1, 2, 130, 141
 
-#: What ``classify`` and ``segment`` ask if no weights are named.
+#: The models that ``classify`` and ``segment`` use if no weights are named.
 _CLASSIFIER, _SEGMENTOR = "imagenette", "camvid"
 
 
 def _parser(chosen: str) -> argparse.ArgumentParser:
     about = "The Pyramid Vision Transformer in NumPy."
-    text = "Exit status: 0; 1 if some of several inputs failed; 2 if all did, if the command is "
-    text += "wrong, or if the output could not be written to its end."
+    text = "Exit status: 0; 1 if some of several inputs failed; 2 if all failed, if the command is "
+    text += "wrong, or if the output could not be fully written."
     parser = argparse.ArgumentParser("python -m pvt_ref", description=about, epilog=text)
     parser.add_argument("--version", action="version", version=f"pvt_ref {__version__}")
     commands = parser.add_subparsers(dest="command")
 
     of_file, of_size = (argparse.ArgumentParser(add_help=False) for _ in range(2))
-    text = "the model in a weights file that does not tell: a variant's name, or a JSON file"
+    text = "the model, if the weights file does not say: a variant's name, or a JSON file"
     of_file.add_argument("--config", metavar="NAME|FILE", help=text)
-    text = "which of several sets of weights in a file, such as model_ema"
+    text = "the set of weights to take if a file has several, such as model_ema"
     of_file.add_argument("--entry", metavar="NAME", help=text)
-    text = "H W, or one side of a square (default: that of the training)"
+    text = "H W, or one side of a square (default: the size of the training)"
     of_size.add_argument("--size", nargs="+", type=int, metavar="PIXELS", help=text)
 
-    text = "what pictures show, with probabilities"
+    text = "the classes of pictures, with probabilities"
     classify = commands.add_parser("classify", parents=[of_file, of_size], help=text)
-    text = "picture files; of a folder, the files directly in it that are named as pictures are "
-    text += "(.jpg, .png and so on) and not hidden"
+    text = "picture files, or folders: the files directly in a folder that have a picture's suffix "
+    text += "(.jpg, .png and so on) and are not hidden"
     classify.add_argument("images", nargs="+", metavar="IMAGE", help=text)
     shipped = ", ".join(name for name in SHIPPED if name != _SEGMENTOR)
-    text = f"{shipped} (in the package), {', '.join(RELEASED)} (fetched when first "
-    text += f"asked for), or a file (default {_CLASSIFIER}: ten classes of photos)"
+    text = f"{shipped} (in the package), {', '.join(RELEASED)} (downloaded on "
+    text += f"first use), or a file (default {_CLASSIFIER}: ten classes of photos)"
     classify.add_argument("--weights", metavar="NAME|FILE", help=text)
-    classify.add_argument("--top", type=int, default=5, help="classes a picture (default 5)")
+    classify.add_argument("--top", type=int, default=5, help="classes per picture (default 5)")
     classify.add_argument("--json", action="store_true", help="a list, for programs")
 
-    text = "the class of every pixel of pictures, as pictures"
+    text = "the class of every pixel, drawn as pictures"
     segment = commands.add_parser("segment", parents=[of_file], help=text)
     text = "as for classify"
     segment.add_argument("images", nargs="+", metavar="IMAGE", help=text)
     text = f"a file of a segmentation network (default {_SEGMENTOR}, in the package: eleven "
     text += "classes of street scenes)"
     segment.add_argument("--weights", metavar="NAME|FILE", help=text)
-    text = "folder of the pictures that are made (default: this one): of a.jpg, a.overlay.png with "
-    text += "a legend, and a.classes.png, whose palette's numbers are the classes"
+    text = "output folder (default: the current one). a.jpg becomes a.overlay.png, with a legend, "
+    text += "and a.classes.png, whose palette indices are the classes"
     segment.add_argument("--out", metavar="DIR", default=".", help=text)
-    text = "short side that the network sees (default: that of the training)"
+    text = "short side that the network sees (default: the size of the training)"
     segment.add_argument("--size", type=int, metavar="PIXELS", help=text)
-    text = "look at windows of so many pixels a side, or H W, instead of the whole"
+    text = "process windows of this side, or H W, instead of the whole picture"
     segment.add_argument("--window", nargs="+", type=int, metavar="PIXELS", help=text)
-    segment.add_argument("--force", action="store_true", help="replace pictures that are there")
+    segment.add_argument("--force", action="store_true", help="replace existing pictures")
     segment.add_argument("--json", action="store_true", help="a list, for programs")
 
     text = "parameters, MACs, memory and cache by stage and operation, as a table"
@@ -86,60 +86,60 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
 
     text = "a network on a folder of photos: TRAIN/CLASS/PHOTO.jpg"
     train = commands.add_parser("train", help=text)
-    if chosen == "train":  # its options need the package's training, which takes a while to import
+    if chosen == "train":  # its options need the package's training, which is slow to import
         from pvt_ref.train.options import add_options
 
         add_options(train)
 
-    text = "build it yourself: the operations as exercises, marked by the laws they must obey"
+    text = "build it yourself: the operations as exercises, marked by their mathematical laws"
     exercises = commands.add_parser("exercises", help=text)
     if chosen == "exercises":  # likewise
         from pvt_ref.exercises.command import add_options
 
         add_options(exercises)
 
-    text = "weights of any readable layout to this project's .safetensors"
+    text = "weights in any supported layout to this project's .safetensors"
     convert = commands.add_parser("convert", parents=[of_file], help=text)
-    convert.add_argument("src", nargs="+", help="weights files, or folders with one")
-    convert.add_argument("dst", help="the .safetensors file to write, or a folder for them")
-    convert.add_argument("--force", action="store_true", help="replace a file that is there")
-    text = "epsilon of the norms, and of those after projections if another (default: that of the "
-    text += "code which made the file; 1e-6 1e-5 for the authors' weights in Hugging Face's files)"
+    convert.add_argument("src", nargs="+", help="weights files, or folders that hold one")
+    convert.add_argument("dst", help="the .safetensors file to write, or a folder for several")
+    convert.add_argument("--force", action="store_true", help="replace an existing file")
+    text = "epsilon of the norms; a second value is for norms after projections (default: as in "
+    text += "the code that made it; 1e-6 1e-5 for the authors' weights in Hugging Face's files)"
     convert.add_argument("--eps", nargs="+", type=float, metavar="EPS", help=text)
 
-    text = "a network as an ONNX file, for other runtimes; needs the package onnx"
+    text = "a network to an ONNX file, for other runtimes; needs the package onnx"
     export = commands.add_parser("export", parents=[of_file, of_size], help=text)
     text = f"{', '.join(SHIPPED)}, {', '.join(RELEASED)}; or a weights file"
     export.add_argument("model", help=text)
     text = "the file to write (default: in this folder, the model's name with .onnx)"
     export.add_argument("-o", "--out", metavar="FILE", help=text)
-    text = "leave the size of the image open: for a PVT v2 without linear SRA"
+    text = "leave the image size open (only for a PVT v2 without linear SRA)"
     export.add_argument("--any-size", action="store_true", help=text)
     text = "the dense pyramid, outputs F1, F2 and so on, instead of logits"
     export.add_argument("--pyramid", action="store_true", help=text)
     text = "the attention weights of every block too, outputs A1.0, A1.1 and so on"
     export.add_argument("--attention", action="store_true", help=text)
-    text = "of a segmentation network: logits at the size of the image"
+    text = "for a segmentation network: logits at the size of the image"
     export.add_argument("--resized", action="store_true", help=text)
     text = "take pixels, (B, H, W, C) uint8, and normalise them in the graph"
     export.add_argument("--pixels", action="store_true", help=text)
     text = "store the weights in half the space; the graph computes in float32"
     export.add_argument("--float16", action="store_true", help=text)
-    export.add_argument("--force", action="store_true", help="replace a file that is there")
+    export.add_argument("--force", action="store_true", help="replace an existing file")
     return parser
 
 
 def _say(message: object) -> None:
-    if sys.stderr is not None:  # for None, print would take standard output
+    if sys.stderr is not None:  # print(file=None) would write to standard output
         try:
             print(printable(str(message)), file=sys.stderr, flush=True)
-        except OSError:  # a full disk, a closed pipe: the answers go on
+        except OSError:  # a full disk or a closed pipe must not stop the answers
             _give_up(sys.stderr)
 
 
 def _give_up(stream: TextIO) -> None:
-    """What could not be written goes nowhere: Python would try once more at exit, and fail."""
-    with suppress(OSError):  # a stream of the caller's may have no file
+    """Sends unwritten output to the null device: Python would try again at exit, and fail."""
+    with suppress(OSError):  # the caller's stream may have no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -148,7 +148,7 @@ def _status(inputs: int, failed: int) -> int:
 
 
 def _pictures(arguments: Iterable[str]) -> Iterator[tuple[str, PVTError | None]]:
-    """The pictures named and those in the folders named, by name; or why there is none."""
+    """The paths of the named pictures and of those in named folders, or why there are none."""
     for path in arguments:
         if not os.path.isdir(path):
             yield path, None
@@ -156,7 +156,7 @@ def _pictures(arguments: Iterable[str]) -> Iterator[tuple[str, PVTError | None]]
         folder = shown(path, 400)
         try:
             with os.scandir(path) as entries:
-                # hidden ones are not meant: macOS lays ._a.jpg, which is no picture, beside a.jpg
+                # skip hidden files: macOS puts ._a.jpg, which is not a picture, beside a.jpg
                 files = [e for e in entries if e.name[0] != "." and not os.path.isdir(e.path)]
         except OSError as error:
             yield path, ImageError(f"{folder} cannot be read ({error.strerror})")
@@ -165,13 +165,13 @@ def _pictures(arguments: Iterable[str]) -> Iterator[tuple[str, PVTError | None]]
         yield from ((os.path.join(path, name), None) for name in pictures)
         others = len(files) - len(pictures)
         if not pictures:
-            why = f"of {others} files no name ends in one of {', '.join(SUFFIXES)}"
+            why = f"it has {others} files, and no name ends in one of {', '.join(SUFFIXES)}"
             what = f"{folder} is a folder without pictures: {why}"
-            yield path, ImageError(f"{what} (and folders in it are not looked into)")
+            yield path, ImageError(f"{what} (subfolders are not searched)")
         elif others:
-            several = f"{others} files with other names were"
-            what = several if others > 1 else "1 file with another name was"
-            _say(f"{folder}: {what} not looked at")
+            several = f"{others} files without a picture's suffix were"
+            what = several if others > 1 else "1 file without a picture's suffix was"
+            _say(f"{folder}: {what} skipped")
 
 
 def _one_or_all(values: Sequence[Any] | None) -> Any:
@@ -179,9 +179,9 @@ def _one_or_all(values: Sequence[Any] | None) -> Any:
 
 
 def _say_classes(weights: str, model: Model) -> None:
-    """What weights that nobody named can answer."""
+    """Prints the classes of the default weights."""
     known = ", ".join(model.classes)
-    _say(f"{weights} knows these classes and no other: {known}. --weights names another model")
+    _say(f"{weights} knows only these classes: {known}. --weights chooses another model")
 
 
 def _classify(args: argparse.Namespace) -> int:
@@ -211,7 +211,7 @@ def _classify(args: argparse.Namespace) -> int:
             print(f"{gap}{one_line(path)}\n{table}", flush=True)
     if args.json:
         print("\n]")
-    elif args.weights is None and failed < len(inputs):  # who named weights knows what they know
+    elif args.weights is None and failed < len(inputs):  # the user may not know what they cover
         _say_classes(weights, model)
     return _status(len(inputs), failed)
 
@@ -225,7 +225,7 @@ def _segment(args: argparse.Namespace) -> int:
     inputs = list(_pictures(args.images))
     paths = (path for path, error in inputs if error is None)
     maps = model.segment_each(paths, args.size, window=_one_or_all(args.window))
-    failed, written = 0, {os.path.abspath(path) for path, _ in inputs}  # no input is replaced
+    failed, written = 0, {os.path.abspath(path) for path, _ in inputs}  # never replace an input
     for index, (path, error) in enumerate(inputs):
         answer = next(maps) if error is None else error
         said: dict[str, Any] = {}
@@ -263,8 +263,8 @@ def _write_maps(
     args: argparse.Namespace,
     written: set[str],
 ) -> dict[str, Any]:
-    """Writes the two pictures of a class map; returns where they are, and the share of each class.
-    Raises: ImageError if one is there already, or an OSError.
+    """Writes the two pictures of a class map; returns their paths and the share of each class.
+    Raises: ImageError if one exists already, or an OSError.
     """
     import numpy as np
 
@@ -276,11 +276,11 @@ def _write_maps(
     targets = {"overlay": f"{base}.overlay.png", "class_map": f"{base}.classes.png"}
     for target in targets.values():
         if os.path.abspath(target) in written:
-            what = f"{shown(path, 400)}: {shown(target, 400)} is one of the pictures named"
-            what += ", or was just made of one of that name"
-            raise ImageError(f"{what}. Name another --out for it")
+            what = f"{shown(path, 400)}: {shown(target, 400)} is one of the input pictures"
+            what += ", or was just made from an input of the same name"
+            raise ImageError(f"{what}. Choose another --out")
         if os.path.lexists(target) and not args.force:
-            what = f"{shown(path, 400)}: {shown(target, 400)} is there already"
+            what = f"{shown(path, 400)}: {shown(target, 400)} exists already"
             raise ImageError(f"{what}. --force replaces it")
     os.makedirs(args.out, exist_ok=True)
     pictures = {
@@ -301,8 +301,8 @@ def _summary(args: argparse.Namespace) -> int:
     known, heading = known_variants(), ""
     if args.model in known:
         if args.config is not None or args.entry is not None:
-            what = f"{args.model} is a known name, and a file called so ./{args.model}"
-            raise CheckpointError(f"--config and --entry say what is in a weights file; {what}")
+            what = f"{args.model} is a known name. For a file of that name write ./{args.model}"
+            raise CheckpointError(f"--config and --entry are for weights files, but {what}")
         config = known[args.model]
     else:
         model = load(args.model, config=args.config, entry=args.entry)
@@ -316,8 +316,8 @@ def _summary(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     into_folder = os.path.isdir(args.dst)
     if len(args.src) > 1 and not into_folder:
-        what = f"there are {len(args.src)} files, and {shown(args.dst, 400)} is no folder"
-        raise CheckpointError(f"{what}. Make it first, or convert one at a time")
+        what = f"there are {len(args.src)} files, but {shown(args.dst, 400)} is not a folder"
+        raise CheckpointError(f"{what}. Create it first, or convert one file at a time")
     eps = _one_or_all(args.eps)
     failed, written = 0, set()
     for src in args.src:
@@ -327,14 +327,14 @@ def _convert(args: argparse.Namespace) -> int:
         try:
             there = f"{shown(src, 400)}: {shown(target, 400)}"
             if target in written:
-                raise CheckpointError(f"{there} was just made of a file of the same name")
+                raise CheckpointError(f"{there} was just made from a file of the same name")
             if os.path.lexists(target) and not args.force:
-                raise CheckpointError(f"{there} is there already. --force replaces it")
+                raise CheckpointError(f"{there} exists already. --force replaces it")
             model = load(src, config=args.config, entry=args.entry, eps=eps)
             save(target, model)
         except (BrokenPipeError, MemoryError):
             raise
-        except Exception as error:  # also one that should not be: the others go on
+        except Exception as error:  # even a bug must not stop the other files
             failed += 1
             kind = f"{shown(src, 400)}: {type(error).__name__}: "
             _say(f"error: {'' if isinstance(error, PVTError | OSError) else kind}{error}")
@@ -350,7 +350,7 @@ def _export(args: argparse.Namespace) -> int:
 
     target = f"{Path(args.model).stem}.onnx" if args.out is None else args.out
     if os.path.lexists(target) and not args.force:
-        raise CheckpointError(f"{shown(target, 400)} is there already. --force replaces it")
+        raise CheckpointError(f"{shown(target, 400)} exists already. --force replaces it")
     model = load(args.model, config=args.config, entry=args.entry)
     parts = ["pyramid" if args.pyramid else "logits"]
     if args.attention:
@@ -388,7 +388,7 @@ def _run(argv: Sequence[str] | None) -> int:
         parser.print_help()
         return 0
     if sys.stdout is None:
-        _say("error: standard output is closed: there is nowhere to print to")
+        _say("error: standard output is closed, so there is nowhere to print to")
         return _NONE
     commands = {
         "classify": _classify,
@@ -410,9 +410,9 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command of these arguments, or of the command line's; returns its exit status."""
+    """Runs the command of these arguments (default: sys.argv); returns its exit status."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # file names may hold what a terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may not be able to show a file name
             stream.reconfigure(errors="replace")
     try:
         try:
@@ -420,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
-    except OSError as error:  # the reader left, or the last flush noticed a full disk
+    except OSError as error:  # the reader closed the pipe, or the last flush met a full disk
         closed = isinstance(error, BrokenPipeError)
         if not closed:
             _say(f"error: {error}")

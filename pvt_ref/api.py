@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-import pvt_ref.models  # noqa: F401 (enters the networks)
+import pvt_ref.models  # noqa: F401 (registers the networks)
 from pvt_ref.arrays import (
     FLOAT_DTYPES,
     Array,
@@ -67,12 +67,12 @@ from pvt_ref.tree import first_array, map_arrays, named_arrays, record
 def init_params(config: Any, rng: Generator, dtype: Any = np.float32) -> Any:
     """Random weights, drawn as the authors do.
 
-    Linear weights, position tables and the cls token are normal with std 0.02 (the released
-    truncation at +-2 is a hundred standard deviations away); linear biases 0; norms 1 and 0; the
-    patch and spatial-reduction projections uniform in +-1/sqrt(fan_in), as PyTorch's Conv2d. All
-    convolutions of a PVT v2 are normal with std sqrt(2/fan_out), biases 0. The source is the
-    released code, whai362/PVT, ``_init_weights``; the papers do not say.
-    Raises: ArrayTypeError if an argument is of another type, or dtype another.
+    Linear weights, position tables and the cls token are normal with std 0.02 (the released code
+    truncates at +-2, a hundred standard deviations away); linear biases are 0; norms have weight 1
+    and bias 0; the patch and spatial-reduction projections are uniform in +-1/sqrt(fan_in), as in
+    PyTorch's Conv2d. All convolutions of a PVT v2 are normal with std sqrt(2/fan_out), biases 0.
+    The source is the released code, whai362/PVT, ``_init_weights``; the papers do not say.
+    Raises: ArrayTypeError if an argument has the wrong type, or dtype is another one.
 
     Args:
         config: the model.
@@ -86,7 +86,7 @@ def init_params(config: Any, rng: Generator, dtype: Any = np.float32) -> Any:
     check_rng(rng)
     name = shown(dtype)
     if dtype is not None:
-        with contextlib.suppress(Exception):  # of several kinds, for what is no dtype of NumPy's
+        with contextlib.suppress(Exception):  # NumPy raises several kinds if it is no dtype
             name = np.dtype(dtype).name
     if name not in FLOAT_DTYPES:
         raise ArrayTypeError(f"dtype is {name}; parameters are float32 or float64")
@@ -107,26 +107,26 @@ def draw_leaf(leaf: Leaf, rng: Generator, dtype: Any) -> np.ndarray:
 
 
 def to_state_dict(params: Any) -> dict[str, Array]:
-    """The weights by the authors' key names, in the authors' order and shapes.
+    """The weights as a state dict, with the authors' keys, order and shapes.
 
-    Raises: ArrayTypeError if params is no record of parameters.
+    Raises: ArrayTypeError if params is not a record of parameters.
 
     Args:
         params: the weights, NumPy or CuPy.
 
     Returns:
-        Key to array; the arrays are those of params, not copies.
+        A dict from key to array; the arrays are those of params, not copies.
     """
     check_params_type(params)
     return dict(named_arrays(params))
 
 
 def from_state_dict(state: Mapping[str, Array], config: Any) -> Any:
-    """Parameters from arrays by the authors' key names, strictly.
+    """Parameters from a state dict with the authors' keys, strictly.
 
     Args:
-        state: key to array (NumPy or CuPy). float16 becomes float32; where float32 and float64
-            come together, all become float64. Arrays that need no conversion are not copied.
+        state: key to array (NumPy or CuPy). float16 becomes float32; if float32 and float64 are
+            mixed, all become float64. Arrays that need no conversion are not copied.
         config: the model they must fit.
 
     Returns:
@@ -134,8 +134,8 @@ def from_state_dict(state: Mapping[str, Array], config: Any) -> Any:
 
     Raises:
         CheckpointError: if keys are missing, unexpected or mis-shaped; all of them are listed.
-        ArrayTypeError: if config is no configuration, state not a mapping, or a value not an array
-            of float16, float32 or float64.
+        ArrayTypeError: if config is not a configuration, state not a mapping, or a value not an
+            array of float16, float32 or float64.
     """
     build = architecture_of(config).build_params
     if not isinstance(state, Mapping):
@@ -152,11 +152,11 @@ def from_state_dict(state: Mapping[str, Array], config: Any) -> Any:
         wanted = "int64" if leaf.key in counts else dtype
         return x if dtype_name(x) == wanted else xp.astype(x, getattr(xp, wanted))
 
-    return quietly(build, config, pick)  # of a signalling NaN in a cast; Model refuses any NaN
+    return quietly(build, config, pick)  # casting a signalling NaN warns; Model refuses any NaN
 
 
 def check_keys(state: Mapping[str, Array], config: Any) -> None:
-    """Refuses a state whose values are no arrays, or (CheckpointError) do not fit a model."""
+    """Refuses a state whose values are not arrays, or (CheckpointError) do not fit a model."""
     shapes = param_shapes(config)
     for key, x in state.items():
         if not is_array(x):
@@ -182,7 +182,7 @@ def check_keys(state: Mapping[str, Array], config: Any) -> None:
 
 
 def _check_counts(counts: Mapping[str, Array]) -> None:
-    """Refuses numbers of batches that are no whole ones."""
+    """Refuses counts of batches that are not integers."""
     for key, x in counts.items():
         if not dtype_name(x).startswith(("int", "uint")):
             what = f"{key} has dtype {dtype_name(x)}; it counts batches, and must be integer"
@@ -196,20 +196,20 @@ def _common_dtype(state: Mapping[str, Array]) -> str:
     if wrong:
         key, name = next(iter(wrong.items()))
         what = f"{len(wrong)} of {len(names)} arrays are not float16, float32 or float64"
-        advice = "Convert them, for example with x.astype('float32')"
+        advice = "Convert them: x.astype('float32')"
         raise ArrayTypeError(f"{what}; the first is {key} with dtype {name}. {advice}")
     return "float64" if "float64" in names.values() else "float32"
 
 
-#: The configuration that living weights were checked with. A record never changes, so once will do.
+#: The configuration that live weights were checked with. Records never change: once is enough.
 _checked: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 def check_params(params: Any, config: Any) -> None:
-    """Refuses weights that are not of one float dtype on one device, made for config."""
+    """Refuses weights that do not fit config, mix dtypes or lie on several devices."""
     row = architecture_of(config)
     check_params_type(params)
-    with contextlib.suppress(TypeError):  # a record that has no hash is checked each time
+    with contextlib.suppress(TypeError):  # a record without a hash is checked each time
         if _checked.get(params) == config:
             return
     if type(params) is not row.params_type:
@@ -222,7 +222,7 @@ def check_params(params: Any, config: Any) -> None:
         different = sorted(k for k in found.keys() | shapes.keys() if found.get(k) != shapes.get(k))
         key = different[0]
         raise ShapeError(
-            f"params do not belong to this config: {len(different)} arrays differ, the first is "
+            f"params do not belong to this config: {len(different)} arrays differ. The first is "
             f"{key}, which is {found.get(key, 'absent')} and should be {shapes.get(key, 'absent')}."
             f" Pass the config that params were made with"
         )
@@ -235,9 +235,9 @@ def check_params(params: Any, config: Any) -> None:
             check_float(key, x)
             raise ArrayTypeError(
                 f"params mix {library_and_dtype(first)} ({first_key}) and {library_and_dtype(x)} "
-                f"({key}); all must have one dtype and lie on one device. "
-                f"from_state_dict(to_state_dict(params), config) makes the dtype one, "
-                f"to_device(params, ...) the device"
+                f"({key}); all must have one dtype and be on one device. "
+                f"from_state_dict(to_state_dict(params), config) makes them one dtype, "
+                f"to_device(params, ...) moves them to one device"
             )
     with contextlib.suppress(TypeError):
         _checked[params] = config
@@ -245,19 +245,19 @@ def check_params(params: Any, config: Any) -> None:
 
 @record
 class Prepared:
-    """Weights that were checked, and what was made of them for images of one size.
+    """Checked weights, with position tables resized for images of one size.
 
-    Made by :func:`prepare`; the forward functions take it in the place of params.
+    Made by :func:`prepare`; the forward functions take it in place of params.
     """
 
     params: Any  # the weights
     config: Any  # their configuration
     size: tuple[int, int]  # (H, W) of the images
     architecture: Architecture  # of the network
-    constants: Any  # what its forward can take over: resized position tables
+    constants: Any  # computed once for its forward: resized position tables
 
     def constants_for(self, images: Array) -> Any:
-        """The constants, if they are of that size.
+        """The constants, if they were made for the size of the images.
 
         Args:
             images: (B, in_chans, H, W).
@@ -276,19 +276,19 @@ def prepare(params: Any, config: Any, size: Size | None = None) -> Prepared:
     Args:
         params: the weights, arrays of NumPy or CuPy, float32 or float64.
         config: the configuration of the weights.
-        size: side, or (H, W), of the images to come; None takes config.img_size. Images of another
-            size are computed too, only not faster.
+        size: side, or (H, W), of the images to come; None takes config.img_size. Images of other
+            sizes work too, but no faster.
 
     Returns:
-        A record for :func:`forward` and its like, in the place of params. It does not notice if
-        the arrays of params are written to afterwards.
+        A record to pass to :func:`forward` and its like in place of params. It does not notice
+        later writes to the arrays of params.
     """
     check_params(params, config)
     return prepare_checked(params, config, size)
 
 
 def prepare_checked(params: Any, config: Any, size: Any = None) -> Prepared:
-    """As :func:`prepare`, for weights that were checked before."""
+    """As :func:`prepare`, for weights that are already checked."""
     row = architecture_of(config)
     size = as_size(config.img_size if size is None else size)
     config.grids(*size)  # refuses sizes that would lose pixels
@@ -296,33 +296,33 @@ def prepare_checked(params: Any, config: Any, size: Any = None) -> Prepared:
 
 
 def _model(params: Any, config: Any, cache: Any = None) -> Prepared:
-    """params as a checked record; of plain ones, without constants."""
+    """params as a checked record; plain ones get no constants."""
     if isinstance(params, Prepared):
         if config is not None and config != params.config:
-            advice = "leave config out, or prepare them anew"
+            advice = "leave config out, or prepare them again"
             raise ShapeError(f"params were prepared with another config; {advice}")
         return params
     known = isinstance(cache, ForwardCache) and cache.params is params and cache.config is config
-    if not known:  # or the forward has checked them
+    if not known:  # with a cache, the forward has checked them
         check_params(params, config)
     return Prepared(params, config, (0, 0), architecture_of(config), None)
 
 
 def default_ops(x: Array) -> Ops:
-    """The table used when the caller names none, by the kind and dtype of the array x.
+    """The table used when the caller names none, chosen by the kind and dtype of the array x.
 
     NumPy arrays get :func:`~pvt_ref.kernels.cpu.table.blocked_ops`, CuPy arrays
     :func:`~pvt_ref.kernels.cuda.table.cuda_ops`, all others REFERENCE. The environment variable
-    ``PVT_REF_OPS``, ``reference`` or ``blocked``, decides between the readable layers and their
-    twins; with ``kernels``, CuPy arrays get :func:`~pvt_ref.kernels.cuda.table.cuda_kernels`.
-    Raises: RangeError if it says something else.
+    ``PVT_REF_OPS`` chooses the readable layers (``reference``) or their twins (``blocked``); with
+    ``kernels``, CuPy arrays get :func:`~pvt_ref.kernels.cuda.table.cuda_kernels`.
+    Raises: RangeError if it has another value.
     """
     if not (is_numpy(x) or is_cupy(x)) or dtype_name(x) not in FLOAT_DTYPES:
         return REFERENCE
     wanted = os.environ.get("PVT_REF_OPS") or "blocked"
     if wanted == "reference":
         return REFERENCE
-    if wanted in ("blocked", "kernels") and is_numpy(x):  # imported by those who compute with them
+    if wanted in ("blocked", "kernels") and is_numpy(x):  # imported only when they are used
         from pvt_ref.kernels.cpu.table import blocked_ops
 
         return blocked_ops()
@@ -330,19 +330,19 @@ def default_ops(x: Array) -> Ops:
         from pvt_ref.kernels.cuda.table import cuda_kernels, cuda_ops
 
         return cuda_kernels() if wanted == "kernels" else cuda_ops()
-    known = "'reference' (the readable layers), 'blocked' (their faster twins, the default) and "
+    known = "'reference' (the readable layers), 'blocked' (their faster twins, the default) or "
     known += "'kernels' (on CUDA, kernels that have run on no GPU yet)"
-    raise RangeError(f"the environment variable PVT_REF_OPS is {wanted!r}; known are {known}")
+    raise RangeError(f"the environment variable PVT_REF_OPS is {wanted!r}; use one of {known}")
 
 
 def choose_ops(ops: Ops | None, images: Array, row: Architecture | None = None) -> Ops:
-    """The table named, or the default for images; refuses one that does not suit both."""
+    """The given table, or the default for images; refuses one that cannot compute this."""
     if ops is None:
         return default_ops(images)
     advice = "a table of operations such as pvt_ref.REFERENCE, or None for the default"
     check_type("ops", ops, Ops, advice)
     if ops.accepts is not None and is_array(images) and not ops.accepts(images):
-        arrays = f"{library_and_dtype(images)} arrays, and images are such"
+        arrays = f"{library_and_dtype(images)} arrays such as images"
         what = f"ops is the table {ops.name!r}, which does not compute on {arrays}"
         raise ArrayTypeError(f"{what}. Leave ops out, or pass pvt_ref.REFERENCE")
     if row is not None and not ops.replaced <= row.operations:
@@ -353,7 +353,7 @@ def choose_ops(ops: Ops | None, images: Array, row: Architecture | None = None) 
 
 
 def check_has_classifier(config: Any) -> None:
-    """Refuses a model that has no head to make logits with. Raises: ConfigError."""
+    """Refuses a model without a head for logits. Raises: ConfigError."""
     architecture_of(config)
     if not config.has_classifier:
         what = "this model is a bare backbone (num_classes 0: no head)"
@@ -384,7 +384,7 @@ def _run(
     blocks: Iterable[int] | None = None,
     batch_statistics: bool = False,
 ) -> tuple[Any, Any]:
-    """Checks, and the core's forward or forward_pyramid: its result, and a cache if kept."""
+    """Checks, then calls the core's forward or forward_pyramid: the result, and a cache if kept."""
     if rng is not None:
         check_rng(rng, draws=True)
     model = _model(params, config)
@@ -397,14 +397,14 @@ def _run(
     if blocks is not None:
         if row.map_blocks is None:
             raise ConfigError(
-                f"blocks are {shown(blocks)}, and the maps of a {row.title} are those of its "
-                f"stages. Leave blocks out"
+                f"blocks are {shown(blocks)}, but a {row.title} gives one map for each stage. "
+                f"Leave blocks out"
             )
         more = [check_blocks(blocks, row.map_blocks(config))]
     check_flag("batch_statistics", batch_statistics)
     if batch_statistics:
         if row.batch_buffers is None:
-            raise ConfigError(f"batch_statistics is True, and a {row.title} has no batch norm")
+            raise ConfigError(f"batch_statistics is True, but a {row.title} has no batch norm")
         more = [True]
     weight = first_array(model.params)
     images = check_images(images, weight, config)
@@ -427,18 +427,18 @@ def forward(params: Any, images: Array, config: Any = None, *, ops: Ops | None =
     depth.
 
     Args:
-        params: the weights, float32 or float64, or what :func:`prepare` made of them.
+        params: the weights, float32 or float64, or the result of :func:`prepare`.
         images: (B, in_chans, H, W) normalised floats of the same library, H and W multiples of
-            ``config.size_multiple``. Another float dtype is cast to the weights'.
+        ``config.size_multiple``. Another float dtype is cast to the weights'.
         config: the configuration of the weights; None for prepared ones.
         ops: a table of operations; None takes the default.
 
     Returns:
-        logits (B, num_classes) of the weights' dtype; of a segmentation network, for every place of
-        a map smaller than the image, (B, num_classes, h, w).
+        logits (B, num_classes) of the weights' dtype. A segmentation network gives them for every
+        position of a map smaller than the image, (B, num_classes, h, w).
 
     Raises:
-        ArrayTypeError: if an argument is of another type, images are not floats, or arrays lie on
+        ArrayTypeError: if an argument has the wrong type, images are not floats, or arrays are on
             different devices or do not suit ops.
         ShapeError: if images are not (B, in_chans, H, W), H or W would lose pixels, the batch is
             empty, or params belong to another config.
@@ -460,9 +460,9 @@ def forward_with_cache(
 ) -> tuple[Array, ForwardCache]:
     """Class logits, and the cache for :func:`backward`.
 
-    What is computed is what :func:`forward` computes, with dropout and drop path if there is an
-    rng: without one nothing is dropped, whatever rates config has. Memory grows with depth.
-    Raises: PVTError as :func:`forward`; an ArrayTypeError also if rng is something else.
+    Computes the same as :func:`forward`, with dropout and drop path if there is an rng. Without
+    one nothing is dropped, whatever the rates of config. Memory grows with depth.
+    Raises: PVTError as :func:`forward`; an ArrayTypeError also if rng has the wrong type.
 
     Args:
         params: as for :func:`forward`.
@@ -472,12 +472,12 @@ def forward_with_cache(
             the rates of config; None leaves them off, as for validation. The same seed draws the
             same masks on every device and for every dtype.
         ops: as for :func:`forward`.
-        batch_statistics: of a network with batch norms, whether these take mean and variance of
+        batch_statistics: for a network with batch norms, whether these use mean and variance of
             this batch, as in training; :func:`updated` then gives the new running statistics.
 
     Returns:
-        logits of the weights' dtype, (B, num_classes) or, of a segmentation network, (B,
-        num_classes, h, w), and the cache.
+        logits of the weights' dtype, (B, num_classes) or, for a segmentation network, (B,
+        num_classes, h, w); and the cache.
     """
     return _run(
         False, params, images, config, rng, ops, keep=True, batch_statistics=batch_statistics
@@ -485,13 +485,13 @@ def forward_with_cache(
 
 
 def batch_buffers(cache: ForwardCache) -> Any:
-    """What batch norms saw of a batch, in a record as of params.buffers; None if they did not."""
+    """The batch's statistics in batch norms, as a record like params.buffers; None without any."""
     of_batch = architecture_of(cache.config).batch_buffers
     return None if of_batch is None else of_batch(cache.parts)
 
 
 def with_buffers(params: Any, seen: Any) -> Any:
-    """params after a batch of which batch norms saw that: means move towards it, counts add up."""
+    """params after a batch with those statistics: means move towards them, counts add up."""
     if seen is None:
         return params
     like = first_array(params.buffers)
@@ -508,10 +508,10 @@ def updated(params: Any, cache: ForwardCache) -> Any:
 
     Returns:
         The buffers for ``dataclasses.replace(params, buffers=...)``. After a forward with the
-        running statistics, and of a network without batch norms, ``params.buffers`` or None.
+        running statistics they are ``params.buffers``; without batch norms, None.
 
     Raises:
-        ArrayTypeError: if params are no parameters, or cache is that of another forward or network.
+        ArrayTypeError: if params are not parameters, or cache is from another forward or network.
     """
     check_params_type(params)
     _check_maker(cache, "forward_with_cache")
@@ -532,19 +532,19 @@ def forward_pyramid(
 ) -> list[Array]:
     """The feature maps for dense prediction, without keeping anything for a backward.
 
-    For a PVT, F_1..F_4 of the released detection and segmentation backbones (paper sections 3.1,
-    3.2 and 4.2): without cls token and final norm, so F_4 is not what the classifier computes.
-    For a columnar ViT, the patch tokens after its last block, as the only map. Raises: PVTError as
-    :func:`forward`; a ConfigError if the network has no pyramid, or blocks are given and its maps
-    are those of its stages; a RangeError if there are no such blocks.
+    For a PVT, these are F_1..F_4 of the released detection and segmentation backbones (paper
+    sections 3.1, 3.2 and 4.2). They lack cls token and final norm, so F_4 is not the classifier's.
+    A columnar ViT gives one map, the patch tokens after its last block. Raises: PVTError as
+    :func:`forward`; a ConfigError if the network has no pyramid, or if blocks are given and it
+    gives one map for each stage; a RangeError if there are no such blocks.
 
     Args:
         params: as for :func:`forward`; they may lack a classifier.
         images: as for :func:`forward`.
         config: as for :func:`forward`.
         ops: as for :func:`forward`.
-        blocks: of a ViT, the numbers of the blocks after which a map is taken, rising, from 0 as in
-            the keys of the weights. None is the last one. Later blocks are not computed.
+        blocks: for a ViT, the blocks after which a map is taken, in rising order, counted from 0 as
+            in the keys of the weights. None takes the last. Later blocks are not computed.
 
     Returns:
         [F_1, F_2, ...], (B, C_i, H_i, W_i) each, of the weights' dtype.
@@ -586,19 +586,19 @@ def backward(
 
     Args:
         params: the weights of the forward.
-        cache: what the forward returned. It is read, never changed: it may serve several dlogits.
+        cache: what the forward returned. It is not changed, so it may serve several dlogits.
         dlogits: dL/dlogits (B, num_classes), float32 or float64, for instance from
             :func:`pvt_ref.cross_entropy`. It is cast to the weights' dtype.
-        config: the configuration of the forward, the very same; None for prepared weights.
-        ops: the forward's table (the default); another one cannot read its cache.
+        config: the same configuration as in the forward; None for prepared weights.
+        ops: the forward's table (the default); another table cannot read its cache.
 
     Returns:
-        grads, of params' type with dL/dw in the place of w, of its shape and dtype; and dL/dimages
-        (B, in_chans, H, W), of the weights' dtype: float16, say, could not hold every gradient.
+        grads, of params' type with dL/dw in place of w, of its shape and dtype; and dL/dimages
+        (B, in_chans, H, W), of the weights' dtype: float16 images could not hold every gradient.
 
     Raises:
-        ArrayTypeError: if an argument is of another type, dlogits are not floats or lie on another
-            device, or the cache is that of another forward, other ops or weights of another dtype.
+        ArrayTypeError: if an argument has the wrong type, dlogits are not floats or are on another
+            device, or the cache is from another forward, other ops or weights of another dtype.
         ShapeError: if dlogits are not (B, num_classes), or params or cache belong to another
             config.
         ConfigError: if the model is a bare backbone, which has no logits.
@@ -616,7 +616,7 @@ def backward_pyramid(
 ) -> tuple[Any, Array]:
     """Gradients of a scalar loss L through :func:`forward_pyramid_with_cache`.
 
-    Raises: PVTError as :func:`backward`; a ShapeError also if dmaps are not as many as the maps.
+    Raises: PVTError as :func:`backward`; a ShapeError also if dmaps has not one entry for each map.
 
     Args:
         params: as for :func:`backward`.
@@ -627,8 +627,8 @@ def backward_pyramid(
         ops: as for :func:`backward`.
 
     Returns:
-        grads and dL/dimages (B, in_chans, H, W), as :func:`backward`; zeros for what the maps do
-        not use.
+        grads and dL/dimages (B, in_chans, H, W), as :func:`backward`; zeros for weights that the
+        maps do not use.
     """
     return _run_backward(True, params, cache, dmaps, config, ops)
 
@@ -636,14 +636,14 @@ def backward_pyramid(
 def _run_backward(
     pyramid: bool, params: Any, cache: Any, dy: Any, config: Any, ops: Ops | None
 ) -> tuple[Any, Array]:
-    """Checks, and the core's backward or backward_pyramid."""
+    """Checks, then calls the core's backward or backward_pyramid."""
     model = _model(params, config, cache)
     if not pyramid:
         check_has_classifier(model.config)
     _check_cache(cache, "forward_pyramid_with_cache" if pyramid else "forward_with_cache", model)
     if ops is not None and choose_ops(ops, None) != cache.ops:
         what = f"the cache was made with ops {cache.ops.name!r} and cannot be read by {ops.name!r}"
-        why = "a cache belongs to the pair that made it"
+        why = "only the table that made a cache can read it"
         raise ArrayTypeError(f"{what}: {why}. Leave ops out, or pass it to the forward")
     table, weight = cache.ops, first_array(model.params)
     if pyramid:
@@ -657,7 +657,7 @@ def _run_backward(
 
 
 def _check_cache(cache: Any, maker: str, model: Prepared) -> None:
-    """Refuses what is no cache of that forward, of that configuration and dtype of weights."""
+    """Refuses a cache from another forward, configuration or dtype of weights."""
     _check_maker(cache, maker)
     advice = f"to {maker} and to its backward"
     if cache.config != model.config:
@@ -667,12 +667,12 @@ def _check_cache(cache: Any, maker: str, model: Prepared) -> None:
         raise ShapeError(f"{what}. Pass the same config {advice}")
     made_with, weight = first_array(cache.params), first_array(model.params)
     if made_with.dtype != weight.dtype:
-        what = f"the cache was made with {made_with.dtype} weights, and params are"
+        what = f"the cache was made with {made_with.dtype} weights, but params are"
         raise ArrayTypeError(f"{what} {dtype_name(weight)}. Pass the same params {advice}")
 
 
 def _check_maker(cache: Any, maker: str) -> None:
-    """Refuses what is no cache of that forward."""
+    """Refuses anything but a cache from that forward."""
     if not isinstance(cache, ForwardCache) or cache.kind != maker:
         of = isinstance(cache, ForwardCache)
         given = f"that of {cache.kind}" if of else f"a {type(cache).__name__}"

@@ -1,4 +1,4 @@
-"""Model: weights and their configuration in one object, for those who only want results."""
+"""Model: weights and their configuration in one object, for users who only want results."""
 
 import contextlib
 import dataclasses
@@ -56,13 +56,13 @@ from pvt_ref.report.cost import count_cost
 from pvt_ref.report.tables import format_cost
 from pvt_ref.tree import describe_arrays, first_array, map_named, named_arrays, to_numpy
 
-#: Images, and pixels of them, that are in memory together in :meth:`Model.predict`.
+#: At most how many images, and pixels of them, :meth:`Model.predict` holds in memory at once.
 _IMAGES_AT_ONCE = 64
 _PIXELS_AT_ONCE = 8 * 224 * 224
 
 
 class Prediction(NamedTuple):
-    """One answer of :meth:`Model.predict`: a class, its index from 0, and Softmax(logits) there."""
+    """One answer of :meth:`Model.predict`: a class, its index and its probability."""
 
     label: str
     index: int
@@ -70,7 +70,7 @@ class Prediction(NamedTuple):
 
 
 class _Core:
-    """Room for what is made of the weights once. It is no field, so copies make their own."""
+    """A slot for what is computed from the weights once. Not a field, so copies make their own."""
 
     __slots__ = ("_made",)
     _made: Prepared
@@ -78,18 +78,18 @@ class _Core:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Model(_Core):
-    """Weights and configuration. Frozen, and without state: a call keeps nothing.
+    """Weights and configuration. Frozen and stateless: a call keeps nothing.
 
     Attributes:
         params: the weights; to_device(model) and to_numpy(model) move them.
         config: their configuration.
-        source: where they came from and what was recognised, in a sentence.
-        info: what is known of them besides: class names, preprocessing, training.
+        source: a sentence that says where they came from and what was recognised.
+        info: what else is known of them: class names, preprocessing, training.
 
     Raises:
         NonFiniteError: if a weight on the host is NaN or infinite.
         ShapeError: if params belong to another config.
-        ArrayTypeError: if an argument is of another type, or the weights are of several.
+        ArrayTypeError: if an argument has the wrong type, or the weights mix types.
         ConfigError: if info names another number of classes than config has.
     """
 
@@ -104,7 +104,7 @@ class Model(_Core):
         check_type("info", self.info, ModelInfo, "or left out if nothing is known")
         names, K = self.info.classes, self.config.num_classes
         if names and len(names) != K:
-            raise ConfigError(f"info names {len(names)} classes, and config has num_classes={K}")
+            raise ConfigError(f"info names {len(names)} classes, but config has num_classes={K}")
         cause = "The file they came from is damaged, or the training that made them diverged"
         for key, x in named_arrays(self.params):
             check_finite(key, x, cause)
@@ -115,16 +115,17 @@ class Model(_Core):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the num_classes outputs, in order; ``("0", "1", ...)`` if not known."""
+        """The names of the num_classes outputs, in order; ``("0", "1", ...)`` if unknown."""
         return self.info.classes or tuple(map(str, range(self.config.num_classes)))
 
     @property
     def feature_info(self) -> list[dict[str, int]]:
         """Channels and strides of the maps of :meth:`pyramid`, by timm's names; [] without maps.
 
-        One record a map, ``num_chs`` and ``reduction``: ``config.channels`` and ``config.strides``.
-        The columnar ViT has one, and with ``blocks`` it holds for each of the maps. A side that the
-        stride does not divide, which a PVT v2 may take, is rounded up.
+        Each map has one record, ``num_chs`` and ``reduction``, from ``config.channels`` and
+        ``config.strides``. A columnar ViT has one record, which holds for each of its maps if
+        ``blocks`` asks for several. A PVT v2 may get a side that the stride does not divide; it is
+        rounded up.
         """
         if architecture_of(self.config).forward_pyramid is None:
             return []
@@ -154,7 +155,7 @@ class Model(_Core):
         preprocessing = self.info.preprocessing
         if preprocessing.channels != self.config.in_chans:
             raise ConfigError(
-                f"the model has in_chans={self.config.in_chans}, and its preprocessing makes "
+                f"the model has in_chans={self.config.in_chans}, but its preprocessing makes "
                 f"{preprocessing.channels} channels ({preprocessing.mode}). Give Model an info of "
                 f"its own: ModelInfo(preprocessing=Preprocessing('bands', mean, std))"
             )
@@ -162,20 +163,20 @@ class Model(_Core):
     def predict(
         self, images: Any, top: int = 5, size: Size | None = None
     ) -> list[list[Prediction]]:
-        """The likeliest classes of each image; a few pictures are in memory at a time.
+        """The most likely classes of each image; a few pictures are in memory at a time.
 
         Args:
-            images: what :meth:`preprocess` takes, or made: (B, in_chans, H, W) floats.
-            top: how many; all if there are fewer classes.
-            size: of what :meth:`preprocess` makes; None takes config.img_size.
+            images: what :meth:`preprocess` takes, or what it returns: (B, in_chans, H, W) floats.
+            top: how many classes; all if there are fewer.
+            size: for :meth:`preprocess`; None takes config.img_size.
 
         Returns:
-            B lists of :class:`Prediction`, likeliest first. Probabilities are in float64.
+            B lists of :class:`Prediction`, most likely first. Probabilities are in float64.
 
         Raises:
             RangeError: if top is not a positive whole number, or floats on the host look like
-                pixels that were not normalised: none is negative, and they go up to 1 or beyond 20
-                (calling the model takes them as they are).
+                pixels that were not normalised: none is negative, and the largest is at most 1 or
+                above 20 (calling the model does not check this).
             NonFiniteError: if floats on the host hold NaN or infinity.
             ShapeError: if there is no picture.
             PVTError: as :meth:`preprocess` and :func:`pvt_ref.forward`.
@@ -186,7 +187,7 @@ class Model(_Core):
             self._check_normalised(images)
             count = self._at_once(tuple(images.shape[2:]))
             if images.ndim != 4 or not images.shape[0]:
-                self(images)  # which refuses it
+                self(images)  # refuses it
             for start in range(0, images.shape[0], count):
                 part = images[start : min(start + count, images.shape[0]), ...]
                 answers += self._answers(self._logits(part), top)
@@ -195,12 +196,12 @@ class Model(_Core):
             if isinstance(answer, PVTError):
                 raise answer
             answers.append(answer)
-        return answers or self.preprocess([])  # which refuses it
+        return answers or self.preprocess([])  # refuses it
 
     def predict_each(
         self, images: Any, top: int = 5, size: Size | None = None
     ) -> Iterator[list[Prediction] | PVTError]:
-        """As :meth:`predict`, picture by picture; one that cannot be read stops no other.
+        """As :meth:`predict`, picture by picture; an unreadable one does not stop the others.
 
         Args:
             images: what :meth:`preprocess` takes; also an iterator, read a few pictures at a time.
@@ -208,8 +209,8 @@ class Model(_Core):
             size: as for predict.
 
         Returns:
-            An iterator: for each picture what predict would return for it, or the PVTError that it
-            would raise. Any other exception is the ``__cause__`` of an ImageError.
+            An iterator: for each picture, what predict would return for it or the PVTError that it
+            would raise. Any other exception becomes the ``__cause__`` of an ImageError.
 
         Raises:
             PVTError: as :meth:`predict`, if top, size or the model itself does not fit.
@@ -239,7 +240,7 @@ class Model(_Core):
             return error
         except MemoryError:  # the next one would fail too
             raise
-        except Exception as error:  # of the caller's own preprocessing, or own kind of picture
+        except Exception as error:  # from the caller's own preprocessing, or own kind of picture
             why = f"{type(error).__name__}: {error}"
             refusal = ImageError(f"the picture {shown(picture)} cannot be prepared ({why})")
             refusal.__cause__ = error
@@ -254,29 +255,29 @@ class Model(_Core):
         check_has_classifier(self.config)
         row = architecture_of(self.config)
         if row.dense:
-            raise ConfigError(f"a {row.title} tells a class for every pixel: model.segment(images)")
+            raise ConfigError(f"a {row.title} gives a class for every pixel: model.segment(images)")
 
     def segment(
         self, pictures: Any, size: int | None = None, *, window: Size | None = None
     ) -> list[np.ndarray]:
-        """The class of every pixel, of each picture at its own size; a picture at a time.
+        """The class of every pixel, at each picture's own size; one picture at a time.
 
-        As released: a picture is resized so that its short side has ``size``, stretched to a size
-        that the backbone takes, and the logits are resized to that size and then to the picture's.
+        As released, a picture is resized so that its short side has ``size``, then stretched to a
+        size that the backbone takes. The logits are resized to that size, then to the picture's.
 
         Args:
             pictures: one picture or several: paths, files opened in binary mode, or PIL images.
             size: short side that the network sees, in pixels; None takes config.img_size.
             window: side of the square, or (h, w), that it sees at a time, in pixels of the resized
-                picture; windows overlap by a third. None looks at the whole.
+            picture; windows overlap by a third. None takes the whole picture at once.
 
         Returns:
-            (H, W) uint8 for each picture: classes, whose names are :attr:`classes`.
+            (H, W) uint8 for each picture: class indices, whose names are in :attr:`classes`.
 
         Raises:
-            ConfigError: if the model is none for segmentation, or has more classes than a byte
+            ConfigError: if the model is not for segmentation, or has more classes than a byte
                 holds, or its preprocessing is for bands.
-            ShapeError: if there is no picture, or size or window is none.
+            ShapeError: if there is no picture, or size or window is not a size.
             PVTError: as :meth:`preprocess`.
         """
         maps = []
@@ -284,12 +285,12 @@ class Model(_Core):
             if isinstance(answer, PVTError):
                 raise answer
             maps.append(answer)
-        return maps or self.preprocess([])  # which refuses it
+        return maps or self.preprocess([])  # refuses it
 
     def segment_each(
         self, pictures: Any, size: int | None = None, *, window: Size | None = None
     ) -> Iterator[np.ndarray | PVTError]:
-        """As :meth:`segment`, picture by picture; one that cannot be read stops no other.
+        """As :meth:`segment`, picture by picture; an unreadable one does not stop the others.
 
         Args:
             pictures: as for segment; also an iterator.
@@ -297,7 +298,7 @@ class Model(_Core):
             window: as for segment.
 
         Returns:
-            An iterator: for each picture its class map, or the PVTError that segment would raise.
+            An iterator: for each picture, its class map or the PVTError that segment would raise.
 
         Raises:
             ConfigError: as :meth:`segment`, if the model does not fit.
@@ -306,11 +307,11 @@ class Model(_Core):
         check_dense(self.config)
         self._check_channels()
         if (K := self.config.num_classes) > 256:
-            what = f"the model has {K} classes, and a class map holds a byte for each pixel"
-            raise ConfigError(f"{what}. Take model(images) and pvt_ref.dense.resize_logits instead")
+            what = f"the model has {K} classes, but a class map holds one byte for each pixel"
+            raise ConfigError(f"{what}. Use model(images) and pvt_ref.dense.resize_logits instead")
         preprocessing = self.info.preprocessing
         if preprocessing.mode == "bands":
-            raise ConfigError("preprocessing has mode 'bands', and pictures have colours or grey")
+            raise ConfigError("preprocessing has mode 'bands', but pictures are in colour or grey")
         side = self.config.img_size if size is None else size
         side = check_number("size", side, least=1, most=2**15, whole=True)
         part = None if window is None else as_size(window, least=1)
@@ -342,7 +343,7 @@ class Model(_Core):
         return answers
 
     def _check_normalised(self, images: Array) -> None:
-        """Refuses floats that look like pixels: normalised, the darker ones would be negative."""
+        """Refuses floats that look like pixels: normalised images are negative where dark."""
         preprocessing = self.info.preprocessing
         known = preprocessing.channels == self.config.in_chans and min(preprocessing.mean) > 0
         if not known or not isinstance(images, np.ndarray) or not images.size:
@@ -351,14 +352,14 @@ class Model(_Core):
         if 0 <= low < high <= 1 or (low >= 0 and 20 < high <= 255):
             scale, times = ("0 to 1", "255 * ") if high <= 1 else ("0 to 255", "")
             raise RangeError(
-                f"images hold floats from {low:.3g} to {high:.3g}: it seems they are pixels on a "
-                f"scale of {scale} and not normalised, or dark places would be negative. Pass the "
+                f"images hold floats from {low:.3g} to {high:.3g}. They look like pixels on a "
+                f"scale of {scale} and not normalised: dark places would be negative. Pass the "
                 f"pixels, numpy.rint({times}images).astype('uint8').transpose(0, 2, 3, 1), or "
-                f"paths. If they are normalised all the same, model(images) takes them as they are"
+                f"paths. If they are normalised after all, model(images) takes them as they are"
             )
 
     def _answers(self, logits: Array, top: int) -> list[list[Prediction]]:
-        """Logits (B, num_classes) as the likeliest classes of each row."""
+        """The most likely classes of each row of logits (B, num_classes)."""
         logits = to_numpy(logits).astype(np.float64)  # (B, K)
         p = np.exp(logits - logits.max(axis=1, keepdims=True))
         p /= p.sum(axis=1, keepdims=True)
@@ -371,7 +372,7 @@ class Model(_Core):
     def __call__(self, images: Array, *, ops: Ops | None = None) -> Array:
         """Class logits (B, num_classes) of normalised floats (B, in_chans, H, W).
 
-        Of a segmentation network, those of every place of a smaller map, (B, num_classes, h, w).
+        For segmentation, they are those of every position of a smaller map, (B, num_classes, h, w).
 
         Raises:
             NonFiniteError: if images on the host are not finite, also in the dtype of the weights.
@@ -380,7 +381,7 @@ class Model(_Core):
         return forward(self._core(), self._checked(images), ops=ops)
 
     def _logits(self, images: Array) -> Array:
-        """As calling the model; where shapes repeat, the kernels for CUDA are replayed."""
+        """As calling the model; CUDA kernels are captured and replayed for shapes that repeat."""
         ops, core = default_ops(first_array(self.params)), self._core()
         seen = arranged_for(ops, core)
         if not replays(ops, images):
@@ -414,16 +415,16 @@ class Model(_Core):
         return forward_pyramid(self._core(), self._checked(images), ops=ops, blocks=blocks)
 
     def _core(self) -> Prepared:
-        """The weights, which were checked, and what can be made of them once for all calls."""
-        if not hasattr(self, "_made"):  # the first call, or that of a copy
+        """The checked weights, with everything that is computed from them once for all calls."""
+        if not hasattr(self, "_made"):  # the first call, or the first of a copy
             object.__setattr__(self, "_made", prepare_checked(self.params, self.config))
         return self._made
 
     def _checked(self, images: Array) -> Array:
-        """images, cast if they are host floats; what the weights' dtype cannot hold is refused."""
+        """images; host floats are cast, and refused if the weights' dtype cannot hold them."""
         if isinstance(images, np.ndarray) and images.dtype.kind == "f":
             weight = first_array(self.params)
-            if images.dtype != weight.dtype:  # what float32 cannot hold turns infinite
+            if images.dtype != weight.dtype:  # floats beyond float32 become infinite
                 images = quietly(lambda: images.astype(dtype_name(weight), copy=False))
             check_finite("images", images, "Was the preprocessing's deviation zero?")
         return images
@@ -444,19 +445,19 @@ class Model(_Core):
 
 
 def as_seen(model: Model, photo: Image.Image, side: int, fitting: bool = True) -> Array:
-    """A photo as :meth:`Model.segment` gives it to the network.
+    """A photo in the form that :meth:`Model.segment` gives to the network.
 
     Args:
-        model: whose preprocessing it gets.
-        photo: RGB, of Pillow.
-        side: pixels of the short side.
-        fitting: both sides become sizes that the network takes; windows need it not.
+        model: the model whose preprocessing is used.
+        photo: an RGB image of Pillow.
+        side: length of the short side, in pixels.
+        fitting: whether both sides are adjusted to what the network takes; windows do not need it.
 
     Returns:
         (1, C, H, W), of the weights' dtype and device.
 
     Raises:
-        ImageError: if that are too many pixels.
+        ImageError: if there would be too many pixels.
         ShapeError: if the network takes no such size.
     """
     scale = side / min(photo.size)
@@ -473,7 +474,7 @@ def as_seen(model: Model, photo: Image.Image, side: int, fitting: bool = True) -
 
 
 def _without_claims(info: ModelInfo) -> ModelInfo:
-    """What of an info still holds for other classes: the preprocessing."""
+    """The part of an info that still holds for other classes: the preprocessing."""
     return dataclasses.replace(info, title="", classes=(), training={}, colours=())
 
 
@@ -481,8 +482,8 @@ def with_new_head(model: Model, num_classes: int, rng: Generator) -> Model:
     """The same model with a fresh head, for fine-tuning on another data set.
 
     Args:
-        model: any model; its arrays are shared, not copied. A bare backbone also gets what else a
-            classifier has: a PVT a cls token, its row of the position table, and a final norm.
+        model: any model; its arrays are shared, not copied. A bare PVT backbone also gets the rest
+            of a classifier: a cls token, its row of the position table, and a final norm.
         num_classes: at least 1.
         rng: a NumPy generator for the new weights, as of :func:`init_params`; it is advanced.
 
@@ -491,7 +492,7 @@ def with_new_head(model: Model, num_classes: int, rng: Generator) -> Model:
 
     Raises:
         ArrayTypeError: if model is not a Model, or rng not a NumPy generator.
-        ConfigError: if num_classes is not a positive whole number, or there is no place for a head.
+        ConfigError: if num_classes is not a positive whole number, or the model cannot have a head.
     """
     check_rng(rng)
     check_type("model", model, Model, "from load(path) or Model(params, config)")
@@ -523,9 +524,8 @@ def with_segmentation_head(model: Model, head: Any, num_classes: int, rng: Gener
     """A segmentation network on the backbone of a model, with a fresh head.
 
     Args:
-        model: a network with a pyramid, with or without classifier. Of its arrays those that its
-            backbone has are shared; a PVT's cls token, its row of the table, final norm and head
-            are left out.
+        model: a network with a pyramid, with or without classifier. The arrays of its backbone are
+            shared; a PVT's cls token, its row of the table, final norm and head are dropped.
         head: :class:`pvt_ref.SemanticFPNHead` or :class:`pvt_ref.SETRHead`.
         num_classes: of each pixel, at least 1.
         rng: a NumPy generator for the new weights, as of :func:`init_params`; it is advanced.
@@ -562,10 +562,10 @@ def with_segmentation_head(model: Model, head: Any, num_classes: int, rng: Gener
 
 
 def with_image_size(model: Model, img_size: int) -> Model:
-    """The same model made for another image size, with its position tables resized for good.
+    """The same model for another image size, with its position tables resized permanently.
 
-    A model takes any size without: then its tables are resized for each call. This makes the new
-    size the one that it is trained, asked and saved with.
+    A model takes any size without this, but resizes its tables in each call. Here the new size
+    becomes the default for training, prediction and saving.
 
     Args:
         model: any model; arrays that stay the same are shared, not copied.
@@ -580,8 +580,8 @@ def with_image_size(model: Model, img_size: int) -> Model:
     """
     check_type("model", model, Model, "from load(path) or Model(params, config)")
     if (row := architecture_of(model.config)).dense:
-        what = f"a {row.title} has the image size of its backbone, and stretches pictures to fit"
-        raise ConfigError(f"{what}. Pass another one to each call: model.segment(pictures, size)")
+        what = f"a {row.title} has the image size of its backbone and stretches pictures to fit"
+        raise ConfigError(f"{what}. Pass another size to each call: model.segment(pictures, size)")
     config = dataclasses.replace(model.config, img_size=img_size)
     H, W = as_size(img_size)
     config.grids(H, W)
@@ -593,19 +593,19 @@ def with_image_size(model: Model, img_size: int) -> Model:
 
 
 def with_channels(model: Model, in_chans: int) -> Model:
-    """The same model for images of another number of channels, with its first weights adapted.
+    """The same model for another number of image channels, with its first weights adapted.
 
-    As timm's ``adapt_input_conv``: for one channel, the weights are summed over the channels; for
-    others, repeated in turn and scaled, so that an image whose channels are all alike gives the
-    same as before. It is a start for training.
+    As in timm's ``adapt_input_conv``, one channel gets the sum of the weights over the channels.
+    For other numbers the weights are repeated in turn and scaled, so an image whose channels are
+    all equal gives the same logits as before. Use it as a starting point for training.
 
     Args:
         model: any model; its other arrays are shared, not copied.
-        in_chans: at least 1, such as 1 for grey or 4 for colour and infrared.
+        in_chans: at least 1: for example 1 for grey, or 4 for colour and infrared.
 
     Returns:
-        A model whose config has in_chans. Between 3 channels and 1, its preprocessing is adapted
-        too; otherwise ``info`` keeps the old one, which :meth:`Model.preprocess` then refuses.
+        A model whose config has in_chans. From 3 channels to 1 or back, its preprocessing is
+        adapted too; otherwise ``info`` keeps the old one, and :meth:`Model.preprocess` refuses.
 
     Raises:
         ArrayTypeError: if model is not a Model.
@@ -614,7 +614,7 @@ def with_channels(model: Model, in_chans: int) -> Model:
     check_type("model", model, Model, "from load(path) or Model(params, config)")
     row, before = architecture_of(model.config), model.config.in_chans
     if row.stem is None:
-        raise ConfigError(f"a {row.title} has no first layer that could be adapted")
+        raise ConfigError(f"a {row.title} has no first layer to adapt")
     config = dataclasses.replace(model.config, in_chans=in_chans)
     if in_chans == before:
         return model

@@ -1,6 +1,6 @@
-"""What is refused: one number check, one array check, one image check, for all networks.
+"""Argument checks: one for numbers, one for arrays, one for images, shared by all networks.
 
-Inside, arrays are trusted: what a caller can get wrong about them is caught here, once.
+The code inside trusts its arrays: a caller's mistakes are caught here, once.
 """
 
 import sys
@@ -26,17 +26,17 @@ from pvt_ref.arrays import (
 from pvt_ref.draws import Draws
 from pvt_ref.errors import ArrayTypeError, NonFiniteError, PVTError, RangeError, ShapeError, shown
 
-#: Numbers from here on are refused: no array is so large, and floats lose their last digits.
+#: Numbers from here on are refused: no array is this large, and floats lose their last digits.
 TOO_LARGE = 2**31
 
-#: Of whole numbers. A seed may have as many bits as NumPy's own.
+#: The bound of whole numbers. A seed may have as many bits as NumPy's own.
 _LARGEST_WHOLE = 2**128
 
-#: How bounds of numbers are called in messages, and when they hold.
+#: Bounds of numbers: their words in messages, and the comparison that must hold.
 _BOUNDS = {"least": ("at least", ge), "above": ("above", gt)}
 _BOUNDS |= {"most": ("at most", le), "below": ("below", lt)}
 
-#: Of an image: a side, or (H, W), in pixels.
+#: An image size in pixels: a side, or (H, W).
 Size = int | tuple[int, int]
 
 
@@ -51,26 +51,26 @@ def as_size(size: Any, side: str = "a side", least: int = -TOO_LARGE) -> tuple[i
 
 
 def is_whole(value: object) -> bool:
-    """Whether value is an integer, of Python or of NumPy, and not a truth value."""
+    """Whether value is a Python or NumPy integer, and not a bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_real(value: object) -> bool:
-    """Whether value is a real number, and not a truth value."""
+    """Whether value is a real number, and not a bool."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def is_moderate(value: object) -> bool:
-    """A number that is neither NaN, infinite, nor beyond all use."""
+    """Whether value is a real number within +-TOO_LARGE; NaN is not."""
     return is_real(value) and -TOO_LARGE < value < TOO_LARGE  # type: ignore[operator]
 
 
 def check_number(name: str, value: Any, *, whole: bool = False, **bounds: float | None) -> Any:
-    """value as a plain int or float: NumPy's scalars would widen float32 arrays.
+    """value as a plain int or float, because NumPy's scalars would widen float32 arrays.
 
-    Bounds are called least, above, most, below. Raises: RangeError, also for what is not finite.
+    Bounds are called least, above, most, below. Raises: RangeError, also if value is not finite.
     """
-    if isinstance(value, np.generic):  # which would compare bounds in float32
+    if isinstance(value, np.generic):  # it would compare bounds in float32
         value = value.item()
     limit = _LARGEST_WHOLE if whole else sys.float_info.max
     good = (is_whole(value) if whole else is_real(value)) and -limit <= value <= limit
@@ -83,7 +83,7 @@ def check_number(name: str, value: Any, *, whole: bool = False, **bounds: float 
 
 
 def settle(record: Any, name: str, **bounds: Any) -> None:
-    """In a frozen record's __post_init__: a field becomes the number that check_number returns."""
+    """For a frozen record's __post_init__: sets a field to the number check_number returns."""
     object.__setattr__(record, name, check_number(name, getattr(record, name), **bounds))
 
 
@@ -96,7 +96,7 @@ def check_interval(name: str, pair: Any, *, most: float, **bounds: Any) -> tuple
 
 
 def check_flag(name: str, value: object) -> None:
-    """Refuses what is neither True nor False. Raises: RangeError."""
+    """Refuses anything but True and False. Raises: RangeError."""
     if not isinstance(value, bool):
         raise RangeError(f"{name} is {shown(value)}; it must be True or False")
 
@@ -104,32 +104,32 @@ def check_flag(name: str, value: object) -> None:
 def check_type(
     name: str, value: object, kind: type, advice: str = "", error: type[PVTError] = ArrayTypeError
 ) -> None:
-    """Refuses another kind with that error; the advice says how to get the right one."""
+    """Raises error if value is not of that kind; the advice says how to get one that is."""
     if not isinstance(value, kind):
         needed = f"a {kind.__name__}" + (f", {advice}" if advice else "")
         raise error(f"{name} is a {type(value).__name__}; it must be {needed}")
 
 
 def check_float(name: str, x: Array) -> None:
-    """Refuses an array of another dtype than float32 or float64. Raises: ArrayTypeError."""
+    """Refuses an array that is not float32 or float64. Raises: ArrayTypeError."""
     if dtype_name(x) not in FLOAT_DTYPES:
         needed = "it must be float32 or float64. x.astype('float32') converts it"
         raise ArrayTypeError(f"{name} has dtype {dtype_name(x)}; {needed}")
 
 
 def _check_library(what: str, x: Array, weight: Array) -> None:
-    """Refuses an array of another library or device than a weight. Raises: ArrayTypeError."""
+    """Refuses an array of another library or device than the weights'. Raises: ArrayTypeError."""
     if not same_library(x, weight):
         raise ArrayTypeError(
             f"{what} {library_and_dtype(x)} and the weights are {library_and_dtype(weight)}; both "
-            f"must lie on one device. Move one: pvt_ref.to_device(x, 'cuda') or pvt_ref.to_numpy(x)"
+            f"must be on one device. Move one: pvt_ref.to_device(x, 'cuda') or pvt_ref.to_numpy(x)"
         )
 
 
 def batch_shape(
     images: Array, channels: int | None = None, C: object = "C"
 ) -> tuple[int, int, int, int]:
-    """(B, C, H, W) of images, unless so many channels come last. Raises: ShapeError."""
+    """(B, C, H, W) of images; refuses images with the channels last. Raises: ShapeError."""
     shape = tuple(images.shape)
     needed = f"they must be (B, {C}, H, W)"
     if len(shape) != 4:
@@ -137,8 +137,8 @@ def batch_shape(
         raise ShapeError(f"images have rank {len(shape)}, shape {shape}; {needed}{hint}")
     if shape[1] != channels == shape[3]:
         raise ShapeError(
-            f"looks channels-last: {shape}; images are (B, {C}, H, W). "
-            f"images.transpose(0, 3, 1, 2) turns them"
+            f"images look channels-last: {shape}; they must be (B, {C}, H, W). "
+            f"images.transpose(0, 3, 1, 2) moves the channels"
         )
     return shape
 
@@ -148,18 +148,18 @@ def check_images(images: Array, weight: Array, config: Any) -> Array:
     if not is_array(images):
         raise ArrayTypeError(
             f"images are {describe_type(images)}. They must be one array (B, {config.in_chans}, H, "
-            f"W) of floats: numpy.stack(list_of_images) makes one of several, and "
+            f"W) of floats: numpy.stack(list_of_images) joins several, and "
             f"pvt_ref.load_image(path) reads one from a file"
         )
     _check_library("images are", images, weight)
     xp = array_module(images)
     name = dtype_name(images)
     if not name.startswith(("float", "bfloat")):
-        needed = "float32 or float64, or other floats. x.astype('float32') mends a byte order too"
+        needed = "float32 or float64, or other floats. x.astype('float32') fixes a byte order too"
         if name == "object":
-            needed += " (is it a ragged list of arrays?)"
+            needed += " (is it a list of arrays of different shapes?)"
         elif name.startswith(("int", "uint", "bool")):
-            needed = "normalised floats, and look like raw pixels. Preprocess them first: "
+            needed = "normalised floats, and these look like raw pixels. Preprocess them first: "
             needed += "pvt_ref.load_image(path), or pvt_ref.normalize(pixels)"
         raise ArrayTypeError(f"images have dtype {name}; they must be {needed}")
     C = config.in_chans
@@ -180,7 +180,7 @@ def check_cotangent(name: str, dy: Array, shape: tuple[int, ...], like: Array) -
     _check_library(f"{name} is", dy, like)
     check_float(name, dy)
     if tuple(dy.shape) != shape:
-        why = f"the forward returned {shape}, and a gradient has the shape of what it belongs to"
+        why = f"the forward returned {shape}, and dL/dy has the shape of y"
         raise ShapeError(f"{name} has shape {tuple(dy.shape)}; {why}")
     return array_module(dy).astype(dy, like.dtype, copy=False)
 
@@ -188,7 +188,7 @@ def check_cotangent(name: str, dy: Array, shape: tuple[int, ...], like: Array) -
 def check_pyramid_cotangents(
     dmaps: Sequence[Array | None], shapes: Sequence[tuple[int, ...]], like: Array
 ) -> list[Array]:
-    """A gradient for every map, checked, with zeros of the map's shape in the place of None."""
+    """A gradient for every map, checked, with zeros of the map's shape in place of None."""
     n = len(shapes)
     if not isinstance(dmaps, Sequence) or len(dmaps) != n:
         given = len(dmaps) if isinstance(dmaps, Sequence) else f"a {type(dmaps).__name__}"
@@ -205,7 +205,7 @@ def check_pyramid_cotangents(
 
 def check_stages(stages: Iterable[int], count: int) -> set[int]:
     """The stages as a set, each a whole number from 1 to count. Raises: RangeError."""
-    with suppress(TypeError):  # not iterable, which arrays without an axis find out only now
+    with suppress(TypeError):  # not iterable; arrays without an axis only say so here
         wanted = list(stages)
         if all(is_whole(s) and 1 <= s <= count for s in wanted):
             return {int(s) for s in wanted}
@@ -228,7 +228,7 @@ def check_blocks(blocks: Iterable[int], count: int) -> tuple[int, ...]:
 def check_finite(name: str, x: Array, cause: str) -> None:
     """Refuses a host array that holds NaN or infinity; the cause ends the message.
 
-    Arrays on a device are passed over: looking at them would make the host wait.
+    Arrays on a device are not checked: reading them would make the host wait.
     """
     if isinstance(x, np.ndarray) and x.dtype.kind == "f" and not np.isfinite(x).all():
         bad = np.argwhere(~np.isfinite(x))
@@ -240,7 +240,7 @@ def check_finite(name: str, x: Array, cause: str) -> None:
 
 
 def check_rng(rng: object, *, draws: bool = False) -> None:
-    """Refuses all but a NumPy generator or, if draws, a Draws. Raises: ArrayTypeError."""
+    """Refuses anything but a NumPy generator or, if draws, a Draws. Raises: ArrayTypeError."""
     if not isinstance(rng, np.random.Generator) and not (draws and isinstance(rng, Draws)):
         raise ArrayTypeError(
             f"rng is {type(rng).__name__}; it must be a NumPy generator, such as "

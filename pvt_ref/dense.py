@@ -1,8 +1,8 @@
-"""From a segmentation network's small logits to a class for every pixel of a picture.
+"""From the small logit map of a segmentation network to a class for every pixel of a picture.
 
-As released (mmsegmentation): logits are resized to the size of what the network was given, then to
-that of the picture, one after the other, and then the likeliest class is taken. Large pictures can
-be looked at window by window.
+As in the released code (mmsegmentation), logits are resized to the size of the network's input,
+then to that of the picture; then the most likely class is taken. Large pictures can be processed
+window by window.
 """
 
 import itertools
@@ -21,16 +21,16 @@ from pvt_ref.ops import Ops
 
 
 def check_dense(config: Any) -> None:
-    """Refuses a network that gives no class for each place of a map. Raises: ConfigError."""
+    """Refuses a network that is not for segmentation. Raises: ConfigError."""
     row = architecture_of(config)
     if not row.dense:
-        what = f"a {row.title} tells what a picture shows, not where"
-        advice = "Needed is a segmentation network: with_segmentation_head(model, ...) makes one"
+        what = f"a {row.title} classifies a whole picture, not its pixels"
+        advice = "Use a segmentation network: with_segmentation_head(model, ...) makes one"
         raise ConfigError(f"{what}. {advice}")
 
 
 def resize_logits(logits: Array, *sizes: Grid) -> Array:
-    """Logits resized bilinearly to one size after the other (align_corners False).
+    """Logits resized bilinearly to each size in turn (align_corners False).
 
     Args:
         logits: (B, K, h, w).
@@ -47,7 +47,7 @@ def resize_logits(logits: Array, *sizes: Grid) -> Array:
 
 
 def _resized(x: Array, size: Grid) -> Array:
-    """x (B, h, w, K) bilinearly as (B, H, W, K)."""
+    """x (B, h, w, K) resized bilinearly to (B, H, W, K)."""
     ops = default_ops(x)
     return ops[resize].forward(None, x, ops, tuple(size), keep=False)[0]
 
@@ -55,16 +55,16 @@ def _resized(x: Array, size: Grid) -> Array:
 def logit_bands(
     logits: Array, size: Grid, final: Grid, pixels: int = 2**20
 ) -> Iterator[tuple[int, int, Array]]:
-    """As ``resize_logits(logits, size, final)``, some rows of the result after the other.
+    """As ``resize_logits(logits, size, final)``, one band of rows at a time.
 
     Args:
         logits: (1, K, h, w).
-        size: (H, W) of what the network was given.
+        size: (H, W) of the network's input.
         final: (H', W') of the picture.
-        pixels: of the result at once.
+        pixels: number of pixels in a band of the result.
 
     Returns:
-        An iterator over first row, row behind the last, and (1, K, rows, W').
+        An iterator over (first row, row after the last, logits (1, K, rows, W')).
     """
     xp = array_module(logits)
     x = xp.permute_dims(resize_logits(logits, size), (0, 2, 3, 1))  # (1, H, W, K)
@@ -76,7 +76,7 @@ def logit_bands(
             part = x[:, top:bottom, :, :]
         else:
             read = np.flatnonzero(A_h[top:bottom].any(axis=0))
-            near = slice(int(read[0]), int(read[-1]) + 1)  # rows that these are made of
+            near = slice(int(read[0]), int(read[-1]) + 1)  # the input rows of this band
             band = from_host(A_h[top:bottom, near], like=x)
             wide = x[:, near, :, :]  # (1, r, W, K)
             wide = _resized(wide, (wide.shape[1], final[1]))
@@ -87,7 +87,7 @@ def logit_bands(
 
 
 def windows(size: Grid, crop: Grid, stride: Grid) -> Iterator[tuple[slice, slice]]:
-    """Where windows of a crop lie in an image; the last ones are shifted back to the border.
+    """Positions of windows in an image; the last ones are shifted back to end at the border.
 
     Args:
         size: (H, W) of the image.
@@ -111,10 +111,10 @@ def sliding_logits(
     *,
     ops: Ops | None = None,
 ) -> Array:
-    """Logits at the size of the images, from windows: where several overlap, their mean.
+    """Logits at the size of the images, from windows; overlapping windows are averaged.
 
     Args:
-        params: the weights, or what :func:`pvt_ref.prepare` made of them for images of size crop.
+        params: the weights, or the result of :func:`pvt_ref.prepare` for images of size crop.
         images: (B, in_chans, H, W) normalised floats.
         config: the configuration of the weights.
         crop: (h, w) of a window, or the side of a square; cut to the image's size.
@@ -127,7 +127,7 @@ def sliding_logits(
     Raises:
         ShapeError: if crop or stride is not one or two positive whole numbers, or stride exceeds
             crop, which would leave pixels without an answer.
-        ConfigError: if the network is none for segmentation.
+        ConfigError: if the network is not for segmentation.
         PVTError: as :func:`pvt_ref.forward`.
     """
     check_dense(config)
@@ -135,11 +135,11 @@ def sliding_logits(
 
 
 def slide(logits_of: Callable[[Array], Array], images: Array, crop: Size, stride: Size) -> Array:
-    """As :func:`sliding_logits`, for a function that makes logits (B, K, h', w') of a window."""
+    """As :func:`sliding_logits`, for a function from a window to its logits (B, K, h', w')."""
     crop, stride = as_size(crop, least=1), as_size(stride, least=1)
     if any(step > side for step, side in zip(stride, crop, strict=True)):
         what = f"stride is {stride} and crop {crop}"
-        raise ShapeError(f"{what}: pixels between two windows would have no answer")
+        raise ShapeError(f"{what}: pixels between two windows would get no logits")
     xp = array_module(images)
     H, W = images.shape[2:]
     h, w = min(crop[0], H), min(crop[1], W)

@@ -1,7 +1,7 @@
 """Random numbers of training by counter.
 
-Each place that draws makes its own generator from the numbers that name the place. So ranks,
-micro-batches, restarts and devices draw the same, in any order, and no generator has to be saved.
+Each place that draws makes its own generator from the numbers that identify it. So ranks,
+micro-batches, restarts and devices draw the same in any order, and no generator needs saving.
 """
 
 from collections.abc import Iterable
@@ -14,18 +14,18 @@ import numpy as np
 
 from pvt_ref.errors import RangeError, shown
 
-# quoted here and elsewhere, since numpy.random is slow to import and many a user draws nothing
+# a string here and elsewhere, since numpy.random is slow to import and many users draw nothing
 Generator: TypeAlias = "np.random.Generator"
 #: What masks are drawn from; None for inference.
 Rng: TypeAlias = "Generator | None"
 
 
 class What(IntEnum):
-    """What is drawn, and the numbers that name its place beside the seed."""
+    """What is drawn; the comments name the numbers that identify its place beside the seed."""
 
     FIRST_WEIGHTS = 1  # none
     ORDER = 2  # epoch
-    AUGMENTATION = 3  # epoch, sample: the batch that it is in does not matter
+    AUGMENTATION = 3  # epoch, sample: independent of the batch that the sample is in
     MIXUP = 4  # step, micro-batch
     STAGE_DROPOUT = 5  # step, micro-batch, stage
     BLOCK = 6  # step, micro-batch, block
@@ -35,7 +35,7 @@ class What(IntEnum):
 
 def generator(seed: int, what: What, *where: int) -> Generator:
     """The generator of one place."""
-    # NumPy fills up with zeros, so no two kinds may share a number, whatever their places are
+    # NumPy pads the seed with zeros, so no two kinds may share a number, whatever their places
     return np.random.default_rng([seed, what, *where])
 
 
@@ -58,12 +58,12 @@ class Draws:
         return generator(self.seed, what, self.step, self.micro_batch, where)
 
 
-#: The same, or the draws of a step, of which every place takes its own generator.
+#: The same, or the draws of a step, from which every place takes its own generator.
 Source: TypeAlias = "Rng | Draws"
 
 
 class SampleDraws:
-    """The generators of some samples, asked together as one is: each draws a number of its own."""
+    """The generators of several samples behind the interface of one: each draws its own number."""
 
     def __init__(self, seed: int, epoch: int, samples: Iterable[int]) -> None:
         self._each = [generator(seed, What.AUGMENTATION, epoch, int(i)) for i in samples]

@@ -1,8 +1,8 @@
-"""What can go wrong, by kind: every error a caller can cause is one of these.
+"""The kinds of errors. Every error a caller can cause is one of these.
 
 All derive from :class:`PVTError` and from the built-in ``ValueError`` or ``TypeError``, so both
-``except PVTError`` and the usual ``except ValueError`` work. A message can hold what a stranger
-wrote (keys, labels, file names): it is shown as text, by :func:`printable` and :func:`shown`.
+``except PVTError`` and the usual ``except ValueError`` work. A message can hold untrusted text
+(keys, labels, file names): :func:`printable` and :func:`shown` make it safe to print.
 """
 
 import re
@@ -10,14 +10,14 @@ import reprlib
 
 
 def printable(text: str) -> str:
-    r"""The text with every character that a terminal could obey as an escape, such as ``\x1b``."""
+    r"""The text with control characters, which a terminal could obey, escaped as in ``\x1b``."""
     if text.replace("\n", "").isprintable():
         return text
     return "".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def shown(value: object, limit: int = 80) -> str:
-    """A stranger's value for a message: ``repr(value)`` on one line, cut after limit characters."""
+    """An untrusted value for a message: ``repr(value)`` on one line, cut after limit characters."""
     if isinstance(value, str | bytes):
         return repr(value[:limit]) + ("..." if len(value) > limit else "")
     if isinstance(value, int) and value.bit_length() > 14_000:  # beyond what Python prints
@@ -32,13 +32,13 @@ def shown(value: object, limit: int = 80) -> str:
 
 
 def key_name(key: object) -> str:
-    """A stranger's key for a list: as it is if it is a plain name, else as :func:`shown`."""
+    """An untrusted key for a list: a plain name stays as it is, others go through :func:`shown`."""
     plain = isinstance(key, str) and re.fullmatch(r"[\w.-]{1,120}", key, re.ASCII)
     return str(key) if plain else shown(key, 120)
 
 
 def reason(error: BaseException) -> str:
-    """What an error of the system says, for a message."""
+    """The text of an operating system error, for a message."""
     return f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
 
 
@@ -58,7 +58,7 @@ class ShapeError(PVTError, ValueError):
 
 
 class ArrayTypeError(PVTError, TypeError):
-    """Not an array, an array of an unsuitable dtype, or arrays of different devices together."""
+    """Not an array, an array of an unsuitable dtype, or arrays on different devices."""
 
 
 class NonFiniteError(PVTError, ValueError):
@@ -82,7 +82,7 @@ class CheckpointError(PVTError, ValueError):
 
 
 class MissingFileError(PVTError, ValueError, FileNotFoundError):
-    """A path at which there is no file."""
+    """A path without a file."""
 
 
 class MissingPackageError(PVTError, ValueError, ImportError):
@@ -94,4 +94,4 @@ class TrainingError(PVTError, ValueError):
 
 
 class DownloadError(PVTError, ValueError):
-    """Weights that had to be fetched and could not be."""
+    """Weights that could not be downloaded."""

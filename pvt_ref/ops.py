@@ -1,18 +1,18 @@
 """Operations, and the table through which blocks and models reach them.
 
 An operation is a forward and its backward, made beside the two functions:
-``gelu = Operation(gelu_forward, gelu_backward)``. Whoever needs one asks the table,
-``ops[gelu].forward(...)``, so that a faster twin may stand in any place. What is not in the table
-is computed as written: the reference is the empty table.
+``gelu = Operation(gelu_forward, gelu_backward)``. Code that needs one looks it up in the table,
+``ops[gelu].forward(...)``, so a faster twin can replace it everywhere. An operation that is not in
+the table is computed as written: the reference is the empty table.
 
 All operations have the same signatures::
 
     forward(p, x, ops, ..., keep=True) -> y, cache
     backward(p, cache, dy, ops)        -> dx, grads
 
-p is the record of weights, and grads the same record with dL/dw in the place of w; both are None
-where there are no weights. The cache holds all that backward needs. With ``keep=False`` it is None.
-Only arrays that an operation made are written to; its backward leaves the cache as it was.
+p is the record of weights, and grads the same record with dL/dw in place of w; both are None if
+there are no weights. The cache holds all that backward needs; with ``keep=False`` it is None.
+An operation writes only to arrays that it made; its backward leaves the cache unchanged.
 """
 
 import sys
@@ -30,17 +30,17 @@ from pvt_ref.tree import branches, named_records
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A forward, and the backward that understands its cache.
+    """A forward, and the backward that reads its cache.
 
-    Operations are equal if their functions are, so they survive pickling and copying.
+    Operations are equal if their functions are, so pickling and copying keep them equal.
 
     Attributes:
-        forward: as in the head of this file, like backward.
-        absorbs: the readable operations that it computes itself instead of asking the table, those
-            inside them included. Empty for a readable operation.
+        forward: with the signature above, like backward.
+        absorbs: the readable operations that it computes itself instead of using the table,
+        including those inside them. Empty for a readable operation.
 
     Raises:
-        ArrayTypeError: if forward or backward cannot be called, or absorbs is something else.
+        ArrayTypeError: if forward or backward is not callable, or absorbs has the wrong type.
     """
 
     forward: Callable[..., tuple[Any, Any]]
@@ -67,7 +67,7 @@ class Operation:
         return getattr(self.forward, "__name__", "operation").removesuffix("_forward")
 
     def is_readable(self) -> bool:
-        """Whether it is the operation that its module has under its name: a key of the table."""
+        """Whether its module has it under its name, so that it can be a key of the table."""
         module = sys.modules.get(getattr(self.forward, "__module__", None) or "")
         return getattr(module, self.name, None) == self
 
@@ -76,10 +76,10 @@ class Operation:
 
 
 class Call(NamedTuple):
-    """What :meth:`Ops.watched` reports of an operation.
+    """What :meth:`Ops.watched` reports about an operation.
 
-    path is the key of its weights, ``"block1.0.attn.q"``; where it has none, the path of the
-    operation that asked for it, and its name.
+    path is the key of its weights, ``"block1.0.attn.q"``; without weights, it is the path of the
+    calling operation and its own name.
     """
 
     path: str
@@ -95,18 +95,18 @@ class Ops:
 
     Attributes:
         name: for messages.
-        accepts: whether the twins compute on an array, a module's function; None: on any.
-        settings: what the twins share, perhaps with a ``scope()`` for public calls, or None.
+        accepts: a function that says whether the twins compute on an array; None means any array.
+        settings: shared by the twins, optionally with a ``scope()`` for public calls, or None.
         replaced: the operations that :meth:`replace` was called for.
 
     Args:
         twins: the table.
-        parts: more of them, which others of the table may absorb: what a larger twin computes
-            itself, and what is used where that one has stepped aside.
+        parts: further twins, which others may absorb. They are used where a larger twin that
+        computes them itself has stepped aside.
 
     Raises:
-        ArrayTypeError: if an argument is of another type.
-        ConfigError: if a key is no readable operation, or another of twins absorbs it.
+        ArrayTypeError: if an argument has the wrong type.
+        ConfigError: if a key is not a readable operation, or another twin absorbs it.
     """
 
     __slots__ = ("_twins", "_watch", "accepts", "name", "replaced", "settings")
@@ -126,7 +126,7 @@ class Ops:
         settings: Any = None,
     ) -> None:
         if not isinstance(name, str):
-            raise ArrayTypeError(f"name is a {type(name).__name__}; it must be a text")
+            raise ArrayTypeError(f"name is a {type(name).__name__}; it must be a str")
         for what, table in (("twins", twins), ("parts", parts)):
             if table is not None and not isinstance(table, Mapping):
                 raise ArrayTypeError(
@@ -146,14 +146,14 @@ class Ops:
         self._fill(every, name, accepts, settings, frozenset())
 
     def _fill(self, *state: Any) -> "Ops":
-        """Sets what :meth:`_state` tells."""
+        """Sets the fields that :meth:`_state` returns."""
         names = ("_twins", "name", "accepts", "settings", "replaced")
         for slot, value in zip(names, state, strict=True):
             object.__setattr__(self, slot, value)
         return self
 
     def _with_twins(self, twins: Mapping[Operation, Operation], kind: Any = None) -> Any:
-        """A table of these twins, otherwise the same, of the same class or of another kind."""
+        """The same table with these twins, of the same class or another."""
         return object.__new__(kind or type(self))._fill(twins, *self._state()[1:])
 
     @property
@@ -162,7 +162,7 @@ class Ops:
         return MappingProxyType(self._twins)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError("a table of operations is frozen; ops.replace makes a changed one")
+        raise AttributeError("a table of operations is frozen; ops.replace makes a changed copy")
 
     __delattr__ = __setattr__  # type: ignore[assignment]
 
@@ -192,36 +192,36 @@ class Ops:
         return f"Ops({', '.join(parts)})"
 
     def replace(self, op: Operation, twin: Operation) -> "Ops":
-        """A table in which twin computes op, and everybody asks for it.
+        """A table in which twin computes op wherever op is needed.
 
-        The twins that would compute op themselves step aside: in their place the readable
-        operations run, with what the table has for their parts.
+        Twins that would compute op themselves step aside: the readable operations run in their
+        place, with the table's twins for their parts.
 
         Args:
             op: a readable operation, such as :data:`pvt_ref.layers.gelu.gelu`.
-            twin: what shall be computed instead.
+            twin: the operation to compute instead.
 
         Returns:
             A new table.
 
         Raises:
-            ArrayTypeError: if op or twin is no Operation.
-            ConfigError: if op is none that is ever asked for, or twin absorbs one replaced before.
+            ArrayTypeError: if op or twin is not an Operation.
+            ConfigError: if op is not readable, or twin absorbs an operation replaced before.
         """
         _check_pair(op, twin)
         kept = {k: t for k, t in self._twins.items() if op not in t.absorbs or k == op}
-        # what the new twin absorbs, and was replaced before, would be ignored from now on
+        # an earlier replacement that the new twin absorbs would be ignored from now on
         ignored = [other.name for other in self.replaced if other in twin.absorbs and other != op]
         if ignored:
             raise ConfigError(
                 f"this twin of {op.name} absorbs {', '.join(sorted(ignored))}, which the table "
-                f"replaces: that replacement would have no effect. Leave one of the two out"
+                f"replaces: that replacement would have no effect. Leave out one of the two"
             )
         state = (self.name, self.accepts, self.settings, self.replaced | {op})
         return object.__new__(Ops)._fill({**kept, op: twin}, *state)
 
     def scope(self) -> AbstractContextManager[Any]:
-        """To be entered once around a public call: what the settings set up for its duration."""
+        """A context for one public call: what the settings set up for its duration."""
         return getattr(self.settings, "scope", nullcontext)()
 
     def watched(
@@ -233,18 +233,18 @@ class Ops:
         params: Any = None,
         unseen: Iterable[Operation] = (),
     ) -> "Ops":
-        """A table that computes the same and reports every operation that is asked for.
+        """A table that computes the same and reports every operation that is called.
 
         Args:
-            after: called when an operation has returned.
-            before: called when it begins.
+            after: called after an operation returns.
+            before: called before it begins.
             only: report these, and let the twins that absorb one of them step aside; None reports
-                whatever this table asks for.
-            params: the weights of the model, from which paths take their keys.
-            unseen: called as without a watch, which holds an operation's arguments while it runs.
+            every operation that goes through this table.
+            params: the weights of the model, whose keys become the paths.
+            unseen: not watched. (A watch holds an operation's arguments while it runs.)
 
         Returns:
-            A table for this process and one call at a time.
+            A table for use in this process, one call at a time.
         """
         wanted = None if only is None else frozenset(only)
         table = self._with_twins(self._twins, _Watched)
@@ -261,7 +261,7 @@ class Ops:
 
 @dataclass(slots=True)
 class _Watch:
-    """The state of one watched table: who reports, and which operations are under way."""
+    """The state of a watched table: its callbacks, and the operations in progress."""
 
     after: Callable[[Call], Any] | None
     before: Callable[[Call], Any] | None
@@ -271,8 +271,8 @@ class _Watch:
     inside: list[str] = field(default_factory=list)
 
     def name_of(self, p: Any) -> str | None:
-        """The key of weights, or of the first part of weights that were put together for a call."""
-        if p is None:  # shared by all that have no weights: it says nothing of the place
+        """The key of weights, or that of the first part if they were combined for a call."""
+        if p is None:  # all operations without weights share it, so it identifies nothing
             return None
         first = next(iter(branches(p)), None)
         return self.names.get(id(p)) or (first and self.names.get(id(first[1])))
@@ -327,7 +327,7 @@ def _check_pair(op: object, twin: object) -> None:
     assert isinstance(op, Operation)
     if not op.is_readable():
         raise ConfigError(
-            f"{op!r} is no operation that a model asks for, so a twin of it would have no effect. "
+            f"{op!r} is not an operation that a model uses, so a twin of it would have no effect. "
             f"Import the readable one: from pvt_ref.layers.gelu import gelu"
         )
 

@@ -1,4 +1,4 @@
-"""Trees of records: the one walk over parameters, gradients and caches, and what it is used for.
+"""Trees of records: the one walk over parameters, gradients and caches, and its uses.
 
 A record is a frozen dataclass of arrays, of other records, and of tuples of them; its field names
 are the key segments of a checkpoint, so the walk is the key map.
@@ -30,7 +30,7 @@ from pvt_ref.errors import ArrayTypeError, DeviceError, shown
 
 _T = TypeVar("_T")
 
-#: The field of what is remembered from batch to batch, and not trained: None in gradients.
+#: The field of state that is kept from batch to batch and not trained: None in gradients.
 BUFFERS = "buffers"
 
 
@@ -43,14 +43,14 @@ def record(cls: type[_T]) -> type[_T]:
 
 @cache
 def _field_names(cls: type) -> tuple[str, ...] | None:
-    """Of a record or a named tuple, in order; None for another class."""
+    """The field names of a record or named tuple, in order; None for another class."""
     if is_dataclass(cls):
         return tuple(field.name for field in fields(cls))
     return getattr(cls, "_fields", None) if issubclass(cls, tuple) else None
 
 
 def branches(tree: Any) -> list[tuple[str, Any]]:
-    """Name and value of what a record, tuple, list or dict holds; nothing for anything else."""
+    """Names and values in a record, tuple, list or dict; nothing for anything else."""
     names = _field_names(type(tree))
     if names is not None:
         return [(name, getattr(tree, name)) for name in names]
@@ -62,8 +62,8 @@ def branches(tree: Any) -> list[tuple[str, Any]]:
 def map_arrays(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """A copy of a record, tuple, list or dict with f applied to every array in it.
 
-    With several trees of one shape, f gets the arrays that stand in the same place. What is no
-    array stays as it is in the first tree.
+    With several trees of the same structure, f gets the arrays from the same place in each.
+    Anything that is not an array stays as it is in the first tree.
 
     Raises:
         ValueError, KeyError, AttributeError: if another tree differs in lengths, keys or fields.
@@ -90,7 +90,7 @@ def map_arrays(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
 def named_arrays(tree: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
     """Key and array of every leaf of a record, in field order; the arrays, not copies.
 
-    A field called buffers adds no segment: what a layer remembers goes by the name of its weights.
+    A field called buffers adds no segment: a layer's buffers have the same prefix as its weights.
     """
     waiting = [(prefix, tree)]
     while waiting:
@@ -120,18 +120,18 @@ def named_records(tree: Any, prefix: str = "") -> dict[int, str]:
 
 
 def map_named(f: Callable[[str, Array], Any], tree: Any, prefix: str = "") -> Any:
-    """A copy of a record with ``f(key, array)`` in the place of all arrays."""
+    """A copy of a record with every array replaced by ``f(key, array)``."""
     results = iter([f(key, x) for key, x in named_arrays(tree, prefix)])
-    return map_arrays(lambda _: next(results), tree)  # both go through the record in field order
+    return map_arrays(lambda _: next(results), tree)  # both walk the record in field order
 
 
 def without_buffers(tree: Any) -> Any:
-    """The weights that are trained: the same record, with None for its buffers if it has some."""
+    """The trained weights: the same record, with None in place of its buffers."""
     return replace(tree, **{BUFFERS: None}) if hasattr(tree, BUFFERS) else tree
 
 
 def first_array(tree: Any) -> Array:
-    """The first array of a record: it says on which device and of which dtype all are."""
+    """The first array of a record; it has the device and dtype of all."""
     return next(named_arrays(tree))[1]
 
 
@@ -143,7 +143,7 @@ def zeros_like(tree: Any) -> Any:
 def short_repr(self: Any) -> str:
     """Shapes and sums, not numbers: ``LinearParams(weight (64, 3) float32, bias None)``.
 
-    Of records of records ``BlockParams(49,984 numbers in 16 arrays, float32, numpy)``.
+    For nested records ``BlockParams(49,984 numbers in 16 arrays, float32, numpy)``.
     """
     named = branches(self)
     name = type(self).__name__
@@ -168,13 +168,13 @@ def describe_arrays(tree: Any) -> str:
 
 
 def to_numpy(tree: Any) -> Any:
-    """Copies every CuPy array in tree to the host; NumPy arrays are passed on.
+    """Copies every CuPy array in tree to the host; NumPy arrays are returned as they are.
 
     Args:
         tree: an array, or arrays in a record (parameters, gradients), tuple, list or dict.
 
     Returns:
-        The same structure with NumPy arrays. What is no array stays as it is.
+        The same structure with NumPy arrays. Anything that is not an array stays as it is.
 
     Raises:
         ArrayTypeError: if tree holds arrays of another kind, such as PyTorch's tensors.
@@ -188,13 +188,13 @@ def to_device(tree: Any, device: str = "cuda") -> Any:
     Args:
         tree: as for :func:`to_numpy`; also a Model.
         device: ``"cuda"`` (the current CUDA device), ``"cuda:1"`` and so on, or ``"cpu"``. CuPy
-            computes on the current one: for another, put calls in ``with cupy.cuda.Device(1):``.
+            computes on the current one; for another, wrap calls in ``with cupy.cuda.Device(1):``.
 
     Returns:
         The same structure with CuPy arrays, or with NumPy arrays for ``"cpu"``.
 
     Raises:
-        DeviceError: if there is no such device here; it says what was found and what to install.
+        DeviceError: if there is no such device; it says what was found and what to install.
         ArrayTypeError: as :func:`to_numpy`.
     """
     if isinstance(device, str) and device == "cpu":
@@ -214,7 +214,7 @@ def to_device(tree: Any, device: str = "cuda") -> Any:
 
 
 def digest(state: Mapping[str, np.ndarray], stated: Any) -> str:
-    """SHA-256 over plain values and every tensor's name, dtype, shape and bytes, in any order."""
+    """SHA-256 of plain values and every tensor's name, dtype, shape and bytes; order is ignored."""
     sha256 = hashlib.sha256()
     sha256.update(json.dumps(stated, sort_keys=True).encode())
     for key, x in sorted(state.items()):  # no key comes twice, so no arrays are compared

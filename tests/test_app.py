@@ -205,7 +205,7 @@ def test_the_preprocessing_of_other_channels():
     assert back.info.preprocessing.mode == "RGB"
     assert len(set(back.info.preprocessing.std)) == 1
     four = with_channels(MODEL, 4)
-    with pytest.raises(ConfigError, match="in_chans=4, and its preprocessing makes 3"):
+    with pytest.raises(ConfigError, match="in_chans=4, but its preprocessing makes 3"):
         four.predict(Image.new("RGB", (40, 40)))
     assert four(normal(0, 1, 4, 32, 32)).shape == (1, 5)
     assert four.info.classes == MODEL.info.classes
@@ -278,7 +278,7 @@ def test_a_network_without_what_is_asked_for(monkeypatch):
     with_row(monkeypatch, forward_pyramid=None)
     assert MODEL.feature_info == []
     with_row(monkeypatch, stem=None)
-    with pytest.raises(ConfigError, match="a PVT has no first layer that could be adapted"):
+    with pytest.raises(ConfigError, match="a PVT has no first layer to adapt"):
         with_channels(MODEL, 1)
 
 

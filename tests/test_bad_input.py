@@ -132,7 +132,7 @@ def test_channels_last_image():
     images_are_refused(
         np.zeros((8, 224, 224, 3), np.float32),
         ShapeError,
-        "looks channels-last: (8, 224, 224, 3); images are (B, 3, H, W)",
+        "look channels-last: (8, 224, 224, 3); they must be (B, 3, H, W)",
         "images.transpose(0, 3, 1, 2)",
     )
     turned = np.zeros((1, 32, 32, 3)).transpose(0, 3, 1, 2)
@@ -722,7 +722,7 @@ def test_a_cache_made_with_other_operations(classified, pyramid):
     (logits, cache), (maps, pyramid_cache) = classified, pyramid
     other = Ops(name="faster")
     made = f"made with ops '{cache.ops.name}'"
-    words = (made, "'faster'", "belongs to the pair", "Leave ops out")
+    words = (made, "'faster'", "only the table that made a cache", "Leave ops out")
     with refused(ArrayTypeError, *words):
         pvt_ref.backward(PARAMS, cache, logits, SMALL, ops=other)
     with refused(ArrayTypeError, *words):
@@ -1383,11 +1383,11 @@ def test_maps_of_blocks_that_there_are_not(blocks):
 
 
 def test_maps_of_blocks_of_a_network_with_stages():
-    with refused(ConfigError, "blocks are [0]", "the maps of a PVT are those of its stages"):
+    with refused(ConfigError, "blocks are [0]", "a PVT gives one map for each stage"):
         pvt_ref.forward_pyramid(PARAMS, IMAGES, SMALL, blocks=[0])
-    with refused(ConfigError, "blocks are [0]", "the maps of a PVT are those of its stages"):
+    with refused(ConfigError, "blocks are [0]", "a PVT gives one map for each stage"):
         Model(PARAMS, SMALL).pyramid(IMAGES, blocks=[0])
-    with refused(ConfigError, "blocks are [0]", "the maps of a PVT v2 are those of its stages"):
+    with refused(ConfigError, "blocks are [0]", "a PVT v2 gives one map for each stage"):
         Model(V2_PARAMS, V2).pyramid(IMAGES, blocks=[0])
 
 

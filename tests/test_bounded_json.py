@@ -38,8 +38,8 @@ def nested(depth):
         ("{", "not JSON"),
         ("{}x", "not JSON"),
         (b"\xff", "not JSON"),
-        ("NaN", "NaN is no number"),
-        ("[-Infinity]", "-Infinity is no number"),
+        ("NaN", "NaN is not a number"),
+        ("[-Infinity]", "-Infinity is not a number"),
         ("1e999", "too large"),
         ("-1e999", "too large"),
         ("9" * (MAX_DIGITS + 1), f"a number of {MAX_DIGITS + 1} digits"),
@@ -66,7 +66,7 @@ def test_what_is_just_allowed():
     assert parse_json("9" * MAX_DIGITS, "it") > 0
     assert len(parse_json(json.dumps("x" * (LIMIT - 2)), "it")) == LIMIT - 2
     assert parse_json("[1]", "it", limit=3) == [1]
-    with pytest.raises(CheckpointError, match="4 characters, and at most 3"):
+    with pytest.raises(CheckpointError, match="4 characters; at most 3"):
         parse_json("[10]", "it", limit=3)
 
 

@@ -199,7 +199,7 @@ def test_a_forward_with_its_backward(fake):
 
 
 def test_without_cuda_it_says_so():
-    with pytest.raises(DeviceError, match="array 0 is numpy float64, and a CUDA graph is of CuPy"):
+    with pytest.raises(DeviceError, match="array 0 is numpy float64, but a CUDA graph needs CuPy"):
         capture(lambda x: x, np.zeros(2))
     for arguments, words in (
         ((3, np.zeros(2)), "function is 3"),
@@ -312,7 +312,7 @@ def test_a_graph_is_called_with_what_it_was_captured_for(fake):
     ):
         with pytest.raises(error, match=words):
             graph(*given)
-    with pytest.raises(DeviceError, match="a graph is of one device"):
+    with pytest.raises(DeviceError, match="a graph needs one device"):
         capture(lambda x, y: x, x, elsewhere)
 
 
@@ -541,7 +541,7 @@ def test_segment_replays_where_shapes_repeat(fake, monkeypatch):
         ("cudaErrorInsufficientDriver: CUDA driver version is insufficient", "Update the driver"),
         ("cudaErrorUnsupportedPtxVersion: the provided PTX was compiled", "Update the driver"),
         ("cudaErrorMemoryAllocation: out of memory", "free_all_blocks"),
-        ("cudaErrorNoKernelImageForDevice: no kernel image", "does not know the GPU"),
+        ("cudaErrorNoKernelImageForDevice: no kernel image", "does not support the GPU"),
         ('error: could not open source file "cuda_fp16.h"', "does not find the headers"),
         ("libnvrtc.so.12: cannot open shared object file", r"cupy-cuda12x\[ctk\]"),
         ("libcublasLt.so.13: undefined symbol: cublasLtCreate", "another version"),
@@ -558,7 +558,7 @@ def test_other_errors_stay_what_they_are():
         with pytest.raises(type(error), match=str(error)), explained():
             raise error
     strange = type("CUDARuntimeError", (RuntimeError,), {"__module__": "cupy_backends.cuda.api"})
-    assert "process is started anew" in str(cuda_error(strange("cudaErrorIllegalAddress")))
+    assert "process is restarted" in str(cuda_error(strange("cudaErrorIllegalAddress")))
 
 
 def test_no_memory_left_is_said_of_a_forward_and_of_a_capture(fake, monkeypatch):

@@ -77,7 +77,7 @@ def test_nothing_that_can_be_read_is_status_2(capsys, pictures):
 
 def test_a_folder_stands_for_its_pictures_by_name(capsys, pictures, tmp_path):
     status, out, err = run(capsys, "classify", str(pictures), "--weights", "digits")
-    assert (status, err) == (0, f"'{pictures}': 1 file with another name was not looked at\n")
+    assert (status, err) == (0, f"'{pictures}': 1 file without a picture's suffix was skipped\n")
     found = [block.splitlines()[0] for block in out.split("\n\n")]
     assert found == [str(pictures / name) for name in ("a.JPG", "b.png", "c.webp")]
     (tmp_path / "empty").mkdir()
@@ -93,7 +93,7 @@ def test_a_folder_stands_for_its_pictures_by_name(capsys, pictures, tmp_path):
 def test_without_weights_imagenette_answers_and_its_classes_are_named_once(capsys, pictures):
     names = [str(pictures / name) for name in ("a.JPG", "notes.txt", "c.webp")]
     model = pvt_ref.load("imagenette")
-    note = f"imagenette knows these classes and no other: {', '.join(model.classes)}. "
+    note = f"imagenette knows only these classes: {', '.join(model.classes)}. "
     status, out, err = run(capsys, "classify", *names, "--top", "1")
     assert status == 1
     for table, name in zip(out.split("\n\n"), (names[0], names[2]), strict=True):
@@ -188,7 +188,7 @@ def test_convert_replaces_no_file_unless_told(capsys, tmp_path):
     target.write_text("precious")
     status, out, err = run(capsys, "convert", source, str(target))
     assert (status, out) == (2, "")
-    assert "is there already. --force replaces it" in err
+    assert "exists already. --force replaces it" in err
     assert target.read_text() == "precious"
     assert run(capsys, "convert", "--force", source, str(target))[0] == 0
     assert pvt_ref.load(target).config == pvt_ref.load("digits").config
@@ -207,12 +207,12 @@ def test_convert_of_several_into_a_folder(capsys, tmp_path):
     status, out, err = run(capsys, "convert", "--force", *arguments)
     assert status == 1
     assert out.count("written to ") == 2
-    assert "just made of a file of the same name" in err
+    assert "just made from a file of the same name" in err
     assert "none.pth" in err
     assert sorted(os.listdir(folder)) == ["a.safetensors", "b.safetensors"]
     status, _, err = run(capsys, "convert", *names, str(tmp_path / "new.safetensors"))
     assert status == 2
-    assert "is no folder" in err
+    assert "is not a folder" in err
     assert run(capsys, "convert", names[0], str(folder), "--force")[0] == 0
 
 

@@ -129,7 +129,7 @@ def test_a_folder_stands_for_its_pictures(capsys, photos, weights, tmp_path):
     status, text, err = run(capsys, empty, photos, "--weights", weights, "--out", out)
     assert status == 1
     assert "is a folder without pictures" in err
-    assert "1 file with another name was not looked at" in err
+    assert "1 file without a picture's suffix was skipped" in err
     assert len(names(out)) == 6
     assert text.count(" -> ") == 3
 
@@ -141,7 +141,7 @@ def test_what_is_there_is_kept_unless_it_may_be_replaced(capsys, photos, weights
     given = [photos / "a.jpg", photos / "b.png", "--weights", weights, "--out", out]
     status, _, err = run(capsys, *given)
     assert status == 1
-    assert "a.classes.png' is there already. --force replaces it" in err
+    assert "a.classes.png' exists already. --force replaces it" in err
     assert (out / "a.classes.png").read_bytes() == b"precious"
     assert names(out) == ["a.classes.png", "b.classes.png", "b.overlay.png"]  # not the half of a
     status, _, err = run(capsys, *given, "--force")
@@ -149,7 +149,7 @@ def test_what_is_there_is_kept_unless_it_may_be_replaced(capsys, photos, weights
     assert class_map(out / "a.classes.png").shape == (24, 32)
     status, _, err = run(capsys, *given)
     assert status == 2
-    assert err.count("is there already") == 2
+    assert err.count("exists already") == 2
 
 
 def test_two_pictures_of_one_name_do_not_replace_each_other(capsys, photos, weights, tmp_path):
@@ -160,7 +160,7 @@ def test_two_pictures_of_one_name_do_not_replace_each_other(capsys, photos, weig
     given = [photos / "a.jpg", other / "a.png", "--weights", weights, "--out", out, "--force"]
     status, _, err = run(capsys, *given)
     assert status == 1
-    assert "or was just made of one of that name. Name another --out for it" in err
+    assert "or was just made from an input of the same name. Choose another --out" in err
     assert str(other / "a.png") in err
     assert class_map(out / "a.classes.png").shape == (24, 32)
 
@@ -172,7 +172,7 @@ def test_a_picture_that_is_named_is_never_replaced(capsys, weights, tmp_path):
     given = [tmp_path / "a.png", tmp_path / "a.overlay.png", "--out", tmp_path, "--force"]
     status, _, err = run(capsys, *given, "--weights", weights)
     assert status == 1
-    assert "a.overlay.png' is one of the pictures named" in err
+    assert "a.overlay.png' is one of the input pictures" in err
     assert (tmp_path / "a.overlay.png").read_bytes() == before
 
 
@@ -215,17 +215,17 @@ def test_other_weights_are_refused_in_words(capsys, photos, tmp_path):
     pvt_ref.save(path, Model(params_of(classifier, dtype=np.float32), classifier))
     status, text, err = run(capsys, photos / "a.jpg", "--weights", path, "--out", tmp_path / "o")
     assert (status, text) == (2, "")
-    assert "a PVT tells what a picture shows, not where" in err
+    assert "a PVT classifies a whole picture, not its pixels" in err
     assert "segmentation network" in err
     assert not (tmp_path / "o").exists()
 
 
 def test_without_weights_camvid_answers_and_its_classes_are_named_once(capsys, photos, tmp_path):
     model = pvt_ref.load("camvid")
-    note = f"camvid knows these classes and no other: {', '.join(model.classes)}. "
+    note = f"camvid knows only these classes: {', '.join(model.classes)}. "
     given = [photos / "a.jpg", photos / "b.png", "--out", tmp_path / "o"]
     status, text, err = run(capsys, *given)
-    assert (status, err) == (0, f"{note}--weights names another model\n")
+    assert (status, err) == (0, f"{note}--weights chooses another model\n")
     assert text.count(" -> ") == 2
     expected = model.segment(photos / "a.jpg")[0]
     np.testing.assert_array_equal(class_map(tmp_path / "o" / "a.classes.png"), expected)
@@ -239,14 +239,14 @@ def test_without_weights_camvid_answers_and_its_classes_are_named_once(capsys, p
     assert {record["weights"] for record in json.loads(text)} == {"camvid"}
     status, _, err = run(capsys, tmp_path / "nowhere.jpg", "--out", tmp_path / "o")
     assert status == 2
-    assert "knows these classes" not in err
+    assert "knows only these classes" not in err
 
 
 def test_classify_says_what_to_ask_a_segmentation_network(capsys, photos, weights):
     status = main(["classify", str(photos / "a.jpg"), "--weights", weights])
     captured = capsys.readouterr()
     assert (status, captured.out) == (2, "")
-    assert "a segmentation network tells a class for every pixel" in captured.err
+    assert "a segmentation network gives a class for every pixel" in captured.err
 
 
 def test_each_picture_is_written_before_the_next_is_read(

@@ -66,7 +66,7 @@ def test_without_standard_output_nothing_is_done(command, photo, tmp_path):
     arguments["convert"] = [str(source), str(target)]
     status, _, err = in_a_shell(">&-", command, *arguments[command])
     assert status == 2
-    assert err == "error: standard output is closed: there is nowhere to print to\n"
+    assert err == "error: standard output is closed, so there is nowhere to print to\n"
     assert not target.exists()
 
 
@@ -104,7 +104,7 @@ def test_the_help_tells_the_statuses(capsys):
     _, out, _ = run(capsys)
     said = " ".join(out.split())
     assert (
-        "1 if some of several inputs failed; 2 if all did, if the command is wrong, or if the"
+        "1 if some of several inputs failed; 2 if all failed, if the command is wrong, or if the"
         in said
     )
 
@@ -125,15 +125,15 @@ def test_a_folder_with_more_than_pictures(capsys, tmp_path):
     status, out, err = run(capsys, *arguments)
     assert status == 0
     assert [Path(r["image"]).name for r in json.loads(out)] == ["a.jpg", "b.JFIF"]
-    assert err == f"'{folder}': 1 file with another name was not looked at\n"
+    assert err == f"'{folder}': 1 file without a picture's suffix was skipped\n"
     (folder / "more.heic").touch()
-    assert "': 2 files with other names were not looked at\n" in run(capsys, *arguments)[2]
+    assert "': 2 files without a picture's suffix were skipped\n" in run(capsys, *arguments)[2]
     for name in ("a.jpg", "b.JFIF"):
         (folder / name).unlink()
     status, _, err = run(capsys, *arguments)
     assert status == 2
     assert err.count("\n") == 1
-    assert "is a folder without pictures: of 2 files no name ends in one of" in err
+    assert "is a folder without pictures: it has 2 files, and no name ends in one of" in err
 
 
 def test_every_usual_ending_of_the_formats_is_known():

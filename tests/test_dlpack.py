@@ -61,9 +61,9 @@ def test_a_model_computes_on_it():
     [
         (torch.ones(2, requires_grad=True), r"array of torch .*share x.detach\(\)"),
         (torch.ones(2, dtype=torch.bfloat16), "bfloat16 to float32 first"),
-        (Exporter(kind=8), "a device of DLPack's kind 8"),
+        (Exporter(kind=8), "a device of DLPack's type 8"),
         (np.ma.masked_array([1.0, 2.0], [True, False]), "masked array"),
-        ([1.0], "expected what DLPack can export, got a list"),
+        ([1.0], "expected an object with DLPack export, got a list"),
         (None, "got a NoneType"),
     ],
 )

@@ -514,7 +514,7 @@ def test_segment_explains_what_is_wrong(examples, capsys, tmp_path):
         (["--output", "x.gif"], "--output is 'x.gif'"),
         (["--panel", "50"], "--panel is 50"),
         (["--size", "0"], "size is 0"),
-        (["--weights", "digits"], "tells what a picture shows, not where"),
+        (["--weights", "digits"], "classifies a whole picture, not its pixels"),
     ):
         assert segment.main(given) == 2
         captured = capsys.readouterr()

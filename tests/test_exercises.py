@@ -305,7 +305,7 @@ def test_hints_come_one_by_one_and_end():
     for count in (1, 2, 2):
         said = _hint(failed, progress)
         assert [hint in said for hint in hints] == [True, count == 2]
-        assert ("1 more" if count == 1 else "there is no further one") in said
+        assert ("1 more" if count == 1 else "no more") in said
     assert _hint(failed[:1], progress) == "There is nothing to give a hint for"
 
 
@@ -335,7 +335,7 @@ def test_a_crash_costs_only_its_own_exercise(folder):
 
 def test_an_endless_loop_is_ended(folder):
     file_of(folder, "gelu").write_text("while True:\n    pass\n")
-    loop = "it did not end within 1 seconds. Is there a loop without an end?"
+    loop = "it did not end within 1 seconds. Is there an endless loop?"
     assert [fact[:4] for fact in facts(folder, ["gelu"], 1.0)] == [
         ("gelu", FORWARD, FAILED, loop),
         ("gelu", BACKWARD, WAITS, ""),
@@ -380,7 +380,7 @@ def test_right_answers_are_a_pvt_with_pytorchs_numbers():
         "the maps of its pyramid",
         "the gradient of the images, from the maps",
         "logits of a PVT v2",
-        "the shipped weights look at cat.jpg",
+        "the shipped weights classify cat.jpg",
     ]
     assert [step.wrong for step in done] == [""] * 7
     assert done[-1].found.startswith("cat, ")

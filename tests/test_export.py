@@ -497,7 +497,7 @@ def test_the_command_line_exports_and_replaces_only_when_told(tmp_path, monkeypa
     assert "written to digits.onnx, weights float32\n" in out
     assert "output logits: float32 (batch, 10)\n" in out
     assert main(["export", "digits", "--float16"]) == 2
-    assert "digits.onnx' is there already" in capsys.readouterr().err
+    assert "digits.onnx' exists already" in capsys.readouterr().err
     before = (tmp_path / "digits.onnx").stat().st_size
     assert main(["export", "digits", "--float16", "--force"]) == 0
     assert (tmp_path / "digits.onnx").stat().st_size < 0.6 * before

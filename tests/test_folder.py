@@ -118,7 +118,7 @@ def test_classes_can_be_given(tmp_path):
     found = ImageFolder(tmp_path, classes=["c", "b", "a"])
     assert found.labels.tolist() == [1]
     assert found.classes == ("c", "b", "a")
-    with pytest.raises(TrainingError, match=r"the folder 'b', which is no class"):
+    with pytest.raises(TrainingError, match=r"the folder 'b', which is not a class"):
         ImageFolder(tmp_path, classes=["a", "c"])
     with pytest.raises(ConfigError, match="a name comes twice"):
         ImageFolder(tmp_path, classes=["b", "b"])
@@ -165,7 +165,7 @@ def test_classes_without_photos_are_known_again_too(root):
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda p: None, TrainingError, r"has no folders in it\. Needed are folders named after"),
+        (lambda p: None, TrainingError, r"has no folders in it\. It must have folders named after"),
         (lambda p: picture(p / "a.png"), TrainingError, r"but photos: which class are they\?"),
         (lambda p: (p / "cat").mkdir(), TrainingError, r"1 folders and no photo"),
         (lambda p: p.rmdir(), MissingFileError, r"there is no folder"),
@@ -582,7 +582,7 @@ def test_a_photo_damaged_meanwhile_ends_the_training_by_name(held_out, tmp_path)
 def test_photos_of_another_mode_or_size_are_refused(root, held_out, tmp_path):
     recipe = Recipe(epochs=1, batch_size=2)
     colours = photos(root, preprocessing=Preprocessing())
-    with pytest.raises(TrainingError, match="images have 3 channels, and the configuration"):
+    with pytest.raises(TrainingError, match="images have 3 channels, but the configuration"):
         fit(CONFIG, recipe, colours, colours, tmp_path / "run")
     with pytest.raises(ShapeError, match="17"):
         fit(CONFIG, recipe, photos(root, 17), held_out, tmp_path / "run")

@@ -485,7 +485,7 @@ def test_one_class_and_one_photo_are_refused(tmp_path):
         train_folder(tmp_path / "data", tmp_path / "run", options())
     for name in ("red", "green"):
         shutil.rmtree(tmp_path / "data" / name)
-    with pytest.raises(TrainingError, match="has one class, 'blue', and there is nothing to tell"):
+    with pytest.raises(TrainingError, match="has one class, 'blue'; it needs at least two"):
         train_folder(tmp_path / "data", tmp_path / "run", options())
 
 

@@ -623,7 +623,7 @@ def test_pad_on_cuda():
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(MissingFileError, match=r"no file .*cat\.png.* looked for at .*folder"):
+    with pytest.raises(MissingFileError, match=r"no file .*cat\.png.*full path is .*folder"):
         load_image(tmp_path / "cat.png")
     with pytest.raises(FileNotFoundError):
         load_image("no_such_folder/cat.png")
@@ -669,7 +669,7 @@ def test_empty_file(tmp_path):
     ],
 )
 def test_not_a_picture(data, hint):
-    with pytest.raises(ImageError, match=f"not a picture in a format that is read here.*{hint}"):
+    with pytest.raises(ImageError, match=f"not a picture in a supported format.*{hint}"):
         load_image(io.BytesIO(data))
 
 
@@ -751,9 +751,12 @@ def test_largest_resize_is_allowed(monkeypatch):
     ("levels", "words"),
     [
         (np.array([[-1, 300]], np.int32), r"levels from -1 to 300; 16-bit grey \(mode I\).*65535"),
-        (np.array([[0, 65536]], np.int32), "from 0 to 65536.*Scale the levels"),
+        (np.array([[0, 65536]], np.int32), "from 0 to 65536.*Scale or clip the levels"),
         (np.array([[0, 200]], np.int32), "no level above 200;.*Multiply the levels by 257"),
-        (np.array([[0, 255.5]], np.float32), r"255\.5; float grey \(mode F\) must lie in 0 to 255"),
+        (
+            np.array([[0, 255.5]], np.float32),
+            r"255\.5; float grey \(mode F\) must be from 0 to 255",
+        ),
         (np.array([[0, np.nan]], np.float32), "levels from nan to nan"),
         (np.array([[0, 1]], np.float32), "scale of 0 to 1.*Multiply the levels by 255"),
     ],
@@ -842,8 +845,8 @@ def test_normalize_refuses_other_types(pixels, words):
         ((2, 4, 5, 4), r"must be \(H, W, 3\) or \(B, H, W, 3\)$"),
         ((3,), r"must be \(H, W, 3\) or"),
         ((1, 1, 4, 5, 3), r"must be \(H, W, 3\) or"),
-        ((0, 4, 5, 3), "nothing in them"),
-        ((0, 5, 3), "nothing in them"),
+        ((0, 4, 5, 3), "they are empty"),
+        ((0, 5, 3), "they are empty"),
     ],
 )
 def test_normalize_refuses_other_shapes(shape, words):
@@ -864,9 +867,9 @@ def test_pad_refuses():
         pad_to_multiple(images[0], 32)
     with pytest.raises(ShapeError, match=r"shape \(4, 4\); they must be \(B, C, H, W\)$"):
         pad_to_multiple(images[0, 0], 32)
-    with pytest.raises(ShapeError, match=r"looks channels-last: \(8, 20, 20, 3\)"):
+    with pytest.raises(ShapeError, match=r"look channels-last: \(8, 20, 20, 3\)"):
         pad_to_multiple(np.zeros((8, 20, 20, 3), np.float32), 32)
-    with pytest.raises(ShapeError, match="nothing in them"):
+    with pytest.raises(ShapeError, match="they are empty"):
         pad_to_multiple(np.zeros((1, 3, 0, 4), np.float32), 32)
 
 
@@ -882,5 +885,5 @@ def test_threads_leave_the_warnings_filters_as_they_were(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
 def test_a_pipe_is_refused_rather_than_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(ImageError, match="no regular file"):
+    with pytest.raises(ImageError, match="is a pipe or a device"):
         load_image(tmp_path / "pipe.png")

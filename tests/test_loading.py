@@ -191,7 +191,7 @@ def test_labels(folder, their_model):
     change_json(config, id2label=None)
     assert load(folder).info.classes == ()
     change_json(config, num_labels=10)
-    assert "says 10 labels, and the head in the file has 3 outputs" in refusal(folder, None)
+    assert "says 10 labels, but the head in the file has 3 outputs" in refusal(folder, None)
     change_json(config, id2label={"0": "a", "1": "b"}, num_labels=3)
     assert "says 2 labels" in refusal(folder, None)
     for wrong in ({"0": "a", "2": "b"}, ["a"], {"0": 1}, {"x": "a"}):
@@ -289,7 +289,7 @@ def test_preprocessing_beside_the_weights(folder, their_model, transformers):
 def test_folders_without_weights(tmp_path):
     assert "a directory without model.safetensors or pytorch_model.bin" in refusal(tmp_path, None)
     (tmp_path / "other.pth").write_bytes(b"")
-    assert "there are: 'other.pth'" in refusal(tmp_path, None)
+    assert "it has: 'other.pth'" in refusal(tmp_path, None)
     (tmp_path / "config.json").write_text("{}")
     assert "a JSON file, which holds no weights" in refusal(tmp_path / "config.json", None)
 
@@ -321,7 +321,7 @@ def test_config_by_name_and_by_file(tmp_path):
     for text, says in (
         ('{"colour": 1}', r"unknown fields are \['colour'\]"),
         ("{}", "neither Hugging Face's"),
-        ('{"img_size": NaN}', "NaN is no number"),
+        ('{"img_size": NaN}', "NaN is not a number"),
         ('{"img_size": ' + "9" * 5000 + "}", "5000 digits"),
     ):
         (tmp_path / "c.json").write_text(text)
@@ -399,7 +399,7 @@ def test_one_of_two_sets_of_weights_is_chosen_and_the_other_named(tmp_path):
     assert "other weights in the file: entry='model'" in model.source
     assert pvt_ref.load(path, TINY, entry="model_ema").source == model.source
     message = refusal(path, entry="ema")
-    assert "none of the models in it are called so" in message
+    assert "none of the models in it have this name" in message
     assert "entry='model'; entry='model_ema'" in message
     for wrong in (3, b"model", ["model"]):
         with pytest.raises(ArrayTypeError, match="entry is a"):
@@ -601,8 +601,8 @@ def test_a_header_is_bounded(tmp_path):
         ('{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}', "gaps"),
         ('{"a": {"shape": [1], "data_offsets": [0, 4]}}', "has the fields"),
         ('{"a": [1]}', "AttributeError"),
-        ('{"__metadata__": {"a": 1}}', "texts by name"),
-        ('{"__metadata__": []}', "texts by name"),
+        ('{"__metadata__": {"a": 1}}', "map names to texts"),
+        ('{"__metadata__": []}', "map names to texts"),
         (
             '{"a": {"dtype": "F32", "shape": [' + "9" * 5000 + '], "data_offsets": [0, 4]}}',
             "digits",
@@ -639,7 +639,7 @@ def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path, monkeypatch):
         return parse(*args)
 
     monkeypatch.setattr(safetensors_file, "parse_json", shorten)
-    assert "became shorter while it was being read" in refusal(path, None)
+    assert "was shortened while it was being read" in refusal(path, None)
 
 
 EVIL = "pos_embed9\n  - all is well\x1b[2J\u202e"

@@ -267,7 +267,7 @@ def test_an_empty_tensor_of_an_impossible_shape(tmp_path, shape):
 def test_eight_bits_in_safetensors_are_named(tmp_path, kind):
     header = {"pos_embed1": {"dtype": kind, "shape": [2], "data_offsets": [0, 2]}}
     message = refusal(write_header(tmp_path / "a.safetensors", header, bytes(2)), None)
-    assert f"'pos_embed1' has the number type '{kind}', which is not read" in message
+    assert f"'pos_embed1' has the number type '{kind}', which is unknown" in message
     assert "download" not in message
 
 
@@ -313,7 +313,7 @@ def test_a_configuration_of_more_blocks_than_tensors(tmp_path, monkeypatch):
         "pvt_ref.checkpoint.recognise.foreign_shapes", lambda *args: built.append(args)
     )
     deep = dataclasses.replace(TINY, depths=(MAX_DEPTH, 1, 1, 1))
-    assert "has 1003 blocks, and the file only" in refusal(path, deep)
+    assert "has 1003 blocks, but the file only" in refusal(path, deep)
     (tmp_path / "c.json").write_text(json.dumps(config_to_dict(deep)))
     message = refusal(path, tmp_path / "c.json")
     assert f"configuration from {tmp_path / 'c.json'} has 1003 blocks" in message
@@ -368,7 +368,7 @@ def test_what_a_signal_handler_raises_is_not_taken_for_damage(
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".th", ".pkl", ".pth.tar"])
 def test_weights_of_any_usual_name_are_mentioned(tmp_path, suffix):
     (tmp_path / f"last{suffix}").write_bytes(b"")
-    assert f"there are: 'last{suffix}'" in refusal(tmp_path, None)
+    assert f"it has: 'last{suffix}'" in refusal(tmp_path, None)
     message = refusal(tmp_path / f"lost{suffix}", None, MissingFileError)
     assert f"weights files there: 'last{suffix}'" in message
 

@@ -264,7 +264,7 @@ def test_bad_input_is_refused_in_every_library(library):
     params = map_arrays(library.asarray, random_params(SMALL, 1))
     for shape, words in (
         ((3, 32, 32), "rank 3"),
-        ((1, 32, 32, 3), "looks channels-last"),
+        ((1, 32, 32, 3), "look channels-last"),
         ((0, 3, 32, 32), "the batch is empty"),
         ((1, 3, 32, 40), "multiples of 32"),
     ):

@@ -286,13 +286,13 @@ def test_a_table_made_by_hand_keeps_all_it_is_given_or_is_refused():
 
 
 def test_an_operation_that_no_model_asks_for_is_refused():
-    with pytest.raises(ConfigError, match="is no operation that a model asks for"):
+    with pytest.raises(ConfigError, match="is not an operation that a model uses"):
         REFERENCE.replace(Operation(lambda p, x, ops: (x, None), relu_backward), RELU)
-    with pytest.raises(ConfigError, match="is no operation that a model asks for"):
+    with pytest.raises(ConfigError, match="is not an operation that a model uses"):
         Ops({blocked_ops(2)[gelu]: RELU})  # a twin is no key
     names = {"__name__": "no_module_of_this_name"}  # as in code that is run by exec
     exec("def mine(p, x, ops): return x, None", names)
-    with pytest.raises(ConfigError, match="is no operation that a model asks for"):
+    with pytest.raises(ConfigError, match="is not an operation that a model uses"):
         REFERENCE.replace(Operation(names["mine"], relu_backward), RELU)
 
 
@@ -382,7 +382,7 @@ def test_the_default_table_is_that_of_the_environment(monkeypatch):
     monkeypatch.delenv("PVT_REF_OPS")
     assert default_ops(images) == blocked_ops()
     monkeypatch.setenv("PVT_REF_OPS", "fast")
-    with pytest.raises(RangeError, match="PVT_REF_OPS is 'fast'; known are 'reference'"):
+    with pytest.raises(RangeError, match="PVT_REF_OPS is 'fast'; use one of 'reference'"):
         pvt_ref.forward(CASE.params(), images, CONFIG)
 
 
@@ -476,7 +476,7 @@ def test_equal_settings_make_equal_tables():
 
 
 def test_tables_do_not_change():
-    with pytest.raises(AttributeError, match=r"frozen; ops\.replace makes a changed one"):
+    with pytest.raises(AttributeError, match=r"frozen; ops\.replace makes a changed copy"):
         REFERENCE.name = "mine"  # type: ignore[misc]
     with pytest.raises(TypeError):
         blocked_ops(2).twins[gelu] = RELU  # type: ignore[index]
@@ -488,7 +488,7 @@ def test_tables_of_something_else_are_refused():
             REFERENCE.replace(gelu, wrong)
         with pytest.raises(ArrayTypeError, match=r"op is a .*; it must be an Operation"):
             REFERENCE.replace(wrong, RELU)
-    with pytest.raises(ArrayTypeError, match="name is a int; it must be a text"):
+    with pytest.raises(ArrayTypeError, match="name is a int; it must be a str"):
         Ops(name=3)
     with pytest.raises(ArrayTypeError, match="twins is a list; it must map"):
         Ops([(gelu, RELU)])

@@ -538,5 +538,5 @@ def test_the_folder_of_an_unpacked_file_is_known(tmp_path):
     with zipfile.ZipFile(tmp_path / "z.pth") as archive:
         archive.extractall(tmp_path / "unpacked")
     message = refusal(tmp_path / "unpacked" / "z")
-    assert "a PyTorch file that was unpacked" in message
+    assert "the folder of an unpacked PyTorch file" in message
     assert "zip -0 -r model.pth 'z'" in message

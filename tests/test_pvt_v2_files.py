@@ -123,10 +123,10 @@ def test_the_two_versions_are_told_apart(tmp_path):
         sr_ratios=MICRO.sr_ratios,
     )
     message = refusal(path, other)
-    assert "it holds a PVT v2, and config is a PVTConfig" in message
+    assert "it holds a PVT v2, but config is a PVTConfig" in message
     v1 = written(tmp_path / "v1.pth", random_state(other))
     assert load(v1, other).config == other
-    assert "it holds a PVT, and config is a PVTv2Config" in refusal(v1, MICRO)
+    assert "it holds a PVT, but config is a PVTv2Config" in refusal(v1, MICRO)
     assert "PVTv2Config(in_chans=3, num_classes=3, embed_dims=(4, 8, 12, 8)" in refusal(path, None)
     both = {f"a.{k}": x for k, x in random_state(MICRO).items()}
     both |= {f"b.{k}": x for k, x in random_state(other).items()}
@@ -146,7 +146,7 @@ def test_the_other_versions_weights_in_the_same_file_are_named(tmp_path):
     assert_same_state(model, state)
     assert "other weights in the file: entry='b'" in model.source
     assert "other weights in the file: entry='a'" in load(path, other).source
-    assert "it holds a PVT, and config is a PVTv2Config" in refusal(path, MICRO, entry="b")
+    assert "it holds a PVT, but config is a PVTv2Config" in refusal(path, MICRO, entry="b")
     message = refusal(path, None)
     assert "it holds several models. Choose one of: entry='a'; entry='b'" in message
 
@@ -178,7 +178,7 @@ def test_what_does_not_fit_is_listed(tmp_path):
     message = refusal(written(tmp_path / "spoilt.pth", state), MICRO)
     assert "missing: block2.1.mlp.dwconv.dwconv.bias (8,)" in message
     assert "mis-shaped: norm3.weight is (5,), the configuration needs (12,)" in message
-    assert "The likely cause is a damaged file, or one of a relative of the network" in message
+    assert "The likely cause is a damaged file, or one of a related network" in message
 
 
 # timm and MMDetection -----------------------------------------------------------------------------

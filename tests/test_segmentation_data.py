@@ -153,7 +153,11 @@ def test_values_are_replaced_all_at_once(root):
     ("values", "mode", "says"),
     [
         ([[0, 4], [7, 255]], None, "holds 4, 7; classes are 0 to 3, and 255 where a pixel does no"),
-        ([[0, 1], [2, 3]], "RGB", "is of mode RGB; needed is a picture of one channel, mode L, or"),
+        (
+            [[0, 1], [2, 3]],
+            "RGB",
+            "is of mode RGB; it must be a picture of one channel, mode L, or",
+        ),
         ([[0, 1], [2, 3]], "LA", "is of mode LA"),
         ([[0, 1], [2, 3]], "I;16", "is of mode I;16"),
     ],
@@ -241,11 +245,11 @@ def test_samples_that_do_not_suit_a_network_are_refused(root):
     data = pairs(root)
     data.check_fits(SEGMENTORS["pvt"], "data")
     few = LabelledPairs(root / "images", root / "labels", CLASSES[:3], 16)
-    with pytest.raises(TrainingError, match="data have 3 classes, and the model has 4"):
+    with pytest.raises(TrainingError, match="data have 3 classes, but the model has 4"):
         few.check_fits(SEGMENTORS["pvt"], "data")
     backbone = dataclasses.replace(PVT, in_chans=1)
     grey = dataclasses.replace(SEGMENTORS["pvt"], backbone=backbone)
-    with pytest.raises(TrainingError, match="data have 3 channels, and the model has 1"):
+    with pytest.raises(TrainingError, match="data have 3 channels, but the model has 1"):
         data.check_fits(grey, "data")
 
 

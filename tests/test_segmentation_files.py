@@ -239,7 +239,7 @@ def test_a_count_of_batches_must_be_whole(tmp_path):
     _, theirs = spelt("pvt")
     key = "decode_head.scale_heads.0.0.bn.num_batches_tracked"
     message = refusal(written(tmp_path / "a.pth", theirs | {key: np.float32(3)}), SEGMENTORS["pvt"])
-    assert f"wrong dtype: {key} is float32, and counts batches" in message
+    assert f"wrong dtype: {key} is float32, but counts batches" in message
     state = theirs | {"decode_head.conv_seg.bias": np.arange(4)}
     message = refusal(written(tmp_path / "a.pth", state), SEGMENTORS["pvt"])
     assert "wrong dtype: decode_head.conv_seg.bias is int64, weights are floats" in message
@@ -273,7 +273,7 @@ def test_eps_are_the_backbones(tmp_path):
     _, theirs = spelt("pvt")
     path = written(tmp_path / "a.pth", theirs)
     message = refusal(path, SEGMENTORS["pvt"], eps=1e-5)
-    assert "those of a segmentation network are its backbone's. Pass config with other" in message
+    assert "those of a segmentation network are in its backbone. Set them in config" in message
     backbone = dataclasses.replace(PVT, norm_eps=1e-4)
     config = dataclasses.replace(SEGMENTORS["pvt"], backbone=backbone)
     assert load(path, config).config == config
@@ -293,8 +293,8 @@ def test_a_classifiers_file_is_no_segmentation_network(tmp_path):
     classifier = dataclasses.replace(PVT, num_classes=3)
     torch.save(as_torch(state_of(classifier, dtype=np.float32)), tmp_path / "a.pth")
     message = refusal(tmp_path / "a.pth", SEGMENTORS["pvt"])
-    assert "it holds a PVT, and config is a SegmentorConfig" in message
-    with pytest.raises(ConfigError, match="tells what a picture shows, not where"):
+    assert "it holds a PVT, but config is a SegmentorConfig" in message
+    with pytest.raises(ConfigError, match="classifies a whole picture, not its pixels"):
         load(tmp_path / "a.pth", classifier).segment([])
 
 

@@ -494,7 +494,7 @@ def test_as_many_weights_as_classes(data, held_out, tmp_path):
 
 def test_other_classes_or_preprocessing_are_refused(data, held_out, scenes, tmp_path):
     five = dataclasses.replace(CONFIG, num_classes=5)
-    with pytest.raises(TrainingError, match="have 4 classes, and the model has 5"):
+    with pytest.raises(TrainingError, match="have 4 classes, but the model has 5"):
         fit(five, dataclasses.replace(RECIPE, class_weights=()), data, held_out, tmp_path / "a")
     other = pairs(scenes / "held_out", preprocessing=Preprocessing("RGB", (0.5,) * 3, (0.5,) * 3))
     with pytest.raises(TrainingError, match="both must be prepared alike"):

@@ -685,13 +685,13 @@ def test_windows_are_averaged_where_they_overlap():
 def test_windows_that_leave_gaps_are_refused():
     config = SEGMENTORS["pvt"]
     params, images = params_of(config), images_of("pvt")
-    with pytest.raises(ShapeError, match="pixels between two windows would have no answer"):
+    with pytest.raises(ShapeError, match="pixels between two windows would get no logits"):
         sliding_logits(params, images, config, 16, (16, 17))
     for crop, stride in ((0, 1), (16, 0), (16.0, 4), (16, (1, 2, 3))):
         with pytest.raises(ShapeError, match="must be a side or"):
             sliding_logits(params, images, config, crop, stride)
     bare = dataclasses.replace(PVT, num_classes=3)
-    advice = r"tells what a picture shows, not where.*with_segmentation_head\(model"
+    advice = r"classifies a whole picture, not its pixels.*with_segmentation_head\(model"
     with pytest.raises(ConfigError, match=advice):
         sliding_logits(params_of(bare), images, bare, 16, 16)
 
@@ -807,16 +807,18 @@ def test_segment_refuses_what_it_cannot_do():
             model.segment(photo, window=window)
     backbone = dataclasses.replace(PVT, num_classes=3)
     classifier = Model(params_of(backbone), backbone)
-    with pytest.raises(ConfigError, match="a PVT tells what a picture shows, not where"):
+    with pytest.raises(ConfigError, match="a PVT classifies a whole picture, not its pixels"):
         classifier.segment(photo)
     bands = model_of(preprocessing=Preprocessing("bands", (0.5,) * 3, (0.25,) * 3))
-    with pytest.raises(ConfigError, match="mode 'bands', and pictures have colours or grey"):
+    with pytest.raises(ConfigError, match="mode 'bands', but pictures are in colour or grey"):
         bands.segment(photo)
     many = dataclasses.replace(SEGMENTORS["pvt"], num_classes=257)
-    with pytest.raises(ConfigError, match="the model has 257 classes, and a class map holds a by"):
+    with pytest.raises(
+        ConfigError, match="the model has 257 classes, but a class map holds one by"
+    ):
         Model(params_of(many), many).segment(photo)
     grey = model_of(preprocessing=Preprocessing("L", (0.5,), (0.25,)))
-    with pytest.raises(ConfigError, match="in_chans=3, and its preprocessing makes 1 channels"):
+    with pytest.raises(ConfigError, match="in_chans=3, but its preprocessing makes 1 channels"):
         grey.segment(photo)
 
 
@@ -885,7 +887,7 @@ def test_a_new_head_and_what_stays_as_it_is(name):
     assert {key for key in old if new[key] is not old[key]} == drawn
     assert 0.005 < new["decode_head.conv_seg.weight"].std() < 0.02
     assert other.classes == tuple("012345678")
-    with pytest.raises(ConfigError, match=r"another one to each call: model.segment\(pictures, s"):
+    with pytest.raises(ConfigError, match=r"another size to each call: model.segment\(pictures, s"):
         pvt_ref.with_image_size(model, 64)
     with pytest.raises(ConfigError, match="a segmentation network has no first layer"):
         pvt_ref.with_channels(model, 1)
@@ -1063,7 +1065,7 @@ def test_batch_statistics_is_a_choice_of_networks_with_batch_norm():
         with pytest.raises(RangeError, match=r"batch_statistics is .*; it must be True or False"):
             pvt_ref.forward_with_cache(params, images, config, batch_statistics=flag)
     classifier = dataclasses.replace(PVT, num_classes=3)
-    with pytest.raises(ConfigError, match=r"batch_statistics is True, and a PVT has no batch norm"):
+    with pytest.raises(ConfigError, match=r"batch_statistics is True, but a PVT has no batch norm"):
         pvt_ref.forward_with_cache(params_of(classifier), images, classifier, batch_statistics=True)
 
 
@@ -1089,7 +1091,7 @@ def test_wrong_arguments_are_refused():
     floats = map_arrays(lambda x: x.astype(np.float64), params)
     with pytest.raises(ArrayTypeError, match="num_batches_tracked has dtype float64; it counts"):
         pvt_ref.forward(floats, images, config)
-    with pytest.raises(ConfigError, match="the maps of a segmentation network are those of its"):
+    with pytest.raises(ConfigError, match="a segmentation network gives one map for each stage"):
         pvt_ref.forward_pyramid(params, images, config, blocks=[0])
 
 

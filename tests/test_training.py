@@ -240,7 +240,7 @@ def test_killed_ten_times_while_threads_read_photos():
 def test_a_full_disk_leaves_what_was_saved():
     done = run_script("kill_training.py", "--full-disk")
     assert done.returncode == 0, done.stderr
-    assert "What was saved before is whole" in done.stdout
+    assert "The last saved state is intact" in done.stdout
     assert "bytes free" in done.stdout
 
 

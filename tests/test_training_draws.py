@@ -163,7 +163,7 @@ def test_draws_of_what_is_no_place_are_refused(name, value):
 
 def test_generators_of_samples_are_for_as_many_images():
     images = np.zeros((4, 1, 8, 8), np.float32)
-    with pytest.raises(ShapeError, match="4 images and the generators of 3 samples"):
+    with pytest.raises(ShapeError, match="4 images but the generators of 3 samples"):
         random_crop(images, 2, SampleDraws(0, 0, range(3)))
     with pytest.raises(ArrayTypeError, match="rng is SampleDraws"):
         mixup(images, np.eye(4, dtype=np.float32), 0.5, SampleDraws(0, 0, range(4)))

@@ -717,7 +717,7 @@ def test_released_names(tmp_path, monkeypatch):
             pvt_ref.load(name)
         assert "deit/deit_base_patch16_224-b5f2ef4d.pth" in str(caught.value)
         assert "facebook/deit-base-patch16-224" in str(caught.value)
-    with pytest.raises(DownloadError, match="vit_s_16: its weights were not released"):
+    with pytest.raises(DownloadError, match="vit_s_16: its weights were never released"):
         pvt_ref.load("vit_s_16")
 
 

@@ -82,7 +82,7 @@ def test_a_table_without_the_cls_row_is_not_one_of_another_size(path):
     )
     message = refusal(path, state, TINY)
     assert "the configuration needs (1, 197, 192)" in message
-    assert "The likely cause is a damaged file, or one of a relative of the network" in message
+    assert "The likely cause is a damaged file, or one of a related network" in message
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_json_file_of_another_network_is_named(path, tmp_path):
     other = tmp_path / "other.json"
     other.write_text(json.dumps(dataclasses.asdict(PVTv2Config())))
     message = refusal(path, good_state("vit", DEIT, VIT), other)
-    assert "it has the fields of a PVT v2, and the weights are of a ViT. Name the file" in message
+    assert "it has the fields of a PVT v2, but the weights are of a ViT. Pass the file" in message
 
 
 def test_eps_of_the_projection_norms_is_not_a_vits(path):

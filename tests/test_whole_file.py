@@ -71,7 +71,7 @@ def test_what_is_no_writable_file_is_left_alone(tmp_path):
     (tmp_path / "null.safetensors").symlink_to("/dev/null")
     there = sorted(tmp_path.iterdir())
     for name, says in (
-        ("read_only", "PermissionError: the file that is there is read-only"),
+        ("read_only", "PermissionError: the existing file is read-only"),
         ("folder", "IsADirectoryError"),
         ("pipe", "a pipe, a device or a socket"),
         ("socket", "a pipe, a device or a socket"),

@@ -496,7 +496,7 @@ except pvt_ref.errors.DownloadError as error:
 """
     done = in_a_process(code, tmp_path)
     assert done.stderr.count("\n") == 1
-    assert "http://127.0.0.1:9 did not give it" in done.stdout
+    assert "http://127.0.0.1:9 did not send it" in done.stdout
 
 
 def test_a_server_without_the_file_is_named(hub, tmp_path):
@@ -508,7 +508,7 @@ except pvt_ref.errors.DownloadError as error:
     print(error)
 """
     done = in_a_process(code, tmp_path)
-    assert f"{hub} did not give it" in done.stdout, done.stderr
+    assert f"{hub} did not send it" in done.stdout, done.stderr
     assert "By hand:" in done.stdout
 
 
@@ -528,7 +528,7 @@ def test_without_the_hubs_client_it_says_what_to_install(tmp_path, monkeypatch):
     with pytest.raises(DownloadError, match=r"pip install huggingface_hub\..*By hand"):
         pvt_ref.load("pvt_tiny")
     for name in ("pvt_huge_v2", "pvt_v1_huge"):  # the second is an alias
-        with pytest.raises(DownloadError, match=f"^{name}: its weights were not released"):
+        with pytest.raises(DownloadError, match=f"^{name}: its weights were never released"):
             pvt_ref.load(name)
     for file in ("pvt_huge_v2.pth", "pvt_v1_huge.bin"):
         path = weights_folder() / file
@@ -581,11 +581,8 @@ def test_names_that_are_nearly_right_are_suggested(name, meant, tmp_path, monkey
         pvt_ref.load(name)
     message = str(caught.value)
     assert message.startswith(name)  # an address keeps both of its slashes
-    assert ("is an address, and load reads files" in message) == ("://" in name)
-    assert (
-        "Names that are known without a file: digits, cifar10, imagenette, camvid, pvt_tiny"
-        in message
-    )
+    assert ("is an address, but load reads files" in message) == ("://" in name)
+    assert "Known names: digits, cifar10, imagenette, camvid, pvt_tiny" in message
     assert ("Did you mean" in message) == (meant is not None)
     assert meant is None or message.endswith(f"Did you mean {meant!r}?")
 
@@ -594,7 +591,7 @@ def test_a_missing_configuration_is_not_taken_for_a_missing_model(released):
     with pytest.raises(MissingFileError) as caught:
         pvt_ref.load(released, "c.json")
     assert "config is 'c.json'" in str(caught.value)
-    assert "known without a file" not in str(caught.value)
+    assert "Known names" not in str(caught.value)
     for arguments in ({"config": VARIANTS["pvt_tiny"]}, {"entry": "model"}):
         with pytest.raises(ArrayTypeError, match="was given with 'digits', which brings its own"):
             pvt_ref.load("digits", **arguments)
@@ -636,10 +633,10 @@ except pvt_ref.errors.DownloadError as error:
     Hub.content = Hub.content[:-1] + bytes([Hub.content[-1] ^ 1])
     message = in_a_process(code, tmp_path).stdout
     assert message.startswith("refused: pvt_tiny: ")
-    assert "was damaged or exchanged" in message
+    assert "was damaged or replaced" in message
     assert f"delete the entry 'pvt_tiny' in {fetched}" in message
     fetched.write_text("{")
-    assert "fetched.json, which says what was fetched, cannot be read" in (
+    assert "fetched.json, the record of downloads, cannot be read" in (
         in_a_process(code, tmp_path).stdout
     )
 
@@ -675,6 +672,6 @@ except pvt_ref.errors.DownloadError as error:
         done = in_a_process(code, tmp_path)
     finally:
         Hub.status = None
-    assert f"{hub} did not give it" in done.stdout, done.stderr
+    assert f"{hub} did not send it" in done.stdout, done.stderr
     assert done.stderr == f"pvt_tiny: fetching Zetatech/pvt-tiny-224 from {hub}\n"
     assert len(Hub.seen) == 1

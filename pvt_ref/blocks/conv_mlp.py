@@ -1,6 +1,6 @@
 """The MLP of PVT v2's blocks (arXiv 2106.13797), with a 3 x 3 depth-wise convolution inside.
 
-Its padding with zeros is where a token learns its place: PVT v2 has no position tables.
+Its zero padding tells tokens their position: PVT v2 has no position tables.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from pvt_ref.tree import record
 
 @record
 class DWConvParams:
-    """The kernel (E*C, 1, 3, 3) and its bias, one level down, as the authors' keys have it."""
+    """The kernel (E*C, 1, 3, 3) and its bias, one level down, as in the authors' keys."""
 
     dwconv: ConvParams
 
@@ -96,7 +96,7 @@ def conv_mlp_forward(
 def conv_mlp_backward(
     p: ConvMLPParams, cache: ConvMLPCache, dy: Array, ops: Ops = REFERENCE
 ) -> tuple[Array, ConvMLPParams]:
-    """Gradients of :func:`conv_mlp_forward`: each step's own, in reverse order.
+    """Gradients of :func:`conv_mlp_forward`: the backward of each step, in reverse order.
 
     Args:
         p: the forward's weights, fc1.weight (E*C, C).

@@ -1,7 +1,7 @@
-"""Linear spatial-reduction attention of PVT v2 (arXiv 2106.13797): 49 keys whatever the image.
+"""Linear spatial-reduction attention of PVT v2 (arXiv 2106.13797): 49 keys for any image.
 
-Where SRA cuts the map into patches of R x R tokens, this averages it to 7 x 7 cells, so attention
-costs no more than a linear layer of 49 n numbers. A map of fewer than 7 rows is enlarged by it.
+SRA cuts the map into patches of R x R tokens; this averages it to 7 x 7 cells instead, so the cost
+of attention is linear in n. A map of fewer than 7 rows is enlarged.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ CELLS = (7, 7)
 class LinearSRAParams:
     """W^Q, W^K over W^V, W^O and the reduction, or their gradients: as of an SRA with R = 1.
 
-    Rows 0 to C-1 of kv (2C, C) make K, the others V; q and kv may lack biases. The kernel sr is
+    Rows 0 to C-1 of kv (2C, C) give K, the others V; q and kv may lack biases. The kernel sr is
     (C, C, 1, 1), a linear layer of each cell.
     """
 
@@ -132,7 +132,7 @@ def linear_sra_backward(
     dx_keys = xp.reshape(dmap, dy.shape)  # (B, n, C)
     # q = x W^Q
     dx_queries, dq_params = ops[linear].backward(p.q, cache.q, merge_heads(dq), ops)  # (B, n, C)
-    dx = dx_queries + dx_keys  # x fed both
+    dx = dx_queries + dx_keys  # x was the input of both
     grads = LinearSRAParams(dq_params, dkv_params, dproj, dreduction.proj, dreduction.norm)
     return dx, grads
 

@@ -1,4 +1,4 @@
-"""Multi-head self-attention as ViT has it (arXiv 2010.11929, appendix A): every token is a key.
+"""Multi-head self-attention of ViT (arXiv 2010.11929, appendix A): every token is a key.
 
 It is spatial-reduction attention with R = 1 (``sra.py``), except that W^Q, W^K and W^V are one
 matrix, as in the weights of DeiT and timm.
@@ -20,7 +20,7 @@ from pvt_ref.tree import record
 class MHAParams:
     """W^Q over W^K over W^V, and W^O, or their gradients.
 
-    Rows 0 to C-1 of qkv (3C, C) make Q, the next C make K, the others V; inside each, head j owns
+    Rows 0 to C-1 of qkv (3C, C) give Q, the next C give K, the others V; inside each, head j owns
     d = C / N rows. qkv may lack a bias.
     """
 
@@ -54,10 +54,10 @@ def mha_forward(
 
     Args:
         p: the weights, qkv.weight (3C, C).
-        x: tokens (B, n, C), of the weights' dtype. A cls token may be among them.
+        x: tokens (B, n, C), of the weights' dtype; they may include a cls token.
         ops: the table of operations.
-        grid: of the tokens; not asked.
-        settings: num_heads (N), scale and dropout rates. There is no norm for its eps.
+        grid: of the tokens; not used.
+        settings: num_heads (N), scale and dropout rates. Its eps is not used: there is no norm.
         rng: source of the dropout masks; None for inference.
         keep: whether to return a cache for the backward.
 
@@ -82,8 +82,8 @@ def mha_backward(
 ) -> tuple[Array, MHAParams]:
     """Gradients of :func:`mha_forward`.
 
-    x is used three times, by queries, keys and values. With one matrix for all, the product
-    ``dqkv W`` adds the three gradients that meet in dx.
+    x is used three times, by queries, keys and values. With one matrix for all three, the
+    product ``dqkv W`` adds their gradients.
 
     Args:
         p: the weights, qkv.weight (3C, C).

@@ -62,7 +62,7 @@ def mlp_forward(
 def mlp_backward(
     p: MLPParams, cache: MLPCache, dy: Array, ops: Ops = REFERENCE
 ) -> tuple[Array, MLPParams]:
-    """Gradients of :func:`mlp_forward`: each step's own, in reverse order.
+    """Gradients of :func:`mlp_forward`: the backward of each step, in reverse order.
 
     With mask_1 and mask_2 the factors of the two dropouts::
 

@@ -20,9 +20,9 @@ from pvt_ref.tree import record
 
 @dataclass(frozen=True, slots=True)
 class SRASettings:
-    """What the attention of a block is told beside its weights."""
+    """The settings of a block's attention, besides its weights."""
 
-    num_heads: int  # N, which divides C
+    num_heads: int  # N, a divisor of C
     scale: float  # 1 / sqrt(d) in the paper
     norm_eps: float  # of the norm in SR
     attn_drop_rate: float = 0.0  # of the attention weights
@@ -93,8 +93,8 @@ def sra_forward(
     and with eq. 3, SR(x) = LN(Reshape(x, R) W^S).
 
     Args:
-        p: the weights, sr.weight (C, C, R, R). Where ``p.sr`` is None there is no reduction.
-        x: tokens (B, n, C), of the weights' dtype. With R = 1 a cls token may be among them.
+        p: the weights, sr.weight (C, C, R, R). If ``p.sr`` is None there is no reduction.
+        x: tokens (B, n, C), of the weights' dtype. With R = 1 they may include a cls token.
         ops: the table of operations.
         grid: (H_i, W_i) of the tokens, multiples of R.
         settings: num_heads (N), scale, eps and dropout rates.
@@ -162,7 +162,7 @@ def sra_backward(
         dsr, dnorm = dreduction.proj, dreduction.norm
     # q = x W^Q
     dx_queries, dq_params = ops[linear].backward(p.q, cache.q, merge_heads(dq), ops)  # (B, n, C)
-    dx = dx_queries + dx_keys  # x fed both
+    dx = dx_queries + dx_keys  # x was the input of both
     return dx, SRAParams(dq_params, dkv_params, dproj, dsr, dnorm)
 
 

@@ -1,6 +1,6 @@
 """One transformer block: attention, then the MLP, each normalised first and added to its input.
 
-Paper section 3.3. The norms stand before the branches, as in ViT (arXiv 2010.11929, eq. 2 and 3).
+Paper section 3.3. The norms come before the branches, as in ViT (arXiv 2010.11929, eq. 2 and 3).
 """
 
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ from pvt_ref.tree import record
 
 @dataclass(frozen=True, slots=True)
 class BlockSettings:
-    """What a block is told beside its weights."""
+    """The settings of a block, besides its weights."""
 
     norm_eps: float  # of both norms
     attn: SRASettings
     drop_rate: float = 0.0  # of the MLP
     drop_path_rate: float = 0.0
-    number: int = 0  # its own in the network, from 0: it names the block's random draws
-    has_relu: bool = False  # before the convolution of an MLP that has one
+    number: int = 0  # its number in the network, from 0; identifies the block's random draws
+    has_relu: bool = False  # before the convolution, if the MLP has one
 
 
 #: The operation of an attention, by the type of its weights.
@@ -40,7 +40,7 @@ MLPS: dict[type, Operation] = {MLPParams: mlp, ConvMLPParams: conv_mlp}
 
 @record
 class BlockParams:
-    """The weights of one block, or their gradients; the types of attn and mlp say which."""
+    """The weights of one block, or their gradients; the types of attn and mlp choose its kind."""
 
     norm1: LayerNormParams
     attn: Any  # a key of ATTENTIONS
@@ -50,7 +50,7 @@ class BlockParams:
 
 @record
 class BlockCache:
-    """The caches of the parts; of a drop path (path1, path2) None if nothing was dropped."""
+    """The caches of the parts; a drop path's (path1, path2) is None if nothing was dropped."""
 
     norm1: Any
     attn: Any
@@ -93,7 +93,7 @@ def block_forward(
     branch, path1_cache = ops[drop_path].forward(None, branch, ops, rate, rng, keep=keep)
     x = x + branch  # (B, n, C)
     branch, norm2_cache = ops[layer_norm].forward(p.norm2, x, ops, eps, keep=keep)  # (B, n, C)
-    # a convolution has to be told where the tokens lie
+    # a convolution needs the grid of the tokens
     told = (grid, settings.has_relu) if isinstance(p.mlp, ConvMLPParams) else ()
     branch, mlp_cache = ops[MLPS[type(p.mlp)]].forward(
         p.mlp, branch, ops, *told, settings.drop_rate, rng, keep=keep
@@ -145,7 +145,7 @@ def blocks_forward(
     rng: Source = None,
     keep: bool = True,
 ) -> tuple[Array, tuple[Any, ...] | None]:
-    """All blocks of a stage, one after the other: a twin may fuse the end of one and the next.
+    """All blocks of a stage in order; a twin may fuse the end of one with the start of the next.
 
     Args:
         p: the weights of each block.
@@ -170,7 +170,7 @@ def blocks_forward(
 def blocks_backward(
     p: tuple[BlockParams, ...], cache: tuple[Any, ...], dy: Array, ops: Ops = REFERENCE
 ) -> tuple[Array, tuple[BlockParams, ...]]:
-    """Gradients of :func:`blocks_forward`: each block's own, the last one's first.
+    """Gradients of :func:`blocks_forward`: the backward of each block, from last to first.
 
     Args:
         p: the forward's weights.

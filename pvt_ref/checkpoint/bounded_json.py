@@ -1,4 +1,4 @@
-"""JSON that somebody else wrote, read in bounded memory and time, or refused."""
+"""Untrusted JSON, read in bounded memory and time, or refused."""
 
 import json
 import math
@@ -6,20 +6,20 @@ from typing import Any
 
 from pvt_ref.errors import CheckpointError, shown
 
-#: Levels of lists and objects inside one another. Comparing or printing more could fail later.
+#: Levels of nested lists and objects. Comparing or printing more could fail later.
 MAX_DEPTH = 64
 
-#: Characters of one number. Reading a whole number takes time that grows with their square.
+#: Characters of one number. The time to read a whole number grows with their square.
 MAX_DIGITS = 4300
 
 
 def parse_json(text: str | bytes, what: str, limit: int = 2**20) -> Any:
     """The values in a JSON text (bytes are UTF-8) of at most limit characters, or bytes.
 
-    Memory is at most some 30 times the limit. Repeated keys, NaN and infinity are refused, too.
+    Memory is at most about 30 times the limit. Repeated keys, NaN and infinity are refused too.
     """
     if len(text) > limit:
-        raise CheckpointError(f"{what} is too long: {len(text)} characters, and at most {limit}")
+        raise CheckpointError(f"{what} is too long: {len(text)} characters; at most {limit}")
     hooks: Any = {"parse_int": _whole, "parse_float": _real, "parse_constant": _real}
     try:
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
@@ -27,7 +27,7 @@ def parse_json(text: str | bytes, what: str, limit: int = 2**20) -> Any:
         _check_depth(value)
     except RecursionError:
         raise CheckpointError(f"{what} is nested too deeply: over {MAX_DEPTH} levels") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are of this kind, too
+    except ValueError as error:  # includes JSONDecodeError and UnicodeDecodeError
         raise CheckpointError(f"{what} is not JSON that can be used ({error})") from error
     return value
 
@@ -41,7 +41,7 @@ def _whole(digits: str) -> int:
 def _real(digits: str) -> float:
     value = float(digits) if len(digits) <= MAX_DIGITS else math.inf
     if not math.isfinite(value):
-        raise ValueError(f"{digits[:20]} is no number, or one that is too large or too long")
+        raise ValueError(f"{digits[:20]} is not a number, or is too large or too long")
     return value
 
 

@@ -1,11 +1,11 @@
-"""Reading PyTorch's format from before version 1.6, which is no zip.
+"""Reading PyTorch's format from before version 1.6, which is not a zip.
 
 ``torch.save(..., _use_new_zipfile_serialization=False)`` still writes it, and OpenMMLab's
 publishing tool does so. Five pickles follow each other: a magic number; the version of the format;
 a dict that describes the machine; the saved object; and the list of storage keys. Then comes, for
 each key, the number of elements in 8 bytes and the raw numbers, both little-endian.
 
-The format has no checksum: what is verified is that all is there, once, and nothing else.
+The format has no checksum. The reader verifies that every part is there once and nothing else.
 """
 
 from typing import Any, BinaryIO
@@ -48,7 +48,7 @@ class LegacyFile(StoredFile):
         return self._file.read(first.nbytes)
 
     def _find_blocks(self, keys: Any, storages: dict[str, Storage]) -> None:
-        """Where each block of numbers lies, from the file's place after the last pickle on."""
+        """Finds each block of numbers, from the file's position after the last pickle."""
         at = self._file.tell()
         self._blocks: dict[str, tuple[Storage, int]] = {}
         if not isinstance(keys, list):

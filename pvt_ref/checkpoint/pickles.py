@@ -1,13 +1,13 @@
 """Reading the pickles of PyTorch's files without running them.
 
-A pickle is a program for a small stack machine, and Python's own machine will call whatever the
-program names. In the machine here a name is a label: nothing is imported, nothing is called. Labels
-of tensors and storages give records of where numbers lie, those of OrderedDict and defaultdict
-give dicts, and every other one gives an inert :class:`Record`. So there is nothing to run. A file
-that names what has no place beside weights (``os.system``) is refused; that is courtesy.
+A pickle is a program for a small stack machine, and Python's own machine calls whatever the
+program names. In this machine a name is only a label: nothing is imported and nothing is called.
+Labels of tensors and storages become records of where the numbers are, OrderedDict and defaultdict
+become dicts, and every other label becomes an inert :class:`Record`. A file that names something
+out of place beside weights (``os.system``) is refused, though it could do no harm.
 
-Every instruction has a price, about the bytes of memory that it can take, and a pickle can spend
-:data:`BYTES_PER_BYTE` for each of its bytes; so memory and time grow with what was really read.
+Every instruction has a price, about the bytes of memory that it can take, and a pickle may spend
+:data:`BYTES_PER_BYTE` for each of its bytes. So memory and time grow with the bytes really read.
 """
 
 import io
@@ -19,7 +19,7 @@ from pvt_ref.checkpoint import stored
 from pvt_ref.checkpoint.stored import MAX_RANK, Storage, StoredTensor, damaged
 from pvt_ref.errors import CheckpointError, shown
 
-#: What instructions can spend for each byte of the pickle, beside FREE_BYTES.
+#: The price that instructions may spend for each byte of the pickle, beside FREE_BYTES.
 BYTES_PER_BYTE = 48  # PyTorch's own files spend 18 to 33
 FREE_BYTES = 2**20
 _MAX_FOREIGN, _MAX_NAME = 100, 200
@@ -28,7 +28,7 @@ _BUILTINS = "bytearray bytes complex frozenset object set"
 _DANGEROUS = "__import__ breakpoint compile eval exec execfile open"
 _DICTS = {"collections.OrderedDict", "collections.defaultdict"}
 _TENSOR_CLASSES = {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
-#: Names of plain data, which nobody needs to hear of.
+#: Names of plain data, which need no mention.
 _PLAIN = {
     *("argparse.Namespace", "collections.Counter", "copyreg._reconstructor", "_codecs.encode"),
     *("torch.nn.parameter.UninitializedParameter", "torch.serialization._get_layout", *_DICTS),
@@ -40,45 +40,45 @@ _PROGRAMS = {
     *("_io.open", "importlib.import_module", "io.open", "webbrowser.open"),
     *(f"builtins.{name}" for name in _DANGEROUS.split()),
 }
-#: So written up to protocol 2.
+#: The module's name up to protocol 2.
 _PYTHON_2 = {"__builtin__": "builtins", "commands": "subprocess", "copy_reg": "copyreg"}
 
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A name that the pickle uses, ``"module.name"``. Only a label: nothing is imported."""
+    """A name in the pickle, ``"module.name"``. Only a label: nothing is imported."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """An object that was not made: the name of its class, or of what would have made it."""
+    """An object that was not made: the name of its class or of its factory."""
 
     name: str
 
 
 class Pickle(NamedTuple):
-    """What a pickle says."""
+    """The content of a pickle."""
 
     tree: Any  # as StoredFile's
-    foreign: tuple[str, ...]  # names of what is neither data nor a tensor, sorted; the first 100
+    foreign: tuple[str, ...]  # names of other objects than data and tensors, sorted; the first 100
     storages: dict[str, Storage]  # by key, the first reference to each block of numbers
 
 
 def read_pickle(file: BinaryIO) -> Pickle:
-    """What a pickle of torch.save says, from the file's place on. Raises: CheckpointError."""
-    with stored.refuse_damage("its pickle cannot be read"):  # a wrong one fails anywhere
+    """Reads a pickle of torch.save at the file's position. Raises: CheckpointError."""
+    with stored.refuse_damage("its pickle cannot be read"):  # a damaged one can fail anywhere
         return _Machine(file)._run()
 
 
 def whole_object(name: str, where: str) -> CheckpointError:
-    """The refusal of an object called name that lies, where the file says, in place of weights."""
+    """The refusal of a file that has, at where, an object called name in place of weights."""
     if name.startswith("numpy.") and "multiarray." in name:
         tensors = "torch.save({k: torch.from_numpy(v) for k, v in arrays.items()}, new_path)"
         return CheckpointError(
-            f"no tensors in it: {where} is a NumPy array, made only by running the file; nothing "
-            f"was run. Save the arrays as tensors: {tensors}. If you have nothing but this file, "
+            f"no tensors in it: {where} is a NumPy array, which only running the file would make; "
+            f"nothing was run. Save the arrays as tensors: {tensors}. If you have only this file "
             f"and trust its source: arrays = torch.load(path, weights_only=False)"
         )
     return CheckpointError(
@@ -90,7 +90,7 @@ def whole_object(name: str, where: str) -> CheckpointError:
     )
 
 
-_CONTAINER, _TENSOR = 80, 144  # with the place on the stack
+_CONTAINER, _TENSOR = 80, 144  # with the slot on the stack
 _ITEM = 96  # of a dict, while it grows
 _VALUE = 64  # a number or a short text, beside its bytes
 _PRICES = {  # every other instruction is a _VALUE
@@ -105,7 +105,7 @@ _PRICES = {  # every other instruction is a _VALUE
 
 
 class _NoMoreThanThereIs:
-    """A file whose read takes memory for what is there, and not for what a length claims."""
+    """A file whose read allocates only for bytes that exist, whatever length is claimed."""
 
     def __init__(self, file: BinaryIO):
         self._read, self.tell, self.readline = file.read, file.tell, file.readline
@@ -134,7 +134,7 @@ class _Machine:
         self.spent += price
         if self.spent > FREE_BYTES + BYTES_PER_BYTE * self.read:
             what = "its pickle would unpack to more than"
-            raise damaged(f"{what} {BYTES_PER_BYTE} times its own size, to exhaust memory")
+            raise damaged(f"{what} {BYTES_PER_BYTE} times its own size and exhaust memory")
 
     def _run(self) -> Pickle:
         arg: Any
@@ -188,7 +188,7 @@ class _Machine:
                 case "STOP":
                     names = sorted({x[:_MAX_NAME] for x in self.labels if not is_known(x)})
                     return Pickle(stack.pop(), tuple(names[:_MAX_FOREIGN]), self.storages)
-                # what other protocols than 2 write, and the objects of Python 2
+                # written by protocols other than 2, and for objects of Python 2
                 case "PROTO" | "FRAME":
                     pass
                 case "DICT":
@@ -213,7 +213,7 @@ class _Machine:
                     self._pop_mark()
                 case "DUP":
                     stack.append(stack[-1])
-                case _:  # EXT1 and so on, PERSID, NEXT_BUFFER: what they mean is not in the file
+                case _:  # EXT1 and so on, PERSID, NEXT_BUFFER: their meaning is not in the file
                     raise damaged(f"its pickle has the instruction {name}, unknown to torch.save")
         raise damaged("its pickle has no end")
 
@@ -259,10 +259,10 @@ class _Machine:
         return self.labels[name]
 
     def _make(self, function: Any, args: tuple[Any, ...]) -> Any:
-        if isinstance(function, Record):  # a function that would have been found or made
+        if isinstance(function, Record):  # stands for a function that was not looked up
             return function
         name = _expect(function, Global).name
-        if name in _DICTS:  # of nothing, or of the pairs that Python 2 wrote
+        if name in _DICTS:  # empty, or with the pairs that Python 2 wrote
             self._spend(_CONTAINER)
             result: dict[str, Any] = {}
             (pairs,) = args[name.endswith("defaultdict") :] or ((),)  # without the factory
@@ -285,7 +285,7 @@ class _Machine:
         return self.records.setdefault(name, Record(name))
 
     def _refer(self, reference: Any) -> Any:
-        """A storage for its persistent id, or the class that a whole pickled model refers to."""
+        """A storage from its persistent id, or the class that a whole pickled model refers to."""
         kind, *fields = _expect(reference, tuple)
         if kind == "module":
             return _expect(fields[0], Global)
@@ -294,7 +294,7 @@ class _Machine:
         view = rest[0] if rest else None
         _, first, count = (None, 0, numel) if view is None else _expect(view, tuple)
         if kind != "storage" or len(rest) > 1 or not name.endswith("Storage"):
-            raise ValueError("a reference that is not to a storage")
+            raise ValueError("a reference to something other than a storage")
         dtype = stored.STORAGE_DTYPES.get(name) or name[:_MAX_NAME]
         view = (_count(first), _count(count))
         storage = Storage(_expect(key, str), dtype, _count(numel), view)
@@ -315,7 +315,7 @@ _REBUILD = "torch._utils._rebuild_"
 
 
 def is_known(name: str) -> bool:
-    """Whether a name is of plain data, of a tensor or of what goes with one."""
+    """Whether a name is of plain data, of a tensor or of a part of one."""
     torch = name.startswith("torch.") and (name.count(".") == 1 or name.endswith("Storage"))
     rebuilt = name.startswith((_REBUILD, "torch._tensor._rebuild_from_type"))
     return torch or rebuilt or name in _PLAIN
@@ -323,12 +323,12 @@ def is_known(name: str) -> bool:
 
 def _expect(value: Any, kind: Any) -> Any:
     if not isinstance(value, kind):
-        raise TypeError(f"{type(value).__name__} in the place of {getattr(kind, '__name__', kind)}")
+        raise TypeError(f"{type(value).__name__} in place of {getattr(kind, '__name__', kind)}")
     return value
 
 
 def _as_text(key: Any, place: int) -> str:
-    """A dict's key as a text: other hashes can be made to collide, or to take for ever."""
+    """A dict's key as text: other hashes could be made to collide or to take forever."""
     if isinstance(key, str):
         return key
     if key is None or isinstance(key, float | bool) or (isinstance(key, int) and abs(key) < 2**64):
@@ -343,7 +343,7 @@ def _count(value: Any) -> int:
 
 
 def _make_tensor(how: str, args: tuple[Any, ...]) -> StoredTensor | None:
-    """What torch._utils._rebuild_<how> makes of args; None for kinds that are unknown here."""
+    """The tensor that torch._utils._rebuild_<how> makes from args; None for unknown kinds."""
     dtype, rest = None, []
     match how, args:
         case ("parameter", (data, _, _)) | ("parameter_with_state", (data, _, _, _)):
@@ -378,7 +378,7 @@ def _dtype(value: Any) -> str:
 
 
 def _strange(bits: dict[str, Any], dtype: str) -> str:
-    """What of a tensor's metadata is not known here, if anything is."""
+    """Describes metadata of a tensor that are unknown here; empty if there are none."""
     for name, value in bits.items():
         if name not in ("neg", "conj") or value is not True:
             return f"it has {shown(name)} in its metadata, which is not known here"

@@ -3,8 +3,8 @@
 Since PyTorch 1.6 such a file is a zip of uncompressed entries under one folder: ``data.pkl``, a
 pickle of the saved object in which every tensor is a reference (storage, offset, shape, strides);
 ``data/0``, ``data/1`` and so on, the raw storages; ``byteorder``; and a few that do not matter
-here. Older files are read in :mod:`pvt_ref.checkpoint.legacy`. Memory is taken in proportion to the
-file, whatever sizes it claims. The zip's checksums are verified for everything that is used.
+here. :mod:`pvt_ref.checkpoint.legacy` reads older files. Memory use is proportional to the file,
+whatever sizes it claims. The zip's checksums are verified for everything that is used.
 """
 
 import io
@@ -19,7 +19,7 @@ from pvt_ref.errors import CheckpointError, shown
 
 
 def open_pth(file: BinaryIO) -> StoredFile:
-    """The reader of a file of PyTorch's, which stays open meanwhile."""
+    """The reader of an open PyTorch file; the file must stay open."""
     file.seek(0)
     return LegacyFile(file) if is_legacy(file.read(64)) else PthFile(file)
 
@@ -35,8 +35,8 @@ class PthFile(StoredFile):
             # set_crc32_options(False) of PyTorch writes 0 for every entry
             self.checksummed = any(info.CRC for info in self._entries.values())
             for info in () if self.checksummed else self._entries.values():
-                info.CRC = None  # type: ignore[assignment]  # zipfile then compares nothing
-            # PyTorch before 2.1 did not say; those files are little-endian
+                info.CRC = None  # type: ignore[assignment]  # zipfile then skips the check
+            # PyTorch before 2.1 wrote no byteorder; those files are little-endian
             order = self._read_entry("byteorder") if "byteorder" in self._entries else b"little"
             if order not in (b"little", b"big"):
                 raise CheckpointError(f"byteorder is {order[:20]!r}, not b'little' or b'big'")
@@ -77,15 +77,15 @@ def _list_entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipI
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             what = f"entry {shown(name)} is compressed, which torch.save never does. Save it again"
             raise CheckpointError(f"{what}, with PyTorch: {SAFE_LOAD}; torch.save(state, new_path)")
-    if sum(info.file_size for info in infos) > size:  # also keeps every later read below this
+    if sum(info.file_size for info in infos) > size:  # also bounds every later read
         raise damaged("the zip's entries claim more bytes than the file has")
     for info in infos:
-        archive.open(info).close()  # the name stands twice in the file: both must agree
+        archive.open(info).close()  # checks that both copies of the name in the file agree
     return entries
 
 
 def _other_archive(names: list[str]) -> str:
-    """What a zip without PyTorch's pickle is, and what to do."""
+    """Names the kind of a zip without PyTorch's pickle, and says what to do."""
     if names and all(name.endswith(".npy") for name in names):
         advice = "pvt_ref.from_state_dict(dict(numpy.load(path)), config) takes them"
         return f"a NumPy archive (.npz), not of torch.save. If its arrays are the weights, {advice}"

@@ -35,7 +35,7 @@ from pvt_ref.tree import first_array
 
 _SUFFIXES = {".safetensors", ".bin", ".ckpt", ".pkl", ".pt", ".pth", ".tar", ".th"}
 _INDEX = ".index.json"
-_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")  # of save_pretrained: the first is taken
+_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")  # of save_pretrained; the first wins
 _MAX_SHARDS = 1000
 _OWN_CONFIG = "Leave config out: the file brings its own"
 
@@ -43,11 +43,11 @@ _OWN_CONFIG = "Leave config out: the file brings its own"
 def read_model(
     path: FilePath, config: Any, entry: str | None = None, eps: Any = None, released: str = ""
 ) -> Model:
-    """:func:`load`; released says where such weights are from, beside which nothing is asked."""
+    """:func:`load`; released is the origin of released weights, which need no JSON beside them."""
     path = as_path(path)
     stated = from_argument(config)
     if not isinstance(entry, str | None):
-        raise errors.ArrayTypeError(f"entry is a {type(entry).__name__}, no name such as 'ema'")
+        raise errors.ArrayTypeError(f"entry is a {type(entry).__name__}, not a name such as 'ema'")
     if eps is not None:
         pair: Any = eps if isinstance(eps, Sequence) and not isinstance(eps, str) else (eps, eps)
         if len(pair) != 2 or not all(is_moderate(x) and x >= 0 for x in pair):
@@ -55,7 +55,7 @@ def read_model(
             raise errors.ConfigError(f"eps is {shown(eps)}; it must be {form}")
         eps = float(pair[0]), float(pair[1])
     try:
-        path.stat()  # path.exists() says no from Python 3.14 on where it cannot be known
+        path.stat()  # from Python 3.14 on, path.exists() returns False if it cannot tell
         if re.search(r"-\d{5}-of-(?!00001)\d{5}\.", path.name):
             raise CheckpointError(f"one of several files; load their folder, {path.parent}")
         with contextlib.ExitStack() as stack:
@@ -72,10 +72,10 @@ def read_model(
 
 
 class _Opened(NamedTuple):
-    """A file, or several that belong together, before the weights are read."""
+    """A file, or several parts of one checkpoint, before the weights are read."""
 
     path: Path
-    tree: Any  # arrays, or tensors that are not read yet, in dicts
+    tree: Any  # dicts of arrays, or of tensors that are not read yet
     metadata: dict[str, str]
     read: Callable[[dict[str, Any]], dict[str, np.ndarray]]
     notes: tuple[str, ...] = ()
@@ -85,12 +85,12 @@ def _open(path: Path, stack: contextlib.ExitStack) -> _Opened:
     if path.is_dir():
         opened = _open(_file_in(path), stack)
         return opened._replace(notes=(f"read from {opened.path.name}", *opened.notes))
-    if not path.is_file():  # reading a pipe could wait for ever
+    if not path.is_file():  # reading a pipe could block forever
         raise CheckpointError("not a regular file; copy the weights into one")
     if path.name.endswith(_INDEX):
         return _open_shards(path, stack)
     if path.suffix == ".json":
-        what = "a JSON file, which holds no weights. Name these, or the folder of both"
+        what = "a JSON file, which holds no weights. Pass the weights file, or the folder of both"
         raise CheckpointError(f"{what}; load(weights, config={path.name!r}) reads a configuration")
     file = stack.enter_context(path.open("rb"))
     size = os.fstat(file.fileno()).st_size
@@ -105,7 +105,7 @@ def _open(path: Path, stack: contextlib.ExitStack) -> _Opened:
         notes.append(f"objects beside the weights were not made: {few(pth.foreign)}")
     if not pth.checksummed:
         notes.append("the file has no checksums")
-    return _Opened(path, pth.tree, {}, pth.read, tuple(notes))  # read only what will be used
+    return _Opened(path, pth.tree, {}, pth.read, tuple(notes))  # tensors are read when needed
 
 
 def _file_in(folder: Path) -> Path:
@@ -113,10 +113,10 @@ def _file_in(folder: Path) -> Path:
         if (folder / name).exists():
             return folder / name
     if (folder / "data.pkl").exists():
-        what = f"the folder of a PyTorch file that was unpacked. {PACK} {shown(folder.name)}"
+        what = f"the folder of an unpacked PyTorch file. {PACK} {shown(folder.name)}"
         raise CheckpointError(what)
-    what = f"a directory without {' or '.join(_IN_FOLDER)}, as save_pretrained writes them; needed"
-    raise CheckpointError(f"{what} is the weights file in it (there are: {_weights_in(folder)})")
+    what = f"a directory without {' or '.join(_IN_FOLDER)}, which save_pretrained writes. Pass"
+    raise CheckpointError(f"{what} the path of a weights file (it has: {_weights_in(folder)})")
 
 
 def _open_shards(path: Path, stack: contextlib.ExitStack) -> _Opened:
@@ -131,14 +131,14 @@ def _open_shards(path: Path, stack: contextlib.ExitStack) -> _Opened:
         if re.search(r"[/\\:\0]", name) or name.endswith(_INDEX) or name in ("", ".", ".."):
             raise CheckpointError(f"{what}; only names in its own folder are read")
         if not (path.parent / name).is_file():
-            raise CheckpointError(f"{what}, which is not beside it, as all {len(names)} must be")
+            raise CheckpointError(f"{what}, which is not beside it; all {len(names)} must be")
     shards = {name: _open(path.parent / name, stack) for name in names}
     tree: dict[str, Any] = {}
     for name, shard in shards.items():
         said = {key for key, place in places.items() if place == name}
         if not isinstance(shard.tree, dict) or shard.tree.keys() != said:
             what = f"{path.name} and {shown(name)} name different weights"
-            raise CheckpointError(f"{what}: they do not belong together")
+            raise CheckpointError(f"{what}: they are not of one checkpoint")
         own.check_foreign_metadata(shard.metadata)
         tree |= shard.tree
     place_of = {id(tree[key]): name for key, name in places.items()}
@@ -170,7 +170,7 @@ def _load(
     folder = opened.path.parent if model.layout.config_beside and not released else None
     if stated and type(stated.config) is not row.config_type:
         if not isinstance(config, str | os.PathLike) or config in known_variants():
-            what = f"it holds a {row.title}, and config is a {type(stated.config).__name__}"
+            what = f"it holds a {row.title}, but config is a {type(stated.config).__name__}"
             raise CheckpointError(f"{what}. Leave config out, or pass a {row.config_type.__name__}")
         stated = from_argument(config, row)  # a JSON file, whose fields may fit several networks
     if stored:
@@ -187,18 +187,18 @@ def _load(
             used = recognise.complete(stated, model)
             assumed += _unsaid(used, stated, eps)
     recognise.check_state(model, used, stated.origin if stated else "")
-    chosen = eps_of(used)  # as they are for released weights, whatever layout they are in
+    chosen = eps_of(used)  # right for released weights in any layout
     if eps is not None:
         if not chosen and row.dense:
-            what = f"eps is {eps}, and those of a {row.title} are its backbone's"
-            raise CheckpointError(f"{what}. Pass config with other ones there, and leave eps out")
+            what = f"eps is {eps}, but those of a {row.title} are in its backbone"
+            raise CheckpointError(f"{what}. Set them in config's backbone, and leave eps out")
         if len(set(eps)) > len(chosen):
             what = f"eps is {eps}; a {row.title} has {len(chosen)}. Pass one number"
             raise CheckpointError(what)
         chosen = dict(zip(chosen, eps, strict=False))
     elif model.layout.eps and not released and not (stated and stated.says_eps):
         usual = dict(zip(chosen, model.layout.eps, strict=True))
-        # a port's number, though its weights may be authors'
+        # the port's value, though its weights may be the authors'
         if stated is None or not chosen.keys().isdisjoint(stated.left_open) or chosen != usual:
             hint = f" ({model.layout.eps_advice})" if model.layout.eps_advice else ""
             assumed.append(f"eps of this layout's code{hint}")
@@ -214,7 +214,7 @@ def _load(
         notes.append(
             f"left out: {few(rest)}" if row.dense else f"left out, since there is no head: {names}"
         )
-    # a cast of a signalling NaN would warn of what Model refuses below
+    # casting a signalling NaN would warn; Model refuses it below
     params = from_state_dict(quietly(to_native, opened.read(state), model.layout, used), used)
     if not info:
         info, more = _info(used, stored, stated, folder, released, notes)
@@ -234,7 +234,7 @@ def _load(
 
 
 def _unsaid(config: Any, stated: Stated, eps: tuple[float, ...] | None) -> Iterator[str]:
-    """What a JSON file should say, does not say, and no shape shows, for ``source``."""
+    """Facts missing from a JSON file that shapes do not show either, for ``source``."""
     names = [name for name in ("num_heads", "qk_scale") if hasattr(config, name)]
     if stated.says_eps and eps is None:  # it says one of the two
         names += eps_of(config)
@@ -248,7 +248,7 @@ def _unsaid(config: Any, stated: Stated, eps: tuple[float, ...] | None) -> Itera
 
 
 def _choose(opened: _Opened, stated: Stated | None, entry: str | None, notes: list[str]) -> Found:
-    """The model that is meant, in the layout that it will be read in."""
+    """The chosen model, in the layout in which it will be read."""
     config = stated.config if stated else None
     models = recognise.find_models(opened.tree, config)
     chosen, others = recognise.choose_model(models, entry, config)
@@ -274,7 +274,7 @@ def _choose(opened: _Opened, stated: Stated | None, entry: str | None, notes: li
 def _ask_beside(
     path: Path, stated: Stated | None, row: Architecture, eps: Any, notes: list[str]
 ) -> Stated | None:
-    """What config.json says, and what was said before: both, or an error where they differ."""
+    """Combines config.json with what is known already; an error where they differ."""
     if not path.exists():
         return stated
     origin = f"{path.name} beside it"
@@ -336,13 +336,13 @@ def _info(
 
 
 def _as_stored(stated: Stated, stored: Any, notes: list[str]) -> Any:
-    """What a file of save says, with the eps and drop rates of a given configuration."""
+    """The configuration in a file of save, with the eps and drop rates of a given one."""
     changes = {name: getattr(stored, name) for name in stated.left_open}
     if stated.num_labels not in (None, stored.num_classes):
-        what = f"{stated.origin} says {stated.num_labels} labels, and the file"
+        what = f"{stated.origin} says {stated.num_labels} labels, but the file says"
         raise CheckpointError(f"{what} num_classes={stored.num_classes}. {_OWN_CONFIG}")
     saved, given = dataclasses.asdict(stored), dataclasses.asdict(stated.config) | changes
-    free = ("norm_eps", "drop_rate", "drop_path_rate")  # and what ends so: no weight depends on it
+    free = ("norm_eps", "drop_rate", "drop_path_rate")  # and names that end so: weights fit any
     wrong = [name for name in saved if not name.endswith(free) and saved[name] != given[name]]
     if wrong:
         what = "; ".join(f"{x} is {saved[x]} in the file and {given[x]} in config" for x in wrong)

@@ -1,4 +1,4 @@
-"""What a file holds: which entry, network, layout and model, told from keys and shapes."""
+"""Recognises entry, network, layout and model of a file from its keys and shapes."""
 
 import dataclasses
 import itertools
@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import pvt_ref.models  # noqa: F401 (enters the networks)
+import pvt_ref.models  # noqa: F401 (registers the networks)
 from pvt_ref.arrays import FLOAT_DTYPES, dtype_name
 from pvt_ref.checkpoint.key_maps import foreign_shapes
 from pvt_ref.checkpoint.pickles import Record, is_known, whole_object
@@ -18,16 +18,16 @@ from pvt_ref.models.architecture import Architecture, architectures, count_keys,
 from pvt_ref.models.layouts import Layout, Shape
 
 READABLE_DTYPES = ("float16", "bfloat16", *FLOAT_DTYPES)
-STATE_ENTRIES = ("", "model", "state_dict")  # that are taken before others; "" is the top
-#: Entries whose object, if it is none of data, was a whole model.
+STATE_ENTRIES = ("", "model", "state_dict")  # taken before others; "" is the top
+#: Entries in which an object other than data was a whole model.
 _WHOLE_MODELS = {"model", "state_dict", "net", "network", "module", "ema", "model_ema"}
-#: One number each, not of the model: the counters of the profiler thop, and of batch norms.
+#: Scalars that are not weights: the counters of the profiler thop, and of batch norms.
 _COUNTERS = ("total_ops", "total_params", "num_batches_tracked")
 _WRONG_DTYPE = "wrong dtype:"
-_MAX_DEPTH = 4  # of dicts inside one another that are looked into
+_MAX_DEPTH = 4  # of nested dicts that are searched
 _MAX_NAME = 200  # characters of a name on the way there
 _MAX_LINES = 20  # of a list of problems
-_FEW = 100  # blocks of a configuration, whose missing keys can be listed whatever the file has
+_FEW = 100  # blocks: a configuration with fewer is always cheap enough to list missing keys of
 
 
 def layouts_read() -> str:
@@ -37,7 +37,7 @@ def layouts_read() -> str:
 
 
 def is_entry(value: object) -> bool:
-    """Whether value is a tensor, read or not, rather than a number, list or dict beside it."""
+    """Whether value is a tensor, read or unread, rather than a number, list or dict."""
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
@@ -46,19 +46,19 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, Shape]:
 
 
 class Found(NamedTuple):
-    """One model among all that a file holds."""
+    """One of the models in a file."""
 
     row: Architecture  # of its network
-    entry: str  # names of the dicts that it lies in, joined by dots; "" for the top
-    prefix: str  # of its keys there, with the dot at its end; "" if there is none
+    entry: str  # names of the dicts around it, joined by dots; "" for the top
+    prefix: str  # of its keys there, with the final dot; "" if there is none
     layout: Layout
-    state: dict[str, Any]  # what stands under each of its keys, these without the prefix
-    beside: tuple[str, ...] = ()  # keys of the other tensors in the same dict, such as a head's
-    is_part: bool = False  # of another model found, as the backbone of a segmentation network
+    state: dict[str, Any]  # the values by key, without the prefix
+    beside: tuple[str, ...] = ()  # keys of other tensors in the same dict, such as a head's
+    is_part: bool = False  # part of another model here: the backbone of a segmentation network
 
     @property
     def name(self) -> str:
-        """Entry and prefix as load's argument ``entry`` takes them."""
+        """Entry and prefix in the form of load's argument ``entry``."""
         return ".".join(name for name in (self.entry, self.prefix.removesuffix(".")) if name)
 
     def as_argument(self) -> str:
@@ -67,7 +67,7 @@ class Found(NamedTuple):
 
 
 class _Sign(NamedTuple):
-    """A key that shows a network and a layout, if one of the marks is there besides."""
+    """A key that identifies a network and a layout, if one of the marks is present too."""
 
     probe: str
     marks: tuple[str, ...]
@@ -76,7 +76,7 @@ class _Sign(NamedTuple):
 
 
 def _signs(config: Any) -> list[_Sign]:
-    """Of all networks; and of config's, if that has only the keys of its own parameters."""
+    """The signs of all networks, and of config's own keys if its network has no file layouts."""
     signs = []
     for row in architectures():
         if row.files:
@@ -91,7 +91,7 @@ def _signs(config: Any) -> list[_Sign]:
 
 
 def find_models(tree: Any, config: Any = None) -> list[Found]:
-    """All models in a file's tree, told from key names."""
+    """All models in a file's tree, recognised by their keys."""
     signs, mappings = _signs(config), list(_mappings(tree))
     found = [model for entry, state in mappings for model in _models_in(entry, state, signs)]
     if found:
@@ -103,19 +103,19 @@ def find_models(tree: Any, config: Any = None) -> list[Found]:
     if states:
         keys = [str(key) for key in max(states, key=len)]
         what = f"its {len(keys)} keys are of no known layout: {few(keys)}"
-        raise CheckpointError(f"{what}. Needed is one of: {layouts_read()}")
+        raise CheckpointError(f"{what}. Known layouts: {layouts_read()}")
     is_dict = isinstance(tree, Mapping)
     holds = f"a dict with the entries {few(tree)}" if is_dict else f"a {type(tree).__name__}"
-    what = f"no weights in it: it holds {holds}; needed is a state dict (key names to tensors), at"
+    what = f"no weights in it: it holds {holds}; it must have a state dict (keys to tensors) at"
     advice = "Save one with torch.save(model.state_dict(), new_path)"
     raise CheckpointError(f"{what} the top or in a dict there. {advice}")
 
 
 def _mappings(tree: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """All dicts down to a depth, each once, with the names that lead to it, joined by dots."""
-    seen = set()  # a pickle can hold one dict in many places
+    """All dicts down to a depth, each once, with its path of names, joined by dots."""
+    seen = set()  # one dict can be in many places of a pickle
     values: list[tuple[tuple[str, ...], Any]] = [((), tree)]
-    for names, value in values:  # and all that is in them
+    for names, value in values:  # and everything inside them
         if isinstance(value, Mapping) and id(value) not in seen:
             seen.add(id(value))
             yield ".".join(names), value
@@ -145,7 +145,7 @@ def _models_in(entry: str, mapping: Mapping[Any, Any], signs: list[_Sign]) -> li
         holders |= set() if own is None else {own}
         for prefix in holders:
             states[prefix][name.removeprefix(prefix)] = value
-        if is_entry(value) and not _is_counter(name, value):  # of a neck, a head, another model
+        if is_entry(value) and not _is_counter(name, value):  # from a neck, a head, another model
             for prefix in found.keys() - holders if own is None else ():
                 beside[prefix].append(name)
     return [
@@ -160,9 +160,9 @@ def _models_in(entry: str, mapping: Mapping[Any, Any], signs: list[_Sign]) -> li
 def choose_model(
     models: Sequence[Found], entry: str | None, config: Any = None
 ) -> tuple[Found, list[Found]]:
-    """The model called entry, or the only one, or that in STATE_ENTRIES; and other weights.
+    """The model called entry, the only one, or the one in STATE_ENTRIES; and the other weights.
 
-    Of several, those of config's network are meant.
+    If there are several, those of config's network are preferred.
     """
 
     def meant(models: Sequence[Found]) -> Sequence[Found]:
@@ -176,12 +176,12 @@ def choose_model(
             [x for x in models if f"{x.name}.".startswith(begin) or x.prefix.startswith(begin)]
         )
         if len(fitting) != 1:
-            what = f"{'several' if fitting else 'none'} of the models in it are called so"
-            advice = f"There are: {names}"
+            what = f"{'several' if fitting else 'none'} of the models in it have this name"
+            advice = f"The names are: {names}"
             if len({model.name for model in fitting}) == 1:
                 what = f"{len(fitting)} models in it have exactly this name"
                 advice = f"Save one alone: {SAFE_LOAD}; torch.save(state[...], new_path)"
-            raise CheckpointError(f"entry is {shown(entry, _MAX_NAME)}, and {what}. {advice}")
+            raise CheckpointError(f"entry is {shown(entry, _MAX_NAME)}, but {what}. {advice}")
     else:
         fitting = models = _different(meant(models))
         if len(models) > 1:
@@ -194,7 +194,7 @@ def choose_model(
 
 
 def _different(models: Sequence[Found]) -> list[Found]:
-    """Without those that are another name for the weights of an earlier one."""
+    """The models without those that repeat the weights of an earlier one under another name."""
     kept: list[Found] = []
     for model in models:
         if len(kept) > 8 or not any(_same(model, other) for other in kept):
@@ -215,12 +215,12 @@ def _is_counter(key: str, x: Any) -> bool:
 
 
 def as_read(model: Found, bare: bool) -> tuple[Found, list[str]]:
-    """The model in the layout to read it in, without head if bare; and which counters it leaves."""
+    """The model in the layout to read, without head if bare; and the counters it leaves out."""
     layout, base = model.layout, ""
     if model.row.files:
         layout, base = model.row.files.bare(layout, model.state, bare)
     counters = {key for key, x in model.state.items() if _is_counter(key, x)}
-    if model.row.batch_buffers is not None:  # its norms count batches, as its files do
+    if model.row.batch_buffers is not None:  # its batch norms keep these counters
         counters = {key for key in counters if not key.endswith("num_batches_tracked")}
     kept = (key for key in model.state if key.startswith(base) and key not in counters)
     state = {key.removeprefix(base): model.state[key] for key in kept}
@@ -229,7 +229,7 @@ def as_read(model: Found, bare: bool) -> tuple[Found, list[str]]:
 
 
 def few(names: Collection[Any], show: Any = None, count: int = 3, joint: str = ", ") -> str:
-    """The first names as show makes them a text, for a message, and how many more there are."""
+    """For a message: the first names, formatted by show, and how many more there are."""
     texts = map(show or (lambda name: shown(name, 60)), itertools.islice(names, count))
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return (joint.join(texts) or "none") + more
@@ -252,7 +252,7 @@ def _problems(model: Found, config: Any) -> list[str]:
             problems.append(f"mis-shaped: {names[key]} is {tuple(x.shape)}, {needed}")
         elif key in counts:
             if not dtype_name(x).startswith(("int", "uint")):
-                what = f"{names[key]} is {dtype_name(x)}, and counts batches"
+                what = f"{names[key]} is {dtype_name(x)}, but counts batches"
                 problems.append(f"{_WRONG_DTYPE} {what}")
         elif dtype_name(x) not in READABLE_DTYPES:
             problems.append(f"{_WRONG_DTYPE} {names[key]} is {dtype_name(x)}, weights are floats")
@@ -260,16 +260,16 @@ def _problems(model: Found, config: Any) -> list[str]:
 
 
 def check_state(model: Found, config: Any, origin: str = "") -> None:
-    """Refuses what is not the model of config, which origin says. Raises: CheckpointError."""
+    """Refuses a state that does not fit config, which is from origin. Raises: CheckpointError."""
     layout, state = model.layout, model.state
     if layout.has_classifier is False and config.has_classifier:
-        what = f"it is a bare backbone ({layout.name}: it has no head), and the configuration has"
+        what = f"it is a bare backbone ({layout.name}: it has no head), but the configuration has"
         bare = "dataclasses.replace(config, num_classes=0); with_new_head(model, ...) adds a head"
         raise CheckpointError(f"{what} num_classes={config.num_classes}. Pass {bare}")
     whose = f"the configuration{'' if origin in ('', 'config') else f' from {origin}'}"
     blocks = model.row.files.blocks(config) if model.row.files else 0
-    if blocks > max(len(state), _FEW):  # before anything is built for each of them
-        what = f"{whose} has {blocks} blocks, and the file only {len(state)} tensors"
+    if blocks > max(len(state), _FEW):  # before building anything for each of them
+        what = f"{whose} has {blocks} blocks, but the file only {len(state)} tensors"
         raise CheckpointError(f"{what}. Correct its depth")
     if problems := _problems(model, config):
         what = f"{layout.name}, but it does not fit {whose} ({model.row.describe(config)})"
@@ -277,14 +277,14 @@ def check_state(model: Found, config: Any, origin: str = "") -> None:
 
 
 def _cause(model: Found, config: Any) -> str:
-    """Why a state does not fit, with the fields in which its shapes show another configuration."""
+    """Why a state does not fit, with the fields for which its shapes show other values."""
     files = model.row.files
     seen = files.shown(_shapes(model.state), model.layout) if files else {}
     if seen.get("linear"):  # then its ratios mean nothing
         seen = {name: value for name, value in seen.items() if name != "sr_ratios"}
     other = [f"{k}={value}" for k, value in seen.items() if getattr(config, k) != value]
     if seen and not other:
-        return "The likely cause is a damaged file, or one of a relative of the network"
+        return "The likely cause is a damaged file, or one of a related network"
     cause = "The likely cause is a configuration of another variant, class count or image size"
     return f"{cause}: the shapes in the file show {', '.join(other)}" if other else cause
 
@@ -295,16 +295,16 @@ def _lines(problems: list[str]) -> str:
 
 
 def complete(stated: Stated, model: Found) -> Any:
-    """A stated configuration; what it leaves open is read off the file. Raises: CheckpointError."""
+    """A stated configuration, with open fields filled from the file. Raises: CheckpointError."""
     files, kind = model.row.files, model.row.config_type.__name__
     if not files:
         return stated.config
     shapes = _shapes(model.state)
     seen = files.fit(stated.config, shapes, model.layout)
-    if model.row.dense:  # its parts are records themselves, fitted as wholes
+    if model.row.dense:  # its parts are records themselves, each matched as a whole
         return seen
     if seen.has_classifier and stated.num_labels not in (None, seen.num_classes):
-        what = f"{stated.origin} says {stated.num_labels} labels, and the head in the file has"
+        what = f"{stated.origin} says {stated.num_labels} labels, but the head in the file has"
         advice = f"Correct {stated.origin}, or pass config={kind}(...)"
         raise CheckpointError(f"{what} {seen.num_classes} outputs. {advice}")
     fields = shown_by_file(seen)
@@ -326,9 +326,9 @@ def complete(stated: Stated, model: Found) -> Any:
 
 
 def recognise_config(model: Found) -> Any:
-    """The published variant whose keys and shapes are a model's. Raises: CheckpointError."""
+    """The published variant with the keys and shapes of a model. Raises: CheckpointError."""
     row, layout, state = model.row, model.layout, model.state
-    assert row.files is not None  # or nobody would have found it without a configuration
+    assert row.files is not None  # else the model would not have been found without config
     shapes = _shapes(state)
     tried = []
     for name, variant in row.variants.items():
@@ -344,11 +344,11 @@ def recognise_config(model: Found) -> Any:
     kind = row.config_type.__name__
     advice = (
         f"If it is another model, pass its configuration, load(path, config={kind}(...)) or "
-        f"config='path/to/config.json': head counts (num_heads) cannot be read off shapes, so only "
-        f"the published variants are recognised without"
+        f"config='path/to/config.json': shapes do not show head counts (num_heads), so only the "
+        f"published variants are recognised without it"
     )
     count, name, config, problems = min(tried, key=lambda entry: entry[0])
-    if count <= len(shapes) // 4:  # a variant with faults, or a variant changed a little
+    if count <= len(shapes) // 4:  # a damaged or slightly changed variant
         differ = "1 key differs" if count == 1 else f"{count} keys differ"
         what = f"{layout.name}; nearest is {name} ({row.describe(config)}), but {differ}"
         raise CheckpointError(f"{what}:{_lines(problems)}\n{advice}")

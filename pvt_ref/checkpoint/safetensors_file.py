@@ -1,8 +1,8 @@
 """Reading and writing .safetensors: a JSON header, then the raw numbers.
 
-The format has no checksum. So this project's own files carry, in their one metadata entry (the
-library writes several in random order), a JSON text with the configuration, what else is known of
-the model, and a SHA-256 over both and all tensors; what fails it is refused.
+The format has no checksum. So this project's own files have one metadata entry (the library writes
+several in random order): a JSON text with the configuration, the other facts about the model, and
+a SHA-256 of both and of all tensors. A file that does not match it is refused.
 """
 
 import json
@@ -22,7 +22,7 @@ from pvt_ref.tree import digest
 
 METADATA_KEY = "pvt_ref"
 FORMAT = "pvt_ref weights 2"
-_FIRST_FORMAT = "pvt_ref weights 1"  # of version 0.1: all files were of a PVT, and none said so
+_FIRST_FORMAT = "pvt_ref weights 1"  # of version 0.1: all files are of a PVT without saying so
 TRAINING_KEY = "pvt_ref_training"  # of the files of train/
 
 MAX_HEADER = 4 * 2**20  # bytes; the largest variant's, with its training, has a million
@@ -32,15 +32,15 @@ _DTYPES = {
     **{f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for size in (8, 4, 2, 1)},
 }
 _NOT_WHOLE = "not a whole .safetensors file"
-#: For weights in numbers that are no floats.
+#: Advice for weights that are not floats.
 QUANTIZED = "Get plain weights from the publisher, or save each v.float(), times its scale if any"
 _UPDATE = "It was probably written by another version: update pvt_ref"
-#: Where a tensor lies: first and last byte after the header, key, dtype and shape.
+#: Place of a tensor: first and last byte after the header, key, dtype and shape.
 _Span = tuple[int, int, str, np.dtype, tuple[int, ...]]
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """As :func:`read_tensors`, of a path."""
+    """As :func:`read_tensors`, for a path."""
     with path.open("rb") as file:
         return read_tensors(file)
 
@@ -48,7 +48,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
 def read_tensors(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Every tensor of an open file, and the metadata as texts by name.
 
-    They are read, not mapped: a mapped file kills the process if somebody shortens it meanwhile.
+    They are read, not mapped: a mapped file kills the process if it is shortened meanwhile.
     """
     import ml_dtypes  # noqa: F401 (teaches NumPy the name bfloat16)
 
@@ -59,7 +59,7 @@ def read_tensors(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, str]]
         raise damaged(f"{_NOT_WHOLE}: the header is cut off")
     if length > MAX_HEADER:
         what = f"a .safetensors file whose header has {length} bytes; at most {MAX_HEADER} are read"
-        raise CheckpointError(f"{what}. It is damaged, of another kind, or made to exhaust memory")
+        raise CheckpointError(f"{what}. It is damaged, of another kind, or meant to exhaust memory")
     try:
         header = parse_json(file.read(length), "the header", MAX_HEADER)
     except CheckpointError as error:
@@ -70,7 +70,7 @@ def read_tensors(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, str]]
     for start, stop, key, dtype, shape in spans:
         raw = np.empty(stop - start, np.uint8)
         if file.readinto(raw.data) != len(raw):  # type: ignore[attr-defined]
-            what = f"it ends before {shown(key)}, and became shorter while it was being read"
+            what = f"it ends before {shown(key)}: it was shortened while it was being read"
             raise damaged(f"{_NOT_WHOLE}: {what}")
         x = raw.view(dtype).reshape(shape)
         tensors[key] = x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
@@ -78,25 +78,25 @@ def read_tensors(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, str]]
 
 
 def _parse_header(header: Any, size: int) -> tuple[dict[str, str], list[_Span]]:
-    """Metadata, taken out, and the tensors in the order in which they fill all of size bytes."""
+    """The metadata, taken from header, and the tensors in file order; they fill all bytes."""
     if not isinstance(header, dict):
         raise TypeError(f"the header is a {type(header).__name__}")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise TypeError("its metadata are not texts by name")
+        raise TypeError("its metadata does not map names to texts")
     spans = []
     for key, entry in header.items():
         if entry.keys() != {"dtype", "shape", "data_offsets"}:
             raise ValueError(f"{shown(key)} has the fields {shown(list(entry))}")
         name, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         if name not in _DTYPES:
-            what = f"{shown(key)} has the number type {shown(name)}, which is not read; read are"
+            what = f"{shown(key)} has the number type {shown(name)}, which is unknown; known are"
             raise CheckpointError(f"{what} {', '.join(_DTYPES)}. {QUANTIZED}")
         counts = (*shape, start, stop)
         if len(shape) > MAX_RANK or not all(type(n) is int and 0 <= n < 2**63 for n in counts):
             raise ValueError(f"{shown(key)} has the shape {shown(shape)} at {start} to {stop}")
         dtype = np.dtype(_DTYPES[name])
-        # NumPy counts like this, too: an array without numbers can still be too large for it
+        # NumPy counts like this too: an array without elements can still be too large for it
         if math.prod(n or 1 for n in shape) * dtype.itemsize >= 2**63:
             raise ValueError(f"{shown(key)} has the shape {shown(shape)}, too large for an array")
         if stop - start != math.prod(shape) * dtype.itemsize:
@@ -117,9 +117,9 @@ def widen(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def own_header(
     state: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> tuple[Any, ModelInfo | None]:
-    """Configuration and info of a file of this project, its digest verified; None if not there."""
+    """Configuration and info of this project's files, digest checked; None for other files."""
     if TRAINING_KEY in metadata:
-        what = "the saved state of a training. Go on with it (--resume)"
+        what = "the saved state of a training. Continue it (--resume)"
         raise CheckpointError(f"{what}, or load the model beside it: best.safetensors")
     if METADATA_KEY not in metadata:
         return None, None
@@ -129,10 +129,10 @@ def own_header(
         found = digest(state, _sealed(record))
     except UNEXPECTED as error:
         what = f"{type(error).__name__}: {str(error)[:200]}"
-        raise damaged(f"a pvt_ref file whose metadata cannot be read ({what})") from error
+        raise damaged(f"a pvt_ref file with unreadable metadata ({what})") from error
     if written not in (FORMAT, _FIRST_FORMAT):
         what = f"a pvt_ref file of format {shown(written)}; this version reads {FORMAT!r}"
-        raise CheckpointError(f"{what}. It is of a newer version, or damaged: update pvt_ref")
+        raise CheckpointError(f"{what}. It is from a newer version, or damaged: update pvt_ref")
     if found != expected or len(metadata) != 1:
         digests = f"{found[:12]}..., written as {shown(expected, 12)}; at least one bit has changed"
         raise damaged(f"a pvt_ref file whose content does not match its SHA-256 ({digests})")
@@ -144,19 +144,19 @@ def own_header(
     try:
         config = rows[name].config_type(**fields)
         info = ModelInfo.from_dict(record["info"]) if "info" in record else None
-    except UNEXPECTED as error:  # TypeError, too: for fields that this version does not know
+    except UNEXPECTED as error:  # includes TypeError, for fields that this version does not know
         what = "a pvt_ref file with a configuration or info that this version does not accept"
         raise CheckpointError(f"{what}: {str(error)[:500]}. {_UPDATE}") from error
     return config, info
 
 
 def check_foreign_metadata(metadata: Mapping[str, str]) -> None:
-    """Refuses a file whose metadata are this project's under a damaged name, which hides a digest.
+    """Refuses this project's metadata under a damaged name, which would hide the digest.
 
-    One damage cannot reach both the entry's name and its text.
+    A single fault cannot damage both the entry's name and its text.
     """
     begins = ('{"architecture": "', '{"config": {"')
-    marks = (METADATA_KEY, "projection_norm_eps")  # another program has hardly one of these
+    marks = (METADATA_KEY, "projection_norm_eps")  # other programs are unlikely to write these
     for name, text in metadata.items():
         sealed = text.startswith(begins) or ('"sha256"' in text and '"config"' in text)
         if sealed or any(mark in name or mark in text for mark in marks):
@@ -170,7 +170,7 @@ def to_bytes(state: Mapping[str, np.ndarray], config: Any, info: ModelInfo | Non
     record = {"architecture": name, "config": config_to_dict(config), "format": FORMAT}
     if info is not None:
         record["info"] = info.to_dict()
-    record = json.loads(json.dumps(record))  # tuples as lists, as it will be read
+    record = json.loads(json.dumps(record))  # tuples become lists, as when it is read
     return pack(state, METADATA_KEY, record | {"sha256": digest(state, _sealed(record))})
 
 
@@ -180,13 +180,13 @@ def pack(state: Mapping[str, np.ndarray], entry: str, record: Mapping[str, Any])
 
     text = json.dumps(record, sort_keys=True)
     parse_json(text, "what is saved beside the weights", MAX_RECORD)
-    # safetensors takes the memory as it lies, and would scramble any other order silently
+    # safetensors copies memory as it lies, and would silently scramble any other order
     contiguous = {key: np.asarray(x, order="C") for key, x in state.items()}
     return safetensors.numpy.save(contiguous, {entry: text})
 
 
 def _sealed(record: Mapping[str, Any]) -> Any:
-    """What the digest of a weights file covers besides the tensors."""
+    """The part of a record that the digest covers besides the tensors."""
     if record["format"] == _FIRST_FORMAT:
         return [record[name] for name in ("format", "config", "info") if name in record]
     return {name: record[name] for name in record if name != "sha256"}

@@ -1,4 +1,4 @@
-"""What is said of a model beside its weights: by an argument, or by Hugging Face's JSON files."""
+"""Facts about a model from outside its weights: an argument, or Hugging Face's JSON files."""
 
 import dataclasses
 import math
@@ -16,29 +16,29 @@ from pvt_ref.data.info import Preprocessing
 from pvt_ref.errors import CheckpointError, ConfigError, reason, shown
 from pvt_ref.models.architecture import Architecture, architectures, known_variants
 
-MAX_JSON = 2 * 2**20  # bytes that are read: 20,000 class names, twice, and some more
+MAX_JSON = 2 * 2**20  # bytes: enough for 20,000 class names, twice
 PREPROCESSOR_FILE = "preprocessor_config.json"
-#: Fields of it that change pictures, and are not followed here.
+#: Fields that change pictures but are ignored here.
 _NOT_FOLLOWED = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "crop_pct")
-#: Fields that the shapes of a file show, or its layout, and a variant's name leaves open.
+#: Fields that a variant's name leaves open, and the shapes or layout of a file show.
 _SHOWN_BY_FILE = ("img_size", "in_chans", "num_classes", "position_resize")
 
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """A configuration, and how much of it was really said."""
+    """A configuration, and which of its fields were really given."""
 
     config: Any
-    origin: str  # who says it, for messages
-    left_open: tuple[str, ...] = ()  # fields that are not said: what stands there means nothing
-    says_eps: bool = False  # whether its eps were chosen by somebody
-    classes: tuple[str, ...] = ()  # names of the outputs, if they are said
-    num_labels: int | None = None  # how many outputs there are, if that is said
-    task: str = ""  # what the outputs mean, and who says so, if not one class per picture
+    origin: str  # where it is from, for messages
+    left_open: tuple[str, ...] = ()  # fields that were not given: their values mean nothing
+    says_eps: bool = False  # whether its eps were given
+    classes: tuple[str, ...] = ()  # names of the outputs, if given
+    num_labels: int | None = None  # number of outputs, if given
+    task: str = ""  # meaning of the outputs and its origin, if not one class per picture
 
 
 def shown_by_file(config: Any) -> dict[str, Any]:
-    """The fields of a configuration that a file shows and a variant's name does not say."""
+    """The fields of a configuration that a file shows but a variant's name does not fix."""
     return {name: getattr(config, name) for name in _SHOWN_BY_FILE if hasattr(config, name)}
 
 
@@ -49,7 +49,7 @@ def eps_of(config: Any) -> dict[str, float]:
 
 
 def from_argument(config: Any, row: Architecture | None = None) -> Stated | None:
-    """What load's argument ``config`` says, of row's network if a JSON file does not tell."""
+    """The argument ``config`` of load; a JSON file that does not say is about row's network."""
     if config is None:
         return None
     kinds, variants = [row.config_type for row in architectures()], known_variants()
@@ -79,7 +79,7 @@ def _fields(row: Architecture) -> dict[str, Any]:
 def read_config(path: Path, origin: str, row: Architecture | None = None) -> Stated:
     """A configuration in a JSON file, called origin: Hugging Face's, or a network's own fields."""
     fields = read_json(path, origin)
-    if row is None:  # the network that it seems to be about: the first of several, or of all
+    if row is None:  # the most likely network: the first that matches, or the first of all
         rows, kind = list(architectures()), fields.get("model_type")
         by_kind = [row for row in rows if row.files and row.files.model_type == kind]
         by_fields = [row for row in rows if fields.keys() <= _fields(row).keys()]
@@ -87,7 +87,7 @@ def read_config(path: Path, origin: str, row: Architecture | None = None) -> Sta
     known, files = _fields(row), row.files
     values, outputs = fields, ((), None, "")
     try:
-        if files and fields.keys() & {"model_type", "hidden_sizes", "hidden_size"}:  # of theirs
+        if files and fields.keys() & {"model_type", "hidden_sizes", "hidden_size"}:  # of the Hub
             kind = fields.get("model_type", files.model_type)
             if kind != files.model_type:
                 what = f"it is of another model: model_type is {shown(kind)}"
@@ -96,8 +96,8 @@ def read_config(path: Path, origin: str, row: Architecture | None = None) -> Sta
         elif not fields or not fields.keys() <= known.keys():
             for other in architectures():
                 if fields and fields.keys() <= _fields(other).keys():
-                    what = f"it has the fields of a {other.title}, and the weights are of a"
-                    advice = "Name the file that belongs to these"
+                    what = f"it has the fields of a {other.title}, but the weights are of a"
+                    advice = "Pass the file that belongs to these weights"
                     raise CheckpointError(f"{what} {row.title}. {advice}")
             what = "it is neither Hugging Face's config.json (which has a model_type) nor this"
             unknown = f"unknown fields are {shown(sorted(fields.keys() - known.keys()))}"
@@ -118,7 +118,7 @@ def describes_model(fields: Mapping[str, Any], row: Architecture) -> bool:
 
 
 def _outputs(fields: Mapping[str, Any], origin: str) -> tuple[tuple[str, ...], int | None, str]:
-    """What Stated says of outputs: class names, how many, and a task that is another."""
+    """Stated's fields about outputs: class names, their number, and the task if unusual."""
     labels, count, names = fields.get("id2label"), fields.get("num_labels"), ()
     if labels is not None:
         known = isinstance(labels, dict) and labels.keys() == set(map(str, range(len(labels))))
@@ -150,7 +150,7 @@ def read_json(path: Path, origin: str) -> dict[str, Any]:
 
 
 def read_preprocessing(path: Path, config: Any) -> tuple[Preprocessing | None, str]:
-    """Mean and std of a preprocessor_config.json as far as they can be had here, and a sentence."""
+    """Mean and std of a preprocessor_config.json, or None, and a sentence about the result."""
     try:
         fields = read_json(path, PREPROCESSOR_FILE)
         preprocessing = _preprocessing(fields, config.in_chans)
@@ -183,9 +183,9 @@ def _preprocessing(fields: Mapping[str, Any], channels: int) -> Preprocessing:
     mean, std = (x if isinstance(x, list) else [x] * channels for x in given.values())
     for numbers in (mean, std):
         if not all(isinstance(x, int | float) for x in numbers):
-            raise CheckpointError(f"image_mean or image_std is {shown(numbers)}, and not numbers")
+            raise CheckpointError(f"image_mean or image_std is {shown(numbers)}, not numbers")
     if len(mean) != channels:
-        raise CheckpointError(f"it has {len(mean)} means, and the model {channels} channels")
+        raise CheckpointError(f"it has {len(mean)} means, but the model {channels} channels")
     mode = {1: "L", 3: "RGB"}.get(channels, "bands")
     scale = 1 if math.isclose(255 * factor, 1, rel_tol=1e-6) else 255 * factor
     return Preprocessing(mode, tuple(m / scale for m in mean), tuple(s / scale for s in std))

@@ -1,4 +1,4 @@
-"""Tensors that lie in a file of PyTorch's: where, in which dtype, and how they become arrays."""
+"""Tensors in a PyTorch file: their place and dtype, and how they become arrays."""
 
 import contextlib
 import math
@@ -15,31 +15,31 @@ import numpy as np
 
 from pvt_ref.errors import CheckpointError, shown
 
-#: Classes of typed storages, and the dtype of their numbers.
+#: Classes of typed storages, and their dtypes.
 STORAGE_DTYPES = {
     **{"DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16"},
     **{"BFloat16Storage": "bfloat16", "LongStorage": "int64", "IntStorage": "int32"},
     **{"ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8"},
-    **{"BoolStorage": "bool", "UntypedStorage": "uint8"},  # bytes; the tensor brings the dtype
+    **{"BoolStorage": "bool", "UntypedStorage": "uint8"},  # bytes; the tensor has the dtype
     **{"ComplexDoubleStorage": "complex128", "ComplexFloatStorage": "complex64"},
     **{f"{x}Storage": x.lower() for x in ("QInt8", "QUInt8", "QInt32", "QUInt4x2", "QUInt2x4")},
 }
 _FLOATS_8 = ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")
-#: Bytes of the dtypes that NumPy does not have. Narrow floats become float32, which holds each.
+#: Bytes of the dtypes that NumPy lacks. Narrow floats become float32, which holds all of them.
 _NARROW_FLOATS = {"bfloat16": 2, **{f"float8_{name}": 1 for name in _FLOATS_8}}
 _SIZES = {**_NARROW_FLOATS, "qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1}
 _NUMPY_DTYPES = {"uint16", "uint32", "uint64", *STORAGE_DTYPES.values()} - _SIZES.keys()
 MAX_RANK = 8  # more than any weight has, fewer than NumPy's limit
-#: What values of any kind raise where others are expected.
+#: Raised when a value of one kind stands where another is expected.
 UNEXPECTED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-#: What bytes of any kind raise where a zip, a pickle or numbers are expected. Not Exception, which
-#: a signal's handler can raise.
+#: Raised when arbitrary bytes are read as a zip, a pickle or numbers. Not all of Exception, because
+#: a signal handler can raise any.
 UNREADABLE = (
     *(*UNEXPECTED, EOFError, OSError),
     *(RuntimeError, Warning),  # of zipfile, or of too deep recursion; of pickletools
     *(struct.error, zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error),
 )
-#: For advice: what is read here, what an unpacked file needs, and loading that runs nothing.
+#: Advice for messages: readable formats, packing a folder again, and loading that runs nothing.
 NEEDED = "PVT's weights are needed as PyTorch or safetensors has them"
 PACK = "Load the original, or pack the folder again, from the one above it: zip -0 -r model.pth"
 SAFE_LOAD = "state = torch.load(path, weights_only=True, map_location='cpu')"
@@ -48,7 +48,7 @@ _COPIES = f"Save copies, with PyTorch: {SAFE_LOAD}; {_CLONED}"
 
 
 def damaged(what: str) -> CheckpointError:
-    """The refusal of bytes that are not as they were written."""
+    """The error for bytes that have changed since they were written."""
     return CheckpointError(
         f"{what}. The likely cause is an interrupted or faulty download or copy: fetch or save the "
         f"file again, and compare its size and checksum with those of the publisher"
@@ -61,7 +61,7 @@ class Storage(NamedTuple):
     key: str  # in a zip, of the entry under data/
     dtype: str  # its name in NumPy, ml_dtypes or, where neither has it, PyTorch
     numel: int  # of the block
-    view: tuple[int, int]  # the part that is meant, (first, count)
+    view: tuple[int, int]  # the part that is used, (first, count)
 
     @property
     def nbytes(self) -> int:
@@ -80,7 +80,7 @@ class StoredTensor:
     dtype: str  # as in Storage
     negated: bool = False  # PyTorch's negative bit: the values are those stored, times -1
     conjugated: bool = False  # the same for complex conjugates
-    unread: str = ""  # why its values cannot be had from the stored numbers, if they cannot
+    unread: str = ""  # why its values cannot be computed from the stored numbers, if they cannot
 
 
 def itemsize(dtype: str) -> int:
@@ -89,11 +89,11 @@ def itemsize(dtype: str) -> int:
 
 
 class StoredFile(ABC):
-    """An open file of PyTorch's, in either format."""
+    """An open PyTorch file, in either format."""
 
     tree: Any  # of dicts, lists, tuples, numbers, texts, StoredTensors, and Records for all else
-    foreign: tuple[str, ...]  # names for which Records stand in the tree, sorted; the first 100
-    checksummed: bool  # or a changed bit in the numbers goes unnoticed
+    foreign: tuple[str, ...]  # names of the Records in the tree, sorted; the first 100
+    checksummed: bool  # if not, a changed bit in the numbers goes unnoticed
     _size: int
     _order: Literal["<", ">"]
 
@@ -126,7 +126,7 @@ class StoredFile(ABC):
 
 
 def _check(name: str, x: StoredTensor) -> None:
-    """Refuses x if NumPy has no array for it, or not every element lies in its storage."""
+    """Refuses x if NumPy cannot hold it, or if elements lie outside its storage."""
     unread = x.unread
     if not unread and x.dtype not in _NUMPY_DTYPES and x.dtype not in _NARROW_FLOATS:
         unread = f"it is of dtype {shown(x.dtype)}, which NumPy does not have"

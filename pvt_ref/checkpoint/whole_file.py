@@ -7,27 +7,28 @@ import secrets
 import stat
 from pathlib import Path
 
-#: More interrupts than anybody sends; made here, since one more can come after any call.
+#: More interrupts than anyone sends; a limit, since one more can come after any call.
 _OFTEN_ENOUGH = range(10_000)
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes beside the place under another name, flushes to the disk, and renames.
+    """Writes to a temporary file in the same folder, flushes it to the disk, and renames it.
 
-    An older file stays whole until then, and leaves its permissions; a link stays a link. Killed in
-    between, a hidden ``.tmp`` file is left. Raises: OSError, also for what is read-only or no file.
+    An existing file stays whole until then and passes on its permissions; a link stays a link. If
+    the process is killed, a hidden ``.tmp`` file remains. Raises: OSError, also for a read-only
+    file or a path that is not a regular file.
     """
     mode = _mode_of_old(path)
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # short: names have a limit
     try:
-        # "x" and not tempfile: the file gets the usual permissions, and overwrites nothing
+        # "x", not tempfile: the file gets the usual permissions and overwrites nothing
         with temporary.open("xb") as file:
             if mode is not None:
-                os.chmod(temporary, mode)  # before there is anything to read
+                os.chmod(temporary, mode)  # before it holds anything to read
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())  # the content before the name
+            os.fsync(file.fileno())  # the content must reach the disk before the name
         os.replace(temporary, path)
     except BaseException:
         interrupt = None
@@ -37,9 +38,9 @@ def write_whole(path: Path, data: bytes) -> None:
                     with contextlib.suppress(OSError):
                         temporary.unlink()
                     break
-                except BaseException as another:  # an interrupt: what it broke off is done again
+                except BaseException as another:  # an interrupt: try the removal again
                     interrupt = another
-        finally:  # for one that came just where the loop jumps back
+        finally:  # for an interrupt just as the loop jumps back
             with contextlib.suppress(OSError):
                 temporary.unlink()
         if interrupt is not None:
@@ -55,7 +56,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def _mode_of_old(path: Path) -> int | None:
-    """Permissions of the file that is there, if there is one that may be replaced."""
+    """Permissions of the existing file, if there is one that may be replaced."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -63,8 +64,8 @@ def _mode_of_old(path: Path) -> int | None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "it is a directory")
     if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "there is a pipe, a device or a socket, and no file")
-    # root may write everything: the permissions still say what somebody wants
+        raise OSError(errno.EINVAL, "it is a pipe, a device or a socket, not a file")
+    # root may write everything, but the permissions still say what the owner wants
     if not mode & 0o222 or not os.access(path, os.W_OK):
-        raise PermissionError(errno.EACCES, "the file that is there is read-only")
+        raise PermissionError(errno.EACCES, "the existing file is read-only")
     return stat.S_IMODE(mode) & 0o777

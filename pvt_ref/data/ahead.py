@@ -1,8 +1,8 @@
-"""Photos read and decoded by threads, ahead of the step that learns from them.
+"""Photos read and decoded by threads, ahead of the training step that uses them.
 
-Decoding releases the interpreter lock, so it goes on beside a step. What a photo becomes depends on
-its own draws only: neither the number of threads nor their order changes a bit. At most a few
-batches are in memory, however many photos there are.
+Decoding releases the interpreter lock, so it runs in parallel with a step. The result for a photo
+depends only on its own draws: neither the number of threads nor their order changes a bit. At most
+a few batches are in memory, however many photos there are.
 """
 
 import time
@@ -20,9 +20,9 @@ from pvt_ref.kernels.cpu.threads import default_threads
 def in_order(
     function: Callable[..., Any], items: Iterable[Any], ahead: int, workers: int | None = None
 ) -> Generator[Any, None, None]:
-    """function(item) of every item, in their order, by threads that are so many items ahead.
+    """function(item) of every item, in order, computed by threads up to ahead items in advance.
 
-    What function raises is raised when its turn comes. Closing the iterator ends the threads.
+    An error of function is raised when its turn comes. Closing the iterator ends the threads.
     """
     with Pool(workers) as pool:
         waiting: deque[Future[Any]] = deque()
@@ -35,9 +35,9 @@ def in_order(
 
 
 class Pool(ThreadPoolExecutor):
-    """Threads that decode; None for as many as the kernels have, at most 16.
+    """Threads that decode; None for the kernels' number, at most 16.
 
-    At the end of its ``with``, what was not begun is not done any more.
+    At the end of its ``with``, tasks that have not begun are cancelled.
     """
 
     def __init__(self, workers: int | None = None) -> None:
@@ -48,9 +48,9 @@ class Pool(ThreadPoolExecutor):
 
 
 class Ahead(Samples):
-    """Samples whose pixels of coming steps are read and decoded while the present one computes.
+    """Samples that read and decode the pixels of coming steps while the present one computes.
 
-    Those that are in memory pass through untouched. A context manager, which ends its threads.
+    Samples in memory pass through unchanged. A context manager, which ends its threads.
 
     Attributes:
         waited: seconds that steps have waited for pixels so far.
@@ -73,7 +73,7 @@ class Ahead(Samples):
         self._pool = Pool(workers) if data.from_files else None
         self._futures: dict[tuple[int, int, int], Future[np.ndarray]] = {}
         self.waited = 0.0
-        self._asked = 0.0, time.monotonic()  # what was waited then, and when that was
+        self._asked = 0.0, time.monotonic()  # seconds waited at the last query, and its time
 
     def __len__(self) -> int:
         return len(self._data)
@@ -87,13 +87,13 @@ class Ahead(Samples):
             self._pool.__exit__()
 
     def share_waited(self) -> float:
-        """The share of the time, since this was asked last, that steps waited for pixels."""
+        """The share of time, since the last call, that steps waited for pixels."""
         (waited, since), now = self._asked, time.monotonic()
         self._asked = self.waited, now
         return min(1.0, (self.waited - waited) / max(now - since, 1e-9))
 
     def expect(self, chosen: np.ndarray, seed: int, epoch: int) -> None:
-        """Has samples read, if they are not being read yet: a coming step will draw them."""
+        """Starts reading samples that a coming step will draw, unless they are being read."""
         if self._pool is None:
             return
         for i in chosen.tolist():

@@ -1,12 +1,12 @@
-"""Random changes of a batch that do not change what it shows: crop, flip, cutout, erasing.
+"""Random changes of a batch that keep its labels: crop, flip, cutout, erasing.
 
-Mixup and CutMix do change it, and the targets with it. Photos can be changed before they become
-numbers, too: :mod:`pvt_ref.data.photo_augment`.
+Mixup and CutMix change the targets as well. :mod:`pvt_ref.data.photo_augment` has the changes of
+photos before normalisation.
 
 Every function takes and returns a batch (B, C, H, W) of NumPy or CuPy arrays. A training gives
-every sample a generator of its own (:class:`~pvt_ref.draws.SampleDraws`), so that what happens to a
-sample does not depend on its batch. All refuse what is no such batch (ShapeError), no array or no
-generator (ArrayTypeError), and a number out of its range (RangeError).
+every sample a generator of its own (:class:`~pvt_ref.draws.SampleDraws`), so a sample's changes do
+not depend on its batch. All raise ShapeError for a wrong shape, ArrayTypeError if an array or the
+generator is not one, and RangeError for a number out of its range.
 """
 
 from typing import TypeAlias
@@ -18,12 +18,12 @@ from pvt_ref.checks import batch_shape, check_interval, check_number, check_rng
 from pvt_ref.draws import Generator, SampleDraws
 from pvt_ref.errors import ArrayTypeError, ShapeError
 
-#: What the changes of a batch are drawn from.
+#: The source of a batch's random numbers.
 Source: TypeAlias = "Generator | SampleDraws"
 
 
 def random_crop(images: Array, padding: int, rng: Source) -> Array:
-    """Each image moved by up to padding pixels in both directions; what comes in is 0.
+    """Each image shifted by up to padding pixels along both axes; new pixels are 0.
 
     Args:
         images: (B, C, H, W) floats, normalised, so that 0 is the mean colour.
@@ -55,7 +55,7 @@ def random_flip(images: Array, rng: Source) -> Array:
 
     Args:
         images: (B, C, H, W), of any dtype.
-        rng: source of the choice, one draw an image.
+        rng: source of the choice, one draw per image.
 
     Returns:
         (B, C, H, W) of images' dtype, new memory.
@@ -98,16 +98,16 @@ def random_erasing(
     """A rectangle of some of the images set to 0 (Zhong et al. 2017, arXiv 1708.04896).
 
     Its share of the area is uniform, its height / width log-uniform among those that fit, and it
-    lies inside. (The paper draws both anew until they fit. Here every image takes five draws.)
+    lies inside. (The paper repeats both draws until they fit. Here every image takes five draws.)
 
     Args:
         images: (B, C, H, W) floats, normalised, so that 0 is the mean colour.
         probability: that an image is changed, from 0 to 1. 0 draws nothing.
         rng: source of the choice, the areas, the ratios and the places.
-        area: least and largest share of the image, above 0 and at most 1; kept but for rounding to
-            whole pixels, of which there is at least one.
-        ratio: least and largest height / width, from 0.01 to 100; exceeded where an image is so
-            oblong that no such rectangle fits.
+        area: least and largest share of the image, above 0 and at most 1; rounded to whole pixels,
+            at least one.
+        ratio: least and largest height / width, from 0.01 to 100; exceeded if the image is so
+            elongated that no such rectangle fits.
 
     Returns:
         (B, C, H, W) of images' dtype; images itself if probability is 0.
@@ -145,9 +145,9 @@ def _blanked(
 
 
 def mixup(images: Array, targets: Array, alpha: float, rng: Generator) -> tuple[Array, Array]:
-    """Each sample blended with another of the batch, and its target likewise.
+    """Each sample and its target blended with another of the batch.
 
-    Zhang et al. 2018 (arXiv 1710.09412), with one lambda ~ Beta(alpha, alpha) a batch::
+    Zhang et al. 2018 (arXiv 1710.09412), with one lambda ~ Beta(alpha, alpha) per batch::
 
         x = lambda x_b + (1 - lambda) x_partner(b)
         t = lambda t_b + (1 - lambda) t_partner(b)
@@ -155,7 +155,7 @@ def mixup(images: Array, targets: Array, alpha: float, rng: Generator) -> tuple[
     Args:
         images: (B, C, H, W) floats.
         targets: (B, K) floats, a distribution a row.
-        alpha: at least 0. 0 draws nothing and blends nothing; 1 takes every lambda alike.
+        alpha: at least 0. 0 draws nothing and blends nothing; 1 makes lambda uniform.
         rng: source of lambda and of the partners.
 
     Returns:
@@ -181,16 +181,16 @@ def mixup(images: Array, targets: Array, alpha: float, rng: Generator) -> tuple[
 def cutmix(images: Array, targets: Array, alpha: float, rng: Generator) -> tuple[Array, Array]:
     """A rectangle of each sample replaced by the same place of another, and its target blended.
 
-    Yun et al. 2019 (arXiv 1905.04899), with one lambda ~ Beta(alpha, alpha) and one rectangle a
-    batch. Its sides are sqrt(1 - lambda) of the image's and its centre lies anywhere; at the
-    border, a part is cut off. The targets are weighted by the pixels that are left of both::
+    Yun et al. 2019 (arXiv 1905.04899), with one lambda ~ Beta(alpha, alpha) and one rectangle per
+    batch. Its sides are sqrt(1 - lambda) of the image's and its centre is uniform; at the border,
+    it is clipped. The targets are weighted by the pixels that remain of each::
 
         t = kept t_b + (1 - kept) t_partner(b),    kept = 1 - pixels replaced / (H W)
 
     Args:
         images: (B, C, H, W) floats.
         targets: (B, K) floats, a distribution a row.
-        alpha: at least 0. 0 draws nothing and replaces nothing; 1 takes every lambda alike.
+        alpha: at least 0. 0 draws nothing and replaces nothing; 1 makes lambda uniform.
         rng: source of lambda, the partners, and the centre.
 
     Returns:
@@ -220,9 +220,9 @@ def one_hot(labels: np.ndarray, classes: int, like: Array) -> Array:
     """Labels as distributions.
 
     Args:
-        labels: (B,) integers in [0, K), on the host. What lies outside gets a row of zeros.
+        labels: (B,) integers in [0, K), on the host. Labels outside get a row of zeros.
         classes: K.
-        like: an array of any shape that says where to, and of which dtype.
+        like: an array of any shape with the wanted library, device and dtype.
 
     Returns:
         (B, K) of like's library, device and dtype: 1 at the label, else 0.
@@ -243,22 +243,22 @@ def one_hot(labels: np.ndarray, classes: int, like: Array) -> Array:
 
 
 def _shape(images: Array, rng: Source) -> tuple[int, int, int, int]:
-    """B, C, H, W, if these are images and that is a source of random numbers."""
+    """B, C, H, W, after checking images and the source of random numbers."""
     if not isinstance(rng, SampleDraws):
         check_rng(rng)
     array_module(images)  # refuses what is not an array
     B, C, H, W = batch_shape(images)
     if isinstance(rng, SampleDraws) and len(rng) != B:
-        raise ShapeError(f"there are {B} images and the generators of {len(rng)} samples")
+        raise ShapeError(f"there are {B} images but the generators of {len(rng)} samples")
     return B, C, H, W
 
 
 def _pairs_shape(images: Array, targets: Array, rng: Generator) -> tuple[int, int, int, int]:
-    """B, C, H, W, if these are images with their targets and that is one generator for all."""
-    check_rng(rng)  # pairs are of the batch
+    """B, C, H, W, after checking images, targets and the one generator for all."""
+    check_rng(rng)  # pairs are drawn from the batch
     B, C, H, W = _shape(images, rng)
     shape = tuple(getattr(targets, "shape", ()))
     if not shape or shape[0] != B:
-        hint = "pvt_ref.train.one_hot(labels, K, like=images) makes them of labels"
+        hint = "pvt_ref.train.one_hot(labels, K, like=images) makes them from labels"
         raise ShapeError(f"targets have shape {shape}; they must be ({B}, K) distributions. {hint}")
     return B, C, H, W

@@ -1,7 +1,7 @@
-"""Photos in folders named after what they show, read from disk when a step needs them.
+"""Photos in folders named after their classes, read from disk when a step needs them.
 
-The convention that most data sets and tools share: ``root/tench/a.jpg``, ``root/golf ball/b.jpg``.
-Nothing but names, labels and sizes of files is kept in memory.
+The convention of most data sets and tools: ``root/tench/a.jpg``, ``root/golf ball/b.jpg``. Only
+names, labels and sizes of files are kept in memory.
 """
 
 import copy
@@ -36,46 +36,45 @@ from pvt_ref.tree import digest
 #: Photos that are being read while :meth:`ImageFolder.check` waits for the next one.
 _AHEAD = 64
 
-#: What becomes of a photo: see :meth:`ImageFolder.replace`.
+#: The fields that say how a photo is processed: see :meth:`ImageFolder.replace`.
 _SETTINGS = ("size", "preprocessing", "augment")
 
 
 class Damaged(NamedTuple):
-    """A file that is named as a photo is and cannot be read, and why."""
+    """A file with a photo's suffix that cannot be read, and the reason."""
 
     file: str  # below the root, with slashes
     why: str
 
 
 class ImageFolder(Samples):
-    """A folder of labelled photos, of any sizes and of the formats that a prediction takes.
+    """A folder of labelled photos, of any size and in the formats that prediction takes.
 
-    Folders directly in path are the classes, in the order of their names' code points, and all
-    photos in a class's folder, however deep, are its samples, in the order of theirs. Hidden files
-    and folders are not looked at, nor names that end in none of
-    :data:`pvt_ref.data.picture_file.SUFFIXES`.
+    Folders directly in path are the classes, sorted by code point. All photos in a class's folder,
+    at any depth, are its samples, sorted likewise. Hidden files and folders are skipped, and so are
+    names that end in none of :data:`pvt_ref.data.picture_file.SUFFIXES`.
 
     Args:
         path: the folder.
-        size: of what a photo becomes: the side of a square, or (H, W), in pixels.
+        size: of the processed photo: the side of a square, or (H, W), in pixels.
         preprocessing: how pixels become numbers, for colours or grey.
-        augment: how photos are changed at random when a step of a training draws them. None resizes
-            and cuts them as for a prediction, always.
-        classes: names of folders in another order, or more of them (a split need not have photos
-            of every class). A folder that is not among them is refused.
+        augment: the random changes of photos in a training step. None always resizes and crops
+        them as for prediction.
+        classes: the class names in another order, or more of them (a split need not have photos
+        of every class). A folder that is not among them is refused.
 
     Attributes:
         root: the folder, an absolute path.
         files: names of the photos below it, with slashes.
-        labels: (N,) int64, the place of each photo's class in ``classes``.
+        labels: (N,) int64, the index of each photo's class in ``classes``.
         classes: names of the classes.
         sizes: (N,) int64, bytes of the files.
 
     Raises:
         MissingFileError: if there is no such folder.
-        TrainingError: if there is no class or no photo in it, or a folder that is no class.
-        ConfigError: if preprocessing is for bands, which no file has, or classes come twice.
-        ShapeError, ArrayTypeError: if size or another argument is none.
+        TrainingError: if there is no class or no photo in it, or a folder that is not a class.
+        ConfigError: if preprocessing is for bands, which no file has, or a class comes twice.
+        ShapeError, ArrayTypeError: if size or another argument is not as above.
     """
 
     from_files = True
@@ -110,7 +109,7 @@ class ImageFolder(Samples):
         if len(place) < len(self.classes):
             raise ConfigError(f"classes are {shown(self.classes)}; a name comes twice")
         if strange := [name for name in found if name not in place]:
-            what = f"{self._shown()} has the folder {shown(strange[0])}, which is no class"
+            what = f"{self._shown()} has the folder {shown(strange[0])}, which is not a class"
             raise TrainingError(f"{what}. Classes are {shown(self.classes, 200)}")
         if not photos:
             raise TrainingError(self._why_empty(found))
@@ -127,7 +126,7 @@ class ImageFolder(Samples):
         return shown(str(self.root), 200)
 
     def _why_empty(self, classes: list[str]) -> str:
-        expected = "Needed are folders named after the classes, with photos in them: cat/1.jpg"
+        expected = "It must have folders named after the classes, with photos in them: cat/1.jpg"
         if not classes:
             there = any(name.lower().endswith(SUFFIXES) for name in os.listdir(self.root))
             photos = ", but photos: which class are they?" if there else ""
@@ -139,7 +138,7 @@ class ImageFolder(Samples):
         """Some of the photos; the classes stay.
 
         Args:
-            chosen: (n,) whole numbers, in whatever order.
+            chosen: (n,) whole numbers, in any order.
 
         Returns:
             A folder of these photos in that order.
@@ -155,27 +154,27 @@ class ImageFolder(Samples):
         return new
 
     def replace(self, **changes: Any) -> "ImageFolder":
-        """The same photos, of which something else becomes.
+        """The same photos with other processing.
 
         Args:
-            changes: size, preprocessing, augment: those that change.
+            changes: the new size, preprocessing or augment.
 
         Returns:
             A folder of the same photos.
 
         Raises:
-            PVTError: as making one.
+            PVTError: as the constructor.
         """
         new = copy.copy(self)
         new._settle(**({name: getattr(self, name) for name in _SETTINGS} | changes))
         return new
 
     def _settle(self, size: Any, preprocessing: Any, augment: Any) -> None:
-        """What becomes of a photo, checked."""
+        """Checks and sets how photos are processed."""
         self._size = as_size(size, "the side of a square", least=1)
         check_type("preprocessing", preprocessing, Preprocessing)
         if preprocessing.mode == "bands":
-            what = "preprocessing has mode 'bands', and photos in files have colours or grey"
+            what = "preprocessing has mode 'bands', but photos in files are in colour or grey"
             raise ConfigError(f"{what}. LabelledImages takes arrays of bands")
         if augment is not None:
             check_type("augment", augment, PhotoAugment, "or None")
@@ -183,11 +182,11 @@ class ImageFolder(Samples):
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W) of what a photo becomes."""
+        """(H, W) of the processed photos."""
         return self._size
 
     def path(self, i: int) -> Path:
-        """Where a photo lies.
+        """The path of a photo.
 
         Args:
             i: its number.
@@ -198,7 +197,7 @@ class ImageFolder(Samples):
         return self.root / self.files[i]
 
     def pixels(self, chosen: np.ndarray | slice) -> np.ndarray:
-        """Photos as for a prediction.
+        """Photos processed as for prediction.
 
         Args:
             chosen: (B,) whole numbers, or a slice.
@@ -213,12 +212,12 @@ class ImageFolder(Samples):
         return self._channels_first(self.preprocessing.pixels(paths, self.size))
 
     def drawn_pixels(self, chosen: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Photos changed at random, as ``augment`` says.
+        """Photos with the random changes of ``augment``.
 
         Args:
             chosen: (B,) whole numbers.
             seed: of the training.
-            epoch: from 0. A photo's changes depend on seed, epoch and its number only.
+            epoch: from 0. A photo's changes depend only on seed, epoch and its number.
 
         Returns:
             (B, C, H, W) uint8.
@@ -243,9 +242,9 @@ class ImageFolder(Samples):
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))  # (B, C, H, W)
 
     def describe(self) -> dict[str, Any]:
-        """How many, and the SHA-256 of names, sizes of the files, labels and what becomes of them.
+        """The number of photos, and the SHA-256 of names, file sizes, labels and processing.
 
-        Not of their content: to read all of a large folder takes long.
+        It does not cover their content: reading all of a large folder would take long.
         """
         names = np.frombuffer("\0".join(self.files).encode("utf-8", "surrogateescape"), np.uint8)
         arrays = {"names": names, "sizes": self.sizes, "labels": self.labels}
@@ -257,10 +256,10 @@ class ImageFolder(Samples):
         """Reads every photo.
 
         Args:
-            workers: threads that decode; None takes as many as the kernels have.
+            workers: threads that decode; None takes the kernels' number.
 
         Returns:
-            An iterator: for each photo, in order, None, or what is wrong with it.
+            An iterator: for each photo, in order, None or what is wrong with it.
         """
 
         def fault(i: int) -> Damaged | None:
@@ -274,7 +273,7 @@ class ImageFolder(Samples):
 
 
 def _folders(root: Path) -> list[str]:
-    """Names of the folders in root that are not hidden, by code point."""
+    """Names of the folders in root that are not hidden, sorted by code point."""
     with os.scandir(root) as entries:
         return sorted(e.name for e in entries if e.name[0] != "." and e.is_dir())
 
@@ -282,7 +281,7 @@ def _folders(root: Path) -> list[str]:
 def _photos(root: Path, name: str) -> Iterator[tuple[str, int]]:
     """Photos in a class's folder, by their names below root: the name, and the file's bytes."""
     found = []
-    seen = set[tuple[int, int]]()  # folders, so that a link to one above ends
+    seen = set[tuple[int, int]]()  # visited folders, so that a link to a parent ends
     waiting = [name]
     while waiting:
         folder = waiting.pop()
@@ -299,7 +298,7 @@ def _photos(root: Path, name: str) -> Iterator[tuple[str, int]]:
                     waiting.append(below)
                 elif entry.name.lower().endswith(SUFFIXES):
                     size = 0
-                    with suppress(FileNotFoundError):  # a link to nothing, which check finds
+                    with suppress(FileNotFoundError):  # a broken link, which check finds
                         size = entry.stat().st_size
                     found.append((below, size))
     yield from sorted(found)

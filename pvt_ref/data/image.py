@@ -1,4 +1,4 @@
-"""Pictures as Pillow holds them: read and turned upright, in plain RGB, resized and cut.
+"""Pictures in Pillow: read, turned upright, converted to plain RGB, resized and cropped.
 
 The geometry is that of the authors' released evaluation (whai362/PVT, ``build_transform``).
 """
@@ -15,21 +15,21 @@ from pvt_ref.checks import Size, as_size
 from pvt_ref.data.picture_file import as_image_error, decode, open_picture, orientation, pixel_limit
 from pvt_ref.errors import ArrayTypeError, ImageError, ShapeError, shown
 
-#: Pixels that a picture may have between resizing and cropping: very long ones grow enormous.
+#: Limit of pixels between resizing and cropping: very long pictures would become enormous.
 MAX_RESIZED_PIXELS = 2**27
 
-#: Pixels that are converted at once where a conversion needs more memory than its result.
+#: Pixels to convert at once if a conversion needs more memory than its result.
 _BAND_PIXELS = 2**20
 
 Source = str | os.PathLike[str] | BinaryIO | Image.Image
 
 
 def read_rgb(source: Source) -> Image.Image:
-    """A picture upright and in plain RGB, whatever it was stored as, without metadata.
+    """A picture upright and in plain RGB, in whatever form it was stored, without metadata.
 
     The orientation in the EXIF data is applied, transparency is laid on white, palettes, CMYK,
     YCbCr, LAB and HSV are converted, 16-bit grey is scaled to 8 bits and rounded. Float grey (mode
-    F) counts from 0 to 255, as everywhere in Pillow. Colour profiles are not applied. The authors'
+    F) is from 0 to 255, as everywhere in Pillow. Colour profiles are not applied. The authors'
     ``image.convert("RGB")`` gives the same for an upright opaque 8-bit picture.
 
     Args:
@@ -47,11 +47,11 @@ def read_rgb(source: Source) -> Image.Image:
         image = source if isinstance(source, Image.Image) else open_picture(source, what)
         if 0 in image.size:
             raise ImageError(f"{what} has no pixels: its size is {image.width}x{image.height}")
-        decode(image, what)  # some formats tell transparency and orientation only now
+        decode(image, what)  # some formats give transparency and orientation only after this
         turned = orientation(image)
         rgb = _to_rgb(image, what)
-        del image  # with its decoder's memory: turning needs as much again
-        rgb.info = {}  # or the next reader would turn it once more
+        del image  # frees its decoder's memory: turning needs as much again
+        rgb.info = {}  # else the next reader would turn it once more
         if turned in range(2, 9):
             rgb.getexif()[ExifTags.Base.Orientation] = turned  # of all its Exif, this alone
             ImageOps.exif_transpose(rgb, in_place=True)
@@ -80,7 +80,7 @@ def _to_rgb(image: Image.Image, what: str) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         return _deep_grey_to_rgb(image, what)
     if image.has_transparency_data:
-        if image.mode == "La":  # Pillow has no direct way
+        if image.mode == "La":  # Pillow has no direct conversion
             image = image.convert("LA")
         return _in_bands(image, _on_white)
     return image.convert("RGB")
@@ -92,14 +92,14 @@ def _on_white(band: Image.Image) -> Image.Image:
 
 
 def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """Some rows after the other: the first row's number, and the rows."""
+    """The picture in bands of rows: the first row's number, and the rows."""
     rows = max(1, _BAND_PIXELS // image.width)
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def _in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """RGB made band by band: beside picture and result, only a band needs memory."""
+    """RGB made band by band: besides picture and result, only a band takes memory."""
     result = Image.new("RGB", image.size)
     for top, band in _bands(image):
         result.paste(convert(band), (0, top))
@@ -113,12 +113,12 @@ def _deep_grey_to_rgb(image: Image.Image, what: str) -> Image.Image:
         white, mistaken, kind = 255, 1, "float grey (mode F)"
     extremes = [(x.min(), x.max()) for x in (_levels(band) for _, band in _bands(image))]
     lowest, highest = np.min(extremes), np.max(extremes)
-    if not (lowest >= 0 and highest <= white):  # so written, NaN is refused too
-        needed = f"{kind} must lie in 0 to {white}. Scale the levels, or clip them, before"
+    if not (lowest >= 0 and highest <= white):  # written so that NaN is refused too
+        needed = f"{kind} must be from 0 to {white}. Scale or clip the levels first"
         raise ImageError(f"{what} has levels from {lowest:g} to {highest:g}; {needed}")
     if image.mode in ("F", "I") and 0 < highest <= mistaken:
         raise ImageError(
-            f"{what} has no level above {highest:g}; {kind} counts to {white}: it would be black. "
+            f"{what} has no level above {highest:g}; {kind} goes to {white}: it would be black. "
             f"Is it on a scale of 0 to {mistaken}? Multiply the levels by {white // mistaken}"
         )
     transparent = image.info.get("transparency")
@@ -126,7 +126,7 @@ def _deep_grey_to_rgb(image: Image.Image, what: str) -> Image.Image:
     def convert(band: Image.Image) -> Image.Image:
         levels = _levels(band)
         grey = np.rint(levels * (255 / white)).astype(np.uint8)
-        if isinstance(transparent, int):  # the one level that a PNG declares see-through
+        if isinstance(transparent, int):  # the one level that a PNG declares transparent
             grey[levels == transparent] = 255
         return Image.fromarray(grey).convert("RGB")
 
@@ -139,15 +139,15 @@ def _levels(band: Image.Image) -> np.ndarray:
 
 
 def resize_and_crop(image: Image.Image, size: Size = 224) -> Image.Image:
-    """The geometry of the released evaluation: resize with a margin, then cut out the centre.
+    """The geometry of the released evaluation: resize with a margin, then crop the centre.
 
-    Square S: the short side becomes ``int(S * 256 / 224)`` and the long side follows in proportion,
-    truncated; bicubic, with Pillow's antialiasing. The S x S centre is cut out at offsets
-    ``round(difference / 2)``, halves to even. From S = 32 down there is no margin: the short side
+    For a square S, the short side becomes ``int(S * 256 / 224)`` and the long side scales with it,
+    truncated; bicubic, with Pillow's antialiasing. The S x S centre is cropped at offsets
+    ``round(difference / 2)``, halves to even. For S up to 32 there is no margin: the short side
     becomes S.
 
-    (H, W): the same with two targets; the picture is scaled until it covers both, so one side is
-    exact and the other at least its target. No margin if neither side is above 32.
+    For (H, W) there are two targets: the picture is scaled until it covers both, so one side is
+    exact and the other at least its target. There is no margin if neither side is above 32.
 
     Raises:
         ImageError: if the image is not RGB, has no pixels, or would be enormous before the crop.
@@ -157,12 +157,12 @@ def resize_and_crop(image: Image.Image, size: Size = 224) -> Image.Image:
     H, W = as_size(size, "the side of a square", least=1)
     what = check_rgb(image)
     with as_image_error(what):
-        decode(image, what)  # a PIL image may read its file only now
+        decode(image, what)  # a PIL image may not have read its file yet
         return _resized_and_cropped(image, H, W, what)
 
 
 def check_rgb(image: object) -> str:
-    """The words for a PIL image that is RGB and has pixels. Raises: ArrayTypeError, ImageError."""
+    """Checks for an RGB PIL image with pixels; returns its name for messages. Raises: PVTError."""
     if not isinstance(image, Image.Image):
         needed = "a PIL image, from pvt_ref.data.image.read_rgb or PIL.Image.fromarray"
         raise ArrayTypeError(f"image is a {type(image).__name__}; it must be {needed}")
@@ -175,7 +175,7 @@ def check_rgb(image: object) -> str:
 
 
 def resize_and_crop_bands(pixels: np.ndarray, size: Size = 224) -> np.ndarray:
-    """The same geometry for (H, W, C) uint8, each channel on its own; refused as there."""
+    """:func:`resize_and_crop` for (H, W, C) uint8, channel by channel, with the same errors."""
     H, W = as_size(size, "the side of a square", least=1)
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
         kind = getattr(pixels, "dtype", type(pixels).__name__)
@@ -190,7 +190,7 @@ def resize_and_crop_bands(pixels: np.ndarray, size: Size = 224) -> np.ndarray:
 
 
 def check_pixels(H: int, W: int) -> None:
-    """Refuses to make a picture larger than any that would be read. Raises: ImageError."""
+    """Refuses a size above the limit for reading pictures. Raises: ImageError."""
     allowed = pixel_limit()
     if allowed < H * W:
         limits = f"up to {allowed} are allowed. Ask for a smaller size"
@@ -200,7 +200,7 @@ def check_pixels(H: int, W: int) -> None:
 def _resized_and_cropped(image: Image.Image, H: int, W: int, what: str) -> Image.Image:
     margin = (1, 1) if max(H, W) <= 32 else (256, 224)
     tall, wide = (side * margin[0] // margin[1] for side in (H, W))
-    # the least size of the same proportions, to truncation, that covers tall x wide
+    # the smallest size of the same proportions, up to truncation, that covers tall x wide
     height, width = tall, tall * image.width // image.height
     if tall * image.width < wide * image.height:  # wide / width is the larger scale, so it decides
         height, width = wide * image.height // image.width, wide

@@ -20,7 +20,7 @@ def imagenet_classes() -> tuple[str, ...]:
 
 
 def released_info(config: Any) -> ModelInfo:
-    """What is known of foreign weights: with 1,000 classes they are taken to be ImageNet's."""
+    """The info for foreign weights: 1,000 classes are taken to be ImageNet's."""
     if config.num_classes != len(imagenet_classes()):
         return ModelInfo()
     return ModelInfo(title="ImageNet-1k, 1,000 classes", classes=imagenet_classes())

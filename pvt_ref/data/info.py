@@ -1,6 +1,6 @@
-"""What a model's file says beside its weights: class names, preprocessing, and where it was learnt.
+"""What a model's file says besides its weights: class names, preprocessing, training.
 
-Weights alone answer with an index, and only if the pixels were prepared as in their training.
+Weights alone answer with an index, and only if the pixels are preprocessed as in their training.
 """
 
 import json
@@ -15,18 +15,18 @@ from pvt_ref.errors import ConfigError, shown
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """What is known of a model beside its weights and configuration. Fit for JSON.
+    """What is known of a model besides its weights and configuration. Fit for JSON.
 
     Attributes:
-        title: in a sentence, what it was made for.
-        classes: the names of the outputs, in order. Empty if they are not known.
-        preprocessing: what its training did to pixels.
-        training: how it came about: command, seed, data set, accuracy. Numbers, texts, lists.
-        colours: of the classes in pictures of a segmentation, (red, green, blue) from 0 to 255
-            each, as many as classes. Empty if there are none of their own.
+        title: a sentence on its purpose.
+        classes: the names of the outputs, in order. Empty if unknown.
+        preprocessing: how its training prepared pixels.
+        training: how it was trained: command, seed, data set, accuracy. Numbers, texts, lists.
+        colours: of the classes in segmentation pictures, (red, green, blue) from 0 to 255 each, as
+        many as classes. Empty for the default colours.
 
     Raises:
-        ConfigError: if a field is of another type.
+        ConfigError: if a field has the wrong type.
     """
 
     title: str = ""
@@ -54,15 +54,15 @@ class ModelInfo:
         return f"{start}, preprocessing={self.preprocessing!r}, training={training})"
 
     def to_dict(self) -> dict[str, Any]:
-        """A copy of plain values by field name, fit for JSON; :meth:`from_dict` reads them."""
+        """A copy as plain values by field name, fit for JSON; :meth:`from_dict` reads it."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        if not self.colours:  # of which files of before segmentation say nothing
+        if not self.colours:  # files from before segmentation do not have this field
             del values["colours"]
         return _as_json({**values, "preprocessing": asdict(self.preprocessing)})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelInfo":
-        """The record of which :meth:`to_dict` made values.
+        """The record from the result of :meth:`to_dict`.
 
         Args:
             values: by field name.
@@ -71,7 +71,7 @@ class ModelInfo:
             An equal record.
 
         Raises:
-            ConfigError: if a field is of another type, missing, or not known to this version.
+            ConfigError: if a field has the wrong type, is missing, or is unknown to this version.
         """
         known = _checked_fields(values, cls, "an info")
         if "preprocessing" not in known:
@@ -81,7 +81,7 @@ class ModelInfo:
 
 
 def _colours(values: Any, count: int) -> tuple[tuple[int, int, int], ...]:
-    """Colours of so many classes, or none. Raises: ConfigError."""
+    """Colours of count classes, or none. Raises: ConfigError."""
     several = isinstance(values, list | tuple) and len(values) in (0, count)
     if not several or not all(isinstance(c, list | tuple) and len(c) == 3 for c in values):
         needed = f"as many as there are classes ({count}), each (red, green, blue)"
@@ -105,15 +105,15 @@ def _checked_fields(values: Any, record: type, what: str) -> dict[str, Any]:
 
 
 def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy as a file would give it back; refused now rather than when it is saved."""
+    """A copy as read back from a file; a bad value is refused now rather than when it is saved."""
     try:
         return json.loads(json.dumps(dict(values), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"training holds what JSON does not ({shown(str(error), 200)}); it must hold texts, "
-            f"finite numbers, truth values, lists, mappings. float(x) makes NumPy's numbers plain"
+            f"training holds what JSON cannot ({shown(str(error), 200)}); it must hold texts, "
+            f"finite numbers, booleans, lists, mappings. float(x) converts NumPy's numbers"
         ) from error
 
 
-#: Of weights of which nothing is known: ImageNet's preprocessing, and no class names.
+#: For weights of which nothing is known: ImageNet's preprocessing, and no class names.
 UNKNOWN = ModelInfo()

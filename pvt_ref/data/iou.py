@@ -1,8 +1,8 @@
-"""How well a segmentation agrees with the truth: mean intersection over union, pixel accuracy.
+"""Scores of a segmentation: mean intersection over union, pixel accuracy.
 
-Everything follows from the confusion matrix, which is added up picture by picture; averaging the
-scores of pictures would be another number. As mmsegmentation: pixels whose label is to be ignored
-are left out beforehand, also where their class is predicted.
+All follow from the confusion matrix, accumulated over the pictures; averaging the scores of
+single pictures would give another number. As in mmsegmentation, pixels with an ignored label are
+left out first, whatever was predicted there.
 """
 
 import math
@@ -12,27 +12,27 @@ import numpy as np
 from pvt_ref.checks import check_number
 from pvt_ref.errors import ArrayTypeError, RangeError, ShapeError
 
-#: The label of pixels that count nowhere.
+#: The label of ignored pixels.
 IGNORED = 255
 
 
 def count_pixels(
     answers: np.ndarray, labels: np.ndarray, num_classes: int, ignored: int = IGNORED
 ) -> np.ndarray:
-    """How many pixels of each class were taken for which.
+    """The confusion matrix of predicted and true classes, in pixels.
 
     Args:
-        answers: (...) integers in [0, K), classes that were predicted.
+        answers: (...) integers in [0, K), the predicted classes.
         labels: true classes, of the same shape.
         num_classes: K.
         ignored: the label of pixels that do not count.
 
     Returns:
-        (K, K) int64: row the true class, column the answer. Add those of all pictures.
+        (K, K) int64: rows are true classes, columns predictions. Add those of all pictures.
 
     Raises:
         ArrayTypeError, ShapeError: if the two are not NumPy arrays of integers of one shape.
-        RangeError: if a class is outside of [0, K).
+        RangeError: if a class is outside [0, K).
     """
     num_classes = check_number("num_classes", num_classes, least=1, most=2**12, whole=True)
     ignored = check_number("ignored", ignored, least=-(2**31), most=2**31, whole=True)
@@ -47,14 +47,14 @@ def count_pixels(
     true, answer = labels[counted].astype(np.int64), answers[counted].astype(np.int64)
     for name, x in (("labels", true), ("answers", answer)):
         if x.size and not 0 <= x.min() <= x.max() < num_classes:
-            what = f"{name} run from {x.min()} to {x.max()}, and classes are 0 to {num_classes - 1}"
+            what = f"{name} run from {x.min()} to {x.max()}, but classes are 0 to {num_classes - 1}"
             raise RangeError(f"{what}. Labels of pixels that do not count must be {ignored}")
     cells = np.bincount(true * num_classes + answer, minlength=num_classes**2)
     return cells.reshape(num_classes, num_classes)  # (K, K)
 
 
 def class_iou(counts: np.ndarray) -> np.ndarray:
-    """Intersection over union of each class, (K,) float64; NaN for one that is nowhere.
+    """Intersection over union of each class, (K,) float64; NaN for a class that never occurs.
 
     Args:
         counts: (K, K) of :func:`count_pixels`.
@@ -63,7 +63,7 @@ def class_iou(counts: np.ndarray) -> np.ndarray:
         n_kk / (sum of row k + sum of column k - n_kk).
 
     Raises:
-        ArrayTypeError, ShapeError: if counts are no such matrix.
+        ArrayTypeError, ShapeError: if counts are not such a matrix.
     """
     _check_counts(counts)
     hits = counts.diagonal().astype(np.float64)
@@ -72,8 +72,8 @@ def class_iou(counts: np.ndarray) -> np.ndarray:
 
 
 def mean_iou(counts: np.ndarray) -> float:
-    """The mean over the classes that are somewhere, of :func:`class_iou`; NaN if there is none.
-    Raises: ArrayTypeError, ShapeError as there.
+    """The mean of :func:`class_iou` over the classes that occur; NaN if there is none.
+    Raises: ArrayTypeError, ShapeError as that function.
 
     Args:
         counts: (K, K) of :func:`count_pixels`.
@@ -87,7 +87,7 @@ def mean_iou(counts: np.ndarray) -> float:
 
 
 def pixel_accuracy(counts: np.ndarray) -> float:
-    """The share of pixels that are right among all that count; NaN if none does.
+    """The share of correct pixels among those that count; NaN if none does.
     Raises: ArrayTypeError, ShapeError as :func:`class_iou`.
 
     Args:
@@ -102,7 +102,7 @@ def pixel_accuracy(counts: np.ndarray) -> float:
 
 
 def _check_counts(counts: np.ndarray) -> None:
-    """Refuses what is no confusion matrix. Raises: ArrayTypeError or ShapeError."""
+    """Refuses anything but a confusion matrix. Raises: ArrayTypeError or ShapeError."""
     if not isinstance(counts, np.ndarray) or counts.dtype.kind not in "iu":
         kind = getattr(counts, "dtype", type(counts).__name__)
         raise ArrayTypeError(f"counts are {kind}; they must be integers (K, K), of count_pixels")

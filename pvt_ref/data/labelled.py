@@ -1,4 +1,4 @@
-"""Labelled images as a training wants them, and how often the model is right about them."""
+"""Labelled images in memory for training, and the evaluation of a model on them."""
 
 import math
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ _PIXELS_AT_ONCE = 2**20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LabelledImages(Samples):
-    """Raw pixels and what they show, in memory.
+    """Raw pixels and their labels, in memory.
 
     Attributes:
         images: (N, C, H, W) uint8, at least one.
@@ -52,7 +52,7 @@ class LabelledImages(Samples):
         check_type("preprocessing", self.preprocessing, Preprocessing, error=TrainingError)
         C = self.preprocessing.channels
         if images.shape[1] != C:
-            last = ". They look channels-last: images.transpose(0, 3, 1, 2) turns them"
+            last = ". They look channels-last: images.transpose(0, 3, 1, 2) moves the channels"
             raise TrainingError(
                 f"images have shape {images.shape}; mode {self.preprocessing.mode!r} has {C} "
                 f"channels, so they must be (N, {C}, H, W)" + last * (images.shape[3] == C)
@@ -68,7 +68,7 @@ class LabelledImages(Samples):
         return self.images.shape[2], self.images.shape[3]
 
     def pixels(self, chosen: np.ndarray | slice) -> np.ndarray:
-        """The images at some places.
+        """The images with some indices.
 
         Args:
             chosen: (B,) integers, or a slice.
@@ -79,12 +79,12 @@ class LabelledImages(Samples):
         return self.images[chosen]
 
     def drawn_pixels(self, chosen: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """The same: a recipe changes them as numbers.
+        """As :meth:`pixels`: a recipe augments these images after normalisation.
 
         Args:
             chosen: (B,) integers.
-            seed: not asked.
-            epoch: not asked.
+            seed: not used.
+            epoch: not used.
 
         Returns:
             (B, C, H, W) uint8.
@@ -92,7 +92,7 @@ class LabelledImages(Samples):
         return self.images[chosen]
 
     def describe(self) -> dict[str, Any]:
-        """How many, and the SHA-256 of pixels, labels and preprocessing."""
+        """The number of images, and the SHA-256 of pixels, labels and preprocessing."""
         samples = {"images": self.images, "labels": self.labels.astype(np.int64)}
         return {"samples": len(self), "sha256": digest(samples, asdict(self.preprocessing))}
 
@@ -105,17 +105,17 @@ def evaluate(
     ranks: Any = None,
     ops: Ops | None = None,
 ) -> tuple[float, float]:
-    """Mean cross-entropy and share of right answers over all of data, without augmentation.
+    """Mean cross-entropy and accuracy over all of data, without augmentation.
 
-    Only the images of one batch are made floats, so memory does not grow with data.
+    Only one batch at a time is converted to floats, so memory does not grow with data.
 
     Args:
         params: the weights, arrays of NumPy or CuPy.
         config: their configuration.
-        data: what to look at.
+        data: the samples.
         batch_size: samples at once. None takes as many as have 1,048,576 pixels, at most 256.
         ranks: :class:`~pvt_ref.train.data_parallel.Ranks` that share the batches; the result is the
-            same for any number of them. None: this process does all.
+        same for any number of them. With None this process does all.
         ops: a table of operations; None takes the default.
 
     Returns:
@@ -133,21 +133,21 @@ def evaluate(
     if ranks is not None:
         found = [of_batch for of_rank in ranks.gather(found) for of_batch in of_rank]
     loss, hits = 0.0, 0
-    for of_loss, of_hits in found:  # in order, so that they are rounded alike
+    for of_loss, of_hits in found:  # in order, so that rounding is the same for any ranks
         loss, hits = loss + of_loss, hits + of_hits
     return loss / len(data), hits / len(data)
 
 
 def confusion_matrix(params: Any, config: Any, data: Samples) -> np.ndarray:
-    """How often a class was taken for which.
+    """Counts of each pair of true and predicted class.
 
     Args:
         params: the weights, arrays of NumPy or CuPy.
         config: their configuration, of K classes.
-        data: what to look at.
+        data: the samples.
 
     Returns:
-        (K, K) int64: row the true class, column the answer.
+        (K, K) int64: rows are true classes, columns predictions.
 
     Raises:
         PVTError: as :func:`evaluate`.
@@ -163,13 +163,13 @@ def confusion_matrix(params: Any, config: Any, data: Samples) -> np.ndarray:
 def batches(
     data: Samples, batch_size: int | None, like: Array, ranks: Any = None
 ) -> Iterator[tuple[np.ndarray, Array]]:
-    """Labels and normalised images, batch by batch, of all samples in their order.
+    """Labels and normalised images of all samples in order, batch by batch.
 
     Args:
-        data: the samples. Those that are read from files are read ahead, a batch at most.
+        data: the samples. Files are read ahead by at most one batch.
         batch_size: samples at once. None takes as many as have 1,048,576 pixels, at most 256.
-        like: an array that says where to, and of which dtype.
-        ranks: None for all; else those that the rank takes.
+        like: an array of the wanted library, device and dtype.
+        ranks: None for all batches; else only those of this rank.
     """
     if batch_size is None:
         batch_size = max(1, min(256, _PIXELS_AT_ONCE // math.prod(data.size)))

@@ -1,4 +1,4 @@
-"""Class maps as pictures: laid over the photo with a legend, and as a picture with a palette."""
+"""Class maps as pictures: an overlay on the photo with a legend, and a picture with a palette."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ _LEGEND_WIDTH = 150  # pixels, beside a photo whose short side is 320 or less
 
 
 def class_colours(count: int) -> tuple[RGB, ...]:
-    """A colour for each class where none is given, all different: bits of the number, as VOC has.
+    """Default colours for classes, all different, from the bits of the number as in VOC.
 
     Args:
         count: K, at most 256.
@@ -34,7 +34,7 @@ def class_colours(count: int) -> tuple[RGB, ...]:
 
 
 def indexed(class_map: np.ndarray, colours: Sequence[RGB]) -> Image.Image:
-    """A picture with a palette, whose numbers are the classes: as PNG it loses nothing.
+    """A picture with a palette whose indices are the classes; PNG stores it without loss.
 
     Args:
         class_map: (H, W) integers in [0, K), or 255 where there is no answer.
@@ -58,7 +58,7 @@ def overlay(
     colours: Sequence[RGB],
     opacity: float = 0.55,
 ) -> Image.Image:
-    """The photo, tinted by class, and beside it a legend of the classes that cover most of it.
+    """The photo tinted by class, with a legend of its largest classes beside it.
 
     Args:
         photo: in mode RGB.

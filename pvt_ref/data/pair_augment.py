@@ -1,7 +1,7 @@
-"""Random changes of a photo together with the map of its labels, for segmentation.
+"""Random changes of a photo together with its label map, for segmentation.
 
-They are those of the released training (mmsegmentation's configuration for ADE20K): another scale,
-a crop that no class fills, mirroring, and distorted colours. Labels are never interpolated.
+They are those of the released training (mmsegmentation's configuration for ADE20K): scaling, a
+crop that no class fills, mirroring, and colour distortion. Labels are never interpolated.
 """
 
 import math
@@ -17,20 +17,20 @@ from pvt_ref.data.preprocessing import IMAGENET_MEAN
 from pvt_ref.draws import Generator
 from pvt_ref.errors import RangeError, shown
 
-#: How often a crop is drawn at most until no class fills it.
+#: How many crops are drawn at most until one is not filled by a class.
 _TRIES = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairAugment:
-    """How a photo and its labels are changed at random before they become numbers.
+    """Random changes of a photo and its labels before normalisation.
 
-    Drawn are, in this order: the scale; the crop, until it fits; whether it is mirrored; and the
-    distortions. Raises: RangeError if a number is outside its range.
+    The order of draws is: the scale; the crop, until it fits; the mirroring; and the distortions.
+    Raises: RangeError if a number is outside its range.
     """
 
     scale: tuple[float, float] = (0.5, 2.0)  # least and largest factor of the whole picture's size
-    most_of_a_class: float = 0.75  # share of the crop's labelled pixels; above it, it is drawn anew
+    most_of_a_class: float = 0.75  # share of the crop's labelled pixels; above it, draw again
     flip: bool = True  # whether half of all crops are mirrored
     #: Whether colours are distorted: each with probability 1/2, brightness by up to 32 of 255
     #: levels; contrast times 0.5 to 1.5, here or at the end; saturation times 0.5 to 1.5; hue by
@@ -66,10 +66,10 @@ class PairAugment:
             labels: in mode L, classes and 255 for pixels that do not count; of any size.
             whole: (H, W) that both are stretched to, times the scale.
             crop: (h, w) of the result.
-            rng: all that is random comes from it.
+            rng: the source of all random numbers.
 
         Returns:
-            (h, w, 3) uint8 and (h, w) uint8. What lies beyond the picture is fill, and 255.
+            (h, w, 3) uint8 and (h, w) uint8; outside the picture they are fill and 255.
         """
         factor = rng.uniform(*self.scale)
         H, W = (max(1, round(side * factor)) for side in whole)
@@ -81,7 +81,7 @@ class PairAugment:
         top, left = box
         h, w = min(crop[0], H - top), min(crop[1], W - left)
         target[:h, :w] = np.asarray(labels)[top : top + h, left : left + w]
-        # only the crop is resized: of a large picture most is not needed
+        # only the crop is resized: most of a large picture is not needed
         part = (left * image.width / W, top * image.height / H)
         part += ((left + w) * image.width / W, (top + h) * image.height / H)
         cut = image.resize((w, h), Image.Resampling.BILINEAR, box=part, reducing_gap=3.0)
@@ -93,7 +93,7 @@ class PairAugment:
         return pixels, target
 
     def _crop(self, labels: np.ndarray, crop: tuple[int, int], rng: Generator) -> tuple[int, int]:
-        """Top and left of a part of labels (H, W) that no class fills, if one is drawn in time."""
+        """Top and left of a crop of labels (H, W) that no class fills, if one is found in time."""
         room = [max(0, side - part) for side, part in zip(labels.shape, crop, strict=True)]
         top = left = 0
         for _ in range(_TRIES):
@@ -136,7 +136,7 @@ def distort_colours(pixels: np.ndarray, rng: Generator) -> np.ndarray:
     turn = int(rng.integers(-18, 18)) if rng.random() < 0.5 else 0  # of 180
     if saturation != 1.0 or turn:
         hue, grey, value = Image.fromarray(x.astype(np.uint8)).convert("HSV").split()
-        shift = round(255 * turn / 180) % 255  # in Pillow red is 0, and would be 255 again
+        shift = round(255 * turn / 180) % 255  # in Pillow red is both 0 and 255
         hue = hue.point([(h + shift) % 255 for h in range(256)])
         grey = grey.point([min(255, math.floor(s * saturation)) for s in range(256)])
         x = np.asarray(Image.merge("HSV", (hue, grey, value)).convert("RGB"), np.float32)
@@ -146,5 +146,5 @@ def distort_colours(pixels: np.ndarray, rng: Generator) -> np.ndarray:
 
 
 def _whole(x: np.ndarray) -> np.ndarray:
-    """Levels cut off at 0 and 255 and made whole, as eight bits would hold them."""
+    """Levels clipped to 0 and 255 and truncated, as 8-bit values."""
     return np.trunc(np.clip(x, 0, 255))

@@ -1,7 +1,7 @@
-"""Photos and, beside each, a picture whose pixels are classes: what segmentation is learnt from.
+"""Photos with label maps, pictures whose pixels are classes: the data for segmentation.
 
 The convention of ADE20K, Cityscapes and CamVid: a folder of photos, a folder of label maps, and
-files of one name in both, ``images/a.jpg`` and ``labels/a.png``.
+the same file names in both, ``images/a.jpg`` and ``labels/a.png``.
 """
 
 import os
@@ -43,22 +43,22 @@ _AHEAD = 16
 class LabelledPairs(Samples):
     """Two folders: photos, and maps of their labels.
 
-    A label map is a picture of one channel whose values are classes, or one with a palette, of
-    which the numbers count and not the colours. It may be larger or smaller than the photo.
+    A label map is a picture of one channel whose values are classes, or one with a palette, whose
+    indices are classes; its colours do not matter. Its size may differ from the photo's.
 
     Args:
         images: the folder of photos.
         labels: the folder of label maps; every photo needs one, ``.png``, of its name.
         classes: names of the K classes, in the order of their numbers.
-        size: (h, w) of what a step of a training draws, or the side of a square, in pixels.
-        whole: (H, W) that a photo is stretched to before it is cut, and when it is looked at as a
-            whole; None takes size.
+        size: (h, w) of the crop for a training step, or the side of a square, in pixels.
+        whole: (H, W) to which a photo is stretched before cropping, and when it is evaluated as a
+        whole; None takes size.
         preprocessing: how pixels become numbers.
-        augment: how pairs are changed at random when a step draws them. None stretches the whole
-            photo to size.
-        replaced: what stands for a value in the files: {11: 255} ignores class 11, and {0: 255, 1:
-            0, 2: 1, ...} counts from 0 as ADE20K is trained. Others stay; 255 is always ignored.
-        names: of the photos that are taken, without their ending; None takes all, by code point.
+        augment: the random changes of pairs in a training step. None stretches the whole photo to
+        size.
+        replaced: new values for values in the files: {11: 255} ignores class 11, and {0: 255, 1: 0,
+        2: 1, ...} counts from 0, as in trainings on ADE20K. Others stay; 255 is always ignored.
+        names: the photos to take, without suffix; None takes all, sorted by code point.
 
     Attributes:
         files: (name of the photo, name of its label map), below the folders.
@@ -67,7 +67,7 @@ class LabelledPairs(Samples):
     Raises:
         MissingFileError: if there is no such folder, photo or label map.
         TrainingError: if there is no photo, or two of one name.
-        ConfigError, RangeError, ShapeError, ArrayTypeError: if an argument is none of the above.
+        ConfigError, RangeError, ShapeError, ArrayTypeError: if an argument is not as above.
     """
 
     from_files = has_label_maps = True
@@ -111,21 +111,21 @@ class LabelledPairs(Samples):
 
     @property
     def size(self) -> tuple[int, int]:
-        """(h, w) of what a step draws."""
+        """(h, w) of the crop for a training step."""
         return self._size
 
     def read(self, i: int) -> tuple[Image.Image, Image.Image]:
-        """A photo, and its label map in mode L, as the files have them.
+        """A photo, and its label map in mode L, at the sizes of the files.
 
         Args:
             i: its number.
 
         Returns:
-            Two pictures; the second holds classes, and 255 where a pixel does not count.
+            Two pictures; the second holds classes, and 255 for pixels that do not count.
 
         Raises:
             ImageError, MissingFileError: if one cannot be read, or the label map holds a value that
-                is no class; the message names it.
+                is not a class; the message names it.
         """
         photo, labels = self.files[i]
         return read_rgb(self.images / photo), self._read_labels(self.maps / labels)
@@ -136,7 +136,7 @@ class LabelledPairs(Samples):
             image = open_picture(path, what)
             if image.mode not in ("L", "P", "1"):
                 needed = "a picture of one channel, mode L, or with a palette, mode P"
-                raise ImageError(f"{what} is of mode {image.mode}; needed is {needed}")
+                raise ImageError(f"{what} is of mode {image.mode}; it must be {needed}")
             decode(image, what)
             values = self._table[np.array(image, np.uint8)]  # (H, W)
         wrong = (values >= len(self.classes)) & (values != IGNORED)
@@ -145,13 +145,13 @@ class LabelledPairs(Samples):
             kinds = ", ".join(map(str, np.unique(values[wrong])[:5]))
             raise ImageError(
                 f"{what} holds {kinds}; classes are 0 to {last}, and {IGNORED} where a pixel does "
-                f"not count. Does it count from 1, or is a class to be ignored? replaced={{...}} "
-                f"says what stands for what"
+                f"not count. Does it count from 1, or should a class be ignored? replaced={{...}} "
+                f"maps the values"
             )
         return Image.fromarray(values)
 
     def pair(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """A whole photo as a network sees it, and the labels at their own size.
+        """A whole photo as input for a network, and the labels at their own size.
 
         Args:
             i: its number.
@@ -185,12 +185,12 @@ class LabelledPairs(Samples):
         return _stacked(made)
 
     def drawn_pixels(self, chosen: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Photos with their labels as a last channel, changed at random as ``augment`` says.
+        """Photos with their labels as a last channel, with the random changes of ``augment``.
 
         Args:
             chosen: (B,) whole numbers.
             seed: of the training.
-            epoch: from 0. What becomes of a pair depends on seed, epoch and its number only.
+            epoch: from 0. The changes of a pair depend only on seed, epoch and its number.
 
         Returns:
             (B, 3 + 1, h, w) uint8.
@@ -204,7 +204,7 @@ class LabelledPairs(Samples):
         return _stacked(made)
 
     def batch(self, chosen: np.ndarray | slice, like: Array) -> Array:
-        """Whole photos at some places, stretched to ``size`` and normalised.
+        """Whole photos with some indices, stretched to ``size`` and normalised.
 
         Args:
             chosen: (B,) integers, or a slice.
@@ -216,7 +216,7 @@ class LabelledPairs(Samples):
         return self.preprocessing.normalize(self.pixels(chosen)[:, :-1], like)
 
     def describe(self) -> dict[str, Any]:
-        """How many, and the SHA-256 of names, sizes of the files, and what becomes of them."""
+        """The number of pairs, and the SHA-256 of names, file sizes and processing."""
         sizes = [
             os.path.getsize(folder / name)
             for pair in self.files
@@ -230,31 +230,31 @@ class LabelledPairs(Samples):
         return {"samples": len(self), "sha256": digest(arrays, made)}
 
     def check_fits(self, config: Any, name: str) -> None:
-        """Refuses samples that a model cannot be trained on; values of labels show when read.
+        """Refuses samples that do not fit a model; label values are only checked when read.
 
         Args:
             config: of the model.
             name: of the samples, for the message.
 
         Raises:
-            TrainingError: if classes or channels are not as many as the model's.
+            TrainingError: if the number of classes or channels differs from the model's.
         """
         for what, here, there in (
             ("classes", len(self.classes), config.num_classes),
             ("channels", self.preprocessing.channels, config.in_chans),
         ):
             if here != there:
-                raise TrainingError(f"{name} have {here} {what}, and the model has {there}")
+                raise TrainingError(f"{name} have {here} {what}, but the model has {there}")
         config.grids(*self._size)
 
     def check(self, workers: int | None = None) -> Iterator[Damaged | None]:
         """Reads every pair.
 
         Args:
-            workers: threads that decode; None takes as many as the kernels have.
+            workers: threads that decode; None takes the kernels' number.
 
         Returns:
-            An iterator: for each pair, in order, None, or what is wrong with it.
+            An iterator: for each pair, in order, None or what is wrong with it.
         """
 
         def fault(i: int) -> Damaged | None:
@@ -277,7 +277,7 @@ def _stacked(pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
 
 
 def _table(replaced: Mapping[int, int]) -> np.ndarray:
-    """(256,) uint8: what each value of a file stands for."""
+    """(256,) uint8: the class for each value in a file."""
     table = np.arange(256, dtype=np.uint8)
     for value, new in replaced.items():
         if not all(type(x) is int and 0 <= x < 256 for x in (value, new)):
@@ -297,7 +297,7 @@ def _folder(path: Any) -> Path:
 
 
 def _pairs(images: Path, maps: Path, names: Sequence[str] | None) -> Iterator[tuple[str, str]]:
-    """Name of the photo and of its label map, of each."""
+    """The names of each photo and its label map."""
     try:
         found = [name for name in os.listdir(images) if name.lower().endswith(SUFFIXES)]
         there = set(os.listdir(maps))

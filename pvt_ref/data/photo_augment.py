@@ -1,7 +1,7 @@
-"""Random changes of a photo before it becomes numbers: crop, colours, RandAugment.
+"""Random changes of a photo before normalisation: crop, colours, RandAugment.
 
-They are Pillow's, on the host, on eight bits a colour. Mirroring, and what is done to a batch of
-numbers, stand in :mod:`pvt_ref.data.augment`.
+They run in Pillow, on the host, on eight bits per colour. Mirroring and the augmentations of a
+normalised batch are in :mod:`pvt_ref.data.augment`.
 """
 
 import math
@@ -18,13 +18,13 @@ from pvt_ref.data.preprocessing import IMAGENET_MEAN
 from pvt_ref.draws import Generator
 from pvt_ref.errors import RangeError, shown
 
-#: Of a part of a picture: left, top, right, bottom, as Pillow has them.
+#: A part of a picture: left, top, right, bottom, as in Pillow.
 Box = tuple[int, int, int, int]
 
 #: Red, green, blue, from 0 to 255.
 Colour = tuple[int, ...]
 
-#: How often a crop is drawn at most until one fits.
+#: How many crops are drawn at most until one fits.
 _TRIES = 10
 
 
@@ -33,10 +33,10 @@ def draw_crop(
 ) -> Box:
     """A random part of a picture (Szegedy et al. 2015, arXiv 1409.4842, section 6).
 
-    Its share of the area is uniform, its width / height log-uniform, and its place uniform. If the
-    two give sides that do not fit, both are drawn anew, ten times in all; then it is the largest
-    part in the middle whose width / height is within ratio. So does torchvision's
-    ``RandomResizedCrop``.
+    Its share of the area is uniform, its width / height log-uniform, and its position uniform. If
+    its sides do not fit into the picture, share and ratio are drawn again, up to ten times; after
+    that it is the largest centred part whose width / height is within ratio. torchvision's
+    ``RandomResizedCrop`` does the same.
 
     Args:
         size: (width, height) of the picture, in pixels, each at least 1.
@@ -61,7 +61,7 @@ def draw_crop(
 
 
 def _middle(width: int, height: int, ratio: tuple[float, float]) -> Box:
-    """The largest part in the middle with width / height within ratio, to whole pixels."""
+    """The largest centred part with width / height within ratio, in whole pixels."""
     shape = min(max(width / height, ratio[0]), ratio[1])
     w = min(width, max(1, round(height * shape)))
     h = min(height, max(1, round(width / shape)))
@@ -78,7 +78,7 @@ def _enhance(kind: Any) -> Callable[[Image.Image, float, Colour], Image.Image]:
 
 
 def _affine(image: Image.Image, fill: Colour, *matrix: float) -> Image.Image:
-    """The pixel at (x, y) is that of image at (a x + b y + c, d x + e y + f), with six numbers."""
+    """The image whose pixel (x, y) is image's at (a x + b y + c, d x + e y + f)."""
     kind, bicubic = Image.Transform.AFFINE, Image.Resampling.BICUBIC
     return image.transform(image.size, kind, matrix, bicubic, fillcolor=fill)
 
@@ -111,12 +111,12 @@ def _posterize(image: Image.Image, s: float, fill: Colour) -> Image.Image:
     return ImageOps.posterize(image, 8 - round(4 * abs(s)))
 
 
-#: What RandAugment draws from: image, strength s from -1 to 1, colour of what comes in -> image.
-#: s is magnitude / 10 with a sign. At magnitude 10 they go as far as AutoAugment's (arXiv
-#: 1805.09501): rotated by 30 degrees; sheared by 0.3, the middle stays; translated by 150 / 331 of
-#: the side; colour, contrast, brightness and sharpness times 0.1 or 1.9; posterized to 4 bits;
-#: solarized, that is levels from 256 (1 - s) on inverted, which are then all. At magnitude 0 these
-#: change nothing; autocontrast and equalize do the same at every magnitude.
+#: The transformations of RandAugment: image, strength s from -1 to 1, fill colour -> image.
+#: s is magnitude / 10 with a sign. Magnitude 10 is the maximum of AutoAugment (arXiv 1805.09501):
+#: rotated by 30 degrees; sheared by 0.3 around the centre; translated by 150 / 331 of the side;
+#: colour, contrast, brightness and sharpness times 0.1 or 1.9; posterized to 4 bits; solarized,
+#: that is levels from 256 (1 - s) on inverted, here all of them. At magnitude 0 these change
+#: nothing; autocontrast and equalize do not depend on the magnitude.
 TRANSFORMATIONS: dict[str, Callable[[Image.Image, float, Colour], Image.Image]] = {
     "identity": lambda image, s, fill: image,
     "autocontrast": lambda image, s, fill: ImageOps.autocontrast(image),
@@ -139,10 +139,10 @@ TRANSFORMATIONS: dict[str, Callable[[Image.Image, float, Colour], Image.Image]] 
 
 
 def turn_hue(image: Image.Image, turns: float) -> Image.Image:
-    """Every hue moved along the colour circle by so many turns, to whole 255ths."""
-    shift = round(255 * turns) % 255  # red is 0 and would be 255 again
+    """Every hue moved along the colour circle by a number of turns, rounded to 255ths."""
+    shift = round(255 * turns) % 255  # red is both 0 and 255
     if shift == 0:
-        return image  # there and back, HSV would round
+        return image  # conversion to HSV and back would round
     hue, saturation, value = image.convert("HSV").split()
     hue = hue.point([(h + shift) % 255 for h in range(256)])
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
@@ -153,21 +153,21 @@ _ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhotoAugment:
-    """How a photo is changed at random before it becomes numbers: crop, jitter, RandAugment.
+    """Random changes of a photo before normalisation: crop, jitter, RandAugment.
 
-    Drawn are, in this order: the crop (:func:`draw_crop`); the order of the jitters that are on,
-    then a number for each in that order; and for each transformation which one, and its sign. A
-    field that is off draws nothing.
+    The order of draws is: the crop (:func:`draw_crop`); the order of the active jitters, then a
+    number for each in that order; and for each transformation its kind and its sign. A field that
+    is off draws nothing.
     Raises: RangeError if a number is outside its range.
     """
 
-    crop_area: tuple[float, float] | None = (0.08, 1.0)  # share of the area; None: the middle
+    crop_area: tuple[float, float] | None = (0.08, 1.0)  # share of the area; None: the centre
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop, before resizing
     #: Brightness, contrast and saturation times 1 - s to 1 + s, at least 0; hue by -s to s turns.
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     #: How many transformations (0: off), and their magnitude from 0 to 10, with TRANSFORMATIONS.
     rand_augment: tuple[int, float] = (0, 0.0)
-    fill: Colour = tuple(round(255 * mean) for mean in IMAGENET_MEAN)  # of what comes in
+    fill: Colour = tuple(round(255 * mean) for mean in IMAGENET_MEAN)  # outside the picture
 
     def __post_init__(self) -> None:
         settled: dict[str, Any] = {}
@@ -196,7 +196,7 @@ class PhotoAugment:
         Args:
             image: in mode RGB, of any size, as :func:`pvt_ref.data.image.read_rgb` gives it.
             size: (H, W) of the result, in pixels, or one side of a square.
-            rng: all that is random comes from it.
+            rng: the source of all random numbers.
 
         Returns:
             A new RGB image of that size, resized bicubically from the crop with antialiasing.
@@ -216,7 +216,7 @@ class PhotoAugment:
             box = _middle(*image.size, (W / H, W / H))  # nothing is drawn, and nothing distorted
         else:
             box = draw_crop(image.size, self.crop_area, self.crop_ratio, rng)
-        # the gap spares three quarters of a large photo's time, and moves levels by 2 or so
+        # the gap saves three quarters of the time of a large photo, and moves levels by about 2
         image = image.resize((W, H), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
         image = self._jittered(image, rng)
         count, magnitude = self.rand_augment
@@ -247,7 +247,7 @@ class PhotoAugment:
 
 
 def _items(record: PhotoAugment, name: str, count: int, words: str) -> list[Any]:
-    """So many items of a field that may be a list or a tuple. Raises: RangeError."""
+    """A field as a list of count items; it may be a list or a tuple. Raises: RangeError."""
     values = getattr(record, name)
     if not isinstance(values, list | tuple) or len(values) != count:
         raise RangeError(f"{name} is {shown(values)}; it must be {count} numbers, ({words})")

@@ -1,9 +1,9 @@
-"""Picture files of strangers: which formats are opened, and how much a file may ask for.
+"""Untrusted picture files: which formats are opened, and how much a file may cost.
 
 Pillow opens some forty formats. One of them starts another program (PostScript, Ghostscript), and
-several have no bound on what a small file costs. Here only :data:`FORMATS` are opened, and a file
-is measured before it is decoded. No lock, no setting of Pillow's and no warnings filter is changed
-meanwhile: so threads decode side by side, and a fork meets no lock.
+several put no bound on the cost of a small file. Here only :data:`FORMATS` are opened, and a file
+is measured before it is decoded. This takes no lock and changes no setting of Pillow and no
+warnings filter, so threads decode in parallel and a fork meets no lock.
 """
 
 import io
@@ -20,15 +20,15 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from pvt_ref.errors import ArrayTypeError, ImageError, MissingFileError, PVTError, reason, shown
 
-# All plugins now: a fork in the middle of an import leaves its lock taken in the child
+# Import all plugins now: a fork during an import would leave its lock taken in the child
 _PLUGINS = ("Jpeg", "Png", "WebP", "Avif", "Gif", "Bmp", "Tiff", "Ppm")
 for _name in (*_PLUGINS, "Mpo"):
     with suppress(ImportError):  # Avif comes with Pillow 11.3
         import_module(f"PIL.{_name}ImagePlugin")
 _OPENED = tuple(name.upper() for name in _PLUGINS if name.upper() in Image.OPEN)
 
-#: The formats that are read, by Pillow's names: AVIF if Pillow has it; PPM stands for PGM, PBM and
-#: PFM too; MPO is what Pillow calls a JPEG that others follow in the same file.
+#: The formats that are read, by Pillow's names: AVIF if Pillow has it; PPM includes PGM, PBM and
+#: PFM; MPO is Pillow's name for a JPEG followed by others in the same file.
 FORMATS = (*_OPENED, "MPO")
 
 #: Bytes of a picture file.
@@ -36,10 +36,10 @@ MAX_FILE_BYTES = 2**28
 #: Pixels of a picture in a file. Reading takes up to 12 bytes for each, 1 GiB in all.
 #: ``PIL.Image.MAX_IMAGE_PIXELS`` is obeyed too; by default it is the same number.
 MAX_PIXELS = 2**30 // 12
-#: Pixels of a WebP or an AVIF: their decoders keep copies. Reading takes up to 20 bytes for each.
+#: Pixels of a WebP or AVIF, whose decoders keep copies. Reading takes up to 20 bytes for each.
 MAX_COPIED_PIXELS = 2**30 // 20
 _COPYING = ("WEBP", "AVIF")
-#: Scans of a JPEG: each visits every pixel, however few bytes it has. Usual are 1 to 10.
+#: Scans of a JPEG: each visits every pixel, however few bytes it has. 1 to 10 are usual.
 MAX_SCANS = 100
 #: Bytes of a file, and levels of its pixels, that go through Python one by one: a PNM in digits or
 #: with an odd maximum, a BMP of run lengths. A microsecond each.
@@ -48,13 +48,13 @@ MAX_SLOW_BYTES = 2**24
 MAX_PARTS = 2**17
 #: Parts that are unpacked or joined: profiles and packed texts of a PNG, Exif of a JPEG.
 MAX_METADATA_PARTS = 64
-#: Numbers that the tags of a TIFF, or of Exif, hold together: each becomes a Python object.
+#: Numbers in all tags of a TIFF or of Exif: each becomes a Python object.
 MAX_TAG_NUMBERS = 2**18
 
 
 @contextmanager
 def as_image_error(what: str) -> Iterator[None]:
-    """Errors of Pillow's plugins, of a dozen types, become ImageError."""
+    """Turns the errors of Pillow's plugins, of a dozen types, into ImageError."""
     try:
         yield
     except PVTError:
@@ -64,12 +64,12 @@ def as_image_error(what: str) -> Iterator[None]:
     except Warning as error:  # only where the caller's filters turn warnings into errors
         raise ImageError(
             f"{what} is unusual, and warnings are errors in this process ({_brief(error)}). Save "
-            f"it anew, or let it pass: warnings.filterwarnings('default', module='PIL')"
+            f"it again, or allow it: warnings.filterwarnings('default', module='PIL')"
         ) from error
     except Exception as error:
         raise ImageError(
             f"{what} cannot be decoded ({_brief(error)}). It is probably cut short or damaged: "
-            f"copy or download it again, and see whether a viewer opens it"
+            f"copy or download it again, and check whether a viewer opens it"
         ) from error
 
 
@@ -98,7 +98,7 @@ def read_path(path: str | os.PathLike[str], what: str) -> bytes:
     try:
         kind = os.stat(path).st_mode
         if stat.S_ISREG(kind):
-            # A pipe that takes the file's place meanwhile must not keep us waiting for ever
+            # A pipe that replaces the file meanwhile must not block us forever
             flags = getattr(os, "O_NONBLOCK", 0)
             with open(path, "rb", opener=lambda name, own: os.open(name, own | flags)) as file:
                 kind = os.fstat(file.fileno()).st_mode
@@ -113,7 +113,7 @@ def read_path(path: str | os.PathLike[str], what: str) -> bytes:
         raise ImageError(f"{what} cannot be read ({cause}). Check name and permissions") from error
     if stat.S_ISDIR(kind):
         raise ImageError(f"{what} is a folder; name a picture inside it")
-    raise ImageError(f"{what} is no regular file but a pipe or a device; copy the picture into one")
+    raise ImageError(f"{what} is a pipe or a device; copy the picture into a regular file")
 
 
 def _where(name: str) -> str:
@@ -123,19 +123,19 @@ def _where(name: str) -> str:
         place = shown(os.path.abspath(name), 200)
     except OSError:  # a relative name needs the working folder
         gone = "The folder that Python runs in has been deleted"
-        return f"{gone}: change to another (os.chdir), or give the whole path"
-    return f"It was looked for at {place}; check the spelling, and the folder that Python runs in"
+        return f"{gone}: change to another (os.chdir), or give the full path"
+    return f"The full path is {place}; check the spelling, and the folder that Python runs in"
 
 
 _AS_TEXT = "{} was opened as text; pictures need open(path, 'rb')"
 
 
 def read_file(file: BinaryIO, what: str) -> bytes:
-    """All bytes of an open file, from its start where it has one. It is left open."""
+    """All bytes of an open file, from its start if it can seek. It is left open."""
     if getattr(file, "closed", False):
         raise ImageError(f"{what} is closed; read the picture inside the `with open(...)`")
     try:
-        if getattr(file, "seekable", lambda: False)():  # a pipe is not, and some can only read
+        if getattr(file, "seekable", lambda: False)():  # a pipe is not; some lack it
             file.seek(0)
         return _read(file, what)
     except PVTError:
@@ -162,12 +162,12 @@ def _read(file: BinaryIO, what: str) -> bytes:
                 f"it with another program, or raise pvt_ref.data.picture_file.MAX_FILE_BYTES"
             )
     if part is None:
-        why = "is not at its end, but has nothing to read now (it does not block)"
+        why = "is not at its end, but has nothing to read now (it is non-blocking)"
         raise ImageError(f"{what} {why}. Wait for all of it, and pass io.BytesIO(data)")
     return b"".join(parts)
 
 
-#: First bytes of what people mistake for pictures, or for pictures of a format that is read.
+#: First bytes of files that are often mistaken for readable pictures.
 _OTHERS = (
     (b"%!PS|\xc5\xd0\xd3\xc6", "a PostScript drawing, a program; export it as PNG"),
     (b"<", "a web page or an SVG drawing; save the picture itself, as PNG or JPEG"),
@@ -182,16 +182,16 @@ _OTHERS = (
 )
 _NAMES = ", ".join(_OPENED)
 
-#: What ends the names of files in these formats, in lower case.
+#: Suffixes of files in these formats, in lower case.
 SUFFIXES = tuple(sorted(s for s, format in Image.EXTENSION.items() if format in FORMATS))
 
 
 class _Counted(io.BytesIO):
-    """A file whose parts were counted already."""
+    """A file whose parts have been counted."""
 
 
 def open_picture(source: str | os.PathLike[str] | BinaryIO, what: str) -> Image.Image:
-    """A picture of known size and mode, not decoded yet; an ImageError if of no known format."""
+    """A picture of known size and mode, not decoded yet; an ImageError if the format is unknown."""
     is_path = isinstance(source, str | os.PathLike)
     data = read_path(source, what) if is_path else read_file(source, what)
     if not data:
@@ -207,25 +207,25 @@ def open_picture(source: str | os.PathLike[str] | BinaryIO, what: str) -> Image.
             kind = "of float samples" if floats else "cut short, damaged, or of a rare kind"
             raise ImageError(
                 f"{what} cannot be decoded: it begins as a {begun[0]}, but is {kind}, and Pillow "
-                f"does not read it. Save it anew with another program, as 8-bit PNG"
+                f"does not read it. Save it again with another program, as 8-bit PNG"
             ) from error
         cause = f"It looks like {likely[0]}" if likely else f"Its first bytes are {data[:12]!r}"
-        known = f"a picture in a format that is read here ({_NAMES})"
+        known = f"a picture in a supported format ({_NAMES})"
         raise ImageError(f"{what} is not {known}. {cause}") from error
 
 
 def _begins_as(format: str, data: bytes) -> bool:
     accept = Image.OPEN[format][1]
-    text = format == "PPM" and not data[2:3].isspace()  # that a text begins with P says nothing
+    text = format == "PPM" and not data[2:3].isspace()  # a text may begin with P too
     return accept is not None and not text and bool(accept(data[:16]))
 
 
-#: Grey levels of 2 and 4 bits are multiplied by Pillow, but for the one that is transparent.
+#: Pillow multiplies grey levels of 2 and 4 bits, but not the one that is transparent.
 _FACTORS = {"L;2": 85, "L;4": 17}
 
 
 def decode(image: Image.Image, what: str) -> None:
-    """Decodes a PIL image, within the limits; one that is in memory already stays as it is."""
+    """Decodes a PIL image within the limits; one that is decoded already stays as it is."""
     has_pixels = _has_pixels(image, what)
     if not isinstance(image, ImageFile.ImageFile):
         return
@@ -234,11 +234,11 @@ def decode(image: Image.Image, what: str) -> None:
         if waiting:  # decoding could start another program
             raise ImageError(
                 f"{what} is a {image.format} file that is not loaded yet; only {_NAMES} are. Save "
-                f"it as PNG with another program, or, if you trust it, call image.load() before"
+                f"it as PNG with another program or, if you trust it, call image.load() first"
             )
         return
     file: Any = getattr(image, "fp", None)
-    gone = file is None or getattr(file, "closed", False)  # WebP and AVIF do without
+    gone = file is None or getattr(file, "closed", False)  # WebP and AVIF need no file
     if waiting:
         limit = pixel_limit(image.format)
         if image.width * image.height > limit:
@@ -247,7 +247,7 @@ def decode(image: Image.Image, what: str) -> None:
             _check_file(image, file, what)
     packing = image.tile[0][3] if image.format == "PNG" and image.tile else None
     if packing == "RGB;16B" and "transparency" in image.info:
-        why = "Pillow keeps 8, in which others look the same. Save it with alpha, or in 8 bits"
+        why = "Pillow keeps 8 bits, so others become equal to it. Save it with alpha, or in 8 bits"
         raise ImageError(f"{what} is a PNG of 16 bits a colour with one that is transparent. {why}")
     try:
         image.load()
@@ -275,15 +275,15 @@ def _check_file(image: ImageFile.ImageFile, file: Any, what: str) -> None:
     if any(tile[0] in Image.DECODERS for tile in image.tile):  # the decoders written in Python
         levels = image.width * image.height * len(image.getbands())
         _at_most("MAX_SLOW_BYTES", length, _SLOW, what)
-        _at_most("MAX_SLOW_BYTES", levels, "levels, each of which is made on its own", what)
+        _at_most("MAX_SLOW_BYTES", levels, "levels, which are made one by one", what)
 
 
 def _has_pixels(image: Image.Image, what: str) -> bool:
     try:
         return bool(image.im.mode)
-    except ValueError as error:  # what image.close() leaves behind
+    except ValueError as error:  # after image.close()
         raise _closed(what) from error
-    except Exception:  # what Pillow says if there are none yet differs from release to release
+    except Exception:  # Pillow's error if there are none yet differs between releases
         return False
 
 
@@ -294,20 +294,20 @@ def _closed(what: str) -> ImageError:
 
 
 def exif_is_harmless(image: Image.Image) -> bool:
-    """Whether Exif can be read without its numbers filling the memory."""
+    """Whether Exif is small enough to read without exhausting memory."""
     block = image.info.get("exif")
-    while isinstance(block, bytes) and block.startswith(b"Exif\0\0"):  # as Pillow does
+    while isinstance(block, bytes) and block.startswith(b"Exif\0\0"):  # as in Pillow
         block = block[6:]
     return not isinstance(block, bytes) or _has_few_numbers(block)
 
 
 def orientation(image: Image.Image) -> Any:
     """The tag of Exif that says how to turn the picture; None if it cannot be read."""
-    with suppress(Exception):  # damaged metadata is no reason to refuse intact pixels
+    with suppress(Exception):  # damaged metadata must not make intact pixels unreadable
         return image.getexif().get(ExifTags.Base.Orientation) if exif_is_harmless(image) else None
 
 
-_SLOW = "bytes, each of which is read on its own"
+_SLOW = "bytes, which are read one by one"
 
 
 def _at_most(limit: str, count: int, things: str, what: str) -> None:
@@ -315,11 +315,11 @@ def _at_most(limit: str, count: int, things: str, what: str) -> None:
     if count > globals()[limit]:
         raise ImageError(
             f"{what} has more than {globals()[limit]} {things}, and could take very long. Save it "
-            f"anew, or, if you trust it, raise pvt_ref.data.picture_file.{limit}"
+            f"again or, if you trust it, raise pvt_ref.data.picture_file.{limit}"
         )
 
 
-#: By the parts of a file: the limit for how many of them it may have.
+#: The limit for the number of each kind of part of a file.
 _LIMITS = dict.fromkeys(("segments", "chunks", "blocks"), "MAX_PARTS") | {"scans": "MAX_SCANS"}
 _LIMITS |= dict.fromkeys(("Exif segments", "profiles and packed texts"), "MAX_METADATA_PARTS")
 
@@ -342,11 +342,11 @@ _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 
 
 def _jpeg_parts(data: bytes) -> Iterator[str]:
-    """Walks the segments as libjpeg does: what lies between two of them is skipped."""
+    """Walks the segments as libjpeg does: bytes between two of them are skipped."""
     at = 2
     while marker := _MARKER.search(data, at):
         kind, at = marker[1][0], marker.end()
-        if kind == 0xD9:  # end of image: libjpeg stops, and so do strangers' appendices not count
+        if kind == 0xD9:  # end of image: libjpeg stops, so appended bytes do not count
             return
         if kind >= 0xC0:  # the others have no length
             at += max(int.from_bytes(data[at : at + 2], "big"), 2)
@@ -368,7 +368,7 @@ def _png_parts(data: bytes) -> Iterator[str]:
 
 
 def _gif_parts(data: bytes) -> Iterator[str]:
-    """Walks what lies before the first frame, as Pillow does: stray bytes are skipped."""
+    """Walks the blocks before the first frame, as Pillow does: stray bytes are skipped."""
     at = 13
     if len(data) > 10 and data[10] & 128:  # a palette
         at += 3 << ((data[10] & 7) + 1)
@@ -395,7 +395,7 @@ _TILE_SIDES, _SAMPLE_FORMAT = (322, 323), 339
 def _check_tiff(data: bytes, what: str) -> None:
     if not _has_few_numbers(data):
         _at_most("MAX_TAG_NUMBERS", MAX_TAG_NUMBERS + 1, "numbers in its tags", what)
-    # a tile is unpacked whole, however little of it shows; a strip ends where the picture does
+    # a tile is unpacked whole, however little of it is visible; a strip ends with the picture
     width, height = (max(_values(data, tag), default=0) for tag in _TILE_SIDES)
     if width * height > pixel_limit():
         raise _too_many_pixels(f"a tile of {what}", pixel_limit())
@@ -416,13 +416,13 @@ _WHOLE = {1: 1, 3: 2, 4: 4, 6: 1, 8: 2, 9: 4, 16: 8, 17: 8}
 
 
 def _values(tiff: bytes, wanted: int) -> list[int]:
-    """The first whole numbers of a tag, from wherever it is there more than once."""
+    """The first whole numbers of a tag, from every place where it occurs."""
     order: Any = "little" if tiff[:2] == b"II" else "big"
     values = []
     for tag, kind, count, field in _entries(tiff):
         if tag == wanted and kind in _WHOLE:
             size, count = _WHOLE[kind], min(count, 16)
-            if size * count > len(field):  # then it holds the place where they are
+            if size * count > len(field):  # then the field holds their offset
                 at = int.from_bytes(field, order)
                 field = tiff[at : at + size * count]
             values += [int.from_bytes(field[i * size :][:size], order) for i in range(count)]
@@ -430,7 +430,7 @@ def _values(tiff: bytes, wanted: int) -> list[int]:
 
 
 def _entries(tiff: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-    """Of a TIFF's first directory: tag, kind, number of values, and the field for them."""
+    """The entries of a TIFF's first directory: tag, kind, number of values, and their field."""
     order = "<" if tiff[:2] == b"II" else ">"
     try:
         if tiff[2:4] in (b"\x2b\0", b"\0\x2b"):  # BigTIFF
@@ -441,5 +441,5 @@ def _entries(tiff: bytes) -> Iterator[tuple[int, int, int, bytes]]:
             (count,), first = struct.unpack_from(f"{order}H", tiff, at), at + 2
         for i in range(count):
             yield struct.unpack_from(entry, tiff, first + i * struct.calcsize(entry))
-    except struct.error:  # cut short: Pillow says so, or leaves the tag out
+    except struct.error:  # cut short: Pillow reports it, or leaves the tag out
         return

@@ -1,7 +1,7 @@
-"""From a picture to the array that a network was trained on: the one door, :class:`Preprocessing`.
+"""From a picture to the array that a network expects: :class:`Preprocessing` does it all.
 
-With the constants of the authors' released code it is what :func:`load_image`, :func:`preprocess`
-and :func:`normalize` call. Dense prediction pads the picture instead: :func:`pad_to_multiple`.
+:func:`load_image`, :func:`preprocess` and :func:`normalize` call it with the constants of the
+authors' released code. For dense prediction, :func:`pad_to_multiple` pads the picture instead.
 """
 
 import math
@@ -32,7 +32,7 @@ from pvt_ref.errors import ArrayTypeError, ConfigError, RangeError, ShapeError, 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-#: Channels that a mode makes; of bands there are as many as means.
+#: Channels of each mode; bands have as many as means.
 _CHANNELS = {"RGB": 3, "L": 1, "bands": None}
 
 
@@ -42,9 +42,9 @@ class Preprocessing:
 
     Attributes:
         mode: ``"RGB"``; ``"L"`` for grey (one channel); or ``"bands"`` for any number of channels
-            that are no colours, which only arrays can hold.
-        mean: of the training pixels on a scale of 0 to 1, one number a channel.
-        std: their standard deviation, one number a channel, above 0.
+            other than colours, which only arrays can hold.
+        mean: of the training pixels on a scale of 0 to 1, one number per channel.
+        std: their standard deviation, one number per channel, above 0.
 
     Raises:
         ConfigError: if they do not fit together.
@@ -75,11 +75,11 @@ class Preprocessing:
 
     @property
     def channels(self) -> int:
-        """3 for colours, 1 for grey, of bands as many as there are."""
+        """3 for colours, 1 for grey, the number of bands for bands."""
         return len(self.mean)
 
     def pixels(self, pictures: Sequence[Any], size: Size) -> np.ndarray:
-        """Pictures of any kind and size, resized and cut.
+        """Pictures of any kind and size, resized and cropped.
 
         Args:
             pictures: a list of paths, open files, PIL images, or arrays (H, W, 3) or (H, W) of
@@ -90,12 +90,12 @@ class Preprocessing:
             (B, H, W, C) uint8, C = :attr:`channels`.
 
         Raises:
-            ShapeError: if there is no picture, an array has another shape, or size is no size.
+            ShapeError: if there is no picture, an array has the wrong shape, or size is not a size.
             ArrayTypeError: if a picture is none of these, or an array not uint8.
             PVTError: as :func:`pvt_ref.load_image`.
         """
         if not isinstance(pictures, list | tuple | np.ndarray):
-            hint = "One picture is prepared by calling: preprocessing(picture, size)"
+            hint = "For one picture, call preprocessing(picture, size)"
             kind = type(pictures).__name__
             raise ArrayTypeError(f"pictures are a {kind}; they must be a list. {hint}")
         if len(pictures) == 0:
@@ -125,8 +125,8 @@ class Preprocessing:
             )
         if self.mode == "bands" and not isinstance(picture, np.ndarray):
             raise ArrayTypeError(
-                f"a picture is a {type(picture).__name__}; of {C} bands, which no file has, they "
-                f"must be arrays (H, W, {C}) of uint8, 0 to 255. numpy.asarray(image) makes one"
+                f"a picture is a {type(picture).__name__}; with {C} bands, which no file has, it "
+                f"must be an array (H, W, {C}) of uint8, 0 to 255. numpy.asarray(image) makes one"
             )
         if isinstance(picture, np.ndarray) and picture.dtype != np.uint8:
             needed = "uint8, 0 to 255: numpy.rint(255 * x).astype('uint8') of floats in 0 to 1"
@@ -138,15 +138,15 @@ class Preprocessing:
             if len(shape) != 3 or shape[2] != C or 0 in shape:
                 first = ". It looks channels-first: picture.transpose(1, 2, 0)"
                 needed = f"(H, W, {C})" + first * (len(shape) == 3 and shape[0] == C)
-                raise ShapeError(f"a picture has shape {shape}; of {C} bands it must be {needed}")
+                raise ShapeError(f"a picture has shape {shape}; with {C} bands it must be {needed}")
         elif len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] != 3) or 0 in shape:
             raise ShapeError(
                 f"a picture has shape {shape}; raw pixels are (H, W, 3), red, green, blue, or "
-                f"(H, W), grey. Of other channels: a model with Preprocessing('bands', mean, std)"
+                f"(H, W), grey. For others use a model with Preprocessing('bands', mean, std)"
             )
 
     def normalize(self, pixels: Array, like: Array) -> Array:
-        """Raw pixels as normalised floats, with the bits of torchvision's ToTensor and Normalize.
+        """Raw pixels as normalised floats, bit for bit as torchvision's ToTensor and Normalize.
 
         Args:
             pixels: (B, C, H, W) uint8, on the host.
@@ -199,16 +199,16 @@ class Preprocessing:
 
 
 def shown_tuple(values: tuple[Any, ...]) -> str:
-    """A tuple for a repr: the first of a long one, and how many there are."""
+    """A tuple for a repr; of a long one, the first items and the length."""
     if len(values) <= 4:
         return f"({', '.join(shown(v, 30) for v in values)}{',' * (len(values) == 1)})"
     return f"({', '.join(shown(v, 30) for v in values[:3])}, ... {len(values)} in all)"
 
 
 def _numbers(values: Any) -> tuple[float, ...]:
-    """Finite floats of a list of them, else none."""
+    """A list as finite floats; empty if it is anything else."""
     good = isinstance(values, Sequence) and all(isinstance(v, Real) for v in values)
-    with suppress(OverflowError):  # a whole number beyond any float
+    with suppress(OverflowError):  # an integer beyond any float
         if good and all(map(math.isfinite, values)):
             return tuple(map(float, values))
     return ()
@@ -218,17 +218,17 @@ IMAGENET = Preprocessing()
 
 
 def load_image(source: Source, size: Size = 224) -> np.ndarray:
-    """One picture, prepared for the classifier as the released weights expect.
+    """One picture, preprocessed as the released classifiers expect.
 
     Args:
         source: a path, a binary file or a PIL image, as for :func:`pvt_ref.data.image.read_rgb`.
         size: side, or (H, W), in pixels, as for :func:`pvt_ref.data.image.resize_and_crop`.
 
     Returns:
-        (1, 3, H, W) float32, normalised. numpy.concatenate makes a batch of several.
+        (1, 3, H, W) float32, normalised. numpy.concatenate joins several to a batch.
 
     Raises:
-        PVTError: as those two.
+        PVTError: as these two functions.
     """
     return IMAGENET(read_rgb(source), size)
 
@@ -262,14 +262,14 @@ def normalize(pixels: np.ndarray) -> np.ndarray:
     """Raw pixels as the network's input: ``(x / 255 - mean) / std`` per colour.
 
     Args:
-        pixels: (H, W, 3) or (B, H, W, 3) uint8, red, green, blue; of any size, which stays.
+        pixels: (H, W, 3) or (B, H, W, 3) uint8, red, green, blue; of any size, which is kept.
 
     Returns:
         (B, 3, H, W) float32, C-contiguous; B is 1 for a single picture.
 
     Raises:
         ArrayTypeError: if pixels are not a NumPy array of uint8.
-        ShapeError: if the shape is another, or has a zero.
+        ShapeError: if the shape is wrong or has a zero.
     """
     if not isinstance(pixels, np.ndarray):
         hint = "numpy.stack(list_of_pictures) makes a batch"
@@ -301,28 +301,28 @@ def normalize(pixels: np.ndarray) -> np.ndarray:
             hint = ". pvt_ref.preprocess(PIL.Image.fromarray(pixels)) takes grey and alpha"
         raise ShapeError(f"pixels have shape {shape}; it must be (H, W, 3) or (B, H, W, 3){hint}")
     if 0 in shape:
-        raise ShapeError(f"pixels have shape {shape}: there is nothing in them")
+        raise ShapeError(f"pixels have shape {shape}: they are empty")
     return IMAGENET._normalized(pixels if pixels.ndim == 4 else pixels[None])
 
 
 def pad_to_multiple(images: Array, multiple: int) -> Array:
-    """Images enlarged at the right and bottom until H and W are multiples, for dense prediction.
+    """Images padded at the right and bottom until H and W are multiples, for dense prediction.
 
-    The new pixels are 0, after :func:`normalize` the mean colour. No pixel moves, so ``F_i[:, :,
-    :ceil(H / stride_i), :ceil(W / stride_i)]`` are the tokens that stand for the picture. Attention
-    is global: all tokens see the padding, so padded and unpadded results differ a little.
+    The new pixels are 0, the mean colour after :func:`normalize`. No pixel moves, so ``F_i[:, :,
+    :ceil(H / stride_i), :ceil(W / stride_i)]`` are the tokens of the picture. Attention is global:
+    all tokens see the padding, so padded and unpadded results differ slightly.
 
     Args:
         images: (B, C, H, W) normalised floats, of NumPy, CuPy or another array API library.
-        multiple: of what H and W must be multiples; ``config.size_multiple`` (32 as published).
+        multiple: H and W become multiples of it; ``config.size_multiple`` (32 as published).
 
     Returns:
-        (B, C, H', W'), the smallest such size, of images' dtype and on its device; images itself
-        if it fits already.
+        (B, C, H', W'), the smallest such size, of images' dtype and device; images itself if it
+        fits already.
 
     Raises:
         ArrayTypeError: if images are not an array of floats.
-        ShapeError: if they are not (B, C, H, W), or have a zero there.
+        ShapeError: if they are not (B, C, H, W) or are empty.
         RangeError: if multiple is not a positive whole number.
     """
     if not is_whole(multiple) or not 0 < multiple < TOO_LARGE:
@@ -335,7 +335,7 @@ def pad_to_multiple(images: Array, multiple: int) -> Array:
         raise ArrayTypeError(f"images have dtype {name}; pad normalised floats, {why}")
     B, C, H, W = shape = batch_shape(images, channels=3)
     if 0 in shape:
-        raise ShapeError(f"images have shape {shape}: there is nothing in them")
+        raise ShapeError(f"images have shape {shape}: they are empty")
     multiple = int(multiple)  # a NumPy uint8 would wrap round
     below, beside = -H % multiple, -W % multiple
     zero = xp.zeros_like(images[:, :, :1, :1])  # (B, C, 1, 1)

@@ -1,4 +1,4 @@
-"""What a training asks of its samples, wherever they lie."""
+"""The interface of a training's samples."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ from pvt_ref.errors import TrainingError
 
 
 class Samples(ABC):
-    """What a training learns from: images of one size and what they show, wherever they lie.
+    """Samples for training: images of one size with labels, in memory or in files.
 
     Attributes:
         labels: (N,) integers, from 0.
@@ -21,9 +21,9 @@ class Samples(ABC):
     __slots__ = ()
     labels: np.ndarray
     preprocessing: Preprocessing
-    #: Whether pixels have to be read and decoded: then threads do so ahead of the step.
+    #: Whether pixels must be read and decoded; then threads do so ahead of the step.
     from_files: ClassVar[bool] = False
-    #: Whether what they show is a class for every pixel, which comes as a last channel of pixels.
+    #: Whether the labels are a class for every pixel, stored as a last channel of pixels.
     has_label_maps: bool = False
 
     def __len__(self) -> int:
@@ -36,20 +36,20 @@ class Samples(ABC):
 
     @abstractmethod
     def pixels(self, chosen: np.ndarray | slice) -> np.ndarray:
-        """The images at some places, (B, C, H, W) uint8, on the host."""
+        """The images with some indices, (B, C, H, W) uint8, on the host."""
 
     @abstractmethod
     def drawn_pixels(self, chosen: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """As :meth:`pixels`, for a step of a training: what is changed at random before they are
-        numbers is changed by the draws of seed, epoch and sample.
+        """As :meth:`pixels`, for a training step: random changes of the picture itself are drawn
+        from seed, epoch and sample.
         """
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """By what they are known again when a training goes on: plain values, fit for JSON."""
+        """Plain values, fit for JSON, that identify the samples when a training is resumed."""
 
     def batch(self, chosen: np.ndarray | slice, like: Array) -> Array:
-        """The images at some places, normalised.
+        """The images with some indices, normalised.
 
         Args:
             chosen: (B,) integers, or a slice.
@@ -68,7 +68,7 @@ class Samples(ABC):
             name: of the samples, for the message.
 
         Raises:
-            TrainingError: if a label is no class of the model, or the channels are not its.
+            TrainingError: if a label is not a class of the model, or the channels do not fit it.
             ShapeError: if the model cannot take images of that size.
         """
         low, high = int(self.labels.min()), int(self.labels.max())
@@ -80,5 +80,5 @@ class Samples(ABC):
         C = self.preprocessing.channels
         if config.in_chans != C:
             wanted = f"the configuration has in_chans={config.in_chans}"
-            raise TrainingError(f"{name}: images have {C} channels, and {wanted}")
+            raise TrainingError(f"{name}: images have {C} channels, but {wanted}")
         config.grids(*self.size)  # refuses sizes that would lose pixels

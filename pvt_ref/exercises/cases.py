@@ -1,6 +1,6 @@
-"""The inputs that exercises are marked on: small, the smallest first, drawn by a fixed seed.
+"""The inputs that exercises are marked on: small, the smallest first, drawn from a fixed seed.
 
-No two letters of a shape have one size where that would hide a mistake, and grids are not square.
+Axes have different sizes where equal ones would hide a mistake, and grids are not square.
 """
 
 import math
@@ -129,7 +129,7 @@ def position() -> Iterator[Case]:
     yield Case(d(1, 1 + 6, 2), d(2, 1 + 6, 2), ((2, 3), (2, 3), True))
     yield Case(d(1, 1 + 12, 2), d(2, 1 + 10, 2), ((5, 2), (3, 4), True))
     yield Case(d(1, 1 + 6, 3), d(2, 10, 3), ((2, 5), (3, 2), False))
-    yield Case(d(1, 6, 1), d(1, 6, 1), ((2, 3), (3, 2), False))  # as many rows, another grid
+    yield Case(d(1, 6, 1), d(1, 6, 1), ((2, 3), (3, 2), False))  # same number of rows, other grid
 
 
 def attention() -> Iterator[Case]:

@@ -1,7 +1,7 @@
-"""The exercises, in the order of the course: what each is marked by, and the lines it appeals to.
+"""The exercises, in the order of the course: the laws that mark each, and the lines they cite.
 
 A line is a sentence or an equation of the derivation on a page of the course. It says where the
-reader's code and the mathematics part, and never how the code should read.
+reader's code contradicts the mathematics, and never what the code should be.
 """
 
 import functools
@@ -37,7 +37,7 @@ class Line(NamedTuple):
 
     page: str  # of docs/course, "linear"
     section: str  # "the-backward"
-    words: str = ""  # as they stand there
+    words: str = ""  # quoted from the page
     equation: int | None = None
 
     @property
@@ -73,11 +73,11 @@ class Property(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Exercise:
-    """One file of the reader's.
+    """One exercise: a file for the reader to complete.
 
     Attributes:
         name: of the operation.
-        operation: the package's own, whose values a right answer has.
+        operation: the package's own, which gives the right values.
         cases: makes the inputs, the smallest first.
         settings: names of the arguments of the forward after ops.
         forward, backward: laws of this operation alone.
@@ -99,7 +99,7 @@ class Exercise:
 
     @property
     def hints(self) -> Mapping[str, Sequence[str]]:
-        """For the forward and for the backward, each a little nearer."""
+        """Hints for the forward and the backward, each more specific."""
         return _hints()[self.name]
 
     @property
@@ -115,7 +115,7 @@ class Exercise:
         return (f"{self.name}_forward", f"{self.name}_backward")
 
     def line(self, broken: str, where: str) -> Line:
-        """The line that a broken law contradicts, for the array where it shows."""
+        """The line that a broken law contradicts, for the array that is wrong."""
         keys = [f"{broken}:{where}", broken]
         if broken in IDIOM:
             return next((self.lines[k] for k in keys if k in self.lines), IDIOM[broken])

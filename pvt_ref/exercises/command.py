@@ -26,7 +26,7 @@ from pvt_ref.report.tables import one_line, text_table
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The subcommands and their options."""
     commands = parser.add_subparsers(dest="exercises", required=True)
-    text = "one short file an operation, in the order of the course; files that are there stay"
+    text = "writes one short file per operation, in the order of the course; existing files stay"
     new = commands.add_parser("new", help=text)
     new.add_argument("folder", metavar="DIR", help="where to write them")
     text = "marks the files, and shows how far you are"
@@ -34,19 +34,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     check.add_argument("folder", metavar="DIR", help="with the files")
     text = f"one exercise (linear, layer_norm and so on), or {WHOLE}: all in whole networks"
     check.add_argument("name", metavar="NAME", nargs="?", help=text)
-    text = "a hint for what is wrong or next, each time a further one"
+    text = "one more hint for the first open problem"
     check.add_argument("--hint", action="store_true", help=text)
     text = "a picture file for the shipped weights, at the end (default: a cat)"
     check.add_argument("--photo", metavar="FILE", help=text)
-    text = f"that a function may take, until it counts as endless (default {running.SECONDS:g})"
+    text = f"time after which a function counts as endless (default {running.SECONDS:g})"
     check.add_argument("--seconds", type=float, default=running.SECONDS, metavar="N", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
-    """What the arguments ask for; returns 0, or 1 if something is not right yet.
+    """Runs the subcommand; returns 0, or 1 if something is not right yet.
 
     Raises:
-        PVTError, OSError: if the folder or a file is not there, or a name is unknown.
+        PVTError, OSError: if the folder or a file is missing, or a name is unknown.
     """
     folder = Path(args.folder)
     if args.exercises == "new":
@@ -72,7 +72,7 @@ def _new(folder: Path) -> int:
 def _check(folder: Path, args: argparse.Namespace) -> int:
     progress, damaged = read_progress(folder)
     if damaged:
-        print("progress.json cannot be read: it begins anew")
+        print("progress.json cannot be read: it starts again")
     name = None if args.name is None else name_of(args.name)
     if name is not None and name != WHOLE and not file_of(folder, name).is_file():
         what = f"there is no {file_of(folder, name).name} in {shown(str(folder), 400)}"
@@ -123,7 +123,7 @@ def _passed(folder: Path, progress: Progress, name: str) -> bool:
 
 
 def _table(folder: Path, progress: Progress) -> str:
-    """All exercises and how they stand."""
+    """All exercises with their states."""
     rows = []
     for name in EXERCISES:
         known, path = progress.exercises[name], file_of(folder, name)
@@ -140,13 +140,13 @@ def _table(folder: Path, progress: Progress) -> str:
 
 
 def _all_files(progress: Progress) -> str:
-    """By which the files that the last marks are of are known, all together."""
+    """One digest of all the files that the last marks are of."""
     files = "".join(progress.exercises[name].digest for name in EXERCISES)
     return hashlib.sha256(files.encode()).hexdigest()
 
 
 def _hint(found: Sequence[Mark], progress: Progress) -> str:
-    """The hints given so far for the first thing that is not right, and one more."""
+    """The hints given so far for the first open problem, and one more."""
     first = next((mark for mark in found if mark.state in (FAILED, NOT_STARTED)), None)
     if first is None:
         return "There is nothing to give a hint for"
@@ -155,13 +155,13 @@ def _hint(found: Sequence[Mark], progress: Progress) -> str:
     count = min(known.hints.get(first.way, 0) + 1, len(hints))
     known.hints[first.way] = count
     left = len(hints) - count
-    more = f"{left} more" if left else "there is no further one"
+    more = f"{left} more" if left else "no more"
     lines = [f"Hints for the {first.way} of {first.exercise} ({more}):"]
     return "\n".join([*lines, *(f"  {k}. {text}" for k, text in enumerate(hints[:count], 1))])
 
 
 def _whole(folder: Path, progress: Progress, args: argparse.Namespace) -> bool:
-    """All functions as the operations of whole networks; whether PyTorch's numbers came out."""
+    """Runs all functions in whole networks; returns whether they give PyTorch's numbers."""
     print("\nYour functions, as the operations of whole networks:", flush=True)
     right = True
     for what, result, wrong in running.whole(folder, args.photo, max(args.seconds, 600.0)):

@@ -1,7 +1,7 @@
-"""Marks one file of the reader's: which law fails first, on the smallest case, and where to look.
+"""Marks a reader's file: the first law that fails, on the smallest case, and where to look.
 
-A file is executed as it is. What it raises is shown by its own lines; what is not written yet is
-no mistake. Nothing here keeps a reader's code from running for ever: ``running.py`` does.
+A file is executed as it is. Errors are shown with the reader's own lines; an unwritten function is
+not a mistake. This module does not stop endless code; ``running.py`` does.
 """
 
 import ast
@@ -31,19 +31,19 @@ FORWARD, BACKWARD = "forward", "backward"
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What became of one way of an exercise.
+    """The result of one way of an exercise.
 
     Attributes:
         exercise, way: "linear", and "forward" or "backward".
-        state: PASSED, FAILED, NOT_STARTED, or WAITS where the forward has to be right first.
-        law: that failed, "finite differences".
+        state: PASSED, FAILED, NOT_STARTED, or WAITS if the forward has to be right first.
+        law: the law that failed, "finite differences".
         says: the law in words.
-        case: the smallest on which it fails.
-        found: what was found there and what was expected, with the first wrong index.
-        page: the address of the line of the derivation that it contradicts.
+        case: the smallest case on which it fails.
+        found: the value found and the value expected, with the first wrong index.
+        page: the address of the line of the derivation that the code contradicts.
         line: page, equation and words.
         where, index: the array and the entry.
-        trace: the reader's own lines, if the code raised something.
+        trace: the reader's own lines, if the code raised an error.
     """
 
     exercise: str
@@ -61,7 +61,7 @@ class Mark:
 
 
 class ReadersError(Exception):
-    """The reader's code raised something: what, and the reader's own lines on the way to it."""
+    """An error of the reader's code, with the reader's own lines that led to it."""
 
     def __init__(self, error: BaseException, path: Path) -> None:
         last = traceback.format_exception_only(error)[-1].strip()
@@ -118,7 +118,7 @@ def _guarded(function: Callable[..., Any], path: Path) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         try:
             return function(*args)
-        except (NotImplementedError, LawError, ReadersError):  # not written yet, or told already
+        except (NotImplementedError, LawError, ReadersError):  # unwritten, or reported already
             raise
         except (Exception, SystemExit) as error:
             raise ReadersError(error, path) from error
@@ -155,7 +155,7 @@ def twin(
     """The reader's pair as a twin for a table of operations.
 
     Raises, when called:
-        ConfigError: if the network asks for what exercises leave out, such as dropout.
+        ConfigError: if the network needs something that exercises leave out, such as dropout.
     """
     signature = inspect.signature(exercise.operation.forward)
     passed = ("p", "x", "ops", *exercise.settings)
@@ -165,7 +165,7 @@ def twin(
         bound.apply_defaults()
         given = bound.arguments
         if given.get("rng") is not None or given.get("mode", "bilinear") != "bilinear":
-            what = f"{exercise.name} is asked for dropout or bicubic resizing"
+            what = f"{exercise.name} is called with dropout or bicubic resizing"
             raise ConfigError(f"{what}, which the exercises leave out: use a PVT, without rng")
         y, cache = forward(*(given[name] for name in passed))
         return y, cache if given["keep"] else None
@@ -190,7 +190,7 @@ _REFERRING = (laws.shape, laws.values, laws.gradient_values)
 
 
 def _laws(exercise: Exercise, way: str) -> Iterator[tuple[Any, Property | None]]:
-    """The laws of one way in the order in which they are tried, those that say most first."""
+    """The laws of one way in the order of trial, the most informative first."""
     if way == FORWARD:
         plain = [laws.shape]
         plain_after = [laws.samples, laws.values]
@@ -230,8 +230,8 @@ def _way(exercise: Exercise, way: str, pair: tuple[Any, Any], ops: Ops) -> Mark:
                 law(*((trial, reference) if law in _REFERRING else (trial,)))
             except LawError as error:
                 if way == BACKWARD and _aliased(trial, reference):
-                    what = f"{error.message}. The cache shares memory with y: what the forward"
-                    what += " wrote into y afterwards is in the cache as well"
+                    what = f"{error.message}. The cache shares memory with y, so it changed when"
+                    what += " the forward wrote into y afterwards"
                     error, own = LawError("aliased cache", what, error.where, error.index), None
                 return _failed(exercise, way, error, law, own, _described(exercise, trial))
             except ReadersError as error:
@@ -240,7 +240,7 @@ def _way(exercise: Exercise, way: str, pair: tuple[Any, Any], ops: Ops) -> Mark:
 
 
 def _stopped(exercise: Exercise, way: str, error: ReadersError, case: str) -> Mark:
-    """The code raised something: where it should have got to, only its section can say."""
+    """The mark for code that raised an error; it can only point to the section."""
     line = exercise.line("values" if way == FORWARD else "adjoint", "")
     says = "The function ends without an error." if case else "The file can be executed."
     return Mark(
@@ -250,7 +250,7 @@ def _stopped(exercise: Exercise, way: str, error: ReadersError, case: str) -> Ma
 
 
 def _aliased(trial: Trial, reference: Trial) -> bool:
-    """Whether what is written into y changes the gradients, as it does not with our own."""
+    """Whether writing into y changes the gradients, which it must not."""
 
     def is_changed(trial: Trial) -> bool:
         y, cache = trial.run()
@@ -289,10 +289,10 @@ def _failed(
 
 _SAYS: Mapping[str, str] = {
     "returns": "A forward returns y and a cache, a backward dx and the gradients of the weights.",
-    "gradient": "Gradients have the structure of what they belong to.",
+    "gradient": "Gradients have the structure of their weights.",
     "finite differences": "The backward is the derivative of your forward.",
     "aliased cache": "The cache keeps what the forward had, whatever is written to y.",
-    "cache": "The backward leaves its cache as it was.",
+    "cache": "The backward leaves its cache unchanged.",
 }
 
 
@@ -305,7 +305,7 @@ def mark_file(exercise: Exercise, path: Path, ops: Ops = REFERENCE) -> Iterator[
         ops: the table from which a composite takes its parts.
 
     Yields:
-        Two marks. The backward waits for a forward that is wrong, since it is its derivative.
+        Two marks. The backward waits until the forward is right, since it is its derivative.
 
     Raises:
         OSError: if the file cannot be read.
@@ -338,7 +338,7 @@ def _mark(exercise: Exercise, way: str, pair: tuple[Any, Any], empty: bool, ops:
 
 
 def without_warnings(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args) without warnings: an overflow is told by the law that it breaks."""
+    """function(*args) without warnings: an overflow shows in the law that it breaks."""
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         return function(*args)

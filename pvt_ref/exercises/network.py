@@ -1,7 +1,7 @@
 """The last two operations of the exercises: a stage of the dense network, and the pyramid of them.
 
 In the package they are part of the network, ``models/pvt/model.py``. Here they have the signatures
-of operations, so that a reader's own can be marked, and take their place.
+of operations, so that a reader's own can be marked and replace them.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from pvt_ref.ops import REFERENCE, Operation, Ops
 
 @dataclass(frozen=True, slots=True)
 class StageSettings:
-    """What a stage is told beside its weights."""
+    """The settings of a stage, besides its weights."""
 
     patch_size: int  # P
     norm_eps: float  # of the norm after the patch projection
@@ -44,7 +44,7 @@ def stage_forward(
 def stage_backward(
     p: StageParams, cache: Any, dy: Array, ops: Ops = REFERENCE
 ) -> tuple[Array, StageParams]:
-    """Gradients of :func:`stage_forward`: each step's own, in reverse order."""
+    """Gradients of :func:`stage_forward`: the backward of each step, in reverse order."""
     embed_cache, position_cache, blocks_cache = cache
     dx, dblocks = ops[blocks].backward(p.blocks, blocks_cache, to_tokens(dy), ops)
     dx, dtable = ops[position].backward(p.pos_embed, position_cache, dx, ops)
@@ -59,7 +59,7 @@ def pyramid_forward(
     settings: Sequence[StageSettings],
     keep: bool = True,
 ) -> tuple[list[Array], Any]:
-    """The maps F_1, F_2 and so on: each stage's, made of the one before."""
+    """The maps F_1, F_2 and so on: each stage takes the map of the one before."""
     maps, caches = [], []
     for p_i, settings_i in zip(p, settings, strict=True):
         x, cache = ops[stage].forward(p_i, x, ops, settings_i, keep=keep)

@@ -1,6 +1,6 @@
-"""Laws of single operations: what must hold of each, whatever it is given.
+"""Laws of single operations: what must hold for every input.
 
-Every function takes a trial and raises LawError; its first line says the law to the reader.
+Every function takes a trial and raises LawError; its first line states the law for the reader.
 """
 
 import math
@@ -18,7 +18,7 @@ _NEAR = 1e-9
 
 def _y(trial: Trial, **changed: Any) -> Any:
     """The output, with some of the inputs replaced by name (two underscores for a dot)."""
-    if "x" in changed:  # by whatever name
+    if "x" in changed:  # whatever its name is
         trial = replace(trial, x=changed.pop("x"))
     return trial.given({name.replace("__", "."): a for name, a in changed.items()}).run()[0]
 
@@ -161,7 +161,7 @@ def shift_of_row(trial: Trial) -> None:
 
 
 def no_overflow(trial: Trial) -> None:
-    """Nothing overflows: scores near 1000 give what the same less 1000 give."""
+    """Nothing overflows: adding 1000 to all scores changes nothing."""
     _alike(_y(trial, x=trial.x + 1000.0), _y(trial), "y of x + 1000")
 
 
@@ -178,7 +178,7 @@ def loss_at_zero(trial: Trial) -> None:
 
 
 def loss_is_a_mean(trial: Trial) -> None:
-    """A batch twice over has the loss of the batch: it is a mean."""
+    """Doubling the batch leaves the loss unchanged: it is a mean."""
     twice = np.concatenate([trial.x, trial.x])
     labels = np.concatenate([trial.settings[0]] * 2)
     doubled = replace(trial, x=twice, settings=(labels,))
@@ -189,7 +189,7 @@ def loss_is_a_mean(trial: Trial) -> None:
 
 
 def one_pixel_one_token(trial: Trial) -> None:
-    """A pixel moves exactly one token, that of its own patch, in raster order."""
+    """A pixel changes exactly one token, that of its own patch, in raster order."""
     P = trial.p.proj.weight.shape[-1]
     H, W = trial.x.shape[1:3]
     y, _ = trial.run()
@@ -199,25 +199,25 @@ def one_pixel_one_token(trial: Trial) -> None:
         moved = np.flatnonzero((_y(trial, x=x) != y).any(axis=-1)[0]).tolist()
         own = (row // P) * (W // P) + col // P
         if moved != [own]:
-            what = f"the pixel in row {row} and column {col} moves the tokens {moved}"
-            raise LawError("values", f"{what}; it must move token {own} alone", index=(row, col))
+            what = f"the pixel in row {row} and column {col} changes the tokens {moved}"
+            raise LawError("values", f"{what}; it must change only token {own}", index=(row, col))
 
 
 def tokens_are_normed(trial: Trial) -> None:
-    """The tokens are normed: a projection three times as large, with nine times eps, is alike."""
+    """The tokens are normed: three times the projection with nine times eps changes nothing."""
     larger = {"proj.weight": 3 * trial.p.proj.weight, "proj.bias": 3 * trial.p.proj.bias}
     scaled = replace(trial.given(larger), settings=(9 * trial.settings[0],))
     _alike(scaled.run()[0], _y(trial), "y of the larger projection")
 
 
 def norm_comes_first(trial: Trial) -> None:
-    """dproj.bias sums to 0, since the norm takes off what is added to all channels."""
+    """dproj.bias sums to 0, since the norm subtracts what is added to all channels."""
     g = _gradients(trial)["proj.bias"]
     _alike(np.sum(g), 0.0, "the sum of dproj.bias", float(np.linalg.norm(g)) + 1.0)
 
 
 def one_token_one_patch(trial: Trial) -> None:
-    """The gradient of a token goes to the pixels of its own patch, and to no other."""
+    """The gradient of a token goes only to the pixels of its own patch."""
     P = trial.p.proj.weight.shape[-1]
     y, _ = trial.run()
     dy = np.zeros_like(y)
@@ -262,7 +262,7 @@ def cls_row_stays(trial: Trial) -> None:
 
 
 def rows_stay_rows(trial: Trial) -> None:
-    """A table that changes from row to row only gives tokens that do."""
+    """A table that changes only from row to row gives tokens that change only from row to row."""
     (H, W), (h, w), cls = trial.settings
     extra = trial.p.shape[1] - h * w
     table = np.zeros_like(trial.p)
@@ -272,7 +272,7 @@ def rows_stay_rows(trial: Trial) -> None:
 
 
 def borders_clamped(trial: Trial) -> None:
-    """Where the grid is finer than the table, the first and last token take its corners."""
+    """If the grid is finer than the table, the first and last token get its corners."""
     (H, W), (h, w), cls = trial.settings
     if h <= H and w <= W:
         rows, extra = _table_rows(trial)
@@ -304,7 +304,7 @@ def passes_dy(trial: Trial) -> None:
 
 
 def nothing_lost(trial: Trial) -> None:
-    """The gradients of a table's rows sum to what was given to the tokens, channel by channel."""
+    """The gradients of the table's rows sum to those of the tokens, channel by channel."""
     one = replace(trial, x=trial.x[:1])
     dy = trial.drawn(7, one.x)
     g = _gradients(one, dy)["table"]
@@ -331,7 +331,7 @@ def unused_row_zero(trial: Trial) -> None:
 
 
 def values_of_one(trial: Trial) -> None:
-    """Where all values are 1, the result is 1: a mean."""
+    """If all values are 1, the result is 1: it is a mean."""
     y = _y(trial, v=np.ones_like(trial.x[2]))
     _alike(y, np.ones_like(y))
 
@@ -344,13 +344,13 @@ def zero_query(trial: Trial) -> None:
 
 
 def scale_counts(trial: Trial) -> None:
-    """The scores are multiplied by scale: with twice the scale, half the queries give the same."""
+    """The scores are multiplied by scale: twice the scale and half the queries change nothing."""
     doubled = replace(trial, settings=(2 * trial.settings[0],))
     _alike(_y(doubled, q=trial.x[0] / 2), _y(trial), "y of q / 2 with twice the scale")
 
 
 def keys_change_places(trial: Trial) -> None:
-    """Keys may change places, if their values go with them."""
+    """Reordering the keys together with their values changes nothing."""
     _, k, v = trial.x
     _alike(_y(trial, k=k[..., ::-1, :], v=v[..., ::-1, :]), _y(trial), "y of reversed keys")
 
@@ -380,7 +380,7 @@ def sra_scale(trial: Trial) -> None:
 
 
 def values_stand_last(trial: Trial) -> None:
-    """The lower half of kv makes the values: without it, y is the bias of proj."""
+    """The lower half of kv gives the values: without it, y is the bias of proj."""
     C = trial.x.shape[-1]
     without = {"kv.weight": trial.p.kv.weight.copy()}
     without["kv.weight"][C:] = 0
@@ -392,7 +392,7 @@ def values_stand_last(trial: Trial) -> None:
 
 
 def heads_change_places(trial: Trial) -> None:
-    """Heads may change places, rows of q and kv with columns of proj: head j owns d neighbours."""
+    """Reordering heads, rows of q and kv with columns of proj, changes nothing: d rows each."""
     p, C = trial.p, trial.x.shape[-1]
     N = trial.settings[1].num_heads
     rows = np.concatenate([np.arange(C).reshape(N, -1)[j] for j in reversed(range(N))])
@@ -405,7 +405,7 @@ def heads_change_places(trial: Trial) -> None:
 
 
 def reduction_is_normed(trial: Trial) -> None:
-    """SR ends in a norm: a reduction three times as large, with nine times the eps, is the same."""
+    """SR ends in a norm: three times the reduction with nine times eps changes nothing."""
     p, eps = trial.p, trial.settings[1].norm_eps
     if p.sr is not None:
         other = trial.given({"sr.weight": trial.drawn(6, p.sr.weight)}).run()[0]
@@ -417,7 +417,7 @@ def reduction_is_normed(trial: Trial) -> None:
 
 
 def blocks_change_places(trial: Trial) -> None:
-    """Whole R x R blocks of tokens may change places, and their outputs with them."""
+    """Reordering whole R x R blocks of tokens reorders their outputs."""
     if trial.p.sr is None:
         return
     R = trial.p.sr.weight.shape[-1]
@@ -441,7 +441,7 @@ def _without_branches(trial: Trial) -> Trial:
 
 
 def skips(trial: Trial) -> None:
-    """Where both branches give zeros, y is x."""
+    """If both branches give zeros, y is x."""
     _alike(_without_branches(trial).run()[0], trial.x)
 
 
@@ -452,20 +452,20 @@ def norms_stand_first(trial: Trial) -> None:
 
 
 def gradient_skips(trial: Trial) -> None:
-    """Where both branches give zeros, dx is dy."""
+    """If both branches give zeros, dx is dy."""
     dy = trial.drawn(7, trial.x)
     _alike(_gradients(_without_branches(trial), dy)["x"], dy, "dx")
 
 
 def coarse_told_by_fine(trial: Trial) -> None:
-    """F_1 is made of the image alone: it is what the first stage gives, whatever the second has."""
+    """F_1 depends on the image and stage 1 only: the weights of stage 2 do not change it."""
     zero = map_arrays(np.zeros_like, trial.p[1:])
     first = replace(trial, p=(trial.p[0], *zero)).run()[0][0]
     _alike(first, trial.run()[0][0], "F_1, with zeros for the weights of stage 2")
 
 
 def maps_add_up(trial: Trial) -> None:
-    """Of dF_1 and dF_2 together comes the sum of what comes of each alone."""
+    """The gradient from dF_1 and dF_2 together is the sum of those from each alone."""
     y, cache = trial.run()
     dy = trial.drawn(7, y)
     whole = trial.back(cache, dy)["x"]
@@ -474,8 +474,8 @@ def maps_add_up(trial: Trial) -> None:
         alone = [d if j == i else np.zeros_like(d) for j, d in enumerate(dy)]
         parts.append(trial.back(trial.run()[1], alone)["x"])
         if not np.any(parts[-1]):
-            what = f"of dF_{i + 1} alone nothing comes back to the image"
-            raise LawError("values", f"{what}, though it was made of it", "x")
+            what = f"dF_{i + 1} alone gives the image no gradient"
+            raise LawError("values", f"{what}, though the map depends on it", "x")
     _alike(whole, sum(parts), "dx")
 
 
@@ -483,7 +483,7 @@ def maps_add_up(trial: Trial) -> None:
 
 
 def frame_of_zeros(trial: Trial) -> None:
-    """Outside of the map there are zeros: a larger map of zeros around it changes nothing."""
+    """Outside the map there are zeros: adding a border of zeros changes nothing."""
     stride, padding = trial.settings
     if stride == 1 and padding:
         x = np.pad(trial.x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -492,7 +492,7 @@ def frame_of_zeros(trial: Trial) -> None:
 
 
 def windows_counted(trial: Trial) -> None:
-    """Where the forward copies, the backward adds: a pixel hears from every window it lies in."""
+    """Where the forward copies, the backward adds: a pixel gets a gradient from each window."""
     y, cache = trial.given({"weight": np.ones_like(trial.p.weight)}).run()
     ones = trial.given({"weight": np.ones_like(trial.p.weight)})
     dx = ones.back(cache, np.ones_like(y))["x"]
@@ -516,7 +516,7 @@ def channels_apart(trial: Trial) -> None:
 
 
 def levels_are_summed(trial: Trial) -> None:
-    """The levels are added up: with the classifier's bias 0, all of them are heard once each."""
+    """The levels are summed: with the classifier's bias 0, each contributes once."""
     if not trial.settings[1]:
         bias = np.zeros_like(trial.p.conv_seg.bias)
         total = _y(trial, conv_seg__bias=bias)
@@ -527,12 +527,12 @@ def levels_are_summed(trial: Trial) -> None:
             p = replace(trial.p, scale_heads=tuple(own))
             alone.append(_y(replace(trial, p=p), conv_seg__bias=bias))
             if not np.any(alone[-1]):
-                raise LawError("values", f"of P_{i + 1} alone come logits of 0: it is not heard")
+                raise LawError("values", f"P_{i + 1} alone gives logits of 0: it is not used")
         _alike(total, sum(alone), "the logits, compared with those of each level alone")
 
 
 def summands_alike(trial: Trial) -> None:
-    """A sum hands its gradient to every summand: no level is left without."""
+    """A sum passes its gradient to every summand: no level gets zeros."""
     y, cache = trial.run()
     for name, g in trial.back(cache, trial.drawn(7, y)).items():
         if name.startswith("P_") and not np.any(g):

@@ -1,4 +1,4 @@
-"""The reader's folder: which files there are, and what is remembered beside them."""
+"""The reader's folder: its files, and the progress stored beside them."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def file_of(folder: Path, name: str) -> Path:
 
 
 def name_of(given: str) -> str:
-    """The exercise that is meant: by its name, or that of its file. Raises: RangeError."""
+    """The exercise, given its name or that of its file. Raises: RangeError."""
     name = re.sub(r"^\d+_|\.py$", "", Path(given).name)
     if name not in EXERCISES and name != WHOLE:
         what = f"there is no exercise {shown(given)}"
@@ -34,7 +34,7 @@ def name_of(given: str) -> str:
 
 
 def template(name: str) -> str:
-    """What the file of an exercise holds at first: signatures, shapes and the equation."""
+    """The initial text of an exercise's file: signatures, shapes and the equation."""
     number = list(EXERCISES).index(name) + 1
     text = (_TEMPLATES / f"{name}.txt").read_text(encoding="utf-8")
     page = f"docs/course/{EXERCISES[name].page}.md"
@@ -42,7 +42,7 @@ def template(name: str) -> str:
 
 
 def write_new(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Writes the files that are not there yet. Returns those written, and those left as they are.
+    """Writes the missing files. Returns those written, and those left as they are.
 
     Raises: OSError.
     """
@@ -61,7 +61,7 @@ def write_new(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def digest_of(path: Path) -> str:
-    """By which a file is known to be the one that was marked; empty if there is none."""
+    """The digest that identifies a marked file; empty if there is no file."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
@@ -70,7 +70,7 @@ def digest_of(path: Path) -> str:
 
 @dataclass(slots=True)
 class Remembered:
-    """What is known of one exercise: its marks, the file they are of, and the hints given."""
+    """What is stored about an exercise: its marks, the digest of their file, and hints given."""
 
     forward: str = ""
     backward: str = ""
@@ -80,8 +80,8 @@ class Remembered:
 
 @dataclass(slots=True)
 class Progress:
-    """What is kept in the folder, by exercise; whole: the files whose run in whole networks was
-    right, by their digests.
+    """What is stored in the folder, by exercise; whole: the digests of the files that passed
+    in whole networks.
     """
 
     exercises: dict[str, Remembered]
@@ -98,7 +98,7 @@ class Progress:
 
 
 def read_progress(folder: Path) -> tuple[Progress, bool]:
-    """What is known, and whether there was a file that cannot be read, which counts as none."""
+    """The stored progress, and whether its file was unreadable, which counts as no progress."""
     progress = Progress({name: Remembered() for name in EXERCISES})
     path = folder / _PROGRESS
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Runs the reader's code in a process of its own: an endless loop or a crash costs one exercise."""
+"""Runs the reader's code in its own process: an endless loop or a crash costs one exercise."""
 
 import json
 import queue
@@ -40,7 +40,7 @@ class _Worker:
         try:
             line = self._lines.get(timeout=seconds)
         except queue.Empty:
-            return f"it did not end within {seconds:g} seconds. Is there a loop without an end?"
+            return f"it did not end within {seconds:g} seconds. Is there an endless loop?"
         if line is None:
             code = self._process.wait()
             how = f"by signal {-code}" if code < 0 else f"with status {code}"
@@ -58,7 +58,7 @@ class _Worker:
 def marks(
     folder: Path, names: Sequence[str], seconds: float = SECONDS
 ) -> Iterator[tuple[Mark, str]]:
-    """The marks of some exercises, two each, and what the code printed until then.
+    """The marks of some exercises, two each, and the text that the code printed.
 
     Args:
         folder: with the reader's files, all of those named among them.
@@ -83,7 +83,7 @@ def marks(
                 mark = Mark(**answer["mark"])
                 if mark.index is not None:
                     mark = _with_index(mark)
-                if (mark.exercise, mark.way) in waiting:  # a second process begins with the forward
+                if (mark.exercise, mark.way) in waiting:  # repeated after a restart
                     waiting.remove((mark.exercise, mark.way))
                     yield mark, answer["printed"]
         if waiting and isinstance(answer, str):
@@ -104,7 +104,7 @@ def _with_index(mark: Mark) -> Mark:
 
 
 def whole(folder: Path, photo: str | None, seconds: float) -> Iterator[tuple[str, str, str]]:
-    """The steps of the run in whole networks: what, what came out, and what is wrong, if anything.
+    """The steps of the run in whole networks: what was compared, the result, and any fault.
 
     Args:
         folder: with all of the reader's files.

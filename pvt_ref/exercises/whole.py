@@ -1,10 +1,9 @@
-"""The reader's own functions as the operations of whole networks, beside PyTorch's numbers.
+"""The reader's own functions as the operations of whole networks, compared with PyTorch.
 
-``pytorch.json`` holds what PyTorch computed of a small PVT and a small PVT v2 whose weights and
-images are drawn by name, so that they need not be stored: logits, the loss, and of every map and
-gradient its L2 norm and its inner product with a drawn array. ``tests/test_exercises_whole.py``
-makes the numbers again, with the networks of the package transformers, and writes the file when it
-is run as a program.
+``pytorch.json`` holds PyTorch's results for a small PVT and a small PVT v2: logits, the loss, and
+for every map and gradient its L2 norm and its inner product with a drawn array. Weights and images
+are drawn by name, so they need not be stored. ``tests/test_exercises_whole.py`` recomputes the
+numbers with the networks of the package transformers, and writes the file when run as a program.
 """
 
 import json
@@ -76,7 +75,7 @@ def digest(name: str, x: np.ndarray) -> list[float]:
 
 
 class Step(NamedTuple):
-    """What was compared, and what came out; wrong: what is the matter, if something is."""
+    """What was compared, and the result; wrong: the fault, if there is one."""
 
     what: str
     found: str
@@ -87,7 +86,7 @@ Pairs = Mapping[str, tuple[Callable[..., Any], Callable[..., Any]]]
 
 
 def table_of(pairs: Pairs, known: frozenset[Operation]) -> Ops:
-    """A table in which the reader's functions are the twins of those operations that are known."""
+    """A table in which the reader's functions are the twins of the known operations."""
     table = REFERENCE
     for name, pair in pairs.items():
         exercise = EXERCISES[name]
@@ -104,7 +103,7 @@ def steps(pairs: Pairs, photo: Path = PHOTO) -> Iterator[Step]:
         photo: a picture file for the shipped weights.
 
     Yields:
-        What was compared with what, and what came out.
+        What was compared, and the result.
     """
     stored = json.loads(STORED.read_text(encoding="utf-8"))
     params, config, images = network("pvt")
@@ -172,7 +171,7 @@ def _digests(what: str, arrays: Mapping[str, np.ndarray], stored: Mapping[str, A
 
 
 def _classified(table: Ops, photo: Path) -> Step:
-    """What the weights that come with the package say of a photo, by the reader's functions."""
+    """The answer of the shipped weights for a photo, computed by the reader's functions."""
     model = load("cifar10")
     images = model.preprocess([photo], (96, 96))
     mine = api.forward(model.params, images, model.config, ops=table)[0]
@@ -180,7 +179,7 @@ def _classified(table: Ops, photo: Path) -> Step:
     classes = model.classes
     shares, _ = softmax.forward(None, mine, REFERENCE)
     best = int(np.argmax(shares))
-    what = f"the shipped weights look at {photo.name}"
+    what = f"the shipped weights classify {photo.name}"
     found = f"{classes[best]}, {shares[best]:.0%}"
     error = float(np.max(np.abs(mine - ours)) / np.max(np.abs(ours)))
     wrong = f"{found}; its logits are {error:.1e} from ours" if not error <= 1e-4 else ""

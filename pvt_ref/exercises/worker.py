@@ -1,4 +1,4 @@
-"""The process that runs the reader's code, and writes one line of JSON for everything it knows.
+"""The process that runs the reader's code, and writes each result as one line of JSON.
 
 ``python -m pvt_ref.exercises.worker FOLDER NAME ...``; what the code prints is caught.
 """
@@ -24,7 +24,7 @@ _PRINTED = 1000  # characters of what the reader's code prints
 
 
 class _Bounded(io.StringIO):
-    """Keeps the beginning: finite differences call a function again and again."""
+    """Keeps only the beginning of a text: finite differences call a function many times."""
 
     def write(self, text: str) -> int:
         if self.tell() < _PRINTED:
@@ -34,7 +34,7 @@ class _Bounded(io.StringIO):
 
 def main(argv: Sequence[str]) -> None:
     """Marks the exercises of these names, or runs the whole networks if the name is "whole"."""
-    # the reader's code may write to descriptor 1, and must not be taken for us
+    # the reader's code may write to descriptor 1, and must not be mistaken for a result
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
         channel.write(json.dumps(fact) + "\n")
         channel.flush()
 
-    warnings.simplefilter("ignore")  # an overflow is told by the law that it breaks
+    warnings.simplefilter("ignore")  # an overflow shows in the law that it breaks
     np.seterr(all="ignore")
     say(ready=True)
     folder, names = Path(argv[0]), argv[1:]
@@ -75,7 +75,7 @@ def _whole(folder: Path, photo: Path | None, say: Any) -> None:
                 say(step=step)
         except ReadersError as error:
             say(step=("the whole network", "", f"{error}\n{error.trace}"))
-        except Exception as error:  # of what the reader's functions handed on
+        except Exception as error:  # from values that the reader's functions passed on
             what = f"{type(error).__name__}: {error}"
             say(step=("the whole network", "", what))
 

@@ -1,6 +1,6 @@
-"""Networks for other runtimes, written down by the forward that computes them.
+"""Networks for other runtimes, recorded from their own forward.
 
 No network is described a second time: it runs on arrays without numbers
-(:mod:`pvt_ref.export.symbols`), which note what is done to them. For some operations ONNX has a
-node of its own (:mod:`pvt_ref.export.twins`). The file is :mod:`pvt_ref.export.onnx_file`.
+(:mod:`pvt_ref.export.symbols`), which record the operations. ONNX has single nodes for some
+operations (:mod:`pvt_ref.export.twins`). :mod:`pvt_ref.export.onnx_file` writes the file.
 """

@@ -1,4 +1,4 @@
-"""A network as an ONNX file: its own forward, run on symbols, and the weights by their keys."""
+"""A network as an ONNX file: its own forward run on symbols, and its weights by key."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -42,14 +42,14 @@ _PARTS = ("logits", "pyramid", "attention")
 
 @dataclass(frozen=True, slots=True)
 class OnnxFile:
-    """What was written. Where a size may vary, a shape has its name: "batch", "height", "width";
-    of attention weights, "queries" and "keys".
+    """A description of the file. A shape has names for sizes that vary: "batch", "height", "width";
+    for attention weights, "queries" and "keys".
 
     Attributes:
         path: of the file.
-        input: name, dtype and shape of what the graph is given.
-        outputs: shapes of what it returns, by name.
-        weights: how they are stored, "float32, rounded from float64" for instance.
+        input: name, dtype and shape of the graph's input.
+        outputs: shapes of its outputs, by name.
+        weights: how they are stored, such as "float32, rounded from float64".
     """
 
     path: Path
@@ -79,14 +79,14 @@ def export_onnx(
 ) -> OnnxFile:
     """Writes a network as an ONNX file, which ONNX Runtime, OpenVINO and others run.
 
-    The file has the weights under the keys of the state dict, and, as metadata, classes,
-    preprocessing and configuration as JSON. It takes batches of any number. ``onnx.checker`` looks
-    at it before it is written; it appears complete or not at all. The same model gives the same
-    bytes. Needs the package ``onnx``, the extra ``onnx``. The graph is of opset 20.
+    The file has the weights under the keys of the state dict, and its metadata hold classes,
+    preprocessing and configuration as JSON. Batches may have any size. ``onnx.checker`` checks it
+    before it is written; it appears complete or not at all. The same model gives the same bytes.
+    Needs the package ``onnx``, the extra ``onnx``. The graph uses opset 20.
 
     Args:
         model: any model; arrays on a device are copied to the host.
-        path: ends in ``.onnx``; its directory exists. An older file of that name is replaced.
+        path: ends in ``.onnx``; its directory exists. An existing file of that name is replaced.
         what: ``"logits"``, one output of that name; ``"pyramid"``, outputs F1, F2, ..., as
             :func:`pvt_ref.forward_pyramid` returns them; ``"attention"``, outputs A1.0, A1.1, ...,
             for block 0 of stage 1 and so on, as :func:`pvt_ref.attention_maps`; or several of
@@ -102,7 +102,7 @@ def export_onnx(
             graph normalises them; otherwise it is ``images``, (B, C, H, W) normalised float32.
 
     Returns:
-        What was written: names and shapes. float64 weights are rounded to float32, and it says so.
+        A description of the file. float64 weights are rounded to float32, and it says so.
 
     Raises:
         MissingPackageError: if the package onnx is not installed.
@@ -110,7 +110,7 @@ def export_onnx(
         ConfigError: if the model has no logits, no pyramid or no map to resize, size is "any" and
             something in it is made for one size, or it has no attention.
         ShapeError: if the model cannot take that size.
-        RangeError: if what or a flag is another.
+        RangeError: if what or a flag has another value.
         NonFiniteError: if a weight is not finite, also in the dtype that it is stored in.
         ArrayTypeError: if model is not a Model, or path no path.
     """
@@ -156,8 +156,8 @@ def export_onnx(
         write_whole(target, data)
     except OSError as error:
         raise CheckpointError(
-            f"{where}: could not be written ({reason(error)}). An older file of this name is as it "
-            f"was. Check that the directory exists, that it may be written to, and that the disk "
+            f"{where}: could not be written ({reason(error)}). An existing file of this name is "
+            f"unchanged. Check that the directory exists, that it is writable, and that the disk "
             f"has {len(data)} bytes free"
         ) from error
     given = graph.given
@@ -232,7 +232,7 @@ def _images(
     preprocessing = model.info.preprocessing
     if preprocessing.channels != C:
         raise ConfigError(
-            f"the model has in_chans={C}, and its preprocessing makes {preprocessing.channels} "
+            f"the model has in_chans={C}, but its preprocessing makes {preprocessing.channels} "
             f"channels. Leave with_preprocessing out, or give Model an info of its own"
         )
     pixels = graph.input("pixels", (BATCH, H, W, C), np.uint8, (1, 2) if free else ())

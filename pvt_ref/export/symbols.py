@@ -1,4 +1,4 @@
-"""Arrays that have a shape and a name: what is done to them is noted as nodes of ONNX.
+"""Arrays with a shape and a name: operations on them are recorded as nodes of ONNX.
 
 A network that runs on them computes nothing and leaves a graph behind. The batch is -1, and a size
 that depends on it comes out negative: B n tokens are -n rows. ONNX's Reshape calls all of them -1.
@@ -30,7 +30,7 @@ class Node(NamedTuple):
 
 
 class View(NamedTuple):
-    """What a symbol shows in another shape, and how: the axes of Transpose, or Reshape's shape."""
+    """The source of a reshaped symbol, and the axes of Transpose or the shape of Reshape."""
 
     base: "Symbol"
     op: str
@@ -38,7 +38,7 @@ class View(NamedTuple):
 
 
 class Dim(int):
-    """A size that is not known before the graph runs; as a number, what stands for it meanwhile."""
+    """A size that is unknown until the graph runs; as a number, its placeholder."""
 
     source: "Symbol"  # one int64
 
@@ -143,7 +143,7 @@ class Graph:
         self.nodes: list[Node] = []
         self.constants: dict[str, np.ndarray] = {}
         self.given = Symbol(self, "", (), np.float32)
-        self.paths: list[str] = []  # of the operations under way, the innermost last
+        self.paths: list[str] = []  # of the operations in progress, the innermost last
         self._keys = dict(keys)
         self._used = Counter[str]()
         self._same: dict[Any, str] = {}  # nodes and constants that are there already

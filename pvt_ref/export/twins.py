@@ -1,7 +1,7 @@
-"""Operations as nodes of ONNX: those for which it has one of its own.
+"""Operations for which ONNX has a node of its own.
 
-All others are made of these, or of plain expressions, and are asked as they are written. Maps are
-channels last here and channels first in ONNX; of two transpositions in turn, none is left.
+All others are made of these or of plain expressions, and run as written. Maps are channels last
+here and channels first in ONNX; two transpositions in turn cancel.
 """
 
 from collections.abc import Sequence
@@ -159,5 +159,5 @@ ANY_SIZE = Ops(
     {**SYMBOLIC.twins, patch_embed: Operation(_cut_patches, patch_embed.backward)}, name="onnx"
 )
 
-#: What needs the size of its map when the graph is written: a table or a matrix is made for it.
+#: Operations that need the size of their map when the graph is written, for a table or a matrix.
 SIZED = frozenset({position, pool, resize})

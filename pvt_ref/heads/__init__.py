@@ -1,6 +1,6 @@
-"""Heads: what turns the maps of a backbone into a map of logits, made of layers.
+"""Heads turn the maps of a backbone into a map of logits; they are made of layers.
 
-Maps are channels last, (B, H, W, C), and those of several levels come finest first. A head that has
-batch norms takes their running statistics as a record of buffers, which is nested as its weights
-are; beside the operation stands ``statistics(cache)``, those of the batch in the same nest.
+Maps are channels last, (B, H, W, C), and several levels come finest first. A head with batch norms
+takes their running statistics as a record of buffers, nested like its weights; beside the operation
+stands ``statistics(cache)``, which returns those of the batch, nested likewise.
 """

@@ -1,4 +1,4 @@
-"""The unit that heads are built of: a convolution without bias, batch norm, ReLU."""
+"""The building block of heads: a convolution without bias, batch norm, ReLU."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from pvt_ref.tree import record
 class ConvUnitParams:
     """The kernel (C_out, C_in, k, k) and the norm, or their gradients.
 
-    A bias would be subtracted again with the batch's mean, so there is none.
+    There is no bias, because batch norm would subtract it with the mean.
     """
 
     conv: ConvParams
@@ -69,7 +69,7 @@ def conv_unit_forward(
 def conv_unit_backward(
     p: ConvUnitParams, cache: ConvUnitCache, dy: Array, ops: Ops = REFERENCE
 ) -> tuple[Array, ConvUnitParams]:
-    """Gradients of :func:`conv_unit_forward`: each step's own, in reverse order.
+    """Gradients of :func:`conv_unit_forward`: the backward of each step, in reverse order.
 
     Args:
         p: the forward's weights, conv.weight (C_out, C_in, k, k).
@@ -88,7 +88,7 @@ def conv_unit_backward(
 
 
 def statistics(cache: ConvUnitCache) -> ConvUnitBuffers | None:
-    """Those of a forward's batch; None if it took the running ones."""
+    """The statistics of a forward's batch; None if it used the running ones."""
     seen = batch_norm_file.statistics(cache.bn)
     return None if seen is None else ConvUnitBuffers(seen)
 

@@ -1,7 +1,7 @@
-"""Feature pyramid network (Lin et al. 2017, arXiv 1612.03144): coarse maps tell the finer ones.
+"""Feature pyramid network (Lin et al. 2017, arXiv 1612.03144): coarse maps inform finer ones.
 
-A fine map sees edges, a coarse one what they belong to. Every level is brought to one width, is
-given what the coarser levels know, and is smoothed. There is no norm and no activation.
+Fine maps show edges, coarse maps the objects they belong to. Every level is projected to one width,
+the enlarged coarser levels are added, and the sum is smoothed. There is no norm or activation.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ from pvt_ref.tree import record
 
 @record
 class FPNConvParams:
-    """A kernel and its bias, one level down, as MMSegmentation's keys have it."""
+    """A kernel and its bias, one level down, as in MMSegmentation's keys."""
 
     conv: ConvParams
 
@@ -89,8 +89,8 @@ def fpn_backward(
 ) -> tuple[list[Array], FPNParams]:
     """Gradients of :func:`fpn_forward`.
 
-    The running sum is walked through in reverse, from the finest level to the coarsest: L_i was
-    used by its own convolution and, enlarged, by L_(i-1), so dL/dL_i adds up the two.
+    The running sum is traversed in reverse, from the finest level to the coarsest: L_i was used by
+    its own convolution and, enlarged, by L_(i-1), so dL/dL_i is the sum of both gradients.
 
     Args:
         p: the forward's weights.
@@ -115,7 +115,7 @@ def fpn_backward(
 def _convolve_backward(
     p: Sequence[FPNConvParams], caches: Sequence[Any], dy: Sequence[Array], ops: Ops
 ) -> tuple[list[Array], tuple[FPNConvParams, ...]]:
-    """Gradients of :func:`_convolve`: of its x and of its weights."""
+    """Gradients of :func:`_convolve` with respect to x and the weights."""
     done = [
         ops[conv].backward(p_i.conv, cache, dy_i, ops)
         for p_i, cache, dy_i in zip(p, caches, dy, strict=True)

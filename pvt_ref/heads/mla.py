@@ -1,7 +1,7 @@
 """SETR-MLA (Zheng et al. 2021, arXiv 2012.15840): maps of several blocks of a ViT, aggregated.
 
-All maps have one size. The neck adds them up, from the deepest block to the first, and the head
-enlarges each sum by itself, puts them side by side and classifies. As in MMSegmentation: SETR's own
+All maps have the same size. The neck sums them, from the deepest block to the first; the head
+enlarges each sum, concatenates them and classifies. This is MMSegmentation's version: SETR's own
 code enlarges with align_corners, and its classifier has kernel 3.
 """
 
@@ -49,7 +49,7 @@ class MLANeckParams:
 
 @record
 class MLANeckBuffers:
-    """The running statistics of the units, one level down, as the keys have it."""
+    """The running statistics of the units, one level down, as in the keys."""
 
     mla: MLAUnitsBuffers
 
@@ -111,8 +111,8 @@ def mla_neck_backward(
 ) -> tuple[list[Array], MLANeckParams]:
     """Gradients of :func:`mla_neck_forward`.
 
-    What block j adds is in its own sum and in all that follow it. So the gradients of the sums are
-    summed up themselves, from the first block's to the deepest.
+    The map of block j is in its own sum and in all later ones. So the gradients of the sums are
+    accumulated in turn, from the first block's to the deepest.
 
     Args:
         p: the forward's weights.

@@ -1,7 +1,7 @@
-"""Units and enlargements in turn: how a coarse map comes to the size of a finer one.
+"""Units and enlargements in turn, which bring a coarse map to the size of a finer one.
 
-Enlarging by 2 again and again is not enlarging once: each time, what lies between the cells is
-interpolated, and the units look at it.
+Enlarging by 2 several times is not the same as enlarging once: each time new cells are interpolated
+and the next unit processes them.
 """
 
 from typing import Any
@@ -17,8 +17,8 @@ from pvt_ref.heads.conv_unit import (
 from pvt_ref.layers.resize import resize
 from pvt_ref.ops import REFERENCE, Operation, Ops
 
-#: What is done in turn: a unit, or, where there is None, an enlargement, which has no weights. So
-#: the place in the tuple is the number in the key, as in PyTorch's ``Sequential``.
+#: The steps in turn: a unit, or None for an enlargement, which has no weights. So the index in the
+#: tuple is the number in the key, as in PyTorch's ``Sequential``.
 ScaleHeadParams = tuple[ConvUnitParams | None, ...]
 
 #: The running statistics of the units, in their places.
@@ -42,7 +42,7 @@ def scale_head_forward(
         ops: the table of operations.
         buffers: running statistics of the units, and None for each enlargement.
         batch_statistics: whether the norms use those of the batch instead (training).
-        scale: how many times as high and wide an enlargement makes the map.
+        scale: factor of height and width of each enlargement.
         keep: whether to return a cache for the backward.
 
     Returns:
@@ -62,7 +62,7 @@ def scale_head_forward(
 def scale_head_backward(
     p: ScaleHeadParams, cache: tuple[Any, ...], dy: Array, ops: Ops = REFERENCE
 ) -> tuple[Array, ScaleHeadParams]:
-    """Gradients of :func:`scale_head_forward`: each step's own, the last one's first.
+    """Gradients of :func:`scale_head_forward`: the backward of each step, in reverse order.
 
     Args:
         p: the forward's weights.
@@ -81,7 +81,7 @@ def scale_head_backward(
 
 
 def statistics(cache: tuple[Any, ...]) -> ScaleHeadBuffers | None:
-    """Those of a forward's batch; None if it took the running ones."""
+    """The statistics of a forward's batch; None if it used the running ones."""
     units = [isinstance(cache_k, ConvUnitCache) for cache_k in cache]
     seen = [conv_unit_file.statistics(c) if u else None for c, u in zip(cache, units, strict=True)]
     return None if seen[units.index(True)] is None else tuple(seen)

@@ -1,6 +1,6 @@
 """Semantic FPN (Kirillov et al. 2019, arXiv 1901.02446): classes of pixels, from a pyramid.
 
-Every level comes to the size of the finest, 1/4 of the image, and they are added up.
+Every level is enlarged to the size of the finest, 1/4 of the image, and the levels are summed.
 """
 
 from collections.abc import Sequence
@@ -59,8 +59,8 @@ def semantic_fpn_forward(
 
         S_1 = U(P_1)    S_2 = up2 U(P_2)    S_3 = up2 U up2 U(P_3)    S_4 = up2 U up2 U up2 U(P_4)
 
-    Where a map has an odd side, the next one's is half of it, rounded up, and S_i is too large:
-    before the sum each S_i is resized to the size of S_1, bilinearly.
+    If a map has an odd side, the next one has half of it, rounded up, and S_i is too large. So each
+    S_i is resized bilinearly to the size of S_1 before the sum.
 
     Args:
         p: the weights, conv_seg.weight (K, D, 1, 1).
@@ -95,7 +95,7 @@ def semantic_fpn_forward(
 def semantic_fpn_backward(
     p: SemanticFPNParams, cache: SemanticFPNCache, dy: Array, ops: Ops = REFERENCE
 ) -> tuple[list[Array], SemanticFPNParams]:
-    """Gradients of :func:`semantic_fpn_forward`: every summand gets that of the sum.
+    """Gradients of :func:`semantic_fpn_forward`: every summand gets the gradient of the sum.
 
     Args:
         p: the forward's weights, conv_seg.weight (K, D, 1, 1).
@@ -120,7 +120,7 @@ def semantic_fpn_backward(
 
 
 def statistics(cache: SemanticFPNCache) -> SemanticFPNBuffers | None:
-    """Those of a forward's batch; None if it took the running ones."""
+    """The statistics of a forward's batch; None if it used the running ones."""
     seen: Any = tuple(scale_head_file.statistics(c) for c in cache.scale_heads)
     return None if seen[0] is None else SemanticFPNBuffers(seen)
 

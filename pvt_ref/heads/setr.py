@@ -1,8 +1,8 @@
 """The heads of SETR (Zheng et al. 2021, arXiv 2012.15840) on the one map of a columnar ViT.
 
 Naive enlarges once by 4, after a unit of kernel 1. PUP, progressive upsampling, enlarges four times
-by 2, each time after a unit of kernel 3. As MMSegmentation has them, the norm that a ViT ends with
-belongs to the head.
+by 2, each time after a unit of kernel 3. As in MMSegmentation, the final norm of the ViT is part
+of the head.
 """
 
 from typing import Any
@@ -61,7 +61,7 @@ def setr_forward(
         ops: the table of operations.
         buffers: the running statistics.
         batch_statistics: whether the norms use those of the batch instead (training).
-        scale: how many times as high and wide an enlargement makes the map: 4 in SETR-Naive.
+        scale: factor of height and width of each enlargement: 4 in SETR-Naive.
         keep: whether to return a cache for the backward.
 
     Returns:
@@ -79,10 +79,10 @@ def setr_forward(
 def setr_backward(
     p: SETRParams, cache: SETRCache, dy: Array, ops: Ops = REFERENCE
 ) -> tuple[Array, SETRParams]:
-    """Gradients of :func:`setr_forward`: each step's own, in reverse order.
+    """Gradients of :func:`setr_forward`: the backward of each step, in reverse order.
 
     With batch statistics and a unit of kernel 1, that of the norm's bias is 0: it adds a constant
-    to the channels of the convolution, which batch norm takes away.
+    to the channels of the convolution, which batch norm subtracts.
 
     Args:
         p: the forward's weights.
@@ -106,7 +106,7 @@ def setr_backward(
 
 
 def statistics(cache: SETRCache) -> SETRBuffers | None:
-    """Those of a forward's batch; None if it took the running ones."""
+    """The statistics of a forward's batch; None if it used the running ones."""
     seen: Any = tuple(scale_head_file.statistics(c) for c in cache.up_convs)
     return None if seen[0] is None else SETRBuffers(seen)
 

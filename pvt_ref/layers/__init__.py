@@ -1,1 +1,1 @@
-"""The operations of the paper, one a file: X_forward, and X_backward right below it."""
+"""The operations of the paper, one per file: X_forward, and X_backward right below it."""

@@ -64,7 +64,7 @@ def attention_forward(
     q, k, v = x
     scores = _scores(q, k, scale)  # (B, N, n, m)
     weights, softmax_cache = ops[softmax].forward(None, scores, ops, keep=keep)  # (B, N, n, m)
-    del scores  # not needed any more
+    del scores  # no longer needed
     weights, drop_cache = ops[dropout].forward(None, weights, ops, drop_rate, rng, keep)
     y = weights @ v  # (B, N, n, d)
     if not keep:

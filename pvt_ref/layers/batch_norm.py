@@ -1,8 +1,8 @@
 """Batch norm (Ioffe & Szegedy 2015, arXiv 1502.03167): each channel over all cells of a batch.
 
-It is the one layer with state: while a network trains, running statistics follow those of the
-batches, and they take their place afterwards. Nothing here changes them in passing. They go in as a
-record of buffers, and :func:`moved` makes the next one of what :func:`statistics` saw.
+It is the only layer with state: running statistics follow those of the batches during training and
+replace them in inference. The forward does not change them. They go in as a record of buffers, and
+:func:`moved` makes the next record from the result of :func:`statistics`.
 """
 
 import math
@@ -14,7 +14,7 @@ from pvt_ref.layers.sum_rows import sum_rows
 from pvt_ref.ops import REFERENCE, Operation, Ops
 from pvt_ref.tree import map_arrays, record
 
-#: Share of a new batch in the running statistics, as PyTorch has it.
+#: Share of a new batch in the running statistics, as in PyTorch.
 MOMENTUM = 0.1
 
 
@@ -89,8 +89,8 @@ def batch_norm_forward(
         if N < 2:
             raise ShapeError(
                 f"x has shape {tuple(x.shape)}: one value per channel, which has no variance. In "
-                f"training, batch norm needs a larger batch, or a larger image, whose last map "
-                f"has several cells"
+                f"training, batch norm needs a larger batch, or a larger image, so that its last "
+                f"map has several cells"
             )
         mean = ops[sum_rows].forward(None, xp.reshape(x, rows), ops, keep=False)[0] / N  # (C,)
         x_hat = x - mean  # (..., C), centred so far
@@ -113,10 +113,10 @@ def batch_norm_backward(
 ) -> tuple[Array, BatchNormParams]:
     """Gradients of :func:`batch_norm_forward`.
 
-    With batch statistics, x enters x_hat three times, as in
-    :func:`~pvt_ref.layers.layer_norm.layer_norm_backward`: as itself, through the mean and through
-    the variance. Here both are over the N values of a channel, which share one weight, so that the
-    means of g = dL/dx_hat = weight * dy are the gradients of bias and weight::
+    With batch statistics, x affects x_hat in three ways, as in
+    :func:`~pvt_ref.layers.layer_norm.layer_norm_backward`: directly, through the mean and through
+    the variance. Here both are over the N values of a channel, which share one weight, so the
+    means of g = dL/dx_hat = weight * dy follow from the gradients of bias and weight::
 
         dL/dx_j = rstd * (g_j - mean(g) - x_hat_j mean(g * x_hat))
                 = rstd * weight * (dy_j - (dbias + x_hat_j dweight) / N)
@@ -151,10 +151,10 @@ def batch_norm_backward(
 
 
 def statistics(cache: Any) -> BatchNormBuffers | None:
-    """Those of a forward's batch, as buffers; None if it took the running ones.
+    """The statistics of a forward's batch, as buffers; None if it used the running ones.
 
-    The variance is the unbiased one, N/(N - 1) times that which normalised the batch. Of the
-    cache, which may be a twin's, only mean, variance and count are read.
+    The variance is unbiased, N/(N - 1) times the one that normalised the batch. Only mean,
+    variance and count of the cache are read, so it may be a twin's.
     """
     if cache.mean is None or cache.variance is None:
         return None
@@ -164,11 +164,11 @@ def statistics(cache: Any) -> BatchNormBuffers | None:
 
 
 def moved(buffers: Any, seen: Any, momentum: float = MOMENTUM) -> Any:
-    """Running statistics after a batch, (1 - momentum) old + momentum new; numbers add up.
+    """Running statistics after a batch, (1 - momentum) old + momentum new; counts are added.
 
     Args:
-        buffers: a record of buffers, in a network's own nest.
-        seen: the same of the batch, made of what :func:`statistics` gives; None changes nothing.
+        buffers: a record of buffers, nested as in the network.
+        seen: the same record of the batch, from :func:`statistics`; None changes nothing.
         momentum: share of the batch.
     """
     if seen is None:
@@ -178,7 +178,7 @@ def moved(buffers: Any, seen: Any, momentum: float = MOMENTUM) -> Any:
         xp = array_module(old)
         if xp.isdtype(old.dtype, "real floating"):
             return old * (1 - momentum) + new * momentum
-        return xp.asarray(old + new, dtype=old.dtype)  # NumPy's sum is no array
+        return xp.asarray(old + new, dtype=old.dtype)  # NumPy's sum is a scalar, not an array
 
     return map_arrays(move, buffers, seen)
 

@@ -1,8 +1,8 @@
-"""Convolution of a map: unfold its windows, one a row, and multiply them by the kernel.
+"""Convolution of a map: unfold its windows, one per row, and multiply them by the kernel.
 
-With a stride smaller than the kernel, windows overlap, so a pixel lies in several rows. Hence
-cutting windows out is no permutation any more, as it is for patches (``patch_embed.py``), and its
-transpose adds up what comes back.
+With a stride smaller than the kernel, windows overlap, so a pixel lies in several rows. Unfolding
+is then not a permutation, as it is for patches (``patch_embed.py``), and its transpose sums the
+gradients of each pixel.
 """
 
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ class ConvCache:
 
 
 def pad(x: Array, padding: Grid) -> Array:
-    """x with a frame of zeros; x itself if the frame is empty.
+    """x padded with zeros; x itself if the padding is 0.
 
     Args:
         x: (B, H, W, C).
@@ -54,11 +54,11 @@ def pad(x: Array, padding: Grid) -> Array:
 
 
 def unpad(padded: Array, padding: Grid) -> Array:
-    """The inside of the frame: the transpose of :func:`pad`.
+    """A map without its padding: the transpose of :func:`pad`.
 
     Args:
-        padded: (B, H, W, C), with the frame.
-        padding: (a, b), as there.
+        padded: (B, H, W, C), with the padding.
+        padding: (a, b), as for :func:`pad`.
     """
     _, H, W, _ = padded.shape
     a, b = padding
@@ -72,9 +72,9 @@ def windows_along(size: Grid, k: Grid, stride: int, padding: int) -> Grid:
 
 
 def places(k: Grid, grid: Grid, stride: int = 1) -> Iterator[tuple[int, int, tuple[slice, ...]]]:
-    """(u, v) in a window of k (k_h, k_w), and the index of what lies there in all (h, w) windows.
+    """(u, v) in a window of k (k_h, k_w), and the index of these pixels in all (h, w) windows.
 
-    The slices of one (u, v) meet every pixel once at most, so it can be added to as a whole.
+    The slices of one (u, v) meet every pixel at most once, so ``+=`` on them is safe.
     """
     for u in range(k[0]):
         for v in range(k[1]):
@@ -86,7 +86,7 @@ def places(k: Grid, grid: Grid, stride: int = 1) -> Iterator[tuple[int, int, tup
 
 
 def unfold(x: Array, k: Grid, stride: int, padding: int) -> Array:
-    """The windows of a map, one flattened window a row, in the order of patchify. New memory.
+    """The windows of a map, one flattened window per row, in the order of patchify. New memory.
 
     Without padding and with k equal to the stride, windows are patches.
 
@@ -111,8 +111,8 @@ def fold(windows: Array, size: Grid, k: Grid, stride: int, padding: int) -> Arra
     """The transpose of :func:`unfold`: every pixel gets the sum over the windows that it lies in.
 
     Args:
-        windows: (B, n, D), one flattened window a row.
-        size: (H, W) of the map; what no window reaches gets 0.
+        windows: (B, n, D), one flattened window per row.
+        size: (H, W) of the map; pixels that no window reaches get 0.
         k: (k_h, k_w), height and width of a window.
         stride: from one window to the next.
         padding: rows and columns of zeros on each side.
@@ -131,7 +131,7 @@ def fold(windows: Array, size: Grid, k: Grid, stride: int, padding: int) -> Arra
 def conv_forward(
     p: ConvParams, x: Array, ops: Ops, stride: int, padding: int, keep: bool = True
 ) -> tuple[Array, ConvCache | None]:
-    """y_ij = sum_uv W_uv x_(is+u, js+v) + b, over a map with zeros around it.
+    """y_ij = sum_uv W_uv x_(is+u, js+v) + b, over a map padded with zeros.
 
     Args:
         p: weight (C_out, C_in, k_h, k_w) and bias (C_out,) or None.
@@ -160,8 +160,8 @@ def conv_backward(
 ) -> tuple[Array, ConvParams]:
     """Gradients of :func:`conv_forward`.
 
-    unfold is a matrix Pi of zeros and ones, with a 1 for each number of a window that is no
-    padding: y = Pi x W^T + b. Its transpose adds up, so dL/dx = Pi^T dL/dwindows is fold.
+    unfold is a matrix Pi of zeros and ones, with a 1 for each element of a window that is not
+    padding: y = Pi x W^T + b. So dL/dx = Pi^T dL/dwindows, and Pi^T is fold.
 
     Args:
         p: the forward's weight (C_out, C_in, k_h, k_w) and bias (C_out,) or None.

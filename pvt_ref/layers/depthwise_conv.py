@@ -1,7 +1,7 @@
-"""Depth-wise convolution: each channel by its own kernel, on a map that keeps its size.
+"""Depth-wise convolution: each channel has its own kernel, and the map keeps its size.
 
-A convolution whose kernel mixes no channels. As a matrix product it would have one column, so it is
-written as a sum of k_h k_w shifted maps, each times a number a channel.
+The kernel mixes no channels. As a matrix product it would have one column, so it is written as a
+sum of k_h k_w shifted maps, each times one number per channel.
 """
 
 from pvt_ref.arrays import Array, array_module
@@ -13,7 +13,7 @@ from pvt_ref.tree import record
 
 @record
 class DepthwiseConvCache:
-    """What :func:`depthwise_conv_backward` needs: x with the zeros around it, for dW."""
+    """What :func:`depthwise_conv_backward` needs: x padded with zeros, for dW."""
 
     padded: Array
 
@@ -26,7 +26,7 @@ def depthwise_conv_forward(
     Args:
         p: weight (C, 1, k_h, k_w), k_h and k_w odd, and bias (C,) or None.
         x: (B, H, W, C), of the weights' dtype: float32 or float64.
-        ops: not asked.
+        ops: not used.
         keep: whether to return a cache for the backward.
 
     Returns:
@@ -48,8 +48,8 @@ def depthwise_conv_backward(
 ) -> tuple[Array, ConvParams]:
     """Gradients of :func:`depthwise_conv_forward`.
 
-    Every w_uv multiplies a whole map, shifted, so its gradient is a sum over the map, and what
-    comes back is shifted the other way::
+    Every w_uv multiplies a whole shifted map, so its gradient is a sum over the map, and dx is
+    shifted the other way::
 
         dL/dw_uv = sum_ij dy_ij * x_(i+u-a, j+v-b)      dL/dx_(i+u-a, j+v-b) += dy_ij * w_uv
 

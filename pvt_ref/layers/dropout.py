@@ -30,7 +30,7 @@ def dropout_forward(
     Args:
         p: None.
         x: (...), float32 or float64.
-        ops: not asked.
+        ops: not used.
         rate: in [0, 1).
         rng: source of the mask. None (inference) leaves x as it is, and so does rate 0.
         keep: whether to return a cache for the backward.
@@ -49,9 +49,9 @@ def drop_path_forward(
     Args:
         p: None.
         x: (B, ...), the output of a residual branch.
-        ops: not asked.
+        ops: not used.
         rate: in [0, 1).
-        rng: source of the mask, one draw a sample; None as for :func:`dropout_forward`.
+        rng: source of the mask, one draw per sample; None as for :func:`dropout_forward`.
         keep: whether to return a cache for the backward.
 
     Returns:
@@ -65,13 +65,13 @@ def dropout_channels_forward(
 ) -> tuple[Array, DropCache | None]:
     """Each channel of a sample is zero as a whole with probability rate, else divided by 1 - rate.
 
-    Neighbours in a map are alike, so that dropping single elements takes little away (Tompson et
-    al. 2015, arXiv 1411.4280; PyTorch: ``Dropout2d``).
+    Neighbours in a map are similar, so dropping single elements removes little information
+    (Tompson et al. 2015, arXiv 1411.4280; PyTorch: ``Dropout2d``).
 
     Args:
         p: None.
         x: (B, ..., C), a map.
-        ops: not asked.
+        ops: not used.
         rate: in [0, 1).
         rng: source of the mask, one draw for each sample and channel; None as for
             :func:`dropout_forward`.
@@ -88,7 +88,7 @@ def _drop(
 ) -> tuple[Array, DropCache | None]:
     if rng is None or rate == 0.0:
         return x, None
-    # float32 draws whatever x is: float32 and float64 runs then share their masks
+    # float32 draws for any x, so that float32 and float64 runs share their masks
     kept = rng.random(mask_shape, dtype=np.float32) >= rate
     cache = DropCache(from_host(kept, like=x), 1.0 / (1.0 - rate))
     return _apply(cache, x), cache if keep else None
@@ -109,7 +109,7 @@ def dropout_backward(
         p: None.
         cache: from the forward; None if nothing was dropped.
         dy: dL/dy, y's shape.
-        ops: not asked.
+        ops: not used.
 
     Returns:
         dx, dy's shape and dtype, dy itself if nothing was dropped; and None.
@@ -126,7 +126,7 @@ def drop_path_backward(
         p: None.
         cache: from the forward; None if nothing was dropped.
         dy: dL/dy (B, ...).
-        ops: not asked.
+        ops: not used.
 
     Returns:
         dx (B, ...), as :func:`dropout_backward`; and None.
@@ -143,7 +143,7 @@ def dropout_channels_backward(
         p: None.
         cache: from the forward; None if nothing was dropped.
         dy: dL/dy (B, ..., C).
-        ops: not asked.
+        ops: not used.
 
     Returns:
         dx (B, ..., C), as :func:`dropout_backward`; and None.

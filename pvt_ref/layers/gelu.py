@@ -26,7 +26,7 @@ def gelu_forward(
     Args:
         p: None.
         x: (...), float32 or float64.
-        ops: not asked.
+        ops: not used.
         keep: whether to return a cache for the backward.
 
     Returns:
@@ -50,7 +50,7 @@ def gelu_backward(p: None, cache: GeluCache, dy: Array, ops: Ops = REFERENCE) ->
         p: None.
         cache: from the forward.
         dy: dL/dy (...).
-        ops: not asked.
+        ops: not used.
 
     Returns:
         dx (...) of dy's dtype, and None.

@@ -30,7 +30,7 @@ def layer_norm_forward(
     Args:
         p: weight and bias, (C,) each.
         x: (..., C), of the weights' dtype: float32 or float64.
-        ops: not asked.
+        ops: not used.
         eps: added to the variance.
         keep: whether to return a cache for the backward.
 

@@ -1,4 +1,4 @@
-"""Linear: y = x W^T + b, applied to every token alike. W is (out, in), as PyTorch stores it."""
+"""Linear: y = x W^T + b for every token. W is (out, in), as PyTorch stores it."""
 
 from pvt_ref.arrays import Array, array_module
 from pvt_ref.layers.sum_rows import sum_rows
@@ -32,7 +32,7 @@ def linear_forward(
     Args:
         p: weight (C_out, C_in) and bias (C_out,) or None.
         x: (..., C_in), of the weights' dtype: float32 or float64.
-        ops: not asked.
+        ops: not used.
         keep: whether to return a cache for the backward.
 
     Returns:

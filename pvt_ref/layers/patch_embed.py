@@ -1,8 +1,8 @@
 """Patch embedding (paper section 3.2): cut a map into patches, flatten, project, normalise.
 
-A convolution whose kernel equals its stride never lets two windows overlap. It is therefore no
-more than a rearrangement followed by a matrix multiplication, hence "without convolutions". Spatial
-reduction (eq. 3) is the same operation with R for P, and uses this file.
+The windows of a convolution whose kernel equals its stride never overlap. It is therefore just a
+rearrangement followed by a matrix multiplication, hence "without convolutions". Spatial reduction
+(eq. 3) is the same operation with R for P, and uses this file.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ class PatchEmbedParams:
 
 @record
 class PatchEmbedCache:
-    """The caches of the parts, and the grid (H/P, W/P) where the patches go back to."""
+    """The caches of the parts, and the grid (H/P, W/P) of the patches."""
 
     linear: Any
     norm: Any
@@ -32,15 +32,15 @@ class PatchEmbedCache:
 
 
 def patchify(x: Array, P: int) -> Array:
-    """Cuts a map x (B, H, W, C) into P x P patches, one flattened patch a row (section 3.2).
+    """Cuts a map x (B, H, W, C) into P x P patches, one flattened patch per row (section 3.2).
 
     In raster order; within a patch, rows, then columns, then channels. New memory.
     """
     xp = array_module(x)
     B, H, W, C = x.shape
     x = xp.reshape(x, (B, H // P, P, W // P, P, C))  # (B, H/P, P, W/P, P, C)
-    # assigned, not reshaped: where P = 1 a reshape would be a view of the caller's array, and a
-    # cache that holds it would change with it
+    # assigned, not reshaped: with P = 1 a reshape would be a view of the caller's array, and a
+    # cache with that view would change with the array
     patches = xp.empty((B, H // P, W // P, P, P, C), dtype=x.dtype)
     patches[...] = xp.permute_dims(x, (0, 1, 3, 2, 4, 5))  # (B, H/P, W/P, P, P, C)
     return xp.reshape(patches, (B, (H // P) * (W // P), P * P * C))  # (B, n, P*P*C)

@@ -1,8 +1,8 @@
 """Adaptive average pooling: a map of any size becomes one of a given size, by means over cells.
 
-Along an axis of n inputs, cell i of o averages the inputs from floor(i n/o) up to, excluding,
-ceil((i + 1) n/o). Neighbouring cells overlap where o does not divide n. Where o is larger than n it
-enlarges, and only repeats its inputs where n divides o. PVT v2 reduces its keys by it, to 7 x 7.
+Along an axis of n inputs, cell i of o averages the inputs from floor(i n/o) up to, but excluding,
+ceil((i + 1) n/o). Neighbouring cells overlap if o does not divide n. If o is larger than n it
+enlarges the map; if n divides o, it repeats inputs. PVT v2 reduces its keys with it, to 7 x 7.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from pvt_ref.tree import record
 
 @record
 class PoolCache:
-    """No array, since the forward is linear: the size (H, W) of its x."""
+    """Only the size (H, W) of x, and no array, since the forward is linear."""
 
     size: Grid
 
@@ -35,7 +35,7 @@ def pool_forward(
     Args:
         p: None.
         x: (B, H, W, C), float32 or float64.
-        ops: not asked.
+        ops: not used.
         size: height and width of y.
         keep: whether to return a cache for the backward.
 
@@ -48,13 +48,13 @@ def pool_forward(
 def pool_backward(p: None, cache: PoolCache, dy: Array, ops: Ops = REFERENCE) -> tuple[Array, None]:
     """Gradient of :func:`pool_forward`: dL/dx = P_h^T dL/dy P_w for every channel.
 
-    Each input gets, from every cell that it belongs to, its share of that cell's gradient.
+    Each input gets its share of the gradient of every cell that it belongs to.
 
     Args:
         p: None.
         cache: from the forward, size (H, W) of its x.
         dy: dL/dy (B, ..., C), y's shape.
-        ops: not asked.
+        ops: not used.
 
     Returns:
         dx (B, H, W, C) of dy's dtype, and None.

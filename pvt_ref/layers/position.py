@@ -1,6 +1,6 @@
 """Position embedding: a learned vector per token, resized when the grid is not the table's own.
 
-Attention does not see order, so each stage adds a table with one row a token (paper section 3.1).
+Attention ignores order, so each stage adds a table with one row per token (paper section 3.1).
 The table belongs to the square grid of the image size it was made for; on any other grid it is
 resized bilinearly (paper section 4.2), half-pixel centres, no antialiasing (PyTorch:
 ``interpolate(mode="bilinear", align_corners=False)``). That is linear and separable, two small
@@ -18,7 +18,7 @@ from pvt_ref.tree import record
 
 @record
 class PositionCache:
-    """No array, since the forward is linear: only its own grid, table_grid, cls and mode."""
+    """Only grid, table_grid, cls and mode, and no array, since the forward is linear."""
 
     grid: Grid
     table_grid: Grid
@@ -69,7 +69,7 @@ def resize_positions_backward(
 
 
 def positions(p: Array, grid: Grid, table_grid: Grid, cls: bool, mode: str = "bilinear") -> Array:
-    """What is added to the tokens of a grid (H, W): the cls row if wanted, and the resized table.
+    """The summand for the tokens of a grid (H, W): the cls row if wanted, and the resized table.
 
     Args:
         p: the table, (1, h*w, C), or (1, 1 + h*w, C) with a cls row.
@@ -103,7 +103,7 @@ def position_forward(
     Args:
         p: the table, (1, h*w, C), or (1, 1 + h*w, C) with a cls row.
         x: tokens (B, H*W, C), or (B, 1 + H*W, C) with the cls token first, of the table's dtype.
-        ops: not asked.
+        ops: not used.
         grid: (H, W) of the tokens.
         table_grid: (h, w) of the table.
         cls: whether x starts with the cls token; the table then must have its row.

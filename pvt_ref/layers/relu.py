@@ -20,7 +20,7 @@ def relu_forward(
     Args:
         p: None.
         x: (...), float32 or float64.
-        ops: not asked.
+        ops: not used.
         keep: whether to return a cache for the backward.
 
     Returns:
@@ -39,7 +39,7 @@ def relu_backward(p: None, cache: ReluCache, dy: Array, ops: Ops = REFERENCE) ->
         p: None.
         cache: from the forward.
         dy: dL/dy (...).
-        ops: not asked.
+        ops: not used.
 
     Returns:
         dx (...) of dy's dtype, and None.

@@ -1,8 +1,8 @@
 """Resizing: y = A_h x A_w^T for every channel of a map, with one small matrix for each axis.
 
-Bilinear, bicubic and nearest resizing differ in the matrix only. So does adaptive pooling
-(``pool.py``), and position tables (``position.py``) are resized by the same product. It is linear,
-so its transpose is A_h^T dy A_w.
+Bilinear, bicubic and nearest resizing, and adaptive pooling (``pool.py``), differ only in the
+matrix; position tables (``position.py``) are resized by the same product. It is linear, and its
+transpose is A_h^T dy A_w.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ MakeMatrix = Callable[[int, int], np.ndarray]
 
 @record
 class ResizeCache:
-    """No array, since the forward is linear: the size (H, W) of its x, and how it resized."""
+    """Only the size (H, W) of x and the mode, and no array, since the forward is linear."""
 
     size: Grid
     mode: str
@@ -49,9 +49,9 @@ def resize_matrix(
 
     The centre of output cell i lies at ``(i + 1/2) in_size/out_size - 1/2`` on the input's axis;
     with align_corners at ``i (in_size - 1)/(out_size - 1)``, so that the outermost centres agree.
-    The cell takes its value from the two cells around its centre (bicubic: four), by distance;
-    beyond the border, from the last one. Nearest takes that of cell ``floor(i in_size/out_size)``,
-    exactly; PyTorch rounds the quotient to float32 and is off for some sizes, 26 to 44 for one.
+    The cell interpolates the two cells around its centre (bicubic: four), by distance; beyond the
+    border it uses the last one. Nearest takes exactly the cell ``floor(i in_size/out_size)``;
+    PyTorch rounds the quotient to float32 and is off for some sizes, such as 26 to 44.
     """
     cells = np.arange(out_size)
     A = np.zeros((out_size, in_size))
@@ -67,7 +67,7 @@ def resize_matrix(
     left = np.floor(centre).astype(int)
     toward_right = centre - left
     for k, weight in _WEIGHTS[mode](toward_right).items():
-        # added: at the border, several of them are one cell
+        # accumulate: at the border, several of them are the same cell
         A[cells, np.clip(left + k, 0, in_size - 1)] += weight
     return A
 
@@ -99,7 +99,7 @@ def _matrices(
     like: Array, make: MakeMatrix, size: Grid, old: Grid
 ) -> tuple[np.ndarray, np.ndarray]:
     """A_h and A_w, from old (h, w) to size (H, W)."""
-    make = getattr(array_module(like), "separable_matrix", make)  # shapes need no numbers
+    make = getattr(array_module(like), "separable_matrix", make)  # arrays without numbers need none
     A_h = make(size[0], old[0])  # (H, h)
     A_w = make(size[1], old[1])  # (W, w)
     return A_h, A_w
@@ -131,11 +131,11 @@ def resize_forward(
     Args:
         p: None.
         x: (B, H, W, C), float32 or float64.
-        ops: not asked.
+        ops: not used.
         size: height and width of y.
         mode: "nearest", "bilinear" or "bicubic".
         align_corners: whether the centres of the outermost cells agree, instead of their borders.
-            Nearest does not ask.
+            Not used for nearest.
         keep: whether to return a cache for the backward.
 
     Returns:
@@ -153,14 +153,14 @@ def resize_backward(
 ) -> tuple[Array, None]:
     """Gradient of :func:`resize_forward`: dL/dx = A_h^T dL/dy A_w for every channel.
 
-    A cell that was read by several gets the gradients of all of them, in their shares; one that
-    nobody read gets 0.
+    A cell that contributed to several gets the gradients of all, weighted by its shares; one that
+    contributed to none gets 0.
 
     Args:
         p: None.
         cache: from the forward, size (H, W) of its x.
         dy: dL/dy (B, ..., C), y's shape.
-        ops: not asked.
+        ops: not used.
 
     Returns:
         dx (B, H, W, C) of dy's dtype, dy itself if nothing was resized; and None.

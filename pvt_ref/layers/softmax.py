@@ -22,7 +22,7 @@ def softmax_forward(
     Args:
         p: None.
         x: (..., m), finite, float32 or float64.
-        ops: not asked.
+        ops: not used.
         keep: whether to return a cache for the backward.
 
     Returns:
@@ -52,7 +52,7 @@ def softmax_backward(
         p: None.
         cache: from the forward.
         dy: dL/dy (..., m).
-        ops: not asked.
+        ops: not used.
 
     Returns:
         dx (..., m) of dy's dtype, and None.

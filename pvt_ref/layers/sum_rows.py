@@ -7,7 +7,7 @@ from pvt_ref.tree import record
 
 @record
 class SumRowsCache:
-    """How many rows there were."""
+    """The number of rows."""
 
     rows: int
 
@@ -20,7 +20,7 @@ def sum_rows_forward(
     Args:
         p: None.
         x: (rows, C), float32 or float64.
-        ops: not asked.
+        ops: not used.
         keep: whether to return a cache for the backward.
 
     Returns:
@@ -39,7 +39,7 @@ def sum_rows_backward(
         p: None.
         cache: from the forward.
         dy: dL/dy (C,).
-        ops: not asked.
+        ops: not used.
 
     Returns:
         dx (rows, C) of dy's dtype, read-only, and None.

@@ -1,6 +1,6 @@
-"""What the rest of the package knows of a network: one row of functions and names.
+"""The interface of a network to the rest of the package: one row of functions and names.
 
-A network lives in a folder of its own and is entered in ``models/__init__.py``. Everybody else
+A network has a folder of its own and is registered in ``models/__init__.py``. All other code
 (checks, files, training, reports, the command line) looks up the row of a configuration.
 """
 
@@ -20,7 +20,7 @@ from pvt_ref.tree import BUFFERS, named_arrays
 
 
 class Leaf(NamedTuple):
-    """What one array of the parameters has to be."""
+    """The specification of one array of the parameters."""
 
     key: str  # in the state dict
     shape: tuple[int, ...]
@@ -32,11 +32,11 @@ class Leaf(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where an operation or a weight stands, read off its path or its key."""
+    """The place of an operation or a weight, from its path or its key."""
 
     stage: int  # from 1; 0 is the classifier
     block: int | None  # of the stage, from 0; None is outside of them
-    part: str  # what is left of the path: "attn.q", "patch_embed"
+    part: str  # the rest of the path: "attn.q", "patch_embed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -46,7 +46,7 @@ class Architecture:
     A configuration is a frozen dataclass. It offers img_size, in_chans, num_classes (0 without a
     classifier), drop_path_rate, has_classifier, size_multiple, channels and strides of each stage,
     and ``grids(height, width)``, which raises a ShapeError for a size that it cannot take. One that
-    is made of another network's has ``with_drop_path_rate(rate)``, which gives a changed one.
+    contains another network's has ``with_drop_path_rate(rate)``, which returns a changed copy.
     """
 
     name: str  # by which files know it, "pvt"
@@ -90,17 +90,17 @@ _rows: dict[type, Architecture] = {}
 
 
 def register(row: Architecture) -> None:
-    """Enters a network. A later row of the same configuration type takes the place of the first."""
+    """Registers a network. A later row of the same configuration type replaces the first."""
     _rows[row.config_type] = row
 
 
 def architectures() -> Iterator[Architecture]:
-    """All rows, in the order in which they were entered."""
+    """All rows, in the order of registration."""
     yield from list(_rows.values())
 
 
 def architecture_of(config: object) -> Architecture:
-    """The row of a configuration. Raises ArrayTypeError if config is none of any network."""
+    """The row of a configuration. Raises ArrayTypeError if config is not one of a network."""
     row = _rows.get(type(config))
     if row is None:
         variant = isinstance(config, str) and config in known_variants()
@@ -148,7 +148,7 @@ def param_shapes(config: Any) -> Mapping[str, tuple[int, ...]]:
 
 @functools.lru_cache(maxsize=64)
 def count_keys(config: Any) -> frozenset[str]:
-    """Keys of the arrays that count something, and are int64: batches that a norm has seen."""
+    """Keys of the int64 arrays of counts: batches that a norm has seen."""
     keys = set[str]()
 
     def note(leaf: Leaf) -> None:
@@ -161,19 +161,19 @@ def count_keys(config: Any) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=64)
 def buffer_keys(config: Any) -> frozenset[str]:
-    """Keys of the arrays that are not trained: what batch norms remember."""
+    """Keys of the arrays that are not trained: the state of batch norms."""
     tree = architecture_of(config).build_params(config, lambda leaf: np.empty(0))
     return frozenset(key for key, _ in named_arrays(getattr(tree, BUFFERS, None)))
 
 
 @functools.lru_cache(maxsize=64)
 def layer_numbers(config: Any) -> Mapping[str, int]:
-    """Number of the layer that each array belongs to by key, from the image to the head; read-only.
+    """The layer number of each array by key, from the image to the head; read-only.
 
-    The blocks of all stages count from 1 to L. What a stage has beside its blocks goes with the
-    first of them if it comes before (embedding, positions, cls token), and with the last if it
-    comes behind (PVT v2's norms). What stage 1 has before its blocks is layer 0, and what belongs
-    to no stage, the classifier's norm and head, is layer L + 1.
+    The blocks of all stages count from 1 to L. A stage's other arrays belong to its first block if
+    they come before it (embedding, positions, cls token), and to its last block if they come
+    after (PVT v2's norms). Those before the blocks of stage 1 are layer 0; the classifier's norm
+    and head, which belong to no stage, are layer L + 1.
     """
     place = architecture_of(config).place
     places = {key: place(key) or Place(0, None, key) for key in param_shapes(config)}
@@ -195,7 +195,7 @@ def layer_numbers(config: Any) -> Mapping[str, int]:
 
 
 def check_params_type(params: object) -> None:
-    """Refuses what is not a record of parameters of any network. Raises: ArrayTypeError."""
+    """Refuses anything but a record of parameters of a network. Raises: ArrayTypeError."""
     known = [row.params_type for row in _rows.values()]
     if type(params) not in known:
         raise ArrayTypeError(

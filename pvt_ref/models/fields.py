@@ -1,4 +1,4 @@
-"""What configurations of the networks share: the checks of fields, and the settings of blocks."""
+"""Shared by the networks' configurations: checks of fields, and the settings of blocks."""
 
 import dataclasses
 import math
@@ -16,13 +16,13 @@ NUM_STAGES = 4
 #: Blocks of one stage. The largest published stage has 60; each costs memory before any weight.
 MAX_DEPTH = 1000
 
-#: Fields in which a model may differ from a variant and still be called by its name.
+#: Fields in which a model may differ from a variant and keep its name.
 _NOT_STRUCTURE = (
     *("img_size", "in_chans", "num_classes", "norm_eps", "projection_norm_eps"),
     *("drop_rate", "attn_drop_rate", "drop_path_rate"),
 )
 
-#: How a position table reaches another grid.
+#: How a position table is resized to another grid.
 RESIZES = ("bicubic", "bilinear")
 
 
@@ -50,9 +50,9 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool], Callable[[Any], Any]]] = {
 
 
 def settle_fields(config: Any) -> dict[str, str]:
-    """Makes the fields of a frozen configuration plain; what is wrong with the others, by field.
+    """Converts the fields of a frozen configuration to plain values; returns the faults, by field.
 
-    What has a tuple for its default is one number a stage.
+    A field whose default is a tuple has one number per stage.
     """
     problems: dict[str, str] = {}
     for field in dataclasses.fields(config):
@@ -99,7 +99,7 @@ def _positive_per_stage(name: str, value: Any, problems: dict[str, str], *, whol
 
 
 def width_conflicts(config: Any, wrong: AbstractSet[str]) -> list[str]:
-    """Widths that heads do not divide or ratios make broken, where no field is wrong in itself."""
+    """Widths that heads do not divide or ratios make fractional, if each field alone is valid."""
     problems = []
     for i in range(NUM_STAGES):
         if wrong.isdisjoint({"embed_dims", "num_heads"}):
@@ -153,10 +153,10 @@ def fitting_sizes(height: int, width: int, multiple: int) -> tuple[str, str]:
 
 
 def block_settings(config: Any) -> list[tuple[BlockSettings, ...]]:
-    """What each block of each stage is told beside its weights.
+    """The settings of each block of each stage, besides its weights.
 
-    The rates of drop path rise in a line from the first block to the last (arXiv 1603.09382,
-    section 3).
+    The drop-path rates rise linearly from the first block to the last (arXiv 1603.09382, section
+    3).
     """
     stages: list[tuple[BlockSettings, ...]] = []
     total, first = sum(config.depths), 0

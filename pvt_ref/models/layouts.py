@@ -1,6 +1,6 @@
-"""How files of other projects name and cut a network's weights, and what else they say of it.
+"""How files of other projects name and split a network's weights, and what else they state.
 
-Most weights are only pieces_by; a few are cut or glued, so the map is spelled out as pieces: some
+Most weights are only renamed; a few are split or joined, so the map is spelled out as pieces: some
 rows of our array are some rows of theirs. A network makes its layouts, and a :class:`Files`, in its
 own folder; :mod:`pvt_ref.checkpoint`, which knows no network, does the rest.
 """
@@ -37,8 +37,8 @@ def same_key(key: str) -> str:
 def renaming(table: Mapping[str, str]) -> Callable[[str], str | None]:
     """The ``rename`` of a layout, from templates: ``"block{i}.{b}.norm1"`` to theirs.
 
-    i is the stage from 1, j from 0; b the block from 0, c from 1; leaf is weight or bias, and
-    stands at the end where theirs does not say.
+    i is the stage from 1, j from 0; b the block from 0, c from 1; leaf is weight or bias, and is
+    appended if their template does not place it.
     """
 
     def rename(key: str) -> str | None:
@@ -58,9 +58,9 @@ def renaming(table: Mapping[str, str]) -> Callable[[str], str | None]:
 def pieces_by(
     rename: Callable[[str], str | None], stacked: tuple[str, ...] = ()
 ) -> Callable[[str, Shape, Any], list[Piece]]:
-    """The ``pieces_of`` of a layout that renames, and may keep apart what we stack.
+    """The ``pieces_of`` of a layout that renames, and may store our stacked matrices separately.
 
-    stacked are the names of these parts in our rows, from above; rename gives the first.
+    stacked are the names of these parts in our rows, from the top; rename gives the first.
     """
 
     def pieces_of(key: str, shape: Shape, config: Any) -> list[Piece]:
@@ -98,7 +98,7 @@ def one_side(name: str, sides: Any, why: str) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How one family of files names and cuts the weights."""
+    """How one family of files names and splits the weights."""
 
     name: str  # for messages
     rename: Callable[[str], str | None] = same_key  # our key to theirs; None where they have none
@@ -113,7 +113,7 @@ class Layout:
 
 
 class Seen(NamedTuple):
-    """What the shapes in a file show of a network, asked by our keys."""
+    """The shapes of a network in a file, looked up by our keys."""
 
     shapes: Mapping[str, Shape]
     layout: Layout
@@ -143,7 +143,7 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Files:
-    """What :mod:`pvt_ref.checkpoint` asks a network about the files of other projects."""
+    """What :mod:`pvt_ref.checkpoint` needs from a network about the files of other projects."""
 
     readable: str  # which files are read, in words
     layouts: tuple[Layout, ...]  # looked for in this order; of all networks those with marks first

@@ -1,4 +1,4 @@
-"""Where every query looks: attention weights of a watched forward pass."""
+"""The attention weights of every query, from a watched forward pass."""
 
 from collections.abc import Sequence
 from types import EllipsisType
@@ -20,7 +20,7 @@ def attention_maps(
     *,
     ops: Ops | None = None,
 ) -> dict[tuple[int, int], Array]:
-    """Where every query looks, in every block of the stages named: A of paper eq. 4.
+    """The attention weights A of paper eq. 4 in every block of the stages.
 
     Raises: PVTError as :func:`pvt_ref.forward`; a RangeError also if a stage is not one.
 

@@ -1,13 +1,13 @@
 """What a model costs: parameters, multiply-accumulates (MACs) and memory, item by item.
 
-A network runs once on arrays without numbers (:mod:`pvt_ref.report.shapes`), and is watched.
+It watches a network run once on arrays without numbers (:mod:`pvt_ref.report.shapes`).
 
 MACs, by the rule that reproduces the paper's GFLOPs: every linear and convolution weight counts
 once per token it is applied to, the cls token included; the two products of attention count
 2 n m C per block, patch tokens only; norms, softmax, GELU, biases and resizing are free.
 
-Memory is what inference with the reference operations holds at its fullest: the image, and every
-array alive at the same moment, weights not counted. A test compares it with what Python allocates.
+Memory is the peak of inference with the reference operations: the image and all arrays alive at
+the same moment, without weights. A test compares it with what Python allocates.
 """
 
 import math
@@ -38,7 +38,8 @@ from pvt_ref.tree import branches, map_arrays, to_device
 class CostItem:
     """One operation of one stage, all its repetitions together.
 
-    What several operations keep for the backward counts for the first. Dropout would add its masks.
+    An array that several operations keep for the backward counts for the first. Dropout would add
+    its masks.
     """
 
     stage: int  # from 1; 0 is the classifier
@@ -52,7 +53,7 @@ class CostItem:
 
 @dataclass(frozen=True, slots=True)
 class StageShape:
-    """What a stage works on."""
+    """The shapes of a stage."""
 
     stage: int
     grid: Grid  # (H_i, W_i)
@@ -168,8 +169,8 @@ def cache_bytes(
 ) -> dict[Place, int]:
     """Bytes that the backward's cache holds, by stage, block and operation, where it is not empty.
 
-    Arguments as for :func:`count_cost`; ops None takes the default table for NumPy arrays. A twin
-    keeps what it likes: it runs once for every shape that it meets, on zeros, one block a stage.
+    Arguments as for :func:`count_cost`; ops None takes the default table for NumPy arrays. To find
+    what a twin keeps, it runs once for every shape that occurs, on zeros, one block per stage.
     """
     run = _Run(config, size, batch, dtype, pyramid)
     table = default_ops(np.empty(0, dtype)) if ops is None else choose_ops(ops, None, run.row)

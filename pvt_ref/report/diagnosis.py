@@ -1,4 +1,4 @@
-"""Where numbers stopped being finite: the forward once more, with an eye on every operation."""
+"""Finds where numbers stopped being finite: repeats the forward and checks every operation."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The operations of a run as items of a report: which they are, and where they stand."""
+"""The operations of a run as items of a report: their names and places."""
 
 from collections.abc import Callable
 from typing import Any

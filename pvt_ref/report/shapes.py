@@ -1,4 +1,4 @@
-"""Arrays that have a shape and no numbers: a network that runs on them tells shapes and memory."""
+"""Arrays with a shape but no numbers: running a network on them gives shapes and memory."""
 
 import math
 import weakref

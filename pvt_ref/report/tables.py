@@ -8,7 +8,7 @@ from pvt_ref.report.cost import Cost, CostItem
 
 
 def one_line(text: str) -> str:
-    """A stranger's name or label as text on one line; see :func:`~pvt_ref.errors.printable`."""
+    """An untrusted name or label on one line; see :func:`~pvt_ref.errors.printable`."""
     return printable(text).replace("\n", r"\n")
 
 

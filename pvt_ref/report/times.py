@@ -42,7 +42,7 @@ def time_operations(
 ) -> dict[tuple[int, str], float]:
     """Median seconds by stage and operation, named as in :func:`pvt_ref.count_cost`.
 
-    Of the default table one kernel may do the work of a whole block; REFERENCE tells its parts.
+    In the default table one kernel may compute a whole block; REFERENCE shows its parts.
     """
     row, table, run = _run(params, images, config, repeats, ops)
     passes: list[Counter[tuple[int, str]]] = []

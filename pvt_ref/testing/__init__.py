@@ -1,4 +1,4 @@
-"""Checks for a layer of your own: the laws that this package holds its own layers to.
+"""Checks for your own layers: the laws that this package tests its own layers with.
 
 ``check_operation`` and ``check_vjp`` try a forward and its backward, ``close`` compares arrays, and
 ``shape_comments`` executes comments such as ``# (B, n, C)``. A failure is a :class:`LawError`, an

@@ -1,4 +1,4 @@
-"""How near two arrays must be: as a whole, in relative L2 norm; and where they part first."""
+"""Comparison of two arrays: as a whole, in relative L2 norm; and the first wrong entry."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ def spelt_pair(a: float, b: float) -> tuple[str, str]:
 def first_wrong(actual: np.ndarray, expected: np.ndarray, allowed: float) -> tuple[int, ...] | None:
     """Index of the first entry that is off by more than its share of an L2 norm allowed; or None.
 
-    What is not finite on one side only is off, whatever is allowed.
+    An entry that is finite in only one of the two is always off.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         off = np.abs(actual - expected)

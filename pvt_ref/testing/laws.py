@@ -1,7 +1,7 @@
 """The laws that every operation obeys, whatever it computes: forward, and backward as its adjoint.
 
-A law is a function of a :class:`Trial`, and raises :class:`LawError` where it does not hold. None
-needs another implementation but :func:`shape`, :func:`values` and their two for gradients.
+A law is a function of a :class:`Trial`, and raises :class:`LawError` if it does not hold. Only
+:func:`shape`, :func:`values` and their two for gradients need another implementation.
 """
 
 import math
@@ -35,7 +35,7 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A forward and its backward on one input. They get copies, and may do with them as they like.
+    """A forward and its backward on one input. They get copies, which they may change.
 
     Attributes:
         forward: ``(p, x, *settings) -> y, cache``.
@@ -66,7 +66,7 @@ class Trial:
         return _pair("forward", "y, cache", self.forward(p, x, *settings))
 
     def back(self, cache: Any, dy: Any) -> dict[str, Any]:
-        """The gradients, by the names of what they belong to."""
+        """The gradients, by the names of their arrays."""
         p, dy = map_arrays(np.copy, (self.p, dy))
         dx, grads = _pair("backward", "dx, grads", self.backward(p, cache, dy))
         # copies: the next backward may write into what this one returned
@@ -103,7 +103,7 @@ class Trial:
         return self.names.get(path, plain)
 
     def _gradients(self, path: str, values: Any, gradients: Any) -> Iterator[tuple[str, Any]]:
-        """The gradients beside what they belong to, which must be a tree of the same branches."""
+        """Names and gradients; the two trees must have the same structure."""
         if not path:  # (x, p), (dx, grads)
             yield from self._gradients("x", values[0], gradients[0])
             yield from self._gradients("p", values[1], gradients[1])
@@ -130,7 +130,7 @@ class Trial:
 
 
 def _pair(way: str, what: str, result: Any) -> tuple[Any, Any]:
-    """Refuses what is no pair of arrays and something else. Raises: LawError."""
+    """Refuses a result that is not y and a second value. Raises: LawError."""
     if not isinstance(result, tuple) or len(result) != 2:
         kind = f"{len(result)} values" if isinstance(result, tuple) else shown(result, 40)
         raise LawError("returns", f"the {way} returned {kind}; it must return two: {what}")
@@ -162,7 +162,7 @@ def shape(trial: Trial, reference: Trial) -> None:
 
 
 def values(trial: Trial, reference: Trial) -> None:
-    """y is what another implementation gives."""
+    """y agrees with another implementation."""
     _compare("values", "y", trial.run()[0], reference.run()[0], FORWARD)
 
 
@@ -184,12 +184,12 @@ def _refuse_dtypes(law: str, arrays: Mapping[str, Any], kind: Any) -> None:
     for name, tree in arrays.items():
         for a in arrays_of(tree):
             if a.dtype != kind:
-                what = f"of {np.dtype(kind)} came {name} of {a.dtype}"
-                raise LawError(law, f"{what}; the dtype must stay", name)
+                what = f"with {np.dtype(kind)} inputs, {name} is {a.dtype}"
+                raise LawError(law, f"{what}; the dtype must stay the same", name)
 
 
 def pure(trial: Trial) -> None:
-    """The forward changes nothing that it was given."""
+    """The forward does not change its arguments."""
     p, x, settings = map_arrays(np.copy, (trial.p, trial.x, trial.settings))
     trial.forward(p, x, *settings)
     _refuse_changes("pure", trial, replace(trial, p=p, x=x))
@@ -215,7 +215,7 @@ def layouts(a: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def layout(trial: Trial) -> None:
-    """How arrays lie in memory does not matter, forward and backward."""
+    """The memory layout of arrays does not matter, forward and backward."""
     y, cache = trial.run()
     dy = trial.drawn(1, y)
     grads = trial.back(cache, dy)
@@ -250,7 +250,7 @@ def _sample(tree: Any, b: int) -> Any:
 
 
 def samples(trial: Trial) -> None:
-    """What a sample gives does not depend on the others of its batch, on the first axis."""
+    """The result for a sample does not depend on the others of its batch, on the first axis."""
     y, _ = trial.run()
     for b in range(len(arrays_of(y)[0])):
         alone, _ = replace(trial, x=_sample(trial.x, b)).run()
@@ -322,7 +322,7 @@ def batch_sum(trial: Trial) -> None:
 def adjoint(trial: Trial) -> None:
     """<J v, u> = <v, J^T u>: J v by differences of the forward, J^T u by the backward.
 
-    Where it fails for an array, its entries are moved one after another, until one disagrees.
+    If it fails for an array, its entries are changed one by one until one disagrees.
     """
     y, cache = trial.run()
     u = trial.drawn(1, y)
@@ -353,7 +353,7 @@ def adjoint(trial: Trial) -> None:
 
 
 def _first_of(trial: Trial, names: list[str]) -> str:
-    """Of the inputs whose gradients are wrong, that which the backward comes to first."""
+    """The first input, in the order of the backward, whose gradient is wrong."""
     for start in trial.order:
         for name in names:
             if name == start or name.startswith(f"{start}."):
@@ -370,7 +370,7 @@ def _slope(trial: Trial, name: str, a: Any, direction: Any, u: Any) -> float:
 
 
 def gradient_values(trial: Trial, reference: Trial) -> None:
-    """The gradients are those of another implementation."""
+    """The gradients agree with another implementation."""
     y, cache = trial.run()
     dy = trial.drawn(1, y)
     grads, expected = trial.back(cache, dy), reference.back(reference.run()[1], dy)
@@ -384,7 +384,7 @@ def gradient_values(trial: Trial, reference: Trial) -> None:
 
 
 def pure_backward(trial: Trial) -> None:
-    """The backward changes neither weights nor dy, and leaves its cache as it was."""
+    """The backward does not change weights, dy or its cache."""
     y, cache = trial.run()
     dy = trial.drawn(1, y)
     first = trial.back(cache, dy)
@@ -399,14 +399,14 @@ def pure_backward(trial: Trial) -> None:
     for name, g in first.items():
         index = first_wrong(second[name], g, 0.0)
         if index is not None:
-            what = f"the gradient of {spelt_entry(name, index)} is another in a second backward"
+            what = f"the gradient of {spelt_entry(name, index)} differs in a second backward"
             raise LawError(
                 "cache", f"{what} with the same cache, which was written to", name, index
             )
 
 
 def no_state(trial: Trial) -> None:
-    """A backward knows its forward by the cache alone, whatever other forward came in between."""
+    """A backward depends only on its cache, even if another forward has run in between."""
     y, cache = trial.run()
     dy = trial.drawn(1, y)
     expected = trial.back(cache, dy)
@@ -416,15 +416,15 @@ def no_state(trial: Trial) -> None:
     for name, g in trial.back(cache, dy).items():
         index = first_wrong(g, expected[name], 0.0)
         if index is not None:
-            what = f"the gradient of {spelt_entry(name, index)} is another if a forward on another"
-            raise LawError("state", f"{what} input came in between", name, index)
+            what = f"the gradient of {spelt_entry(name, index)} differs if a forward on another"
+            raise LawError("state", f"{what} input runs in between", name, index)
 
 
 # All of them, for an operation of anybody's -------------------------------------------------------
 
 
 def laws_of(batched: bool, compared: bool) -> list[Callable[..., None]]:
-    """All laws in the order in which they are tried."""
+    """All laws in the order of trial."""
     found: list[Callable[..., None]] = [shape, values] if compared else []
     found += [dtype, pure, repeatable, *([samples] if batched else [])]
     found += [gradient_shapes, pure_backward, gradient_dtypes, linear_in_dy]

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101): Adam with weight decay kept apart.
+"""AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101): Adam with decoupled weight decay.
 
 With g the gradient of step t (counted from 1), and everything elementwise::
 
@@ -8,8 +8,8 @@ With g the gradient of step t (counted from 1), and everything elementwise::
     w_t = w_{t-1} - lr lambda w_{t-1} - lr m^ / (sqrt(v^) + eps)
 
 The decay lambda w is not part of g: it is not divided by sqrt(v^), so it shrinks all weights alike.
-This is the paper's Algorithm 2 but for one thing: there lambda is not multiplied by Adam's own
-learning rate, only by its schedule. PyTorch multiplies by both, and so does this file.
+This is the paper's Algorithm 2 with one difference: there lambda is multiplied by the schedule but
+not by Adam's own learning rate. PyTorch multiplies by both, and so does this file.
 """
 
 import math
@@ -26,7 +26,7 @@ from pvt_ref.tree import map_arrays, map_named, named_arrays, record, zeros_like
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdamW:
-    """The constants of the method. Raises: RangeError if a number is outside its range."""
+    """The constants of AdamW. Raises: RangeError if a number is outside its range."""
 
     beta1: float = 0.9  # how slowly the running mean forgets, in [0, 1)
     beta2: float = 0.999  # how slowly the running mean square forgets, in [0, 1)
@@ -44,7 +44,7 @@ class AdamW:
 
 @record
 class AdamWState:
-    """What the method remembers from step to step; m and v have the shapes of the weights."""
+    """The optimiser's state between steps; m and v have the shapes of the weights."""
 
     t: int  # steps done
     m: Any  # running mean of the gradients
@@ -94,9 +94,9 @@ def adamw_step(
     settings: AdamW,
     factors: Mapping[str, float] | None = None,
 ) -> tuple[Any, AdamWState]:
-    """One step, by the equations in the head of this file. What is passed in stays as it was.
-    Raises: RangeError if lr, state.t or a factor is no number of at least 0; ArrayTypeError or
-    ShapeError if two trees differ in type, dtype, device, keys or shapes, or a factor is of no
+    """One step, by the equations at the top of this file. The arguments are not changed.
+    Raises: RangeError if lr, state.t or a factor is not a number of at least 0; ArrayTypeError or
+    ShapeError if two trees differ in type, dtype, device, keys or shapes, or a factor has no
     weight.
 
     Args:
@@ -135,7 +135,7 @@ def adamw_step(
     def new_w(w: Array, m: Array, v: Array, rate: float, share: float) -> Array:
         if not share:  # frozen; adding a step of 0 could turn -0 into 0
             return w
-        # lr m^ / (sqrt(v^) + eps), with the two corrections drawn out of the arrays
+        # lr m^ / (sqrt(v^) + eps), with the two bias corrections taken out of the arrays
         root = array_module(v).sqrt(v)
         root *= 1 / math.sqrt(bias_2)
         root += settings.eps

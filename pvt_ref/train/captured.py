@@ -1,14 +1,14 @@
 """A whole step of a training as one CUDA graph: forward, loss, backward, clipping, AdamW, average.
 
 The graph changes weights where they lie, so it owns them: :class:`CapturedSteps` copies those of
-the training into arrays of its own, and the states of later steps hold these. Whoever keeps a state
-beyond the next step has to copy it, as saving does.
+the training into arrays of its own, and the states of later steps hold these. A state that is kept
+beyond the next step has to be copied, as saving does.
 
-What a step draws or looks up goes in as arrays: the micro-batches, the numbers that masks are drawn
-from, learning rates, and how fast the average moves.
+Everything that changes from step to step goes in as arrays: the micro-batches, the random numbers
+of the masks, the learning rates, and the rate of the average.
 
-Several ranks exchange their gradients amid a step, by MPI through the host, so their steps are
-launched as usual.
+Several ranks exchange their gradients in the middle of a step, by MPI through the host, so their
+steps are launched as usual.
 """
 
 import math
@@ -46,7 +46,7 @@ class Batch(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """What a replayed step gives. losses has loss and right answers of each micro-batch."""
+    """The result of a replayed step. losses has loss and hits of each micro-batch."""
 
     losses: list[tuple[float, int]]
     norm: float
@@ -63,7 +63,7 @@ _Note = tuple[What, int, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class _NotedDraws(Draws):
-    """The same draws, which note where they are asked and for what."""
+    """The same draws, which also note each place and shape asked for."""
 
     notes: list[_Note] = field(default_factory=list, compare=False)
 
@@ -79,7 +79,7 @@ class _NotedDraws(Draws):
 
 @dataclass(frozen=True, slots=True)
 class _GivenDraws(Draws):
-    """Draws that were made before: numbers (n,) on the device, in the order of the notes."""
+    """Draws made in advance: numbers (n,) on the device, in the order of the notes."""
 
     notes: tuple[_Note, ...] = ()
     numbers: Any = None
@@ -97,7 +97,7 @@ class _GivenDraws(Draws):
 
 @dataclass(frozen=True, slots=True)
 class _Random:
-    """Of a generator what masks ask for."""
+    """The part of a generator's interface that masks use."""
 
     random: Any
 
@@ -124,7 +124,7 @@ class _Graph:
 
 
 class CapturedSteps:
-    """The steps of one training: each kind is captured when it comes the second time.
+    """The steps of one training: each kind is captured when it occurs the second time.
 
     A kind is a configuration with its drop rates, a recipe, and the shapes of the batches. Only the
     graph of the last kind is kept.
@@ -153,7 +153,7 @@ class CapturedSteps:
         scale: float | None,
         decay: float,
     ) -> Replay | None:
-        """The step, replayed; None if it has to be made as usual.
+        """The step, replayed; None if it has to be computed as usual.
 
         Args:
             state: a TrainState.
@@ -303,5 +303,5 @@ def _write(x: Array, value: Array) -> None:
 
 
 def _at_least_one(numbers: np.ndarray) -> np.ndarray:
-    """The numbers, or one that nobody asks for: an array of a graph is not empty."""
+    """The numbers, or a single unused one: an array of a graph must not be empty."""
     return numbers if numbers.size else np.zeros(1, np.float32)

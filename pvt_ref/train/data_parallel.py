@@ -1,16 +1,16 @@
-"""One training on several processes (ranks), to the bit as on one.
+"""One training on several processes (ranks), bit for bit as on one.
 
-The batch of a step is cut into micro-batches; each draws its own random numbers, wherever it is
-computed. A rank takes some consecutive ones. What is left is that sums of floats depend on their
-order. So the gradients of all micro-batches are always added up along one tree, whose leaves are
-the micro-batches and whose shape depends on nothing but their number::
+The batch of a step is split into micro-batches; each draws its own random numbers, wherever it is
+computed. A rank takes some consecutive ones. But sums of floats depend on their order. So the
+gradients of all micro-batches are always summed along one tree, whose leaves are the micro-batches
+and whose shape depends only on their number::
 
     ((g_0 + g_1) + (g_2 + g_3)) + (g_4 + g_5)
 
-A rank adds up the subtrees that it has whole. Then the ranks exchange slices: each gets one slice
-of everybody's subtrees, adds these up as the tree says, and sends the sum to all, so every rank has
-the same bits. Each number crosses the network twice, however many ranks there are, if what a rank
-takes is a whole subtree; else once more for each further part.
+A rank sums the complete subtrees that it has. Then the ranks exchange slices: each gets one slice
+of all subtrees, sums it along the tree, and sends the sum to all, so every rank has the same bits.
+If a rank's share is one whole subtree, each number crosses the network twice, for any number of
+ranks; each further part adds one crossing.
 """
 
 import operator
@@ -50,7 +50,7 @@ def add_part(parts: list[Part], part: Part, add: Callable[[Any, Any], Any]) -> N
 
 
 def add_up_parts(parts: list[Part], add: Callable[[Any, Any], Any]) -> Any:
-    """The sum over all, from the right: what is left of a tree that is not full."""
+    """The sum over all, from the right: the rest of a tree that is not full."""
     total = parts[-1].value
     for part in reversed(parts[:-1]):
         total = add(part.value, total)
@@ -63,7 +63,7 @@ def add_trees(a: Any, b: Any) -> Any:
 
 
 class Failure(NamedTuple):
-    """What a rank says instead of a result: why it cannot go on."""
+    """A rank's message in place of a result: why it cannot go on."""
 
     why: str
 
@@ -72,8 +72,8 @@ class Ranks:
     """One process alone: the only rank. Others derive from it.
 
     Attributes:
-        rank: of this process, from 0. Rank 0 writes files and speaks.
-        size: how many there are.
+        rank: of this process, from 0. Rank 0 writes files and messages.
+        size: the number of ranks.
     """
 
     rank, size = 0, 1
@@ -84,7 +84,7 @@ class Ranks:
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Which of so many things, micro-batches say, this rank takes."""
+        """The range of count items, such as micro-batches, that this rank takes."""
         return share_of(count, self.rank, self.size)
 
     def gather(self, value: Any) -> list[Any]:
@@ -96,7 +96,7 @@ class Ranks:
         return [value]
 
     def from_first(self, make: Callable[[], Any]) -> Any:
-        """What make() gives on rank 0, where alone it is called; on others its arrays are NumPy's.
+        """The result of make(), called on rank 0 only; on other ranks its arrays are NumPy's.
 
         Raises:
             PVTError: what make raises; on the other ranks a TrainingError that says so.
@@ -127,7 +127,7 @@ class Ranks:
         return self
 
     def fail(self, error: BaseException) -> None:
-        """Tells the others, who wait in :meth:`gather` or will, why this rank ends. Once."""
+        """Tells the other ranks, once, in their current or next :meth:`gather` why it ends."""
 
     def abort(self) -> None:
         """Ends all ranks at once, wherever they are."""
@@ -137,7 +137,7 @@ ALONE = Ranks()
 
 
 class ManyRanks(Ranks, ABC):
-    """Several, which add up their gradients slice by slice. Derived classes move the slices."""
+    """Several ranks that sum their gradients slice by slice. Subclasses transfer the slices."""
 
     def sum(self, parts: list[Part], count: int) -> Any:
         """See :meth:`Ranks.sum`."""
@@ -163,7 +163,7 @@ class ManyRanks(Ranks, ABC):
         mine = sizes[self.rank]
         of_rank = [list(subtrees(share_of(count, r, self.size))) for r in range(self.size)]
 
-        # to every rank its slice of all my subtrees, from everybody my slice of theirs
+        # send every rank its slice of all my subtrees, receive my slice of theirs
         xp = array_module(flat[0].value)
         send = xp.concat([p.value[a:b] for a, b in pairwise(bounds) for p in flat])
         send_counts = [len(flat) * size for size in sizes]
@@ -341,7 +341,7 @@ def has_nccl(cupy: Any) -> bool:
 
 
 def share_of(count: int, rank: int, size: int) -> range:
-    """Consecutive ones of so many things, as many for each rank as can be."""
+    """The consecutive items of count that a rank takes, divided as evenly as possible."""
     return range(count * rank // size, count * (rank + 1) // size)
 
 
@@ -358,6 +358,6 @@ _OF_MPI = ("PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 
 
 def ranks_here() -> Ranks:
-    """Those that mpiexec started this process with, or it alone."""
+    """The ranks that mpiexec started with this process, or this process alone."""
     started = any(name in os.environ for name in _OF_MPI)
     return MPIRanks() if started else ALONE

@@ -1,8 +1,8 @@
-"""Exponential moving average of the weights: the model that is kept.
+"""Exponential moving average of the weights: the model that is saved.
 
-The weights of single steps dance around where they are heading. Their average over the last
-``1 / (1 - decay)`` steps or so stands nearer to it, and usually classifies better (after Polyak and
-Juditsky 1992, SIAM J. Control Optim. 30, 838-855, who average all steps alike).
+The weights of single steps fluctuate around their trend. Their average over about the last
+``1 / (1 - decay)`` steps is closer to it and usually classifies better (after Polyak and Juditsky
+1992, SIAM J. Control Optim. 30, 838-855, who average all steps equally).
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ def ema_decay_of_step(step: int, decay: float) -> float:
     """Decay at a step, as TensorFlow has it: ``min(decay, (1 + step) / (10 + step))``.
     Raises: RangeError if a number is outside its range.
 
-    A young average forgets faster, or it would remember the random first weights for long.
+    A new average forgets faster; otherwise it would keep the random first weights for long.
 
     Args:
         step: counted from 0.

@@ -1,7 +1,7 @@
-"""``python -m pvt_ref train DIR --out RUN``: from a folder of photos to a network that knows them.
+"""``python -m pvt_ref train DIR --out RUN``: from a folder of photos to a trained network.
 
-What :func:`~pvt_ref.train.loop.fit` needs is made of the folder and a few options: the samples and
-those held out, the network to begin with, and a recipe. A run's folder has, beside fit's files::
+The arguments of :func:`~pvt_ref.train.loop.fit` come from the folder and a few options: training
+and held-out samples, the initial network, and a recipe. A run's folder has, besides fit's files::
 
     run.json             options, the photos held out, those that are damaged
     start.safetensors    the weights that the training began with, class names, preprocessing
@@ -127,11 +127,11 @@ def train_folder(
     stop_at_step: int | None = None,
     ranks: Ranks = ALONE,
 ) -> Run:
-    """Trains on a folder of photos, or goes on.
+    """Trains on a folder of photos, or resumes a training.
 
-    data holds ``train`` and ``val`` (or ``valid``, ``validation``) with a folder a class in each.
-    Where there is nothing but ``train``, or the classes' folders themselves, a tenth of each class
-    is held out, chosen by the seed, and its list is kept in the run.
+    data holds ``train`` and ``val`` (or ``valid``, ``validation``), each with a folder per class.
+    If there is only ``train``, or only the classes' folders themselves, a tenth of each class is
+    held out, chosen by the seed, and the run keeps its list.
 
     Args:
         data: the folder of photos.
@@ -139,10 +139,10 @@ def train_folder(
         options: see :class:`Options`. Resuming, those that are given must be those of the run.
         config: a network to begin from nothing with, instead of ``options.variant``; its number of
             classes becomes that of the folders. Resuming, it is that of the run.
-        resume: go on with what the run's folder holds.
+        resume: continue the run in its folder.
         device: as for :func:`fit`.
         workers: as for :func:`fit`.
-        console: where it is said what happens; None says nothing.
+        console: where progress is shown; None shows nothing.
         stop_at_step: as for :func:`fit`.
         ranks: as for :func:`fit`. Where the recipe says nothing, each gets a micro-batch.
 
@@ -295,7 +295,7 @@ def _samples(
     """What is learnt from, and the names of what is held out of it or damaged."""
     if len(learnt.classes) < 2:
         what = f"{shown(str(learnt.root), 200)} has one class, {shown(next(iter(learnt.classes)))}"
-        raise TrainingError(f"{what}, and there is nothing to tell apart. Add folders of others")
+        raise TrainingError(f"{what}; it needs at least two. Add folders of other classes")
     folders = [folder for folder in (learnt, held_out) if folder is not None]
     show(console, f"reading {sum(map(len, folders)):,} photos, to see whether any is damaged")
     damaged = [[fault for fault in folder.check(workers) if fault] for folder in folders]

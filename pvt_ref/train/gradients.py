@@ -1,4 +1,4 @@
-"""What happens to gradients between the backward and the optimiser: adding up and clipping."""
+"""Gradients between the backward and the optimiser: accumulation and clipping."""
 
 import dataclasses
 import math
@@ -37,7 +37,7 @@ def global_norm(grads: Any) -> float:
 
 
 def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, float]:
-    """All gradients by one factor, so that their common norm is at most max_norm.
+    """All gradients scaled by one factor, so that their global norm is at most max_norm.
     Raises: RangeError if max_norm is no number above 0, ArrayTypeError as :func:`global_norm`.
 
     One factor for all keeps the direction of the step (Pascanu et al. 2013, arXiv 1211.5063,

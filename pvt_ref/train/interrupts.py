@@ -1,4 +1,4 @@
-"""Ctrl-C in a training: noted at once, obeyed where nothing is half done."""
+"""Ctrl-C in a training: noted at once, handled where nothing is left half done."""
 
 import os
 import signal
@@ -13,9 +13,9 @@ T = TypeVar("T")
 class Interrupts:
     """Ctrl-C, SIGTERM and SIGHUP (of a closed terminal) are noted instead of ending the process.
 
-    A second Ctrl-C raises KeyboardInterrupt, but only inside :meth:`allow`. A signal that is
-    ignored stays so, as nohup wants it. Beside the main thread, which alone can say what a signal
-    does, nothing is changed; nor in a process that another thread forks meanwhile.
+    A second Ctrl-C raises KeyboardInterrupt, but only inside :meth:`allow`. An ignored signal stays
+    ignored, as nohup needs. Outside the main thread, which alone can set handlers, nothing is
+    changed; nor in a process that another thread forks meanwhile.
 
     :meth:`install` and :meth:`restore` go into the ``try`` and the ``finally`` of one function.
     (The ``__exit__`` of a context manager could itself be interrupted before it does anything.)
@@ -31,7 +31,7 @@ class Interrupts:
         return bool(self.received)
 
     def install(self) -> None:
-        """Begins to note signals."""
+        """Starts to note signals."""
         if threading.current_thread() is not threading.main_thread():
             return
         hangup = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # it is POSIX's
@@ -48,7 +48,7 @@ class Interrupts:
             signal.signal(number, handler)
 
     def allow(self, work: Callable[..., T], *args: Any) -> T:
-        """work(*args), which keeps nothing half done: a second Ctrl-C breaks it off."""
+        """work(*args), which leaves nothing half done; a second Ctrl-C interrupts it."""
         self._allowed = True
         try:
             if self._urgent:

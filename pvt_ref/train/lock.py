@@ -1,7 +1,7 @@
-"""A run folder belongs to one living process: a lock that the kernel drops, however that one ends.
+"""Only one live process may use a run folder: a lock that the kernel drops when the process ends.
 
-The lock is on the file run.lock, not in it: what the file says (who holds it) is only a hint, and a
-file that a killed process left behind holds nobody up.
+The lock is on the file run.lock, not in it: its text (who holds it) is only a hint, and a file left
+by a killed process blocks nobody.
 """
 
 import contextlib
@@ -45,10 +45,10 @@ else:
 
 
 class RunLock:
-    """The lock of a run's folder, an absolute path, which no other process or thread then gets.
+    """An exclusive lock on a run's folder, an absolute path, among processes and threads.
 
     :meth:`acquire` and :meth:`release` go into the ``try`` and the ``finally`` of one function; a
-    signal's handler may break either off.
+    signal handler may interrupt either.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -57,7 +57,7 @@ class RunLock:
         self._locked = False
 
     def acquire(self) -> None:
-        """Takes it. Raises: TrainingError if another training holds it, or it cannot be locked."""
+        """Takes the lock. Raises: TrainingError if another training holds it, or locking fails."""
         while True:
             fd = holding(_opening, self._open)
             status = os.fstat(fd)
@@ -74,17 +74,17 @@ class RunLock:
             os.write(fd, f"process {os.getpid()} on {platform.node()}\n".encode("ascii", "replace"))
 
     def check(self) -> None:
-        """Before every writing. Raises: TrainingError if the folder is not ours any more."""
+        """To be called before every write. Raises: TrainingError if the lock was lost."""
         if self._fd is None:
             what = "this process was forked from the one that trains here"
-            raise TrainingError(f"{self.path.parent}: {what}: only that one goes on")
+            raise TrainingError(f"{self.path.parent}: {what}, which alone may go on")
         if not self._is_at(self._fd):
             what = f"the folder was moved, or another run has taken it: its own {LOCK} is gone"
             saved = "What was saved before is whole, wherever it is now: resume there"
             raise TrainingError(f"{self.path.parent}: {what}. {saved}")
 
     def release(self) -> None:
-        """Gives the lock back, if this process has it. May be broken off and called again."""
+        """Releases the lock, if this process has it. May be interrupted and called again."""
         if self._fd is None:
             _OPEN.discard(self)  # the file could not be opened
             return
@@ -100,7 +100,7 @@ class RunLock:
     def _open(self) -> int:
         if os.path.islink(self.path):  # where there is no O_NOFOLLOW
             raise self._not_ours()
-        # a link must not be followed to a file that is not ours, nor a pipe be waited for
+        # do not follow a link to a foreign file, and do not wait for a pipe
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         _OPEN.add(self)
         try:
@@ -133,13 +133,13 @@ class RunLock:
             return False
 
     def _not_ours(self) -> TrainingError:
-        what = f"{self.path} is not a regular file of this folder alone, but a link or the like"
+        what = f"{self.path} is not a regular file of this folder alone, but a link or similar"
         return TrainingError(f"{what}, so it cannot be locked. Move it away")
 
     def _failed(self, error: OSError) -> TrainingError:
         what = f"{self.path}: the folder of the run cannot be locked ({reason(error)})"
-        where = "that may be written to, on a file system with locks, such as a local disk"
-        return TrainingError(f"{what}. Name one {where}")
+        where = "that is writable, on a file system with locks, such as a local disk"
+        return TrainingError(f"{what}. Choose one {where}")
 
 
 #: Those whose file is open in this process. A child of fork is not their owner.

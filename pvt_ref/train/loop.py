@@ -2,11 +2,11 @@
 
 A run lives in a folder of its own::
 
-    training.safetensors   the state after some step: all that is needed to go on
-    best.safetensors       the averaged weights of the epoch that did best on what is held out
+    training.safetensors   the state after some step: all that is needed to resume
+    best.safetensors       the averaged weights of the epoch that was best on held-out samples
     metrics.jsonl          a line of JSON for every epoch, and for some steps in between
     curves.png             the same as a picture, drawn after every epoch
-    run.lock               while a process trains here: no second one may
+    run.lock               the lock of the process that trains here
 """
 
 import contextlib
@@ -75,7 +75,7 @@ METRICS, CURVES = "metrics.jsonl", "curves.png"
 
 @record
 class Run:
-    """What :func:`fit` leaves behind."""
+    """The result of :func:`fit`."""
 
     state: TrainState  # after the last step that was done
     finished: bool  # whether all epochs are done; False if it was stopped
@@ -101,31 +101,31 @@ def fit(
     ranks: Ranks = ALONE,
     ops: Ops | None = None,
 ) -> Run:
-    """Trains a model, or goes on training it.
+    """Trains a model, or resumes its training.
 
-    Ctrl-C (or SIGTERM, or the terminal closed) ends it after the step in progress, saved; a second
-    Ctrl-C ends it at once, unless a file is just being written, and what was saved last stays.
-    Signals that are ignored stay ignored, as nohup has it. Resumed on the same machine, with the
-    same device, table of operations and number of threads, it ends with the same bits as if it had
-    never stopped. With others it goes on, says so, and the last bits may differ.
+    Ctrl-C (or SIGTERM, or closing the terminal) ends it after the current step and saves it. A
+    second Ctrl-C ends it at once, unless a file is being written; the last saved state stays.
+    Ignored signals stay ignored, as with nohup. Resumed on the same machine, with the same device,
+    table of operations and number of threads, it ends with the same bits as if it had never
+    stopped. Otherwise it goes on, says so, and the last bits may differ.
 
-    Until it ends, the folder is locked: a second training there is refused. A run whose folder is
-    moved or removed meanwhile writes nothing further, and ends with an error.
+    The folder is locked until it ends: a second training there is refused. If the folder is moved
+    or removed meanwhile, the run writes nothing more and ends with an error.
 
     Args:
         config: the model, with drop-path rates as they are at their peak.
         recipe: how it is trained.
-        data: what it learns from.
-        held_out: what its epochs are compared on. Not the test set: choosing is learning too.
-        folder: of the run; made if it is not there.
+        data: the training samples.
+        held_out: samples that choose the best epoch. Not the test set: choosing is learning too.
+        folder: of the run; created if it does not exist.
         info: goes into best.safetensors; its preprocessing is that of data.
-        first: weights to begin with; None draws them from the recipe's seed. Resuming, they need
-            not be given; if they are, they must be those that the run began with.
-        resume: go on with what the folder holds.
+        first: the initial weights; None draws them from the recipe's seed. When resuming they may
+            be omitted; if given, they must be those that the run began with.
+        resume: continue the run in the folder.
         device: ``"cpu"`` or ``"cuda"``.
         save_seconds: how often the state is saved, besides after every epoch.
-        log_steps: a line of metrics comes every so many steps.
-        stop_at_step: end there as Ctrl-C does, for trials.
+        log_steps: steps between two lines of metrics.
+        stop_at_step: end there as after Ctrl-C, for trials.
         workers: threads that read and decode photos ahead of the step; None takes as many as the
             kernels have. They change no bit.
         console: where progress is shown; None shows nothing.
@@ -137,15 +137,15 @@ def fit(
             say ``capture=False``; no bit depends on it. Several ranks launch theirs, and say so.
 
     Returns:
-        How it ended.
+        The last state, whether it finished, and the folder.
 
     Raises:
-        TrainingError: if data do not suit, the folder is not this run's alone, or something is no
-            longer finite.
+        TrainingError: if data do not fit, the folder is not this run's alone, or the loss, a
+            gradient or a weight is not finite.
         ConfigError, ShapeError, NonFiniteError: if config or first does not fit the data.
         ArrayTypeError, RangeError, DeviceError: if another argument is wrong.
         CheckpointError: if something cannot be saved, or what was saved is damaged.
-        MissingFileError: if there is nothing to go on with.
+        MissingFileError: if there is nothing to resume.
         KeyboardInterrupt: at a second Ctrl-C.
     """
     check_type("ranks", ranks, Ranks, "from pvt_ref.train.data_parallel")
@@ -260,7 +260,7 @@ def fit(
 
 
 def _check_same_table(tables: list[str]) -> None:
-    """Refuses ranks that would round differently."""
+    """Refuses ranks whose rounding would differ."""
     for rank, table in enumerate(tables):
         if table != tables[0]:
             what = f"rank 0 computes with {shown(tables[0], 200)}, and rank {rank} with {table}"
@@ -271,7 +271,7 @@ def _check_same_table(tables: list[str]) -> None:
 def _begin(
     job: "_Job", params: Any, data: Samples, run: dict[str, Any], resume: bool
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The state to go on from, and what is saved of the run. The folder is this process's now."""
+    """The state to start from, and the saved run. Called with the folder's lock held."""
     _make_folder(job.place, resume)
     job.lock.acquire()
     if resume:
@@ -422,7 +422,7 @@ def _edited(job: _Job, what: str) -> errors.CheckpointError:
 
 
 def _measure(job: _Job, state: TrainState, lr: float) -> tuple[float, dict[str, float]]:
-    """Loss, and accuracy and the like, of the averaged weights on what is held out."""
+    """Loss and scores of the averaged weights on the held-out samples."""
     config, held_out = job.config, job.held_out
     if architecture_of(config).dense:
         loss, counts = quietly(evaluate_pixels, state.average, config, held_out, job.ranks, job.ops)

@@ -1,13 +1,13 @@
 """Loss scaling: gradients that half precision can hold (Micikevicius et al., arXiv 1710.03740).
 
-float16 has nothing between 0 and 6e-8, where many gradients are, and nothing beyond 65504. Since a
-backward is linear in dL/dlogits, a loss multiplied by S makes all gradients S times as large on
-their way down, and the sums are divided by S before anything looks at them. S is a power of two, so
-multiplying and dividing by it change no bit of what stays inside the range.
+float16 has no numbers between 0 and 6e-8, where many gradients are, and none beyond 65504. Since a
+backward is linear in dL/dlogits, multiplying the loss by S makes all gradients S times as large in
+the backward, and their sums are divided by S before they are used. S is a power of two, so
+multiplying and dividing by it changes no bit of numbers inside the range.
 
-A good S is as large as can be. If a gradient is not finite, S was too large: the step is left out,
-and S halved. After many steps without that, it is doubled. bfloat16 has float32's range and needs
-none.
+S should be as large as possible. If a gradient is not finite, S was too large: the step is skipped
+and S halved. After many steps without that, S is doubled. bfloat16 has float32's range and needs no
+scaling.
 """
 
 import math

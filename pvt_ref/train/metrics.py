@@ -1,4 +1,4 @@
-"""The diary of a run: a line of JSON at a time, and the picture drawn from it."""
+"""The metrics of a run: a file with lines of JSON, and the picture drawn from it."""
 
 import io
 import json
@@ -29,7 +29,7 @@ from pvt_ref.train.step import TrainState
 
 _NAMED = 40  # classes that have room for their names beside the confusion matrix
 _LONGEST = 2**16  # bytes of a line that are read; ours have some 400
-_AWAY = "or, to resume without what was written so far, move the file away"
+_AWAY = "or move the file away to resume without its lines"
 
 #: What a line says, and within which bounds. Lines of epochs have all of _EPOCH.
 _COUNT: dict[str, Any] = {"least": 1, "most": 2**53, "whole": True}
@@ -216,10 +216,10 @@ def draw_curves(metrics: str | os.PathLike[str], picture: str | os.PathLike[str]
 def draw_confusion(
     counts: np.ndarray, classes: Sequence[str], picture: str | os.PathLike[str]
 ) -> None:
-    """How often a class was taken for which, as a picture. Needs matplotlib, the extra ``plots``.
+    """A confusion matrix as a picture. Needs matplotlib, the extra ``plots``.
 
     Args:
-        counts: (K, K), row the true class, column the answer, as
+        counts: (K, K), rows are true classes and columns predictions, as
             :func:`~pvt_ref.train.confusion_matrix` makes it.
         classes: K names.
         picture: ends in .png, .svg or .pdf; it appears complete or not at all.

@@ -1,4 +1,4 @@
-"""What a person sees of a training: a bar in a terminal, a line an epoch anywhere."""
+"""The display of a training: a progress bar in a terminal, one line per epoch anywhere."""
 
 import contextlib
 import time
@@ -13,7 +13,7 @@ from pvt_ref.train.step import StepReport
 
 
 def show(console: Console | None, text: str) -> None:
-    """A line for a person, or nothing without a console. What cannot be shown ends no training."""
+    """Prints a line if there is a console. A failed display does not end the training."""
     if console is not None:
         with _shown():
             code = console.encoding

@@ -1,8 +1,8 @@
-"""Fine-tuning: each layer at a learning rate of its own, and some not trained at all.
+"""Fine-tuning: each layer has its own learning rate, and some are not trained at all.
 
-What lies near the image is general and wants small steps; what lies near the head has most to
-learn (Howard and Ruder 2018, arXiv 1801.06146, section 3.2). With l the number of a layer, from 0
-for what reads the image to L + 1 for the head (:func:`pvt_ref.models.architecture.layer_numbers`)::
+Layers near the image are general and need small steps; layers near the head have most to learn
+(Howard and Ruder 2018, arXiv 1801.06146, section 3.2). With l the number of a layer, from 0 for the
+first one to L + 1 for the head (:func:`pvt_ref.models.architecture.layer_numbers`)::
 
     lr_l = lr layer_decay^(L + 1 - l)
 
@@ -24,7 +24,7 @@ from pvt_ref.tree import map_named, zeros_like
 def learning_rate_factors(
     config: Any, layer_decay: float = 1.0, frozen: Sequence[str] = ()
 ) -> Mapping[str, float]:
-    """By what the learning rate of each weight is multiplied, for :func:`adamw_step`.
+    """Factors for the learning rate of each weight, for :func:`adamw_step`.
 
     Args:
         config: the model.

@@ -1,4 +1,4 @@
-"""Recipe: every choice of a training but the model and the data, in one frozen record."""
+"""Recipe: every setting of a training except the model and the data, in one frozen record."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,30 +15,30 @@ class Recipe:
     """How a model is trained. The same recipe, data and machine give the same weights, bit by bit.
 
     (The rate of drop path belongs to the model's configuration, as dropout does.)
-    What layer_decay and frozen mean is said by :func:`pvt_ref.train.learning_rate_factors`.
-    Raises: RangeError if a number is outside its range, or frozen no tuple or list of texts.
+    :func:`pvt_ref.train.learning_rate_factors` explains layer_decay and frozen.
+    Raises: RangeError if a number is outside its range, or frozen is not a tuple or list of texts.
     """
 
     epochs: int  # passes through the data
-    batch_size: int  # samples a step. What is left over at the end of an epoch is left out of it
+    batch_size: int  # samples per step; an incomplete last batch of an epoch is dropped
     accumulate: int = 1  # micro-batches of a batch, to save memory; each draws its mixup and drops
     lr: float = 1e-3  # the learning rate at its peak
     lr_floor: float = 1e-5  # the learning rate at the end
-    warmup_epochs: float = 1.0  # epochs in which it rises; may be a fraction
+    warmup_epochs: float = 1.0  # epochs over which it rises; may be a fraction
     schedule: str = "cosine"  # how it falls: "cosine", or "poly", by (1 - t/T)^0.9
     layer_decay: float = 1.0  # of the learning rate, from a layer to the one before it; in (0, 1]
-    frozen: tuple[str, ...] = ()  # beginnings of keys, up to a dot, whose weights are not trained
+    frozen: tuple[str, ...] = ()  # prefixes of keys, up to a dot, whose weights are not trained
     weight_decay: float = 0.05  # lambda of AdamW, at least 0
     decay_positions: bool = False  # whether position embeddings are decayed too
     beta1: float = 0.9  # how slowly AdamW's running mean forgets, in [0, 1)
     beta2: float = 0.999  # how slowly AdamW's running mean square forgets, in [0, 1)
     clip_norm: float | None = 1.0  # largest norm of the gradients, or None
     label_smoothing: float = 0.1  # share of each target spread over all classes
-    mixup_alpha: float = 0.0  # see pvt_ref.train.mixup; 0 leaves it out
+    mixup_alpha: float = 0.0  # see pvt_ref.train.mixup; 0 is off
     cutmix_alpha: float = 0.0  # see pvt_ref.train.cutmix; with both, each micro-batch takes one
-    crop_padding: int = 4  # pixels by which images are moved at most
+    crop_padding: int = 4  # pixels by which images are shifted at most
     flip: bool = True  # whether images are mirrored at random. (Digits must not be.)
-    cutout: int = 0  # side of the square that is blanked, in pixels; 0 leaves it out
+    cutout: int = 0  # side of the square that is set to 0, in pixels; 0 is off
     erasing: float = 0.0  # probability of pvt_ref.train.random_erasing
     ema_decay: float = 0.999  # how slowly the averaged weights forget; with 0 they are the last
     drop_path_ramp_epochs: int = 0  # epochs until config.drop_path_rate is reached
@@ -79,7 +79,7 @@ class Recipe:
 
     def steps_per_epoch(self, samples: int) -> int:
         """Full batches in an epoch.
-        Raises: TrainingError if there is not even one, RangeError if samples is no whole number.
+        Raises: TrainingError if there is not even one, RangeError if samples is not a whole number.
 
         Args:
             samples: how many there are to learn from.
@@ -95,7 +95,7 @@ class Recipe:
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of a step: :func:`pvt_ref.train.warmup_cosine`, or ``warmup_poly``.
-        Raises: RangeError if step is no whole number of at least 0, or steps_per_epoch of 1.
+        Raises: RangeError if step is not a whole number of at least 0, or steps_per_epoch of 1.
 
         Args:
             step: counted from 0 over all epochs.
@@ -116,7 +116,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentationRecipe(Recipe):
-    """How a segmentation network is trained; what is not used for pairs is off, and must stay so.
+    """How a segmentation network is trained; fields that do not apply to pairs must stay off.
 
     Scale, crop, mirroring and colours are those of :class:`pvt_ref.train.PairAugment`.
     Raises: RangeError as Recipe, and if a field that is not used is on.
@@ -126,7 +126,7 @@ class SegmentationRecipe(Recipe):
     label_smoothing: float = 0.0
     crop_padding: int = 0
     flip: bool = False
-    #: Of the loss of a pixel, by its class; () weighs all alike.
+    #: Weights of the loss of a pixel, by its class; () weights all equally.
     class_weights: tuple[float, ...] = ()
     #: What the loss of a batch is divided by: the weight of the pixels that count ("counted"), or
     #: the number of all pixels ("all", as the released code does, without weights).

@@ -53,12 +53,12 @@ _ANEW = "or start anew in another folder"
 
 
 def save_state(path: str | os.PathLike[str], state: TrainState, run: Mapping[str, Any]) -> None:
-    """Writes a state, and what run it belongs to. Killed at any moment, the old file stays whole.
+    """Writes a state and its run. If the process is killed at any moment, the old file stays whole.
 
     Args:
         path: the file.
         state: what to save; arrays on a device are copied to the host.
-        run: plain values by part and name, fit for JSON, that tell one run from another.
+        run: plain values by part and name, fit for JSON, that identify the run.
 
     Raises:
         CheckpointError: if it cannot be written.
@@ -86,8 +86,8 @@ def save_state(path: str | os.PathLike[str], state: TrainState, run: Mapping[str
         write_whole(path.resolve(), data)  # through a link, which stays a link
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
         raise CheckpointError(
-            f"{path}: the training could not be saved ({reason(error)}). What was saved before is "
-            f"whole. Are {len(data)} bytes free on the disk, and may the folder be written to?"
+            f"{path}: the training could not be saved ({reason(error)}). The last saved state is "
+            f"intact. Are {len(data)} bytes free on the disk, and is the folder writable?"
         ) from error
 
 
@@ -118,7 +118,7 @@ def load_state(
 
     Raises:
         MissingFileError: if there is no such file.
-        CheckpointError: if it is damaged, of another format, or no state of config.
+        CheckpointError: if it is damaged, of another format, or not a state of config.
         TrainingError: if it belongs to another run; the differences are listed.
         ArrayTypeError: if an argument is of another type.
     """
@@ -137,7 +137,7 @@ def load_state_and_run(
     if not os.path.lexists(path):
         what = f"{path}: there is no saved training to go on with"
         raise errors.MissingFileError(f"{what}. Start one: on the command line without --resume")
-    if not os.path.isfile(path):  # reading a pipe could wait for ever
+    if not os.path.isfile(path):  # reading a pipe could block forever
         raise CheckpointError(f"{path}: not a regular file, so no saved training. Move it away")
     try:
         tensors, metadata = read_safetensors(path)
@@ -253,7 +253,7 @@ def _check_same_run(path: Path, saved: Mapping[str, Any], given: Mapping[str, An
 def describe_run(
     config: Any, recipe: Recipe, data: Samples, held_out: Samples, first: Any = None
 ) -> dict[str, Any]:
-    """What must stay the same for a training to go on: model, recipe, samples, first weights."""
+    """The settings that must match to resume a training: model, recipe, samples, first weights."""
     run = {"model": {"architecture": architecture_of(config).name}}
     run |= {"config": config_to_dict(config), "recipe": recipe.to_dict()}
     run |= {"data": data.describe(), "held_out": held_out.describe()}
@@ -261,7 +261,7 @@ def describe_run(
 
 
 def weights_sha256(params: Any) -> str:
-    """By which weights are known again, wherever they are: 64 hexadecimal digits."""
+    """A digest that identifies weights on any device: 64 hexadecimal digits."""
     return digest(to_numpy(to_state_dict(params)), "weights")
 
 

@@ -1,4 +1,4 @@
-"""What changes in the course of a training: the learning rate, and how often blocks are dropped."""
+"""The schedules of a training: the learning rate and the drop-path rate."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from pvt_ref.models.architecture import architecture_of
 def warmup_cosine(
     step: int, total_steps: int, warmup_steps: int, peak: float, floor: float = 0.0
 ) -> float:
-    """Learning rate of a step: up in a line, down in half a cosine.
+    """Learning rate of a step: linear warm-up, then half a cosine.
     Raises: RangeError if a number is below 0, or a number of steps not whole.
 
     With w warm-up steps out of T (Loshchilov and Hutter 2017, arXiv 1608.03983, eq. 5, without
@@ -20,7 +20,7 @@ def warmup_cosine(
         lr(s) = peak (s + 1) / w                                              s < w
         lr(s) = floor + (peak - floor) (1 + cos(pi (s - w) / (T - w))) / 2    s >= w
 
-    The first steps are small because Adam's running means know little yet.
+    The first steps are small because Adam's running means rest on few gradients.
 
     Args:
         step: s, counted from 0.
@@ -45,7 +45,7 @@ def warmup_cosine(
 def warmup_poly(
     step: int, total_steps: int, warmup_steps: int, peak: float, floor: float = 0.0
 ) -> float:
-    """Learning rate of a step: up in a line, down by a power, as segmentation is trained.
+    """Learning rate of a step: linear warm-up, then polynomial decay, as for segmentation.
     Raises: RangeError as :func:`warmup_cosine`.
 
     With w warm-up steps out of T, and s counted over all of them as mmsegmentation does::
@@ -72,10 +72,10 @@ def warmup_poly(
 
 
 def drop_path_of_epoch(epoch: int, peak: float, ramp_epochs: int) -> float:
-    """Drop-path rate of the last block in an epoch: up in a line from 0 to the peak.
+    """Drop-path rate of the last block in an epoch: linear from 0 to the peak.
     Raises: RangeError if a number is outside its range, or a number of epochs not whole.
 
-    Dropping blocks keeps a model from learning its data by heart, which it does not do at first.
+    Dropping blocks prevents overfitting, which is not a risk at first.
 
     Args:
         epoch: counted from 0.

@@ -1,7 +1,7 @@
 """One step of a training: from the state after s steps to the state after s + 1.
 
-A state holds all that the rest of the training depends on, and random numbers come from counters:
-so a training can be stopped after any step, and going on from a saved one gives the same bits.
+A state holds everything that the rest of the training depends on, and random numbers come from
+counters. So a training can be stopped after any step, and resuming a saved one gives the same bits.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ from pvt_ref.train.schedule import config_of_epoch
 from pvt_ref.train.segmentation import draw_pairs, pixel_loss
 from pvt_ref.tree import first_array, map_arrays, record, to_numpy, without_buffers
 
-#: For those who start anew.
+#: Advice for a new start.
 BEST_SO_FAR = "first=pvt_ref.load('.../best.safetensors').params begins with the best so far"
 
 
@@ -78,10 +78,10 @@ class TrainState:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What a step was like."""
+    """The measurements of a step."""
 
-    loss: float  # mean over the batch, label smoothing and mixing included
-    hits: int  # samples of the batch whose likeliest class was (mostly) theirs
+    loss: float  # mean over the batch, with label smoothing and mixing
+    hits: int  # samples of the batch whose most likely class was their (main) class
     lr: float  # the learning rate, of the head if layers have their own
     grad_norm: float  # norm of all gradients but those of frozen weights, before clipping
     skipped: bool = False  # whether weights stay: scaled gradients, and so grad_norm, not finite
@@ -89,8 +89,8 @@ class StepReport:
 
 def start_training(params: Any, samples: int, seed: int) -> TrainState:
     """The state before the first step.
-    Raises: ArrayTypeError if params is no record of parameters; RangeError if samples is no whole
-    number of at least 1, or seed of at least 0.
+    Raises: ArrayTypeError if params is not a record of parameters; RangeError if samples is not a
+    whole number of at least 1, or seed of at least 0.
 
     Args:
         params: the first weights, NumPy or CuPy.
@@ -117,22 +117,22 @@ def train_step(
     """The next state: draw a batch, change it at random, forward, loss, backward, clip, update.
 
     Args:
-        state: where the training stands; its arrays say on which device it runs.
-        data: what it learns from; the same at every step.
-        config: the model, with drop-path rates as they are at their peak.
-        recipe: how.
+        state: the training so far; its arrays determine the device.
+        data: the training samples; the same at every step.
+        config: the model, with drop-path rates at their peak.
+        recipe: the settings.
         ranks: the processes that share the step's micro-batches; all call this with the same.
         ops: the table of operations; None takes the default. If its precision is float16, the loss
             is scaled, and a step whose gradients are not finite changes no weight.
 
     Returns:
-        The next state, and how the step went.
+        The next state, and the measurements of the step.
 
     Raises:
-        TrainingError: if the loss or a gradient is not finite, but for gradients of frozen weights;
+        TrainingError: if the loss or a gradient is not finite, except gradients of frozen weights;
             the message has the step, the learning rate, and the first layer whose output was not.
-            With a scaled loss, gradients may be so until the scale is small. Also if data do not
-            suit, or the model lacks what the recipe freezes.
+            A scaled loss may give such gradients until the scale is small. Also if data do not
+            fit, or the model lacks a weight that the recipe freezes.
         RangeError: if a number in state is outside its range, or crop_padding exceeds the images.
         ShapeError: if state is of another model, or of another number of samples.
         ArrayTypeError, ConfigError, PVTError: as :func:`pvt_ref.forward_with_cache`.
@@ -170,7 +170,7 @@ def _step(
 ) -> tuple[TrainState, StepReport]:
     steps = recipe.steps_per_epoch(len(data))
     epoch, index = divmod(state.step, steps)
-    factors = None  # all are 1; left out, they save 1 % of a small model's step
+    factors = None  # all are 1; leaving them out saves 1 % of a small model's step
     if recipe.layer_decay < 1 or recipe.frozen:
         factors = learning_rate_factors(config, recipe.layer_decay, recipe.frozen)
     config = config_of_epoch(config, epoch, recipe.drop_path_ramp_epochs)
@@ -402,10 +402,10 @@ def check_samples(data: Samples, name: str, config: Any, recipe: Recipe) -> None
 
 
 def _check_segmentation(recipe: SegmentationRecipe, config: Any, dense: bool) -> None:
-    """Refuses what of such a recipe would be ignored, or does not fit. Raises: TrainingError."""
+    """Refuses settings that would be ignored or do not fit. Raises: TrainingError."""
     if not dense:
         what = "recipe is a SegmentationRecipe, and this network learns one class for each image"
-        raise TrainingError(f"{what}. Needed is a plain Recipe")
+        raise TrainingError(f"{what}. Use a plain Recipe")
     given, classes = len(recipe.class_weights), config.num_classes
     if given not in (0, classes):
         what = f"recipe has {given} class_weights, and the model {classes} classes"
@@ -438,10 +438,10 @@ def check_state(state: TrainState) -> None:
 
 
 def diverged(what: str, step: int, steps: int, lr: float, culprit: str) -> TrainingError:
-    """The error that ends a training after so many steps, of so many an epoch, at a rate lr."""
+    """The error that ends a training at a step, with its epoch and learning rate."""
     return TrainingError(
         f"{what} at step {step + 1} (epoch {step // steps + 1}), with learning rate {lr:.3g}. "
-        f"{culprit}. What was saved before is whole, but resuming would end here again. Likely "
-        f"causes: a learning rate too high, a warm-up too short, no clipping of gradients. Start "
-        f"anew in another folder with a smaller one; {BEST_SO_FAR}"
+        f"{culprit}. The saved state is intact, but resuming would end here again. Likely causes: "
+        f"a learning rate too high, a warm-up too short, no clipping of gradients. Start again in "
+        f"another folder with a smaller learning rate; {BEST_SO_FAR}"
     )

@@ -1,4 +1,4 @@
-"""Attention whose scores are made, used and forgotten tile by tile of queries.
+"""Attention that computes, uses and discards its scores by tiles of queries.
 
 No array of all n x m scores exists, so memory grows with the number of tokens, not with its square.
 The backward makes the scores again rather than remember them: one product more, much less memory.

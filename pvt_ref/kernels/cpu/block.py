@@ -74,7 +74,7 @@ from pvt_ref.tree import record
 
 @record
 class KeptCache:
-    """What the backward needs, all tokens or keys of the batch below one another."""
+    """What the backward needs, with all tokens or keys of the batch as rows."""
 
     norm1: LayerNormCache  # over (B*n, C)
     q: np.ndarray  # (B*n, C)
@@ -169,7 +169,7 @@ def block_forward(
 ) -> tuple[np.ndarray, Any]:
     """As :func:`pvt_ref.blocks.transformer.block_forward`.
 
-    That one runs where there is dropout, or attention or MLP is of a kind that is not known here.
+    That one runs if there is dropout, or for kinds of attention or MLP that are unknown here.
     """
     attn = settings.attn
     known = isinstance(p.attn, SRAParams | MHAParams) and type(p.mlp) in (MLPParams, ConvMLPParams)

@@ -40,7 +40,7 @@ _MANY_ROWS = 1024
 
 
 def for_many_rows(p: LinearParams, rows: int) -> LinearParams:
-    """The same numbers; for many rows with W^T contiguous, which OpenBLAS reads faster."""
+    """The same weight; for many rows with W^T contiguous, which OpenBLAS reads faster."""
     if rows < _MANY_ROWS:
         return p
     weight = np.empty(p.weight.shape, p.weight.dtype, order="F")

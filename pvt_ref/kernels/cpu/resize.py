@@ -1,4 +1,4 @@
-"""Resizing maps line by line: of each row of A_h and A_w only what is not 0 is multiplied."""
+"""Resizing maps line by line, with only the nonzero elements of each row of A_h and A_w."""
 
 from functools import partial
 from typing import NamedTuple
@@ -13,14 +13,14 @@ from pvt_ref.ops import Ops
 
 
 class Taps(NamedTuple):
-    """The numbers of a sparse matrix (M, m) that are not 0, K at most in a row."""
+    """The nonzero elements of a sparse matrix (M, m), at most K in a row."""
 
     cells: np.ndarray  # (K, M), the columns; what is left over repeats one of the row's, ...
     weights: np.ndarray  # (K, M), ... with weight 0
 
     @classmethod
     def of(cls, A: np.ndarray, dtype: np.dtype) -> "Taps":
-        """Those of A. A row of zeros has one of weight 0."""
+        """The nonzero elements of A. A row of zeros has one of weight 0."""
         K = max(1, int((A != 0).sum(axis=1).max()))
         cells = np.argsort(A == 0, axis=1, kind="stable")[:, :K]  # first what is not 0
         weights = np.take_along_axis(A, cells, axis=1)
@@ -47,7 +47,7 @@ def mix(x: np.ndarray, taps: Taps, y: np.ndarray, scratch: Scratch) -> None:
 def resize_lines(x: np.ndarray, A_h: np.ndarray, A_w: np.ndarray, tiling: Tiling) -> np.ndarray:
     """A_h x A_w^T for every channel of x (B, h, w, C).
 
-    Lines that get fewer are mixed first, and only then resized along the width.
+    If the number of lines shrinks, they are mixed first and then resized along the width.
     """
     (B, h, w, C), H, W = x.shape, len(A_h), len(A_w)
     of_h, of_w = Taps.of(A_h, x.dtype), Taps.of(A_w, x.dtype)

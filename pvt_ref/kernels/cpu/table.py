@@ -39,7 +39,7 @@ def blocked_ops(threads: int | None = None, *, elements: int | None = None) -> O
         A table, equal to every other one made with the same arguments.
 
     Raises:
-        RangeError: if threads or elements is no positive whole number.
+        RangeError: if threads or elements is not a positive whole number.
     """
     if elements is None:
         elements = elements_for(cache_size())

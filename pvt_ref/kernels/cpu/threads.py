@@ -27,14 +27,14 @@ import numpy as np
 
 
 class Scratch:
-    """Memory of one thread, used again from piece to piece under a name for each purpose."""
+    """Memory of one thread, reused from piece to piece, with a name for each purpose."""
 
     def __init__(self, threads: int = 1) -> None:
         self.threads = threads  # that may share a step of the work; 1 if all have pieces
         self._buffers: dict[str, np.ndarray] = {}
 
     def __call__(self, name: str, *shape: int, dtype: Any) -> np.ndarray:
-        """An array with arbitrary values, lent until the same name is asked for again."""
+        """An array with arbitrary values, valid until the same name is asked for again."""
         size = math.prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.size < size or buffer.dtype != dtype:
@@ -83,7 +83,7 @@ _OFTEN_ENOUGH = range(10_000)
 
 
 class _Call:
-    """One call of run_pieces: what is left to do, and who is at work on it."""
+    """One call of run_pieces: the remaining pieces, and the threads that work on it."""
 
     def __init__(self, work: Work, pieces: Sequence[Any], threads: int) -> None:
         self.work = work
@@ -107,7 +107,7 @@ class _Call:
             _helpers.ask(functools.partial(self.help_out, turn, self.context.copy()))
 
     def end(self) -> None:
-        """Nobody is at work afterwards, and nobody will be. May be broken off and called again."""
+        """Ends the call: no thread works on it afterwards. May be interrupted and called again."""
         if self.ended:
             return
         self.waiting.clear()
@@ -140,7 +140,7 @@ class _Call:
             while self.waiting:
                 try:
                     i, piece = self.waiting.popleft()
-                except IndexError:  # another thread was faster
+                except IndexError:  # another thread took the last piece
                     return
                 self.results[i] = self.work(piece, scratch)
         except BaseException:
@@ -148,7 +148,7 @@ class _Call:
             raise
 
     def after_fork(self) -> None:
-        """In the child, where there are no helpers: what they had begun is not done."""
+        """For a forked child, which has no helpers: the work they had begun is lost."""
         turns, self.turns = self.turns, []
         if [turn for turn in turns if not turn.acquire(blocking=False)]:
             self.failures.append(
@@ -157,7 +157,7 @@ class _Call:
 
 
 class _Helpers:
-    """Threads that wait for somebody to help, and stay. Only they themselves note who is there."""
+    """Permanent helper threads that wait for work. Only they themselves record who is there."""
 
     def __init__(self) -> None:
         self.jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -201,7 +201,7 @@ def _blas() -> list[Any]:
 
 
 def _of_one_thread(library: Any) -> bool:
-    """Whether its setting belongs to the thread that makes it, rather than to the process."""
+    """Whether its setting is per thread rather than per process."""
     return library.internal_api == "mkl" or getattr(library, "threading_layer", "") == "openmp"
 
 
@@ -228,7 +228,7 @@ class HasLock(Protocol):
 
 
 def holding(owner: HasLock, function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), which may be broken off anywhere, while this thread has owner.lock."""
+    """function(*args), which may be interrupted anywhere, while this thread has owner.lock."""
     # not "with": in Python 3.14 an interrupt can come between its taking the lock and its block
     lock = owner.lock  # a child forked by function has another
     try:
@@ -293,7 +293,7 @@ def at_fork(owner: HasLock, in_child: Callable[[], None]) -> None:
 class _Limit:
     """Whether the process is limited to one thread, and what the user had set.
 
-    Calls are under way as long as they exist: one that could not leave is forgotten with its frame.
+    Calls are active as long as they exist: one that could not leave is dropped with its frame.
     """
 
     def __init__(self) -> None:
@@ -312,7 +312,7 @@ class _Limit:
         return holding(self, lambda: self.before or _get(_libraries(of_one_thread=False)))
 
     def _update(self, change: Callable[[Any], None], call: _Call) -> None:
-        """Can be broken off anywhere: the next update, of whichever call, makes it right.
+        """May be interrupted anywhere: the next update, of any call, corrects it.
 
         A signal's handler may compute too, amid this: what it changed is looked at afterwards.
         """

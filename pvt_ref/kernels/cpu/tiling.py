@@ -1,4 +1,4 @@
-"""How the rows of an operation are cut into tiles that stay in cache, and shared among threads."""
+"""Splitting the rows of an operation into tiles that stay in cache, shared among threads."""
 
 import functools
 import os
@@ -20,7 +20,7 @@ _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def cut(rows: slice, size: int) -> Iterator[slice]:
-    """Consecutive parts of rows, as equal as can be, none longer than size."""
+    """Consecutive parts of rows, as equal as possible, none longer than size."""
     length = rows.stop - rows.start
     parts = -(-length // size)
     for i in range(parts):
@@ -97,7 +97,7 @@ class Tiling:
     elements: int = 2**18
 
     def rows(self, width: int) -> int:
-        """How many rows a tile has, if its widest array has so many numbers in a row."""
+        """The number of rows in a tile whose widest array has that many elements per row."""
         return max(1, self.elements // min(width, 1024))
 
     def run(self, work: Work, count: int, size: int, tokens: int = 1) -> list[Any]:
@@ -158,6 +158,6 @@ class Kernel(NamedTuple):
     absorbs: tuple[Operation, ...] = ()
 
     def with_tiling(self, tiling: Tiling) -> Operation:
-        """The twin as the table has it."""
+        """The twin for the table."""
         backward = _WithTiling(self.backward, tiling) if self.backward else self.readable.backward
         return Operation(_WithTiling(self.forward, tiling), backward, self.absorbs)

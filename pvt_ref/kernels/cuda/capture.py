@@ -1,4 +1,4 @@
-"""CUDA graphs: what a function of arrays launches, recorded once and then launched as a whole.
+"""CUDA graphs: the launches of a function of arrays, recorded once and then launched as a whole.
 
 A forward is some hundred launches. Python needs microseconds for each, and with few images the GPU
 computes faster than it is told what to do. A graph is told once: a replay is a single launch.
@@ -135,8 +135,8 @@ def capture(function: Callable[..., Any], *arrays: Array) -> Captured:
     Raises:
         DeviceError: if arrays are not CuPy's, or function needs the host while it runs: for what
             goes between host and device, or because CuPy cannot record it. Also if CUDA fails.
-        ArrayTypeError: if function cannot be called, or an argument is no array.
-        PVTError: what function itself raises.
+        ArrayTypeError: if function is not callable, or an argument is not an array.
+        PVTError: errors of function itself.
     """
     if not callable(function):
         raise ArrayTypeError(f"function is {shown(function)}; it must take arrays")
@@ -190,11 +190,11 @@ def _record(
             raise
         raise DeviceError(
             f"the function cannot be captured as a CUDA graph ({reason(error)}). A graph holds "
-            f"what the device does alone. While the function runs, nothing may go between host and "
+            f"only work on the device. While the function runs, nothing may go between host and "
             f"device (float(x), to_numpy(x), labels that are checked, masks that are drawn, "
             f"position tables that are resized), and CuPy's own matrix products cannot be "
             f"recorded. Compute such things before, pass them as arrays (prepare(params, config, "
-            f"size) resizes tables), and use a table whose products can: ops=cuda_kernels()"
+            f"size) resizes tables), and use a table that can: ops=cuda_kernels()"
         ) from error
     finally:
         _recording.constants = None
@@ -208,16 +208,16 @@ def _check_examples(arrays: tuple[Any, ...]) -> None:
         if not is_array(x):
             raise ArrayTypeError(f"array {i} is {describe_type(x)}")
         if not is_cupy(x):
-            what = f"array {i} is {library_and_dtype(x)}, and a CUDA graph is of CuPy arrays"
+            what = f"array {i} is {library_and_dtype(x)}, but a CUDA graph needs CuPy arrays"
             cure = "pvt_ref.to_device((params, images), 'cuda') makes them"
             raise DeviceError(f"{what}. {cure}; without CUDA, call the function itself")
         if x.device != arrays[0].device:
             both = f"{arrays[0].device} and array {i} on {x.device}"
-            raise DeviceError(f"array 0 lies on {both}; a graph is of one device. Move one of them")
+            raise DeviceError(f"array 0 is on {both}; a graph needs one device. Move one of them")
 
 
 def _check_like(arrays: tuple[Any, ...], examples: tuple[Array, ...]) -> None:
-    """Refuses arrays that a graph of these examples does not compute on."""
+    """Refuses arrays that differ from the examples of a graph in shape, dtype or device."""
     again = "capture the function again for others"
     if len(arrays) != len(examples):
         raise ShapeError(f"captured for {len(examples)} arrays, called with {len(arrays)}")
@@ -232,7 +232,7 @@ def _check_like(arrays: tuple[Any, ...], examples: tuple[Array, ...]) -> None:
 
 
 def _check_outputs(tree: Any, device: Any) -> None:
-    """Refuses results that no replay would change: without arrays, or with some of the host."""
+    """Refuses results that no replay would change: no arrays, or arrays on the host."""
     found = list(_arrays(tree))
     if not found:
         what = f"the function returned {shown(tree)}"

@@ -170,7 +170,7 @@ class Cuda:
             )
 
     def scope(self) -> AbstractContextManager[None]:
-        """Around a public call: an error of CUDA names its cure."""
+        """For the time of a public call: CUDA errors name their fix."""
         return explained()
 
 
@@ -213,6 +213,6 @@ class Kernel(NamedTuple):
     absorbs: tuple[Operation, ...] = ()
 
     def with_settings(self, cuda: Cuda) -> Operation:
-        """The twin as the table has it."""
+        """The twin for the table."""
         backward = _WithSettings(self.backward, cuda) if self.backward else self.readable.backward
         return Operation(_WithSettings(self.forward, cuda), backward, self.absorbs)

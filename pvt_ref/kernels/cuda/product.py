@@ -33,7 +33,7 @@ _MOST_IN_STACK = 65_535
 
 
 def _factor(x: Array) -> Factor:
-    """x (..., rows, K) as it lies in memory, or a copy if it lies otherwise."""
+    """x (..., rows, K) in a supported memory layout: itself, or a copy."""
     rows, K = x.shape[-2:]
     outer, inner, row, column = (step // x.itemsize for step in (0, 0, *x.strides)[-4:])
     row, column = row if rows > 1 else K, column if K > 1 else 1
@@ -46,7 +46,7 @@ def _factor(x: Array) -> Factor:
 
 
 def _piece(x: Factor) -> int:
-    """How many numbers of a factor can be copied at once: 4 or 1."""
+    """The number of a factor's elements that can be copied at once: 4 or 1."""
     along = x.array.shape[-2 if x.in_columns else -1]
     even = all(n % 4 == 0 for n in (along, x.step, x.outer, x.inner))
     return 4 if even and address(x.array) % 16 == 0 else 1

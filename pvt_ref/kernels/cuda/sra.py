@@ -136,5 +136,5 @@ def sra_backward(
     dsr = LinearParams(matrix_to_kernel(dmatrix.weight, p.sr.weight.shape), dmatrix.bias)
     # q = x W^Q
     dx_queries, dq_params = ops[linear].backward(p.q, cache.q, dq, ops)  # (B, n, C)
-    dx = dx_queries + xp.reshape(dpatches, dx_queries.shape)  # x fed both
+    dx = dx_queries + xp.reshape(dpatches, dx_queries.shape)  # x was the input of both
     return dx, SRAParams(dq_params, dkv_params, dproj, dsr, dnorm)

@@ -5,7 +5,7 @@ and W^KV together where they see the same rows: a copy each. Both can be done be
 bits. A kernel keeps its shape, and lies in memory as the matrix does, so that the forward's own
 permutation is a view; and a PVT's attention without reduction becomes that of a ViT.
 
-A training has nothing of this: its weights change.
+A training does not use this: its weights change.
 """
 
 import threading

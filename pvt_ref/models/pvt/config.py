@@ -32,7 +32,7 @@ from pvt_ref.models.fields import (
 
 @dataclass(frozen=True, slots=True)
 class StageConfig:
-    """What one stage needs to know, by the names of :class:`PVTConfig`, which makes it."""
+    """The settings of one stage, by the names of :class:`PVTConfig`, which makes it."""
 
     patch_size: int
     embed_dim: int
@@ -54,8 +54,8 @@ class PVTConfig:
     """A buildable PVT. Field names are those of the authors' constructor.
 
     Attributes:
-        img_size: side in pixels of the square image that the position tables are made for. For
-            images of other sizes they are resized.
+        img_size: side in pixels of the square image that the position tables are made for. They are
+            resized for images of other sizes.
         in_chans: channels of the image.
         num_classes: outputs of the classifier. 0 makes a bare backbone for dense prediction:
             no cls token, no final norm, no head.

@@ -1,10 +1,9 @@
-"""The whole network: its stages, read out as class logits or as a pyramid of feature maps.
+"""The whole network: its stages, with class logits or a pyramid of feature maps as output.
 
-This file says in what order the operations are applied, and the backward says it in reverse; what
-they compute stands in layers/ and blocks/. The stages are those of sections 3.1 and 3.2 of the
-paper. Two readings share them but differ in the fourth, as the authors' classifier and their dense
-backbones do: :func:`forward` starts it with the cls token (section 4.1), :func:`forward_pyramid`
-does not (section 4.2).
+This file applies the operations of layers/ and blocks/ in order, and the backward goes through them
+in reverse. The stages are those of sections 3.1 and 3.2 of the paper. The two outputs differ in
+stage 4, as the authors' classifier and their dense backbones do: :func:`forward` starts it with the
+cls token (section 4.1), :func:`forward_pyramid` does not (section 4.2).
 
 Nothing is checked here: :mod:`pvt_ref.api` does that, and calls these functions.
 """
@@ -89,7 +88,7 @@ def _stage_forward(
     entry_rng = generator_at(rng, What.STAGE_DROPOUT, i)
     x, drop_cache = ops[dropout].forward(None, x, ops, stage.drop_rate, entry_rng, keep=keep)
     first = [x]
-    del x  # or these tokens would live as long as the blocks compute
+    del x  # else these tokens would stay alive while the blocks compute
     x, blocks_cache = ops[blocks].forward(
         p.blocks, first.pop(), ops, grid, stage.blocks, rng, keep=keep
     )  # (B, n_i, C_i), or (B, 1 + n_i, C_i)
@@ -131,7 +130,7 @@ def to_tokens(x_map: Array) -> Array:
 
 
 def channels_last(images: Array) -> Array:
-    """(B, C, H, W) to (B, H, W, C): inside, channels come last, as tokens have them."""
+    """(B, C, H, W) to (B, H, W, C): inside the network channels come last, as in tokens."""
     return array_module(images).permute_dims(images, (0, 2, 3, 1))
 
 
@@ -151,7 +150,7 @@ def forward(
 ) -> tuple[Array, ClassifierCache | None]:
     """The released classifier (paper sections 3.1, 3.2 and 4.1).
 
-    Stage 4 starts with the cls token; after its last block a layer norm, of which the cls row goes
+    Stage 4 starts with the cls token; after its last block comes a layer norm, whose cls row goes
     through the head. Returns logits (B, num_classes) and the cache.
 
     Args:
@@ -184,8 +183,9 @@ def forward(
 def backward(params: Any, cache: ClassifierCache, dlogits: Array, ops: Ops) -> tuple[Any, Array]:
     """Gradients of :func:`forward`: the chain rule through head, norm and all stages.
 
-    Only the cls row of the last tokens is read, so dL/dtokens is zero in all other rows. Of dlogits
-    (B, num_classes) come the gradients of the weights, and dL/dimages (B, C_0, H, W).
+    The head reads only the cls row of the last tokens, so dL/dtokens is zero in all other rows.
+    From dlogits (B, num_classes) it returns the gradients of the weights and dL/dimages (B, C_0,
+    H, W).
     """
     xp = array_module(dlogits)
     B, n, C_4 = cache.tokens_shape
@@ -241,13 +241,13 @@ def backward_pyramid(
     """Gradients of :func:`forward_pyramid`.
 
     F_i is both an output and the input of stage i + 1, so two gradients meet in it: dL/dF_i and
-    what comes back through that stage. What the maps do not use gets zeros.
+    the gradient through that stage. Weights that the maps do not use get zeros.
 
     Args:
         dmaps: dL/dF_1..dL/dF_4, (B, C_i, H_i, W_i) each; the others are as for :func:`backward`.
     """
     dstages: list[StageParams] = []
-    dbelow = None  # dL/dF_i by way of stage i + 1
+    dbelow = None  # dL/dF_i through stage i + 1
     for i in range(len(cache), 0, -1):
         dx = channels_last(dmaps[i - 1])  # (B, H_i, W_i, C_i)
         if dbelow is not None:

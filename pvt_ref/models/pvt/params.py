@@ -25,7 +25,7 @@ class StageParams(NamedTuple):
 
 
 class Staged:
-    """Parameters of a network with stages: the view of one, and gradients put together."""
+    """Parameters of a network with stages: access to one stage, and assembly of gradients."""
 
     __slots__ = ()
     _stage_type: ClassVar[Any] = StageParams

@@ -1,4 +1,4 @@
-"""A segmentation network: the maps of a backbone, read out by a head as a class for every place.
+"""A segmentation network: a head turns the maps of a backbone into logits for every position.
 
 Nothing is checked here: :mod:`pvt_ref.api` does that, and calls these functions.
 """
@@ -23,7 +23,7 @@ from pvt_ref.tree import record, zeros_like
 
 @record
 class SegmentorCache:
-    """The caches of the parts, and of what stretched the image and took that back."""
+    """The caches of the parts, and those of stretching the image and undoing the stretch."""
 
     config: SegmentorConfig
     stretch: Any  # None if the image kept its size
@@ -122,8 +122,8 @@ def backward(
 ) -> tuple[SegmentorParams, Array]:
     """Gradients of :func:`forward`; running statistics get none.
 
-    Of dlogits (B, num_classes, h, w) come the gradients of the weights, with None in the place of
-    the buffers, and dL/dimages (B, C_0, H, W).
+    From dlogits (B, num_classes, h, w) it returns the gradients of the weights, with None in place
+    of the buffers, and dL/dimages (B, C_0, H, W).
     """
     config = cache.config
     dy = channels_last(dlogits)  # (B, h, w, num_classes)
@@ -185,7 +185,7 @@ def backward_pyramid(
 
 
 def batch_buffers(cache: SegmentorCache) -> SegmentorBuffers | None:
-    """What the batch norms saw of the batch; None if they took the running statistics."""
+    """The batch's statistics of the batch norms; None if they used the running ones."""
     seen = semantic_fpn_statistics if cache.neck is not None else setr_statistics
     statistics = seen(cache.decode_head)
     return None if statistics is None else SegmentorBuffers(statistics)

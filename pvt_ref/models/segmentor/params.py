@@ -11,7 +11,7 @@ from pvt_ref.tree import record
 
 @record
 class SegmentorBuffers:
-    """What the batch norms remember; backbone and neck have none."""
+    """The state of the batch norms; backbone and neck have none."""
 
     decode_head: Any
 

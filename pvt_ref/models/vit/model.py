@@ -1,8 +1,8 @@
-"""The columnar ViT: one scale, whose cls token is read out as logits, or whose patches as a map.
+"""The columnar ViT: one scale, with logits from the cls token or a map of the patches as output.
 
-As in PVT's ``model.py``, this file says in what order operations are applied. It shares no pass
-with it: a ViT has one table and one column of blocks, the map keeps the cls token among the tokens,
-which patches look at, and maps of several blocks can be asked for.
+As PVT's ``model.py``, this file applies the operations in order. It shares no pass with it: a ViT
+has one table and one column of blocks, the map's tokens include the cls token, to which patches
+attend, and maps of several blocks can be returned.
 
 Nothing is checked here: :mod:`pvt_ref.api` does that, and calls these functions.
 """
@@ -221,8 +221,8 @@ def backward_pyramid(
     """Gradients of :func:`forward_pyramid`, from dmaps (B, C, H/P, W/P), one for each map.
 
     A map is both an output and the input of the next block, so two gradients meet in it. The cls
-    row is in no map: its gradient comes from the patches that looked at it. What the maps do not
-    use gets zeros.
+    row is in no map: its gradient comes from the patches that attend to it. Weights that the maps
+    do not use get zeros.
     """
     xp = array_module(dmaps[0])
     dblocks = zeros_like(params.blocks[cache.ends[-1] :])
