@@ -19,6 +19,7 @@ from PIL import Image
 from small_photos import CLASSES, write_colours, write_photos
 
 import pvt_ref
+from pvt_ref import REFERENCE
 from pvt_ref.__main__ import main
 from pvt_ref.app import with_image_size
 from pvt_ref.data.folder import ImageFolder
@@ -457,6 +458,34 @@ def test_options_that_contradict_are_refused_before_anything_is_written(
     with pytest.raises(error, match=match):
         train_folder(colours, out, given)
     assert not out.exists()
+
+
+def test_a_precision_is_the_cuda_kernels(capsys, colours, tmp_path, monkeypatch):
+    given = ("train", colours, "--out", tmp_path / "run", "--precision", "float16")
+    status, _, err = run(capsys, *given)
+    assert status == 2
+    assert "--precision is float16, but the device is cpu" in err
+    assert not (tmp_path / "run").exists()
+    seen = []
+
+    def train(*_, ops, **more):
+        seen.append((ops, more["device"]))
+        raise TrainingError("seen")
+
+    monkeypatch.setattr("pvt_ref.train.options.train_folder", train)
+    assert run(capsys, *given, "--device", "cuda")[0] == 2
+    ((ops, device),) = seen
+    assert (ops.settings.precision, device) == ("float16", "cuda")
+    assert run(capsys, *given[:-2])[0] == 2
+    assert seen[1] == (None, "cpu")
+
+
+def test_a_table_is_what_photos_are_learnt_with(colours, tmp_path):
+    asked = []
+    ops = REFERENCE.watched(lambda call: asked.append(call.path))
+    done = train_folder(colours, tmp_path / "run", options(), ops=ops, stop_at_step=1)
+    assert done.state.step == 1
+    assert asked
 
 
 def test_a_wrong_device_leaves_nothing_behind_and_other_files_stay(colours, tmp_path):

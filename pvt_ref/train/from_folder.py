@@ -44,6 +44,7 @@ from pvt_ref.errors import (
     shown,
 )
 from pvt_ref.models.architecture import architecture_of, config_to_dict, known_variants
+from pvt_ref.ops import Ops
 from pvt_ref.report.tables import text_table
 from pvt_ref.train.checks import check_path
 from pvt_ref.train.data_parallel import ALONE, Ranks
@@ -126,6 +127,7 @@ def train_folder(
     console: Console | None = None,
     stop_at_step: int | None = None,
     ranks: Ranks = ALONE,
+    ops: Ops | None = None,
 ) -> Run:
     """Trains on a folder of photos, or resumes a training.
 
@@ -145,6 +147,7 @@ def train_folder(
         console: where progress is shown; None shows nothing.
         stop_at_step: as for :func:`fit`.
         ranks: as for :func:`fit`. Where the recipe says nothing, each gets a micro-batch.
+        ops: as for :func:`fit`.
 
     Returns:
         As :func:`fit`.
@@ -175,7 +178,17 @@ def train_folder(
     record, model = ranks.from_first(begin)
     try:
         return _train(
-            of_data, place, record, model, resume, device, workers, console, stop_at_step, ranks
+            of_data,
+            place,
+            record,
+            model,
+            resume,
+            device,
+            workers,
+            console,
+            stop_at_step,
+            ranks,
+            ops,
         )
     except PVTError as error:
         ranks.fail(error)
@@ -195,6 +208,7 @@ def _train(
     console: Console | None,
     stop_at_step: int | None,
     ranks: Ranks,
+    ops: Ops | None,
 ) -> Run:
     """Trains as a run's record says, from its first model or from where it stands."""
     recipe = Recipe(**record["recipe"])
@@ -223,6 +237,7 @@ def _train(
         console=console,
         stop_at_step=stop_at_step,
         ranks=ranks,
+        ops=ops,
     )
     if done.finished and ranks.is_first:
         _finish(done, held_out, record, console)

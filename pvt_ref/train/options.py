@@ -9,8 +9,10 @@ from typing import Any
 from rich.console import Console
 
 from pvt_ref.data.picture_file import SUFFIXES
-from pvt_ref.errors import PVTError, printable
+from pvt_ref.errors import ConfigError, PVTError, printable
+from pvt_ref.kernels.cuda.launch import PRECISIONS
 from pvt_ref.models.architecture import known_variants
+from pvt_ref.ops import Ops
 from pvt_ref.train.data_parallel import ranks_here
 from pvt_ref.train.from_folder import (
     AUGMENTS,
@@ -91,6 +93,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     text = "what to do with photos that cannot be read (default refuse)"
     parser.add_argument("--damaged", choices=("refuse", "skip"), help=text)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    text = "of the products of the CUDA kernels; needs --device cuda (default: the default table)"
+    parser.add_argument("--precision", choices=PRECISIONS, help=text)
     text = "threads that read photos ahead (default as many as compute)"
     parser.add_argument("--workers", type=int, metavar="N", help=text)
     add_recipe_options(parser, None)
@@ -114,6 +118,7 @@ def train(args: argparse.Namespace) -> int:
             workers=args.workers,
             console=Console() if ranks.is_first else None,
             ranks=ranks,
+            ops=_kernels(args.precision, args.device),
         )
     except PVTError:
         if ranks.is_first:
@@ -129,3 +134,15 @@ def train(args: argparse.Namespace) -> int:
         print(f"Stopped and saved after step {done.state.step}. {go_on}")
         return STOPPED
     return 0
+
+
+def _kernels(precision: str | None, device: str) -> Ops | None:
+    """The CUDA kernels in a precision; None, the default table, where none is asked for."""
+    if precision is None:
+        return None
+    if device != "cuda":
+        what = f"--precision is {precision}, but the device is {device}"
+        raise ConfigError(f"{what}; only the CUDA kernels have precisions. Add --device cuda")
+    from pvt_ref.kernels.cuda.table import cuda_kernels  # loads what a CPU does not need
+
+    return cuda_kernels(precision)
