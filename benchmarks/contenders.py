@@ -46,7 +46,7 @@ class Contender:
     prepare: Callable[[np.ndarray], Any]  # an image batch as its own kind of array
     forward: Callable[[Any], Any]  # logits
     train: Callable[[Any, Any], Any] | None  # images, dL/dlogits: logits, all gradients
-    to_numpy: Callable[[Any], dict[str, np.ndarray]]  # logits, or what train returned
+    to_numpy: Callable[[Any], dict[str, Any]]  # logits, or what train returned
     synchronize: Callable[[], None] = lambda: None  # waits for the device
     device_mib: Callable[[Callable[[], Any]], float] | None = None  # most that a run holds there
 

@@ -29,6 +29,7 @@ class Clock(Protocol):
 
     def seconds(self, begin: Any, end: Any) -> float:
         """Between two events that the device has come to."""
+        ...
 
     def hold(self) -> None:
         """Keeps the device busy for some milliseconds."""
