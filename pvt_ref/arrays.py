@@ -9,7 +9,7 @@ import contextlib
 import contextvars
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from types import ModuleType
 from typing import Any
 
@@ -290,7 +290,7 @@ def cuda_error(error: Exception) -> DeviceError | None:
 
 
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
+def explained() -> Generator[None]:
     """Where CUDA computes: errors of it and of CuPy become a DeviceError that names the cure."""
     try:
         yield

@@ -23,7 +23,7 @@ import re
 import sys
 import textwrap
 import tokenize
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
@@ -409,7 +409,7 @@ def _shape_of(value: Any) -> tuple[int, ...] | None:
 
 def _shapes_in(value: Any) -> list[tuple[int, ...]]:
     """Of the arrays in a value; if there are none, the tuples of whole numbers."""
-    found: tuple[list, list] = ([], [])
+    found: tuple[list[Any], list[Any]] = ([], [])
 
     def visit(value: Any) -> None:
         shape = _shape_of(value)
@@ -730,7 +730,7 @@ class _Call:
 
 
 @contextlib.contextmanager
-def shape_comments(*modules: ModuleType, stages: Stages | None = None) -> Iterator[ShapeComments]:
+def shape_comments(*modules: ModuleType, stages: Stages | None = None) -> Generator[ShapeComments]:
     """Executes the shape comments of modules while it is entered.
 
     With ``with shape_comments(my_layer): run()``, a line that ends in ``# (B, n, C)`` is checked

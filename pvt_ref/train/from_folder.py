@@ -449,7 +449,8 @@ def _read_names(file: str) -> dict[str, Any]:
 
 def _recipe(given: Mapping[str, Any], from_nothing: bool, samples: int, ranks: int) -> Recipe:
     """What is given, and for the rest what suits so many photos and ranks."""
-    values = {"accumulate": ranks, **(FROM_NOTHING if from_nothing else FINE_TUNING), **given}
+    suits = FROM_NOTHING if from_nothing else FINE_TUNING
+    values: dict[str, Any] = {"accumulate": ranks, **suits, **given}
     if "batch_size" not in given:
         values["batch_size"] = min(values["batch_size"], samples)
     if "warmup_epochs" not in given:
