@@ -77,7 +77,7 @@ format: .venv/.stamp-lint ## puts formatting, and what else ruff can, in order
 	@.venv/bin/ruff check --fix --exit-zero --quiet .
 	@.venv/bin/ruff format .
 
-types: .venv/.stamp-lint .venv/.stamp-test ## static types
+types: .venv/.stamp-lint .venv/.stamp-test .venv/.stamp-docs ## static types: of the package strictly, of all else by the basic rules
 	@.venv/bin/pyright --pythonpath $(PY) $(ARGS)
 
 # One commit, one date: two builds have the same bytes.
