@@ -77,7 +77,7 @@ class _Sign(NamedTuple):
 
 def _signs(config: Any) -> list[_Sign]:
     """Of all networks; and of config's, if that has only the keys of its own parameters."""
-    signs = []
+    signs: list[_Sign] = []
     for row in architectures():
         if row.files:
             for layout in row.files.layouts:
@@ -113,7 +113,7 @@ def find_models(tree: Any, config: Any = None) -> list[Found]:
 
 def _mappings(tree: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
     """All dicts down to a depth, each once, with the names that lead to it, joined by dots."""
-    seen = set()  # a pickle can hold one dict in many places
+    seen: set[int] = set()  # a pickle can hold one dict in many places
     values: list[tuple[tuple[str, ...], Any]] = [((), tree)]
     for names, value in values:  # and all that is in them
         if isinstance(value, Mapping) and id(value) not in seen:
@@ -330,7 +330,7 @@ def recognise_config(model: Found) -> Any:
     row, layout, state = model.row, model.layout, model.state
     assert row.files is not None  # or nobody would have found it without a configuration
     shapes = _shapes(state)
-    tried = []
+    tried: list[tuple[int, str, Any, list[str]]] = []
     for name, variant in row.variants.items():
         config = row.files.fit(variant, shapes, layout)
         problems = _problems(model, config)

@@ -229,7 +229,7 @@ class ImageFolder(Samples):
         if self.augment is None:
             return self.pixels(chosen)
         H, W = self.size
-        drawn = []
+        drawn: list[np.ndarray] = []
         for i in chosen.tolist():
             rng = generator(seed, What.PHOTO, epoch, i)
             photo = self.augment(read_rgb(self.path(i)), (H, W), rng)
@@ -281,7 +281,7 @@ def _folders(root: Path) -> list[str]:
 
 def _photos(root: Path, name: str) -> Iterator[tuple[str, int]]:
     """Photos in a class's folder, by their names below root: the name, and the file's bytes."""
-    found = []
+    found: list[tuple[str, int]] = []
     seen = set[tuple[int, int]]()  # folders, so that a link to one above ends
     waiting = [name]
     while waiting:

@@ -359,7 +359,7 @@ def stratified_split(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
         raise ArrayTypeError(f"labels are {shown(labels)}; they must be an array (N,) of integers")
     if not labels.size or labels.min() < 0:
         raise RangeError("labels must be classes from 0 on, of at least one sample")
-    chosen = []
+    chosen: list[np.ndarray] = []
     for k in np.unique(labels):
         places = np.flatnonzero(labels == k)
         rng = generator(seed, What.SPLIT, int(k))
