@@ -1,4 +1,4 @@
-"""A process that keeps one core busy, for times as they are on a machine that has other work."""
+"""A process that keeps one core busy, to measure times on a machine with other work."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: It asks for its parent now and then, and so ends even if the benchmark is killed.
+#: It checks now and then that its parent lives, so it ends even if the benchmark is killed.
 SPIN = """
 import os, sys
 core, parent = map(int, sys.argv[1:])
@@ -21,7 +21,7 @@ while os.getppid() == parent:
 
 @contextmanager
 def busy_core() -> Iterator[subprocess.Popen]:
-    """While this is entered, a Python loop runs on the last of the cores that may be used."""
+    """Inside this context, a Python loop runs on the last of the allowed cores."""
     core = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
     command = [sys.executable, "-c", SPIN, str(core), str(os.getpid())]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:

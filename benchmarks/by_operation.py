@@ -2,10 +2,10 @@
 
     python benchmarks/by_operation.py [--model pvt_tiny] [--batch 8] [--threads 2]
 
-A function's time is its own: what it spends in others that are listed is theirs. Threads are added
-up, so the sum is threads times the duration; "waiting" is what a thread spends without work.
-Matrix products are NumPy's matmul, whoever calls it. What was measured of other models, or other
-numbers of images, stays in docs/results/cpu_operations.json and on its page.
+A function's time excludes the time of other listed functions that it calls. Threads are added
+up, so the sum is threads times the duration; "waiting" is the time of threads without work.
+Matrix products are all calls of NumPy's matmul. Results of other models or other batch sizes stay
+in docs/results/cpu_operations.json and on its page.
 """
 
 import argparse
@@ -33,9 +33,9 @@ from pvt_ref.models.architecture import architecture_of
 from pvt_ref.ops import Operation
 
 PRODUCTS = "matrix products"
-#: What the name of a pass by the readable layers begins with.
+#: Prefix of the name of a pass by the readable layers.
 READABLE = "readable layers, "
-#: The functions that are told apart, and what they are called in the table.
+#: The functions that are timed separately, and their names in the table.
 KERNELS = {
     "gelu_rows": "GELU",
     "layer_norm_rows": "layer norm",
@@ -57,16 +57,16 @@ REPEATS = 10
 
 HEADING = """# Speed by operation
 
-Where the time of [the whole](cpu.md) goes, written by `benchmarks/by_operation.py`. A line's time
-is its own, without what it spends in other lines, added up over all threads; so the sum is
-threads times the duration. "Waiting" is a thread without work while another has some; "no work,
-or outside" is the rest: the interpreter between operations, and what is in no line. "Rest of" a
-kernel is what the threads do there beside the other lines: sums, copies, and Python.
+This page splits [the whole time](cpu.md) by operation; `benchmarks/by_operation.py` wrote it. A
+line's time excludes the other lines and is added up over all threads, so the sum is threads times
+the duration. "Waiting" is the time of threads without work while another has some. "No work, or
+outside" is the rest: the interpreter between operations, and code in no other line. "Rest of" a
+kernel is its time outside the other lines: sums, copies, and Python.
 """
 
 
 class Stopwatch:
-    """Adds up the own time of functions, over all threads."""
+    """Adds up the time of functions over all threads, without that of timed functions they call."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
@@ -74,7 +74,7 @@ class Stopwatch:
         self.inner = threading.local()
 
     def time(self, name: str, function: Callable) -> Callable:
-        """function, timed under name."""
+        """Wraps function, so that its time counts under name."""
 
         @functools.wraps(function)
         def timed(*args, **kwargs):
@@ -94,13 +94,13 @@ class Stopwatch:
 
 
 def kernel_modules() -> list[ModuleType]:
-    """All that the functions of KERNELS may stand in."""
+    """All modules that may contain the functions of KERNELS."""
     names = [module.name for module in pkgutil.iter_modules(cpu.__path__)]
     return [importlib.import_module(f"{cpu.__name__}.{name}") for name in names]
 
 
 def watch_kernels(watch: Stopwatch) -> None:
-    """Replaces the kernels, for good, by timed ones."""
+    """Replaces the kernels permanently by timed ones."""
     modules = kernel_modules()
     for function, name in KERNELS.items():
         timed = None
@@ -111,7 +111,7 @@ def watch_kernels(watch: Stopwatch) -> None:
     run_pieces, by_rows = tiling.run_pieces, tiling.Tiling.by_rows
 
     def rest_of(work):
-        """work, a function inside of a kernel's, or a part of a kernel with its weights."""
+        """Times work, a function inside a kernel or a part of a kernel with its weights."""
         function = work.func if isinstance(work, functools.partial) else work
         return watch.time(f"rest of {function.__qualname__.partition('.')[0]}", work)
 
@@ -128,7 +128,7 @@ def watch_kernels(watch: Stopwatch) -> None:
 
 
 def watch_table(config: Any, watch: Stopwatch) -> pvt_ref.Ops:
-    """The readable layers, timed."""
+    """The readable layers with timing."""
     table = REFERENCE
     for op in architecture_of(config).operations:
         timed = Operation(
@@ -139,7 +139,7 @@ def watch_table(config: Any, watch: Stopwatch) -> pvt_ref.Ops:
 
 
 def measure(model: str, batch: int, train: bool, ops: pvt_ref.Ops, watch: Stopwatch) -> dict:
-    """Seconds by name and in all, of one pass."""
+    """Seconds of one pass, by name and in total."""
     config = VARIANTS[model]
     params = pvt_ref.init_params(config, np.random.default_rng(0))
     shape = (batch, config.in_chans, config.img_size, config.img_size)
@@ -175,7 +175,7 @@ def table(found: dict, threads: int) -> str:
 
 
 def machine_words(machine: dict) -> str:
-    commit = machine.get("commit", "not known")  # the first one stored did not say
+    commit = machine.get("commit", "not known")  # missing in the first stored result
     return (
         f"Measured {machine['date']} on {machine['threads']} threads of: {machine['processor']}. "
         f"pvt_ref {machine['pvt_ref']} (commit {commit}); {'; '.join(machine['blas'])}.\n"
@@ -183,7 +183,7 @@ def machine_words(machine: dict) -> str:
 
 
 def case_page(case: dict) -> str:
-    """The part of the page on one model and number of images."""
+    """The page's section on one model and batch size."""
     model, batch, threads = case["model"], case["batch"], case["machine"]["threads"]
     text = [f"## {model}, B = {batch}\n", machine_words(case["machine"])]
     for what, found in case["seconds"].items():
@@ -201,10 +201,10 @@ def case_page(case: dict) -> str:
 
 
 def store(case: dict, folder: Path) -> None:
-    """Puts a case in the place of an earlier one of that model and number of images."""
+    """Replaces an earlier case of the same model and batch size."""
     file, key = folder / "cpu_operations.json", (case["model"], case["batch"])
     stored = json.loads(file.read_text()) if file.exists() else {"cases": []}
-    before = stored.get("cases", [stored])  # the first ones held one case
+    before = stored.get("cases", [stored])  # the first files held one case
     cases = [case, *(other for other in before if (other["model"], other["batch"]) != key)]
     cases.sort(key=lambda case: (list(VARIANTS).index(case["model"]), case["batch"]))
     folder.mkdir(parents=True, exist_ok=True)

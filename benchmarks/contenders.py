@@ -1,7 +1,7 @@
-"""Who is timed: the same model, with the same weights, behind one interface.
+"""The contenders: the same model with the same weights in several libraries, behind one interface.
 
-Each is built in a process of its own (see worker.py), since two libraries' threads in one process
-spin against each other and falsify both times.
+Each is built in its own process (see worker.py), since the threads of two libraries in one process
+spin against each other and distort both times.
 """
 
 import importlib.util
@@ -21,20 +21,25 @@ from pvt_ref import (
     PVTv2Config,
     PVTv2Params,
     SegmentorConfig,
+    SegmentorParams,
     ViTConfig,
     ViTParams,
 )
 
-#: The gradients that are compared before anything is timed, by the names of the weights.
+#: The gradients compared before anything is timed, by the names of the weights.
 _PVT = ("patch_embed1.proj.weight", "block1.0.attn.sr.weight", "block4.1.mlp.fc1.weight")
 _PVT_V2 = (*_PVT[:2], "block1.0.mlp.dwconv.dwconv.weight")
 _VIT = ("patch_embed.proj.weight", "pos_embed", "blocks.1.mlp.fc1.weight")
-#: They are asked for by the type of a configuration, or of a record of gradients.
+_FPN = (
+    *("backbone.patch_embed1.proj.weight", "backbone.block1.0.attn.sr.weight"),
+    *("neck.lateral_convs.1.conv.weight", "decode_head.scale_heads.1.0.bn.weight"),
+)
+#: They are looked up by the type of a configuration, or of a record of gradients.
 COMPARED: dict[type, tuple[str, ...]] = {
     PVTConfig: _PVT, PVTParams: _PVT,
     PVTv2Config: _PVT_V2, PVTv2Params: _PVT_V2,
     ViTConfig: _VIT, ViTParams: _VIT,
-    SegmentorConfig: (),  # timed forward only
+    SegmentorConfig: _FPN, SegmentorParams: _FPN,
 }  # fmt: skip
 
 
@@ -43,15 +48,15 @@ class Contender:
     """A loaded model."""
 
     versions: str
-    prepare: Callable[[np.ndarray], Any]  # an image batch as its own kind of array
+    prepare: Callable[[np.ndarray], Any]  # an image batch as this library's kind of array
     forward: Callable[[Any], Any]  # logits
     train: Callable[[Any, Any], Any] | None  # images, dL/dlogits: logits, all gradients
-    to_numpy: Callable[[Any], dict[str, Any]]  # logits, or what train returned
+    to_numpy: Callable[[Any], dict[str, Any]]  # logits, or the result of train
     synchronize: Callable[[], None] = lambda: None  # waits for the device
-    device_mib: Callable[[Callable[[], Any]], float] | None = None  # most that a run holds there
+    device_mib: Callable[[Callable[[], Any]], float] | None = None  # peak memory of a run there
 
 
-#: The table of readable operations. Every other contender of ours takes the default, ops=None.
+#: The table of readable operations. Our other contenders use the default, ops=None.
 READABLE = pvt_ref.REFERENCE
 
 
@@ -62,7 +67,7 @@ def our_pass(params: Any, images: Any, dlogits: Any, config: Any, ops: Any = Non
 
 
 def our_arrays(result: Any) -> dict[str, np.ndarray]:
-    """Logits, or what :func:`our_pass` gave, by name."""
+    """Logits, or the result of :func:`our_pass`, by name."""
     result = pvt_ref.to_numpy(result)
     if not isinstance(result, tuple):
         return {"logits": result}
@@ -74,7 +79,7 @@ def our_arrays(result: Any) -> dict[str, np.ndarray]:
 def ours(
     weights: Path, config: Any, size: int, threads: int, device: str, readable: bool
 ) -> Contender:
-    """pvt_ref itself. Its threads are as many as BLAS has, which the environment says."""
+    """pvt_ref itself, with as many threads as BLAS, which the environment sets."""
     import scipy
 
     model = pvt_ref.to_device(pvt_ref.load(weights, config), device)
@@ -157,7 +162,7 @@ def pytorch(
     fused: bool,
     compiled: bool,
 ) -> Contender:
-    """The network in torch.nn, as it is or compiled."""
+    """The network in torch.nn, eager or compiled."""
     import torch
     from safetensors.torch import load_file
     from torch_networks import network
@@ -167,14 +172,14 @@ def pytorch(
         model = network(config, fused)
     model.load_state_dict(load_file(weights, device=device), assign=True)
     parameters = dict(model.named_parameters())
-    torch.compiler.reset()  # it counts the shapes it has compiled for, over all models
+    torch.compiler.reset()  # PyTorch limits the number of compiled shapes, over all models
     module = torch.compile(model, dynamic=False) if compiled else model
     keys = {key: parameters[key] for key in COMPARED[type(config)]}
     return _torch(module, keys, f"PyTorch {torch.__version__}", device)
 
 
 def hugging_face(weights: Path, config: Any, size: int, threads: int, device: str) -> Contender:
-    """transformers' classifier of that kind, built and mended as in tests/oracles.py."""
+    """transformers' classifier of that kind, built and corrected as in tests/oracles.py."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     import oracles
     import torch
@@ -211,9 +216,9 @@ def hugging_face(weights: Path, config: Any, size: int, threads: int, device: st
 
 
 def exported(weights: Path, size: int) -> Path:
-    """The ONNX file of a model for one size, beside its weights; made the first time.
+    """The ONNX file of a model for one size, beside its weights; written the first time.
 
-    A program of its own writes it, so that the process that is measured never held two models.
+    A separate program writes it, so that the measured process never holds two models.
     """
     file = weights.with_name(f"{weights.stem}-{size}.onnx")
     if not file.exists():
@@ -230,8 +235,8 @@ def _onnx(
 ) -> Contender:
     """A library that runs ONNX files; it has no backward.
 
-    compile makes a function from a file and the shape of the images: a graph whose shapes are all
-    known is the fastest that either library can make.
+    compile makes a function from a file and the shape of the images: both libraries are fastest
+    with a graph whose shapes are all known.
     """
     compiled: dict[tuple[int, ...], Callable[[np.ndarray], np.ndarray]] = {}
 
@@ -266,7 +271,7 @@ def onnx_runtime(weights: Path, config: Any, size: int, threads: int, device: st
 
 
 def openvino(weights: Path, config: Any, size: int, threads: int, device: str) -> Contender:
-    """The exported network in OpenVINO, in float32 also where the processor has bfloat16."""
+    """The exported network in OpenVINO, in float32 even if the processor has bfloat16."""
     import openvino
 
     core = openvino.Core()
@@ -297,7 +302,7 @@ CONTENDERS: dict[str, Callable[[Path, Any, int, int, str], Contender]] = {
     "OpenVINO": openvino,
 }
 
-#: Modules that a contender needs beside pvt_ref's own.
+#: Modules that a contender needs in addition to pvt_ref's own.
 NEEDS = {
     "PyTorch eager": ("torch",),
     "PyTorch eager, fused attention": ("torch",),

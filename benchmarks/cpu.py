@@ -7,12 +7,12 @@
 
 Without any of these, a segmentation network is measured at the end, by segmentation.py.
 
-Every contender lives in a process of its own; they are asked in turn, round after round, while the
-others sleep. First all of them must give the numbers of the readable layers in float64. One case is
-timed again while another process keeps a core busy. For large images, memory is measured too.
-Of models other than PVT there are times only, beside fewer contenders. A contender whose library is
-not installed is reported as not run. Results go to docs/results/: cpu.json (everything measured),
-cpu_tables.md, and pictures, made by report.py. What was not measured again stays there as it was.
+Every contender has its own process; they run in turn, round after round, while the others sleep.
+First all of them must give the numbers of the readable layers in float64. One case is timed again
+while another process keeps a core busy. For large images, memory is measured too. Models other than
+PVT are only timed, against fewer contenders. A contender whose library is not installed is reported
+as not run. Results go to docs/results/: cpu.json (all measurements), cpu_tables.md, and pictures,
+made by report.py. Stored results that are not measured again are kept.
 """
 
 import argparse
@@ -41,15 +41,15 @@ from segmentation import bench as bench_segmentation
 
 from pvt_ref import VARIANTS, PVTConfig
 
-#: What is measured if nothing is said.
+#: The default measurements.
 MODELS = ("pvt_tiny", "pvt_small", "pvt_v2_b0", "pvt_v2_b2", "deit_s_16")
 LARGE = (512, 1024, 2048)
-#: Who is timed on models other than PVT, unless told --all, and in how many rounds at most.
+#: The contenders on models other than PVT, without --all, and the most rounds.
 FEW, FEW_ROUNDS = ("pvt_ref", "pvt_ref, readable layers", RIVAL, "torch.compile"), 3
 
 
 class Bench:
-    """What all measurements of a run share."""
+    """The settings that all measurements of a run share."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder = args, folder
@@ -57,7 +57,7 @@ class Bench:
         self.weights: dict[str, Path] = {}
 
     def order(self, model: str, size: int, batch: int, train: bool = False) -> dict:
-        """What a worker is asked for; random weights are made the first time."""
+        """An order for a worker; random weights are made the first time."""
         if model not in self.weights:
             self.weights[model] = make_weights(model, self.folder)
         path = str(self.weights[model])
@@ -69,7 +69,7 @@ class Bench:
         args, has_tiny = self.args, "pvt_tiny" in models
         say("Starting", ", ".join(names))
         workers = [Worker(name, self.threads) for name in names]
-        say("Checking that all compute the same")
+        say("Checking that all results match")
         checks = [self.order(model, NATIVE, 2, train=True) for model in models]
         if has_tiny and not args.quick:
             checks.append(self.order("pvt_tiny", LARGE[0], 1))
@@ -96,7 +96,7 @@ class Bench:
     def large(self, names: list[str]) -> dict:
         """One run: memory and time of large images."""
         say("Large images, in fresh processes")
-        single = [name for name in names if name != "torch.compile"]  # would compile each
+        single = [name for name in names if name != "torch.compile"]  # it compiles for each size
         orders = [self.order("pvt_tiny", size, 1) for size in (NATIVE, *LARGE)]
         result: dict = {"machine": describe_machine(self.threads), "versions": {}}
         rounds = min(self.args.rounds, 2)
@@ -105,7 +105,7 @@ class Bench:
 
 
 def merge(stored: list[dict], measured: dict) -> list[dict]:
-    """The measured run, and of the stored ones the cases of what was not measured again."""
+    """The measured run, and the stored cases that were not measured again."""
     again = {(key, case["model"]) for key in CASES for case in measured.get(key, [])}
     kept = []
     for run in stored:
@@ -142,7 +142,7 @@ def measure_memory(
                     before[name].append(answer["before"])
                     seconds[name].append(min(answer["times"]))
                     versions[name] = answer["versions"]
-                except ContenderError as error:  # killed: more memory than there is
+                except ContenderError as error:  # killed for lack of memory
                     failures[name] = str(error)
                 worker.close()
         results.append(
@@ -172,8 +172,8 @@ def main() -> None:
         metavar="NAME",
         help=f"default: {' '.join(MODELS)}",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="times that each is asked")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of timing a case and round")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing")
+    parser.add_argument("--seconds", type=float, default=2.0, help="timing per case and round")
     parser.add_argument("--skip", nargs="*", default=[], choices=rest, metavar="NAME")
     parser.add_argument("--all", action="store_true", help="all contenders for all models")
     parser.add_argument("--threads", type=int, default=None, help="default: all cores")
@@ -195,7 +195,7 @@ def main() -> None:
     runs = read_runs(file) if file.exists() else []
 
     def run(measure: Callable[..., dict], wanted: list[str], *what: Any) -> list[dict]:
-        """All runs with what is measured now; stored at once, for it takes long."""
+        """All runs with the new measurements; each is stored at once, since they take long."""
         measured = measure([name for name in wanted if name in names], *what)
         absent = {name: reason for name, reason in not_run.items() if name in wanted}
         for case in all_cases(measured):

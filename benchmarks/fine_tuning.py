@@ -1,12 +1,12 @@
-"""A few photos of a new kind: weights that know other photos against random ones.
+"""Trains on a few photos of new classes, from pretrained weights and from random ones.
 
     python benchmarks/fine_tuning.py --data DIR --work FOLDER
 
 DIR holds train and test with a folder of photos for each class, such as CIFAR-10's, which are
-enlarged. Of each class so many photos are learnt from, as many of test are held out, and nothing
-else is looked at. The same network, recipe and number of steps begin once with the weights
-"imagenette" and once with random ones. Writes fine_tuning.md, .json and .svg into docs/results/. A
-work folder that is there goes on from what it holds.
+enlarged. The first --photos of each class are used for training, and as many of test are held out.
+The same network is trained for the same number of steps, once from the weights "imagenette" and
+once from random ones. Writes fine_tuning.md, .json and .svg into docs/results/. An existing work
+folder is resumed.
 """
 
 import argparse
@@ -29,7 +29,7 @@ KINDS = {"imagenette": "begun with the weights imagenette", "nothing": "begun wi
 
 
 def choose(data: Path, work: Path, count: int) -> Path:
-    """Links to the first photos of each class, by name: train to learn from, val held out."""
+    """Links to the first photos of each class, by name: train for training, val held out."""
     chosen = work / "photos"
     for part, source in (("train", "train"), ("val", "test")):
         for folder in sorted(path for path in (data / source).iterdir() if path.is_dir()):
@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("--work", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--photos", type=int, default=100, help="of each class")
+    parser.add_argument("--photos", type=int, default=100, help="photos of each class")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--size", type=int, default=64)
     args = parser.parse_args()
@@ -102,22 +102,22 @@ def main() -> None:
     (RESULTS / "fine_tuning.md").write_text(
         f"""# Fine-tuning
 
-{args.photos} photos of each of CIFAR-10's {classes} classes, enlarged from 32×32 to
-{args.size}×{args.size} pixels, and as many others held out: what is learnt of them by the network
-of `load("imagenette")`, begun with its weights and begun with random ones. Imagenette has none of
-these classes but one kind of lorry. Written by `python benchmarks/fine_tuning.py`; the last epoch
-counts, not the best.
+The network of `load("imagenette")` was trained on {args.photos} photos of each of CIFAR-10's
+{classes} classes, enlarged from 32×32 to {args.size}×{args.size} pixels, once from its weights and
+once from random ones. As many other photos were held out. Imagenette has none of these classes
+except one kind of lorry. `python benchmarks/fine_tuning.py` wrote this page. The accuracies are
+those of the epochs named, not of the best.
 
-![Begun with the weights imagenette, the accuracy on photos held out is soon far above that of
-random weights, and stays there](fine_tuning.svg)
+![With the weights imagenette, the accuracy on held-out photos is soon far above that of random
+weights, and stays there](fine_tuning.svg)
 
 | | 1 epoch | 5 | 10 | {args.epochs} | images/s |
 | --- | --- | --- | --- | --- | --- |
 {table}
 
-Learning rate 3e-4 with a layer decay of 0.75 for the first, 1e-3 for the second; all else is the
-same, seed 0, one run each. Measured {machine["date"]} with pvt_ref {machine["pvt_ref"]} (commit
-{machine["commit"]}) on {machine["processor"]}, which other work shared.
+The first used a learning rate of 3e-4 with a layer decay of 0.75, the second 1e-3; everything else
+is the same, seed 0, one run each. Measured {machine["date"]} with pvt_ref {machine["pvt_ref"]}
+(commit {machine["commit"]}) on {machine["processor"]}, shared with other work.
 """,
         encoding="utf-8",
     )

@@ -1,24 +1,27 @@
 """Times this project on a CUDA device, through CuPy, beside PyTorch on the same device.
 
-    python benchmarks/gpu.py --minutes 10            as many rows as that time allows
+    python benchmarks/gpu.py --minutes 10            as much of it as that time allows
     python benchmarks/gpu.py --list                  the rows in their order; nothing is run
 
-A row is a model, what is computed (a forward; with its backward; a whole step with AdamW), how many
+First the tests that need a device run, and compute-sanitizer looks at every kernel. Then come rows:
+a row is a model, what is computed (a forward; with its backward; a whole step with AdamW), how many
 images, a precision, and who does it: this project's kernels, launched or captured as a graph, and
 PyTorch eager, compiled with mode="reduce-overhead", or with mode="max-autotune" if that is ready in
 three minutes. A row is timed only if its numbers are those of the readable layers in float64, and
-by the device's own events. The most important rows come first, and each is written to
-docs/results/gpu_kernels.json as soon as it is there: run again, the program goes on where it was.
-Then gpu_report.py makes the page. gpu_ladder.py times the steps of single kernels.
+by the device's own events. Classifiers get images of 224 x 224, segmentation networks of 512 x 512.
+The most important rows come first, and each is written to docs/results/gpu_kernels.json as soon as
+it is there: run again, the program goes on where it was. Then gpu_report.py makes the page, which
+names what was not run. gpu_ladder.py times the steps of single kernels.
 
-docs/results/gpu.json holds times of an earlier commit by an earlier program, before there were
-kernels.
+docs/results/gpu.json holds times of an earlier commit, measured by an earlier program before there
+were kernels.
 """
 
 import argparse
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,21 +39,36 @@ from pvt_ref.arrays import import_cupy
 RESULTS = ROOT / "docs" / "results"
 FILE = "gpu_kernels.json"
 
-#: Who does it, by process: how the work is started.
+#: The contenders, by process: how the work is started.
 HOW = {
     "pvt_ref": ("captured", "launched"),
     "PyTorch": ("eager", "reduce-overhead"),
 }
 
-#: Seconds after which an answer is not waited for any longer.
+#: Seconds to wait for an answer.
 LIMITS = {"reduce-overhead": 150, "max-autotune": 180}
 LIMIT = 60
+
+#: All of them, whatever fails, and also where a package is missing that other tests import.
+_TESTS = (
+    *(sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"),
+    *("--go-on", "--continue-on-collection-errors"),
+)
+_SANITIZER = ("compute-sanitizer", "--error-exitcode", "1", "--tool")
+_KERNELS = (sys.executable, "benchmarks/gpu_sanitized.py")
+
+#: What comes before the rows: the share of the minutes that it may take, and the command.
+CHECKS: dict[str, tuple[float, tuple[str, ...]]] = {
+    "tests": (0.35, _TESTS),
+    "memcheck": (0.15, (*_SANITIZER, "memcheck", *_KERNELS)),
+    "racecheck": (0.15, (*_SANITIZER, "racecheck", *_KERNELS)),
+}
 
 MODELS = ("pvt_small", "pvt_v2_b2", "deit_s_16")
 WHATS = ("forward", "train", "step")
 BATCHES = (1, 64, 8)
 
-#: What is asked first of each model: what, images, precision.
+#: The first cases of each model: task, batch size, precision.
 FIRST = (
     *(("forward", 1, "float32"), ("forward", 64, "float32"), ("train", 64, "float32")),
     *(("step", 64, "float32"), ("forward", 1, "tf32"), ("forward", 64, "tf32")),
@@ -58,14 +76,24 @@ FIRST = (
     *(("forward", 64, "float16"), ("step", 64, "float16")),
 )
 
-#: Variables by which the processes would compute in another precision than the one asked for.
+#: What is asked of others, after the first rows of MODELS.
+OTHERS = (
+    *(("pvt_v2_b1", what, batch, "float32") for what in ("forward", "train") for batch in (1, 64)),
+    *(
+        ("fpn_pvt_tiny", what, batch, "float32")
+        for what in ("forward", "train")
+        for batch in (1, 8)
+    ),
+)
+
+#: Environment variables that would change the precision of the processes.
 OVERRIDES = ("NVIDIA_TF32_OVERRIDE", "CUPY_TF32")
 
 KEY = ("contender", "how", "model", "what", "batch", "precision")
 
 
 def rows_of(cases: list[tuple]) -> tuple[list[dict], list[dict]]:
-    """The rows of these cases: those that need seconds, and those that compile for a minute."""
+    """The rows of these cases: those that take seconds, and those that compile for a minute."""
     rows: tuple[list[dict], list[dict]] = [], []
     for model, what, batch, precision in cases:
         case = {"model": model, "what": what, "batch": batch, "precision": precision}
@@ -79,12 +107,13 @@ def plan() -> list[dict]:
     """All rows, the most important first."""
     small, *others = MODELS
     first = [(small, *case) for case in FIRST]
-    second = [(model, *case) for case in FIRST[:4] for model in others]
+    second = [*((model, *case) for case in FIRST[:4] for model in others), *OTHERS]
     rest = []
     for what in WHATS:
         for batch in BATCHES:
             rest += [(model, what, batch, p) for p in ("float32", "tf32") for model in MODELS]
             rest += [(small, what, batch, p) for p in ("float16", "bfloat16")]
+    rest += [("fpn_pvt_tiny", "forward", batch, "tf32") for batch in (1, 8)]
     rest = [case for case in dict.fromkeys(rest) if case not in {*first, *second}]
     head = [row for case in first[:3] for rows in rows_of([case]) for row in rows]
     tuned = [row | {"how": "max-autotune"} for row in head if row["how"] == "reduce-overhead"]
@@ -112,13 +141,13 @@ def describe_device() -> dict[str, str]:
 
 
 def describe(named_commit: str | None) -> dict:
-    """Machine and device; the commit may be told where there is no git."""
+    """Machine and device; without git, the commit can be passed."""
     told = describe_machine(cores()) | describe_device()
     return told | ({"commit": named_commit} if named_commit else {})
 
 
 class Impatient(Worker):
-    """A process of gpu_worker.py that is ended if it does not answer in time."""
+    """A process of gpu_worker.py that is killed if it does not answer in time."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name, cores(), "cuda")
@@ -128,7 +157,7 @@ class Impatient(Worker):
         super().start()
 
     def ask_within(self, seconds: float, order: dict) -> dict:
-        """The answer, or why there is none."""
+        """The answer, or the reason why there is none."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -149,6 +178,42 @@ class Impatient(Worker):
         return {"not_run": why + (f" with status {status}" if "ended" in why else "")}
 
 
+def check(
+    result: dict,
+    file: Path,
+    minutes: float,
+    checks: dict[str, tuple[float, tuple[str, ...]]] = CHECKS,
+) -> None:
+    """Runs what no earlier run has finished, and writes how each ended and the last that it said.
+
+    No failure keeps rows from being timed, for each is compared before: the page tells of it.
+    """
+    told = result.setdefault("checks", {})
+    environment = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
+    for name, (share, command) in checks.items():
+        if "passed" in told.get(name, {}):
+            continue
+        limit, begun = 60 * minutes * share, time.monotonic()
+        try:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, text=True, errors="replace",
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+            said = process.communicate(timeout=limit)[0]
+        except FileNotFoundError:
+            told[name] = {"not_run": f"{command[0]} is not installed"}
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the sanitizer's own process too
+            process.communicate()
+            told[name] = {"not_run": f"not done after {limit:.0f} s"}
+        else:
+            lines = [line for line in (line.strip(" =") for line in said.splitlines()) if line]
+            last, seconds = "".join(lines[-1:])[:200], round(time.monotonic() - begun, 1)
+            told[name] = {"passed": process.returncode == 0, "said": last, "seconds": seconds}
+        write(file, result)
+        say(f"  {name}: {told[name].get('not_run') or told[name]['said']}")
+
+
 def measure(
     rows: list[dict],
     result: dict,
@@ -159,7 +224,7 @@ def measure(
     seconds: float,
     now=time.monotonic,
 ) -> None:
-    """Asks for the rows that result lacks, in their order, and writes each as it comes."""
+    """Measures the rows that result lacks, in order, and writes each at once."""
     begun, done = now(), {key(row) for row in result["rows"]}
     weights: dict[str, str] = {}
     for row in rows:
@@ -170,7 +235,7 @@ def measure(
             break
         limit = LIMITS.get(row["how"], LIMIT)
         if row["how"] in LIMITS and left < 90:
-            continue  # it would be cut off while it compiles; what needs less time goes on
+            continue  # it would be cut off while compiling; shorter rows follow
         model = row["model"]
         if model not in weights:
             weights[model] = str(make_weights(model, folder))
@@ -180,7 +245,7 @@ def measure(
         order = row | {"weights": weights[model], "exact": str(exact), "seconds": seconds}
         answer = workers[row["contender"]].ask_within(min(limit, left), order)
         if "not ready" in answer.get("not_run", "") and left < limit:
-            break  # the end of this run, and no fault of the contender's
+            break  # this run ends; the contender did not fail
         version = answer.pop("versions", None)
         if version:
             result["versions"][row["contender"]] = version
@@ -191,22 +256,22 @@ def measure(
 
 
 def write(file: Path, result: dict) -> None:
-    """The whole file, or the old one: a run may be cut off at any moment."""
+    """Replaces the file in one step, since a run may be cut off at any moment."""
     new = file.with_suffix(".part")
     new.write_text(json.dumps(result, indent=1) + "\n")
     new.replace(file)
 
 
 def begin(file: Path, machine: dict) -> dict:
-    """What an earlier run has measured on this machine with this code; or an empty result."""
+    """The result of an earlier run on this machine with this code, or an empty result."""
     if not file.exists():
-        return {"machine": machine, "versions": {}, "rows": []}
+        return {"machine": machine, "versions": {}, "checks": {}, "rows": []}
     result = json.loads(file.read_text())
     for name in ("gpu", "driver", "commit"):
         if result["machine"][name] != machine[name]:
             raise SystemExit(
-                f"{file} holds figures of {name} {result['machine'][name]}, and here it is "
-                f"{machine[name]}. Figures of both cannot stand in one table: move the file away, "
+                f"{file} has results of {name} {result['machine'][name]}, but this is "
+                f"{machine[name]}. One table cannot hold both: move the file away, "
                 f"or name another folder with --out"
             )
     return result
@@ -215,9 +280,10 @@ def begin(file: Path, machine: dict) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--list", action="store_true", help="print the rows, and run nothing")
-    parser.add_argument("--minutes", type=float, default=10, help="to measure at most (default 10)")
-    parser.add_argument("--seconds", type=float, default=0.3, help="of timing a row (default 0.3)")
-    parser.add_argument("--commit", help="of this code, where git cannot tell")
+    parser.add_argument("--minutes", type=float, default=10, help="time limit (default 10)")
+    parser.add_argument("--no-checks", action="store_true", help="skip the tests and the sanitizer")
+    parser.add_argument("--seconds", type=float, default=0.3, help="timing per row (default 0.3)")
+    parser.add_argument("--commit", help="the commit of this code, if git is not available")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args()
     rows = plan()
@@ -233,6 +299,8 @@ def main() -> None:
     result = begin(file, describe(args.commit))
     say(f"{result['machine']['gpu']}, commit {result['machine']['commit']}; {len(rows)} rows, "
         f"{len(result['rows'])} of them measured before")  # fmt: skip
+    if not args.no_checks:
+        check(result, file, args.minutes)
     workers = {name: Impatient(name) for name in HOW}
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,25 +1,27 @@
-"""The device's own clock: events that it notes as it comes to them.
+"""The device's own clock: events that the device records when it reaches them.
 
-A time between two events holds what the device did and what it waited for in between, but not how
-long the host took to look at a clock.
+The time between two events includes the device's work and waiting in between, but not the host's
+delay in reading a clock.
 """
 
 from collections.abc import Callable
 from typing import Any, Protocol
 
-#: A kernel that does nothing for so many ticks: while it runs, the host can queue what is timed, so
-#: that kernels which take less time than their launch follow one another without a gap.
+#: A kernel that does nothing for so long: while it runs, the host can queue what is timed, so that
+#: kernels which take less time than their launch follow one another without a gap. It reads the
+#: device's nanoseconds, since CUDA 13 no longer tells how fast clock64() ticks.
 _SPIN = r"""
-extern "C" __global__ void spin(long long ticks)
+extern "C" __global__ void spin(unsigned long long nanoseconds)
 {
-    long long begin = clock64();
-    while (clock64() - begin < ticks) {}
+    unsigned long long begin, now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(begin));
+    do asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)); while (now - begin < nanoseconds);
 }
 """
 
 
 class Clock(Protocol):
-    """A device that can note when it comes to a place in its queue."""
+    """A device that can record when it reaches a place in its queue."""
 
     def note(self) -> Any:
         """An event at this place of the queue."""
@@ -28,7 +30,7 @@ class Clock(Protocol):
         """Returns when the queue is empty."""
 
     def seconds(self, begin: Any, end: Any) -> float:
-        """Between two events that the device has come to."""
+        """Time between two events that the device has reached."""
         ...
 
     def hold(self) -> None:
@@ -36,13 +38,11 @@ class Clock(Protocol):
 
 
 class CupyClock:
-    """Of CuPy's current device and stream."""
+    """The clock of CuPy's current device and stream."""
 
     def __init__(self, cupy: Any, milliseconds: float = 5.0) -> None:
-        self.cupy = cupy
-        device = cupy.cuda.runtime.getDevice()
-        kilohertz = cupy.cuda.runtime.getDeviceProperties(device)["clockRate"]
-        self.ticks, self.spin = int(milliseconds * kilohertz), cupy.RawKernel(_SPIN, "spin")
+        self.cupy, self.spin = cupy, cupy.RawKernel(_SPIN, "spin")
+        self.nanoseconds = int(1e6 * milliseconds)
 
     def note(self) -> Any:
         event = self.cupy.cuda.Event()
@@ -58,11 +58,11 @@ class CupyClock:
     def hold(self) -> None:
         import numpy as np
 
-        self.spin((1,), (1,), (np.int64(self.ticks),))
+        self.spin((1,), (1,), (np.uint64(self.nanoseconds),))
 
 
 class TorchClock:
-    """Of PyTorch's current device and stream."""
+    """The clock of PyTorch's current device and stream."""
 
     def __init__(self, torch: Any) -> None:
         self.torch = torch
@@ -87,7 +87,7 @@ def time_calls(
 ) -> list[float]:
     """Times of single calls on a device with nothing else to do, launches included.
 
-    As many calls as take so many seconds together, but at least and at most so many.
+    The calls take about the given seconds together, within the given numbers of calls.
     """
     times: list[float] = []
     while len(times) < least or (sum(times) < seconds and len(times) < most):
@@ -103,9 +103,9 @@ def time_calls(
 def time_in_a_row(
     runs: list[Callable[[], Any]], clock: Clock, repeats: int = 20, rounds: int = 7
 ) -> list[float]:
-    """Seconds of one of these calls, when the device does all of them in turn without waiting.
+    """Seconds of one of these calls, when the device runs all of them in turn without waiting.
 
-    The calls do the same in different memory, more of it together than a cache holds. One time for
+    The calls do the same in different memory, together more than a cache holds. One time for
     each round.
     """
     times = []

@@ -1,11 +1,11 @@
-"""Times each step of the ladders of kernels on a CUDA device, beside what the device allows.
+"""Times each step of the ladders of kernels on a CUDA device, beside the device's bound.
 
     python benchmarks/gpu_ladder.py                  a minute or two; needs CuPy
 
-The steps are those of pvt_ref/kernels/cuda/ladder/, which the course builds up. First all of a
-ladder must give the numbers of float64. A step is timed by device events, in calls that follow each
+The steps are those of pvt_ref/kernels/cuda/ladder/, which the course builds up. First all steps of
+a ladder must agree with float64. A step is timed by device events, in calls that follow each
 other without a gap on arrays that together are larger than the device's cache. The bound beside it
-is what the same device was seen to copy and to multiply. Results go to
+is the measured rate of the same device for copies and multiplications. Results go to
 docs/results/gpu_ladder.json, and gpu_report.py makes a page of them.
 """
 
@@ -36,20 +36,20 @@ LADDERS: dict[str, tuple[Step, ...]] = {
     "product": product.STEPS,
 }
 
-#: Largest relative error (L2) against float64 with which a step may be timed.
+#: Largest relative error (L2) to float64 at which a step is timed.
 ALLOWED = 3e-6
 
-#: Bytes that the arrays of a timing have together: several times the cache of today's devices.
+#: Total bytes of the arrays of a timing: several times the cache of current devices.
 BEYOND_CACHE = 2**29
 
 
 class Case(NamedTuple):
-    """Arguments of a ladder, and what its operation moves and computes at least."""
+    """Arguments of a ladder, and the fewest bytes and operations that it needs."""
 
     ladder: str
     name: str
     make: Callable[[], tuple[Any, ...]]  # on the host
-    exact: Callable[..., np.ndarray]  # of these arguments in float64
+    exact: Callable[..., np.ndarray]  # the result for these arguments in float64
     bytes: int
     operations: int
 
@@ -105,7 +105,7 @@ CASES = (
 
 
 def ceilings(cupy: Any, clock: Clock) -> dict[str, float]:
-    """Bytes and float32 operations a second that this device was seen to do."""
+    """Measured bytes and float32 operations a second of this device."""
     x, n = cupy.zeros(2**28, "float32"), 8192
     y, a = cupy.empty_like(x), cupy.ones((n, n), "float32")
     copy = statistics.median(time_in_a_row([lambda: cupy.copyto(y, x)], clock, repeats=5))
@@ -144,7 +144,7 @@ def times_of(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--commit", help="of this code, where git cannot tell")
+    parser.add_argument("--commit", help="the commit of this code, if git is not available")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args()
     cupy = import_cupy()

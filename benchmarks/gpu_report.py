@@ -1,9 +1,9 @@
-"""Tables of what was measured on a GPU.
+"""Tables of the measurements on a GPU.
 
-python benchmarks/gpu_report.py        makes them again from what docs/results/ holds
+python benchmarks/gpu_report.py        renews them from the files in docs/results/
 
-gpu_kernels.md is made of what gpu.py and gpu_ladder.py measured, and says what they did not;
-gpu_tables.md and a picture, of gpu.json: times of an earlier commit, without kernels.
+gpu_kernels.md shows the measurements of gpu.py and gpu_ladder.py, and says what they left out;
+gpu_tables.md and a picture show gpu.json: times of an earlier commit, without kernels.
 """
 
 import importlib
@@ -12,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+from gpu_worker import side_of
 from report import (
     RESULTS,
     RIVAL,
@@ -23,13 +24,15 @@ from report import (
     time_tables,
 )
 
+from pvt_ref import VARIANTS
+
 PRODUCTS = "matrix products"
-#: In the name of a kernel that multiplies matrices; PyTorch's patch embeddings are convolutions.
+#: Matches names of kernels that multiply matrices; PyTorch's patch embeddings are convolutions.
 _PRODUCT = re.compile(r"gemm|gemv|cutlass|xmma|dot_kernel|splitK|dgrad|wgrad")
 
 
 def kind(name: str) -> str:
-    """What a kernel does: ``add`` for CuPy's ``cupy_add__float32_float32_float32``."""
+    """The kind of a kernel: ``add`` for CuPy's ``cupy_add__float32_float32_float32``."""
     if _PRODUCT.search(name):
         return PRODUCTS
     if name.startswith("Mem"):
@@ -53,8 +56,8 @@ def kernel_table(result: dict, most: int = 5) -> str:
             rows.append([label(case), name, f"{count:,}", f"{1e3 * whole:.1f}", largest])
     headers = ["", "contender", "kernels", "device's ms", f"the {most} largest kinds"]
     return (
-        "One call: how many kernels it starts, and for how long the device works on them, without "
-        "the time in which it waits for the next.\n\n" + markdown(headers, rows)
+        "Kernels started by one call, and the time that the device works on them, without waiting "
+        "for the next.\n\n" + markdown(headers, rows)
     )
 
 
@@ -66,8 +69,8 @@ def memory_table(result: dict) -> str:
         cells = [f"{mib:,.0f} ({mib / rival:.2f})" for mib in case["mib"].values()]
         rows.append([label(case), *cells])
     return (
-        "MiB of the device that the library's allocator held after the call (PyTorch: at most "
-        "during it), weights and images included; in brackets the share of "
+        "MiB that the library's allocator held on the device after the call (PyTorch: the peak "
+        "during it), including weights and images; in brackets the fraction of "
         f"{RIVAL}'s.\n\n" + markdown(["", *names], rows)
     )
 
@@ -77,8 +80,8 @@ def write_gpu_report(result: dict, folder: Path) -> None:
     m = result["machine"]
     device = f"On one {m['gpu']}, driver {m['driver']}, CUDA runtime {m['cuda']}. "
     tables = [
-        "# Times, memory and kernels on a GPU\n\nWhat is read off them: [how fast it is on a GPU]"
-        "(gpu.md).\n",
+        "# Times, memory and kernels on a GPU\n\n[How fast it is on a GPU](gpu.md) discusses these "
+        "tables.\n",
         device + machine_line(result),
         summary_table(result, digits=1),
         time_tables(result),
@@ -95,7 +98,7 @@ def write_gpu_report(result: dict, folder: Path) -> None:
 
 WHATS = {"forward": "forward", "train": "forward + backward", "step": "step with AdamW"}
 
-#: Who is shown, in this order: process, how the work is started, and the name for people.
+#: The columns, in this order: process, how the work is started, and the column's title.
 COLUMNS = (
     ("pvt_ref", "captured", "pvt_ref, captured"),
     ("pvt_ref", "launched", "pvt_ref, launched"),
@@ -106,19 +109,29 @@ COLUMNS = (
 
 
 def case_of(row: dict) -> str:
-    """What a row is about, for people."""
+    """A row's case, in words."""
     what = f"{row['model']}, {WHATS[row['what']]}, B = {row['batch']}"
     return what + ("" if row["precision"] == "float32" else f", {row['precision']}")
 
 
-def by_case(rows: list[dict], cell) -> str:
+def by_size(rows: list[dict], cell) -> str:
+    """A table for each size of the images."""
+    sides = {row["model"]: side_of(VARIANTS[row["model"]]) for row in rows}
+    tables = []
+    for side in dict.fromkeys(sides.values()):
+        own = [row for row in rows if sides[row["model"]] == side]
+        tables.append(by_case(own, cell, f"{side}×{side}"))
+    return "\n".join(tables)
+
+
+def by_case(rows: list[dict], cell, title: str) -> str:
     """A table with a line for each case and a column for each contender that has a row."""
     shown = [c for c in COLUMNS if any((r["contender"], r["how"]) == c[:2] for r in rows)]
     lines = []
     for case in dict.fromkeys(map(case_of, rows)):
         own = {(r["contender"], r["how"]): r for r in rows if case_of(r) == case}
         lines.append([case, *(cell(own.get(c[:2]), own) for c in shown)])
-    return markdown(["224×224", *(name for _, _, name in shown)], lines)
+    return markdown([title, *(name for _, _, name in shown)], lines)
 
 
 def time_cell(row: dict | None, own: dict) -> str:
@@ -137,7 +150,7 @@ def memory_cell(row: dict | None, own: dict) -> str:
 
 
 def reasons(rows: list[dict]) -> str:
-    """Who did not run where, and why; nothing if all did."""
+    """Which contenders did not run in which cases, and why; empty if all ran."""
     names = {(contender, how): name for contender, how, name in COLUMNS}
     found: dict[tuple[str, str], list[str]] = {}
     for row in rows:
@@ -150,8 +163,36 @@ def reasons(rows: list[dict]) -> str:
     return "Not run:\n\n" + "\n".join(lines) + "\n"
 
 
+def not_reached(rows: list[dict], plan: list[dict]) -> str:
+    """The rows of the plan that there are no results of, by case; nothing if there are none."""
+    names = {(contender, how): name for contender, how, name in COLUMNS}
+    done = {(case_of(row), row["contender"], row["how"]) for row in rows}
+    left: dict[str, list[str]] = {}
+    for row in plan:
+        place = row["contender"], row["how"]
+        if (case_of(row), *place) not in done:
+            left.setdefault(case_of(row), []).append(names[place])
+    if not left:
+        return ""
+    lines = [f"- {case}: {'; '.join(missing)}" for case, missing in left.items()]
+    return "For these there was no time:\n\n" + "\n".join(lines) + "\n"
+
+
+def check_table(checks: dict[str, dict]) -> str:
+    """How the tests and compute-sanitizer ended, and what of them was not run."""
+    lines = []
+    for name in importlib.import_module("gpu").CHECKS:
+        told = checks.get(name, {"not_run": "nobody asked for it"})
+        if "not_run" in told:
+            lines.append([name, f"not run: {told['not_run']}", ""])
+        else:
+            said = told["said"].replace("|", "\\|")
+            lines.append([name, "passed" if told["passed"] else "**failed**", said])
+    return markdown(["before anything was timed", "", "last line"], lines)
+
+
 def error_table(rows: list[dict]) -> str:
-    """The largest error of each contender and precision, of all that it was compared in."""
+    """The largest error of each contender and precision, over all comparisons."""
     worst: dict[tuple[str, str], tuple[float, str]] = {}
     for row in rows:
         for quantity, error in row.get("errors", {}).items():
@@ -166,43 +207,49 @@ FIRST = 12
 
 
 def kernels_page(result: dict | None, ladder: dict | None, plan: list[dict]) -> str:
-    """The page: what was measured, with machine and versions; or what of gpu.py's plan will be."""
+    """The page: the measurements with machine and versions, or the beginning of gpu.py's plan."""
     in_all = len(plan)
     parts = [
-        "# Kernels on a GPU\n\nWhat is read off these tables, and what was measured before there "
-        "were kernels: [how fast it is on a GPU](gpu.md). Made by `benchmarks/gpu_report.py`.\n"
+        "# Kernels on a GPU\n\n[How fast it is on a GPU](gpu.md) discusses these tables, and the "
+        "measurements before there were kernels. `benchmarks/gpu_report.py` wrote this page.\n"
     ]
-    if result is None or not result["rows"]:
+    if result is None or not (result["rows"] or result.get("checks")):
         parts.append(
-            "**Not measured yet.** `python benchmarks/gpu.py` times the kernels, launched and "
-            f"captured, beside PyTorch eager and compiled: {in_all} rows, the most important "
-            "first. No row has been run with the code that stands here. It begins with:\n"
+            "**Not measured yet.** `python benchmarks/gpu.py` runs the tests that need a device "
+            "and compute-sanitizer. Then it times the kernels, launched and captured, beside "
+            f"PyTorch eager and compiled: {in_all} rows, the most important first. None of this "
+            "has been run with the code that stands here. The first rows:\n"
         )
         parts.append(markdown(list(plan[0]), [list(map(str, x.values())) for x in plan[:FIRST]]))
     else:
         m, rows = result["machine"], result["rows"]
-        versions = ", ".join(result["versions"].values())
+        versions = "; ".join([f"commit {m['commit']}", *result["versions"].values()])
         left = in_all - len(rows)
         parts += [
             f"On one {m['gpu']}, driver {m['driver']}, CUDA runtime {m['cuda']}, {m['date']}, "
-            f"commit {m['commit']}; {versions}. {len(rows)} of {in_all} rows were run"
-            + (f"; for the other {left} there was no time.\n" if left else ".\n"),
-            "Medians of single calls by device events, launches included. In brackets PyTorch "
-            "eager's time over this one: above 1 is faster. PyTorch has fused attention.\n",
-            by_case(rows, time_cell),
-            reasons(rows),
-            "MiB of the device that the work took, weights, images and what libraries keep for "
-            "later included:\n",
-            by_case([row for row in rows if "mib" in row], memory_cell),
-            "Before anything was timed, results were compared with float64, relative L2:\n",
-            error_table(rows),
+            f"{versions}. {len(rows)} of {in_all} rows were run"
+            + (f"; the other {left} are named below.\n" if left else ".\n"),
+            check_table(result.get("checks", {})),
         ]
+        if rows:
+            parts += [
+                "Medians of single calls by device events, launches included. In brackets PyTorch "
+                "eager's time over this one: above 1 is faster. PyTorch has fused attention.\n",
+                by_size(rows, time_cell),
+                reasons(rows),
+                "MiB of the device that the work took, weights, images and what libraries keep for "
+                "later included:\n",
+                by_size([row for row in rows if "mib" in row], memory_cell),
+                "Before anything was timed, results were compared with float64, relative L2:\n",
+                error_table(rows),
+            ]
+        parts.append(not_reached(rows, plan))
     parts += ["## Steps of single kernels\n", ladder_tables(ladder)]
     return "\n".join(part for part in parts if part)
 
 
 def ladder_tables(ladder: dict | None) -> str:
-    """The times of gpu_ladder.py, as the course shows them."""
+    """The times of gpu_ladder.py, in the course's format."""
     if ladder is None:
         return (
             "**Not measured yet.** `python benchmarks/gpu_ladder.py` times each version of a "
@@ -214,10 +261,10 @@ def ladder_tables(ladder: dict | None) -> str:
     steps = importlib.import_module("gpu_ladder").LADDERS
     ceilings = ladder["ceilings"]
     seen = (
-        f"The device was seen to copy {ceilings['bytes_per_second'] / 1e12:.2f} terabytes a second "
-        f"(read and written) and to multiply matrices at "
-        f"{ceilings['operations_per_second'] / 1e12:.0f} tera-operations in float32. Times are "
-        f"those of one call among many that follow each other without a gap.\n"
+        f"Measured on this device, a copy moves {ceilings['bytes_per_second'] / 1e12:.2f} "
+        f"terabytes a second (read and written), and matrix multiplication reaches "
+        f"{ceilings['operations_per_second'] / 1e12:.0f} tera-operations a second in float32. "
+        f"Times are those of one call among many without gaps between them.\n"
     )
     tables = [f"{name}:\n\n{figures(ladder, name, s)}" for name, s in steps.items() if s]
     return "\n".join([seen, *tables])
@@ -228,7 +275,7 @@ def read(file: Path) -> dict | None:
 
 
 def write_kernels_page(folder: Path) -> None:
-    """gpu_kernels.md, of the files in folder."""
+    """gpu_kernels.md, from the files in folder."""
     result, ladder = (read(folder / f"{name}.json") for name in ("gpu_kernels", "gpu_ladder"))
     page = kernels_page(result, ladder, importlib.import_module("gpu").plan())
     (folder / "gpu_kernels.md").write_text(page, "utf-8")

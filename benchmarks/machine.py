@@ -1,4 +1,4 @@
-"""What a benchmark ran on: to be printed beside every figure."""
+"""The machine that a benchmark ran on, to be printed beside every figure."""
 
 import contextlib
 import datetime
@@ -29,7 +29,7 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit that the code is of, and whether it has been changed since."""
+    """The commit of the code, and whether it has been changed since."""
     git = ["git", "-C", str(Path(__file__).parent)]
 
     def says(*words: str) -> str:

@@ -1,4 +1,4 @@
-"""How much memory this process takes, and how far one run raises it above what was held before."""
+"""Memory of this process, and how much one run adds to it."""
 
 import contextlib
 import resource
@@ -9,10 +9,10 @@ from typing import Any
 
 
 def peak_mib() -> float:
-    """Most memory that this process ever had in use, in MiB.
+    """Peak memory of this process, in MiB.
 
-    Linux hands ru_maxrss on from the process that started this one, and that one may be larger;
-    the kernel's own account of this program does not.
+    On Linux, ru_maxrss is inherited from the process that started this one, which may be larger;
+    the kernel's own record of this program is not.
     """
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -23,7 +23,7 @@ def peak_mib() -> float:
 
 
 def resident_mib() -> float:
-    """What this process has in memory now, in MiB; where the system does not say, its peak."""
+    """Current memory of this process in MiB, or its peak if the system does not report it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmRSS:"):
@@ -32,10 +32,10 @@ def resident_mib() -> float:
 
 
 def growth_mib(run: Callable[[], Any]) -> float:
-    """Most that the process holds during a run, less what it held before it, in MiB.
+    """Peak memory of the process during a run, less the memory before it, in MiB.
 
-    Linux begins its account of the peak anew when asked. Elsewhere a peak from before hides a lower
-    one: run this in a process that has done nothing large.
+    Linux can reset its record of the peak. Elsewhere an earlier peak hides a lower one, so run this
+    in a process that has not used much memory before.
     """
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

@@ -4,7 +4,7 @@
 
 Each number of ranks trains pvt_tiny at 224 x 224 on random pixels, a micro-batch of 8 in each rank
 and one thread in each, for a few steps; the first is not counted. Writes ranks.md and ranks.json
-into docs/results/. What follows for more ranks than there are cores here is calculated, and the
+into docs/results/. Figures for more ranks than there are cores here are calculated, and the
 page says so.
 """
 
@@ -34,7 +34,7 @@ IMAGENET, EPOCHS = 1_281_167, 300  # training photos; epochs of the paper (secti
 
 
 class Timed(Ranks):
-    """Ranks that say how long they exchanged gradients."""
+    """Ranks that record how long they exchanged gradients."""
 
     def __init__(self, inner: Ranks) -> None:
         self.inner, self.rank, self.size = inner, inner.rank, inner.size
@@ -73,7 +73,7 @@ def worker(steps: int) -> None:
 
 
 def measure(ranks: int, steps: int) -> dict:
-    """Seconds a step, and of it the exchange, on so many ranks."""
+    """Seconds a step, and of it the exchange, on that number of ranks."""
     command = [sys.executable, __file__, "--worker", "--steps", str(steps)]
     mpiexec = str(Path(sys.executable).with_name("mpiexec"))
     done = subprocess.run(
@@ -117,12 +117,12 @@ def report(found: dict) -> str:
     return f"""# What ImageNet would cost
 
 `python benchmarks/ranks.py` trains {MODEL} at {SIDE}×{SIDE} on several
-[ranks](../training.md#many-machines), a micro-batch of {MICRO_BATCH} and one thread in each.
+[ranks](../training.md#many-machines), each with a micro-batch of {MICRO_BATCH} and one thread.
 
 Measured {machine["date"]} on {machine_line}. {versions},
 Python {machine["python"]}, {"; ".join(machine["blas"])}.
 
-| ranks | seconds a step | images/s | times one rank's | exchanging gradients |
+| ranks | seconds a step | images/s | relative to one rank | exchanging gradients |
 | --- | --- | --- | --- | --- |
 {lines}
 
@@ -131,23 +131,23 @@ Seconds: median (smallest-largest). With more ranks than cores, ranks share a co
 ## Calculated from it
 
 ImageNet has {IMAGENET:,} training photos, and the paper trains for {EPOCHS} epochs (section 5.1).
-**None of this was run.** It takes the speed of a core while another one is busy beside it, as
-above, and a network that nobody waits for:
+**None of this was run.** The calculation uses the speed of a core while a second core is busy, as
+measured above, and assumes that no rank waits for the network:
 
-| ranks, a core each | images/s | days | sent by a rank in a step | over the network |
+| ranks, one core each | images/s | days | sent by a rank in a step | network load |
 | --- | --- | --- | --- | --- |
 {chr(10).join(calculated)}
 
-A rank sends its {megabytes:.0f} MB of gradients in slices, and its slice of the sums to all; what
-it would send to itself stays. Gigabit Ethernet carries 125 MB/s in each direction, so beside such
-slow cores it is not what limits. Decoding a photo of 500×375 pixels, as ImageNet's usually are, and
-cutting a 224×224 crop out of it took {decoding:.1f} ms of a core here,
-{decoding * by_core / 1000:.1%} of what a step takes for it.
+A rank sends its {megabytes:.0f} MB of gradients in slices, and its slice of the sums to all others.
+Gigabit Ethernet carries 125 MB/s in each direction, so with such slow cores it is not the
+bottleneck. Decoding a photo of 500×375 pixels, a typical size in ImageNet, and
+cropping it to 224×224 took {decoding:.1f} ms of a core here,
+{decoding * by_core / 1000:.1%} of the time of a step for each photo.
 """
 
 
 def decode_ms() -> float:
-    """Milliseconds of a core for a photo of ImageNet's usual size: decoding and a random crop."""
+    """Milliseconds of a core to decode and randomly crop a photo of ImageNet's usual size."""
     image = Image.open(PHOTO).convert("RGB").resize((500, 375))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=90)

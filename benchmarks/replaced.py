@@ -1,11 +1,11 @@
-"""What replacing one operation of the default table costs, for every operation a model asks for.
+"""The cost of replacing one operation of the default table, for every operation of a model.
 
     python benchmarks/replaced.py [--models pvt_tiny pvt_small] [--batches 1 8] [--repeats 9]
 
-Replacing an operation lets the twins that compute it themselves step aside. Here it is replaced by
-a wrapper that computes the same: once what the table had for it, which shows what the others cost
-that now run in parts, and once the readable operation, which is slower itself. A ratio is that of
-two medians, of forwards that were run in turn. Required: at most 1.5 in the first column.
+Replacing an operation drops the twins that compute it themselves. Here a wrapper that computes the
+same replaces it: once around the table's own twin, which shows the cost of running the others in
+parts, and once around the readable operation, which is itself slower. A ratio compares two medians
+of forwards that run in turn. The first column must be at most 1.5.
 """
 
 import argparse
@@ -23,7 +23,7 @@ REQUIRED = 1.5
 
 
 def wrapped(op: Operation) -> Operation:
-    """The same operation behind functions of its own, which absorbs nothing."""
+    """The same operation behind new functions; it absorbs nothing."""
 
     def forward(*args, **kwargs):
         return op.forward(*args, **kwargs)

@@ -1,6 +1,6 @@
 """Tables and pictures from what cpu.py measured.
 
-python benchmarks/report.py        makes them again from docs/results/cpu.json
+python benchmarks/report.py        renews them from docs/results/cpu.json
 """
 
 import json
@@ -23,18 +23,18 @@ COLOURS = {
     "ONNX Runtime": "#00897b",
     "OpenVINO": "#8e24aa",
 }
-#: What a run may hold, beside its machine and versions: lists of cases, each of one model.
+#: Keys that a run may have besides its machine and versions: lists of cases, each of one model.
 CASES = ("errors", "times", "busy", "large")
 
 
 def read_runs(file: Path) -> list[dict]:
-    """The runs of a cpu.json; the first ones had a single run."""
+    """The runs of a cpu.json; the first files had a single run."""
     stored = json.loads(file.read_text())
     return stored.get("runs", [stored])
 
 
 def all_cases(run: dict) -> list[dict]:
-    """All that was timed in a run."""
+    """All cases that were timed in a run."""
     return [case for key in CASES[1:] for case in run.get(key, [])]
 
 
@@ -62,13 +62,13 @@ def markdown(headers: list[str], rows: list[list[str]]) -> str:
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Median, and in brackets the smallest and the largest."""
+    """The median, and the smallest and largest in brackets."""
     median, low, high = statistics.median(values), min(values), max(values)
     return f"{median:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def not_run_note(cases: list[dict]) -> str:
-    """What was left out, and why; nothing if nothing was."""
+    """Which contenders did not run, and why; empty if all ran."""
     reasons = {(n, why): None for case in cases for n, why in case.get("not_run", {}).items()}
     if not reasons:
         return ""
@@ -116,7 +116,7 @@ def time_tables(result: dict) -> str:
 
 
 def busy_table(result: dict) -> str:
-    """The cases that were timed again beside a process that keeps a core busy."""
+    """The cases that were timed again while another process kept a core busy."""
     rows = []
     for case in result["busy"]:
         (alone,) = (other for other in result["times"] if label(other) == label(case))
@@ -128,15 +128,15 @@ def busy_table(result: dict) -> str:
             beside = spread([1e3 * t for t in seconds], 1)
             cells = [f"{1e3 * before:.1f}", beside, f"{now / before:.1f}", ratio_cell(case, name)]
             rows.append([label(case), name, *cells])
-    headers = ["", "contender", "ms alone", "ms beside it", "times as long", f"{RIVAL}'s / its"]
+    headers = ["", "contender", "ms alone", "ms with it", "slowdown", f"{RIVAL}'s / its"]
     return (
-        "While another process, a Python loop bound to one core, keeps that core busy: median over "
-        "the rounds (smallest-largest).\n\n" + markdown(headers, rows)
+        "Times while another process, a Python loop bound to one core, keeps that core busy: "
+        "median over the rounds (smallest-largest).\n\n" + markdown(headers, rows)
     )
 
 
 def summary_table(result: dict, digits: int = 0) -> str:
-    """What the README shows."""
+    """The table that the README shows."""
     rows = []
     for case in result["times"]:
         ours, theirs = (1e3 * statistics.median(case["seconds"][n]) for n in ("pvt_ref", RIVAL))
@@ -173,8 +173,8 @@ def large_table(result: dict) -> str:
             )
     headers = ["side", "contender", "seconds", "peak MiB", "of it before the pass"]
     return (
-        "pvt_tiny, forward, B = 1, each in a fresh process. Peak memory is the process's largest "
-        "resident set, libraries and weights included.\n\n"
+        "pvt_tiny, forward, B = 1, each contender in a fresh process. Peak memory is the process's "
+        "largest resident set, including libraries and weights.\n\n"
         + markdown([*headers, f"peak / {RIVAL}'s"], rows)
         + not_run_note(result["large"])
     )
@@ -208,7 +208,7 @@ def plot_ratios(result: dict, path: Path) -> None:
     figure = Figure(figsize=(9, (0.25 + 0.14 * len(names)) * len(cases) + 1.2))
     axes = figure.subplots()
     height = 0.8 / len(names)
-    on_bars = [withStroke(linewidth=2.5, foreground="white")]  # or a line is lost on a dark one
+    on_bars = [withStroke(linewidth=2.5, foreground="white")]  # keeps lines visible on dark bars
     for k, name in enumerate(names):
         ran = [i for i, case in enumerate(cases) if case["seconds"].get(name)]
         ys = [i + (k - (len(names) - 1) / 2) * height for i in ran]
@@ -284,7 +284,7 @@ def plot_runs(runs: list[dict], folder: Path) -> None:
 def write_report(runs: list[dict], folder: Path) -> None:
     """cpu_tables.md and the pictures; the ratios are printed too."""
     heading = (
-        "# Times and memory on a CPU\n\nWhat is read off them: [how fast it is on a CPU](cpu.md).\n"
+        "# Times and memory on a CPU\n\n[How fast it is on a CPU](cpu.md) discusses these tables.\n"
     )
     parts = [heading, *(part for run in runs for part in run_tables(run))]
     (folder / "cpu_tables.md").write_text("\n".join(parts))

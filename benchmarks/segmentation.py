@@ -6,9 +6,9 @@
 The network is fpn_pvt_tiny as released: 256 channels in the neck, 128 in the head, 150 classes. One
 image of 512 x 512 pixels goes forward; the logits have a quarter of its sides in both, and are not
 enlarged further. First both must give the numbers of the readable layers in float64. Then each is
-timed in a process of its own while the other sleeps, round after round. Memory is measured in fresh
-processes that have run once on a small image: what a run adds at its fullest. Results go to
-docs/results/: cpu_segmentation.json and cpu_segmentation.md.
+timed in its own process while the other sleeps, round after round. Memory is measured in fresh
+processes that have run once on a small image: the peak of a run less the memory before it. Results
+go to docs/results/: cpu_segmentation.json and cpu_segmentation.md.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from report import RIVAL, machine_line, markdown, ratio, spread, time_tables
 
 MODEL, SIDE, THREADS = "fpn_pvt_tiny", 512, 2
 NAMES = ("pvt_ref", RIVAL)
-#: What was asked for: speed as a multiple of the rival's, and share of its growth of memory.
+#: The targets: speed as a multiple of the rival's, and fraction of its memory growth.
 SPEED, MEMORY = 0.8, 0.5
 
 
@@ -65,7 +65,7 @@ def page(run: dict[str, Any]) -> str:
             f"{middle:.2f} ({low:.2f}-{high:.2f})" + ("" if middle >= SPEED else ": missed"),
         ],
         [
-            f"growth of memory, share of {RIVAL}'s",
+            f"memory growth, as a fraction of {RIVAL}'s",
             f"at most {MEMORY}",
             f"{share:.2f}" + ("" if share <= MEMORY else ": missed"),
         ],
@@ -74,14 +74,15 @@ def page(run: dict[str, Any]) -> str:
     side = case["size"]
     return f"""# Segmentation on a CPU
 
-{MODEL}, the released sizes of [Semantic FPN](../course/semantic_fpn.md) on PVT-Tiny: one image of
-{side}×{side} pixels, forward to the small logits. Written by `python benchmarks/segmentation.py`,
-which first holds both against the readable layers in float64 (relative error at most {worst:.0e}).
+The network is {MODEL}, [Semantic FPN](../course/semantic_fpn.md) on PVT-Tiny with the released
+sizes: one image of {side}×{side} pixels, forward to the small logits.
+`python benchmarks/segmentation.py` wrote this page. It first compares both libraries with the
+readable layers in float64 (relative error at most {worst:.0e}).
 
-{markdown(["", "asked for", "here"], rows)}
+{markdown(["", "target", "here"], rows)}
 {machine_line(run)}
 {time_tables(run)}
-MiB by which one run raises a process that has the network loaded and has run once on a small image:
+MiB that one run adds to a process that has loaded the network and has run once on a small image:
 median over fresh processes (smallest-largest).
 
 {markdown(["", "MiB"], sizes)}"""
@@ -107,8 +108,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--size", type=int, default=SIDE, help="side, a multiple of 32")
     parser.add_argument("--threads", type=int, default=THREADS)
-    parser.add_argument("--rounds", type=int, default=5, help="times that each is asked")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of timing in each round")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds of timing per round")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args(argv)
     bench(args.threads, args.rounds, args.seconds, args.out, args.size)

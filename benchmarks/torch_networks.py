@@ -14,5 +14,5 @@ NETWORKS = {PVTConfig: PVT, PVTv2Config: PVTv2, ViTConfig: ViT, SegmentorConfig:
 
 
 def network(config: Any, fused: bool) -> nn.Module:
-    """Its weights are those that PyTorch begins with, and its parameters are named like ours."""
+    """Has PyTorch's initial weights, and parameters named like ours."""
     return NETWORKS[type(config)](config, fused)

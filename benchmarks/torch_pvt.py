@@ -1,7 +1,7 @@
-"""PVT in torch.nn, as it is usually written: what this project is timed against.
+"""PVT in torch.nn, as it is usually written; this project is timed against it.
 
-The attributes are named like the released weights, so that a state dict loads as it is. Attention
-is either spelled out, as the authors' code does, or PyTorch's fused function.
+The attributes are named like the released weights, so that a state dict loads directly. Attention
+is either written out, as in the authors' code, or PyTorch's fused function.
 """
 
 import math
@@ -26,7 +26,7 @@ def to_map(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 def at_grid(
     table: torch.Tensor, side: int, grid: tuple[int, int], mode: str = "bilinear"
 ) -> torch.Tensor:
-    """A position table, resized if the grid is not its own; what is not of the square stays."""
+    """A position table, resized for another grid; rows beyond the square, the cls token's, stay."""
     if grid == (side, side):
         return table
     rows = table.shape[1] - side**2
@@ -59,7 +59,7 @@ class Attention(nn.Module):
             self.norm = nn.LayerNorm(C, eps=eps)
 
     def reduce(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """The tokens that keys and values are made of."""
+        """The tokens from which keys and values are computed."""
         if self.R == 1:
             return x
         return self.norm(to_tokens(self.sr(to_map(x, grid))))

@@ -1,4 +1,4 @@
-"""PVT v2 in torch.nn, as it is usually written: what this project is timed against.
+"""PVT v2 in torch.nn, as it is usually written; this project is timed against it.
 
 As in torch_pvt.py, whose parts it takes, attributes are named like the released weights.
 """
@@ -26,7 +26,7 @@ class LinearAttention(Attention):
 
 
 class DWConv(nn.Module):
-    """One level more than is needed: so are the released weights named."""
+    """An extra level, because the released weights have it in their names."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from pvt_ref.models.segmentor.config import SegmentorConfig
 
 
 class Backbone(PVT):
-    """Its four maps, (B, C_i, H_i, W_i), by the classifier's stages without a cls token."""
+    """The four maps, (B, C_i, H_i, W_i), from the classifier's stages without a cls token."""
 
     def __init__(self, config, fused: bool) -> None:
         super().__init__(dataclasses.replace(config, num_classes=1), fused)
@@ -31,7 +31,7 @@ class Backbone(PVT):
 
 
 class Conv(nn.Module):
-    """A convolution in a module of its own, as MMSegmentation names it."""
+    """A convolution in its own module, as MMSegmentation names it."""
 
     def __init__(self, C_in: int, C: int, k: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Neck(nn.Module):
 
 
 class Head(nn.Module):
-    """Every level brought to the finest, and summed."""
+    """Resizes every level to the finest, and sums them."""
 
     def __init__(self, C_in: int, C: int, classes: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A columnar ViT in torch.nn, as it is usually written: what this project is timed against.
+"""A columnar ViT in torch.nn, as it is usually written; this project is timed against it.
 
 As in torch_pvt.py, whose parts it takes, attributes are named like the released weights, DeiT's.
 """

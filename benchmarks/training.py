@@ -1,4 +1,4 @@
-"""Keeps what finished trainings were: their command, their log and their curves, in docs/results/.
+"""Stores command, log and curves of finished trainings in docs/results/.
 
     python benchmarks/training.py runs/digits runs/cifar10
 
@@ -19,18 +19,18 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
 HEADING = """# Trainings
 
-What `examples/train_digits.py` and `examples/train_cifar10.py` came to, written by
-`python benchmarks/training.py` from the files of the runs. How a training works is told in
-[training](../training.md). The weights are those in the package: `pvt_ref.load("digits")`,
-`pvt_ref.load("cifar10")`, in half precision, and measured as such.
+Results of `examples/train_digits.py` and `examples/train_cifar10.py`.
+`python benchmarks/training.py` wrote this page from the files of the runs.
+[Training](../training.md) describes how a training works. The weights are those in the package,
+`pvt_ref.load("digits")` and `pvt_ref.load("cifar10")`, measured in half precision.
 
-On the same machine with the same NumPy and the same number of threads, a command gives the same
-weights, bit by bit. Elsewhere the last digits differ, and with them, after some hundred steps, the
-rest. Both ran on two cores that other work shared.
+On the same machine, with the same NumPy and the same number of threads, a command gives the same
+weights, bit by bit. Elsewhere the last digits differ, and after some hundred steps the trainings
+have diverged. Both ran on two cores shared with other work.
 
-CIFAR-10 was learnt and measured on a copy that had been stored as JPEG and put back into the binary
-layout: same images, labels and split, pixels a few grey levels off. On the original the weights may
-do a little better or worse, and a training will end with others.
+CIFAR-10 was trained and measured on a copy that had been stored as JPEG and converted back to the
+binary layout: same images, labels and split, but pixels differ by a few grey levels. On the
+original the weights may score a little better or worse, and a training ends with other weights.
 """
 
 
@@ -48,7 +48,7 @@ def keep(folder: Path) -> str:
     cost = pvt_ref.count_cost(model.config)
     seconds = sum(
         model.info.training["samples"] / line["images_per_second"] for line in epochs
-    )  # the epochs' evaluation is not in it
+    )  # without the evaluation after each epoch
     rows = {
         "parameters": f"{cost.parameters:,}",
         "MACs an image": f"{cost.macs / 1e6:.1f} M",

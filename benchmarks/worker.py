@@ -1,4 +1,4 @@
-"""One contender in a process of its own. Reads commands, a JSON line each, and answers likewise."""
+"""One contender in its own process. Reads commands and writes answers, one JSON line each."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ def inputs(batch: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def measure(run, synchronize, seconds: float, least: int) -> list[float]:
-    """Times of repeated runs, for so long and at least so often, until the device is done."""
+    """Times of repeated runs, for a minimum of seconds and of runs, until the device is done."""
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < least or time.perf_counter() < end:
@@ -33,14 +33,14 @@ def measure(run, synchronize, seconds: float, least: int) -> list[float]:
 
 
 def kernels(run, synchronize) -> dict[str, tuple[int, float]]:
-    """What ran on the CUDA device during one run: by name of kernel, how often and seconds.
+    """Kernels that ran on the CUDA device during one run: by name, their count and seconds.
 
-    CUPTI reports every kernel of the process, whichever library started it.
+    CUPTI reports every kernel of the process, from any library.
     """
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    torch.zeros(1, device="cuda")  # the profiler begins with a context of PyTorch's
+    torch.zeros(1, device="cuda")  # the profiler needs a context of PyTorch's
     run()
     synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -57,7 +57,7 @@ def kernels(run, synchronize) -> dict[str, tuple[int, float]]:
 def main() -> None:
     name, device, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
     answers = sys.stdout
-    sys.stdout = sys.stderr  # whatever a library prints is no answer
+    sys.stdout = sys.stderr  # output of a library is not an answer
     model, loaded = None, None
     for line in sys.stdin:
         order = json.loads(line)
@@ -88,7 +88,7 @@ def main() -> None:
             answer["times"] = measure(run, model.synchronize, 0, order["least"])
             answer["peak"] = peak_mib()
         elif order["do"] == "growth":
-            model.forward(model.prepare(inputs(1, 64)[0]))  # weights and libraries are there now
+            model.forward(model.prepare(inputs(1, 64)[0]))  # loads weights and libraries
             answer["growth"] = growth_mib(run)
         elif order["do"] == "kernels":
             answer["kernels"] = kernels(run, model.synchronize)

@@ -1,4 +1,4 @@
-"""CIFAR-10 as its authors publish it (the binary version), read, checked and, if wanted, fetched.
+"""Reads and checks CIFAR-10 in its authors' binary version, and downloads it if asked to.
 
     python examples/cifar10_data.py DIR          fetches the archive into DIR and unpacks it there
 
@@ -31,7 +31,7 @@ PREPROCESSING = Preprocessing("RGB", (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 FOLDER = "cifar-10-batches-bin"  # in the archive
-MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # as the data set's page gives it
+MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # from the data set's page
 TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 TEST_FILES = ("test_batch.bin",)
 _RECORD = 1 + 3 * 32 * 32
@@ -44,14 +44,14 @@ HOW_TO_GET_IT = (
 
 
 def read_cifar10(folder: str | Path, names: tuple[str, ...]) -> LabelledImages:
-    """The records of some files, in their order.
+    """The records of some files, in order.
 
     Args:
-        folder: holds the .bin files, or cifar-10-batches-bin with them.
+        folder: contains the .bin files, or cifar-10-batches-bin with them.
         names: TRAIN_FILES or TEST_FILES.
 
     Raises:
-        TrainingError: if a file is missing, cut off, or not of this layout.
+        TrainingError: if a file is missing, cut off, or has another layout.
     """
     place = Path(folder)
     if os.path.isdir(place / FOLDER):
@@ -75,7 +75,7 @@ def _read_file(path: Path) -> np.ndarray:
         )
     try:
         records = np.frombuffer(path.read_bytes(), dtype=np.uint8).reshape(_RECORDS, _RECORD)
-    except (OSError, ValueError) as error:  # ValueError: it became shorter
+    except (OSError, ValueError) as error:  # ValueError: it was shortened meanwhile
         raise TrainingError(f"{path} cannot be read: {error}. {HOW_TO_GET_IT}") from error
     highest = int(records[:, 0].max())
     if highest >= len(CLASSES):
@@ -87,20 +87,20 @@ def _read_file(path: Path) -> np.ndarray:
 
 
 def fetch_cifar10(folder: str | Path, url: str = URL, md5: str = MD5) -> Path:
-    """Downloads the archive unless it is there, compares its checksum, and unpacks it.
+    """Downloads the archive unless it exists, compares its checksum, and unpacks it.
 
-    What was downloaded only in part, or differs from the checksum, is removed.
+    A partial or altered download is removed.
 
     Args:
-        folder: where the archive goes, and cifar-10-batches-bin; made if it is not there.
-        url: where the archive is.
-        md5: what it must hash to.
+        folder: gets the archive and cifar-10-batches-bin; made if it does not exist.
+        url: the archive's address.
+        md5: the archive's checksum.
 
     Returns:
         The folder with the .bin files.
 
     Raises:
-        TrainingError: if it cannot be fetched, or is not what was expected.
+        TrainingError: if it cannot be fetched, or has another checksum.
     """
     place = Path(folder)
     archive, partial = place / "cifar-10-binary.tar.gz", place / ".cifar-10-binary.part"
@@ -110,7 +110,7 @@ def fetch_cifar10(folder: str | Path, url: str = URL, md5: str = MD5) -> Path:
             found = _download(url, partial)
             if found != md5:
                 raise TrainingError(
-                    f"what {url} gave has the MD5 {found}, and should have {md5}: the download "
+                    f"the file from {url} has the MD5 {found}, and should have {md5}: the download "
                     f"was cut off or altered. Try again, or fetch it by hand. {HOW_TO_GET_IT}"
                 )
             partial.rename(archive)
@@ -126,7 +126,7 @@ def fetch_cifar10(folder: str | Path, url: str = URL, md5: str = MD5) -> Path:
         if isinstance(error, PVTError):
             raise
         if isinstance(error, HTTPError):
-            error.close()  # it holds the connection
+            error.close()  # it keeps the connection open
         raise TrainingError(f"{url} could not be fetched: {error}. {HOW_TO_GET_IT}") from error
     finally:
         with contextlib.suppress(OSError):
@@ -135,24 +135,24 @@ def fetch_cifar10(folder: str | Path, url: str = URL, md5: str = MD5) -> Path:
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """The files of one folder of the archive; extractall has filters only from Python 3.11.4 on."""
+    """Unpacks one folder's files; extractall has filters only from Python 3.11.4 on."""
     folder.mkdir(exist_ok=True)
     with tarfile.open(archive) as tar:
         for member in tar:
             path = PurePosixPath(member.name)
             source = tar.extractfile(member) if path.parent.name == FOLDER else None
-            if source is not None:  # a file, not a folder in it
+            if source is not None:  # skips folders
                 with source, (folder / path.name).open("wb") as target:
                     shutil.copyfileobj(source, target)
 
 
 def _md5() -> Any:
-    """MD5 against accidents, as the data set's page gives it; nobody relies on it for safety."""
+    """MD5, which the data set's page gives; it detects accidents and is not used for security."""
     return hashlib.md5(usedforsecurity=False)
 
 
 def _download(url: str, path: Path) -> str:
-    """Writes what is at url, with a progress bar, and returns its MD5."""
+    """Downloads url to path, with a progress bar, and returns its MD5."""
     from rich.progress import Progress  # only here: reading needs no bar
 
     md5 = _md5()
@@ -169,7 +169,7 @@ def _download(url: str, path: Path) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Fetches CIFAR-10, binary version (162 MB).")
-    parser.add_argument("folder", metavar="DIR", help="where to put it")
+    parser.add_argument("folder", metavar="DIR", help="target folder")
     try:
         print(printable(str(fetch_cifar10(parser.parse_args().folder))))
     except PVTError as error:

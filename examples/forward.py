@@ -1,17 +1,17 @@
-"""What a trained Pyramid Vision Transformer sees, step by step, on the CPU.
+"""Shows how a trained Pyramid Vision Transformer processes a photo, stage by stage, on the CPU.
 
-    python examples/forward.py                       a temple, and digits nobody trained on
-    python examples/forward.py photo.jpg             one of Imagenette's classes, whatever it shows
+    python examples/forward.py                       a temple, and held-out digits
+    python examples/forward.py photo.jpg             always one of Imagenette's ten classes
     python examples/forward.py cat.jpg --weights pvt_small.pth        ImageNet's thousand classes
     python examples/forward.py street.png --variant pvt_tiny --size 512 768       random weights
 
-Prints what each stage works on and how long it takes, and the five likeliest classes, and writes
-pyramid.png: the photo, the four feature maps, and where one query looks at every stage. Without
+Prints grid, tokens, MACs and time of each stage and the five likeliest classes, and writes
+pyramid.png: the photo, the four feature maps, and one query's attention at every stage. Without
 arguments it also segments the photo, as segment.py does, and writes segmentation.png.
 
-Imagenette's ten classes are all that the default weights know, and a temple is none of them: they
-say church, the class that is nearest. The temple comes with scikit-learn; without it the photo is
-the cat beside this file, for which no class is near. Both are shown at 128x128, as in the training.
+The default weights know only Imagenette's ten classes, and a temple is none of them; the answer is
+church, the closest class. The temple comes with scikit-learn; without it the photo is the cat
+beside this file, which is close to no class. The network gets both at 128x128, as in training.
 """
 
 import argparse
@@ -43,15 +43,15 @@ from pvt_ref.models.architecture import architecture_of
 from pvt_ref.report.tables import text_table
 from pvt_ref.report.times import time_stages
 
-#: What is used unless --weights or --variant says otherwise.
+#: The default for --weights.
 WEIGHTS = "imagenette"
 
-#: Weights that know no more classes than this have all of them named.
+#: The classes are listed if there are at most this many.
 FEW_CLASSES = 20
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="One photo through a PVT, on the CPU.")
+    parser = argparse.ArgumentParser(description="Runs a PVT on a photo, on the CPU.")
     parser.add_argument("image", nargs="?", help="JPEG or PNG (default: a temple, and ten digits)")
     parser.add_argument(
         "--weights",
@@ -62,24 +62,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--variant",
         choices=[name for name, config in VARIANTS.items() if isinstance(config, PVTConfig)],
-        help="random weights of this model; with --weights: what they are",
+        help="random weights of this model; with --weights: the variant that they must be",
     )
     parser.add_argument(
         "--size",
         nargs=2,
         type=int,
         metavar=("H", "W"),
-        help="default: that of the weights' training",
+        help="default: the training size of the weights",
     )
     parser.add_argument("--output", default="pyramid.png", help="default pyramid.png")
     return parser.parse_args(argv)
 
 
 def second_output(path: str) -> Path:
-    """Where the second picture goes: beside the first. Raises ImageError if that is its place."""
+    """The path of the second picture, beside the first. Raises ImageError if both are the same."""
     second = Path(path).with_stem("segmentation")
     if second == Path(path):
-        raise ImageError(f"--output is {path!r}, where the second picture goes. Name another")
+        raise ImageError(f"--output is {path!r}, the name of the second picture. Choose another")
     return second
 
 
@@ -88,8 +88,8 @@ def get_model(weights: str | None, variant: str | None) -> Model:
     if weights or not variant:
         model = pvt_ref.load(weights or WEIGHTS)
         if architecture_of(model.config).dense:
-            what = f"{weights} holds a segmentation network, and this program draws a classifier"
-            raise CheckpointError(f"{what}. examples/segment.py draws such a network")
+            what = f"{weights} holds a segmentation network, but this program needs a classifier"
+            raise CheckpointError(f"{what}. Use examples/segment.py for such a network")
         if variant and model.config.depths != VARIANTS[variant].depths:
             raise CheckpointError(f"{weights} holds another model than {variant}: {model.source}")
         return model
@@ -99,7 +99,7 @@ def get_model(weights: str | None, variant: str | None) -> Model:
 
 
 def get_images(path: str | None, model: Model, size: tuple[int, int]) -> tuple[str, NDArray]:
-    """What the photo is called, and (1, C, H, W) float32, as the model wants it."""
+    """The photo's name, and the model's input (1, C, H, W) float32."""
     if path:
         return one_line(path), model.preprocess([path], size)
     photo = default_photo()
@@ -107,7 +107,7 @@ def get_images(path: str | None, model: Model, size: tuple[int, int]) -> tuple[s
 
 
 def few_classes(model: Model) -> str:
-    """The classes that the weights know, in a line; "" if they are many or have no names."""
+    """The classes of the weights in one line; "" if they are many or have no names."""
     names = model.info.classes
     return ", ".join(map(one_line, names)) if len(names) <= FEW_CLASSES else ""
 
@@ -134,7 +134,7 @@ def stage_table(model: Model, images: NDArray) -> str:
 
 def top_five(model: Model, images: NDArray) -> str:
     if not model.config.has_classifier:
-        return "These weights are a backbone without a classifier: feature maps only, no classes."
+        return "These weights are a backbone without a classifier: they give feature maps only."
     (answers,) = model.predict(images)
     return text_table(
         ["class", "probability"], [[one_line(a.label), f"{a.probability:.4f}"] for a in answers]
@@ -142,7 +142,7 @@ def top_five(model: Model, images: NDArray) -> str:
 
 
 def read_ten_digits() -> tuple[list[NDArray], list[str]]:
-    """The first of each digit among those held out of the training, as pixels, and their names."""
+    """The first held-out sample of each digit, as pixels, and their labels."""
     from train_digits import read_digits
 
     _, held_out = read_digits()
@@ -154,16 +154,16 @@ def read_ten_digits() -> tuple[list[NDArray], list[str]]:
 
 
 def displayable(images: NDArray, preprocessing: Preprocessing) -> NDArray:
-    """The photo as the network gets it, (H, W, 3) in 0..1."""
+    """The network's input as a photo, (H, W, 3) in 0..1."""
     pixels = images[0].transpose(1, 2, 0) * preprocessing.std + preprocessing.mean
-    return np.broadcast_to(np.clip(pixels, 0, 1), (*pixels.shape[:2], 3))  # grey: three alike
+    return np.broadcast_to(np.clip(pixels, 0, 1), (*pixels.shape[:2], 3))  # grey becomes RGB
 
 
 def draw(model: Model, name: str, images: NDArray, path: Path, digits: bool) -> None:
-    """Writes the figure: feature maps, below them the attention of one query, and maybe digits."""
+    """Writes the figure: feature maps, the attention of one query, and digits if asked for."""
     H, W = images.shape[2:]
     height = 2 * (2.7 * H / W) + 3.2  # two rows of pictures, and the text around them
-    # without pyplot: a file is written, no window opened, and no setting outlives this
+    # without pyplot, no window opens, and no setting is changed for good
     with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 8}):
         figure = Figure(figsize=(14, height + 2.2 * digits), layout="constrained")
         parts: Any = figure.subfigures(2, 1, height_ratios=[height, 2.2]) if digits else [figure]
@@ -174,7 +174,7 @@ def draw(model: Model, name: str, images: NDArray, path: Path, digits: bool) -> 
 
 
 def draw_digits(figure: FigureBase) -> None:
-    """Ten digits and what the model for digits takes them for."""
+    """Ten digits and the predictions of the model for digits."""
     model = pvt_ref.load("digits")
     pixels, labels = read_ten_digits()
     answers = model.predict(pixels, top=1)
@@ -188,14 +188,14 @@ def draw_digits(figure: FigureBase) -> None:
             color="black" if right else "red",
         )
     figure.suptitle(
-        "Ten handwritten digits of scikit-learn's that the training did not see, and what the "
-        "weights 'digits' take them for",
+        "Ten held-out handwritten digits from scikit-learn, and the predictions of the weights "
+        "'digits'",
         fontsize=10,
     )
 
 
 def draw_pyramid(figure: FigureBase, model: Model, name: str, images: NDArray) -> None:
-    """The photo with its likeliest classes, its feature maps, and where one query looks."""
+    """The photo with its likeliest classes, its feature maps, and one query's attention."""
     config: PVTConfig = model.config
     H, W = images.shape[2:]
     photo, point = displayable(images, model.info.preprocessing), (0.55, 0.5)
@@ -236,7 +236,7 @@ def draw_pyramid(figure: FigureBase, model: Model, name: str, images: NDArray) -
         ax = axes[1, i + 1]
         ax.imshow(photo.mean(axis=-1), cmap="gray", vmin=-0.3, vmax=1.3)
         shown = ax.imshow(
-            keys * seen,  # 1 where a key has the weight that all would have if they were alike
+            keys * seen,  # 1 for the uniform weight
             extent=(-0.5, W - 0.5, H - 0.5, -0.5),
             vmin=0,
             vmax=ATTENTION_RANGE,
@@ -251,12 +251,12 @@ def draw_pyramid(figure: FigureBase, model: Model, name: str, images: NDArray) -
         merged = f"{R}×{R} tokens ($R_{i + 1}$ = {R})" if R > 1 else f"one token ($R_{i + 1}$ = 1)"
         ax.set_xlabel(
             f"a key is {merged}\nweights {keys.min():.4f} to {keys.max():.4f}\n"
-            f"all alike would be {1 / seen:.4f}{with_cls}"
+            f"uniform weight {1 / seen:.4f}{with_cls}"
         )
     bar = figure.colorbar(
         shown, cax=axes[1, 0].inset_axes((0, -0.09, 1, 0.05)), orientation="horizontal"
     )
-    bar.set_label("a key's weight × number of keys (1: all alike)")
+    bar.set_label("a key's weight × number of keys (1: uniform)")
     bar.ax.set_xticks(
         range(ATTENTION_RANGE + 1), [*map(str, range(ATTENTION_RANGE)), f"≥{ATTENTION_RANGE}"]
     )
@@ -266,12 +266,12 @@ def draw_pyramid(figure: FigureBase, model: Model, name: str, images: NDArray) -
         title += f" (weights for {trained}×{trained} pixels; their position tables are resized)"
     lines = [f"Photo: {name}", f"Network: {title}"]
     if classes := few_classes(model):
-        lines += [fill(f"It knows {len(model.info.classes)} classes and no other: {classes}", 160)]
+        lines += [fill(f"It only knows {len(model.info.classes)} classes: {classes}", 160)]
     lines += [
-        "Above: each feature map, its three principal components as red, green and blue. Finer "
-        "cells at first, more channels later.",
-        "Below: how one query of the last block spreads its attention. Spatial reduction keeps the "
-        "keys few where the queries are many.",
+        "Top: the first three principal components of each feature map, as red, green and blue. "
+        "Early maps have finer cells, later ones more channels.",
+        "Bottom: the attention of one query in the last block of each stage. Spatial reduction "
+        "keeps the keys few where there are many queries.",
     ]
     # a file name may hold dollar signs
     figure.suptitle("\n".join(lines), fontsize=10, parse_math=False)
@@ -287,28 +287,28 @@ def main(argv: list[str] | None = None) -> int:
         plain = not args.image and not args.variant and args.weights in (None, WEIGHTS)
         trained = model.config.img_size
         size = tuple(args.size) if args.size else (trained, trained)
-        model.config.grids(*size)  # before any work
+        model.config.grids(*size)  # refuses a bad size before any work
         name, images = get_images(args.image, model, size)
-        print(f"photo:   {name}, brought to {size[0]}x{size[1]} pixels")
+        print(f"photo:   {name}, resized and cropped to {size[0]}x{size[1]} pixels")
         about = f"{model.info.title}; " if model.info.title else ""
         print(f"weights: {one_line(about + model.source)}")
         if size != (trained, trained):
             print(f"         for {trained}x{trained} pixels; their position tables are resized")
         if classes := few_classes(model):
-            print(f"classes: {classes}; no other is known")
+            print(f"classes: {classes} (no others)")
         print()
         print(stage_table(model, images), "\n")
         print(top_five(model, images))
         if plain:
             print(default_photo().truth)
         if "RANDOM" in model.source:
-            print("The weights are random, so the classes mean nothing. The arithmetic is real.")
-        plain = plain and find_spec("sklearn") is not None  # the digits come with it
+            print("The weights are random, so the classes are meaningless.")
+        plain = plain and find_spec("sklearn") is not None  # it contains the digits
         if plain:
             pixels, labels = read_ten_digits()
             read = [answer.label for (answer,) in pvt_ref.load("digits").predict(pixels, top=1)]
-            print(f"\nTen digits that no training saw: {' '.join(labels)}")
-            print(f"are read as:                     {' '.join(read)}")
+            print(f"\nTen held-out digits: {' '.join(labels)}")
+            print(f"predictions:         {' '.join(read)}")
         draw(model, name, images, Path(args.output), digits=plain)
         print(f"\nwritten: {args.output}")
         if second:

@@ -1,16 +1,16 @@
-"""A network on a CUDA device through CuPy: held against NumPy, then timed by the device's clock.
+"""Runs a network on a CUDA device through CuPy, compares it with NumPy, and times it.
 
     python examples/forward_gpu.py                     random pvt_tiny weights, a scikit-learn photo
     python examples/forward_gpu.py cat.jpg --weights pvt_small.pth --batch 32
     python examples/forward_gpu.py --variant pvt_v2_b2 --size 448 448 --precision tf32 --compare
 
-Nothing of the model is written twice: the arrays are moved, and the operations come from the table
-of kernels for CUDA. Logits, maps and gradients must be NumPy's before anything is timed: whole
-calls, stages, single kernels, and the memory they take. --compare times PyTorch beside it, eager
-and by torch.compile, if it is installed.
+The model has no second implementation: only the arrays move, and the operations come from the table
+of kernels for CUDA. Logits, maps and gradients must agree with NumPy before anything is measured:
+whole calls, stages, single kernels, and memory. --compare also times PyTorch, eager and by
+torch.compile, if it is installed.
 
-Exit status 0 if every number agrees, 1 if one does not, 2 without CuPy, a driver or a device, or
-when a file or an argument is unsuitable.
+The exit status is 0 if all results agree, 1 if one does not, and 2 without CuPy, a driver or a
+device, or if a file or an argument is unsuitable.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from pvt_ref.arrays import import_cupy, synchronize
 from pvt_ref.errors import CheckpointError, printable
 from pvt_ref.kernels.cuda.launch import Cuda
 from pvt_ref.kernels.cuda.table import cuda_kernels, table_with
+from pvt_ref.kernels.cuda.weights import arranged_for
 from pvt_ref.models.architecture import architecture_of
 from pvt_ref.report.tables import text_table
 from pvt_ref.tree import map_arrays, named_arrays
@@ -55,20 +56,20 @@ PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A network on CUDA, checked against NumPy.")
     parser.add_argument("image", nargs="?", help="JPEG or PNG (default: a temple)")
-    parser.add_argument("--weights", metavar="NAME|FILE", help="trained ones (default: random)")
+    parser.add_argument("--weights", metavar="NAME|FILE", help="trained weights (default: random)")
     parser.add_argument(
         "--variant",
         choices=[name for name, config in VARIANTS.items() if not architecture_of(config).dense],
         metavar="NAME",
-        help="such as pvt_small, pvt_v2_b2, deit_s_16; default pvt_tiny, or what the weights are",
+        help="such as pvt_small, pvt_v2_b2, deit_s_16; default pvt_tiny, or the weights' variant",
     )
     parser.add_argument("--batch", type=int, default=8, help="images at once (default 8)")
     size = {"nargs": 2, "type": int, "metavar": ("H", "W")}
-    parser.add_argument("--size", **size, help="default: what the network was made for")
+    parser.add_argument("--size", **size, help="default: the network's own size")
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="float32", help="of products (default float32)"
     )
-    parser.add_argument("--compare", action="store_true", help="time PyTorch too, if it is there")
+    parser.add_argument("--compare", action="store_true", help="also time PyTorch, if installed")
     args = parser.parse_args(argv)
     if args.batch < 1:
         parser.error(f"--batch is {args.batch}; it must be at least 1")
@@ -76,19 +77,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def model_of(weights: str | None, variant: str | None) -> Model:
-    """Weights by name or file, which must be the variant's if one is named; or random ones."""
+    """Weights by name or file, of the named variant if there is one; or random weights."""
     if not weights:
         return get_model(None, variant or "pvt_tiny")
     model = get_model(weights, None)
     if not model.config.has_classifier:
-        raise CheckpointError(f"{weights} holds no classifier, and calls of one are timed")
+        raise CheckpointError(f"{weights} holds no classifier, but this program times one")
     if variant and _kind(model.config) != _kind(VARIANTS[variant]):
         raise CheckpointError(f"{weights} holds another model than {variant}: {model.source}")
     return model
 
 
 def _kind(config: Any) -> tuple[Any, ...]:
-    """What two configurations of one variant share, whatever their images and classes."""
+    """Settings that two configurations of one variant share, for any image size and classes."""
     return type(config), getattr(config, "depths", None) or config.depth, config.channels
 
 
@@ -101,7 +102,7 @@ def make_batch(photo: NDArray, size: int) -> NDArray:
 
 
 def run_all(params: Any, images: Any, config: Any, ops: Ops | None = None) -> dict[str, list[Any]]:
-    """Outputs and gradients by name. The cotangents are drawn on the host, the same everywhere."""
+    """Outputs and gradients by name. The host draws the cotangents, so that all are the same."""
     rng = np.random.default_rng(1)
     on_device = not isinstance(images, np.ndarray)
 
@@ -135,7 +136,7 @@ def difference(ours: list[Any], reference: list[NDArray]) -> float:
 def check(model: Model, images: NDArray, ops: Ops | None, precision: str) -> tuple[str, bool]:
     """A table of differences between CUDA and NumPy, and whether all are small enough.
 
-    Kernels compute on float32; float64 tells that the readable layers are the same there.
+    Kernels compute in float32; float64 compares the readable layers.
     """
     rows, all_good = [], True
     for dtype, limits in (("float32", TOLERANCES[precision]), ("float64", TOLERANCES["float64"])):
@@ -158,29 +159,31 @@ def check(model: Model, images: NDArray, ops: Ops | None, precision: str) -> tup
 
 
 class Clock(NamedTuple):
-    """What notes moments of a computation, and later tells the seconds between two of them."""
+    """Records moments of a computation, and gives the seconds between two of them."""
 
     note: Callable[[], Any]  # this moment, or this place in a device's queue
-    seconds: Callable[[Any, Any], float]  # between two moments that are past
-    wait: Callable[[], Any]  # until all that was begun is done
-    hold: Callable[[], Any]  # gives a device something else to do, so that the host gets ahead
+    seconds: Callable[[Any, Any], float]  # between two past moments
+    wait: Callable[[], Any]  # until all started work is done
+    hold: Callable[[], Any]  # keeps a device busy, so that the host gets ahead
 
 
 def host_clock() -> Clock:
-    """The processor's own; nothing is queued there."""
+    """The processor's clock; there is no queue."""
     return Clock(time.perf_counter, lambda begin, end: end - begin, lambda: None, lambda: None)
 
 
-#: Does nothing for so many ticks of the device.
-_SPIN = r"""extern "C" __global__ void spin(long long ticks)
-{ long long begin = clock64(); while (clock64() - begin < ticks) {} }"""
+#: Idles for the given nanoseconds.
+_SPIN = r"""extern "C" __global__ void spin(unsigned long long nanoseconds)
+{
+    unsigned long long begin, now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(begin));
+    do asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)); while (now - begin < nanoseconds);
+}"""
 
 
 def device_clock(cupy: Any, like: Any) -> Clock:
     """Events in the current stream of a CUDA device, which has the array like."""
-    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
-    ticks = np.int64(100 * properties["clockRate"])  # in kHz: a tenth of a second
-    spin = cupy.RawKernel(_SPIN, "spin")
+    tenth, spin = np.uint64(10**8), cupy.RawKernel(_SPIN, "spin")
 
     def note() -> Any:
         event = cupy.cuda.Event()
@@ -190,11 +193,11 @@ def device_clock(cupy: Any, like: Any) -> Clock:
     def seconds(begin: Any, end: Any) -> float:
         return cupy.cuda.get_elapsed_time(begin, end) / 1e3
 
-    return Clock(note, seconds, lambda: synchronize(like), lambda: spin((1,), (1,), (ticks,)))
+    return Clock(note, seconds, lambda: synchronize(like), lambda: spin((1,), (1,), (tenth,)))
 
 
 class Contender(NamedTuple):
-    """Who computes, by which clock, and what is timed: a forward, and one with its backward."""
+    """A library with its clock, and the timed calls: a forward, and one with its backward."""
 
     name: str
     clock: Clock
@@ -203,7 +206,7 @@ class Contender(NamedTuple):
 
 
 def seconds(run: Callable[[], Any], clock: Clock, repeats: int = 5) -> float:
-    """Median time of a call, its launches included, on a device with nothing else to do."""
+    """Median time of a call, including its launches, on an otherwise idle device."""
     times = []
     for _ in range(repeats + 2):
         clock.wait()
@@ -215,16 +218,23 @@ def seconds(run: Callable[[], Any], clock: Clock, repeats: int = 5) -> float:
     return statistics.median(times[2:])  # the first ones warm up
 
 
+def laid_out(params: Any, config: Any, size: tuple[int, ...], ops: Ops | None) -> Any:
+    """The weights as a Model gives them to all its forwards."""
+    prepared = pvt_ref.prepare(params, config, size)
+    return prepared if ops is None else arranged_for(ops, prepared)
+
+
 def ours(
     name: str, model: Model, images: Any, dlogits: Any, ops: Ops | None, clock: Clock, wrap: Any
 ) -> Contender:
-    """pvt_ref on arrays wherever they are; wrap makes of a function what is called, by arrays."""
+    """pvt_ref on arrays of either device; wrap turns a function of arrays into the timed call."""
     params, config = model.params, model.config
     if not isinstance(images, np.ndarray):
         params = to_device(params)
+    prepared = laid_out(params, config, images.shape[2:], ops)
 
     def forward(images: Any) -> Any:
-        return pvt_ref.forward(params, images, config, ops=ops)
+        return pvt_ref.forward(prepared, images, ops=ops)
 
     def train(images: Any, dlogits: Any) -> Any:
         logits, cache = pvt_ref.forward_with_cache(params, images, config, ops=ops)
@@ -239,7 +249,7 @@ def ours(
 def pytorch(
     model: Model, images: NDArray, dlogits: NDArray, precision: str, clock: Clock, device: str
 ) -> Iterator[Contender]:
-    """The network in torch.nn with fused attention: eager, and by torch.compile."""
+    """The network in torch.nn with fused attention, eager and by torch.compile."""
     import torch
 
     sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -275,7 +285,7 @@ def pytorch(
 
 
 def call_table(contenders: list[Contender]) -> str:
-    """Milliseconds of whole calls, and how much longer the first contender needs."""
+    """Milliseconds of whole calls, and the first contender's time relative to each."""
     rows, first = [], None
     for contender in contenders:
         times = [seconds(run, contender.clock) for run in (contender.forward, contender.train)]
@@ -291,7 +301,7 @@ def call_table(contenders: list[Contender]) -> str:
 def stage_times(
     params: Any, images: Any, config: Any, ops: Ops | None, clock: Clock, repeats: int = 5
 ) -> list[float]:
-    """Median seconds of every stage of a forward, and of what follows the last."""
+    """Median seconds of every stage of a forward, and of the work after the last."""
     row = architecture_of(config)
     ends: dict[int, Any] = {}
 
@@ -326,10 +336,10 @@ def stage_table(host: list[float], device: list[float]) -> str:
 def kernel_times(
     run: Callable[[Ops], Any], ops: Ops, clock: Clock
 ) -> tuple[dict[str, list[float]], float]:
-    """Seconds of each launch by kernel, and of the whole, without the waiting for the host.
+    """Seconds of each launch by kernel, and of the whole, without waiting for the host.
 
-    The device is held while the host queues everything: an event before a kernel and one after it
-    would else count the time until Python has launched it.
+    The device is kept busy while the host queues everything. Otherwise the time between the events
+    before and after a kernel would include Python's launch.
     """
     settings, spans = ops.settings, []
     assert isinstance(settings, Cuda)
@@ -355,20 +365,20 @@ def kernel_times(
 
 
 def kernel_table(found: dict[str, list[float]], whole: float) -> str:
-    """Launches and milliseconds by kernel, the longest first, and what is left."""
+    """Launches and milliseconds by kernel, the longest first, and the remaining time."""
     rest = whole - sum(map(sum, found.values()))
     lines = sorted(found.items(), key=lambda item: -sum(item[1]))
     rows = [[name, f"{len(t):,}", f"{1e3 * sum(t):,.3f}", f"{sum(t) / whole:.0%}"]
             for name, t in lines]  # fmt: skip
     rows.append(
-        ["products and copies of libraries", "", f"{1e3 * rest:,.3f}", f"{rest / whole:.0%}"]
+        ["products and copies by libraries", "", f"{1e3 * rest:,.3f}", f"{rest / whole:.0%}"]
     )
     total = ["the device's work in a forward", "", f"{1e3 * whole:,.3f}", ""]
     return text_table(["by kernel", "launches", "ms", "share"], rows, total)
 
 
 def memory_line(pool: Any, contender: Contender) -> str:
-    """What CuPy's pool holds after a forward and after a forward and backward."""
+    """The size of CuPy's pool after a forward and after a forward and backward."""
     held = []
     for run in (contender.forward, contender.train):
         pool.free_all_blocks()
@@ -376,7 +386,7 @@ def memory_line(pool: Any, contender: Contender) -> str:
         contender.clock.wait()
         held.append(f"{pool.total_bytes() / 2**20:,.0f}")
     return (
-        f"memory of the device, weights and images included: {held[0]} MiB for a forward, "
+        f"device memory, including weights and images: {held[0]} MiB for a forward, "
         f"{held[1]} MiB with its backward"
     )
 
@@ -406,8 +416,8 @@ def report(
                 else:
                     left_out.append(f"{contender.name} is not timed: it is off by {error:.1e}")
         except ImportError as error:
-            left_out.append(f"PyTorch is not compared: {error}. pip install torch brings it")
-        except Exception as error:  # of any compiler that torch.compile asks
+            left_out.append(f"PyTorch is not compared: {error}. Install it: pip install torch")
+        except Exception as error:  # from any compiler that torch.compile uses
             why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             left_out.append(f"PyTorch is not timed further: {why}")
     yield call_table(contenders)
@@ -418,9 +428,10 @@ def report(
         stage_times(params, there, config, ops, clock),
     )
     if ops is not None and isinstance(ops.settings, Cuda):
+        prepared = laid_out(params, config, there.shape[2:], ops)
 
         def forward(table: Ops) -> Any:
-            return pvt_ref.forward(params, there, config, ops=table)
+            return pvt_ref.forward(prepared, there, ops=table)
 
         yield kernel_table(*kernel_times(forward, ops, clock))
     yield memory_line(cupy.get_default_memory_pool(), launched)
@@ -443,7 +454,7 @@ def main(argv: list[str] | None = None) -> int:
         table, good = check(model, images, ops, args.precision)
         print(table, "\n")
         if not good:
-            print("Some numbers differ by more than rounding. Nothing is timed.")
+            print("Some results differ by more than rounding, so nothing is timed.")
             return 1
         print("All results match.\n")
         for text in report(cupy, model, images, ops, args.precision, args.compare):

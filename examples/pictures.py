@@ -1,4 +1,4 @@
-"""What the demos share: a photo for those who name none, and how maps become pictures."""
+"""Shared by the demos: the default photo, and functions that turn maps into pictures."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,25 +11,25 @@ import pvt_ref
 from pvt_ref import Model
 from pvt_ref.errors import ImageError, printable
 
-#: Where the colours of attention end, in units of the weight that all keys would have if they were
-#: alike. The same for every stage and every model, so that what is nearly alike looks alike.
+#: Upper end of the colour scale of attention, in multiples of the uniform weight. All stages and
+#: models share it, so that nearly uniform attention looks uniform.
 ATTENTION_RANGE = 4
 
 
-#: What letters stand for in the points of a photo. A lake is no class of "camvid".
+#: Meaning of the letters in a photo's points. A lake is not a class of "camvid".
 KINDS = {"S": "Sky", "B": "Building", "T": "Tree", "-": "a lake"}
 
 
 class Photo(NamedTuple):
-    """A picture for those who name none: where it is, whose it is, and the truth about it."""
+    """A default photo: its path, its author, and what it shows."""
 
     path: Path
     credit: str
-    truth: str  # beside what the weights "imagenette" say
-    dense_truth: str  # beside what the weights "camvid" say
-    # labels of the points of a grid, a letter each of KINDS, or "." where it is hard to tell
+    truth: str  # printed beside the answers of the weights "imagenette"
+    dense_truth: str  # printed beside the answers of the weights "camvid"
+    # labels of the points of a grid: a letter of KINDS for each, or "." where it is hard to tell
     points: tuple[str, ...] = ()
-    absent: tuple[str, ...] = ()  # classes of "camvid" that are surely nowhere on it
+    absent: tuple[str, ...] = ()  # classes of "camvid" that do not occur in it
 
 
 #: Stefan van der Walt waived all rights; from scikit-image's data.
@@ -37,22 +37,22 @@ CAT = Photo(
     Path(__file__).with_name("chelsea.jpg"),
     "chelsea.jpg by Stefan van der Walt (CC0, comes with the examples)",
     "The photo shows a cat, which is none of the ten classes; every answer is wrong.",
-    "The photo shows a cat and nothing of a street; the answer is wrong at every pixel.",
+    "The photo shows a cat and no part of a street; every answer is wrong.",
 )
 
 
 def default_photo() -> Photo:
-    """The temple among scikit-learn's pictures, or the cat where there is none."""
-    sklearn = find_spec("sklearn")  # found, not imported: that takes seconds
+    """The temple among scikit-learn's pictures, or the cat without scikit-learn."""
+    sklearn = find_spec("sklearn")  # importing it would take seconds
     if sklearn and sklearn.origin:
         path = Path(sklearn.origin).parent / "datasets" / "images" / "china.jpg"
         if path.is_file():
             return Photo(
                 path,
                 f"{path.name} by danielbuechele (CC BY 2.0, comes with scikit-learn)",
-                "The photo shows a temple, which is none of the ten classes; a church is nearest.",
-                "The photo shows a temple above a lake. A lake is none of the classes, so there "
-                "every answer is wrong.",
+                "The photo shows a temple, which is none of the ten classes. Church is closest.",
+                "The photo shows a temple above a lake. A lake is none of the classes, so every "
+                "answer there is wrong.",
                 (
                     "SSSSSSSSS",
                     "S.BBSSSSS",
@@ -67,12 +67,12 @@ def default_photo() -> Photo:
 
 
 def one_line(text: str) -> str:
-    """A stranger's name or label as text: on one line, without what a terminal would obey."""
+    """An untrusted name or label as one line of text, without terminal control characters."""
     return printable(" ".join(text.split()))
 
 
 def check_output(path: str) -> None:
-    """Raises ImageError unless a picture can be written there: better now than after the work."""
+    """Raises ImageError unless a picture can be written there; called before the computation."""
     suffixes = (".png", ".jpg", ".pdf", ".svg")
     if Path(path).suffix.lower() not in suffixes:
         raise ImageError(f"--output is {path!r}; it must end in one of {', '.join(suffixes)}")
@@ -81,7 +81,7 @@ def check_output(path: str) -> None:
 
 
 def as_rgb(feature_map: NDArray) -> NDArray:
-    """(C, h, w) as (h, w, 3): the three directions in which its cells differ most."""
+    """(C, h, w) as (h, w, 3): the first three principal components of its cells."""
     C, h, w = feature_map.shape
     cells = feature_map.reshape(C, h * w).T.astype(np.float64)  # (h*w, C)
     cells -= cells.mean(axis=0)
@@ -94,13 +94,13 @@ def as_rgb(feature_map: NDArray) -> NDArray:
 
 
 def query_attention(model: Model, images: NDArray, point: tuple[float, float]) -> list[NDArray]:
-    """Where the query at point looks at each stage: last block, mean of the heads, (h, w) keys.
+    """Attention of the query at point, by stage: last block, mean of the heads, (h, w) keys.
 
-    The cls token of stage 4, which has no place in the image, is left out.
+    The cls token of stage 4 is left out, since it has no position in the image.
 
     Args:
-        model: with a PVT, as classifier or as backbone of a segmentation network.
-        images: (1, C, H, W), of a size that it takes without stretching.
+        model: a PVT, as classifier or as backbone of a segmentation network.
+        images: (1, C, H, W), of a size that the network takes without stretching.
         point: row and column as fractions of the image.
     """
     config = getattr(model.config, "backbone", model.config)
@@ -109,7 +109,7 @@ def query_attention(model: Model, images: NDArray, point: tuple[float, float]) -
     for i, (H, W) in enumerate(config.grids(*images.shape[2:])):
         weights = maps[i + 1, config.depths[i] - 1][0].mean(axis=0)  # (queries, keys)
         R = config.sr_ratios[i]
-        cls = weights.shape[0] - H * W  # 1 where the cls token is among them
+        cls = weights.shape[0] - H * W  # 1 with a cls token
         query = int(point[0] * H) * W + int(point[1] * W)
         result.append(weights[cls + query, cls:].reshape(H // R, W // R))
     return result

@@ -1,12 +1,12 @@
-"""The scores of the shipped segmentation network on CamVid's test frames.
+"""Scores the shipped segmentation network on CamVid's test frames.
 
     python examples/score_camvid.py DIR
     python examples/score_camvid.py DIR --weights RUN/model.safetensors
     python examples/score_camvid.py DIR --every 10
 
 DIR is SegNet's copy of CamVid, as for train_camvid.py. A frame is segmented as in the training's
-own measurement: stretched to 256 x 192 pixels, and the logits back to the frame's 480 x 360. The
-counts of all frames are added up before any score is taken.
+own evaluation: it is stretched to 256 x 192 pixels, and the logits are resized to its 480 x 360.
+Scores are computed from the counts of all frames together.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from pvt_ref.train import LabelledPairs, evaluate_pixels
 
 
 def thinned(pairs: LabelledPairs, every: int) -> LabelledPairs:
-    """Every n-th pair, from the first on. Raises: RangeError if every is no whole number from 1."""
+    """Every n-th pair, from the first on. Raises: RangeError if every is not an integer >= 1."""
     check_number("--every", every, least=1, whole=True)
     pairs.files = pairs.files[::every]
     return pairs
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the score of each class and of all; returns the exit status."""
+    """Prints the score of each class and the total; returns the exit status."""
     parser = argparse.ArgumentParser(description="Scores a network on CamVid's test frames.")
     parser.add_argument("folder", metavar="DIR", help="SegNet's copy of CamVid")
     parser.add_argument("--weights", default="camvid", help="a name or file (default camvid)")
@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         model = pvt_ref.load(args.weights)
         if model.classes != tuple(CLASSES):
-            what = f"{args.weights} does not tell CamVid's {len(CLASSES)} classes apart"
-            raise ConfigError(f"{what}. Needed are weights of train_camvid.py")
+            what = f"{args.weights} does not have CamVid's {len(CLASSES)} classes"
+            raise ConfigError(f"{what}. Use weights of train_camvid.py")
         pairs = thinned(frames(Path(args.folder), "test"), args.every)
         report(evaluate_pixels(model.params, model.config, pairs)[1])
     except (PVTError, OSError) as error:

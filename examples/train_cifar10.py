@@ -1,12 +1,12 @@
-"""A PVT learns CIFAR-10 with the package's own gradients, on a CPU or on CUDA.
+"""Trains a PVT on CIFAR-10 with the package's own gradients, on a CPU or on CUDA.
 
     python examples/train_cifar10.py --data DIR               DIR holds the binary version
-    python examples/train_cifar10.py --data DIR --network v2  a PVT v2, on pictures enlarged twice
-    python examples/train_cifar10.py --data DIR --resume      goes on after Ctrl-C or a crash
+    python examples/train_cifar10.py --data DIR --network v2  a PVT v2, on enlarged pictures
+    python examples/train_cifar10.py --data DIR --resume      continues after Ctrl-C or a crash
     python examples/train_cifar10.py --data DIR --test FILE   accuracy of a model on the test set
 
-Of the 50,000 training images 5,000 are held out, and the epoch that does best on them is kept. The
-test set is looked at once, at the end. Where the data come from: see examples/cifar10_data.py.
+Of the 50,000 training images 5,000 are held out, and the best epoch on them is kept. The test set
+is used once, at the end. examples/cifar10_data.py downloads the data.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pvt_ref.errors import printable
 from pvt_ref.train import LabelledImages, Recipe, evaluate
 from pvt_ref.train.loop import BEST
 
-#: The four stages see 16x16, 8x8, 4x4 and 2x2 tokens.
+#: The four stages have 16x16, 8x8, 4x4 and 2x2 tokens.
 V1 = PVTConfig(
     img_size=32,
     num_classes=10,
@@ -37,7 +37,7 @@ V1 = PVTConfig(
     drop_path_rate=0.05,
 )
 
-#: The same numbers of tokens: its first patches stand 4 pixels apart, so the pictures are enlarged.
+#: The same numbers of tokens. Its first patches have stride 4, so the pictures are enlarged.
 V2 = PVTv2Config(
     img_size=64,
     num_classes=10,
@@ -62,7 +62,7 @@ HELD_OUT = 5_000
 
 
 def split(data: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
-    """The last 5,000 of the training images are held out; the files are in random order."""
+    """Holds out the last 5,000 of the training images; the files are in random order."""
     cut = len(data) - HELD_OUT
     return (
         LabelledImages(data.images[:cut], data.labels[:cut], data.preprocessing),
@@ -71,7 +71,7 @@ def split(data: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
 
 
 def at_size(data: LabelledImages, side: int) -> LabelledImages:
-    """The pictures as a network with that img_size takes them, enlarged where it is not 32."""
+    """The pictures at the network's img_size, enlarged unless it is 32."""
     if side == data.images.shape[-1]:
         return data
     images = np.empty((len(data), 3, side, side), np.uint8)
@@ -86,9 +86,7 @@ def at_size(data: LabelledImages, side: int) -> LabelledImages:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Trains a PVT on CIFAR-10.")
     parser.add_argument("--data", required=True, metavar="DIR", help=HOW_TO_GET_IT)
-    parser.add_argument(
-        "--test", metavar="FILE", help="train nothing: measure this model (or 'cifar10')"
-    )
+    parser.add_argument("--test", metavar="FILE", help="only measure this model (or 'cifar10')")
     parser.add_argument("--network", choices=("v1", "v2"), default="v1", help="default v1")
     add_run_arguments(parser, RECIPE, folder="runs/cifar10")
     args = parser.parse_args(argv)

@@ -1,11 +1,11 @@
-"""A small PVT learns to read handwritten digits, in two minutes, with the package's own gradients.
+"""Trains a small PVT on handwritten digits in two minutes, with the package's own gradients.
 
     python examples/train_digits.py              writes runs/digits/model.safetensors
-    python examples/train_digits.py --resume     goes on after Ctrl-C
+    python examples/train_digits.py --resume     continues after Ctrl-C
 
 The data come with scikit-learn: 1,797 digits of 8x8 pixels in 17 levels of grey, by 43 people (the
-test part of Alpaydin and Kaynak's set in the UCI repository). They are enlarged to 32x32. A fifth
-of each class, drawn at random once for all, is held out.
+test part of Alpaydin and Kaynak's set in the UCI repository). They are enlarged to 32x32. A fixed
+random fifth of each class is held out.
 """
 
 import argparse
@@ -39,7 +39,7 @@ RECIPE = Recipe(
     lr=2e-3,
     warmup_epochs=3,
     crop_padding=3,
-    flip=False,  # a mirrored 2 is no digit
+    flip=False,  # a mirrored 2 is not a digit
     ema_decay=0.99,
 )
 
@@ -47,7 +47,7 @@ PREPROCESSING = Preprocessing("L", (0.3,), (0.35,))
 
 
 def read_digits() -> tuple[LabelledImages, LabelledImages]:
-    """What is learnt from (1,437), and what is held out (360)."""
+    """The training samples (1,437) and the held-out ones (360)."""
     pixels, targets = (np.asarray(x) for x in load_digits(return_X_y=True))
     levels = np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # 17 levels to 0..255
     pictures = [Image.fromarray(image) for image in levels]
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         done = run(CONFIG, data, held_out, info, args)
         if not done.finished:
             return 130
-        # the last weights, not the best: nothing was chosen on what is held out
+        # the last weights, not the best, so the held-out samples select nothing
         last = Model(to_numpy(done.state.average), CONFIG, info=info)
         finish(done, last, held_out, None, {"data": "scikit-learn's digits"}, args)
     except PVTError as error:

@@ -1,16 +1,16 @@
-"""A PVT, or a PVT v2, learns Imagenette's ten classes of photos from nothing.
+"""Trains a PVT or a PVT v2 from scratch on Imagenette's ten classes of photos.
 
     python examples/train_imagenette.py --data DIR --out RUN
     python examples/train_imagenette.py --data DIR --out RUN --network v2
     python examples/train_imagenette.py --data DIR --out RUN --resume
 
-Network v1 has 4.7 million parameters, v2 is PVT v2 b0 with 3.4 million. --resume goes on.
+Network v1 has 4.7 million parameters, v2 is PVT v2 b0 with 3.4 million. --resume continues a run.
 
-DIR is what Imagenette's project offers as an archive (https://github.com/fastai/imagenette): it
-holds train and val, each with a folder for every class. A tenth of train is held out, and the epoch
-that does best on it is kept. The photos in val are looked at once, at the end.
+DIR is the unpacked archive of Imagenette's project (https://github.com/fastai/imagenette). It
+contains train and val, each with a folder for every class. A tenth of train is held out, and the
+best epoch on it is kept. The photos in val are scored once, at the end.
 
-It is ``python -m pvt_ref train`` with a network that has no name, a recipe, and that last look.
+This is ``python -m pvt_ref train`` with an unnamed network, a recipe, and that final score.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from pvt_ref.train import Options, Recipe, confusion_matrix, train_folder
 from pvt_ref.train.from_folder import MODEL
 from pvt_ref.train.options import STOPPED, add_recipe_options, recipe_values
 
-#: That of the weights in the package: at 128 pixels its stages have 64x64, 32x32, 16x16 and 8x8
-#: tokens, as many as the published networks have at 256.
+#: The network of the weights in the package. At 128 pixels its stages have 64x64, 32x32, 16x16 and
+#: 8x8 tokens, like the published networks at 256.
 V1 = PVTConfig(
     img_size=128,
     patch_sizes=(2, 2, 2, 2),
@@ -58,11 +58,13 @@ SCORE = "val.json"
 def main(argv: list[str] | None = None) -> int:
     """Trains, and scores the best epoch; returns the exit status."""
     parser = argparse.ArgumentParser(description="Trains a PVT on Imagenette.")
-    parser.add_argument("--data", required=True, metavar="DIR", help="with the folders train, val")
+    parser.add_argument(
+        "--data", required=True, metavar="DIR", help="contains the folders train and val"
+    )
     parser.add_argument("--out", required=True, metavar="RUN", help="the folder of the run")
     parser.add_argument("--network", choices=("v1", "v2"), default="v1", help="default v1")
-    parser.add_argument("--size", type=int, default=128, help="of a photo (default 128)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in RUN")
+    parser.add_argument("--size", type=int, default=128, help="side of a photo (default 128)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in RUN")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--workers", type=int, help="threads that read photos (default: cores)")
     add_recipe_options(parser, RECIPE)
@@ -84,14 +86,14 @@ def main(argv: list[str] | None = None) -> int:
             console=Console(),
         )
         if not done.finished:
-            print(f"Stopped and saved after step {done.state.step}. --resume goes on")
+            print(f"Stopped and saved after step {done.state.step}. --resume continues")
             return STOPPED
         score = out / SCORE
-        if not score.exists():  # once: who looks again and again begins to choose by it
+        if not score.exists():  # once only: repeated scores would start to guide choices
             model = pvt_ref.load(out / MODEL)
             counts = confusion_matrix(model.params, model.config, photos(model, data / "val"))
             score.write_text(json.dumps(counts.tolist()) + "\n")
-        print(f"The photos in val, which nothing was chosen by ({score}):")
+        print(f"Score on the photos in val, which were not used to select anything ({score}):")
         print(report(np.array(json.loads(score.read_text()))))
     except (PVTError, OSError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What the two training examples share: their options, the run, and the report at its end."""
+"""Shared by the two training examples: their options, the run, and the report at its end."""
 
 import argparse
 import dataclasses
@@ -25,14 +25,14 @@ MODEL = "model.safetensors"
 
 def add_run_arguments(parser: argparse.ArgumentParser, recipe: Recipe, folder: str) -> None:
     """--folder, --resume, --device, and one option for each field of the recipe."""
-    parser.add_argument("--folder", default=folder, help=f"of the run (default {folder})")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    parser.add_argument("--folder", default=folder, help=f"folder of the run (default {folder})")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the folder")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     add_recipe_options(parser, recipe)
 
 
 def recipe_from(args: argparse.Namespace) -> Recipe:
-    """The recipe that the options say."""
+    """The recipe given by the options."""
     return Recipe(**recipe_values(args))
 
 
@@ -43,13 +43,13 @@ def run(
     info: ModelInfo,
     args: argparse.Namespace,
 ) -> Run:
-    """Trains, and says how to go on if it was stopped."""
+    """Trains, and says how to resume if it was stopped."""
     recipe = recipe_from(args)
     model = Path(args.folder) / MODEL
     if os.path.lexists(model) and not args.resume and not os.path.lexists(model.with_name(STATE)):
-        raise TrainingError(  # now, rather than when this run has been done
-            f"{model} is of another run, and this one would end with a file of that name. Move it "
-            f"away, or name another folder"
+        raise TrainingError(  # before the training rather than after it
+            f"{model} belongs to another run, and this run would write a file of that name. Move "
+            f"it away, or name another folder"
         )
     parameters = pvt_ref.count_cost(config).parameters
     steps = recipe.steps_per_epoch(len(data))
@@ -69,12 +69,12 @@ def run(
             console=Console(),
         )
     except KeyboardInterrupt:  # the second one, in the middle of a step
-        print(f"Interrupted. To go on from what was saved last:\n\n    {_how_to_resume()}")
+        print(f"Interrupted. To resume from the last saved state:\n\n    {_how_to_resume()}")
         raise SystemExit(130) from None
     if not done.finished:
         print(
-            f"Stopped and saved after step {done.state.step} of {recipe.epochs * steps}. To go "
-            f"on:\n\n    {_how_to_resume()}"
+            f"Stopped and saved after step {done.state.step} of {recipe.epochs * steps}. To "
+            f"resume:\n\n    {_how_to_resume()}"
         )
     return done
 
@@ -87,11 +87,11 @@ def finish(
     about: dict[str, str | int | float],
     args: argparse.Namespace,
 ) -> Path:
-    """Writes a model in half precision, with what was measured of it as it is there.
+    """Writes a model in half precision, with the accuracy of these rounded weights.
 
-    The epochs were compared on what is held out. On test, if that is another part, no choice was
-    made: it is measured once, here. The file also gets what about says, such as the data set's
-    name. A file that is there must be this run's.
+    The held-out samples were used to compare epochs. The test samples, if given, selected nothing
+    and are measured once, here. The file also gets the entries of about, such as the data set's
+    name. An existing file must be this run's.
     """
     path = done.folder / MODEL
     rounded = map_arrays(lambda w: w.astype(np.float16).astype(np.float32), model.params)
@@ -103,7 +103,7 @@ def finish(
         "samples": done.state.samples,
         "held_out_samples": len(held_out),
     }
-    if path.exists():  # resumed after the end: what was measured once stays
+    if path.exists():  # resumed after the end: keeps the measured accuracy
         written = pvt_ref.load(path)
         said = written.info.training
         info = dataclasses.replace(model.info, training=said)
@@ -113,8 +113,8 @@ def finish(
             wrong.append("weights")
         if wrong := ", ".join(filter(None, wrong)):
             raise TrainingError(
-                f"{path} has other {wrong} than this run ended with: it is of another run, or was "
-                f"edited. Move it away; the same command then writes this run's"
+                f"{path} has other {wrong} than this run ended with: it belongs to another run, or "
+                f"was edited. Move it away; the same command then writes this run's file"
             )
         model = written
     else:
@@ -139,7 +139,7 @@ def finish(
 
 
 def _arguments() -> list[str]:
-    """What the program was called with, but for --resume."""
+    """The program's arguments without --resume."""
     return [argument for argument in sys.argv[1:] if argument != "--resume"]
 
 
@@ -148,7 +148,7 @@ def _how_to_resume() -> str:
 
 
 def _command(args: argparse.Namespace) -> str:
-    """The command line for others: the program in the repository, and DIR for one's own folder."""
+    """The command line for others: the program in the repository, and DIR for the data folder."""
     data = getattr(args, "data", None)
     arguments = ["DIR" if argument == data else argument for argument in _arguments()]
     return shlex.join(["python", f"examples/{Path(sys.argv[0]).name}", *arguments])

@@ -117,6 +117,8 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
     export.add_argument("--any-size", action="store_true", help=text)
     text = "the dense pyramid, outputs F1, F2 and so on, instead of logits"
     export.add_argument("--pyramid", action="store_true", help=text)
+    text = "the attention weights of every block too, outputs A1.0, A1.1 and so on"
+    export.add_argument("--attention", action="store_true", help=text)
     text = "of a segmentation network: logits at the size of the image"
     export.add_argument("--resized", action="store_true", help=text)
     text = "take pixels, (B, H, W, C) uint8, and normalise them in the graph"
@@ -350,10 +352,13 @@ def _export(args: argparse.Namespace) -> int:
     if os.path.lexists(target) and not args.force:
         raise CheckpointError(f"{shown(target, 400)} is there already. --force replaces it")
     model = load(args.model, config=args.config, entry=args.entry)
+    parts = ["pyramid" if args.pyramid else "logits"]
+    if args.attention:
+        parts.append("attention")
     written = export_onnx(
         model,
         target,
-        what="pyramid" if args.pyramid else "logits",
+        what=parts,
         size="any" if args.any_size else _one_or_all(args.size),
         float16=args.float16,
         resized=args.resized,

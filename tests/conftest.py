@@ -200,8 +200,9 @@ class _Missing(types.ModuleType):
         pytest.skip(f"{self.__name__} is not installed", allow_module_level=True)
 
 
-if importlib.util.find_spec("array_api_strict") is None:  # as where there is a GPU, perhaps
-    sys.modules["array_api_strict"] = _Missing("array_api_strict")
+for _name in ("array_api_strict", "onnx", "onnxruntime"):  # as where there is a GPU, perhaps
+    if importlib.util.find_spec(_name) is None:
+        sys.modules[_name] = _Missing(_name)
 
 
 def why_no_gpu() -> str | None:

@@ -418,7 +418,7 @@ def test_the_page_of_segmentation_says_what_was_asked_for():
     page = segmentation.page(run).splitlines()
     # within the rounds: 0.3 / 0.5, 0.4 / 0.4, 0.45 / 0.5
     assert "| speed, as a multiple of PyTorch eager's | at least 0.8 | 0.90 (0.60-1.00) |" in page
-    assert "| growth of memory, share of PyTorch eager's | at most 0.5 | 0.40 |" in page
+    assert "| memory growth, as a fraction of PyTorch eager's | at most 0.5 | 0.40 |" in page
     assert "| pvt_ref | 40 (30-50) |" in page
     seconds["pvt_ref"] = [1.0, 1.0, 1.0]
     assert "| 0.40 (0.30-0.45): missed |" in segmentation.page(run)

@@ -167,7 +167,7 @@ def test_two_runs_become_figures_a_page_and_pictures(camvid, data, runs, tmp_pat
     assert (out / "training_camvid.md").read_text("utf-8") == text
 
     (runs["setr"] / "test.json").write_text(json.dumps(np.roll(counts[1], 1, axis=1).tolist()))
-    with pytest.raises(SystemExit, match=r"test.json was counted of another network"):
+    with pytest.raises(SystemExit, match=r"test.json are of another network"):
         camvid.main([*map(str, runs.values()), "--data", str(data), "--out", str(out)])
 
 
@@ -207,7 +207,7 @@ def test_a_network_is_scored_again(camvid, data, runs, capsys):
     few = evaluate_pixels(model.params, model.config, two)[1]
     assert f"mean IoU {mean_iou(few):.2%}" in capsys.readouterr().out
     for wrong, says in (
-        (["--weights", "digits"], "does not tell CamVid's 11 classes apart"),
+        (["--weights", "digits"], "does not have CamVid's 11 classes"),
         (["--weights", weights, "--every", "0"], "--every is 0"),
     ):
         assert score.main([str(data), *wrong]) == 2

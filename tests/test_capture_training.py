@@ -5,6 +5,7 @@ The layers are the readable ones, for which the stand-in is enough; the optimise
 """
 
 import dataclasses
+import io
 import math
 import sys
 
@@ -16,6 +17,7 @@ import small_training
 from closeness import relative
 from cuda_on_cpu import Emulation
 from recording_cupy import RecordingCuPy, launched_by
+from rich.console import Console
 from segmentors import SEGMENTORS, params_of
 from small_training import DATA, HELD_OUT
 from strategies import random_params
@@ -35,7 +37,7 @@ from pvt_ref.layers.linear import LinearParams, linear
 from pvt_ref.layers.patch_embed import patch_embed
 from pvt_ref.train import LossScale, fit, start_training, train_step
 from pvt_ref.train.captured import CapturedSteps, _Graph, draw_again
-from pvt_ref.train.data_parallel import ALONE
+from pvt_ref.train.data_parallel import ALONE, Ranks
 from pvt_ref.train.loop import METRICS, STATE
 from pvt_ref.train.on_device import settings_for
 from pvt_ref.train.step import next_step
@@ -358,6 +360,26 @@ def test_fit_replays_its_steps_and_saves_what_a_training_without_graphs_saves(
         )
         assert mine == theirs
     assert (tmp_path / "replayed" / METRICS).exists()
+
+
+class OneOfTwo(Ranks):
+    """The first of two ranks, which hears nothing of the other."""
+
+    size = 2
+
+
+@no_gxx
+@pytest.mark.parametrize("ranks", [OneOfTwo(), ALONE], ids=["two", "one"])
+def test_several_ranks_launch_their_steps_and_say_so(ranks, fake, tmp_path):
+    ops, said = kernels(), io.StringIO()
+    fit(
+        CONFIG, RECIPE, DATA, HELD_OUT, tmp_path / "run", device="cuda", stop_at_step=2, ops=ops,
+        ranks=ranks, console=Console(file=said, width=300),
+    )  # fmt: skip
+    launches = sum(entry[0] == "launch" for entry in fake.history)
+    assert launches == (ranks is ALONE)
+    words = "2 ranks launch every kernel of a step, with the same bits: a CUDA graph cannot hold"
+    assert (words in said.getvalue()) == (ranks is not ALONE)
 
 
 # On a GPU -----------------------------------------------------------------------------------------

@@ -152,12 +152,14 @@ def test_every_block_of_a_lesson_runs(page, tools, elsewhere):
     assert all("assert " in code for code in solutions)
     assert 'class="drawn"' in text
     assert not re.search(r"^(True |False )*False\b", text, re.MULTILINE)
-    for name, tolerance in re.findall(r"^(.+?) +differs by less than (\d\S*),", text, re.MULTILINE):
-        assert float(tolerance) <= (1e-6 if "difference" in name else 1e-11), name
+    compared = re.findall(r"^(.+?) +relative error +(\d\S*), bound (\d\S*)$", text, re.MULTILINE)
+    for name, error, bound in compared:
+        assert float(error) <= float(bound) <= (1e-6 if "difference" in name else 1e-11), name
     numbers = re.findall(r"\\tag\{(\d+)\}", page.read_text("utf-8"))
     assert numbers == [str(k) for k in range(1, len(numbers) + 1)]
     if page.stem in OPERATIONS:
         assert "| symbol | shape |" in text
+        assert compared
         assert "finite differences" in text
         assert text.count("PyTorch") >= 2
 
@@ -194,7 +196,10 @@ def test_a_lesson_shows_only_what_holds(lesson):
         lesson.shapes({"B": 2, "C": 3}, x=(x, "C B", "tokens"))
     with pytest.raises(AssertionError, match="B and n are both 2: change one"):
         lesson.shapes({"B": 2, "n": 2, "C": 3}, x=(x, "B C", "tokens"), y=(x, "n C", "tokens"))
-    assert "less than 1e-03" in lesson.compare("x", x, x + 1e-5, 1e-3)
+    assert lesson.compare("x", x, x + 1e-5, 1e-3).split("x ")[1].strip() == (
+        "relative error 1e-05, bound 1e-03"
+    )
+    assert lesson.compare("x", x, x.copy(), 1e-3).endswith("relative error     0, bound 1e-03")
     with pytest.raises(AssertionError, match=r"1\.0e-02 apart"):
         lesson.compare("x", 1.01 * x, x, 1e-3)
     with pytest.raises(AssertionError, match="compared with zero"):

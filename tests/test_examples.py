@@ -43,13 +43,13 @@ def test_forward_classifies_shows_the_stages_and_draws_the_pyramid(examples, cap
     assert "random" not in out.lower()
     assert "trained from nothing on Imagenette" in out
     model = pvt_ref.load("imagenette")
-    assert f"\nclasses: {', '.join(model.classes)}; no other is known\n" in out
+    assert f"\nclasses: {', '.join(model.classes)} (no others)\n" in out
     assert "a temple, which is none of the ten classes" in out
-    assert "are read as:                     0 1 2 3 4 5 6 7 8 9\n" in out
+    assert "predictions:         0 1 2 3 4 5 6 7 8 9\n" in out
     table = [line.split() for line in out.splitlines()]
     stages = {row[0]: row[1:6] for row in table if row and row[0] in ("1", "2", "3", "4")}
     cost = pvt_ref.count_cost(model.config)
-    assert "brought to 128x128 pixels" in out
+    assert "resized and cropped to 128x128 pixels" in out
     assert "position tables are resized" not in out
     for s in cost.stages:
         macs = f"{cost.of_stage(s.stage).macs / 1e6:,.1f}"
@@ -94,7 +94,7 @@ def test_without_scikit_learns_photo_the_demo_shows_the_cat_and_says_what_it_is_
         assert "chelsea.jpg by Stefan van der Walt (CC0, comes with the examples)" in out
         assert "a cat, which is none of the ten classes; every answer is wrong" in out
         assert "digits" not in out
-        assert "a cat and nothing of a street; the answer is wrong at every pixel" in out
+        assert "a cat and no part of a street; every answer is wrong" in out
         assert "labelled" not in out
         assert (tmp_path / "pyramid.png").exists()
         assert (tmp_path / "segmentation.png").exists()
@@ -171,11 +171,11 @@ def test_classes_are_named_if_they_are_few(examples, capsys):
     assert forward.few_classes(named(["two\nlines", "\x1b"])) == r"two lines, \x1b"
     photo = normal(0, 1, 3, 32, 32, dtype=np.float32)
     above = pyramid_of(forward, few, photo).get_suptitle()
-    assert "It knows 20 classes and no other: c0, c1," in above
+    assert "It only knows 20 classes: c0, c1," in above
     assert "c19" in above
-    assert "knows" not in pyramid_of(forward, named([]), photo).get_suptitle()
+    assert "only knows" not in pyramid_of(forward, named([]), photo).get_suptitle()
     assert forward.main(["--weights", "digits"]) == 0
-    assert "classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9; no other is known" in capsys.readouterr().out
+    assert "classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 (no others)" in capsys.readouterr().out
 
 
 def test_the_digits_shown_are_held_out_and_mostly_read(examples):
@@ -223,7 +223,7 @@ def test_forward_takes_a_picture_weights_and_a_size(examples, capsys, tmp_path):
     arguments = ["x.png", "--weights", "mine.safetensors", "--size", "64", "96"]
     assert examples("forward").main([*arguments, "--output", "out.png"]) == 0
     out = capsys.readouterr().out
-    assert "x.png, brought to 64x96 pixels" in out
+    assert "x.png, resized and cropped to 64x96 pixels" in out
     assert "random" not in out.lower()
     assert (tmp_path / "out.png").exists()
 
@@ -249,9 +249,9 @@ def test_forward_explains_what_is_wrong(examples, capsys, tmp_path):
 
 def test_forward_sends_a_segmentation_network_to_the_other_program(examples, capsys, tmp_path):
     assert examples("forward").main(["--weights", "camvid"]) == 2
-    assert "examples/segment.py draws such a network" in capsys.readouterr().err
+    assert "Use examples/segment.py for such a network" in capsys.readouterr().err
     assert examples("forward").main(["--output", "segmentation.jpg"]) == 2  # without --weights
-    assert "where the second picture goes. Name another" in capsys.readouterr().err
+    assert "the name of the second picture. Choose another" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -350,7 +350,7 @@ def test_the_same_colour_is_the_same_multiple_of_all_alike_at_every_stage(exampl
     for colours in (first, *others):
         np.testing.assert_allclose(colours, np.broadcast_to(first[0, 0], colours.shape), atol=0.01)
     (bar,) = [child for ax in figure.axes for child in ax.child_axes]
-    assert bar.get_xlabel() == "a key's weight × number of keys (1: all alike)"
+    assert bar.get_xlabel() == "a key's weight × number of keys (1: uniform)"
     assert [t.get_text() for t in bar.get_xticklabels()] == ["0", "1", "2", "3", "≥4"]
 
 
@@ -400,15 +400,15 @@ def test_segment_tells_how_much_each_class_gets_and_where_that_is_wrong(examples
     assert segment.main(["--panel", "200"]) == 0
     out = capsys.readouterr().out
     model, photo = pvt_ref.load("camvid"), pictures.default_photo()
-    assert f"photo:   {photo.credit}, 427x640 pixels, seen at 192x288\n" in out
-    assert f"classes: {', '.join(model.classes)}; no other is known\n" in out
-    assert "A lake is none of the classes, so there every answer is wrong." in out
+    assert f"photo:   {photo.credit}, 427x640 pixels, input of 192x288\n" in out
+    assert f"classes: {', '.join(model.classes)} (no others)\n" in out
+    assert "A lake is none of the classes, so every answer there is wrong." in out
     (class_map,) = model.segment(photo.path)
     table = [line.split() for line in out.splitlines()]
     for k, name in enumerate(model.classes):
         share = (class_map == k).mean()
         assert ([name, f"{share:.1%}"] in table) == (share > 0)
-        listed = f"{name} {share:.1%}" in out.partition("nowhere on the photo")[2]
+        listed = f"{name} {share:.1%}" in out.partition("not in the photo")[2]
         assert listed == (share > 0 and name in photo.absent)
     truths = [letter for row in photo.points for letter in row if letter != "."]
     assert len(truths) == 48
@@ -418,9 +418,7 @@ def test_segment_tells_how_much_each_class_gets_and_where_that_is_wrong(examples
         for i, j in places
     ]
     right = [pictures.KINDS[t] == answer for t, answer in zip(truths, answers, strict=True)]
-    assert (
-        f"48 points of a grid were labelled by hand; {sum(right)} of the answers there are" in out
-    )
+    assert f"48 points of a grid were labelled by hand; the answer is right at {sum(right)}:" in out
     for letter, name in pictures.KINDS.items():
         of_kind = [r for t, r in zip(truths, right, strict=True) if t == letter]
         words = [*name.split(), f"{len(of_kind)}", f"{sum(of_kind)}"]
@@ -477,7 +475,7 @@ def test_segment_draws_a_photo_of_ones_own_with_every_backbone(
     assert "\x07" not in out
     assert "two lines" in out
     assert "labelled" not in out
-    assert f"seen at 64x{width}" in out
+    assert f"input of 64x{width}" in out
     with Image.open(tmp_path / "x.jpg") as picture:
         assert picture.format == "JPEG"
     model = pvt_ref.load("m.safetensors")

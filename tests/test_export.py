@@ -511,6 +511,16 @@ def test_the_command_line_exports_and_replaces_only_when_told(tmp_path, monkeypa
     assert "output F4: " in out
 
 
+def test_the_command_line_adds_attention_to_logits_or_maps(tmp_path, capsys):
+    target, depths = str(tmp_path / "a.onnx"), pvt_ref.load("digits").config.depths
+    blocks = [f"A{i}.{j}" for i, depth in enumerate(depths, start=1) for j in range(depth)]
+    for more, first in (([], ["logits"]), (["--pyramid"], ["F1", "F2", "F3", "F4"])):
+        assert main(["export", "digits", "--attention", "--force", "-o", target, *more]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        outputs = [line.split()[1].rstrip(":") for line in lines if line.startswith("output ")]
+        assert outputs == first + blocks
+
+
 def test_the_command_line_exports_a_segmentation_network(tmp_path, capsys):
     config = dataclasses.replace(SEGMENTORS["pvt_v2"], num_classes=3)
     assert isinstance(config, SegmentorConfig)

@@ -51,7 +51,7 @@ def fake_cupy():
     """Of CuPy's module what is asked besides arrays."""
     runtime = types.SimpleNamespace(
         getDevice=lambda: 0,
-        getDeviceProperties=lambda _: {"name": b"a CPU in disguise", "clockRate": 1},
+        getDeviceProperties=lambda _: {"name": b"a CPU in disguise"},
     )
     pool = FakePool()
     return types.SimpleNamespace(
@@ -95,6 +95,14 @@ def script(plain_script, monkeypatch):
     return plain_script
 
 
+def test_a_device_is_held_without_its_clock_rate_which_cuda_13_does_not_tell(plain_script):
+    launches, cupy = [], fake_cupy()
+    cupy.RawKernel = lambda *_: lambda *given: launches.append(given)
+    plain_script.device_clock(cupy, None).hold()
+    assert launches == [((1,), (1,), (100_000_000,))]
+    assert launches[0][2][0].dtype == np.uint64
+
+
 def test_without_cuda_it_says_what_to_install_and_exits_with_2(plain_script, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)  # an import of it fails
     assert plain_script.main([]) == 2
@@ -110,7 +118,7 @@ def test_everything_is_compared_before_anything_is_timed(script, capsys, monkeyp
     compared, timed = out.split("All results match.")
     for name in ("logits", "maps", "gradients of the classifier", "gradients of the maps"):
         assert compared.count(f"\n{name} ") == 2  # in two precisions
-    for name in ("NumPy", "CUDA, launched", "CUDA, captured", "stage 1", "forward", "memory of"):
+    for name in ("NumPy", "CUDA, launched", "CUDA, captured", "stage 1", "forward", "device"):
         assert f"\n{name}" in timed
     assert "images of 32x32 pixels" in compared
     assert "1 MiB for a forward, 2 MiB with its backward" in timed
@@ -161,6 +169,17 @@ def test_weights_must_be_those_of_the_variant(plain_script, monkeypatch):
     assert plain_script.model_of("f", "pvt_tiny") is model
 
 
+def test_forwards_share_weights_that_were_laid_out_once(plain_script):
+    table = table_with(Cuda(None), is_numpy)
+    model = small_model()
+    plain_script.laid_out(model.params, model.config, (32, 32), table)
+    assert len(table.settings.arranged) == 1
+    clock, _ = ticking()
+    images = normal(0, 2, 3, 32, 32, dtype=np.float32)
+    ours = plain_script.ours("NumPy", model, images, None, None, clock, None)
+    assert np.array_equal(ours.forward(), pvt_ref.forward(model.params, images, model.config))
+
+
 def test_a_call_is_timed_alone(plain_script):
     clock, done = ticking()
     assert plain_script.seconds(lambda: done.append("run"), clock, repeats=3) == 1
@@ -199,7 +218,7 @@ def test_kernels_are_timed_one_by_one_behind_what_holds_the_device(plain_script,
     assert done == ["run", "wait", "hold", "run", "wait"]
     rows = [line.split() for line in plain_script.kernel_table(found, whole).splitlines()]
     assert ["a", "2", "2,000.000", "29%"] in rows
-    assert ["products", "and", "copies", "of", "libraries", "4,000.000", "57%"] in rows
+    assert ["products", "and", "copies", "by", "libraries", "4,000.000", "57%"] in rows
 
 
 @pytest.mark.skipif(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loose import loose
-from PIL import Image
+from PIL import Image, ImageDraw
 from segmentors import PVT, SEGMENTORS
 from small_pairs import (
     CLASSES,
@@ -68,6 +68,15 @@ def test_pairs_are_those_of_one_name_in_the_order_of_code_points(root):
     assert len(data) == 9
     chosen = pairs(root, names=["b", "003"])  # in the order of the list
     assert chosen.files == (("b.jpg", "b.png"), ("003.png", "003.png"))
+
+
+def test_names_may_have_dots_and_endings_capitals(root):
+    photo, labels = scene(7)
+    Image.fromarray(photo).save(root / "images" / "2011.05.jpg")
+    Image.fromarray(photo).save(root / "images" / "DSC_01.JPG")
+    for name in ("2011.05.png", "DSC_01.png"):
+        save_labels(root, name, labels)
+    assert pairs(root).files[-2:] == (("2011.05.jpg", "2011.05.png"), ("DSC_01.JPG", "DSC_01.png"))
 
 
 def test_what_is_read_is_what_was_written(root):
@@ -318,6 +327,33 @@ def test_what_lies_beyond_the_picture_is_fill_and_ignored(seed, whole):
     assert (target[~inner] == 255).all()
     for side, given_side in ((h, whole[0]), (w, whole[1])):
         assert max(1, round(0.5 * given_side)) <= side <= round(2 * given_side)
+
+
+def test_crops_reach_every_border():
+    labels = np.tile(np.arange(5, dtype=np.uint8), (7, 1))  # a pixel of room across, two down
+    labels[:, 0] += 10 * np.arange(7, dtype=np.uint8)
+    augment = PairAugment(scale=(1, 1), flip=False, distort=False)
+    places = set()
+    for seed in range(40):
+        given_labels = Image.fromarray(labels)
+        _, target = augment(Image.new("RGB", (5, 7)), given_labels, (7, 5), (5, 4), rng_of(seed))
+        places.add((int(target[0, 1]), int(target[-1, 0]) // 10))
+    assert {left for left, _ in places} == {1, 2}
+    assert {bottom for left, bottom in places if left == 1} == {4, 5, 6}
+
+
+def test_no_class_fills_what_is_labelled_of_a_crop():
+    """On the left half is ignored and 9 of 10 other pixels are of one class; on the right none."""
+    labels = np.zeros((10, 20), np.uint8)
+    labels[:5, :10] = 255
+    labels[9, :5] = 1
+    labels[5:, 10:] = 1
+    augment = PairAugment(scale=(1, 1), flip=False, distort=False)
+    size = Image.new("RGB", (20, 10))
+    for seed in range(40):
+        _, target = augment(size, Image.fromarray(labels), (10, 20), (10, 10), rng_of(seed))
+        counts = np.bincount(target[target < 255])
+        assert counts.max() < augment.most_of_a_class * counts.sum()
 
 
 def test_scales_fill_their_range_evenly():
@@ -587,6 +623,11 @@ def test_scores_are_those_of_a_slow_count(case):
     np.testing.assert_allclose(pixel_accuracy(counts), right / total if total else math.nan)
 
 
+def test_a_class_that_is_only_answered_counts_as_0():
+    counts = count_pixels(np.array([0, 0, 1]), np.array([0, 0, 0]), 3)
+    np.testing.assert_allclose(mean_iou(counts), (2 / 3 + 0) / 2)
+
+
 def test_scores_of_a_few_pixels():
     labels = np.array([[0, 0, 1, 1, 255, 2]])
     answers = np.array([[0, 1, 1, 1, 3, 0]])
@@ -705,6 +746,31 @@ def test_a_legend_names_only_what_is_there_and_never_what_has_no_answer():
     legend = np.asarray(overlay(photo, classes, "abc", colours))[:, 60:]
     there = [(legend == c).all(axis=2).sum() > 50 for c in colours]
     assert there == [False, True, False]
+
+
+def test_a_legend_begins_with_what_covers_most(monkeypatch):
+    texts, fills = [], []
+
+    def text(self, at, words, **_):
+        texts.append(words)
+
+    def rectangle(self, box, fill, **_):
+        fills.append(fill)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    monkeypatch.setattr(ImageDraw.ImageDraw, "rectangle", rectangle)
+    classes = np.full((100, 100), 2)
+    classes[:29] = 0
+    classes[29, :70] = 1
+    classes[30, :40] = 3
+    overlay(Image.new("RGB", (100, 100)), classes, CLASSES, COLOURS)
+    assert texts == ["square 70%", "ground 29%", "disc 1%", "bar <1%"]
+    assert fills == [tuple(COLOURS[k]) for k in (2, 0, 1, 3)]
+
+
+def test_colours_of_classes_are_vocs():
+    expected = ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128))
+    assert class_colours(5) == expected
 
 
 def test_an_overlay_is_of_the_photos_size():

@@ -29,6 +29,7 @@ from pvt_ref.layers.batch_norm import (
 )
 from pvt_ref.layers.conv import ConvParams, conv
 from pvt_ref.layers.dropout import dropout_channels
+from pvt_ref.layers.relu import relu
 from pvt_ref.layers.resize import resize
 from pvt_ref.ops import REFERENCE
 from pvt_ref.tree import map_arrays, named_arrays
@@ -377,6 +378,15 @@ def test_weights_of_1_and_pixels_that_all_count_change_no_bit():
         np.testing.assert_array_equal(dsame, dlogits)
 
 
+def test_only_the_ratios_of_class_weights_matter():
+    logits, labels = normal(0, 1, 3, 2, 2), drawn_labels(0, 3, 1, 2, 2, ignored=0)
+    weights = np.array([0.5, 2.0, 1.0])
+    loss, dlogits = cross_entropy(logits, labels, class_weights=weights)
+    tiny, dtiny = cross_entropy(logits, labels, class_weights=weights / 1024)  # sum to less than 1
+    assert tiny == loss
+    np.testing.assert_array_equal(dtiny, dlogits)
+
+
 def test_a_weighted_loss_in_another_library_and_in_float32():
     logits = normal(0, 2, 3, 2, 2, dtype=np.float32)
     labels, weights = drawn_labels(1, 3, 2, 2, 2), np.array([0.5, 2, 1], np.float32)
@@ -427,3 +437,8 @@ def test_the_released_loss_is_that_of_the_valid_pixels_times_their_share(seed):
     all_loss, dall = cross_entropy(logits, labels, reduction="mean_of_all", ignore_index=255)
     np.testing.assert_allclose(all_loss, share * loss, rtol=1e-14)
     assert_near(dall, share * dlogits, GRADIENT)
+
+
+def test_relu_does_not_hide_what_is_not_a_number():
+    y, _ = relu.forward(None, np.array([np.nan, -1.0, 2.0]), REFERENCE)
+    np.testing.assert_array_equal(y, [np.nan, 0.0, 2.0])

@@ -178,6 +178,17 @@ def test_inference_equals_mmsegmentations(released, table):
     assert_digest(f"{tag}/slide_64_48x40", slid, SEED, numbers, 1e-12)
 
 
+@pytest.mark.parametrize("kind", SEGMENTORS)
+def test_every_operation_that_a_network_asks_for_may_be_replaced(kind):
+    config, asked = SEGMENTORS[kind], set()
+    ops = REFERENCE.watched(lambda call: asked.add(call.operation))
+    images = normal(0, 1, 3, 64, 64)
+    logits, cache = pvt_ref.forward_with_cache(params_of(config), images, config, ops=ops)
+    pvt_ref.backward(cache.params, cache, logits, config, ops=ops)
+    assert batch_norm in asked
+    assert asked <= SEGMENTOR.operations
+
+
 def test_scores_equal_mmsegmentations():
     numbers, tag = golden("semantic_fpn"), f"{TAG}/infer"
     answers = numbers[f"{tag}/labels"]
@@ -903,6 +914,19 @@ def test_a_new_head_forgets_the_classes_and_their_colours():
     backbone = dataclasses.replace(config.backbone, num_classes=4)
     classifier = Model(pvt_ref.init_params(backbone, rng_of(0)), backbone, info=info)
     assert pvt_ref.with_segmentation_head(classifier, config.head, 3, rng_of(1)).info == left
+
+
+def test_a_new_segmentation_head_keeps_the_tables_rows_of_places():
+    """A classifier's last table has a row for the class token, which comes first."""
+    config = dataclasses.replace(PVT, num_classes=5)
+    classifier = Model(params_of(config), config)
+    made = pvt_ref.with_segmentation_head(classifier, SEGMENTORS["pvt"].head, 3, rng_of(1))
+    given, kept = (pvt_ref.to_state_dict(m.params) for m in (classifier, made))
+    for stage in (1, 2, 3):
+        np.testing.assert_array_equal(
+            kept[f"backbone.pos_embed{stage}"], given[f"pos_embed{stage}"]
+        )
+    np.testing.assert_array_equal(kept["backbone.pos_embed4"], given["pos_embed4"][:, 1:])
 
 
 def test_advice_names_a_network_that_is_there():

@@ -91,7 +91,7 @@ def test_a_training_that_was_stopped_ends_with_the_same_bits_and_is_scored_once(
     assert looked_at == ["test"]
     of_parts = [*given, "--out", str(parts)]
     assert program.main([*of_parts, "--stop-at-step", "2"]) == 130
-    assert "Stopped and saved after step 2. --resume goes on" in capsys.readouterr().out
+    assert "Stopped and saved after step 2. --resume continues" in capsys.readouterr().out
     assert not (parts / "test.json").exists()
     assert not (parts / "model.safetensors").exists()
     assert program.main([*of_parts, "--resume"]) == 0
@@ -217,7 +217,7 @@ def test_what_another_run_left_is_not_taken_for_this_ones(name, program, data, t
     run.mkdir()
     (run / name).write_text("")
     assert program.main(["--data", str(data), "--out", str(run), *GIVEN]) == 2
-    assert f"{name} is of another run. Name another --out" in capsys.readouterr().err
+    assert f"{name} belongs to another run. Name another --out" in capsys.readouterr().err
     assert [path.name for path in run.iterdir()] == [name]
 
 

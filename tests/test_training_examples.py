@@ -364,7 +364,7 @@ def test_a_model_that_is_in_the_way_is_found_before_the_training(examples, tmp_p
     folder.mkdir()
     (folder / "model.safetensors").write_text("")
     assert program.main(["--folder", str(folder)]) == 2
-    assert "model.safetensors is of another run" in capsys.readouterr().err
+    assert "model.safetensors belongs to another run" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
 
 
@@ -396,7 +396,7 @@ def test_imagenette_is_trained_stopped_resumed_and_scored_once(
     stopped = functools.partial(train_folder, stop_at_step=2)
     monkeypatch.setattr(imagenette, "train_folder", stopped)
     assert imagenette.main(command + given) == 130
-    assert "--resume goes on" in capsys.readouterr().out
+    assert "--resume continues" in capsys.readouterr().out
     assert not (out / imagenette.SCORE).exists()
     monkeypatch.setattr(imagenette, "train_folder", train_folder)
     assert imagenette.main([*command, "--resume"]) == 0

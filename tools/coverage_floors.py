@@ -1,9 +1,9 @@
-"""Are enough lines and branches run by a test? Reads what ``coverage json`` wrote.
+"""Checks that tests cover enough lines and branches. Reads the output of ``coverage json``.
 
     python tools/coverage_floors.py coverage.json
 
-Every line and branch of the layers, blocks, heads and models must be, and 95 % of the package:
-kernels and devices have lines that only a GPU reaches. What no test reaches is listed by file.
+Tests must cover every line and branch of the layers, blocks, heads and models, and 95 % of the
+package, since some lines of kernels run only on a GPU. Uncovered lines are listed by file.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-#: Part of the package, by the beginning of its files' paths, and how much of it must be run, in %.
+#: Parts of the package, by path prefix, and the coverage that each must have, in %.
 FLOORS = {
     "pvt_ref/layers/": 100,
     "pvt_ref/blocks/": 100,
@@ -31,7 +31,7 @@ def missing(file: dict[str, Any]) -> str:
             runs.append([line])
     lines = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
     gone = set(file["missing_lines"])
-    # a branch into or out of a line that is listed says nothing more; a negative end is an exit
+    # leaves out branches into or out of a listed line; a negative end is an exit
     branches = [
         f"{start}->{'exit' if end < 0 else end}"
         for start, end in file["missing_branches"]
@@ -41,15 +41,15 @@ def missing(file: dict[str, Any]) -> str:
 
 
 def judge(report: dict[str, Any], floors: dict[str, int]) -> tuple[list[str], bool]:
-    """Lines to print, and whether every floor is held.
+    """Lines to print, and whether every floor is reached.
 
     Args:
-        report: what ``coverage json`` wrote, with branches.
-        floors: per cent by the beginning of a path.
+        report: the output of ``coverage json``, with branches.
+        floors: per cent by path prefix.
 
     Raises:
-        ValueError: if branches were not measured, or a part has no files: its floor would hold
-            whatever the tests do.
+        ValueError: if branches were not measured, or a part has no files, so that its floor would
+            always be reached.
     """
     if not report["meta"].get("branch_coverage"):
         raise ValueError("branches were not measured; run coverage with branch = true")
@@ -75,7 +75,7 @@ def judge(report: dict[str, Any], floors: dict[str, int]) -> tuple[list[str], bo
 
 
 def main() -> int:
-    """Prints how much is run of each part; the exit status is 1 if it is too little."""
+    """Prints the coverage of each part; the exit status is 1 if it is too low."""
     report = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     told, held = judge(report, FLOORS)
     print("\n".join(told))

@@ -1,11 +1,11 @@
-"""Writes tools/locked/: for every extra of pyproject.toml, what installing it takes, with hashes.
+"""Writes tools/locked/: for every extra of pyproject.toml, all required files with their hashes.
 
     pip install uv && python tools/lock.py
 
 The releases are those of constraints.txt, for every Python from 3.11.2 on and every platform. pip
 verifies hashes only of files, not of a checkout, so the targets of the Makefile install one of
-these lists first, and then the project by itself. PyTorch is left out, and with it CUDA's
-libraries: its CPU and CUDA builds share one version, and their files have different hashes.
+these lists first, and then the project alone. PyTorch and CUDA's libraries are not included: its
+CPU and CUDA builds have the same version but different hashes.
 """
 
 import re
@@ -23,7 +23,7 @@ HEAD = """\
 
 
 def lock(extra: str) -> str:
-    """The list for one extra, as pip's --require-hashes reads it."""
+    """The list for one extra, in the format of pip's --require-hashes."""
     command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "pyproject.toml", "-"]
     command += ["--extra", extra, "--constraint", "constraints.txt"]
     command += ["--universal", "--python-version", "3.11.2", "--generate-hashes"]

@@ -1,10 +1,10 @@
-"""Writes docs/model_cards.md: what is known of each weights file in the package, from the file.
+"""Writes docs/model_cards.md from the metadata of the weights files in the package.
 
     python tools/model_cards.py            writes it
-    python tools/model_cards.py --check    asks whether it is as it would be written
+    python tools/model_cards.py --check    checks whether it is up to date
 
-Everything but the terms of the data stands in the files' own metadata; the terms are those of
-pvt_ref/weights/README.md. Nothing is measured here.
+Data and their terms come from pvt_ref/weights/README.md, everything else from the files' own
+metadata. Nothing is measured here.
 """
 
 import hashlib
@@ -22,19 +22,19 @@ WEIGHTS = ROOT / "pvt_ref" / "weights"
 HEAD = """\
 # Cards of the weights
 
-What the weights files in the package say of themselves: what they know, how they were trained, and
-how well they did. A card is made from the file's metadata by `tools/model_cards.py`, and a test
-compares them. Every score was measured when the file was trained. The
-[results](results/training.md) tell more of the trainings.
+These cards describe the weights files in the package: their classes, training and scores.
+`tools/model_cards.py` makes a card from the file's metadata, and a test compares them. Every score
+was measured when the file was trained. The [results](results/training.md) describe the trainings
+in more detail.
 
-A network knows the classes of its card and no other: of a picture of anything else it names the
-nearest of them, often with confidence. These are networks to learn from. None was tested for a use
-in which a wrong answer does harm.
+A network knows only the classes of its card. For a picture of anything else it predicts one of
+them, often with high confidence. These networks are for learning. None was tested for a use in
+which a wrong answer does harm.
 """
 
 
 def terms(name: str) -> tuple[str, str]:
-    """The data that a file was learnt from, and its terms, as the folder's README has them."""
+    """The training data of a file and its terms, from the folder's README."""
     readme = (WEIGHTS / "README.md").read_text(encoding="utf-8")
     found = re.search(rf"^\| `{name}\.safetensors` \| (.+?) \| (.+?) \|$", readme, re.MULTILINE)
     if found is None:
@@ -43,7 +43,7 @@ def terms(name: str) -> tuple[str, str]:
 
 
 def spelt(value: Any) -> str:
-    """A value of the metadata, readable."""
+    """A value of the metadata as readable text."""
     match value:
         case bool():
             return str(value)
@@ -60,7 +60,7 @@ def spelt(value: Any) -> str:
 
 
 def said(training: dict[str, Any]) -> list[tuple[str, str]]:
-    """What a file says of its training; its data and their terms have rows of their own."""
+    """A file's statements about its training; data and terms have their own rows."""
     return [
         (
             key if key == "pvt_ref" else key.replace("_", " "),
@@ -80,10 +80,10 @@ def card(name: str) -> str:
     data, allowed = terms(name)
     preprocessing = info.preprocessing
     rows = [
-        ("load it", f'`pvt_ref.load("{name}")`'),
+        ("to load it", f'`pvt_ref.load("{name}")`'),
         ("file", f"{path.stat().st_size:,} bytes, {len(state)} arrays"),
         ("SHA-256 of the file", f"`{hashlib.sha256(path.read_bytes()).hexdigest()}`"),
-        ("numbers in it", f"{sum(x.size for x in state.values()):,}"),
+        ("numbers in the arrays", f"{sum(x.size for x in state.values()):,}"),
         ("classes", spelt(info.classes)),
         (
             "preprocessing",
@@ -95,7 +95,7 @@ def card(name: str) -> str:
         *said(dict(info.training)),
     ]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
-    return f"## {name}\n\n{info.title}.\n\n| what | as the file says |\n| --- | --- |\n{table}\n"
+    return f"## {name}\n\n{info.title}.\n\n| property | value |\n| --- | --- |\n{table}\n"
 
 
 def cards() -> str:

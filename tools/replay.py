@@ -1,4 +1,4 @@
-"""Shows whether a change of the code changed a bit of what it computes.
+"""Shows whether a change of the code changed any bit of its results.
 
     python tools/replay.py record before.json            # before the change
     python tools/replay.py compare before.json           # after it, on the same machine
@@ -6,15 +6,15 @@
 
 ``record`` runs hundreds of cases (logits, feature maps, gradients, trainings, files) and stores the
 SHA-256 of every array, with its norm, its sum and a sketch. ``compare`` runs them again and
-prints, for each group of cases, how many arrays are equal, different or missing. For one that
+prints, for each group of cases, how many arrays are equal, different or missing. For an array that
 differs, it estimates ``norm(new - old) / norm(old)`` from the sketches: 1e-7 is float32 rounding in
-another order, 1e-2 is another result. It exits with 1 if anything differs that ``--allow`` does not
-match. A pattern is a shell pattern of ``case: array``, the way differences are printed.
+another order, 1e-2 is a different result. It exits with 1 if anything differs that ``--allow`` does
+not match. A pattern is a shell pattern of ``case: array``, as differences are printed.
 
-Bits depend on the processor, NumPy and its BLAS, so both runs must have the same; ``compare`` says
-so if not. Inputs come from fixed seeds. BLAS keeps to one thread, and kernels have fixed threads
-and block sizes. The cases in ``training/own random numbers`` depend on how a training draws its
-numbers; they are printed, but do not decide the exit status.
+Bits depend on the processor, NumPy and its BLAS, so both runs must have the same; ``compare``
+reports a difference. Inputs come from fixed seeds. BLAS uses one thread, and kernels have fixed
+threads and block sizes. The cases in ``training/own random numbers`` depend on how a training draws
+its numbers; they are printed, but do not affect the exit status.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from pvt_ref import VARIANTS, Model, ModelInfo, Preprocessing, PVTConfig
 ROOT = Path(__file__).resolve().parents[1]
 
 # ==================================================================================================
-# What moves when the package is restructured: port this part by hand, and nothing below it.
+# Depends on the package's structure: after a restructuring, port this part by hand, and only this.
 # ==================================================================================================
 
 from pvt_ref import REFERENCE, Operation, blocked_ops  # noqa: E402
@@ -76,7 +76,7 @@ def reference() -> Any:
 
 
 def kernels(threads: int, elements: int) -> Any:
-    """The table of the kernels for NumPy, with so many threads and numbers in a block."""
+    """The table of the kernels for NumPy, with that many threads and numbers in a block."""
     return blocked_ops(threads, elements=elements)
 
 
@@ -92,15 +92,15 @@ def with_gelu(table: Any, f: Callable[..., Any], derivative: Callable[..., Any])
     return table.replace(gelu, Operation(forward, backward))
 
 
-#: What a training computes on. It must have one thread and blocks of 2**18 numbers.
+#: The tables for a training. They must have one thread and blocks of 2**18 numbers.
 TRAINING_TABLES = ("reference", "kernels")
 
 
 @contextlib.contextmanager
 def as_default(table: str) -> Iterator[None]:
-    """Makes one of TRAINING_TABLES the table of whatever is called without one.
+    """Makes one of TRAINING_TABLES the default table.
 
-    Where a training step, evaluate and predict take a table, give it to them instead.
+    If a training step, evaluate and predict take a table, pass it to them instead.
     """
     before = os.environ.get("PVT_REF_OPS")
     os.environ["PVT_REF_OPS"] = {"reference": "reference", "kernels": "blocked"}[table]
@@ -139,7 +139,7 @@ def package_predict(model: Model, picture: Any, table: str) -> np.ndarray:
 
 
 def moments(optimizer: Any) -> tuple[Any, Any]:
-    """The running mean and mean square that AdamW remembers."""
+    """The running mean and mean square of AdamW's state."""
     return optimizer.m, optimizer.v
 
 
@@ -147,20 +147,20 @@ def moments(optimizer: Any) -> tuple[Any, Any]:
 # Digests
 # ==================================================================================================
 
-#: Numbers in a sketch. More make the estimate of a difference more exact, and the file larger.
+#: Numbers in a sketch. More give a more exact estimate of a difference, and a larger file.
 SKETCH = 4
 
 
 @cache
 def _signs(bits: int) -> np.ndarray:
-    """Random signs, as many as that many bits can count."""
+    """2**bits random signs."""
     return 1 - 2 * np.random.default_rng(0).integers(0, 2, 2**bits, dtype=np.int8)
 
 
 def sketch(x: np.ndarray) -> list[float]:
     """A few sums over x, (n,), with random signs.
 
-    The difference of two sketches has, in the root mean square, the norm of the difference of the
+    The root mean square norm of the difference of two sketches is the norm of the difference of the
     arrays (Charikar et al. 2002, the count sketch). Norms alone would hide most differences.
     """
     signed = np.zeros(-(-x.size // SKETCH) * SKETCH)
@@ -170,7 +170,7 @@ def sketch(x: np.ndarray) -> list[float]:
 
 
 def digest(value: Any) -> dict[str, Any]:
-    """What is stored of an array, of bytes or of a text."""
+    """The stored description of an array, of bytes or of a text."""
     if isinstance(value, str):
         value = value.encode()
     if isinstance(value, bytes):
@@ -188,7 +188,7 @@ def digest(value: Any) -> dict[str, Any]:
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[float, str]:
-    """How far two arrays are apart, in norms of the old one, and in words."""
+    """The distance of two arrays, relative to the norm of the old one, and in words."""
     if old["kind"] != new["kind"]:
         return math.inf, f"{old['kind']} became {new['kind']}"
     if "sketch" not in old:
@@ -212,7 +212,7 @@ class Case:
     """A named computation.
 
     Attributes:
-        name: its group and what it is, separated by slashes.
+        name: its group and description, separated by slashes.
         run: computes the arrays (or bytes, or texts) by name.
     """
 
@@ -225,12 +225,12 @@ class Case:
         return "/".join(self.name.split("/")[:2])
 
 
-#: Cases that another way of drawing a training's random numbers changes.
+#: Cases that depend on how a training draws its random numbers.
 OWN_NUMBERS = "training/own random numbers"
 
 
 def tanh_gelu(x: Any) -> Any:
-    """Another GELU, so that a table with a replaced operation is seen too."""
+    """Another GELU, so that a table with a replaced operation is tested too."""
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
@@ -282,7 +282,7 @@ SMALL: dict[str, PVTConfig] = {
     }.items()
 }
 
-#: Models that drop, each with a generator given.
+#: Models with dropout or drop path, each with a generator.
 DROPPING: dict[str, PVTConfig] = {
     name: dataclasses.replace(SMALL["deeper"], **rates)
     for name, rates in {
@@ -295,12 +295,12 @@ DROPPING: dict[str, PVTConfig] = {
 
 
 def rng_of(*what: Any) -> np.random.Generator:
-    """A generator that depends on nothing but what is named."""
+    """A generator that depends only on the arguments."""
     return np.random.default_rng(zlib.crc32(repr(what).encode()))
 
 
 def random_params(config: PVTConfig, dtype: Any) -> Any:
-    """Weights with no zeros and ones left: every bias counts."""
+    """Weights without zeros and ones, so that every bias matters."""
     rng = rng_of("params")
     state = pvt_ref.to_state_dict(pvt_ref.init_params(config, rng, np.float64))
     moved = {key: x + 0.02 * rng.standard_normal(x.shape) for key, x in state.items()}
@@ -314,7 +314,7 @@ def random_images(config: PVTConfig, batch: int, size: tuple[int, int], dtype: A
 
 
 def named(prefix: str, params: Any) -> Arrays:
-    """The arrays of parameters or gradients, their names behind a prefix."""
+    """The arrays of parameters or gradients, with a prefix before their names."""
     return {f"{prefix} {key}": x for key, x in pvt_ref.to_state_dict(params).items()}
 
 
@@ -386,7 +386,7 @@ def model_cases() -> Iterator[Case]:
         compute = classify if config.has_classifier else pyramid
         for table in TABLES:
             for dtype in dtypes:
-                # the tables of positions as they are, and resized for wider and smaller images
+                # position tables at their own size, and resized for wider and smaller images
                 yield _model_case(f"small/{name}", config, 2, (32, 32), table, dtype, compute)
                 yield _model_case(f"small/{name}", config, 3, (32, 96), table, dtype, compute)
         yield _model_case(f"small/{name}", config, 1, (64, 32), "reference", np.float64, compute)
@@ -419,7 +419,7 @@ def attention(params: Any, images: Any, config: PVTConfig, table: Any) -> Arrays
     return {f"stage {i}, block {k}": weights for (i, k), weights in maps.items()}
 
 
-#: What images may be like besides plain arrays of the weights' dtype.
+#: Kinds of images besides plain arrays of the weights' dtype.
 LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "float64": lambda x: x.astype(np.float64),
     "float16": lambda x: x.astype(np.float16),
@@ -486,7 +486,7 @@ def _made_up(config: PVTConfig, dtype: Any) -> Model:
 
 
 def other_cases() -> Iterator[Case]:
-    """Attention weights, unusual images, shipped models, pictures, first weights, and files."""
+    """Attention weights, unusual images, shipped models, pictures, initial weights, and files."""
     for table in TABLES:
         for name in ("plain", "backbone, R 2 in stage 4"):
             group, config = f"attention/{name}", SMALL[name]
@@ -530,12 +530,12 @@ _TRAINED = PVTConfig(
 
 _DROPPING = dataclasses.replace(
     _TRAINED, drop_path_rate=0.3, drop_rate=0.1, attn_drop_rate=0.1
-)  # with a generator given
+)  # with a generator
 
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """How steps are put together here, from the parts that the package has for them."""
+    """How steps are composed here from the package's parts."""
 
     config: PVTConfig = _TRAINED
     optimizer: AdamW = dataclasses.field(default_factory=AdamW)
@@ -563,7 +563,7 @@ STEPS: dict[str, Steps] = {
 
 
 def train_by_hand(steps: Steps, table: str, dtype: Any) -> Arrays:
-    """Some steps on two batches in turn; what is dropped comes from a generator given."""
+    """Some steps on two batches in turn; the given generator draws dropout masks."""
     config, ops = steps.config, TABLES[table]()
     params = average = random_params(config, dtype)
     optimizer = adamw_init(params)
@@ -595,7 +595,7 @@ def train_by_hand(steps: Steps, table: str, dtype: Any) -> Arrays:
 
 
 def samples(count: int, same: bool) -> LabelledImages:
-    """Pictures with labels; all the same, their order does not matter."""
+    """Labelled pictures; with same, all are equal, so their order does not matter."""
     rng = rng_of("samples")
     images = rng.integers(0, 256, (count, 1, 16, 16), dtype=np.uint8)
     labels = rng.integers(0, 3, count)
@@ -606,7 +606,7 @@ def samples(count: int, same: bool) -> LabelledImages:
 
 _STILL: dict[str, Any] = {"crop_padding": 0, "flip": False, "cutout": 0, "mixup_alpha": 0.0}
 
-#: Recipes of trainings in which nothing is random: no rates, and samples that are all the same.
+#: Recipes of trainings without randomness: no rates, and samples that are all the same.
 FIXED: dict[str, Recipe] = {
     "plain": Recipe(epochs=5, batch_size=6, **_STILL),
     "two parts, no clipping": Recipe(
@@ -624,7 +624,7 @@ FIXED: dict[str, Recipe] = {
     ),
 }
 
-#: A recipe in which all is random that can be.
+#: A recipe in which everything is random that can be.
 RANDOM = Recipe(
     epochs=5,
     batch_size=6,
@@ -642,7 +642,7 @@ RANDOM = Recipe(
 def train_by_package(
     config: PVTConfig, recipe: Recipe, same: bool, table: str, dtype: Any
 ) -> Arrays:
-    """Some of the package's own steps, and how good the weights then are."""
+    """Some of the package's own steps, and the accuracy of the weights after them."""
     reports, params, average, (m, v) = package_training(
         random_params(config, dtype), samples(27, same), config, recipe, table, _STEPS
     )
@@ -669,7 +669,7 @@ def training_cases() -> Iterator[Case]:
 
 
 def all_cases() -> list[Case]:
-    """Every case there is, in order of their running."""
+    """All cases, in the order in which they run."""
     return [*model_cases(), *other_cases(), *training_cases()]
 
 
@@ -679,7 +679,7 @@ def all_cases() -> list[Case]:
 
 
 def environment() -> dict[str, Any]:
-    """What bits depend on besides the code."""
+    """Everything that bits depend on besides the code."""
     processor = platform.processor()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -699,7 +699,7 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit in use; with a plus if files were changed since."""
+    """The current commit, with a plus if files were changed since."""
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -709,7 +709,7 @@ def commit() -> str:
 
 
 def digests(case: Case) -> dict[str, Any]:
-    """The digests of all that a case computes, by name."""
+    """The digests of all results of a case, by name."""
     return {name: digest(value) for name, value in case.run().items()}
 
 
@@ -736,7 +736,7 @@ KINDS = ("equal", "different", "missing", "new", "expected", "allowed")
 def compare(
     path: Path, only: str | None = None, allow: Sequence[str] = (), most_lines: int = 10
 ) -> int:
-    """Runs the cases and prints what is not as it was stored; 1 if that was not allowed."""
+    """Runs the cases and prints differences; returns 1 if one was not allowed."""
     before, here = json.loads(path.read_text(encoding="utf-8")), environment()
     print(f"recorded at commit {before['commit']}, now {commit()}")
     for key, value in before["environment"].items():
@@ -758,7 +758,7 @@ def compare(
         if name in cases:
             try:
                 new, failure = digests(cases[name]), "is not computed any more"
-            except Exception as error:  # whatever a restructured package raises; go on
+            except Exception as error:  # continues after any error of a restructured package
                 failure = "{}: {}".format(type(error).__name__, str(error).partition("\n")[0])
         for array in dict.fromkeys([*old, *new]):
             far, full = 0.0, f"{name}: {array}"

@@ -1,10 +1,10 @@
-"""The segmentation network of a finished run of examples/train_camvid.py becomes the package's.
+"""Ships the segmentation network of a finished run of examples/train_camvid.py with the package.
 
     python tools/ship_camvid.py RUN
 
-Copies RUN/model.safetensors to pvt_ref/weights/camvid.safetensors, and renews what follows from
-it: the answers that a test knows it by, README's picture, and its row of README's table of
-trainings. Without RUN they are renewed for the weights that are there.
+Copies RUN/model.safetensors to pvt_ref/weights/camvid.safetensors, and renews everything that
+depends on it: the stored answers that a test compares, README's picture, and its row in README's
+table of trainings. Without RUN, all this is renewed for the current weights.
 """
 
 import argparse
@@ -22,12 +22,12 @@ WEIGHTS = ROOT / "pvt_ref" / "weights" / "camvid.safetensors"
 ANSWERS = ROOT / "tests" / "golden" / "camvid.npz"
 PHOTO = ROOT / "examples" / "chelsea.jpg"
 PICTURE = "docs/images/segmentation.jpg"
-#: Pixels a panel: the picture then has less than 400 kB.
+#: Pixels per panel, chosen so that the picture has less than 400 kB.
 PANEL = 400
 
 
 def answers(model: pvt_ref.Model) -> dict[str, np.ndarray]:
-    """Logits for drawn numbers, and how much of a photo each class gets."""
+    """Logits for random images, and each class's fraction of a photo."""
     images = np.random.default_rng(0).standard_normal((2, 3, 64, 96)).astype(np.float32)
     (found,) = model.segment(PHOTO)
     share = np.bincount(found.ravel(), minlength=len(model.classes)) / found.size
@@ -35,25 +35,25 @@ def answers(model: pvt_ref.Model) -> dict[str, np.ndarray]:
 
 
 def row(model: pvt_ref.Model) -> str:
-    """Its row of README's table."""
+    """The network's row in README's table."""
     said = model.info.training
     parameters = pvt_ref.count_cost(model.config).parameters
     iou, right = (f"{100 * said[f'test_{x}']:.1f} %" for x in ("miou", "pixel_accuracy"))
     data = f"[CamVid](docs/results/training_camvid.md), {said['frames']['test']} test frames"
     score = f"mIoU {iou}; {right} of the pixels"
-    how = f"{said['epochs']} epochs, begun with the backbone of `imagenette`"
+    how = f"{said['epochs']} epochs, from the backbone of `imagenette`"
     return f"| {data} | {parameters:,} | {score} | {how} | version {said['pvt_ref']} |"
 
 
 def with_row(readme: str, new: str) -> str:
-    """README with the row in the place of an older one, or behind Imagenette's."""
+    """README with the row in place of an older one, or after Imagenette's."""
     lines = [line for line in readme.split("\n") if not line.startswith("| [CamVid]")]
     (before,) = [i for i, line in enumerate(lines) if line.startswith("| [Imagenette]")]
     return "\n".join([*lines[: before + 1], new, *lines[before + 1 :]])
 
 
 def main() -> int:
-    """Renews all; returns the exit status of what draws the picture."""
+    """Renews everything; returns the exit status of the program that draws the picture."""
     parser = argparse.ArgumentParser(description="Puts a trained network into the package.")
     parser.add_argument("run", nargs="?", metavar="RUN", help="the folder of the run")
     args = parser.parse_args()

@@ -9,8 +9,9 @@ from typing import Any
 
 #: A block whose output alone is shown, and the caption of a figure.
 _HIDDEN = re.compile(
-    r'^```python exec="1"(?P<figure> html="1")? session="\w+"\n(?P<code>.*?)^```\n'
-    r"(?P<caption>\n\*[^*\n].*?(?=\n\n|\Z))?",
+    r'^```python exec="1"(?:(?P<figure> html="1")|(?P<told> result="text"))? session="\w+"\n'
+    r"(?P<code>.*?)^```\n"
+    r"(?(figure)(?:\n\*[^*\n].*?(?=\n\n|\Z))?)",
     re.DOTALL | re.MULTILINE,
 )
 
@@ -26,6 +27,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
             title = "The code of the figure"
         elif "print(shapes(" in code:
             title = "The code of the table, and of the arrays used below"
+        elif match["told"] or re.search(r'print\(f?"\| ', code):
+            title = "The code of the table"
         else:
             return match[0]
         block = textwrap.indent(f"```python\n{code}```\n", "    ", lambda line: line.strip() != "")

@@ -3,7 +3,6 @@
 Everything here returns text; pages print it.
 """
 
-import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -18,7 +17,10 @@ NOT_YET = "not measured yet"
 
 
 def listing(file: str, *kernels: str) -> str:
-    """The kernels of a .cu file, by their names; without names all of it but its first comment."""
+    """The kernels of a .cu file, by their names; without names all of it but its first comment.
+
+    A line above names the file and links the reference of the module that launches it.
+    """
     text = (HERE / file).read_text(encoding="utf-8")
     if kernels:
         found = [
@@ -31,17 +33,12 @@ def listing(file: str, *kernels: str) -> str:
         text = "\n".join(match[0] for match in found if match)
     else:
         text = re.sub(r"\A(?://.*\n)+\n*", "", text)
-    return f"```cpp\n{text.rstrip()}\n```\n"
+    launched_by = "pvt_ref.kernels.cuda." + re.sub(r"(_\d\w*)?\.cu$", "", file).replace("/", ".")
+    name = f"[`pvt_ref/kernels/cuda/{file}`][{launched_by}]{{ .listing }}"
+    return f"{name}\n\n```cpp\n{text.rstrip()}\n```\n"
 
 
 _LINES = re.DOTALL | re.MULTILINE
-
-
-def purpose(file: str) -> str:
-    """The first sentence of a .cu file's comment, on one line, without what is in brackets."""
-    lines = (HERE / file).read_text(encoding="utf-8").splitlines()
-    comment = " ".join(line[3:] for line in itertools.takewhile(lambda x: x[:2] == "//", lines))
-    return re.split(r"[.:](?: |$)", re.sub(r" ?\([^)]*\)", "", comment))[0]
 
 
 def measured(results: Path = RESULTS) -> dict | None:

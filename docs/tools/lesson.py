@@ -78,17 +78,18 @@ def shapes(sizes: dict[str, int], **arrays: tuple[Array, str, str]) -> str:
 
 
 def compare(name: str, ours: Array, theirs: Array, tolerance: float) -> str:
-    """One line on how far two arrays are apart, relative to the second.
+    """One line: the error of an array relative to the norm of another, and the bound on it.
 
     Raises:
-        AssertionError: if that is more than tolerance, or the second is zero.
+        AssertionError: if the error is above the bound, or the second array is zero.
     """
     assert ours is not theirs, f"{name}: compared with itself, which shows nothing"
     norm = float(np.linalg.norm(theirs))
     assert norm > 0, f"{name}: compared with zero, which shows nothing"
     error = float(np.linalg.norm(ours - theirs)) / norm
     assert error <= tolerance, f"{name}: {error:.1e} apart, allowed is {tolerance:.0e}"
-    return f"{name:<28} differs by less than {tolerance:.0e}, relative"
+    shown = f"{error:.0e}" if error else "0"
+    return f"{name:<28} relative error {shown:>5}, bound {tolerance:.0e}"
 
 
 def finite_difference(f: Callable[[Array], float], x: Array, step: float = 1e-5) -> Array:

@@ -4,7 +4,7 @@ A fine map sees edges, a coarse one what they belong to. Every level is brought 
 given what the coarser levels know, and is smoothed. There is no norm and no activation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pvt_ref.arrays import Array, Grid
@@ -63,16 +63,18 @@ def fpn_forward(
     for i in range(len(laterals) - 1, 0, -1):
         finer: Grid = laterals[i - 1].shape[1:3]
         told, cache = ops[resize].forward(None, laterals[i], ops, finer, "nearest", keep=keep)
-        laterals[i - 1] = laterals[i - 1] + told
+        laterals[i - 1] += told  # its own array, and in no cache
+        del told  # memory is fullest below
         resize_caches.insert(0, cache)
-    y, fpn_caches = _convolve(p.fpn_convs, laterals, ops, 1, keep)
+    one_by_one = (laterals.pop(0) for _ in p.fpn_convs)  # none outlives its convolution
+    y, fpn_caches = _convolve(p.fpn_convs, one_by_one, ops, 1, keep)
     if not keep:
         return y, None
     return y, FPNCache(tuple(lateral_caches), tuple(resize_caches), tuple(fpn_caches))
 
 
 def _convolve(
-    p: Sequence[FPNConvParams], x: Sequence[Array], ops: Ops, padding: int, keep: bool
+    p: Sequence[FPNConvParams], x: Iterable[Array], ops: Ops, padding: int, keep: bool
 ) -> tuple[list[Array], list[Any]]:
     """The convolution of each level, and their caches."""
     done = [

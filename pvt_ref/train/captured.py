@@ -6,6 +6,9 @@ beyond the next step has to copy it, as saving does.
 
 What a step draws or looks up goes in as arrays: the micro-batches, the numbers that masks are drawn
 from, learning rates, and how fast the average moves.
+
+Several ranks exchange their gradients amid a step, by MPI through the host, so their steps are
+launched as usual.
 """
 
 import math

@@ -133,8 +133,8 @@ def fit(
             alone touches the folder. Their number changes no bit, if the table of operations and
             the number of threads are the same.
         ops: the table of operations for the device; None takes the default. With that of the
-            kernels for CUDA, one rank and classes of images, steps are replayed as CUDA graphs,
-            unless its settings say ``capture=False``; no bit depends on it.
+            kernels for CUDA and one rank, steps are replayed as CUDA graphs, unless its settings
+            say ``capture=False``; no bit depends on it. Several ranks launch theirs, and say so.
 
     Returns:
         How it ended.
@@ -184,8 +184,12 @@ def fit(
         state, run = ranks.from_first(lambda: _begin(job, params, data, run, resume))
         state = to_device(state, device)
         captured = None
-        if ranks.size == 1 and CapturedSteps.can(ops, state.params):
-            captured = CapturedSteps(ops)
+        if CapturedSteps.can(ops, state.params):
+            if ranks.size == 1:
+                captured = CapturedSteps(ops)
+            elif ranks.is_first:
+                what = f"{ranks.size} ranks launch every kernel of a step, with the same bits"
+                job.say(f"{what}: a CUDA graph cannot hold the exchange of gradients")
         metrics = Metrics(job.place / METRICS, state, job.steps) if ranks.is_first else None
         if metrics and metrics.epochs != list(range(1, state.step // job.steps + 1)):
             job.say(f"{metrics.path} lacks epochs that were done, and so will the curves")

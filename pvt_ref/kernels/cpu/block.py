@@ -120,8 +120,8 @@ def _per_head(rows: np.ndarray, N: int) -> np.ndarray:
 
 def _keys_and_values(kv: np.ndarray, N: int) -> tuple[np.ndarray, np.ndarray]:
     """(m, 2C) of one image seen as k and v, (N, m, d) each."""
-    k, v = np.split(kv, 2, axis=1)
-    return _per_head(k, N), _per_head(v, N)
+    C = kv.shape[1] // 2
+    return _per_head(kv[:, :C], N), _per_head(kv[:, C:], N)
 
 
 def _draw_gain(x: np.ndarray, rate: float, rng: Rng) -> np.ndarray | None:
