@@ -263,7 +263,7 @@ def test_a_process_that_is_late_or_dies_is_begun_again(tmp_path, monkeypatch):
 
 # What a contender answers -------------------------------------------------------------------------
 
-_STAGES = {"img_size": 32, "embed_dims": (8, 16, 20, 16), "num_heads": (1, 2, 2, 4)}
+_STAGES: Any = {"img_size": 32, "embed_dims": (8, 16, 20, 16), "num_heads": (1, 2, 2, 4)}
 _STAGES |= {"mlp_ratios": (4, 2, 2, 2), "num_classes": 10}
 SMALL = {
     "pvt_small": PVTConfig(**_STAGES),

@@ -170,7 +170,7 @@ def test_weights_must_be_those_of_the_variant(plain_script, monkeypatch):
 
 
 def test_forwards_share_weights_that_were_laid_out_once(plain_script):
-    table = table_with(Cuda(None), is_numpy)
+    table = table_with(Cuda(loose(None)), is_numpy)
     model = small_model()
     plain_script.laid_out(model.params, model.config, (32, 32), table)
     assert len(table.settings.arranged) == 1

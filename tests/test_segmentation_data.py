@@ -763,7 +763,7 @@ def test_a_legend_begins_with_what_covers_most(monkeypatch):
     classes[:29] = 0
     classes[29, :70] = 1
     classes[30, :40] = 3
-    overlay(Image.new("RGB", (100, 100)), classes, CLASSES, COLOURS)
+    overlay(Image.new("RGB", (100, 100)), classes, CLASSES, loose(COLOURS))
     assert texts == ["square 70%", "ground 29%", "disc 1%", "bar <1%"]
     assert fills == [tuple(COLOURS[k]) for k in (2, 0, 1, 3)]
 
