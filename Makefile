@@ -77,7 +77,7 @@ format: .venv/.stamp-lint ## fixes formatting and everything else that ruff can 
 	@.venv/bin/ruff check --fix --exit-zero --quiet .
 	@.venv/bin/ruff format .
 
-types: .venv/.stamp-lint .venv/.stamp-test ## checks static types
+types: .venv/.stamp-lint .venv/.stamp-test .venv/.stamp-docs ## checks static types, of the package by strict rules
 	@.venv/bin/pyright --pythonpath $(PY) $(ARGS)
 
 # The date is the commit's, so that two builds have the same bytes.

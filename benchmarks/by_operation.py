@@ -118,8 +118,8 @@ def watch_kernels(watch: Stopwatch) -> None:
     def run_watched(work, pieces, threads):
         return run_pieces(rest_of(work), pieces, threads)
 
-    def by_rows_watched(tiling, work, *arrays, width=None):
-        by_rows(tiling, rest_of(work), *arrays, width=width)
+    def by_rows_watched(self, work, *arrays, width=None):
+        by_rows(self, rest_of(work), *arrays, width=width)
 
     tiling.Tiling.by_rows = by_rows_watched
 
@@ -213,7 +213,7 @@ def store(case: dict, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="pvt_tiny", choices=list(VARIANTS))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=None, help="default: all cores")

@@ -172,7 +172,7 @@ def compare(folders: dict[str, Path], data: Path, every: int, out: Path) -> dict
                 for stride in STRIDES:
                     said = through_grid(labels, stride)
                     grids[str(stride)] += count_pixels(said, labels, K)
-        counts, stored = sum(each), np.array(json.loads((folder / SCORE).read_text()))
+        counts, stored = np.sum(each, axis=0), np.array(json.loads((folder / SCORE).read_text()))
         if every == 1:
             apart = np.abs(counts - stored).sum() / 2 / stored.sum()
             if counts.sum() != stored.sum() or apart > AGAIN:
@@ -420,7 +420,7 @@ def write(found: dict[str, Any], out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="fpn, then setr")
     parser.add_argument("--data", type=Path, metavar="DIR", help="SegNet's copy of CamVid")
     parser.add_argument("--every", type=int, default=1, help="every n-th frame only, for a trial")

@@ -39,7 +39,7 @@ def take_out(commit: str, folder: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("commit", help="any name that git knows")
     parser.add_argument("--quick", action="store_true", help="pvt_tiny, B = 1 only")
     parser.add_argument(

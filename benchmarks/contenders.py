@@ -51,7 +51,7 @@ class Contender:
     prepare: Callable[[np.ndarray], Any]  # an image batch as this library's kind of array
     forward: Callable[[Any], Any]  # logits
     train: Callable[[Any, Any], Any] | None  # images, dL/dlogits: logits, all gradients
-    to_numpy: Callable[[Any], dict[str, np.ndarray]]  # logits, or the result of train
+    to_numpy: Callable[[Any], dict[str, Any]]  # logits, or the result of train
     synchronize: Callable[[], None] = lambda: None  # waits for the device
     device_mib: Callable[[Callable[[], Any]], float] | None = None  # peak memory of a run there
 

@@ -161,7 +161,7 @@ def measure_memory(
 
 def main() -> None:
     rest = [name for name in CONTENDERS if name not in ("pvt_ref", RIVAL)]  # tables need these two
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="pvt_tiny at 224 x 224 only")
     parser.add_argument("--large", action="store_true", help="only the large images")
     parser.add_argument(

@@ -278,7 +278,7 @@ def begin(file: Path, machine: dict) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--list", action="store_true", help="print the rows, and run nothing")
     parser.add_argument("--minutes", type=float, default=10, help="time limit (default 10)")
     parser.add_argument("--no-checks", action="store_true", help="skip the tests and the sanitizer")

@@ -31,6 +31,7 @@ class Clock(Protocol):
 
     def seconds(self, begin: Any, end: Any) -> float:
         """Time between two events that the device has reached."""
+        ...
 
     def hold(self) -> None:
         """Keeps the device busy for some milliseconds."""

@@ -41,7 +41,8 @@ def kind(name: str) -> str:
     if cupy:
         return cupy[1]
     # "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float, ...>(...)"
-    return re.match(r"(?:void )?(?:(?:\w+|\(anonymous namespace\))::)*(\w+)", name)[1]
+    own = re.match(r"(?:void )?(?:(?:\w+|\(anonymous namespace\))::)*(\w+)", name)
+    return own[1] if own else name
 
 
 def kernel_table(result: dict, most: int = 5) -> str:

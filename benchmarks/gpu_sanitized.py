@@ -60,9 +60,9 @@ def look(table: Callable[[str], Ops], move: Callable[[Any], Any] = lambda tree: 
         params, images, dlogits = _inputs(config, side)
         ops = table(precision)
         found = pvt_ref.to_numpy(_pass(move(params), move(images), move(dlogits), config, ops))
-        trees = (params, images, dlogits)
-        wide = (map_arrays(_wide, tree) for tree in trees)
-        for i, (x, y) in enumerate(zip(found, _pass(*wide, config), strict=True)):
+        p, x, dy = map_arrays(_wide, (params, images, dlogits))
+        expected = _pass(p, x, dy, config)
+        for i, (x, y) in enumerate(zip(found, expected, strict=True)):
             error = np.linalg.norm(x - y) / np.linalg.norm(y)
             if not error < ALLOWED[precision]:
                 what = ("the logits", "all gradients")[i]
@@ -83,8 +83,8 @@ def _inputs(config: Any, side: int) -> tuple[Any, Any, Any]:
 
     params = map_arrays(noisy, pvt_ref.init_params(config, rng))
     places = 2 * (side // 4,) if architecture_of(config).dense else ()
-    shapes = (2, 3, side, side), (2, config.num_classes, *places)
-    return params, *(rng.standard_normal(shape, dtype=np.float32) for shape in shapes)
+    images = rng.standard_normal((2, 3, side, side), np.float32)
+    return params, images, rng.standard_normal((2, config.num_classes, *places), np.float32)
 
 
 def _pass(params: Any, images: Any, dlogits: Any, config: Any, ops: Any = pvt_ref.REFERENCE) -> Any:

@@ -80,7 +80,7 @@ def make_case(batch: int, config: Any, first_only: bool = False) -> Case:
     return Case(images, dlogits, targets)
 
 
-def exact_results(model: str, weights: Path, what: str) -> dict[str, np.ndarray]:
+def exact_results(model: str, weights: Path, what: str) -> dict[str, Any]:
     """The results of the readable layers on NumPy in float64, for the first image."""
     config = VARIANTS[model]
     params = pvt_ref.load(weights, config).params
@@ -116,7 +116,7 @@ def our_work(params: Any, config: Any, what: str, ops: Any) -> Callable[..., Any
     else:
         start = adamw_init(params)
 
-        def update(grads: Any) -> Any:
+        def update(grads: Any, /) -> Any:
             return adamw_step(params, grads, start, LR, AdamW(eps=EPS, weight_decay=0.0))[0]
 
     def step(images: Any, targets: Any) -> Any:
@@ -249,7 +249,9 @@ def pytorch(order: dict) -> Contender:
         if what == "forward":
             return {"logits": logits}
         kept = {key: parameters[key] for key in COMPARED[type(config)]}
-        tensors = {k: p.grad if what == "train" else p.detach() for k, p in kept.items()}
+        tensors: dict[str, Any] = {
+            k: p.grad if what == "train" else p.detach() for k, p in kept.items()
+        }
         return {"logits": logits} | {key: x.cpu().numpy() for key, x in tensors.items()}
 
     def prepared(case: Case) -> Callable[[], Any]:
@@ -325,7 +327,7 @@ def with_cupy() -> Family:
 
     cupy = import_cupy()
     ones = cupy.ones((64, 64), "float32")
-    ones @ ones  # the matrix library allocates its memory
+    _ = ones @ ones  # the matrix library allocates its memory
     return Family(
         ours,
         CupyClock(cupy),
@@ -339,7 +341,7 @@ def with_torch() -> Family:
     import torch
 
     ones = torch.ones(64, 64, device=DEVICE)
-    ones @ ones
+    _ = ones @ ones
 
     def release() -> None:
         torch.compiler.reset()  # the graphs of the previous row hold memory

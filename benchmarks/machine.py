@@ -21,8 +21,9 @@ def processor() -> str:
         text = Path("/proc/cpuinfo").read_text()
         names = ("model name", "cpu family", "model")  # a virtual machine often hides the name
         found = [re.search(rf"^{name}\s*:\s*(.+)", text, flags=re.MULTILINE) for name in names]
-        if all(found):
-            name, family, model = (match[1] for match in found)
+        values = [match[1] for match in found if match]
+        if len(values) == len(names):
+            name, family, model = values
             return f"{name}, family {family}, model {model}"
     return platform.processor() or platform.machine()
 
@@ -30,11 +31,13 @@ def processor() -> str:
 def commit() -> str:
     """The commit of the code, and whether it has been changed since."""
     git = ["git", "-C", str(Path(__file__).parent)]
+
+    def says(*words: str) -> str:
+        return subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout
+
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        options = {"capture_output": True, "text": True, "check": True}
-        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], **options).stdout.strip()
-        changed = subprocess.run([*git, "diff", "HEAD", "--", "../pvt_ref"], **options).stdout
-        return name + (", changed" if changed else "")
+        changed = says("diff", "HEAD", "--", "../pvt_ref")
+        return says("rev-parse", "--short", "HEAD").strip() + (", changed" if changed else "")
     return "not known"
 
 

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from contenders import CONTENDERS
@@ -46,8 +47,8 @@ def kernels(run, synchronize) -> dict[str, tuple[int, float]]:
         run()
         synchronize()
     found: dict[str, tuple[int, float]] = {}
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+    for event in profiler.events() or ():
+        if event.device_type.name == "CUDA":
             count, seconds = found.get(event.name, (0, 0.0))
             found[event.name] = count + 1, seconds + event.time_range.elapsed_us() / 1e6
     return found
@@ -61,7 +62,7 @@ def main() -> None:
     for line in sys.stdin:
         order = json.loads(line)
         key = order["weights"], order["model"], order["size"]
-        if key != loaded:
+        if model is None or key != loaded:
             model = None  # not two at once
             config = VARIANTS[order["model"]]
             weights = Path(order["weights"])
@@ -72,10 +73,10 @@ def main() -> None:
             continue
         images, dlogits = map(model.prepare, inputs(order["batch"], order["size"]))
 
-        def run(model=model, images=images, dlogits=dlogits, order=order):
+        def run(model: Any = model, images=images, dlogits=dlogits, order=order):
             return model.train(images, dlogits) if order["train"] else model.forward(images)
 
-        answer = {"versions": model.versions}
+        answer: dict[str, Any] = {"versions": model.versions}
         if order["do"] == "outputs":
             np.savez(order["file"], **model.to_numpy(run()))
         elif order["do"] == "time":
@@ -92,6 +93,7 @@ def main() -> None:
         elif order["do"] == "kernels":
             answer["kernels"] = kernels(run, model.synchronize)
         elif order["do"] == "device memory":
+            assert model.device_mib is not None, "only those on a device are asked"
             answer["peak"] = model.device_mib(run)
         print(json.dumps(answer), file=answers, flush=True)
 

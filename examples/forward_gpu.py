@@ -218,7 +218,7 @@ def seconds(run: Callable[[], Any], clock: Clock, repeats: int = 5) -> float:
     return statistics.median(times[2:])  # the first ones warm up
 
 
-def laid_out(params: Any, config: Any, size: tuple[int, ...], ops: Ops | None) -> Any:
+def laid_out(params: Any, config: Any, size: tuple[int, int], ops: Ops | None) -> Any:
     """The weights as a Model gives them to all its forwards."""
     prepared = pvt_ref.prepare(params, config, size)
     return prepared if ops is None else arranged_for(ops, prepared)

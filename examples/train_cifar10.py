@@ -76,7 +76,9 @@ def at_size(data: LabelledImages, side: int) -> LabelledImages:
         return data
     images = np.empty((len(data), 3, side, side), np.uint8)
     for image, small in zip(images, data.images, strict=True):
-        enlarged = Image.fromarray(small.transpose(1, 2, 0)).resize((side, side), Image.BICUBIC)
+        enlarged = Image.fromarray(small.transpose(1, 2, 0)).resize(
+            (side, side), Image.Resampling.BICUBIC
+        )
         image[...] = np.asarray(enlarged).transpose(2, 0, 1)
     return LabelledImages(images, data.labels, data.preprocessing)
 

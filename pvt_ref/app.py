@@ -280,7 +280,7 @@ class Model(_Core):
             ShapeError: if there is no picture, or size or window is not a size.
             PVTError: as :meth:`preprocess`.
         """
-        maps = []
+        maps: list[np.ndarray] = []
         for answer in self.segment_each(pictures, size, window=window):
             if isinstance(answer, PVTError):
                 raise answer

@@ -9,7 +9,7 @@ import contextlib
 import contextvars
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from types import ModuleType
 from typing import Any
 
@@ -291,7 +291,7 @@ def cuda_error(error: Exception) -> DeviceError | None:
 
 
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
+def explained() -> Generator[None]:
     """Turns errors of CUDA and CuPy into a DeviceError that names the fix."""
     try:
         yield

@@ -94,7 +94,7 @@ def windows(size: Grid, crop: Grid, stride: Grid) -> Iterator[tuple[slice, slice
         crop: (h, w) of a window; no larger than the image.
         stride: rows and columns from one window to the next.
     """
-    along = []
+    along: list[list[int]] = []
     for side, part, step in zip(size, crop, stride, strict=True):
         count = max(side - part + step - 1, 0) // step + 1
         along.append([min(i * step, side - part) for i in range(count)])

@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,7 +108,7 @@ def look(browser, tabs):
         key = width, scheme, java_script_enabled
         if key not in tabs:
             noise = []
-            scripts = {"java_script_enabled": java_script_enabled}
+            scripts: dict[str, Any] = {"java_script_enabled": java_script_enabled}
             tabs[key] = new_tab(browser, noise, width, scheme, **scripts), noise
         tab, noise = tabs[key]
         used.append(noise)

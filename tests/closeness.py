@@ -75,7 +75,7 @@ def squared_errors(ours, theirs, exact) -> tuple[float, float]:
     exact = np.asarray(exact, np.float64)
     norm = np.linalg.norm(exact.ravel())
     first, second = (
-        (np.linalg.norm((np.asarray(x, np.float64) - exact).ravel()) / norm) ** 2
+        float((np.linalg.norm((np.asarray(x, np.float64) - exact).ravel()) / norm) ** 2)
         for x in (ours, theirs)
     )
     return first, second

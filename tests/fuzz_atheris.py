@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SECONDS, MEGABYTES = 10, 2048
@@ -169,7 +170,8 @@ def main() -> None:
             "atheris is not installed: pip install '.[fuzz]'. It has wheels for Linux on x86-64, "
             "Python 3.11 to 3.13; tests/fuzz_checkpoints.py runs everywhere"
         )
-    with atheris.instrument_imports(include=["pvt_ref"]):
+    fuzzer: Any = atheris  # its stubs are behind it
+    with fuzzer.instrument_imports(include=["pvt_ref"]):
         import_module("pvt_ref.checkpoint")
         import_module("pvt_ref.data.image")
     kept = ROOT / "build" / "fuzz" / told.reader
@@ -178,10 +180,10 @@ def main() -> None:
         (kept / f"seed-{number}").write_bytes(data)
     limits = [f"-timeout={SECONDS}", f"-rss_limit_mb={MEGABYTES}", f"-artifact_prefix={kept}/"]
     inputs = [] if any(not option.startswith("-") for option in options) else [str(kept)]
-    atheris.Setup(
+    fuzzer.Setup(
         [sys.argv[0], *limits, *options, *inputs], lambda data: one_input(told.reader, data)
     )
-    atheris.Fuzz()
+    fuzzer.Fuzz()
 
 
 if __name__ == "__main__":

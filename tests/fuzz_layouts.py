@@ -31,10 +31,8 @@ from pvt_ref.models.architecture import param_shapes
 STAGES: Any = {"img_size": 32, "in_chans": 1, "num_classes": 3, "embed_dims": (2, 4, 6, 4)}
 STAGES |= {"num_heads": (1, 2, 3, 2), "mlp_ratios": (2, 1, 1, 1.5), "depths": (1, 2, 1, 1)}
 V2 = PVTv2Config(**STAGES, sr_ratios=(4, 2, 1, 1))
-VIT = ViTConfig(
-    **{"img_size": 8, "patch_size": 4, "embed_dim": 6, "depth": 3, "num_heads": 3},
-    **{"mlp_ratio": 2, "in_chans": 1, "num_classes": 3},
-)
+COLUMN: Any = {"img_size": 8, "patch_size": 4, "embed_dim": 6, "depth": 3, "num_heads": 3}
+VIT = ViTConfig(**COLUMN, mlp_ratio=2, in_chans=1, num_classes=3)
 V1 = PVTConfig(**STAGES, sr_ratios=(4, 2, 1, 1))
 CONFIGS: dict[str, tuple[Any, ...]] = {
     "pvt_v2": (

@@ -255,7 +255,7 @@ def campaign(count: int, seed: int, folder: Path) -> Counter:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=5000, help="interrupts that strike")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -532,7 +532,11 @@ def attention(draw) -> OpCase:
 
 
 def _sra_shapes(C: int, R: int, bias: bool, prefix: str = "") -> dict[str, tuple[int, ...]]:
-    shapes = {"q__weight": (C, C), "kv__weight": (2 * C, C), "proj__weight": (C, C)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "q__weight": (C, C),
+        "kv__weight": (2 * C, C),
+        "proj__weight": (C, C),
+    }
     shapes["proj__bias"] = (C,)
     if bias:
         shapes |= {"q__bias": (C,), "kv__bias": (2 * C,)}
@@ -626,7 +630,7 @@ def sra(draw) -> OpCase:
     )
 
 
-def _torch_mha(i: Inputs, x, N: int, prefix: str = ""):
+def _torch_mha(i: Any, x, N: int, prefix: str = ""):
     """PyTorch's own multi-head attention, whose in_proj is our qkv."""
     C, (in_weight, in_bias, weight, bias) = (
         x.shape[-1],

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from loose import loose
 from torch import nn
 
 from pvt_ref import (
@@ -34,7 +35,7 @@ def tensor(x: np.ndarray, grad: bool = False) -> torch.Tensor:
 class MaskedDrop(nn.Module):
     """Dropout or drop path with the masks that a NumPy generator draws, in order of use."""
 
-    def __init__(self, rate: float, rng: np.random.Generator, per_sample: bool) -> None:
+    def __init__(self, rate: float, rng: Any, per_sample: bool) -> None:
         super().__init__()
         self.rate, self.rng, self.per_sample = rate, rng, per_sample
 
@@ -60,13 +61,13 @@ def without_weights(config: PVTConfig, pyramid: bool, drops: bool):
         patch_sizes=list(config.patch_sizes),
         strides=list(config.patch_sizes),
         num_attention_heads=list(config.num_heads),
-        mlp_ratios=list(config.mlp_ratios),
+        mlp_ratios=loose(list(config.mlp_ratios)),
         qkv_bias=config.qkv_bias,
         layer_norm_eps=config.norm_eps,
         num_labels=max(config.num_classes, 1),
     )
     with torch.device("meta"):
-        model = PvtForImageClassification(settings)
+        model: Any = PvtForImageClassification(settings)
     encoder = model.pvt.encoder
     for i in range(4):
         encoder.patch_embeddings[i].layer_norm.eps = config.projection_norm_eps
@@ -99,7 +100,7 @@ def build(config: PVTConfig, rng: np.random.Generator | Draws | None, pyramid: b
 def build_v2(config: PVTv2Config, rng: np.random.Generator | Draws | None):
     from transformers import PvtV2Config, PvtV2ForImageClassification
 
-    settings = PvtV2Config(
+    settings = loose(PvtV2Config)(
         num_channels=config.in_chans,
         depths=list(config.depths),
         sr_ratios=list(config.sr_ratios),
@@ -112,7 +113,7 @@ def build_v2(config: PVTv2Config, rng: np.random.Generator | Draws | None):
         num_labels=max(config.num_classes, 1),
     )
     with torch.device("meta"):  # every weight is handed over at the call
-        model = PvtV2ForImageClassification(settings)
+        model: Any = PvtV2ForImageClassification(settings)
     rates = enumerate(np.linspace(0, config.drop_path_rate, sum(config.depths)))
     for layer in model.pvt_v2.encoder.layers:
         layer.patch_embedding.layer_norm.eps = config.projection_norm_eps
@@ -259,7 +260,7 @@ def build_vit(config: ViTConfig):
     from transformers import ViTConfig as TheirConfig
     from transformers import ViTForImageClassification
 
-    settings = TheirConfig(
+    settings = loose(TheirConfig)(
         image_size=config.img_size,
         patch_size=config.patch_size,
         num_channels=config.in_chans,
@@ -326,7 +327,7 @@ def transformers_vit_forward(
     B, _, H, W = images.shape
     (grid,), side = config.grids(H, W), config.table_sides[0]
     state = translate_vit(leaves, config)
-    kwargs = {"pixel_values": x}
+    kwargs: dict[str, Any] = {"pixel_values": x}
     if config.position_resize == "bicubic":
         kwargs["interpolate_pos_encoding"] = True
     else:

@@ -47,7 +47,7 @@ class _Now(threading.local):
         self.device, self.devices = 0, []
         self.streams = {}
         self.allocator = None
-        self.capturing = None  # the operations so far
+        self.capturing: Any = None  # the operations so far
 
 
 now = _Now()
@@ -300,7 +300,7 @@ class ndarray:  # noqa: N801 (CuPy's name)
     def item(self):
         return self._to_host(lambda x: x)
 
-    __hash__ = None
+    __hash__: Any = None
 
 
 def _operator(name):
@@ -336,7 +336,7 @@ for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "invert", "abs"):
     setattr(ndarray, f"__{_name}__", _operator(_name))
 
 
-def unwrapped(value):
+def unwrapped(value: Any) -> Any:
     """The same with NumPy's views of the memory in the place of arrays."""
     if isinstance(value, ndarray):
         return value.x
@@ -396,7 +396,7 @@ def call(function, *args, **kwargs):
         if now.capturing is None:
             target[...] = result
         else:
-            do(lambda: operator.setitem(target, ..., pick(function(*args, **kwargs))))
+            do(lambda: target.__setitem__(..., pick(function(*args, **kwargs))))
         return made
 
     return wrap(result, lambda result: result)

@@ -24,11 +24,11 @@ def rng_of(*key) -> np.random.Generator:
     return np.random.default_rng(list(key))
 
 
-def normal(seed: int, *shape: int, dtype=np.float64, scale: float = 1.0) -> np.ndarray:
+def normal(seed: int, *shape: int, dtype: Any = np.float64, scale: float = 1.0) -> np.ndarray:
     return (rng_of(seed, len(shape), *shape).standard_normal(shape) * scale).astype(dtype)
 
 
-def random_params(config: Any, seed: int, dtype=np.float64) -> Any:
+def random_params(config: Any, seed: int, dtype: Any = np.float64) -> Any:
     """Weights of a size at which every part of the model matters, norms and biases included."""
     rng = rng_of(seed, 7)
 
@@ -53,10 +53,10 @@ class ModelCase:
     size: tuple[int, int]
     seed: int
 
-    def params(self, dtype=np.float64) -> Any:
+    def params(self, dtype: Any = np.float64) -> Any:
         return random_params(self.config, self.seed, dtype)
 
-    def images(self, dtype=np.float64) -> np.ndarray:
+    def images(self, dtype: Any = np.float64) -> np.ndarray:
         return normal(self.seed, self.batch, self.config.in_chans, *self.size, dtype=dtype)
 
     def tags(self) -> set[str]:

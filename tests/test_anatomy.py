@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from closeness import assert_near
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize, to_hex
 from PIL import Image
 
 import pvt_ref
@@ -48,7 +49,7 @@ def pictures(drawn: str) -> list[np.ndarray]:
 
 
 def coloured(x: np.ndarray, low: float, high: float, colours: str = "viridis") -> np.ndarray:
-    return mpl.colormaps[colours](mpl.colors.Normalize(low, high)(x), bytes=True)[..., :3]
+    return mpl.colormaps[colours](Normalize(low, high)(x), bytes=True)[..., :3]
 
 
 def written(drawn: str) -> str:
@@ -101,7 +102,7 @@ def test_the_arrays_below_are_to_one_scale_in_all_directions(anatomy):
 def test_the_frame_on_every_map_is_on_the_same_pixels(anatomy):
     for i, count in enumerate((128, 64, 32, 16, 8)):
         ax = anatomy.stage_figure(i).axes[0]
-        (frame,) = [p for p in ax.patches if mpl.colors.to_hex(p.get_edgecolor()) == anatomy.MARK]
+        (frame,) = [p for p in ax.patches if to_hex(p.get_edgecolor()) == anatomy.MARK]
         left, right, _, top = ax.images[0].get_extent()
         cell = (right - left) / count
         first = np.subtract(frame.get_xy(), (left, top)) / cell

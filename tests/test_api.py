@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from loose import loose
 from strategies import ModelCase, normal, rng_of
 
 import pvt_ref
@@ -64,7 +65,7 @@ def test_what_cannot_be_prepared_is_refused():
     with pytest.raises(ShapeError, match="does not fit"):
         pvt_ref.prepare(params, CONFIG, 33)
     with pytest.raises(ShapeError, match="size is 'large'"):
-        pvt_ref.prepare(params, CONFIG, "large")
+        pvt_ref.prepare(params, CONFIG, loose("large"))
     with pytest.raises(ArrayTypeError, match="params is a NoneType"):
         pvt_ref.prepare(None, CONFIG)
     with pytest.raises(ShapeError, match="params do not belong to this config"):

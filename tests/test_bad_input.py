@@ -10,12 +10,14 @@ import math
 import sys
 import types
 from dataclasses import replace
+from typing import Any
 
 import array_api_strict
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from loose import loose
 from PIL import Image
 from strategies import normal, random_params, rng_of
 
@@ -567,7 +569,7 @@ def test_all_problems_of_a_configuration_are_listed():
 
 def test_what_looks_wrong_in_a_configuration_and_is_not():
     replace(BARE, sr_ratios=(8, 4, 2, 2), img_size=64)  # a backbone may reduce in stage 4
-    config = PVTConfig(
+    config = loose(PVTConfig)(
         img_size=np.int64(64),
         depths=[np.int32(1), 1, 1, 1],
         mlp_ratios=(1.5, 8, 4.0, 4),
@@ -602,8 +604,8 @@ def test_rng_is_not_a_generator(rng):
 
 def test_no_rng_is_refused_where_weights_are_drawn():
     for call in (
-        lambda: pvt_ref.init_params(SMALL, None),
-        lambda: pvt_ref.with_new_head(Model(PARAMS, SMALL), 3, None),
+        lambda: pvt_ref.init_params(SMALL, loose(None)),
+        lambda: pvt_ref.with_new_head(Model(PARAMS, SMALL), 3, loose(None)),
     ):
         with refused(ArrayTypeError, "rng is NoneType", "numpy.random.default_rng(0)"):
             call()
@@ -715,7 +717,7 @@ def test_a_cache_of_the_other_kind(classified, pyramid):
     ):
         pvt_ref.backward_pyramid(PARAMS, cache, maps, SMALL)
     with refused(ArrayTypeError, "a NoneType", "needs the ForwardCache"):
-        pvt_ref.backward(PARAMS, None, logits, SMALL)
+        pvt_ref.backward(PARAMS, loose(None), logits, SMALL)
 
 
 def test_a_cache_made_with_other_operations(classified, pyramid):
@@ -898,9 +900,9 @@ class OnDevice:
 OnDevice.__module__ = "cupy"
 
 
-def fake_cupy(devices, zeros=OnDevice) -> types.ModuleType:
+def fake_cupy(devices, zeros: Any = OnDevice) -> types.ModuleType:
     """A CuPy that finds so many devices, or raises an error when asked for them."""
-    cupy = types.ModuleType("cupy")
+    cupy: Any = types.ModuleType("cupy")
     cupy.__version__ = "14.99"
     cupy.ndarray = OnDevice
     cupy.cuda = types.SimpleNamespace(
@@ -1031,6 +1033,7 @@ def test_cost_of_an_unknown_dtype(dtype):
 
 
 def test_cost_of_an_unknown_stage():
+    stage: Any
     for stage in (5, -1, "1"):
         with refused(RangeError, f"stage is {stage!r}", "[0, 1, 2, 3, 4]"):
             count_cost(SMALL).of_stage(stage)
@@ -1121,7 +1124,7 @@ def test_a_cache_of_another_configuration(classified, pyramid):
             pvt_ref.backward_pyramid(params, pyramid_cache, maps, config)
 
 
-@pytest.mark.parametrize("ops", ["reference", 3, Operation(len, len)])
+@pytest.mark.parametrize("ops", ["reference", 3, Operation(loose(len), loose(len))])
 def test_ops_are_not_a_table_of_operations(ops, classified):
     logits, cache = classified
     for call in (
@@ -1225,7 +1228,7 @@ def test_evaluating_in_batches_of_nothing(batch_size):
 
 
 def test_cost_takes_the_whole_numbers_of_numpy_and_no_truth_values():
-    assert count_cost(SMALL, np.int64(64), np.int64(2)) == count_cost(SMALL, 64, 2)
+    assert count_cost(SMALL, loose(np.int64(64)), loose(np.int64(2))) == count_cost(SMALL, 64, 2)
     with refused(ShapeError, "size is True"):
         count_cost(SMALL, True)
     with refused(RangeError, "batch is True"):
@@ -1273,7 +1276,7 @@ def test_vit_with_a_field_of_another_kind(change, says):
 
 def test_vit_with_several_faults_is_told_all_of_them():
     with refused(ConfigError, "depth is 0", "qkv_bias is None", "drop_rate is 2"):
-        ViTConfig(depth=0, qkv_bias=None, drop_rate=2)
+        loose(ViTConfig)(depth=0, qkv_bias=None, drop_rate=2)
     with refused(ConfigError, "patch_size 15", "num_heads 7 does not", "times mlp_ratio 0.1 is"):
         ViTConfig(patch_size=15, num_heads=7, mlp_ratio=0.1)
 
@@ -1443,7 +1446,7 @@ def test_model_refuses_images_beyond_the_range_of_its_weights():
 def test_small_numpy_integers_do_not_wrap_round():
     assert SMALL.grids(np.uint8(224), np.uint8(224)) == SMALL.grids(224, 224)
     assert type(SMALL.grids(np.uint8(32), 32)[0][0]) is int
-    padded = pvt_ref.pad_to_multiple(np.zeros((1, 3, 225, 300), np.float32), np.uint8(32))
+    padded = pvt_ref.pad_to_multiple(np.zeros((1, 3, 225, 300), np.float32), loose(np.uint8(32)))
     assert padded.shape == (1, 3, 256, 320)
 
 

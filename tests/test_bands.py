@@ -4,9 +4,11 @@ import dataclasses
 import io
 import json
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
+from loose import loose
 from PIL import Image
 from small_training import CONFIG, RECIPE, without_chance
 from strategies import rng_of
@@ -76,8 +78,8 @@ def test_one_and_many():
     stacked = np.stack([pictures[0]] * 3)
     assert np.array_equal(FOUR(stacked, 16)[2], x[0])
     assert np.array_equal(
-        FOUR.pixels(stacked, 16)[2].transpose(2, 0, 1),
-        FOUR.pixels(stacked, 16)[0].transpose(2, 0, 1),
+        FOUR.pixels(loose(stacked), 16)[2].transpose(2, 0, 1),
+        FOUR.pixels(loose(stacked), 16)[0].transpose(2, 0, 1),
     )
     grey = Preprocessing("bands", (0.5,), (0.25,))
     flat = noise(20, 30, 1)
@@ -103,9 +105,11 @@ def test_what_is_no_picture_of_bands(picture, error, words):
 
 
 def test_pictures_and_pixels_of_other_types():
+    pictures: Any
     for pictures in (5, None, "cat.png", {1}):
         with pytest.raises(ArrayTypeError, match="they must be a list"):
             FOUR.pixels(pictures, 8)
+    pixels: Any
     for pixels in (None, [1], np.zeros((4, 4, 2))):
         with pytest.raises(ArrayTypeError, match=r"must be a NumPy array \(H, W, C\) of uint8"):
             resize_and_crop_bands(pixels, 8)
@@ -196,6 +200,7 @@ def test_an_info_that_is_none(change, words):
 
 
 def test_an_info_of_another_kind():
+    values: Any
     for values in ([], None, "info", 3):
         with pytest.raises(ConfigError, match="an info is a "):
             ModelInfo.from_dict(values)
@@ -246,7 +251,7 @@ def test_images_of_other_channels_are_refused():
     with pytest.raises(TrainingError, match="look channels-last"):
         LabelledImages(np.zeros((2, 8, 8, 4), np.uint8), np.zeros(2, int), FOUR)
     with pytest.raises(TrainingError, match="preprocessing is a str"):
-        LabelledImages(np.zeros((2, 8, 8, 4), np.uint8), np.zeros(2, int), "RGB")
+        LabelledImages(np.zeros((2, 8, 8, 4), np.uint8), np.zeros(2, int), loose("RGB"))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 7])
@@ -277,21 +282,21 @@ IMAGES = np.zeros((2, 3, 8, 8), np.float32)
             RangeError,
             "padding is -1; .*whole number at least",
         ),
-        (lambda r: random_crop(IMAGES, 1.5, r), RangeError, "padding is 1.5"),
+        (lambda r: random_crop(IMAGES, loose(1.5), r), RangeError, "padding is 1.5"),
         (lambda r: random_crop(IMAGES[0], 0, r), ShapeError, r"\(3, 8, 8\); they must be \(B, C"),
         (lambda r: random_crop([1], 1, r), ArrayTypeError, "got a list"),
-        (lambda r: random_crop(IMAGES, 1, 5), ArrayTypeError, "rng is int"),
+        (lambda r: random_crop(IMAGES, 1, loose(5)), ArrayTypeError, "rng is int"),
         (lambda r: random_flip(IMAGES[0], r), ShapeError, "must be"),
-        (lambda r: random_flip(IMAGES, None), ArrayTypeError, "rng is NoneType"),
+        (lambda r: random_flip(IMAGES, loose(None)), ArrayTypeError, "rng is NoneType"),
         (lambda r: cutout(IMAGES, -2, r), RangeError, "side is -2"),
-        (lambda r: cutout(IMAGES, "3", r), RangeError, "side is '3'"),
+        (lambda r: cutout(IMAGES, loose("3"), r), RangeError, "side is '3'"),
         (lambda r: mixup(IMAGES, np.eye(2), -0.1, r), RangeError, "alpha is -0.1"),
         (lambda r: mixup(IMAGES, np.eye(2), float("nan"), r), RangeError, "alpha is nan"),
         (lambda r: mixup(IMAGES, np.eye(3), 0.2, r), ShapeError, r"targets have shape \(3, 3\)"),
         (lambda r: random_erasing(IMAGES, 1.5, r), RangeError, "probability is 1.5"),
         (lambda r: random_erasing(IMAGES, True, r), RangeError, "probability is True"),
         (lambda r: random_erasing(IMAGES[0], 0, r), ShapeError, "must be"),
-        (lambda r: random_erasing(IMAGES, 0.5, None), ArrayTypeError, "rng is NoneType"),
+        (lambda r: random_erasing(IMAGES, 0.5, loose(None)), ArrayTypeError, "rng is NoneType"),
         (
             lambda r: random_erasing(IMAGES, 0.5, r, area=(0, 0.5)),
             RangeError,
@@ -303,16 +308,16 @@ IMAGES = np.zeros((2, 3, 8, 8), np.float32)
             r"area\[1\] is 0.3; it must be a number .*at least 0.4",
         ),
         (
-            lambda r: random_erasing(IMAGES, 0.5, r, ratio=3),
+            lambda r: random_erasing(IMAGES, 0.5, r, ratio=loose(3)),
             RangeError,
             "ratio is 3; it must be two numbers, the smaller one first",
         ),
         (lambda r: cutmix(IMAGES, np.eye(2), -0.1, r), RangeError, "alpha is -0.1"),
         (lambda r: cutmix(IMAGES, np.eye(3), 1, r), ShapeError, r"targets have shape \(3, 3\)"),
         (lambda r: cutmix(IMAGES, None, 1, r), ShapeError, r"targets have shape \(\)"),
-        (lambda r: cutmix(IMAGES, np.eye(2), 1, 5), ArrayTypeError, "rng is int"),
+        (lambda r: cutmix(IMAGES, np.eye(2), 1, loose(5)), ArrayTypeError, "rng is int"),
         (lambda r: one_hot(np.zeros(2), 3, IMAGES), ArrayTypeError, "labels are float64"),
-        (lambda r: one_hot([1, 2], 3, IMAGES), ArrayTypeError, "labels are list"),
+        (lambda r: one_hot(loose([1, 2]), 3, IMAGES), ArrayTypeError, "labels are list"),
         (lambda r: one_hot(np.zeros((2, 1), int), 3, IMAGES), ShapeError, r"shape \(2, 1\)"),
         (lambda r: one_hot(np.zeros(2, int), 0, IMAGES), RangeError, "classes is 0"),
     ],

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from pvt_ref.models.architecture import architecture_of
 
 PACKAGE = Path(pvt_ref.__file__).parent
 TOOLS = Path(__file__).parents[1] / "docs" / "tools"
-WIDTHS = {"embed_dims": (8, 8, 12, 16), "num_heads": (1, 2, 3, 4), "depths": (1, 1, 1, 1)}
+WIDTHS: Any = {"embed_dims": (8, 8, 12, 16), "num_heads": (1, 2, 3, 4), "depths": (1, 1, 1, 1)}
 FOUR_BLOCKS = {
     "pvt": pvt_ref.PVTConfig(img_size=32, num_classes=4, mlp_ratios=(2, 2, 2, 2), **WIDTHS),
     "pvt_v2": replace(pvt_ref.VARIANTS["pvt_v2_b0"], num_classes=4, **WIDTHS),

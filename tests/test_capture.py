@@ -7,6 +7,7 @@ import sys
 import threading
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import cuda_on_cpu
 import numpy as np
@@ -201,6 +202,7 @@ def test_a_forward_with_its_backward(fake):
 def test_without_cuda_it_says_so():
     with pytest.raises(DeviceError, match="array 0 is numpy float64, but a CUDA graph needs CuPy"):
         capture(lambda x: x, np.zeros(2))
+    arguments: Any
     for arguments, words in (
         ((3, np.zeros(2)), "function is 3"),
         ((abs,), "an example of each array"),

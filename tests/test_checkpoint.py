@@ -16,6 +16,7 @@ import textwrap
 import warnings
 import zipfile
 import zlib
+from typing import Any
 
 import ml_dtypes  # noqa: F401  (bfloat16 for safetensors.numpy)
 import numpy as np
@@ -26,6 +27,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from loose import loose
 from strategies import assert_all_drawn, configs, float_dtypes
 
 import pvt_ref
@@ -61,7 +63,7 @@ HINT = (
 )
 
 
-def random_state(config, dtype=np.float32, seed=0):
+def random_state(config, dtype: Any = np.float32, seed=0):
     """Different numbers in every array."""
     return {
         key: np.random.default_rng([seed, zlib.crc32(key.encode())])
@@ -107,7 +109,7 @@ def write_pth(path, tree, **options):
     return path
 
 
-def refusal(path, config=TINY, kind=CheckpointError, **arguments):
+def refusal(path, config: Any = TINY, kind: type[Exception] = CheckpointError, **arguments) -> str:
     """The message with which load refuses path."""
     with pytest.raises(kind) as caught:
         load(path, config, **arguments)
@@ -179,7 +181,7 @@ def test_every_pickle_protocol_and_parameters_instead_of_tensors(tmp_path, proto
     tree = collections.OrderedDict(
         (key, torch.nn.Parameter(x)) for key, x in as_torch(state).items()
     )
-    tree._metadata = {"": {"version": 1}}  # as Module.state_dict() has it
+    loose(tree)._metadata = {"": {"version": 1}}  # as Module.state_dict() has it
     path = write_pth(tmp_path / "p.pth", tree, pickle_protocol=protocol)
     assert_same_state(load(path, TINY), state)
 
@@ -309,7 +311,7 @@ def hugging_face(tmp_path_factory):
             hidden_sizes=list(TINY.embed_dims),
             depths=list(TINY.depths),
             num_attention_heads=list(TINY.num_heads),
-            mlp_ratios=list(TINY.mlp_ratios),
+            mlp_ratios=loose(list(TINY.mlp_ratios)),
             sequence_reduction_ratios=list(TINY.sr_ratios),
             num_labels=TINY.num_classes,
         )
@@ -508,7 +510,7 @@ def test_eps_can_be_given_for_every_kind_of_file(tmp_path):
         assert load(path, chosen).config == chosen
         config = load(path, BARE, eps=1e-3).config
         assert (config.norm_eps, config.projection_norm_eps) == (1e-3, 1e-3)
-        config = load(path, BARE, eps=[0, 2e-5]).config
+        config = load(path, BARE, eps=loose([0, 2e-5])).config
         assert (config.norm_eps, config.projection_norm_eps) == (0.0, 2e-5)
     stored = dataclasses.replace(BARE, norm_eps=3e-6, projection_norm_eps=3e-6)
     save(paths[2], make_model(stored))
@@ -531,15 +533,16 @@ def test_unsuitable_arguments(tmp_path):
     save(tmp_path / "o.safetensors", make_model())
     with pytest.raises(ArrayTypeError, match="PVTConfig"):
         load(tmp_path / "o.safetensors", 3)
+    path: Any
     for path in (None, 3, b"o.safetensors"):
         with pytest.raises(ArrayTypeError, match="path"):
             load(path)
     with pytest.raises(CheckpointError, match="NUL"):
         load("o\0.safetensors")
     with pytest.raises(ArrayTypeError, match=r"save\(path, model\)"):
-        save(str(tmp_path / "x.safetensors"), {})
+        save(str(tmp_path / "x.safetensors"), loose({}))
     with pytest.raises(ArrayTypeError, match="path"):
-        save(make_model(), tmp_path / "x.safetensors")
+        loose(save)(make_model(), tmp_path / "x.safetensors")
     for name in ("x.pth", "x"):
         with pytest.raises(CheckpointError, match=r"x\.safetensors"):
             save(tmp_path / name, make_model())
@@ -1359,7 +1362,7 @@ def test_files_of_the_first_format_are_a_pvts(tmp_path):
 
 def test_an_alias_is_a_name():
     assert from_argument("pvt_v1_huge") == dataclasses.replace(
-        from_argument("pvt_huge_v2"), origin="pvt_v1_huge"
+        loose(from_argument("pvt_huge_v2")), origin="pvt_v1_huge"
     )
     assert from_argument("pvt_v1_huge").config is VARIANTS["pvt_huge_v2"]
 

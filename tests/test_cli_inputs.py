@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -337,6 +338,7 @@ def test_predict_of_many_is_bounded_in_memory(watched, pictures):
 
 def test_predict_each_refuses_at_once_what_no_picture_can_mend():
     model = pvt_ref.load("digits")
+    wrong: Any
     for wrong in ({"top": 0}, {"size": 33}, {"size": "x"}):
         with pytest.raises(pvt_ref.PVTError):
             model.predict_each(["a.png"], **wrong)  # before the first is asked for

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ TOOL = Path(__file__).parents[1] / "tools" / "coverage_floors.py"
 
 @pytest.fixture
 def floors():
-    spec = importlib.util.spec_from_file_location("coverage_floors", TOOL)
+    spec: Any = importlib.util.spec_from_file_location("coverage_floors", TOOL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

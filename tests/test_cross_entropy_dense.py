@@ -1,5 +1,7 @@
 """Cross-entropy of maps, and with labels to leave out, as PyTorch computes them."""
 
+from typing import Any
+
 import array_api_strict
 import numpy as np
 import pytest
@@ -80,8 +82,8 @@ def test_ignored_maps_in_another_library_and_in_float32():
     labels = np.array([[[0, 255], [1, 2]], [[255, 255], [2, 0]]], np.uint8)
     loss, dlogits = cross_entropy(logits, labels, 0.1, ignore_index=255)
     assert loss.dtype == dlogits.dtype == np.float32
-    there = [array_api_strict.asarray(x) for x in (logits, labels)]
-    their_loss, their_dlogits = cross_entropy(*there, 0.1, ignore_index=255)
+    x, y = (array_api_strict.asarray(a) for a in (logits, labels))
+    their_loss, their_dlogits = cross_entropy(x, y, 0.1, ignore_index=255)
     np.testing.assert_allclose(np.asarray(their_loss), loss, rtol=1e-6)
     np.testing.assert_allclose(np.asarray(their_dlogits), dlogits, rtol=1e-6, atol=1e-8)
     assert not dlogits[0, :, 0, 1].any()
@@ -89,6 +91,7 @@ def test_ignored_maps_in_another_library_and_in_float32():
 
 def test_what_cannot_be_ignored_or_is_no_map():
     logits = normal(0, 2, 3)
+    wrong: Any
     for wrong in (1.0, "255", True, [1]):
         with pytest.raises(RangeError, match="ignore_index is"):
             cross_entropy(logits, np.array([0, 1]), ignore_index=wrong)

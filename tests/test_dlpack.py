@@ -1,6 +1,7 @@
 """Arrays of other libraries by DLPack: shared, not copied, or refused with the reason."""
 
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def test_any_library_that_exports_is_welcome():
 
 
 def test_a_model_computes_on_it():
-    widths = {"embed_dims": (4, 4, 4, 4), "num_heads": (1, 1, 1, 1)}
+    widths: Any = {"embed_dims": (4, 4, 4, 4), "num_heads": (1, 1, 1, 1)}
     config = pvt_ref.PVTConfig(img_size=32, num_classes=3, **widths)
     params = pvt_ref.init_params(config, np.random.default_rng(0))
     tensor = torch.randn(1, 3, 32, 32)

@@ -7,6 +7,7 @@ import sys
 import threading
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -349,7 +350,7 @@ def test_threads_end_with_the_reading(root):
         ahead.expect(np.arange(27), 0, 0)
         assert threading.active_count() > before
     assert threading.active_count() == before
-    iterator = batches(photos(root), 4, np.empty(0))
+    iterator: Any = batches(photos(root), 4, np.empty(0))
     next(iterator)
     assert threading.active_count() > before
     iterator.close()

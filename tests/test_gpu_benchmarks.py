@@ -7,6 +7,7 @@ import sys
 import types
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import cuda_on_cpu
 import numpy as np
@@ -140,7 +141,8 @@ class Answers:
     """A worker that answers at once, as it is told to."""
 
     def __init__(self, answer=None, takes=1.0):
-        self.asked, self.answer, self.takes, self.clock = [], answer or {}, takes, None
+        self.asked, self.answer, self.takes = [], answer or {}, takes
+        self.clock: Any = None  # a FakeClock
 
     def ask_within(self, seconds, order):
         self.asked.append((seconds, order))
@@ -261,7 +263,7 @@ def test_a_process_that_is_late_or_dies_is_begun_again(tmp_path, monkeypatch):
 
 # What a contender answers -------------------------------------------------------------------------
 
-_STAGES = {"img_size": 32, "embed_dims": (8, 16, 20, 16), "num_heads": (1, 2, 2, 4)}
+_STAGES: Any = {"img_size": 32, "embed_dims": (8, 16, 20, 16), "num_heads": (1, 2, 2, 4)}
 _STAGES |= {"mlp_ratios": (4, 2, 2, 2), "num_classes": 10}
 SMALL = {
     "pvt_small": PVTConfig(**_STAGES),
@@ -442,7 +444,7 @@ def test_calls_in_a_row_begin_behind_what_holds_the_device():
 @no_gxx
 @pytest.mark.parametrize("name", ["sums", "attentions", "products"])
 def test_steps_of_a_ladder_are_compared_before_they_are_timed(name):
-    bench = import_module("gpu_ladder")
+    bench: Any = import_module("gpu_ladder")
     sizes = {"sums": (70, 33), "attentions": (1, 2, 5, 7, 8), "products": (9, 12, 8)}
     case = getattr(bench, name)(*sizes[name])
     wrong = Step("wrong", "none", lambda *given: 1.01 * steps[0].run(*given))

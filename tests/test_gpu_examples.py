@@ -11,6 +11,7 @@ import cuda_on_cpu
 import numpy as np
 import pytest
 from cuda_on_cpu import Emulation
+from loose import loose
 from strategies import normal, rng_of
 
 import pvt_ref
@@ -169,7 +170,7 @@ def test_weights_must_be_those_of_the_variant(plain_script, monkeypatch):
 
 
 def test_forwards_share_weights_that_were_laid_out_once(plain_script):
-    table = table_with(Cuda(None), is_numpy)
+    table = table_with(Cuda(loose(None)), is_numpy)
     model = small_model()
     plain_script.laid_out(model.params, model.config, (32, 32), table)
     assert len(table.settings.arranged) == 1
@@ -200,7 +201,7 @@ def test_stages_are_the_spans_between_their_ends(plain_script):
 
 def test_kernels_are_timed_one_by_one_behind_what_holds_the_device(plain_script, capsys):
     launched = []
-    ops = table_with(Cuda(lambda f, *_, **__: launched.append(f.name)), is_numpy)
+    ops = table_with(Cuda(loose(lambda f, *_, **__: launched.append(f.name))), is_numpy)
     clock, done = ticking()
 
     def run(table):

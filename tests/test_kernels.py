@@ -10,6 +10,7 @@ import threading
 import time
 import tracemalloc
 from dataclasses import replace
+from typing import Any
 
 import fit_gelu
 import numpy as np
@@ -91,7 +92,7 @@ def test_kernel_equals_its_readable_twin(name, threads, elements, monkeypatch):
     check()
 
 
-def run_model(case, ops, drop=None, dtype=np.float64, **changes):
+def run_model(case, ops, drop=None, dtype: Any = np.float64, **changes):
     config = replace(case.config, **changes)
     params = pvt_ref.from_state_dict(
         {k: x.astype(dtype) for k, x in pvt_ref.to_state_dict(case.params()).items()}, config
@@ -165,7 +166,8 @@ def test_many_keys_err_in_float32_no_more_than_pytorch_does_twice():
     q, k, v = (x.astype(np.float32) for x in (q, k, v))
     ops = blocked_ops(2)
     ours, _ = ops[attention].forward(None, (q, k, v), ops, 0.125, keep=False)
-    theirs = F.scaled_dot_product_attention(*(torch.tensor(x) for x in (q, k, v)), scale=0.125)
+    tensors: Any = map(torch.tensor, (q, k, v))
+    theirs = F.scaled_dot_product_attention(*tensors, scale=0.125)
     assert relative(ours, exact) <= 2 * relative(theirs.numpy(), exact)
 
 

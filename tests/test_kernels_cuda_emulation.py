@@ -2,6 +2,7 @@
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import cuda_on_cpu
 import numpy as np
@@ -22,7 +23,7 @@ def launch(name, *arguments, grid=(1,), threads=(64,), order=0, **more):
     Emulation(order)(Function(MISTAKES, name), grid, threads, arguments, **more)
 
 
-def ones(n=64, dtype=np.float32):
+def ones(n=64, dtype: Any = np.float32):
     return np.ones(n, dtype)
 
 

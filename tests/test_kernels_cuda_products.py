@@ -10,6 +10,7 @@ import sys
 import threading
 import types
 from dataclasses import replace
+from typing import Any
 
 import cuda_on_cpu
 import numpy as np
@@ -76,7 +77,7 @@ def matrix(
     return x.swapaxes(-1, -2) if in_columns else x
 
 
-def exact(a, b, bias=None, residual=None):
+def exact(a, b, bias=None, residual=None) -> Any:
     y = a.astype(np.float64) @ b
     return sum((each for each in (bias, residual) if each is not None), y)
 
@@ -153,9 +154,9 @@ def test_an_epilogue_adds_bias_gelu_and_residual_in_this_order(tiles, K):
 def test_a_sum_over_many_rows_is_made_in_parts_whose_order_is_fixed(M, N, rows):
     launched = []
 
-    def launch(function, grid, threads, arguments, **more):
+    def launch(function, grid, threads, arguments, shared=0):
         launched.append((function.name, grid))
-        Emulation(1)(function, grid, threads, arguments, **more)
+        Emulation(1)(function, grid, threads, arguments, shared)
 
     dy, x = matrix(1, rows, M), matrix(2, rows, N)
     y = multiply(dy.T, x, Cuda(launch, 64))

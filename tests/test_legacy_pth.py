@@ -4,11 +4,13 @@ import collections
 import io
 import pickle
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from test_checkpoint import TINY, as_torch, assert_same_state, random_state, refusal
+from torch._utils import _rebuild_tensor_v2
 
 from pvt_ref.checkpoint import load
 from pvt_ref.checkpoint.legacy import LegacyFile, is_legacy
@@ -67,10 +69,10 @@ class Tensor:
         self.args = args
 
     def __reduce__(self):
-        return torch._utils._rebuild_tensor_v2, self.args
+        return _rebuild_tensor_v2, self.args
 
 
-def storage(key="7", numel=4, view=None, kind=torch.FloatStorage, word="storage"):
+def storage(key="7", numel=4, view=None, kind: Any = torch.FloatStorage, word="storage"):
     return Reference(word, kind, key, "cpu", numel, view)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from closeness import relative
 from kill_training import fingerprint
+from loose import loose
 from small_training import CONFIG, DATA, HELD_OUT, RECIPE
 from strategies import random_params
 
@@ -263,4 +264,4 @@ def test_evaluation_uses_the_same_table(tmp_path):
     train(tmp_path, ops=table, stop_at_step=4)
     assert {True, False} == set(asked)
     with pytest.raises(ArrayTypeError, match="ops is a int"):
-        train(tmp_path / "x", ops=5)
+        train(tmp_path / "x", ops=loose(5))

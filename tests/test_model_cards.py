@@ -5,6 +5,7 @@ import json
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def tool():
     path = ROOT / "tools" / "model_cards.py"
-    spec = importlib.util.spec_from_file_location("model_cards", path)
+    spec: Any = importlib.util.spec_from_file_location("model_cards", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

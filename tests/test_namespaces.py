@@ -6,6 +6,7 @@ strict reading of the array API standard, and CuPy where there is a GPU.
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -208,7 +209,7 @@ def test_pyramid_and_its_backward(library, case):
     for i in range(len(maps)):
         assert_same(their_maps[i], maps[i], their_images, what=f"F{i + 1}")
         assert_same(their_inference[i], inference[i], their_images, what=f"F{i + 1}")
-    dmaps = [normal(i, *x.shape) for i, x in enumerate(maps)]
+    dmaps: list[Any] = [normal(i, *x.shape) for i, x in enumerate(maps)]
     if len(maps) > 1:
         dmaps[case.seed % 4] = None
     their_dmaps = [None if x is None else library.asarray(x) for x in dmaps]

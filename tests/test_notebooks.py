@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from loose import loose
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -193,7 +194,7 @@ class Shell:
 
 @pytest.fixture
 def shell(notebooks, monkeypatch):
-    shell, shown = Shell(), []
+    shown, shell = [], loose(Shell())
     display = SimpleNamespace(
         display=shown.append,
         HTML=lambda text: ("HTML", text),

@@ -10,9 +10,11 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from loose import loose
 from PIL import Image, ImageFile
 
 import pvt_ref
@@ -96,7 +98,7 @@ def test_other_formats_are_refused(format):
 @pytest.mark.parametrize("format", [name for name in FORMATS if name != "MPO"])
 def test_the_formats_of_the_list_are_read(format):
     data = saved(Image.new("RGB", (32, 32), (200, 0, 0)), format)
-    red, *rest = read_rgb(io.BytesIO(data)).getpixel((9, 9))
+    red, *rest = loose(read_rgb(io.BytesIO(data))).getpixel((9, 9))
     assert abs(red - 200) < 8
     assert max(rest) < 8
 
@@ -106,8 +108,8 @@ def test_a_jpeg_with_another_behind_it_is_read():
     data = saved(images[0], "MPO", save_all=True, append_images=images[1:])
     with Image.open(io.BytesIO(data)) as lazy:
         assert lazy.format == "MPO"
-        assert read_rgb(lazy).getpixel((9, 9))[0] > 240
-    assert read_rgb(io.BytesIO(data)).getpixel((9, 9))[0] > 240
+        assert loose(read_rgb(lazy)).getpixel((9, 9))[0] > 240
+    assert loose(read_rgb(io.BytesIO(data))).getpixel((9, 9))[0] > 240
 
 
 def test_a_picture_of_another_format_that_was_loaded_is_taken():
@@ -171,8 +173,8 @@ def test_two_threads_decode_at_the_same_time(monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
     data = saved(Image.new("RGB", (40, 40), "red"), "JPEG")
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda _: load_image(io.BytesIO(data), 32), range(2)))
-    assert np.array_equal(*results)
+        one, other = pool.map(lambda _: load_image(io.BytesIO(data), 32), range(2))
+    assert np.array_equal(one, other)
 
 
 def test_limits_hold_in_many_threads():
@@ -374,7 +376,7 @@ def test_scans_are_counted_where_the_decoder_sees_them():
     inside = data[:2] + segment + data[2:]  # a preview in the metadata, say
     behind = data + b"\0\2" + b"\xff\xda\0\2" * 1000  # a film behind the photo
     for harmless in (data, inside, behind):
-        assert read_rgb(io.BytesIO(harmless)).getpixel((0, 0))[0] > 240
+        assert loose(read_rgb(io.BytesIO(harmless))).getpixel((0, 0))[0] > 240
     fill = jpeg_with_scans(101).replace(b"\xff\xda", b"\xff\xff\xff\xda")  # the same to a decoder
     hidden = jpeg_with_scans(101).replace(b"\xff\xda", b"\xff\x05\x00\xff\xff\xda")
     for data in (fill, hidden):
@@ -528,7 +530,7 @@ def test_a_file_without_end_is_not_read_to_its_end(monkeypatch):
             self.read_so_far += n
             return bytes(n)
 
-    file = Endless()
+    file: Any = Endless()
     with pytest.raises(ImageError, match="larger than the 4194304 bytes"):
         read_rgb(file)
     assert file.read_so_far < 2**24
@@ -601,7 +603,7 @@ def test_bytes_as_a_name(tmp_path):
             return b"nothing.png"
 
     with pytest.raises(MissingFileError, match="no file"):
-        load_image(Name())
+        load_image(loose(Name()))
 
 
 def test_a_file_that_gives_texts():
@@ -613,7 +615,7 @@ def test_a_file_that_gives_texts():
             return "P3 1 1"
 
     with pytest.raises(ArrayTypeError, match="opened as text"):
-        load_image(Text())
+        load_image(loose(Text()))
 
 
 def test_bands_change_no_bit(monkeypatch):

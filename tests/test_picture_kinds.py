@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+from loose import loose
 from PIL import Image
 from test_picture_file import PEAK, chunk, run, saved
 
@@ -241,7 +242,7 @@ def test_a_picture_opened_as_text(tmp_path):
             open(path, encoding=encoding) as file,
             pytest.raises(ArrayTypeError, match=r"opened as text; pictures need open\(path, 'rb'"),
         ):
-            load_image(file)
+            load_image(loose(file))
     with open(path, encoding="utf-8") as file:
         (answer,) = pvt_ref.load("digits").predict_each(file)
     assert "opened as text" in str(answer)
@@ -284,16 +285,16 @@ def test_files_that_have_only_read():
             return self.kind(part)
 
     for kind in (bytes, bytearray, memoryview):
-        assert read_rgb(OnlyRead(kind)).getpixel((0, 0)) == (255, 0, 0)
+        assert read_rgb(loose(OnlyRead(kind))).getpixel((0, 0)) == (255, 0, 0)
     with pytest.raises(ArrayTypeError, match="gives a list; its read must give bytes"):
-        read_rgb(OnlyRead(list))
+        read_rgb(loose(OnlyRead(list)))
 
     class Broken:
         def read(self, n):
             raise RuntimeError("the line is dead")
 
     with pytest.raises(ImageError, match=r"cannot be read \(RuntimeError: the line is dead\)"):
-        read_rgb(Broken())
+        read_rgb(loose(Broken()))
 
 
 def test_a_file_that_does_not_block():
@@ -305,7 +306,7 @@ def test_a_file_that_does_not_block():
             return part
 
     with pytest.raises(ImageError, match=r"nothing to read now .*io\.BytesIO\(data\)"):
-        read_rgb(Waiting())
+        read_rgb(loose(Waiting()))
 
 
 def test_what_begins_as_a_picture_is_not_called_none():

@@ -11,6 +11,7 @@ test_vit.py.
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -465,7 +466,7 @@ def test_22_adjoint_identity_of_the_model(pyramid, cases):
         tree = (params, images)
         v = map_arrays(lambda x: normal(5, *x.shape), tree)
 
-        def run(tree):
+        def run(tree: tuple[Any, Any]):
             # the same seed: the masks are part of the function
             if pyramid:
                 outputs, cache = pvt_ref.forward_pyramid_with_cache(*tree, config, rng_of(9))

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from loose import loose
 from spelt_layouts import config_json, hugging_face_v2, mmdetection_v2, timm_v2_key
 from test_checkpoint import as_torch, assert_same_state, random_state, refusal, to_foreign
 
@@ -227,11 +229,11 @@ def test_every_layout_gives_back_what_it_was_given(layout, config):
 # Hugging Face -------------------------------------------------------------------------------------
 
 
-def hugging_face_model(config, kind="PvtV2ForImageClassification", **more):
+def hugging_face_model(config, kind: str = "PvtV2ForImageClassification", **more: Any) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    settings = transformers.PvtV2Config(
+    settings = loose(transformers.PvtV2Config)(
         image_size=config.img_size,
         hidden_sizes=list(config.embed_dims),
         depths=list(config.depths),
@@ -384,7 +386,7 @@ def test_the_command_line_converts_them(tmp_path, capsys, config):
 
 def test_the_rates_of_a_config_json_are_each_its_own(tmp_path):
     rates = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2}
-    hugging_face_model(MICRO, **rates, drop_path_rate=0.3).save_pretrained(tmp_path)
+    hugging_face_model(MICRO, **loose(rates), drop_path_rate=0.3).save_pretrained(tmp_path)
     config = dataclasses.replace(MICRO, drop_rate=0.1, attn_drop_rate=0.2, drop_path_rate=0.3)
     assert load(tmp_path).config == dataclasses.replace(config, **PORT_EPS)
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,7 +169,7 @@ def test_a_run_that_is_another_is_not_resumed(undisturbed, data, held_out, tmp_p
 # Running statistics -------------------------------------------------------------------------------
 
 
-def first_state(config=CONFIG, samples: int = 10, dtype=np.float64):
+def first_state(config=CONFIG, samples: int = 10, dtype: Any = np.float64):
     return start_training(init_params(config, rng_of(4), dtype), samples, seed=RECIPE.seed)
 
 
@@ -339,6 +340,7 @@ def test_poly_of_a_recipe():
     cosine = dataclasses.replace(recipe, schedule="cosine")
     assert cosine.learning_rate(20_000, 1000) == pytest.approx(1e-4)
     assert Recipe(epochs=1, batch_size=1).schedule == "cosine"
+    arguments: Any
     for arguments in ((-1, 5, 0, 1.0), (0, 5.5, 0, 1.0), (0, 5, -1, 1.0), (0, 5, 0, -1.0)):
         with pytest.raises(RangeError, match="it must be a"):
             warmup_poly(*arguments)

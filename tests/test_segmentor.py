@@ -11,6 +11,7 @@ import pickle
 import re
 import zlib
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from closeness import FORWARD, assert_near, relative
 from hypothesis import given
 from hypothesis import strategies as st
+from loose import loose
 from PIL import Image
 from segmentors import PVT, SEGMENTORS, VIT, params_of
 from strategies import normal, rng_of, without_dropout
@@ -339,9 +341,9 @@ def test_what_cannot_be_built_is_refused(changes, message):
     ("make", "message"),
     [
         (lambda: SemanticFPNHead(channels=0), "channels is 0; it must be a whole number"),
-        (lambda: SemanticFPNHead(neck_channels=2.0), "neck_channels is 2.0"),
+        (lambda: SemanticFPNHead(neck_channels=loose(2.0)), "neck_channels is 2.0"),
         (lambda: SemanticFPNHead(drop_rate=1), r"drop_rate is 1; it must be in \[0, 1\)"),
-        (lambda: SemanticFPNHead(drop_rate="0"), "drop_rate is '0'"),
+        (lambda: SemanticFPNHead(drop_rate=loose("0")), "drop_rate is '0'"),
         (lambda: SETRHead(channels=-1), "channels is -1"),
         (lambda: SETRHead(upsampling="mla"), "upsampling is 'mla'; it must be 'naive' or 'pup'"),
         (
@@ -504,7 +506,7 @@ def test_running_statistics_stay_where_they_were_used():
     with pytest.raises(ArrayTypeError, match="they belong to different networks"):
         updated(params, cache)
     with pytest.raises(ArrayTypeError, match="cache is a NoneType; this backward needs"):
-        updated(params, None)
+        updated(params, loose(None))
 
 
 def test_updated_takes_the_place_of_the_buffers_and_changes_nothing_else():
@@ -610,6 +612,8 @@ def test_it_is_stretched_and_its_logits_are_shrunk_as_much(name, size, fitting, 
 def test_gradients_through_a_stretch_are_slopes(name, pyramid):
     config, images = SEGMENTORS[name], normal(6, 1, 3, 19, 41)
     params, v = params_of(config), normal(7, 1, 3, 19, 41)
+    run: Any
+    run_back: Any
     if pyramid:
         run, run_back = pvt_ref.forward_pyramid_with_cache, pvt_ref.backward_pyramid
     else:
@@ -630,7 +634,7 @@ def test_sizes_that_are_none_are_refused():
         with pytest.raises(ShapeError, match="must be positive numbers of pixels"):
             config.fitting_size(*size)
     with pytest.raises(ShapeError, match="must be whole numbers of pixels"):
-        config.grids(32.5, 32)
+        config.grids(loose(32.5), 32)
 
 
 # From logits to classes ---------------------------------------------------------------------------
@@ -687,6 +691,8 @@ def test_windows_that_leave_gaps_are_refused():
     params, images = params_of(config), images_of("pvt")
     with pytest.raises(ShapeError, match="pixels between two windows would get no logits"):
         sliding_logits(params, images, config, 16, (16, 17))
+    crop: Any
+    stride: Any
     for crop, stride in ((0, 1), (16, 0), (16.0, 4), (16, (1, 2, 3))):
         with pytest.raises(ShapeError, match="must be a side or"):
             sliding_logits(params, images, config, crop, stride)
@@ -721,7 +727,7 @@ def test_bands_are_the_whole_in_parts(grid, size, final, pixels):
 INFO = ModelInfo(title="a small one", classes=CLASSES)
 
 
-def model_of(name: str = "pvt", dtype=np.float32, **info) -> Model:
+def model_of(name: str = "pvt", dtype: Any = np.float32, **info) -> Model:
     info = dataclasses.replace(INFO, **info)
     return Model(params_of(SEGMENTORS[name], 1, dtype), SEGMENTORS[name], info=info)
 
@@ -773,7 +779,7 @@ def test_pictures_of_any_kind_and_number(tmp_path):
     expected = model.segment(photos)
     assert [m.shape for m in expected] == [(33, 40), (40, 33), (20, 20)]
     with open(paths[0], "rb") as file:
-        several = [model.segment(paths), model.segment(tuple(map(str, paths)))]
+        several: list[Any] = [model.segment(paths), model.segment(tuple(map(str, paths)))]
         one = model.segment(file)
     several.append(list(model.segment_each(iter(paths))))
     for maps in several:
@@ -799,9 +805,11 @@ def test_segment_refuses_what_it_cannot_do():
     model, photo = model_of(), picture(30, 30)
     with pytest.raises(ShapeError, match="the list of images is empty"):
         model.segment([])
+    size: Any
     for size in (0, 2.5, (32, 32), 2**16):
         with pytest.raises(RangeError, match=r"size is .*; it must be a whole number"):
             model.segment(photo, size)
+    window: Any
     for window in (0, (1, 2, 3), "32"):
         with pytest.raises(ShapeError, match="must be a side or"):
             model.segment(photo, window=window)
@@ -898,7 +906,7 @@ def test_a_new_head_forgets_the_classes_and_their_colours():
     info = ModelInfo(
         title="four kinds of things",
         classes=CLASSES,
-        colours=[(k, k, k) for k in range(4)],
+        colours=loose([(k, k, k) for k in range(4)]),
         preprocessing=grey,
         training={"data": "streets"},
     )
@@ -992,10 +1000,11 @@ OF_SOME = {
     "mha": "pup",
     "block": "pvt",
 }
+OPERATIONS = sorted(SEGMENTOR.operations, key=lambda op: op.name)
 
 
 @pytest.mark.parametrize("table", ["blocked", "reference"], indirect=True)
-@pytest.mark.parametrize("op", sorted(SEGMENTOR.operations, key=lambda op: op.name), ids=repr)
+@pytest.mark.parametrize("op", OPERATIONS, ids=repr)
 def test_replacing_any_operation_takes_effect(op, table):
     base = blocked_ops() if table == "blocked" else REFERENCE
     name, calls = OF_SOME.get(op.name, "pvt"), Counter()
@@ -1061,6 +1070,7 @@ def test_an_operation_that_it_never_asks_for_is_refused():
 def test_batch_statistics_is_a_choice_of_networks_with_batch_norm():
     config, images = SEGMENTORS["pvt"], images_of("pvt")
     params = params_of(config)
+    flag: Any
     for flag in (1, None, "yes"):
         with pytest.raises(RangeError, match=r"batch_statistics is .*; it must be True or False"):
             pvt_ref.forward_with_cache(params, images, config, batch_statistics=flag)

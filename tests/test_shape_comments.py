@@ -7,6 +7,7 @@ import sys
 import textwrap
 import types
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,6 +80,7 @@ def comments() -> ShapeComments:
     rng = np.random.default_rng(0)
     params = pvt_ref.init_params(CONFIG, rng)
     images = rng.standard_normal((B, CONFIG.in_chans, H, W), np.float32)
+    cache: Any
     comments = ShapeComments(modules(), STAGES)
     with comments:
         logits, cache = model.forward(params, images, CONFIG, REFERENCE, rng)
@@ -116,6 +118,7 @@ def run_vit(rng: np.random.Generator) -> None:
     )  # fmt: skip
     params = pvt_ref.init_params(config, rng)
     images = rng.standard_normal((B, 5, 12, 28), np.float32)
+    cache: Any
     logits, cache = vit_model.forward(params, images, config, REFERENCE, rng)
     vit_model.backward(params, cache, logits, REFERENCE)
     maps, cache = vit_model.forward_pyramid(params, images, config, REFERENCE, rng, numbers=(0, 1))
@@ -216,7 +219,7 @@ def run(tmp_path, source: str, *arguments, stages=None) -> ShapeComments:
     """Runs the function f of a module with that source."""
     path = tmp_path / "planted.py"
     path.write_text(textwrap.dedent(source), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("planted", path)
+    spec: Any = importlib.util.spec_from_file_location("planted", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     comments = ShapeComments([module], stages)

@@ -125,9 +125,10 @@ def test_every_public_function_describes_its_arguments_and_result():
 
 def docstring_lines(path: Path) -> int:
     """Lines of all docstrings of a file."""
-    kinds = ast.Module | ast.ClassDef | ast.FunctionDef
     nodes = [
-        n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, kinds)
+        n
+        for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)
     ]
     with_docstring = [n.body[0] for n in nodes if ast.get_docstring(n, clean=False) is not None]
     return sum((n.end_lineno or 0) - n.lineno + 1 for n in with_docstring)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def toy():
         yield row
 
 
-def params_of(config=CONFIG, dtype=np.float64, seed=0):
+def params_of(config=CONFIG, dtype: Any = np.float64, seed=0):
     return pvt_ref.init_params(config, rng_of(seed), dtype)
 
 

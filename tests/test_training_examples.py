@@ -190,7 +190,9 @@ def test_cifar10_for_pvt_v2_is_enlarged_as_pillow_does_it(cifar, examples, capsy
     test = cifar.read_cifar10("data", cifar.TEST_FILES)
     assert program.at_size(test, 32) is test
     enlarged = program.at_size(test, 64)
-    picture = Image.fromarray(test.images[7].transpose(1, 2, 0)).resize((64, 64), Image.BICUBIC)
+    picture = Image.fromarray(test.images[7].transpose(1, 2, 0)).resize(
+        (64, 64), Image.Resampling.BICUBIC
+    )
     assert np.array_equal(enlarged.images[7].transpose(1, 2, 0), np.asarray(picture))
     assert np.array_equal(enlarged.labels, test.labels)
     arguments = ["--data", "data", "--network", "v2", "--epochs", "1", "--batch-size", "50"]

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,9 @@ TINY = VARIANTS["pvt_tiny"]
 UNUSED_BY_A_PYRAMID = {"cls_token", "norm.weight", "norm.bias", "head.weight", "head.bias"}
 
 
-def run_both(case: ModelCase, dtype=np.float64, pyramid: bool = False, masks: int | None = None):
+def run_both(
+    case: ModelCase, dtype: Any = np.float64, pyramid: bool = False, masks: int | None = None
+):
     """Outputs and gradients, ours and theirs, for one case; masks is a seed for dropout."""
     config, params, images = case.config, case.params(dtype), case.images(dtype)
     rngs = [None if masks is None else rng_of(masks) for _ in range(2)]

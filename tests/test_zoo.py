@@ -16,9 +16,11 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from loose import loose
 from PIL import Image
 from strategies import normal, random_params
 
@@ -390,7 +392,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     content, seen = b"", []
-    etag, status = None, None  # in the place of the right ones
+    etag: str | None = None  # in the place of the right one
+    status: int | None = None
 
     def do_HEAD(self):
         self.seen.append((self.command, self.path))
@@ -542,18 +545,19 @@ def test_without_the_hubs_client_it_says_what_to_install(tmp_path, monkeypatch):
 
 def test_info_of_other_files():
     with pytest.raises(ConfigError, match="classes are 'abc'"):
-        ModelInfo(classes="abc")
+        ModelInfo(classes=loose("abc"))
     with pytest.raises(ConfigError, match="preprocessing is a str"):
-        ModelInfo(preprocessing="RGB")
+        ModelInfo(preprocessing=loose("RGB"))
     with pytest.raises(ConfigError, match="training is a int"):
-        ModelInfo(training=3)
+        ModelInfo(training=loose(3))
     for wrong in ({"accuracy": np.float32(1)}, {"loss": math.nan}, {"x": b"bytes"}):
         with pytest.raises(ConfigError, match="what JSON does not"):
             ModelInfo(training=wrong)
+    wrong: Any
     for wrong in (None, 3, [1, 2]):
         with pytest.raises(ConfigError, match="classes are"):
             ModelInfo(classes=wrong)
-    assert ModelInfo(classes=(c for c in "ab")).classes == ("a", "b")
+    assert ModelInfo(classes=loose(c for c in "ab")).classes == ("a", "b")
     assert json.loads(json.dumps(ModelInfo().to_dict())) == ModelInfo().to_dict()
 
 
@@ -592,6 +596,7 @@ def test_a_missing_configuration_is_not_taken_for_a_missing_model(released):
         pvt_ref.load(released, "c.json")
     assert "config is 'c.json'" in str(caught.value)
     assert "Known names" not in str(caught.value)
+    arguments: Any
     for arguments in ({"config": VARIANTS["pvt_tiny"]}, {"entry": "model"}):
         with pytest.raises(ArrayTypeError, match="was given with 'digits', which brings its own"):
             pvt_ref.load("digits", **arguments)

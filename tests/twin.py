@@ -5,6 +5,7 @@ this project: both sides draw from the same counters.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +82,8 @@ def twin_losses(
             ) * (len(part) / len(chosen))
             loss.backward()
             for key, leaf in leaves.items():  # the forward made leaves of its own
-                leaf.grad = used[key].grad if leaf.grad is None else leaf.grad + used[key].grad
+                grad: Any = used[key].grad
+                leaf.grad = grad if leaf.grad is None else leaf.grad + grad
             total_loss += float(loss.detach())
         if recipe.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(trained.values()), recipe.clip_norm)

@@ -4,9 +4,12 @@ The backbone is transformers' (see oracles.py); neck, head and loss are torch.nn
 tensors by mmsegmentation's names. Batches and masks are those of this project.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from loose import loose
 from oracles import tensor, transformers_forward
 
 from pvt_ref import from_state_dict, to_state_dict
@@ -50,7 +53,7 @@ def semantic_fpn(
         size = levels[i - 1].shape[2:]
         levels[i - 1] = levels[i - 1] + F.interpolate(levels[i], size=size, mode="nearest")
     levels = [conv(x, f"neck.fpn_convs.{i}.conv", 1) for i, x in enumerate(levels)]
-    total = 0
+    total: Any = 0
     for i, x in enumerate(levels):
         for k in range(max(1, i)):
             x = unit(x, state, f"decode_head.scale_heads.{i}.{2 * k}", trained)
@@ -142,8 +145,8 @@ def twin_training(
             loss = pixel_loss(logits, labels, recipe) * (len(part) / len(chosen))
             loss.backward()
             for key, leaf in used.items():
-                own = trained[key]
-                own.grad = leaf.grad if own.grad is None else own.grad + leaf.grad
+                own, grad = trained[key], loose(leaf.grad)
+                own.grad = grad if own.grad is None else own.grad + grad
             total_loss += float(loss.detach())
         if recipe.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(trained.values()), recipe.clip_norm)

@@ -487,8 +487,8 @@ def key_figure() -> Figure:
             ax.text(x, y, text, **{"va": "center", "fontsize": 9, **how})
 
         def signed(x: Array, *place: float, most: float | None = None) -> None:
-            most = np.abs(x).max() if most is None else most
-            cells(ax, x, *place, cmap="RdBu_r", vmin=-most, vmax=most)
+            end = float(np.abs(x).max()) if most is None else most
+            cells(ax, x, *place, cmap="RdBu_r", vmin=-end, vmax=end)
 
         # the photo, cut into tokens
         top, side = 0.3, 1.36

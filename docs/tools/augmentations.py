@@ -6,6 +6,7 @@ A test draws it again and compares.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -34,7 +35,7 @@ def changed() -> dict[str, Image.Image]:
         )
     strengths = {"brightness": 0.6, "contrast": 0.6, "saturation": 0.9, "hue": 0.2}
     for place, (name, strength) in enumerate(strengths.items()):
-        jitter = [0.0] * 4
+        jitter: Any = [0.0] * 4
         jitter[place] = strength
         augment = PhotoAugment(crop_area=None, jitter=jitter)
         pictures[f"jitter: {name}"] = augment(photo, SIDE, np.random.default_rng(10))

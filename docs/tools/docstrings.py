@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+from pathlib import Path
 from typing import Any
 
 import griffe
@@ -26,6 +27,7 @@ class Markdown(griffe.Extension):
         """Called by griffe for every attribute: comments beside or above fields describe them."""
         if attr.docstring or not isinstance(attr.parent, griffe.Class) or not attr.lineno:
             return
+        assert isinstance(attr.filepath, Path)  # a list is only a namespace package's
         before = attr.lines_collection[attr.filepath][: attr.lineno]
         comment = before.pop().partition("  # ")[2]
         if not comment:

@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 
 #: Stand-ins that matplotlib draws with; :func:`show` writes the page's own colours in their place.
 INK, FAINT, PAPER = "#010101", "#020202", "#fdfdfd"
@@ -25,10 +26,10 @@ _IN_THE_PAGE = {
     **{colour: f"var(--figure-{number})" for number, colour in enumerate(SERIES, start=1)},
 }
 
-_STYLE = {
+_STYLE: Any = {
     "axes.edgecolor": FAINT,
     "axes.labelcolor": INK,
-    "axes.prop_cycle": mpl.cycler(color=SERIES),
+    "axes.prop_cycle": cycler(color=SERIES),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": 10,

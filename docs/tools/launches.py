@@ -40,6 +40,10 @@ class DeviceArray(ShapeArray):
     itemsize = 1
     ctypes = SimpleNamespace(data=0)  # a row begins where kernels can read it in pieces
 
+    def _on(self) -> Any:
+        """The device, which notes what is done."""
+        return self.memory.shapes
+
     def view(self, shape: Sequence[int], strides: Sequence[int]) -> "DeviceArray":
         """The same memory in another shape."""
         return DeviceArray(tuple(shape), tuple(strides), self.dtype, self.memory)
@@ -49,26 +53,26 @@ class DeviceArray(ShapeArray):
 
     def copy(self) -> "DeviceArray":
         """The same numbers in order, in new memory."""
-        y = self.memory.shapes.empty(self.shape, self.dtype)
-        self.memory.shapes.note("copy", "copy", [self], y)
+        y = self._on().empty(self.shape, self.dtype)
+        self._on().note("copy", "copy", [self], y)
         return y
 
     def __setitem__(self, key: Any, value: Any) -> None:
         target = self[key]
         ShapeArray.__iadd__(target, value)  # that the shapes fit
-        self.memory.shapes.note("copy", "copy", [value], target)
+        self._on().note("copy", "copy", [value], target)
 
     def __iadd__(self, other: Any) -> "DeviceArray":
         ShapeArray.__iadd__(self, other)
-        self.memory.shapes.note("in place", "elementwise", [self, other], self)
+        self._on().note("in place", "elementwise", [self, other], self)
         return self
 
     __isub__ = __imul__ = __itruediv__ = __iadd__
 
-    def __matmul__(self, other: "DeviceArray") -> "DeviceArray":
+    def __matmul__(self, other: "DeviceArray") -> ShapeArray:
         y = ShapeArray.__matmul__(self, other)
         flops = 2 * y.size * self.shape[-1]
-        self.memory.shapes.note("matmul", "product", [self, other], y, flops)
+        self._on().note("matmul", "product", [self, other], y, flops)
         return y
 
 
@@ -155,7 +159,7 @@ class Device(Shapes):
         """New memory that is filled."""
         return self.zeros(shape, dtype)
 
-    def flip(self, x: DeviceArray, *, axis: int) -> DeviceArray:
+    def flip(self, x: DeviceArray, *, axis: int) -> ShapeArray:
         """A view, which no kernel takes as it is."""
         return self.permute_dims(x, tuple(range(x.ndim)))
 

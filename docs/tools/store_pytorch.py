@@ -164,8 +164,8 @@ def attention() -> dict[str, torch.Tensor]:
         torch.tensor(rng.standard_normal((B, rows, C)), requires_grad=True) for rows in (n, m, m)
     )
     dy = torch.tensor(rng.standard_normal((B, n, C)))
-    heads = (x.unflatten(-1, (N, -1)).transpose(1, 2) for x in (q, k, v))
-    y = torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    qh, kh, vh = (x.unflatten(-1, (N, -1)).transpose(1, 2) for x in (q, k, v))
+    y = torch.nn.functional.scaled_dot_product_attention(qh, kh, vh).transpose(1, 2).flatten(2)
     dq, dk, dv = torch.autograd.grad(y, (q, k, v), dy)
     return {"y": y, "dq": dq, "dk": dk, "dv": dv}
 
@@ -358,7 +358,10 @@ def whole_backward() -> dict[str, torch.Tensor]:
     results = {"loss": loss}
     for name, L in (
         ("classifier", loss),
-        ("pyramid", sum((x_map * d).sum() for x_map, d in zip(maps, dmaps, strict=True))),
+        (
+            "pyramid",
+            sum(((y * d).sum() for y, d in zip(maps, dmaps, strict=True)), torch.zeros(())),
+        ),
     ):
         grads = torch.autograd.grad(L, leaves, retain_graph=True, materialize_grads=True)
         results[f"{name}_norms"] = torch.stack([g.norm() for g in grads])
@@ -653,8 +656,9 @@ def semantic_fpn() -> dict[str, torch.Tensor]:
             for k in range(max(1, i)):
                 key = f"scale_heads.{i}.{2 * k}"
                 s = conv(f"{key}.conv", s)
-                norm = [after[f"{key}.bn.running_{name}"] for name in ("mean", "var")]
-                s = F.batch_norm(s, *norm, w[f"{key}.bn.weight"], w[f"{key}.bn.bias"], training)
+                mean, var = (after[f"{key}.bn.running_{name}"] for name in ("mean", "var"))
+                weight, bias = (w[f"{key}.bn.{name}"] for name in ("weight", "bias"))
+                s = F.batch_norm(s, mean, var, weight, bias, training)
                 s = F.relu(s)
                 if i > 0:
                     s = resized(s, tuple(2 * n for n in s.shape[2:]))

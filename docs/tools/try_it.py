@@ -196,7 +196,7 @@ def shares(class_map: np.ndarray, kinds: Sequence[str]) -> list[tuple[int, float
     """Number and share of the classes that are somewhere, the largest first."""
     counts = np.bincount(class_map.ravel(), minlength=len(kinds))
     order = np.argsort(-counts, kind="stable")
-    return [(int(k), counts[k] / class_map.size) for k in order if counts[k]]
+    return [(int(k), float(counts[k]) / class_map.size) for k in order if counts[k]]
 
 
 def segmentation() -> str:

@@ -100,7 +100,7 @@ def _open(path: Path, stack: contextlib.ExitStack) -> _Opened:
     if not head.startswith(b"PK\x03\x04") and not is_legacy(head):
         raise refuse_other_kind(file, recognise.layouts_read())
     pth = open_pth(file)
-    notes = []
+    notes: list[str] = []
     if pth.foreign:
         notes.append(f"objects beside the weights were not made: {few(pth.foreign)}")
     if not pth.checksummed:
@@ -317,7 +317,7 @@ def _info(
     config: Any, stored: Any, stated: Stated | None, folder: Path | None, released: str, notes: Any
 ) -> tuple[ModelInfo, list[str]]:
     """Class names and preprocessing, and which of them are assumed."""
-    assumed = []
+    assumed: list[str] = []
     info = UNKNOWN if stored else released_info(config)
     if stated and stated.classes and config.has_classifier:
         info = ModelInfo(classes=stated.classes)

@@ -77,7 +77,7 @@ class _Sign(NamedTuple):
 
 def _signs(config: Any) -> list[_Sign]:
     """The signs of all networks, and of config's own keys if its network has no file layouts."""
-    signs = []
+    signs: list[_Sign] = []
     for row in architectures():
         if row.files:
             for layout in row.files.layouts:
@@ -113,7 +113,7 @@ def find_models(tree: Any, config: Any = None) -> list[Found]:
 
 def _mappings(tree: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
     """All dicts down to a depth, each once, with its path of names, joined by dots."""
-    seen = set()  # one dict can be in many places of a pickle
+    seen: set[int] = set()  # one dict can be in many places of a pickle
     values: list[tuple[tuple[str, ...], Any]] = [((), tree)]
     for names, value in values:  # and everything inside them
         if isinstance(value, Mapping) and id(value) not in seen:
@@ -330,7 +330,7 @@ def recognise_config(model: Found) -> Any:
     row, layout, state = model.row, model.layout, model.state
     assert row.files is not None  # else the model would not have been found without config
     shapes = _shapes(state)
-    tried = []
+    tried: list[tuple[int, str, Any, list[str]]] = []
     for name, variant in row.variants.items():
         config = row.files.fit(variant, shapes, layout)
         problems = _problems(model, config)

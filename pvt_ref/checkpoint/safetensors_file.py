@@ -84,7 +84,7 @@ def _parse_header(header: Any, size: int) -> tuple[dict[str, str], list[_Span]]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise TypeError("its metadata does not map names to texts")
-    spans = []
+    spans: list[tuple[int, int, str, np.dtype[Any], tuple[int, ...]]] = []
     for key, entry in header.items():
         if entry.keys() != {"dtype", "shape", "data_offsets"}:
             raise ValueError(f"{shown(key)} has the fields {shown(list(entry))}")

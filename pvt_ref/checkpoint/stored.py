@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -170,7 +170,7 @@ def _cut(raw: bytes, x: StoredTensor, order: Literal["<", ">"]) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def refuse_damage(what: str) -> Iterator[None]:
+def refuse_damage(what: str) -> Generator[None]:
     """For code that reads damaged bytes, which raise anything. Raises: CheckpointError instead."""
     try:
         yield

@@ -228,7 +228,7 @@ class ImageFolder(Samples):
         if self.augment is None:
             return self.pixels(chosen)
         H, W = self.size
-        drawn = []
+        drawn: list[np.ndarray] = []
         for i in chosen.tolist():
             rng = generator(seed, What.PHOTO, epoch, i)
             photo = self.augment(read_rgb(self.path(i)), (H, W), rng)
@@ -280,7 +280,7 @@ def _folders(root: Path) -> list[str]:
 
 def _photos(root: Path, name: str) -> Iterator[tuple[str, int]]:
     """Photos in a class's folder, by their names below root: the name, and the file's bytes."""
-    found = []
+    found: list[tuple[str, int]] = []
     seen = set[tuple[int, int]]()  # visited folders, so that a link to a parent ends
     waiting = [name]
     while waiting:

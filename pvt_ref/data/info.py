@@ -77,7 +77,8 @@ class ModelInfo:
         if "preprocessing" not in known:
             raise ConfigError("an info needs the field preprocessing, and it has none")
         parts = _checked_fields(known["preprocessing"], Preprocessing, "a preprocessing")
-        return cls(**{**known, "preprocessing": Preprocessing(**parts)})
+        known["preprocessing"] = Preprocessing(**parts)
+        return cls(**known)
 
 
 def _colours(values: Any, count: int) -> tuple[tuple[int, int, int], ...]:

@@ -124,7 +124,7 @@ def evaluate(
     Raises:
         PVTError: as :func:`pvt_ref.forward`; a RangeError for batch_size or a label.
     """
-    found = []
+    found: list[tuple[float, int]] = []
     for labels, images in batches(data, batch_size, first_array(params), ranks):
         logits = forward(params, images, config, ops=ops)
         targets = from_host(labels.astype(np.int64), like=logits)

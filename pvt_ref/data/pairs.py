@@ -177,7 +177,7 @@ class LabelledPairs(Samples):
             (B, 3 + 1, h, w) uint8.
         """
         h, w = self._size
-        made = []
+        made: list[tuple[np.ndarray, np.ndarray]] = []
         for i in np.arange(len(self))[chosen]:
             photo, labels = self.read(int(i))
             resized = photo.resize((w, h), Image.Resampling.BILINEAR)
@@ -197,7 +197,7 @@ class LabelledPairs(Samples):
         """
         if self.augment is None:
             return self.pixels(chosen)
-        made = []
+        made: list[tuple[np.ndarray, np.ndarray]] = []
         for i in chosen.tolist():
             rng = generator(seed, What.PHOTO, epoch, i)
             made.append(self.augment(*self.read(i), self._whole, self._size, rng))

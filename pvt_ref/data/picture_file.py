@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any, BinaryIO
@@ -53,7 +53,7 @@ MAX_TAG_NUMBERS = 2**18
 
 
 @contextmanager
-def as_image_error(what: str) -> Iterator[None]:
+def as_image_error(what: str) -> Generator[None]:
     """Turns the errors of Pillow's plugins, of a dozen types, into ImageError."""
     try:
         yield
@@ -147,7 +147,7 @@ def read_file(file: BinaryIO, what: str) -> bytes:
         raise ImageError(f"{what} cannot be read ({_brief(error)}); {hint}") from error
 
 
-def _read(file: BinaryIO, what: str) -> bytes:
+def _read(file: Any, what: str) -> bytes:
     parts, size = [], 0
     while part := file.read(2**20):
         if isinstance(part, str):

@@ -124,7 +124,7 @@ def _passed(folder: Path, progress: Progress, name: str) -> bool:
 
 def _table(folder: Path, progress: Progress) -> str:
     """All exercises with their states."""
-    rows = []
+    rows: list[list[str]] = []
     for name in EXERCISES:
         known, path = progress.exercises[name], file_of(folder, name)
         states = [known.forward or NOT_STARTED, known.backward or NOT_STARTED]

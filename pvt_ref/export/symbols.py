@@ -311,7 +311,7 @@ def _broadcast(*shapes: Shape) -> Shape:
     """NumPy's rule, with the batch as a size of its own."""
     rank = max(map(len, shapes))
     padded = [(1,) * (rank - len(shape)) + tuple(shape) for shape in shapes]
-    result = []
+    result: list[int] = []
     for sizes in zip(*padded, strict=True):
         large = set(sizes) - {1}
         if len(large) > 1:

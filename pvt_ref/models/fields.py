@@ -100,7 +100,7 @@ def _positive_per_stage(name: str, value: Any, problems: dict[str, str], *, whol
 
 def width_conflicts(config: Any, wrong: AbstractSet[str]) -> list[str]:
     """Widths that heads do not divide or ratios make fractional, if each field alone is valid."""
-    problems = []
+    problems: list[str] = []
     for i in range(NUM_STAGES):
         if wrong.isdisjoint({"embed_dims", "num_heads"}):
             C, N = config.embed_dims[i], config.num_heads[i]

@@ -1,6 +1,6 @@
 """The attention weights of every query, from a watched forward pass."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from types import EllipsisType
 from typing import Any
 
@@ -16,7 +16,7 @@ def attention_maps(
     params: Any,
     images: Array,
     config: Any,
-    stages: Sequence[int] | EllipsisType = ...,
+    stages: Iterable[int] | EllipsisType = ...,
     *,
     ops: Ops | None = None,
 ) -> dict[tuple[int, int], Array]:

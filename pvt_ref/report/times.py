@@ -29,7 +29,7 @@ def time_stages(
             ends[place.stage] = _now(images)
 
     watched = table.watched(after, params=params)
-    passes = []
+    passes: list[list[float]] = []
     for _ in range(repeats + 1):
         ends[0] = _now(images)
         run(watched)

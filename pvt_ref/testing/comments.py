@@ -23,7 +23,7 @@ import re
 import sys
 import textwrap
 import tokenize
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
@@ -195,7 +195,7 @@ def _number(dim: Dim, scope: Scope, stages: Stages, derive: bool = True) -> Frac
 
 
 def _size(letter: str, scope: Scope, stages: Stages, derive: bool) -> Fraction:
-    values = set()
+    values: set[Fraction] = set()
     if letter in scope:
         value = scope[letter]
         if isinstance(value, tuple):  # of ..., where a number is wanted: their product
@@ -231,7 +231,7 @@ def fits(shapes: Sequence[Shape], actual: tuple[int, ...], scope: Scope, stages:
     Raises:
         UnknownSizeError: if a letter has no size, or two.
     """
-    offered = []
+    offered: list[tuple[Fraction, ...]] = []
     for shape in shapes:
         if "..." in shape:
             if "..." not in scope:
@@ -409,7 +409,7 @@ def _shape_of(value: Any) -> tuple[int, ...] | None:
 
 def _shapes_in(value: Any) -> list[tuple[int, ...]]:
     """Of the arrays in a value; if there are none, the tuples of whole numbers."""
-    found: tuple[list, list] = ([], [])
+    found: tuple[list[Any], list[Any]] = ([], [])
 
     def visit(value: Any) -> None:
         shape = _shape_of(value)
@@ -548,7 +548,7 @@ class ShapeComments:
         known: set[str] = set()
         for number, (scope, _) in enumerate(comment.facts):
             letters = dict(scope)
-            here = set()
+            here: set[str] = set()
             for letter in {*letters, *others} - {"..."}:
                 with contextlib.suppress(UnknownSizeError):
                     _size(letter, letters, self.stages, derive=False)
@@ -619,7 +619,7 @@ def _said_by_names(text: str, found: Sequence[Found], of: Any) -> list[_Said]:
         found = found[len(joined) :]
         words = re.findall(r"[A-Za-z_](?:[\w.]*\w)?", text[before : joined[0].start])
         before = joined[-1].end
-        named = []
+        named: list[str] = []
         for word in words if text.startswith(" each", before) else words[-1:]:
             first, *rest = word.split(".")
             if isinstance(of, Mapping) and first in of:
@@ -654,7 +654,7 @@ class _Call:
 
     def _bind(self, arguments: Mapping[str, Any]) -> None:
         """Letters from the docstring. What is not decided at first is tried again, at the end."""
-        said = []
+        said: list[_Said] = []
         for name, text in self.function.entries:
             try:
                 said += _said(name, text, arguments)
@@ -730,7 +730,7 @@ class _Call:
 
 
 @contextlib.contextmanager
-def shape_comments(*modules: ModuleType, stages: Stages | None = None) -> Iterator[ShapeComments]:
+def shape_comments(*modules: ModuleType, stages: Stages | None = None) -> Generator[ShapeComments]:
     """Executes the shape comments of modules while it is entered.
 
     With ``with shape_comments(my_layer): run()``, a line that ends in ``# (B, n, C)`` is checked

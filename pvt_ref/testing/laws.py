@@ -300,7 +300,7 @@ def linear_in_dy(trial: Trial) -> None:
 
 def batch_sum(trial: Trial) -> None:
     """The gradient of weights, which all samples share, is the sum over the samples."""
-    shared = [name for path, a in leaves(trial.p, "p") for name in [trial._name(path)]]
+    shared = [name for path, _ in leaves(trial.p, "p") for name in [trial._name(path)]]
     y, cache = trial.run()
     dy = trial.drawn(1, y)
     whole = trial.back(cache, dy)

@@ -374,7 +374,7 @@ def stratified_split(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
         raise ArrayTypeError(f"labels are {shown(labels)}; they must be an array (N,) of integers")
     if not labels.size or labels.min() < 0:
         raise RangeError("labels must be classes from 0 on, of at least one sample")
-    chosen = []
+    chosen: list[np.ndarray] = []
     for k in np.unique(labels):
         places = np.flatnonzero(labels == k)
         rng = generator(seed, What.SPLIT, int(k))
@@ -464,7 +464,8 @@ def _read_names(file: str) -> dict[str, Any]:
 
 def _recipe(given: Mapping[str, Any], from_nothing: bool, samples: int, ranks: int) -> Recipe:
     """What is given, and for the rest what suits so many photos and ranks."""
-    values = {"accumulate": ranks, **(FROM_NOTHING if from_nothing else FINE_TUNING), **given}
+    suits = FROM_NOTHING if from_nothing else FINE_TUNING
+    values: dict[str, Any] = {"accumulate": ranks, **suits, **given}
     if "batch_size" not in given:
         values["batch_size"] = min(values["batch_size"], samples)
     if "warmup_epochs" not in given:

@@ -37,7 +37,7 @@ def trained(tree: Any, factors: Factors) -> list[Array]:
 def rates(params: Any, t: int, lr: float, settings: AdamW, factors: Factors) -> np.ndarray:
     """What step t (from 1) multiplies with, (arrays, 3) float32: see optimizer.adamw."""
     bias_1, bias_2 = 1 - settings.beta1**t, 1 - settings.beta2**t
-    rows = []
+    rows: list[tuple[float, float, float]] = []
     for key, w in named_arrays(params):
         share = 1.0 if factors is None else factors.get(key, 1.0)
         if share:

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 from rich import progress
@@ -22,7 +22,7 @@ def show(console: Console | None, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _shown() -> Iterator[None]:
+def _shown() -> Generator[None]:
     """Where something is shown: a terminal or file may be closed, or a reader have left."""
     try:
         yield

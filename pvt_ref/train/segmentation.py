@@ -140,7 +140,7 @@ def evaluate_pixels(
     """
     like, K = first_array(params), config.num_classes
     numbers = range(len(data)) if ranks is None else ranks.share(len(data))
-    found = []
+    found: list[tuple[float, np.ndarray]] = []
     for pixels, labels in in_order(data.pair, numbers, 4):
         image = data.preprocessing.normalize(pixels[None], like)  # (1, C, H, W)
         logits = forward(params, image, config, ops=ops)

@@ -1,5 +1,7 @@
 """Convolution by lines of windows, unfolded and multiplied by the kernel while in cache."""
 
+from typing import Any
+
 import numpy as np
 
 from pvt_ref.arrays import Grid
@@ -118,7 +120,9 @@ def conv_backward(
                 rows = windows.reshape(count * w, width)
                 dy_rows = dy[b, lines].reshape(count * w, C_out)
 
-                def multiply(columns: slice, scratch: Scratch, dy=dy_rows, x=rows) -> None:
+                def multiply(
+                    columns: slice, scratch: Scratch, dy: Any = dy_rows, x: Any = rows
+                ) -> None:
                     np.matmul(dy.T, x[:, columns], out=part[:, columns])
 
                 share_columns(multiply, width, scratch)

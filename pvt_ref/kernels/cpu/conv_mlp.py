@@ -176,7 +176,7 @@ def conv_mlp_backward(
     layers = [(dexpanded, cache.x, None), (dy_rows, cache.hidden.y, None)]
     dweights = weight_gradients(layers, tiling)
 
-    def gradients(of: Any, weight: np.ndarray, pieces: list[Sums], name: str) -> tuple:
+    def gradients(of: Any, weight: np.ndarray, pieces: list[Sums], name: str) -> tuple[Any, Any]:
         return weight, None if of.bias is None else add_up(pieces, name, dy.dtype)
 
     dkernel = to_weight(add_up(line_sums, "kernel", dy.dtype))

@@ -19,7 +19,7 @@ from pvt_ref.kernels.cpu.position import position_kernel
 from pvt_ref.kernels.cpu.resize import resize_kernel
 from pvt_ref.kernels.cpu.softmax import softmax_kernel
 from pvt_ref.kernels.cpu.tiling import Kernel, Tiling, cache_size, elements_for
-from pvt_ref.ops import Ops
+from pvt_ref.ops import Operation, Ops
 
 
 def blocked_ops(threads: int | None = None, *, elements: int | None = None) -> Ops:
@@ -51,7 +51,7 @@ def blocked_ops(threads: int | None = None, *, elements: int | None = None) -> O
 
 @functools.lru_cache(maxsize=16)
 def _table(tiling: Tiling) -> Ops:
-    def of(*kernels: Kernel) -> dict:
+    def of(*kernels: Kernel) -> dict[Operation, Operation]:
         return {kernel.readable: kernel.with_tiling(tiling) for kernel in kernels}
 
     # what the block computes itself: these serve outside of it, and where it steps aside

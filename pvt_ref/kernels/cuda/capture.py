@@ -16,7 +16,7 @@ as large as it has to be. The third is recorded, and computes nothing.
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator
 from typing import Any
 
 import numpy as np
@@ -164,7 +164,7 @@ def capture(function: Callable[..., Any], *arrays: Array) -> Captured:
 
 
 @contextlib.contextmanager
-def _recorded_with(allocator: Any) -> Iterator[None]:
+def _recorded_with(allocator: Any) -> Generator[None]:
     """Within it, this thread runs what is recorded; constants come from that allocator."""
     _recording.allocator = allocator
     try:

@@ -18,7 +18,7 @@ from pvt_ref.kernels.cuda.resize import pool_kernel, resize_kernel
 from pvt_ref.kernels.cuda.sum_rows import SUM_BY_PRODUCT, sum_rows_kernel
 from pvt_ref.kernels.cuda.windows import conv_kernel, patch_embed_kernel
 from pvt_ref.layers.sum_rows import sum_rows
-from pvt_ref.ops import Ops
+from pvt_ref.ops import Operation, Ops
 
 
 @functools.cache
@@ -59,7 +59,7 @@ def cuda_kernels(
 def table_with(settings: Cuda, accepts: Callable[[Array], bool]) -> Ops:
     """The table with these settings, for the arrays that its launch takes."""
 
-    def of(*kernels: Kernel) -> dict:
+    def of(*kernels: Kernel) -> dict[Operation, Operation]:
         return {kernel.readable: kernel.with_settings(settings) for kernel in kernels}
 
     # what larger ones compute themselves: these serve outside of them, and where they step aside

@@ -53,7 +53,7 @@ _BASES: dict[str, Layout] = {}
 
 def _layouts() -> tuple[Layout, ...]:
     dwconv = tuple(f"block{i}.0.mlp.dwconv.dwconv.weight" for i in range(1, 5))
-    made = []
+    made: list[Layout] = []
     for base, name, marks in (
         (AUTHORS_V2, "PVT v2", dwconv),
         (AUTHORS_DENSE, "PVT", ("pos_embed1", "pos_embed4")),
