@@ -23,6 +23,7 @@ import pvt_ref
 from pvt_ref import ModelInfo, init_params
 from pvt_ref.api import batch_buffers, forward_with_cache, with_buffers
 from pvt_ref.data.iou import count_pixels, mean_iou, pixel_accuracy
+from pvt_ref.data.pairs import LabelledPairs
 from pvt_ref.data.preprocessing import IMAGENET, Preprocessing
 from pvt_ref.dense import resize_logits
 from pvt_ref.draws import Draws, What, generator
@@ -344,6 +345,26 @@ def test_poly_of_a_recipe():
     for arguments in ((-1, 5, 0, 1.0), (0, 5.5, 0, 1.0), (0, 5, -1, 1.0), (0, 5, 0, -1.0)):
         with pytest.raises(RangeError, match="it must be a"):
             warmup_poly(*arguments)
+
+
+def test_an_evaluation_decodes_few_pictures_ahead(tmp_path, monkeypatch):
+    data, params, read, ahead = pairs(write_pairs(tmp_path, 12)), params_of(CONFIG), [], []
+    pair, seen = data.pair, []
+
+    def counted(i):
+        read.append(i)
+        return pair(i)
+
+    def looked_at(*given, **more):
+        seen.append(None)
+        ahead.append(len(read) - len(seen))
+        return pvt_ref.forward(*given, **more)
+
+    monkeypatch.setattr(LabelledPairs, "pair", lambda self, i: counted(i))
+    monkeypatch.setattr("pvt_ref.train.segmentation.forward", looked_at)
+    evaluate_pixels(params, CONFIG, data)
+    assert len(seen) == 12
+    assert max(ahead) <= 4
 
 
 # Lines and pictures -------------------------------------------------------------------------------

@@ -41,8 +41,10 @@ def test_logits_and_running_statistics_are_pytorchs(name, size, trained):
 @pytest.mark.parametrize("loss_mean", ["counted", "all"])
 @pytest.mark.parametrize("weights", [(), (0.5, 2.0, 0.0, 1.5)], ids=["alike", "weighted"])
 @pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
-def test_the_loss_of_pixels_is_pytorchs(loss_mean, weights, ignored):
-    recipe = dataclasses.replace(RECIPE, class_weights=weights, loss_mean=loss_mean)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_loss_of_pixels_is_pytorchs(loss_mean, weights, ignored, smoothing):
+    given = {"class_weights": weights, "loss_mean": loss_mean, "label_smoothing": smoothing}
+    recipe = dataclasses.replace(RECIPE, **given)
     logits, rng = normal(2, 2, 4, 5, 6), np.random.default_rng(3)
     labels = rng.integers(0, 4, (2, 17, 24))
     labels[rng.random(labels.shape) < ignored] = 255
