@@ -89,9 +89,9 @@ def test_one_and_many():
 @pytest.mark.parametrize(
     ("picture", "error", "words"),
     [
-        ("cat.png", ArrayTypeError, r"is a str; .* 4 bands.*arrays \(H, W, 4\) of uint8"),
+        ("cat.png", ArrayTypeError, r"is a str; with 4 bands.*array \(H, W, 4\) of uint8"),
         (Image.new("RGBA", (8, 8)), ArrayTypeError, r"is a Image; .*numpy\.asarray\(image\)"),
-        (noise(8, 8, 3), ShapeError, r"shape \(8, 8, 3\); of 4 bands it must be \(H, W, 4\)$"),
+        (noise(8, 8, 3), ShapeError, r"shape \(8, 8, 3\); with 4 bands it must be \(H, W, 4\)$"),
         (np.zeros((4, 8, 8), np.uint8), ShapeError, "channels-first: picture.transpose"),
         (np.zeros((8, 8), np.uint8), ShapeError, r"shape \(8, 8\)"),
         (np.zeros((0, 8, 4), np.uint8), ShapeError, r"shape \(0, 8, 4\)"),
@@ -209,7 +209,7 @@ def test_an_info_of_another_kind():
     deep = []
     for _ in range(100_000):
         deep = [deep]
-    with pytest.raises(ConfigError, match="what JSON does not"):
+    with pytest.raises(ConfigError, match="what JSON cannot"):
         ModelInfo(training={"deep": deep})
 
 

@@ -1033,7 +1033,7 @@ def test_a_changed_own_file_is_refused(tmp_path):
     for change in changes.values():
         assert "SHA-256" in refusal(own_file(path, change), None)
     for change in (lambda r: r.pop("sha256"), lambda r: r.pop("config")):
-        assert "cannot be read" in refusal(own_file(path, change), None)
+        assert "unreadable metadata" in refusal(own_file(path, change), None)
     assert "newer version" in refusal(
         own_file(path, lambda r: r.update(format="pvt_ref weights 3")), None
     )
@@ -1058,7 +1058,7 @@ def test_a_changed_own_file_is_refused(tmp_path):
     for metadata in ({"pvt_reg": record}, {"format": record}):
         assert "cannot be verified" in refusal(own_file(path, metadata=metadata))
     assert "SHA-256" in refusal(own_file(path, metadata={METADATA_KEY: record, "more": ""}), None)
-    assert "cannot be read" in refusal(own_file(path, metadata={METADATA_KEY: "{"}), None)
+    assert "unreadable metadata" in refusal(own_file(path, metadata={METADATA_KEY: "{"}), None)
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def right(tmp_path: Path) -> dict[str, dict[str, Any]]:
         | {"class_names": None, "recipe": {"epochs": 1}, "damaged": None},
         "train_folder": {"data": tmp_path / "none", "out": tmp_path / "run", "options": Options()}
         | {"config": None, "resume": False, "device": "cpu", "workers": None, "console": None}
-        | {"stop_at_step": 0, "ranks": ALONE},
+        | {"stop_at_step": 0, "ranks": ALONE, "ops": None},
         "global_norm": {"grads": PARAMS},
         "is_decayed": {"key": "pos_embed1", "x": PARAMS.pos_embed1, "decay_positions": False},
         "learning_rate_factors": {"config": CONFIG, "layer_decay": 0.5, "frozen": ("block1",)},

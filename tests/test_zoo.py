@@ -551,7 +551,7 @@ def test_info_of_other_files():
     with pytest.raises(ConfigError, match="training is a int"):
         ModelInfo(training=loose(3))
     for wrong in ({"accuracy": np.float32(1)}, {"loss": math.nan}, {"x": b"bytes"}):
-        with pytest.raises(ConfigError, match="what JSON does not"):
+        with pytest.raises(ConfigError, match="what JSON cannot"):
             ModelInfo(training=wrong)
     wrong: Any
     for wrong in (None, 3, [1, 2]):

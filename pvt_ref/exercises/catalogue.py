@@ -143,7 +143,7 @@ IDIOM = {
     "pure": Line(
         "gpu",
         "what-must-not-be-written",
-        "What a layer may change in place is what it has made itself",
+        "A layer may change only arrays that it made itself",
     ),
     "cache": Line(
         "notation", "the-one-idiom", "It leaves its cache as it was, so it can be called again"
@@ -153,12 +153,12 @@ IDIOM = {
     "aliased cache": Line(
         "gpu",
         "what-must-not-be-written",
-        "A slice or a reshape may share memory with the array it came from",
+        "a slice or a reshape may or may not share memory with the array it came from",
     ),
     "layout": Line(
         "gpu",
         "what-must-not-be-written",
-        "A slice or a reshape may share memory with the array it came from",
+        "a slice or a reshape may or may not share memory with the array it came from",
     ),
     "linear in dy": Line(
         "notation", "the-backward", "A backward multiplies by the transpose of the Jacobian", 4
@@ -194,9 +194,9 @@ def _linear() -> Exercise:
         cases.linear,
         lines={
             "y": f(2),
-            "samples": f(2, "nothing in the sum connects one token with another"),
+            "samples": f(2, "no sum connects two rows"),
             "x": b(5),
-            "weight": b(3, "Rows are summed over, so this is a matrix product"),
+            "weight": b(3, "The sum over rows is a matrix product"),
             "bias": b(4, "for every row, with the factor 1"),
             "dy": b(3),
         },
@@ -213,14 +213,14 @@ def _layer_norm() -> Exercise:
         settings=("eps",),
         lines={
             "y": f(1),
-            "samples": f(None, "Nothing here connects two tokens, or two images"),
+            "samples": f(None, "Nothing here connects two tokens or two images"),
             "x": b(3),
             "weight": b(4),
             "bias": b(4),
             "dy": b(3),
         },
         forward=(
-            Property(law.tokens_apart, f(None, "Nothing here connects two tokens, or two images")),
+            Property(law.tokens_apart, f(None, "Nothing here connects two tokens or two images")),
             Property(law.shift_of_token, f(1)),
             Property(law.variance_one, f(None, "The variance divides by")),
             Property(law.scales_with_eps, f(1)),
@@ -228,8 +228,8 @@ def _layer_norm() -> Exercise:
         ),
         backward=(
             Property(law.gradient_counts_weight, b(None, "which is where")),
-            Property(law.gradient_mean_zero, b(3, "so the mean of the gradient is taken off")),
-            Property(law.gradient_across, b(2, "where the last step put")),
+            Property(law.gradient_mean_zero, b(3, "so the mean of the gradient is subtracted")),
+            Property(law.gradient_across, b(2, "where the last step substitutes")),
         ),
     )
 
@@ -244,7 +244,7 @@ def _gelu() -> Exercise:
         forward=(
             Property(law.gelu_mirror, f(1)),
             Property(law.gelu_near_one, f(1, "is the density of the normal distribution")),
-            Property(law.gelu_of_one, f(1, "PVT was trained with the exact one")),
+            Property(law.gelu_of_one, f(1, "PVT was trained with the exact form")),
         ),
         backward=(Property(law.gelu_slopes, b(3)),),
     )
@@ -262,7 +262,9 @@ def _softmax() -> Exercise:
             Property(law.shift_of_row, f(1)),
             Property(law.no_overflow, f(None, "no exponent is above 0, so nothing overflows")),
         ),
-        backward=(Property(law.gradient_rows_zero, b(3, "sums to 0, as it must when a shift of")),),
+        backward=(
+            Property(law.gradient_rows_zero, b(3, "sums to 0, because adding the same number")),
+        ),
     )
 
 
@@ -288,7 +290,7 @@ def _cross_entropy() -> Exercise:
 
 def _patch_embed() -> Exercise:
     f, b = _pages("patch_embed")
-    norm = Line("layer_norm", "the-backward", "Here the tokens must be told apart", 4)
+    norm = Line("layer_norm", "the-backward", "Here the tokens need an index", 4)
     return Exercise(
         "patch_embed",
         patch_embed,
@@ -307,8 +309,8 @@ def _patch_embed() -> Exercise:
             Property(law.one_pixel_one_token, f(3, "Here no two windows share a pixel")),
         ),
         backward=(
-            Property(law.norm_comes_first, b(None, "First back through the norm")),
-            Property(law.one_token_one_patch, b(6, "So no sum over cells is left")),
+            Property(law.norm_comes_first, b(None, "The backward of the norm")),
+            Property(law.one_token_one_patch, b(6, "So there is no sum over cells")),
         ),
     )
 
@@ -329,20 +331,18 @@ def _position() -> Exercise:
             "gradient shape:table": b(9),
         },
         forward=(
-            Property(law.cls_row_stays, f(None, "It belongs to no cell")),
+            Property(law.cls_row_stays, f(None, "It has no cell")),
             Property(law.own_grid, Line("position", "the-equation", "on the table's own grid", 1)),
             Property(law.constant_table, f(7, "a constant table stays constant")),
             Property(law.rows_stay_rows, f(3)),
-            Property(law.height_and_width_swap, f(3, "That is separable")),
-            Property(law.borders_clamped, f(4, "and take the first value")),
+            Property(law.height_and_width_swap, f(3, "So it is separable")),
+            Property(law.borders_clamped, f(4, "and they take the first value")),
         ),
         backward=(
             Property(law.passes_dy, b(8)),
-            Property(law.unused_row_zero, b(None, "so its gradient is zero")),
+            Property(law.unused_row_zero, b(None, "so there its gradient is zero")),
             Property(law.cls_gradient_copied, b(None, "so its gradient is copied back")),
-            Property(
-                law.nothing_lost, b(11, "Because the shares sum to 1, nothing is lost on the way")
-            ),
+            Property(law.nothing_lost, b(11, "The weights sum to 1, so the total is preserved")),
         ),
         names={"p": "table"},
     )
@@ -385,19 +385,19 @@ def _sra() -> Exercise:
         lines={
             "y": f(1),
             "q": b(None, "The weights of the queries get"),
-            "kv": b(None, "Both came from"),
+            "kv": b(None, "Both come from"),
             "proj": b(None, "is linear"),
-            "sr": b(None, "so one term is left of the sum over patches"),
-            "norm": Line("layer_norm", "the-backward", "Here the tokens must be told apart", 4),
+            "sr": b(None, "so only one term of the sum over patches is not zero"),
+            "norm": Line("layer_norm", "the-backward", "Here the tokens need an index", 4),
             "x": b(None, "Only one thing is new:"),
-            "dy": b(None, "Read the five steps"),
+            "dy": b(None, "Go through the five steps"),
         },
         forward=(
-            Property(law.values_stand_last, f(None, "of which the upper half makes keys")),
+            Property(law.values_stand_last, f(None, "Its upper half makes keys")),
             Property(law.sra_scale, f(4)),
             Property(law.heads_change_places, f(None, "owns the channels")),
             Property(law.reduction_is_normed, f(3)),
-            Property(law.blocks_change_places, f(None, "Laid out in one row")),
+            Property(law.blocks_change_places, f(None, "Flattened to one row")),
         ),
     )
 
@@ -411,12 +411,12 @@ def _mlp() -> Exercise:
         cases.mlp,
         lines={
             "y": f(3),
-            "fc1": b(None, "GELU acts on each number alone"),
+            "fc1": b(None, "GELU acts elementwise"),
             "fc2": second,
             "x": b(None, "and the first layer is linear again"),
             "dy": second,
         },
-        forward=(Property(law.tokens_apart, f(3, "no token sees another")),),
+        forward=(Property(law.tokens_apart, f(3, "no token affects another")),),
     )
 
 
@@ -438,7 +438,7 @@ def _block() -> Exercise:
         },
         forward=(
             Property(law.skips, f(1)),
-            Property(law.norms_stand_first, f(None, "The norms stand first in each branch")),
+            Property(law.norms_stand_first, f(None, "The norm comes first in each branch")),
         ),
         backward=(Property(law.gradient_skips, b(5, "A fork")),),
     )
@@ -529,7 +529,7 @@ def _semantic_fpn() -> Exercise:
         },
         forward=(Property(law.levels_are_summed, f(5)),),
         backward=(
-            Property(law.summands_alike, b(12, "a sum hands its gradient to every summand")),
+            Property(law.summands_alike, b(12, "A sum passes its gradient to every summand")),
         ),
         names={f"x.{i}": f"P_{i + 1}" for i in range(4)},
     )
