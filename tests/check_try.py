@@ -164,7 +164,7 @@ def test_nothing_large_is_fetched_before_somebody_asks_and_all_is_the_site_s_own
     assert len(large) == 4
     assert all(url.startswith(address) for url in ran.asked)
     megabytes = sum(large.values()) / 1e6
-    assert f"fetches about {megabytes:.0f} MB" in ran.tab.locator("article").inner_text()
+    assert f"downloads about {megabytes:.0f} MB" in ran.tab.locator("article").inner_text()
 
 
 def test_the_page_computes_what_the_package_does(ran, models):
