@@ -63,9 +63,11 @@ PYTEST := -m pytest -n auto --maxprocesses 8 --maxschedchunk 4
 test: .venv/.stamp-test ## all tests; those that compute run with the kernels and the readable layers
 	@$(PY) $(PYTEST) $(ARGS)
 
+# one test is left out: coverage holds a lock of its own, which an interrupt would leave held
 coverage: .venv/.stamp-coverage ## all tests, with the lines and branches that none of them runs
 	@$(PY) -m coverage erase
-	@$(PY) -m coverage run $(PYTEST) $(ARGS)
+	@$(PY) -m coverage run $(PYTEST) --deselect \
+	  tests/test_interrupts.py::test_a_hundred_interrupts_at_random_moments $(ARGS)
 	@$(PY) -m coverage combine --quiet && $(PY) -m coverage json --quiet -o build/coverage.json
 	@$(PY) tools/coverage_floors.py build/coverage.json
 
