@@ -100,9 +100,7 @@ def our_work(params: Any, config: Any, what: str, ops: Any) -> Callable[..., Any
     from pvt_ref.train import AdamW, adamw_init, adamw_step
 
     if what == "forward":
-        model = pvt_ref.prepare(params, config, side_of(config))
-        if ops is not None:
-            model = arranged_for(ops, model)
+        model = arranged_for(ops, pvt_ref.prepare(params, config, side_of(config)))
         return lambda images: pvt_ref.forward(model, images, ops=ops)
 
     def forward_and_backward(images: Any, dlogits: Any) -> Any:

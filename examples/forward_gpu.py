@@ -33,7 +33,7 @@ from pvt_ref import VARIANTS, Model, Ops, PVTError, to_device, to_numpy
 from pvt_ref.api import choose_ops
 from pvt_ref.arrays import import_cupy, synchronize
 from pvt_ref.errors import CheckpointError, printable
-from pvt_ref.kernels.cuda.launch import Cuda
+from pvt_ref.kernels.cuda.launch import PRECISIONS, Cuda
 from pvt_ref.kernels.cuda.table import cuda_kernels, table_with
 from pvt_ref.kernels.cuda.weights import arranged_for
 from pvt_ref.models.architecture import architecture_of
@@ -49,8 +49,6 @@ TOLERANCES = {
     "bfloat16": (1e-1, 3e-1),
     "float64": (1e-11, 1e-9),
 }
-
-PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -220,8 +218,7 @@ def seconds(run: Callable[[], Any], clock: Clock, repeats: int = 5) -> float:
 
 def laid_out(params: Any, config: Any, size: tuple[int, int], ops: Ops | None) -> Any:
     """The weights as a Model gives them to all its forwards."""
-    prepared = pvt_ref.prepare(params, config, size)
-    return prepared if ops is None else arranged_for(ops, prepared)
+    return arranged_for(ops, pvt_ref.prepare(params, config, size))
 
 
 def ours(

@@ -348,22 +348,20 @@ def test_poly_of_a_recipe():
 
 
 def test_an_evaluation_decodes_few_pictures_ahead(tmp_path, monkeypatch):
-    data, params, read, ahead = pairs(write_pairs(tmp_path, 12)), params_of(CONFIG), [], []
-    pair, seen = data.pair, []
+    data, pair, read, ahead = pairs(write_pairs(tmp_path, 12)), LabelledPairs.pair, [], []
 
-    def counted(i):
+    def counted(self, i):
         read.append(i)
-        return pair(i)
+        return pair(self, i)
 
     def looked_at(*given, **more):
-        seen.append(None)
-        ahead.append(len(read) - len(seen))
+        ahead.append(len(read) - len(ahead) - 1)  # this picture is no longer ahead
         return pvt_ref.forward(*given, **more)
 
-    monkeypatch.setattr(LabelledPairs, "pair", lambda self, i: counted(i))
+    monkeypatch.setattr(LabelledPairs, "pair", counted)
     monkeypatch.setattr("pvt_ref.train.segmentation.forward", looked_at)
-    evaluate_pixels(params, CONFIG, data)
-    assert len(seen) == 12
+    evaluate_pixels(params_of(CONFIG), CONFIG, data)
+    assert len(ahead) == 12
     assert max(ahead) <= 4
 
 

@@ -178,18 +178,9 @@ def train_folder(
     record, model = ranks.from_first(begin)
     try:
         return _train(
-            of_data,
-            place,
-            record,
-            model,
-            resume,
-            device,
-            workers,
-            console,
-            stop_at_step,
-            ranks,
-            ops,
-        )
+            of_data, place, record, model, resume, console, ranks,
+            device=device, workers=workers, stop_at_step=stop_at_step, ops=ops,
+        )  # fmt: skip
     except PVTError as error:
         ranks.fail(error)
         if ranks.is_first and not resume and not (place / STATE).exists():
@@ -203,14 +194,11 @@ def _train(
     record: Mapping[str, Any],
     model: Model,
     resume: bool,
-    device: str,
-    workers: int | None,
     console: Console | None,
-    stop_at_step: int | None,
     ranks: Ranks,
-    ops: Ops | None,
+    **settings: Any,
 ) -> Run:
-    """Trains as a run's record says, from its first model or from where it stands."""
+    """Trains as a run's record says, from its first model or saved state; settings are fit's."""
     recipe = Recipe(**record["recipe"])
     learnt, held_out = _split(data, record)
     ranks.gather(None)  # all have the photos
@@ -232,12 +220,9 @@ def _train(
         info=model.info,
         first=model.params,
         resume=resume and there,
-        device=device,
-        workers=workers,
         console=console,
-        stop_at_step=stop_at_step,
         ranks=ranks,
-        ops=ops,
+        **settings,
     )
     if done.finished and ranks.is_first:
         _finish(done, held_out, record, console)

@@ -104,7 +104,7 @@ class Arranged:
         return found
 
 
-def arranged_for(ops: Ops, model: Any) -> Any:
-    """A model (a record with params) as this table's kernels read it; itself for another table."""
-    known = getattr(ops.settings, "arranged", None)
+def arranged_for(ops: Ops | None, model: Any) -> Any:
+    """A record with params as this table's kernels read it; the same one if it has no kernels."""
+    known = None if ops is None else getattr(ops.settings, "arranged", None)
     return model if known is None else replace(model, params=known.of(model, model.params))
