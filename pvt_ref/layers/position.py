@@ -4,7 +4,7 @@ Attention ignores order, so each stage adds a table with one row per token (pape
 The table belongs to the square grid of the image size it was made for; on any other grid it is
 resized bilinearly (paper section 4.2), half-pixel centres, no antialiasing (PyTorch:
 ``interpolate(mode="bilinear", align_corners=False)``). That is linear and separable, two small
-matrices around the table, A_h P A_w^T, so its transpose is A_h^T dP A_w (``resize.py``).
+matrices around the table, A_h E_pos A_w^T, so its transpose is A_h^T dE_pos A_w (``resize.py``).
 """
 
 from functools import partial
@@ -27,10 +27,10 @@ class PositionCache:
 
 
 def resize_positions(rows: Array, table_grid: Grid, grid: Grid, mode: str = "bilinear") -> Array:
-    """A_h P A_w^T for every channel; rows itself if the grids agree.
+    """A_h E_pos A_w^T for every channel; rows itself if the grids agree.
 
     Args:
-        rows: (h*w, C), the table P without a cls row, in raster order over table_grid.
+        rows: (h*w, C), the table E_pos without a cls row, in raster order over table_grid.
         table_grid: (h, w).
         grid: (H, W), the grid wanted.
         mode: "bilinear" or "bicubic".
@@ -47,7 +47,7 @@ def resize_positions(rows: Array, table_grid: Grid, grid: Grid, mode: str = "bil
 def resize_positions_backward(
     drows: Array, table_grid: Grid, grid: Grid, mode: str = "bilinear"
 ) -> Array:
-    """The transpose of :func:`resize_positions`: A_h^T dP A_w for every channel.
+    """The transpose of :func:`resize_positions`: A_h^T dE_pos A_w for every channel.
 
     Args:
         drows: dL/drows (H*W, C), in raster order over grid.
