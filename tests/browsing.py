@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SITE = Path(os.environ.get("SITE", ROOT / "site")).resolve()
+_AXE = ROOT / "docs" / "tools" / "node_modules" / "axe-core" / "axe.min.js"
 
 _QUIET = (
     "--no-sandbox",  # containers run as root
@@ -92,6 +93,22 @@ def open_page(browser):
     for tab in opened:
         tab.context.close()
     assert noise == []
+
+
+def violations(tab, include="document", least_serious="serious"):
+    """What axe finds on the page: rule, element and reason of each violation."""
+    # Text that is just fading in or out has too little contrast, and how long it does so depends
+    # on how busy the machine is.
+    still = "*, ::before, ::after { transition: none !important; animation: none !important; }"
+    tab.add_style_tag(content=still)
+    tab.add_script_tag(path=_AXE)
+    found = tab.evaluate(f"axe.run({include}, {{preload: false, resultTypes: ['violations']}})")
+    impacts = ("minor", "moderate", "serious", "critical")
+    return [
+        (v["id"], v["nodes"][0]["html"][:200], v["nodes"][0]["failureSummary"][:300])
+        for v in found["violations"]
+        if impacts.index(v["impact"]) >= impacts.index(least_serious)
+    ]
 
 
 @pytest.fixture(scope="session")

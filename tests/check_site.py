@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browsing import SITE, served
+from browsing import SITE, served, violations
 
 import pvt_ref
 import pvt_ref.train
@@ -35,7 +35,6 @@ import pvt_ref.train
 pytest.importorskip("playwright", reason="needs playwright: make check-site installs it")
 
 ROOT = Path(__file__).parents[1]
-AXE = ROOT / "docs" / "tools" / "node_modules" / "axe-core" / "axe.min.js"
 #: All pages but the one that a server shows instead of a missing one: its links begin at the root.
 PAGES = sorted({path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html")} - {"404.html"})
 SCHEMES = ("light", "dark")
@@ -374,14 +373,7 @@ def check_layout(tab, width):
 
 def check_access(tab):
     tab.evaluate(_OPEN)
-    tab.add_script_tag(path=AXE)
-    found = tab.evaluate("axe.run({preload: false, resultTypes: ['violations']})")
-    serious = [
-        (v["id"], v["nodes"][0]["html"][:200], v["nodes"][0]["failureSummary"][:300])
-        for v in found["violations"]
-        if v["impact"] in ("serious", "critical")
-    ]
-    assert serious == []
+    assert violations(tab) == []
 
 
 _OPEN = "document.querySelectorAll('details').forEach(e => (e.open = true))"
@@ -652,9 +644,7 @@ def test_a_missing_page_is_told_at_any_address_and_depth(missing, scheme, browse
     loaded = {path for command, path in asked if command == "GET"}
     assert loaded <= {f"/some/project/{missing}", "/favicon.ico"}  # no style sheet, no script
     assert tab.evaluate("document.documentElement.scrollWidth") <= 320
-    tab.add_script_tag(path=AXE)
-    found = tab.evaluate("axe.run({preload: false, resultTypes: ['violations']})")
-    assert [v["id"] for v in found["violations"] if v["impact"] in ("serious", "critical")] == []
+    assert violations(tab) == []
     home.click()
     assert tab.url == start + "index.html"
     assert "Pyramid Vision Transformer" in tab.locator("h1").inner_text()

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from browsing import SITE, new_tab, served
-from check_site import _PALE, AXE
+from browsing import SITE, new_tab, served, violations
+from check_site import _PALE
 from PIL import Image
 
 import pvt_ref
@@ -261,10 +261,7 @@ def test_the_run_is_accessible_and_fits_a_phone(ran, scheme):
         tab.set_viewport_size({"width": width, "height": 900})
         fits = "width => document.documentElement.scrollWidth <= width"
         tab.wait_for_function(fits, arg=width)  # once the drawer has moved away
-        tab.add_script_tag(path=AXE)
-        found = tab.evaluate("axe.run({preload: false, resultTypes: ['violations']})")
-        serious = [v for v in found["violations"] if v["impact"] in ("serious", "critical")]
-        assert [(v["id"], v["nodes"][0]["html"][:200]) for v in serious] == []
+        assert violations(tab) == []
     controls = ".explore select, .explore button, .explore input"
     assert tab.evaluate(f"[...document.querySelectorAll('{controls}')].every(x => x.tabIndex >= 0)")
 
