@@ -26,7 +26,7 @@ from mkdocs.exceptions import PluginError
 KATEX = Path(__file__).parent / "node_modules" / "katex" / "dist"
 
 #: What the arithmatex extension leaves of an equation, in a line and on lines of its own.
-_EQUATION = re.compile(
+EQUATION = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>'
     r"(?P<follows>[.,;:!?)]*)",  # a sign right after it
     re.DOTALL,
@@ -70,7 +70,7 @@ def render(tex: str, display: bool) -> str:
 
 #: What TeX is made of: a command that takes a word, with it; another command; one character.
 _TOKEN = re.compile(
-    r"\\(?:begin|end|text|operatorname|mathrm|mathsf|mathbb|tag)\*?\s*\{[^{}]*\}"
+    r"\\(?:begin|end|text|operatorname|mathrm|mathsf|mathbb|mathbf|mathcal|tag)\*?\s*\{[^{}]*\}"
     r"|\\[A-Za-z]+|\\.|.",
     re.DOTALL,
 )
@@ -135,7 +135,7 @@ def on_post_page(output: str, page: Any, config: Any) -> str:
             return f'<span class="together">{equation}</span>'
         return equation
 
-    output = _EQUATION.sub(replace, output)
+    output = EQUATION.sub(replace, output)
     unused = [key for number, key in enumerate(names) if number not in used]
     if unused:
         raise PluginError(f"{page.file.src_path}: no equation holds the symbols {unused}")
