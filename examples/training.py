@@ -15,8 +15,10 @@ import pvt_ref
 from pvt_ref import Model, ModelInfo, PVTConfig
 from pvt_ref.errors import TrainingError, printable
 from pvt_ref.train import LabelledImages, Recipe, Run, evaluate, fit
+from pvt_ref.train.data_parallel import ranks_here
 from pvt_ref.train.loop import STATE
 from pvt_ref.train.options import add_recipe_options, recipe_values
+from pvt_ref.train.progress import show
 from pvt_ref.train.saved import different_fields, weights_sha256
 from pvt_ref.tree import map_arrays
 
@@ -43,8 +45,12 @@ def run(
     info: ModelInfo,
     args: argparse.Namespace,
 ) -> Run:
-    """Trains, and says how to resume if it was stopped."""
-    recipe = recipe_from(args)
+    """Trains, on all ranks that mpiexec started, and says how to resume if it was stopped.
+
+    Only the first rank returns; the others are through.
+    """
+    recipe, ranks = recipe_from(args), ranks_here()
+    console = Console() if ranks.is_first else None
     model = Path(args.folder) / MODEL
     if os.path.lexists(model) and not args.resume and not os.path.lexists(model.with_name(STATE)):
         raise TrainingError(  # before the training rather than after it
@@ -53,9 +59,8 @@ def run(
         )
     parameters = pvt_ref.count_cost(config).parameters
     steps = recipe.steps_per_epoch(len(data))
-    print(
-        f"{parameters:,} parameters, {len(data):,} samples, {recipe.epochs} epochs of {steps} steps"
-    )
+    samples = f"{len(data):,} samples, {recipe.epochs} epochs of {steps} steps"
+    show(console, f"{parameters:,} parameters, {samples}")
     try:
         done = fit(
             config,
@@ -66,11 +71,14 @@ def run(
             info=info,
             resume=args.resume,
             device=args.device,
-            console=Console(),
+            console=console,
+            ranks=ranks,
         )
     except KeyboardInterrupt:  # the second one, in the middle of a step
         print(f"Interrupted. To resume from the last saved state:\n\n    {_how_to_resume()}")
         raise SystemExit(130) from None
+    if not ranks.is_first:
+        raise SystemExit(0 if done.finished else 130)
     if not done.finished:
         print(
             f"Stopped and saved after step {done.state.step} of {recipe.epochs * steps}. To "

@@ -311,6 +311,20 @@ def test_ranks_change_no_bit(network, tmp_path):
 
 
 @MPI
+def test_the_training_examples_run_on_ranks_and_the_first_one_reports(tmp_path):
+    given = ("--epochs", 1, "--warmup-epochs", 0.5, "--accumulate", 2)
+    program = HERE.parent / "examples" / "train_digits.py"
+    told = []
+    for ranks in (0, 2):
+        done = run(ranks, program, *given, "--folder", tmp_path / str(ranks))
+        assert done.returncode == 0, done.stderr
+        told.append(done.stdout)
+    assert same(tmp_path / "0", tmp_path / "2")
+    assert [x.count("389,098 parameters") for x in told] == [1, 1]
+    assert [x.count("held_out_accuracy: ") for x in told] == [1, 1]
+
+
+@MPI
 def test_uneven_shares_and_float64(tmp_path):
     given = ("--accumulate", 5, "--double")
     train(0, tmp_path / "alone", *given)
