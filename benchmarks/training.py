@@ -1,6 +1,6 @@
 """Stores command, log and curves of finished trainings in docs/results/.
 
-    python benchmarks/training.py runs/digits runs/cifar10
+    python benchmarks/training.py runs/digits runs/cifar10 runs/cifar10_v2
 
 Reads each run's model.safetensors and metrics.jsonl, writes training.md, and for each run the log
 of its epochs as JSON lines and its curves as SVG. Nothing is trained or measured here.
@@ -21,12 +21,13 @@ HEADING = """# Trainings
 
 Results of `examples/train_digits.py` and `examples/train_cifar10.py`.
 `python benchmarks/training.py` wrote this page from the files of the runs.
-[Training](../training.md) describes how a training works. The weights are those in the package,
-`pvt_ref.load("digits")` and `pvt_ref.load("cifar10")`, measured in half precision.
+[Training](../training.md) describes how a training works. The weights are those that
+`pvt_ref.load` has by the names of the headings, measured in half precision.
 
 On the same machine, with the same NumPy and the same number of threads, a command gives the same
 weights, bit by bit. Elsewhere the last digits differ, and after some hundred steps the trainings
-have diverged. Both ran on two cores shared with other work.
+have diverged. All ran on two cores shared with other work; that of `cifar10_v2` as two ranks, which
+gives [the same bits](../training.md#many-machines) as the command below with one thread.
 
 CIFAR-10 was trained and measured on a copy that had been stored as JPEG and converted back to the
 binary layout: same images, labels and split, but pixels differ by a few grey levels. On the
@@ -61,7 +62,9 @@ def keep(folder: Path) -> str:
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""
-## {model.info.title}
+## {name}
+
+{model.info.title}.
 
 ```sh
 {model.info.training["command"]}

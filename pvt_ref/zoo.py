@@ -16,7 +16,7 @@ from pvt_ref.checkpoint.whole_file import write_whole
 from pvt_ref.errors import ArrayTypeError, CheckpointError, DownloadError, MissingFileError, shown
 from pvt_ref.models.architecture import architectures, known_variants
 
-SHIPPED = ("digits", "cifar10", "imagenette", "camvid")  # in the package
+SHIPPED = ("digits", "cifar10", "cifar10_v2", "imagenette", "camvid")  # in the package
 _FILES = [row.files for row in architectures() if row.files]
 #: Where the authors' ImageNet weights are, converted to Hugging Face's layout: name to repository.
 RELEASED = {name: repository for files in _FILES for name, repository in files.hub.items()}
@@ -38,8 +38,8 @@ def load(
 
     Known names come first; for a file of such a name write ``"./digits"``.
 
-    - ``"digits"``, ``"cifar10"``, ``"imagenette"``: classifiers in the package, trained with its
-      gradients. ``info.training`` says how.
+    - ``"digits"``, ``"cifar10"``, ``"cifar10_v2"`` (a PVT v2), ``"imagenette"``: classifiers in
+      the package, trained with its gradients. ``info.training`` says how.
     - ``"camvid"``: likewise a segmentation network for street scenes; ``info.colours`` has the
       colours of its classes.
     - ``"pvt_tiny"``, ``"pvt_small"``, ``"pvt_medium"``, ``"pvt_large"``, ``"pvt_v2_b0"`` to

@@ -76,7 +76,8 @@ def test_the_tables_of_results_are_made_of_what_was_measured(device, tmp_path, m
 def test_the_accuracies_in_the_readme_are_those_of_the_weights():
     for name, words, key in (
         ("digits", "handwritten digits", "held_out"),
-        ("cifar10", "CIFAR-10", "test"),
+        ("cifar10", "CIFAR-10, 10,000", "test"),
+        ("cifar10_v2", "CIFAR-10, a PVT v2", "test"),
     ):
         model = pvt_ref.load(name)
         accuracy = model.info.training[f"{key}_accuracy"]

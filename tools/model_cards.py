@@ -36,7 +36,9 @@ which a wrong answer does harm.
 def terms(name: str) -> tuple[str, str]:
     """The training data of a file and its terms, from the folder's README."""
     readme = (WEIGHTS / "README.md").read_text(encoding="utf-8")
-    found = re.search(rf"^\| `{name}\.safetensors` \| (.+?) \| (.+?) \|$", readme, re.MULTILINE)
+    found = re.search(
+        rf"^\| [^|]*`{name}\.safetensors`[^|]* \| (.+?) \| (.+?) \|$", readme, re.MULTILINE
+    )
     if found is None:
         raise ValueError(f"pvt_ref/weights/README.md has no row of {name}.safetensors")
     return found[1], found[2]
