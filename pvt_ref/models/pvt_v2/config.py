@@ -53,8 +53,8 @@ class PVTv2Config:
             Zero is honoured (the released code ignores it).
         drop_rate: dropout after the attention projection and in the MLP.
         attn_drop_rate: dropout on the attention weights.
-        drop_path_rate: stochastic depth of the last block; block k of K has
-            ``linspace(0, drop_path_rate, K)[k]``.
+        drop_path_rate: stochastic depth of the last block; block l of L has
+            ``linspace(0, drop_path_rate, L)[l]``.
         depths: L_i, at most 1000.
         sr_ratios: R_i, which must divide the grid of stage i. 1 is plain multi-head attention. With
             linear they mean nothing.
