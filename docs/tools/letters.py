@@ -17,10 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from asked import REVIEW
-from equations import EQUATION
-from mkdocs.exceptions import PluginError
-
 _FILE = Path(__file__).with_suffix(".toml")
 
 #: Commands whose argument is a word, or a label, and holds no letter.
@@ -142,6 +138,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 def on_page_content(content: str, page: Any, config: Any, files: Any) -> None:
     """Called by mkdocs with every page, when its code has run."""
+    # here, since a page prints a table of this file where nothing is installed to build a site
+    from asked import REVIEW
+    from equations import EQUATION
+    from mkdocs.exceptions import PluginError
+
     if page.file.src_uri.startswith("api/") or page.file.src_uri == REVIEW:
         return  # the questions of all pages are looked at on their own
     equations = [html.unescape(match["tex"]) for match in EQUATION.finditer(content)]
