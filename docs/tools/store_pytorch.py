@@ -517,7 +517,7 @@ def convolution() -> dict[str, torch.Tensor]:
     ):
         y = last(F.conv2d(first(x), w, b, padding=1, **settings))
         grads = torch.autograd.grad(y, (x, w, b), given)
-        names = ("y", "dx", "dK", "db")
+        names = ("y", "dx", "dW", "db")
         results |= {f"{title}.{n}": v for n, v in zip(names, (y, *grads), strict=True)}
     fixed = {
         "pool": F.adaptive_avg_pool2d(first(z), (2, 7)),
