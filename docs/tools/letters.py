@@ -32,7 +32,8 @@ _GREEK = re.compile(
 
 _TRANSPOSED = re.compile(r"\\mathsf\s*\{?\s*T\s*\}?")
 _COMMAND = re.compile(r"\\([A-Za-z]+)\*?\s*")
-_WORD_BELOW = re.compile(r"\s*_\s*\{?\s*\\text\s*\{([^{}]*)\}")
+#: Primes and what is above do not part a letter from the word below it.
+_WORD_BELOW = re.compile(r"'*(?:\s*\^(?:\{[^{}]*\}|.))?\s*_\s*\{?\s*\\text\s*\{([^{}]*)\}")
 
 
 def _argument(tex: str, start: int) -> tuple[str, int]:
