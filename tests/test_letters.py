@@ -92,15 +92,19 @@ def test_a_letter_is_stated_once_and_used(letters, equations, stated, wrong):
 def test_the_build_ends_at_a_letter_that_nobody_states(letters):
     pytest.importorskip("quickjs", reason="needs the extra docs")
     exceptions = pytest.importorskip("mkdocs.exceptions", reason="needs the extra docs")
-    content = '<span class="arithmatex">\\(x &lt; q\\)</span>'
-    build = letters.on_page_content
-    build(content, page("course/a.md", letters={"q": "a query"}), None, None)
+    table, x, q = (f'<span class="arithmatex">\\({tex}\\)</span>' for tex in "qxq")
+    less = '<span class="arithmatex">\\(x &lt; q\\)</span>'
+    build, told = letters.on_page_content, page("course/a.md", letters={"q": "a query"})
+    for content in (table + less, x + table + q):
+        build(content, told, None, None)
     with pytest.raises(
         exceptions.PluginError, match=r"course/a\.md: q in 'x < q' is stated nowhere"
     ):
-        build(content, page("course/a.md"), None, None)
-    for path in ("api/layers.md", "review.md"):
-        build(content, page(path), None, None)
+        build(less, page("course/a.md"), None, None)
+    with pytest.raises(exceptions.PluginError, match=r"course/a\.md: q is stated, but not used"):
+        build(table + x, told, None, None)
+    for path in ("api/layers.md", "review.md", "glossary.md"):
+        build(less, page(path), None, None)
 
 
 def test_a_pages_letters_are_folded_at_the_end_of_its_first_section(letters):
