@@ -526,7 +526,7 @@ def key_figure() -> Figure:
         signed(seen.W_S, left, y, seen.row.size * unit, deep, most=most)
         x = left + seen.row.size * unit
         steps = (
-            ("", "r̃", seen.projected),
+            ("", r"$\tilde{r}$", seen.projected),
             ("LN", "$r$", seen.reduced),
             (r"$\mathbf{W}^\mathrm{K}$", "$k$", seen.key),
         )
