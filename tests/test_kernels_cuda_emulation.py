@@ -1,6 +1,5 @@
 """The emulation of CUDA itself: what is right computes, and what CUDA forbids is told by name."""
 
-from pathlib import Path
 from typing import Any
 
 import cuda_on_cpu
@@ -14,7 +13,6 @@ pytestmark = pytest.mark.skipif(
     cuda_on_cpu.why_not() is not None, reason=cuda_on_cpu.why_not() or "there is g++"
 )
 
-ROOT = Path(__file__).parents[1]
 MISTAKES = str(HEADER.parent / "mistakes.cu")
 
 
