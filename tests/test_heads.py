@@ -162,7 +162,7 @@ class SemanticFPN:
         self.table = table
 
     def forward(self, batch_statistics: bool, rate: float = 0.0, rng=None):
-        """P_1..P_4, the logits, and both caches."""
+        """Q_1..Q_4, the logits, and both caches."""
         ops = self.table
         levels, neck_cache = ops[fpn].forward(self.neck, self.maps, ops)
         logits, cache = ops[semantic_fpn].forward(

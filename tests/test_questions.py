@@ -104,7 +104,7 @@ def test_the_file_for_anki_reads_back(questions, nav):
             assert html.count(r"\(") == html.count(r"\)") == len(tex)
     first = next(row for row in rows if row[guid] == "pvt_ref-linear-dx")
     assert first[deck] == "pvt_ref::03. Linear"
-    assert r"\(\mathrm{d}x = \mathrm{d}y\, W\)" in first[3]
+    assert r"\(\mathrm{d}x = \mathrm{d}y\, \mathbf{W}\)" in first[3]
 
 
 def test_the_titles_of_the_pages_are_read_in_order(questions, nav):

@@ -521,11 +521,15 @@ def key_figure() -> Figure:
         # W^S right below, so that each column stands under the number that it multiplies
         y += high + 0.3
         deep = C * unit * 1.2
-        say(left, y - 0.11, f"times $W^S$, {C}×{seen.row.size}")
+        say(left, y - 0.11, rf"times $\mathbf{{W}}^\mathrm{{S}}$, {C}×{seen.row.size}")
         most = float(np.percentile(np.abs(seen.W_S), 99))
         signed(seen.W_S, left, y, seen.row.size * unit, deep, most=most)
         x = left + seen.row.size * unit
-        steps = ("", "r̃", seen.projected), ("LN", "$r$", seen.reduced), ("$W^K$", "$k$", seen.key)
+        steps = (
+            ("", r"$\tilde{r}$", seen.projected),
+            ("LN", "$r$", seen.reduced),
+            (r"$\mathbf{W}^\mathrm{K}$", "$k$", seen.key),
+        )
         for how, name, values in steps:
             arrow(ax, (x + 0.02, y + deep / 2), (x + 0.2, y + deep / 2))
             say(x + 0.11, y - 0.11, how, ha="center")

@@ -517,7 +517,7 @@ def convolution() -> dict[str, torch.Tensor]:
     ):
         y = last(F.conv2d(first(x), w, b, padding=1, **settings))
         grads = torch.autograd.grad(y, (x, w, b), given)
-        names = ("y", "dx", "dK", "db")
+        names = ("y", "dx", "dW", "db")
         results |= {f"{title}.{n}": v for n, v in zip(names, (y, *grads), strict=True)}
     fixed = {
         "pool": F.adaptive_avg_pool2d(first(z), (2, 7)),
@@ -573,8 +573,8 @@ def pvt_v2() -> dict[str, torch.Tensor]:
     y_mlp = F.linear(F.gelu(to_tokens(hidden)), *fc2)
     results = {"y_attn": y_attn, "y_mlp": y_mlp}
     for y, leaves in (
-        (y_attn, {"dx_attn": x, "dq": q[0], "dsr": sr[0], "dnorm": gamma}),
-        (y_mlp, {"dx_mlp": x, "dfc1_bias": fc1[1], "dkappa": dwconv[0], "dkappa_bias": dwconv[1]}),
+        (y_attn, {"dx_attn": x, "dW^Q": q[0], "dW^S": sr[0], "dgamma": gamma}),
+        (y_mlp, {"dx_mlp": x, "db^(1)": fc1[1], "dW^D": dwconv[0], "db^D": dwconv[1]}),
     ):
         grads = torch.autograd.grad(y, list(leaves.values()), dy)
         results |= dict(zip(leaves, grads, strict=True))

@@ -27,8 +27,8 @@ CELLS = (7, 7)
 class LinearSRAParams:
     """W^Q, W^K over W^V, W^O and the reduction, or their gradients: as of an SRA with R = 1.
 
-    Rows 0 to C-1 of kv (2C, C) give K, the others V; q and kv may lack biases. The kernel sr is
-    (C, C, 1, 1), a linear layer of each cell.
+    Rows 0 to C-1 of kv (2C, C) give the keys, the others the values; q and kv may lack biases. The
+    kernel sr is (C, C, 1, 1), a linear layer of each cell.
     """
 
     q: LinearParams

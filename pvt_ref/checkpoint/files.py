@@ -1,4 +1,4 @@
-"""From a weights file to a model, and back. Both functions import their readers when called."""
+"""From a weights file to a model, and back. Both functions import what they need when called."""
 
 import os
 from pathlib import Path
@@ -20,18 +20,18 @@ Eps = float | tuple[float, float]
 def load(
     path: FilePath, config: Any = None, *, entry: str | None = None, eps: Eps | None = None
 ) -> Model:
-    """A model from a weights file; kind and configuration are recognised from the content.
+    """A model from a weights file; its kind and configuration are recognised from the content.
 
     Reads the authors' .pth files (without PyTorch, and without running anything in them), training
     checkpoints with the weights in any entry, Hugging Face PvtForImageClassification and PvtModel
     (.safetensors or .bin, one file or several), PVT backbones of MMDetection and of the authors'
-    own detectors, the same for PVT v2 with timm's layout too, and files of :func:`save`; likewise
-    ViTs of DeiT, timm, Hugging Face and MMSegmentation. Files without a head become bare
-    backbones. Facts that the weights do not show come from Hugging Face's config.json and
-    preprocessor_config.json beside them, from an argument, or are assumed; ``source`` says which.
+    own detectors, the same for PVT v2 and also timm's layout, and files of :func:`save`; likewise
+    ViTs of DeiT, timm, Hugging Face and MMSegmentation. Files without a head give bare backbones.
+    What the weights do not show comes from Hugging Face's config.json and preprocessor_config.json
+    in the same folder or from an argument, or is assumed; ``source`` says which.
 
     Args:
-        path: the file, a folder of ``save_pretrained``, or the index.json of several files.
+        path: the file, a folder made by ``save_pretrained``, or the index.json of several files.
         config: the model in it: a configuration of any network; a variant's name, such as
             ``"pvt_small"``, which leaves class count, channels and image size to the file; or the
             path of a JSON file with Hugging Face's or this project's configuration. Needed if
@@ -42,17 +42,17 @@ def load(
             the top, under ``model`` or under ``state_dict``.
         eps: epsilon of the layer norms, which weights do not show: one number, or
             ``(norm_eps, projection_norm_eps)``. None takes the value in a JSON file; else that of
-            config, if it is not the default; else the saved one, for files of :func:`save`, or that
-            of the code that made the file: ``(1e-6, 1e-5)`` for the authors' files, 1e-6 for
+            config, if it is not the default; else the saved value, for files of :func:`save`, or
+            that of the code that made the file: ``(1e-6, 1e-5)`` for the authors' files, 1e-6 for
             Hugging Face (whose published weights were trained with the former) and MMDetection. A
-            ViT has one: 1e-6, and 1e-12 for Hugging Face.
+            ViT has one epsilon: 1e-6, or 1e-12 for Hugging Face.
 
     Returns:
         The model, on the host, float32 or float64 as stored (float16 and bfloat16 become float32).
 
     Raises:
         MissingFileError: if there is no such file.
-        CheckpointError: if it is damaged, unsafe, of an unknown kind, contradicts config or
+        CheckpointError: if the file is damaged, unsafe or of an unknown kind, contradicts config or
             config.json, holds several models, or does not fit; then all wrong keys are listed.
         ArrayTypeError, ConfigError: if an argument has the wrong type, or no model can have it.
     """
@@ -64,19 +64,19 @@ def load(
 def save(path: FilePath, model: Model, dtype: str | None = None) -> None:
     """Writes a model to a .safetensors file, with its configuration and a SHA-256 of both.
 
-    The file appears complete or not at all. An existing file of that name stays whole until then
-    and passes on its permissions; a read-only one is not replaced. The same model gives the same
-    bytes. Arrays on a device are copied to the host.
+    The file is written completely or not at all. An existing file of that name stays intact until
+    then, and its permissions are kept; a read-only file is not replaced. The same model gives the
+    same bytes. Arrays on a device are copied to the host.
 
     Args:
-        path: ends in ``.safetensors``; its directory exists.
-        model: what to save, its ``info`` included. Its ``source`` is not kept.
+        path: ends in ``.safetensors``; its directory must exist.
+        model: what to save, including its ``info``. Its ``source`` is not kept.
         dtype: ``"float16"`` stores the weights in half the space, rounded to 11 bits (to multiples
             of 6e-8 below 6e-5); loading makes them float32 again. None stores them as they are.
 
     Raises:
-        CheckpointError: if the suffix is wrong, a weight is beyond float16, info is too long to
-            be read again (over a million characters), or the file cannot be written.
+        CheckpointError: if the suffix is wrong, a weight is too large for float16, info is too long
+            to be read again (over a million characters), or the file cannot be written.
         NonFiniteError: if a weight is NaN or infinite.
         ArrayTypeError: if model is not a Model, or dtype is another value.
     """
@@ -127,6 +127,6 @@ def as_path(path: Any) -> Path:
 
 
 def cut_path(path: str | Path) -> str:
-    """A path or address for a message: in full, unless it is too long for anyone to have typed."""
+    """A path or address for a message, cut if it is longer than anyone would type."""
     text = str(path)
     return text if len(text) <= 400 else f"{text[:400]}..."

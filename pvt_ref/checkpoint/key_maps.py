@@ -1,4 +1,4 @@
-"""A file's weights by our keys, for any layout of any network."""
+"""The weights of a file under our keys, for any layout of any network."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +21,7 @@ def foreign_shapes(layout: Layout, config: Any) -> dict[str, Shape]:
 
 
 def to_native(state: Mapping[str, Any], layout: Layout, config: Any) -> dict[str, np.ndarray]:
-    """A complete state by our keys: arrays of one piece may share its memory, others are new."""
+    """A complete state under our keys. Arrays of one piece may share memory with it."""
     shapes = param_shapes(config)
     dtype = np.result_type(*(x.dtype for x in state.values() if x.dtype.kind != "i"))
     native: dict[str, np.ndarray] = {}
@@ -32,5 +32,5 @@ def to_native(state: Mapping[str, Any], layout: Layout, config: Any) -> dict[str
         else:
             glued = native.setdefault(piece.key, np.empty(shapes[piece.key], dtype))
             glued[piece.region] = part
-    # without qkv_bias, MMDetection's attention has no output bias either: ours is then zero
+    # without qkv_bias, MMDetection's attention has no output bias either: ours is zero then
     return {k: native[k] if k in native else np.zeros(shapes[k], dtype) for k in shapes}

@@ -15,7 +15,7 @@ from pvt_ref.checkpoint.stored import STORAGE_DTYPES, Storage, StoredFile, damag
 from pvt_ref.errors import CheckpointError, shown
 
 _MAGIC = 0x1950A86A20F9469CFC6C
-#: As pickles have it from protocol 2 on, and before.
+#: The magic number as pickled by protocol 2 and later, and by earlier protocols.
 _MAGIC_BYTES = (b"\x8a\x0a" + _MAGIC.to_bytes(10, "little"), b"L%dL\n" % _MAGIC)
 _VERSION = 1001
 

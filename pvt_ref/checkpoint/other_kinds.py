@@ -1,4 +1,4 @@
-"""Files that are taken for weights and are something else: what they are, and what to do."""
+"""Files that are mistaken for weights: what they are, and what to do."""
 
 import os
 from typing import BinaryIO
@@ -73,7 +73,7 @@ def _refuse_pickle(file: BinaryIO) -> CheckpointError:
         what = "the entry data.pkl of a PyTorch file that was unpacked"
         return CheckpointError(f"{what}. {PACK} folder")
     keys = tree if isinstance(tree, dict) else {}
-    # newer files have nothing of Paddle's in them but the name; a parameter is (its name, array)
+    # in newer files only the name shows that they are Paddle's; a parameter is (its name, array)
     by_name = os.path.splitext(str(getattr(file, "name", "")))[1] in (".pdparams", ".pdopt")
     by_content = "StructuredToParameterName@@" in keys or any("paddle" in x for x in foreign)
     if by_name or by_content:

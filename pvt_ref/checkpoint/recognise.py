@@ -268,7 +268,7 @@ def check_state(model: Found, config: Any, origin: str = "") -> None:
         raise CheckpointError(f"{what} num_classes={config.num_classes}. Pass {bare}")
     whose = f"the configuration{'' if origin in ('', 'config') else f' from {origin}'}"
     blocks = model.row.files.blocks(config) if model.row.files else 0
-    if blocks > max(len(state), _FEW):  # before building anything for each of them
+    if blocks > max(len(state), _FEW):  # refused before anything is built for each block
         what = f"{whose} has {blocks} blocks, but the file only {len(state)} tensors"
         raise CheckpointError(f"{what}. Correct its depth")
     if problems := _problems(model, config):
@@ -280,7 +280,7 @@ def _cause(model: Found, config: Any) -> str:
     """Why a state does not fit, with the fields for which its shapes show other values."""
     files = model.row.files
     seen = files.shown(_shapes(model.state), model.layout) if files else {}
-    if seen.get("linear"):  # then its ratios mean nothing
+    if seen.get("linear"):  # then its ratios are not used
         seen = {name: value for name, value in seen.items() if name != "sr_ratios"}
     other = [f"{k}={value}" for k, value in seen.items() if getattr(config, k) != value]
     if seen and not other:

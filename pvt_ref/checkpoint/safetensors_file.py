@@ -96,7 +96,7 @@ def _parse_header(header: Any, size: int) -> tuple[dict[str, str], list[_Span]]:
         if len(shape) > MAX_RANK or not all(type(n) is int and 0 <= n < 2**63 for n in counts):
             raise ValueError(f"{shown(key)} has the shape {shown(shape)} at {start} to {stop}")
         dtype = np.dtype(_DTYPES[name])
-        # NumPy counts like this too: an array without elements can still be too large for it
+        # as NumPy counts: an array without elements can still be too large for it
         if math.prod(n or 1 for n in shape) * dtype.itemsize >= 2**63:
             raise ValueError(f"{shown(key)} has the shape {shown(shape)}, too large for an array")
         if stop - start != math.prod(shape) * dtype.itemsize:

@@ -26,11 +26,11 @@ _SHOWN_BY_FILE = ("img_size", "in_chans", "num_classes", "position_resize")
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """A configuration, and which of its fields were really given."""
+    """A configuration, and which of its fields were given."""
 
     config: Any
     origin: str  # where it is from, for messages
-    left_open: tuple[str, ...] = ()  # fields that were not given: their values mean nothing
+    left_open: tuple[str, ...] = ()  # fields that were not given: their values are arbitrary
     says_eps: bool = False  # whether its eps were given
     classes: tuple[str, ...] = ()  # names of the outputs, if given
     num_labels: int | None = None  # number of outputs, if given

@@ -30,7 +30,7 @@ _NARROW_FLOATS = {"bfloat16": 2, **{f"float8_{name}": 1 for name in _FLOATS_8}}
 _SIZES = {**_NARROW_FLOATS, "qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1}
 _NUMPY_DTYPES = {"uint16", "uint32", "uint64", *STORAGE_DTYPES.values()} - _SIZES.keys()
 MAX_RANK = 8  # more than any weight has, fewer than NumPy's limit
-#: Raised when a value of one kind stands where another is expected.
+#: Raised when a value has another kind than expected.
 UNEXPECTED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 #: Raised when arbitrary bytes are read as a zip, a pickle or numbers. Not all of Exception, because
 #: a signal handler can raise any.

@@ -1,4 +1,4 @@
-"""Writing a file so that it appears complete or not at all."""
+"""Writes a file completely or not at all."""
 
 import contextlib
 import errno
@@ -14,7 +14,7 @@ _OFTEN_ENOUGH = range(10_000)
 def write_whole(path: Path, data: bytes) -> None:
     """Writes to a temporary file in the same folder, flushes it to the disk, and renames it.
 
-    An existing file stays whole until then and passes on its permissions; a link stays a link. If
+    An existing file stays intact until then, and its permissions are kept; a link stays a link. If
     the process is killed, a hidden ``.tmp`` file remains. Raises: OSError, also for a read-only
     file or a path that is not a regular file.
     """

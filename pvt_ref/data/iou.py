@@ -60,7 +60,7 @@ def class_iou(counts: np.ndarray) -> np.ndarray:
         counts: (K, K) of :func:`count_pixels`.
 
     Returns:
-        n_kk / (sum of row k + sum of column k - n_kk).
+        counts_kk / (sum of row k + sum of column k - counts_kk).
 
     Raises:
         ArrayTypeError, ShapeError: if counts are not such a matrix.

@@ -519,10 +519,10 @@ def _semantic_fpn() -> Exercise:
         lines={
             "y": f(5),
             "shape": f(5),
-            "P_1": b(12),
-            "P_2": b(12),
-            "P_3": b(12),
-            "P_4": b(12),
+            "Q_1": b(12),
+            "Q_2": b(12),
+            "Q_3": b(12),
+            "Q_4": b(12),
             "conv_seg": b(12),
             "scale_heads": b(12, "Then each level goes back through its enlargements and units"),
             "dy": b(12),
@@ -531,7 +531,7 @@ def _semantic_fpn() -> Exercise:
         backward=(
             Property(law.summands_alike, b(12, "A sum passes its gradient to every summand")),
         ),
-        names={f"x.{i}": f"P_{i + 1}" for i in range(4)},
+        names={f"x.{i}": f"Q_{i + 1}" for i in range(4)},
     )
 
 

@@ -289,10 +289,10 @@ def _failed(
 
 _SAYS: Mapping[str, str] = {
     "returns": "A forward returns y and a cache, a backward dx and the gradients of the weights.",
-    "gradient": "Gradients have the structure of their weights.",
+    "gradient": "Gradients have the structure of the weights.",
     "finite differences": "The backward is the derivative of your forward.",
-    "aliased cache": "The cache keeps what the forward had, whatever is written to y.",
-    "cache": "The backward leaves its cache unchanged.",
+    "aliased cache": "Writing to y does not change the cache.",
+    "cache": "The backward does not change its cache.",
 }
 
 

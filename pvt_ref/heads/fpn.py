@@ -44,10 +44,10 @@ class FPNCache:
 def fpn_forward(
     p: FPNParams, x: Sequence[Array], ops: Ops, keep: bool = True
 ) -> tuple[list[Array], FPNCache | None]:
-    """P_i = conv3x3(L_i), where the sum runs from the coarsest level to the finest::
+    """Q_i = conv3x3(G_i), where the sum runs from the coarsest level to the finest::
 
-        L_i     <- W_i F_i + b_i
-        L_(i-1) <- L_(i-1) + nearest(L_i)        i = 4, 3, 2
+        G_i     <- W_i F_i + b_i
+        G_(i-1) <- G_(i-1) + nearest(G_i)        i = 4, 3, 2
 
     Args:
         p: the weights.
@@ -56,7 +56,7 @@ def fpn_forward(
         keep: whether to return a cache for the backward.
 
     Returns:
-        maps P_i (B, H_i, W_i, C) of x's dtype, and the cache.
+        maps Q_i (B, H_i, W_i, C) of x's dtype, and the cache.
     """
     laterals, lateral_caches = _convolve(p.lateral_convs, x, ops, 0, keep)
     resize_caches = []
@@ -89,25 +89,25 @@ def fpn_backward(
 ) -> tuple[list[Array], FPNParams]:
     """Gradients of :func:`fpn_forward`.
 
-    The running sum is traversed in reverse, from the finest level to the coarsest: L_i was used by
-    its own convolution and, enlarged, by L_(i-1), so dL/dL_i is the sum of both gradients.
+    The running sum is traversed in reverse, from the finest level to the coarsest: G_i was used by
+    its own convolution and, enlarged, by G_(i-1), so dL/dG_i is the sum of both gradients.
 
     Args:
         p: the forward's weights.
         cache: from the forward.
-        dy: dL/dP_i, maps (B, H_i, W_i, C).
+        dy: dL/dQ_i, maps (B, H_i, W_i, C).
         ops: the table that the forward was given.
 
     Returns:
         dL/dF_i, maps (B, H_i, W_i, C_i), and the gradients of the weights; all of dy's dtype.
     """
-    # P_i = conv3x3(L_i)
+    # Q_i = conv3x3(G_i)
     dlaterals, dfpn = _convolve_backward(p.fpn_convs, cache.fpn_convs, dy, ops)
-    # L_(i-1) = L_(i-1) + nearest(L_i)
+    # G_(i-1) = G_(i-1) + nearest(G_i)
     for i in range(1, len(dlaterals)):
         dtold, _ = ops[resize].backward(None, cache.resizes[i - 1], dlaterals[i - 1], ops)
         dlaterals[i] = dlaterals[i] + dtold
-    # L_i = W_i F_i + b_i
+    # G_i = W_i F_i + b_i
     dx, dlateral = _convolve_backward(p.lateral_convs, cache.lateral_convs, dlaterals, ops)
     return dx, FPNParams(dlateral, dfpn)
 

@@ -57,14 +57,14 @@ def semantic_fpn_forward(
 ) -> tuple[Array, SemanticFPNCache | None]:
     """logits = conv1x1(dropout(S_1 + S_2 + S_3 + S_4)), with U a unit and up2 an enlargement::
 
-        S_1 = U(P_1)    S_2 = up2 U(P_2)    S_3 = up2 U up2 U(P_3)    S_4 = up2 U up2 U up2 U(P_4)
+        S_1 = U(Q_1)    S_2 = up2 U(Q_2)    S_3 = up2 U up2 U(Q_3)    S_4 = up2 U up2 U up2 U(Q_4)
 
     If a map has an odd side, the next one has half of it, rounded up, and S_i is too large. So each
     S_i is resized bilinearly to the size of S_1 before the sum.
 
     Args:
         p: the weights, conv_seg.weight (K, D, 1, 1).
-        x: maps P_i (B, H_i, W_i, C), finest first, of the weights' dtype.
+        x: maps Q_i (B, H_i, W_i, C), finest first, of the weights' dtype.
         ops: the table of operations.
         buffers: the running statistics.
         batch_statistics: whether the norms use those of the batch instead (training).
@@ -104,7 +104,7 @@ def semantic_fpn_backward(
         ops: the table that the forward was given.
 
     Returns:
-        dL/dP_i, maps (B, H_i, W_i, C), and the gradients of the weights; all of dy's dtype.
+        dL/dQ_i, maps (B, H_i, W_i, C), and the gradients of the weights; all of dy's dtype.
     """
     # logits = conv1x1(dropout(total))
     dtotal, dseg = ops[conv].backward(p.conv_seg, cache.conv_seg, dy, ops)  # (B, H_1, W_1, D)

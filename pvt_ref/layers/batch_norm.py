@@ -44,7 +44,7 @@ class BatchNormCache:
     """x_hat (..., C), the normalised cells before weight and bias, and rstd (C,).
 
     mean and variance (C,) are the batch's, the variance biased; None if they were not used. count
-    is N, the values of a channel.
+    is the number of values of a channel.
     """
 
     x_hat: Array
@@ -85,17 +85,19 @@ def batch_norm_forward(
     mean, variance = None, None
     if batch_statistics:
         rows = (-1, x.shape[-1])
-        N = _count(x)
-        if N < 2:
+        count = _count(x)
+        if count < 2:
             raise ShapeError(
                 f"x has shape {tuple(x.shape)}: one value per channel, which has no variance. In "
                 f"training, batch norm needs a larger batch, or a larger image, so that its last "
                 f"map has several cells"
             )
-        mean = ops[sum_rows].forward(None, xp.reshape(x, rows), ops, keep=False)[0] / N  # (C,)
+        sums, _ = ops[sum_rows].forward(None, xp.reshape(x, rows), ops, keep=False)
+        mean = sums / count  # (C,)
         x_hat = x - mean  # (..., C), centred so far
         squares = xp.reshape(x_hat * x_hat, rows)
-        variance = ops[sum_rows].forward(None, squares, ops, keep=False)[0] / N  # (C,)
+        sums, _ = ops[sum_rows].forward(None, squares, ops, keep=False)
+        variance = sums / count  # (C,)
         rstd = 1.0 / xp.sqrt(variance + eps)  # (C,)
     else:
         x_hat = x - buffers.running_mean  # (..., C), centred so far
@@ -115,11 +117,11 @@ def batch_norm_backward(
 
     With batch statistics, x affects x_hat in three ways, as in
     :func:`~pvt_ref.layers.layer_norm.layer_norm_backward`: directly, through the mean and through
-    the variance. Here both are over the N values of a channel, which share one weight, so the
+    the variance. Here both are over all values of a channel, which share one weight, so the
     means of g = dL/dx_hat = weight * dy follow from the gradients of bias and weight::
 
         dL/dx_j = rstd * (g_j - mean(g) - x_hat_j mean(g * x_hat))
-                = rstd * weight * (dy_j - (dbias + x_hat_j dweight) / N)
+                = rstd * weight * (dy_j - (dbias + x_hat_j dweight) / count)
 
     Its sum over a channel is 0, since a constant added to the channel changes nothing. Running
     statistics are constants: dL/dx = rstd * weight * dy. They get no gradient.
@@ -143,9 +145,8 @@ def batch_norm_backward(
     if cache.mean is None:
         dx = dy * (p.weight * cache.rstd)  # (..., C)
     else:
-        N = cache.count
-        dx = dy - cache.x_hat * (dweight / N)  # (..., C)
-        dx -= dbias / N
+        dx = dy - cache.x_hat * (dweight / cache.count)  # (..., C)
+        dx -= dbias / cache.count
         dx *= p.weight * cache.rstd
     return dx, BatchNormParams(dweight, dbias)
 
@@ -153,14 +154,14 @@ def batch_norm_backward(
 def statistics(cache: Any) -> BatchNormBuffers | None:
     """The statistics of a forward's batch, as buffers; None if it used the running ones.
 
-    The variance is unbiased, N/(N - 1) times the one that normalised the batch. Only mean,
+    The variance is unbiased, count/(count - 1) times the one that normalised the batch. Only mean,
     variance and count of the cache are read, so it may be a twin's.
     """
     if cache.mean is None or cache.variance is None:
         return None
-    xp, N = array_module(cache.mean), cache.count
+    xp, count = array_module(cache.mean), cache.count
     one = xp.ones_like(cache.mean[0, ...], dtype=xp.int64)  # made where the others lie
-    return BatchNormBuffers(cache.mean, cache.variance * (N / (N - 1)), one)
+    return BatchNormBuffers(cache.mean, cache.variance * (count / (count - 1)), one)
 
 
 def moved(buffers: Any, seen: Any, momentum: float = MOMENTUM) -> Any:
@@ -184,7 +185,7 @@ def moved(buffers: Any, seen: Any, momentum: float = MOMENTUM) -> Any:
 
 
 def _count(x: Array) -> int:
-    """N, the values of a channel of x (..., C)."""
+    """The number of values of a channel of x (..., C)."""
     return math.prod(x.shape[:-1])
 
 

@@ -21,7 +21,7 @@ class DepthwiseConvCache:
 def depthwise_conv_forward(
     p: ConvParams, x: Array, ops: Ops = REFERENCE, keep: bool = True
 ) -> tuple[Array, DepthwiseConvCache | None]:
-    """y_ij = sum_uv w_uv * x_(i+u-a, j+v-b) + bias; (a, b) is the kernel's middle, x is 0 outside.
+    """y_ij = sum_uv W_uv * x_(i+u-a, j+v-b) + bias; (a, b) is the kernel's middle, x is 0 outside.
 
     Args:
         p: weight (C, 1, k_h, k_w), k_h and k_w odd, and bias (C,) or None.
@@ -48,10 +48,10 @@ def depthwise_conv_backward(
 ) -> tuple[Array, ConvParams]:
     """Gradients of :func:`depthwise_conv_forward`.
 
-    Every w_uv multiplies a whole shifted map, so its gradient is a sum over the map, and dx is
+    Every W_uv multiplies a whole shifted map, so its gradient is a sum over the map, and dx is
     shifted the other way::
 
-        dL/dw_uv = sum_ij dy_ij * x_(i+u-a, j+v-b)      dL/dx_(i+u-a, j+v-b) += dy_ij * w_uv
+        dL/dW_uv = sum_ij dy_ij * x_(i+u-a, j+v-b)      dL/dx_(i+u-a, j+v-b) += dy_ij * W_uv
 
     Args:
         p: the forward's weight (C, 1, k_h, k_w) and bias (C,) or None.
@@ -71,7 +71,7 @@ def depthwise_conv_backward(
 
     # y += bias
     dbias = None if p.bias is None else sum_over_map(dy)
-    # y += padded[index] * w_uv
+    # y += padded[index] * W_uv
     dweight = xp.empty(p.weight.shape, dtype=dy.dtype)
     dpadded = xp.zeros(cache.padded.shape, dtype=dy.dtype)
     for u, v, index in places(k, (H, W)):

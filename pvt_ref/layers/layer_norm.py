@@ -56,15 +56,15 @@ def layer_norm_backward(
     """Gradients of :func:`layer_norm_forward`.
 
     x enters x_hat three times: as itself, through the mean and through the variance. With
-    g = dL/dx_hat, every mean over the C channels of one token, and c the centred token::
+    g = dL/dx_hat, every mean over the C channels of one token, and u the centred token::
 
-        c     = x - mean(x)
-        rstd  = (mean(c^2) + eps)^(-1/2)      d rstd / d c_j = -rstd^3 c_j / C
-        x_hat = c * rstd
+        u     = x - mean(x)
+        rstd  = (mean(u^2) + eps)^(-1/2)      d rstd / d u_j = -rstd^3 u_j / C
+        x_hat = u * rstd
 
-        dL/dc_j = g_j rstd + sum_k g_k c_k * (-rstd^3 c_j / C)      as itself, and by rstd
-                = rstd * (g_j - x_hat_j mean(g * x_hat))            since c = x_hat / rstd
-        dL/dx_j = dL/dc_j - mean(dL/dc)                             since dc_k/dx_j = 1[k = j] - 1/C
+        dL/du_j = g_j rstd + sum_k g_k u_k * (-rstd^3 u_j / C)      as itself, and by rstd
+                = rstd * (g_j - x_hat_j mean(g * x_hat))            since u = x_hat / rstd
+        dL/dx_j = dL/du_j - mean(dL/du)                             since du_k/dx_j = 1[k = j] - 1/C
                 = rstd * (g_j - mean(g) - x_hat_j mean(g * x_hat))  since mean(x_hat) = 0
 
     Args:

@@ -1,8 +1,8 @@
 """Adaptive average pooling: a map of any size becomes one of a given size, by means over cells.
 
-Along an axis of n inputs, cell i of o averages the inputs from floor(i n/o) up to, but excluding,
-ceil((i + 1) n/o). Neighbouring cells overlap if o does not divide n. If o is larger than n it
-enlarges the map; if n divides o, it repeats inputs. PVT v2 reduces its keys with it, to 7 x 7.
+Along an axis of H inputs, cell i of h averages the inputs from floor(i H/h) up to, but excluding,
+ceil((i + 1) H/h). Neighbouring cells overlap if h does not divide H. If h is larger than H it
+enlarges the map; if H divides h, it repeats inputs. PVT v2 reduces its keys with it, to 7 x 7.
 """
 
 import numpy as np
@@ -30,7 +30,7 @@ def pool_matrix(out_size: int, in_size: int) -> np.ndarray:
 def pool_forward(
     p: None, x: Array, ops: Ops, size: Grid, keep: bool = True
 ) -> tuple[Array, PoolCache | None]:
-    """y = P_h x P_w^T for every channel, the means over overlapping cells.
+    """y = A_h x A_w^T for every channel, the means over overlapping cells.
 
     Args:
         p: None.
@@ -46,7 +46,7 @@ def pool_forward(
 
 
 def pool_backward(p: None, cache: PoolCache, dy: Array, ops: Ops = REFERENCE) -> tuple[Array, None]:
-    """Gradient of :func:`pool_forward`: dL/dx = P_h^T dL/dy P_w for every channel.
+    """Gradient of :func:`pool_forward`: dL/dx = A_h^T dL/dy A_w for every channel.
 
     Each input gets its share of the gradient of every cell that it belongs to.
 

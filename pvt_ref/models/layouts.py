@@ -1,8 +1,8 @@
-"""How files of other projects name and split a network's weights, and what else they state.
+"""How files of other projects name and split a network's weights, and what else they contain.
 
-Most weights are only renamed; a few are split or joined, so the map is spelled out as pieces: some
-rows of our array are some rows of theirs. A network makes its layouts, and a :class:`Files`, in its
-own folder; :mod:`pvt_ref.checkpoint`, which knows no network, does the rest.
+Most weights are only renamed; a few are split or joined. So the map consists of pieces: some rows
+of our array are some rows of theirs. Each network defines its layouts, and a :class:`Files`, in its
+own folder. :mod:`pvt_ref.checkpoint`, which knows no network, does the rest.
 """
 
 import itertools
@@ -20,7 +20,7 @@ WHOLE: Region = ()
 
 
 class Piece(NamedTuple):
-    """One region of our array that is one region of a foreign array; ``WHOLE`` is all of it."""
+    """A region of our array that equals a region of a foreign array; ``WHOLE`` is all of it."""
 
     key: str
     region: Region
@@ -30,15 +30,15 @@ class Piece(NamedTuple):
 
 
 def same_key(key: str) -> str:
-    """A layout that renames nothing."""
+    """The ``rename`` of a layout that renames nothing."""
     return key
 
 
 def renaming(table: Mapping[str, str]) -> Callable[[str], str | None]:
     """The ``rename`` of a layout, from templates: ``"block{i}.{b}.norm1"`` to theirs.
 
-    i is the stage from 1, j from 0; b the block from 0, c from 1; leaf is weight or bias, and is
-    appended if their template does not place it.
+    i is the stage counted from 1, j from 0; b is the block counted from 0, c from 1. leaf is weight
+    or bias, and is appended if their template does not contain it.
     """
 
     def rename(key: str) -> str | None:
@@ -60,7 +60,7 @@ def pieces_by(
 ) -> Callable[[str, Shape, Any], list[Piece]]:
     """The ``pieces_of`` of a layout that renames, and may store our stacked matrices separately.
 
-    stacked are the names of these parts in our rows, from the top; rename gives the first.
+    stacked are the names of the parts, in the order of our rows; rename gives the first.
     """
 
     def pieces_of(key: str, shape: Shape, config: Any) -> list[Piece]:
@@ -83,12 +83,12 @@ def pieces_by(
     return pieces_of
 
 
-#: Of a layout that renames nothing.
+#: The ``pieces_of`` of a layout that renames nothing.
 same_pieces = pieces_by(same_key)
 
 
 def one_side(name: str, sides: Any, why: str) -> Any:
-    """The side of a square that a config.json names, alone or twice. Raises: CheckpointError."""
+    """The side of a square in a config.json, given once or twice. Raises: CheckpointError."""
     if not isinstance(sides, list):
         return sides
     if len(sides) != 2 or sides[0] != sides[1]:
@@ -103,13 +103,13 @@ class Layout:
     name: str  # for messages
     rename: Callable[[str], str | None] = same_key  # our key to theirs; None where they have none
     pieces_of: Callable[[str, Shape, Any], list[Piece]] = same_pieces  # of (key, shape, config)
-    eps: tuple[float, ...] = ()  # of the code that reads them, as the configuration's fields
-    marks: tuple[str, ...] = ()  # our keys, of which one must be there, if any are named
-    has_classifier: bool | None = None  # None if files with and without are found
+    eps: tuple[float, ...] = ()  # of the code that reads them, in the order of our fields
+    marks: tuple[str, ...] = ()  # our keys; if there are any, the file must have one of them
+    has_classifier: bool | None = None  # None if there are files with and without one
     unused: tuple[str, ...] = ()  # their keys that are left out, such as those of a head
-    config_beside: bool = False  # whether a config.json lies beside such files
+    config_beside: bool = False  # whether a config.json comes with such files
     eps_advice: str = ""  # which other eps to pass, and when; for `source`
-    resize_assumed: str = ""  # how its tables are resized if nobody says, and that it is a guess
+    resize_assumed: str = ""  # how its tables are resized by default, and that this is a guess
 
 
 class Seen(NamedTuple):
@@ -119,15 +119,15 @@ class Seen(NamedTuple):
     layout: Layout
 
     def has(self, key: str) -> bool:
-        """Whether the file has that array."""
+        """Whether the file has this array."""
         return self.layout.rename(key) in self.shapes
 
     def shape(self, key: str) -> Shape:
-        """Of an array; a KeyError if the file has none."""
+        """The shape of an array; a KeyError if the file does not have it."""
         return self.shapes[self.layout.rename(key) or ""]
 
     def first(self, *keys: str) -> Shape:
-        """Of the first of these that the file has, with an axis or more; () if it has none."""
+        """The shape of the first of these arrays that the file has with an axis or more, or ()."""
         found = (self.shapes.get(self.layout.rename(key) or "") for key in keys)
         return next(filter(None, found), ())
 
@@ -136,7 +136,7 @@ class Seen(NamedTuple):
         return next(b for b in itertools.count() if not self.has(f"{blocks}.{b}.norm1.weight"))
 
     def mlp_ratio(self, block: str) -> float:
-        """E, whole if it is."""
+        """E, as an int if it is an integer."""
         hidden, C = self.shape(f"{block}.mlp.fc1.weight")[:2]
         return hidden / C if hidden % C else hidden // C
 
@@ -146,20 +146,20 @@ class Files:
     """What :mod:`pvt_ref.checkpoint` needs from a network about the files of other projects."""
 
     readable: str  # which files are read, in words
-    layouts: tuple[Layout, ...]  # looked for in this order; of all networks those with marks first
+    layouts: tuple[Layout, ...]  # tried in this order; of all networks, those with marks first
     probes: tuple[str, ...]  # our keys; one of them, as a layout renames it, shows that layout
     # (layout, state, wanted) -> layout and prefix in which a model without classifier is read;
-    # a CheckpointError for a state that is of a relative of the network
+    # raises CheckpointError for the state of a relative of the network
     bare: Callable[[Layout, Mapping[str, Any], bool], tuple[Layout, str]]
     model_type: str  # in Hugging Face's config.json
     telling: frozenset[str]  # fields of a config.json that describes a model, and not a training
     hugging_face: Callable[[Mapping[str, Any]], dict[str, Any]]  # config.json by our field names
-    partial: Callable[[dict[str, Any]], Any]  # a config, with what fits in fields that are not said
-    # (config, shapes, layout) -> config with class count, channels and image size of a file
+    partial: Callable[[dict[str, Any]], Any]  # a config; missing fields get values that fit
+    # (config, shapes, layout) -> config with the class count, channels and image size of a file
     fit: Callable[[Any, Mapping[str, Shape], Layout], Any]
     shown: Callable[[Mapping[str, Shape], Layout], dict[str, Any]]  # all fields that shapes show
-    widths: str  # the field by which `num_heads`, which no shape shows, is known of a variant
+    widths: str  # the field that tells the variant, and so `num_heads`, which no shape shows
     blocks: Callable[[Any], int]  # of a config
     hub: Mapping[str, str] = field(default_factory=dict)  # Hugging Face repositories by variant
-    url: str = ""  # where the authors' own files are, with `{name}`
-    file_names: Mapping[str, str] = field(default_factory=dict)  # where it is not the variant's
+    url: str = ""  # address of the authors' own files, with `{name}`
+    file_names: Mapping[str, str] = field(default_factory=dict)  # by variant, if they differ

@@ -1,18 +1,19 @@
-"""Executes shape comments: ``# (B, n, C)`` at a line's end is checked when the line has run.
+"""Executes shape comments: ``# (B, n, C)`` at the end of a line is checked when the line has run.
 
-A comment holds for the first array that its line assigns or returns, for each of them if it says
-"each", for the numbers themselves if the value is a tuple of numbers. It may offer several shapes:
-``# (H*W, C), or (1 + H*W, C)``. Its letters are
+A comment describes the first array that its line assigns or returns, or each of them if it says
+"each". If the value is a tuple of integers, it gives their values. It may list alternatives:
+``# (H*W, C), or (1 + H*W, C)``. The sizes of its letters come from
 
-- what the function's docstring says: the shapes of ``Args:``, after an argument (``grid: (H, W)``)
-  or an attribute of it (``p: weight (C_out, C_in)``, ``settings: num_heads (N)``), or, in a
+- the function's docstring: the shapes in ``Args:`` after an argument (``grid: (H, W)``) or after
+  one of its attributes (``p: weight (C_out, C_in)``, ``settings: num_heads (N)``), or, in a
   docstring without ``Args:``, after an argument's name (``tokens x (B, n, C) to a map``). They are
   read when the function is entered, so they are checked as well;
-- whole numbers that the function assigned to a name of that letter: ``B, n, C = x.shape``;
-- with an index, ``C_i``, ``H_{i-1}`` or ``C_4``, the sizes of that stage, whenever the line runs;
-- what :data:`DERIVED` makes of these.
+- integers that the function assigned to a variable with the letter's name: ``B, n, C = x.shape``;
+- for a letter with an index, ``C_i``, ``H_{i-1}`` or ``C_4``: the sizes of that stage, with the
+  value that i has when the line runs;
+- the formulas of :data:`DERIVED`, applied to these.
 
-A letter with two sizes is a fault, and so is one with none: nothing is skipped.
+A letter with two sizes is a fault, and so is one without a size: nothing is skipped.
 """
 
 import ast
@@ -34,17 +35,17 @@ from typing import Any
 from pvt_ref.testing.closeness import LawError
 from pvt_ref.tree import branches
 
-#: Letters that need no shape of their own: the first formula counts whose letters are known.
+#: Formulas for letters that need no shape of their own. The first whose letters are known is used.
 DERIVED: dict[str, tuple[str, ...]] = {
-    # every axis but the last made one: of tokens, of a map of logits, of a batch of logits
+    # all axes but the last merged: of tokens, of a map of logits, of a batch of logits
     "rows": ("...", "B*H*W", "B"),
     "n": ("(H/P)(W/P)",),  # tokens of a map cut into patches
-    "n_i": ("H_i*W_i",),  # tokens of a stage, without cls token
-    "m": ("n/(R*R)", "n"),  # keys: one for R x R tokens, or for each if nothing reduces them
+    "n_i": ("H_i*W_i",),  # tokens of a stage, without the cls token
+    "m": ("n/(R*R)", "n"),  # keys: one for every R x R tokens, or one per token without reduction
     "d": ("C/N",),  # channels of one head
 }
 
-#: A letter has at most an index; only these are whole words.
+#: A letter with at most one index; the two words are the only longer names.
 _LETTER = r"(?:rows|num_classes|[A-Za-z](?:_(?:in|out|\w|\{\w[+-]\d\}))?)(?!\w)"
 _TOKEN = re.compile(rf"\s*(\.\.\.|\d+|{_LETTER}|[-+*/()])")
 _INDEX = re.compile(r"_\{?(?:(\d)|([a-z])([+-]\d)?)\}?$")
@@ -86,10 +87,10 @@ def _sum(tokens: list[str]) -> Dim:
 
 @cache
 def parse_dim(text: str) -> Dim:
-    """A dimension such as ``1 + n_i``, ``2C``, ``(H/P)(W/P)`` or ``...``.
+    """Parses a dimension such as ``1 + n_i``, ``2C``, ``(H/P)(W/P)`` or ``...``.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if the text is not a dimension.
     """
     tokens, at = [], 0
     while at < len(text.rstrip()):
@@ -105,7 +106,7 @@ def parse_dim(text: str) -> Dim:
 
 
 def _group(text: str, start: int) -> str | None:
-    """What stands between the parenthesis at start and the one that closes it, if one does."""
+    """The text between the parenthesis at start and its closing one; None if it is not closed."""
     depth = 0
     for end in range(start, len(text)):
         depth += (text[end] == "(") - (text[end] == ")")
@@ -116,7 +117,7 @@ def _group(text: str, start: int) -> str | None:
 
 @dataclass(frozen=True)
 class Found:
-    """A shape in a text: where it starts and ends, and whether it is a lone number, ``(N)``."""
+    """A shape in a text: where it starts and ends, and whether it is a single number, ``(N)``."""
 
     shape: Shape
     start: int
@@ -125,7 +126,7 @@ class Found:
 
 
 def find_shapes(text: str) -> list[Found]:
-    """The shapes in a text; a parenthesis with other words in it is none, nor is ``f(x)``."""
+    """The shapes in a text. A parenthesis with other words in it is not one, nor is ``f(x)``."""
     found, at = [], 0
     while (start := text.find("(", at)) >= 0:
         at = start + 1
@@ -146,7 +147,7 @@ def find_shapes(text: str) -> list[Found]:
 
 
 def offers(text: str, found: Sequence[Found]) -> list[Found]:
-    """The first of the shapes, and those that "or" joins to it."""
+    """The first shape, and the alternatives that "or" joins to it."""
     joined = list(found[:1])
     for one in found[1:]:
         if not re.fullmatch(r",? or ", text[joined[-1].end : one.start]):
@@ -177,7 +178,7 @@ class ContradictionError(UnknownSizeError):
     """A letter has two sizes."""
 
 
-#: Sizes of letters; of ``...`` a tuple of them.
+#: The sizes of letters; for ``...`` a tuple of sizes.
 Scope = Mapping[str, Any]
 Stages = Mapping[str, Sequence[int]]
 
@@ -198,7 +199,7 @@ def _size(letter: str, scope: Scope, stages: Stages, derive: bool) -> Fraction:
     values: set[Fraction] = set()
     if letter in scope:
         value = scope[letter]
-        if isinstance(value, tuple):  # of ..., where a number is wanted: their product
+        if isinstance(value, tuple):  # of ..., where one number is needed: the product
             number = Fraction(1)
             for size in value:
                 number *= size
@@ -226,7 +227,7 @@ def _size(letter: str, scope: Scope, stages: Stages, derive: bool) -> Fraction:
 
 
 def fits(shapes: Sequence[Shape], actual: tuple[int, ...], scope: Scope, stages: Stages) -> bool:
-    """Whether one of the shapes is the actual one. Those of another rank are not looked at.
+    """Whether one of the shapes is the actual one. Shapes of another rank are not evaluated.
 
     Raises:
         UnknownSizeError: if a letter has no size, or two.
@@ -244,7 +245,7 @@ def fits(shapes: Sequence[Shape], actual: tuple[int, ...], scope: Scope, stages:
 
 
 def _solved(dim: Dim, value: Fraction, scope: Scope, stages: Stages, derive: bool) -> Scope:
-    """The letter of dim that is not known, when dim has that value."""
+    """The unknown letter of dim, solved for, given that dim has this value."""
     if not isinstance(dim, tuple):
         return {str(dim): value}
     sign, left, right = dim
@@ -260,11 +261,11 @@ def _solved(dim: Dim, value: Fraction, scope: Scope, stages: Stages, derive: boo
 def bound(
     shape: Shape, actual: tuple[int, ...], scope: Scope, stages: Stages, derive: bool
 ) -> dict[str, Any]:
-    """The letters that make shape the actual one, those of scope and new ones.
+    """The letters, old and new, with which shape equals the actual one.
 
     Raises:
-        ValueError: if none do.
-        UnknownSizeError: if a dimension has two letters that are not known.
+        ValueError: if there are none.
+        UnknownSizeError: if a dimension has two unknown letters.
     """
     letters = dict(scope)
     if "..." in shape:
@@ -294,15 +295,15 @@ def bound(
 
 @dataclass(eq=False)
 class Comment:
-    """A shape comment, and what was seen of it.
+    """A shape comment, and what was observed when its line ran.
 
     Attributes:
         where: file and line.
-        text: of the comment.
-        shapes: those that it offers.
-        each: whether all arrays of the line must have it.
-        statement: the line's, which assigns or returns.
-        facts: scope, and the shapes of the arrays, as often as the line ran.
+        text: the text of the comment.
+        shapes: its alternatives.
+        each: whether it describes all arrays of the line, not only the first.
+        statement: the assignment or return on its line.
+        facts: for each time the line ran, the scope and the shapes of the arrays.
     """
 
     where: str
@@ -317,7 +318,7 @@ class Comment:
 
 @dataclass(eq=False)
 class Function:
-    """A function, its commented lines, and the shapes that its docstring gives of arguments."""
+    """A function, its commented lines, and what its docstring says about the arguments."""
 
     where: str
     entries: list[tuple[str, str]]
@@ -325,7 +326,7 @@ class Function:
 
 
 def _documented(docstring: str) -> list[tuple[str, str]]:
-    """Argument and what is said of it, from ``Args:``; or ("", all of it) where there is none."""
+    """Each argument and its description, from ``Args:``; without that, ("", the whole text)."""
     text = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", docstring, flags=re.MULTILINE | re.DOTALL)
     if text is None:
         return [("", " ".join(docstring.split()))]
@@ -360,7 +361,7 @@ def read_functions(path: Path) -> dict[tuple[int, str], Function]:
 
     Raises:
         ValueError: if a shape stands beside a line that neither assigns nor returns, or if a
-            comment has a shape without beginning with it.
+            comment contains a shape but does not begin with it.
     """
     source = path.read_text(encoding="utf-8")
     texts = {
@@ -400,7 +401,7 @@ def read_functions(path: Path) -> dict[tuple[int, str], Function]:
 
 
 def _shape_of(value: Any) -> tuple[int, ...] | None:
-    """Of an array its shape, of a tuple of whole numbers the tuple; None of anything else."""
+    """The shape of an array; a tuple of integers itself; None for anything else."""
     if isinstance(value, tuple) and value and all(type(size) is int for size in value):
         return value
     shape = getattr(value, "shape", None)
@@ -408,7 +409,7 @@ def _shape_of(value: Any) -> tuple[int, ...] | None:
 
 
 def _shapes_in(value: Any) -> list[tuple[int, ...]]:
-    """Of the arrays in a value; if there are none, the tuples of whole numbers."""
+    """The shapes of the arrays in a value; if there are none, its tuples of integers."""
     found: tuple[list[Any], list[Any]] = ([], [])
 
     def visit(value: Any) -> None:
@@ -432,15 +433,15 @@ def _assigned(target: ast.AST, names: Mapping[str, Any]) -> Any:
 
 
 class ShapeComments:
-    """Shape comments of modules, executed while it is entered: ``with comments: run()``.
+    """The shape comments of modules, executed in a with block: ``with comments: run()``.
 
     Args:
-        modules: those whose comments are read. Functions are found by the files' lines, so they run
-            as they are.
+        modules: the modules whose comments are read. Functions are recognised by file and line, so
+            they run unchanged.
         stages: for letters with an index, their sizes by index, from 0.
 
     Attributes:
-        comments: all of them.
+        comments: all comments.
 
     Raises:
         ValueError: as :func:`read_functions`.
@@ -476,7 +477,7 @@ class ShapeComments:
 
     @property
     def faults(self) -> list[str]:
-        """What did not hold, or could not be evaluated: of each comment and argument the first."""
+        """What did not hold or could not be evaluated, once for each comment or argument."""
         return [f"{where}: {what}" for where, what in self._faults.items()]
 
     def fault(self, where: str, what: str) -> None:
@@ -484,7 +485,7 @@ class ShapeComments:
         self._faults.setdefault(where, what)
 
     def unreached(self) -> list[str]:
-        """Comments of which a shape was never the one that held, and that shape."""
+        """The shapes of comments that never matched an array, each with its comment."""
         return [
             f"{comment.where}: {spelt(shape)}"
             for comment in self.comments
@@ -497,7 +498,7 @@ class ShapeComments:
         ]
 
     def holds(self, comment: Comment, shapes: Sequence[Shape]) -> bool:
-        """Whether shapes in place of a comment's would have held wherever it was seen."""
+        """Whether these shapes, in place of the comment's own, would have held every time."""
         return all(
             fits(shapes, one, dict(scope), self.stages)
             for scope, seen in comment.facts
@@ -505,7 +506,7 @@ class ShapeComments:
         )
 
     def survivors(self) -> list[str]:
-        """Comments that would still hold if the last dimension of a shape were one more."""
+        """Comments that would still hold if the last dimension of a shape were larger by 1."""
         return [
             f"{comment.where}: {spelt(mutant)}"
             for comment in self.comments
@@ -515,10 +516,11 @@ class ShapeComments:
         ]
 
     def confusable(self) -> list[str]:
-        """Comments that would still hold with another letter in the place of one.
+        """Comments that would still hold with one letter replaced by another.
 
-        Tried are the letters that the function knows, and all of the file's comments. Where one
-        survives, the two had one size whenever the line ran: the run cannot tell them apart.
+        The letters of the function and of all comments in the file are tried. If a replacement
+        survives, the two letters had the same size whenever the line ran, so the run cannot tell
+        them apart.
         """
         return [
             f"{comment.where}: {spelt(mutant)}"
@@ -544,7 +546,7 @@ class ShapeComments:
                         yield (*shape[:at], letter, *shape[at + 1 :])
 
     def _known(self, comment: Comment, others: set[str]) -> set[str]:
-        """The letters that had a size, not a derived one, whenever the comment's line ran."""
+        """The letters that had a size, without DERIVED, every time the comment's line ran."""
         known: set[str] = set()
         for number, (scope, _) in enumerate(comment.facts):
             letters = dict(scope)
@@ -565,10 +567,10 @@ def _one_more(shape: Shape) -> Shape:
 
 @dataclass
 class _Said:
-    """What a docstring says of one array: its name and shape, and the shapes that it may have.
+    """What a docstring says about one array: its name and shape, and the shapes it may have.
 
     Attributes:
-        i: the place of an array in a list, from 1; else None.
+        i: the position of the array in a list, from 1; None if it is in no list.
     """
 
     name: str
@@ -578,7 +580,7 @@ class _Said:
 
 
 def _said_of(name: str, value: Any, found: Sequence[Found], i: int | None = None) -> list[_Said]:
-    """At most one; nothing of None. A lone shape, (N), is one of a number, and of nothing else."""
+    """At most one; none for None. A single number, (N), describes an integer and nothing else."""
     number = type(value) is int
     actual = (value,) if number else _shape_of(value)
     shapes = [one.shape for one in found if one.lone == number]
@@ -586,7 +588,7 @@ def _said_of(name: str, value: Any, found: Sequence[Found], i: int | None = None
 
 
 def _said(name: str, text: str, arguments: Mapping[str, Any]) -> list[_Said]:
-    """What the text says of an argument; of all of them where it has no name.
+    """What the text says about an argument, or about all arguments if the name is empty.
 
     Raises:
         ValueError: if a shape stands beside no attribute of a record.
@@ -607,9 +609,9 @@ def _said(name: str, text: str, arguments: Mapping[str, Any]) -> list[_Said]:
 
 
 def _said_by_names(text: str, found: Sequence[Found], of: Any) -> list[_Said]:
-    """The shapes that stand after names: of arguments if these are given, else of attributes.
+    """The shapes that stand after names: of arguments if ``of`` is a mapping, else of attributes.
 
-    A shape belongs to the word before it; if "each" follows, to all names since the last shape.
+    A shape belongs to the word before it, or, if "each" follows, to all names since the last shape.
     """
     by_name: dict[str, list[Found]] = {}
     values: dict[str, Any] = {}
@@ -639,7 +641,7 @@ def _said_by_names(text: str, found: Sequence[Found], of: Any) -> list[_Said]:
 
 
 def _numbers(names: Mapping[str, Any]) -> dict[str, int]:
-    """The whole numbers among variables whose names may be letters."""
+    """The integers among the variables whose names are letters."""
     return {k: v for k, v in names.items() if type(v) is int and _TOKEN.fullmatch(k)}
 
 
@@ -653,7 +655,7 @@ class _Call:
         self._bind(frame.f_locals)
 
     def _bind(self, arguments: Mapping[str, Any]) -> None:
-        """Letters from the docstring. What is not decided at first is tried again, at the end."""
+        """Binds the docstring's letters. What is undecided at first is tried again at the end."""
         said: list[_Said] = []
         for name, text in self.function.entries:
             try:
@@ -691,7 +693,7 @@ class _Call:
         return not ways
 
     def went_on(self, frame: FrameType, event: str, arg: Any) -> Any:
-        """Checks the line that has just run: called before the next one, and at the return."""
+        """Checks the line that has just run. Called before the next line, and at the return."""
         if event == "exception":
             self.pending = None
         elif event in ("line", "return"):
@@ -731,23 +733,23 @@ class _Call:
 
 @contextlib.contextmanager
 def shape_comments(*modules: ModuleType, stages: Stages | None = None) -> Generator[ShapeComments]:
-    """Executes the shape comments of modules while it is entered.
+    """Executes the shape comments of modules in a with block.
 
     With ``with shape_comments(my_layer): run()``, a line that ends in ``# (B, n, C)`` is checked
-    whenever it has run; the letters are those of the
-    docstring's ``Args:``. The head of this file has the notation.
+    every time it has run. The letters are those of the docstring's ``Args:``. The docstring of this
+    module describes the notation.
 
     Args:
-        modules: those whose comments are read.
+        modules: the modules whose comments are read.
         stages: for letters with an index, such as C_i, their sizes by index, from 0.
 
     Yields:
-        What was read and seen, for questions such as which comments no line reached.
+        The comments and what was observed, to ask for example which comments were never reached.
 
     Raises:
-        LawError: at the end, if a comment does not hold, could not be evaluated, or if no line with
-            a comment has run.
-        ValueError: if a comment is no shape, or stands where nothing is assigned or returned.
+        LawError: at the end, if a comment did not hold or could not be evaluated, or if no line
+            with a comment has run.
+        ValueError: if a comment is not a shape, or stands where nothing is assigned or returned.
     """
     comments = ShapeComments(modules, stages)
     with comments:

@@ -1,7 +1,7 @@
-"""The laws that every operation obeys, whatever it computes: forward, and backward as its adjoint.
+"""The laws of every operation, whatever it computes: its forward, and its backward as the adjoint.
 
 A law is a function of a :class:`Trial`, and raises :class:`LawError` if it does not hold. Only
-:func:`shape`, :func:`values` and their two for gradients need another implementation.
+:func:`shape`, :func:`values` and :func:`gradient_values` need another implementation.
 """
 
 import math
@@ -17,10 +17,10 @@ from pvt_ref.ops import REFERENCE, Operation, Ops
 from pvt_ref.testing.closeness import LawError, close, first_wrong, spelt_entry, spelt_pair
 from pvt_ref.tree import branches, map_arrays
 
-#: Relative, in float64: of values against another implementation, and of gradients.
+#: Relative tolerances in float64: for values against another implementation, and for gradients.
 FORWARD, GRADIENT = 1e-12, 1e-10
 
-#: Relative, of a derivative by central differences, and the step that they take.
+#: Relative tolerance for derivatives by central differences, and the step of the differences.
 DIFFERENCES, STEP = 1e-5, 1e-5
 
 
@@ -46,9 +46,9 @@ class Trial:
         names: of arrays, for messages, by path: those of x are "x", "x.0" and so on, those of p
             the fields of its record, and "p" if it is an array.
         seed: of the cotangents and directions.
-        order: first parts of the inputs' names, those first whose gradients a backward has first:
-            of several that are wrong, the first is reported. By default the last weight comes
-            first, and x last.
+        order: first parts of the inputs' names, in the order in which a backward computes their
+            gradients. If several are wrong, the first is reported. By default the last weight
+            comes first, and x last.
     """
 
     forward: Callable[..., Any]
@@ -66,7 +66,7 @@ class Trial:
         return _pair("forward", "y, cache", self.forward(p, x, *settings))
 
     def back(self, cache: Any, dy: Any) -> dict[str, Any]:
-        """The gradients, by the names of their arrays."""
+        """The gradients by the names of the arrays."""
         p, dy = map_arrays(np.copy, (self.p, dy))
         dx, grads = _pair("backward", "dx, grads", self.backward(p, cache, dy))
         # copies: the next backward may write into what this one returned
@@ -79,7 +79,7 @@ class Trial:
         return map_arrays(lambda a: rng.standard_normal(np.shape(a)).astype(a.dtype), like)
 
     def inputs(self) -> dict[str, Any]:
-        """The arrays that can be differentiated by, by name."""
+        """The arrays that gradients are taken with respect to, by name."""
         trees = {"x": self.x, "p": self.p}
         return {self._name(path): a for path, a in leaves(trees)}
 
@@ -250,7 +250,7 @@ def _sample(tree: Any, b: int) -> Any:
 
 
 def samples(trial: Trial) -> None:
-    """The result for a sample does not depend on the others of its batch, on the first axis."""
+    """The result for a sample does not depend on the other samples of its batch, the first axis."""
     y, _ = trial.run()
     for b in range(len(arrays_of(y)[0])):
         alone, _ = replace(trial, x=_sample(trial.x, b)).run()
@@ -262,7 +262,7 @@ def samples(trial: Trial) -> None:
 
 
 def gradient_shapes(trial: Trial) -> None:
-    """The gradient of an array has its shape."""
+    """The gradient of an array has the shape of the array."""
     y, cache = trial.run()
     inputs = trial.inputs()
     for name, g in trial.back(cache, trial.drawn(1, y)).items():
@@ -283,7 +283,7 @@ def gradient_dtypes(trial: Trial) -> None:
 
 
 def linear_in_dy(trial: Trial) -> None:
-    """A backward is linear in dy: it is a multiplication by the transpose of a matrix."""
+    """The backward is linear in dy: it multiplies by the transpose of the Jacobian."""
     y, cache = trial.run()
     u, v = trial.drawn(1, y), trial.drawn(2, y)
     both = trial.back(cache, map_arrays(lambda a, b: 2 * a - b, u, v))
@@ -299,7 +299,7 @@ def linear_in_dy(trial: Trial) -> None:
 
 
 def batch_sum(trial: Trial) -> None:
-    """The gradient of weights, which all samples share, is the sum over the samples."""
+    """The gradient of the weights is the sum over the samples, which all share the weights."""
     shared = [name for path, _ in leaves(trial.p, "p") for name in [trial._name(path)]]
     y, cache = trial.run()
     dy = trial.drawn(1, y)
@@ -384,7 +384,7 @@ def gradient_values(trial: Trial, reference: Trial) -> None:
 
 
 def pure_backward(trial: Trial) -> None:
-    """The backward does not change weights, dy or its cache."""
+    """The backward does not change the weights, dy or its cache."""
     y, cache = trial.run()
     dy = trial.drawn(1, y)
     first = trial.back(cache, dy)
@@ -406,7 +406,7 @@ def pure_backward(trial: Trial) -> None:
 
 
 def no_state(trial: Trial) -> None:
-    """A backward depends only on its cache, even if another forward has run in between."""
+    """The backward depends only on its cache, even if another forward has run in between."""
     y, cache = trial.run()
     dy = trial.drawn(1, y)
     expected = trial.back(cache, dy)
@@ -420,11 +420,11 @@ def no_state(trial: Trial) -> None:
             raise LawError("state", f"{what} input runs in between", name, index)
 
 
-# All of them, for an operation of anybody's -------------------------------------------------------
+# All of them, for any operation -------------------------------------------------------------------
 
 
 def laws_of(batched: bool, compared: bool) -> list[Callable[..., None]]:
-    """All laws in the order of trial."""
+    """All laws, in the order in which they are tried."""
     found: list[Callable[..., None]] = [shape, values] if compared else []
     found += [dtype, pure, repeatable, *([samples] if batched else [])]
     found += [gradient_shapes, pure_backward, gradient_dtypes, linear_in_dy]
@@ -449,20 +449,20 @@ def check_operation(
     names: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> None:
-    """Tries an operation of this package's signatures against all laws, in float64.
+    """Tries an operation with this package's signatures against all laws, in float64.
 
-    Dtype and purity, memory layouts, samples that do not see each other, the shapes of gradients,
+    The laws: dtype and purity, memory layouts, independent samples, the shapes of gradients,
     linearity in dy, sums over the batch, the adjoint by finite differences, caches that can be used
     again, and ``keep=False``.
 
     Args:
         op: forward ``(p, x, ops, *settings, keep=True)`` and backward ``(p, cache, dy, ops)``.
         p: weights in float64: a record, an array or None.
-        x: an array in float64, of few numbers, or several arrays in a tuple or list.
+        x: a small array in float64, or several arrays in a tuple or list.
         settings: further arguments of the forward.
-        ops: the table that it asks for its parts.
+        ops: the table from which it takes its parts.
         expected: another operation, whose values and gradients it should have.
-        batched: whether the first axis of x and y counts samples that do not see each other.
+        batched: whether the first axis of x and y counts independent samples.
         names: of arrays, for messages, by path: ``{"x.0": "q"}``.
         seed: of the random directions.
 
@@ -513,8 +513,8 @@ def check_vjp(
     Args:
         forward: ``(*inputs) -> y, cache``.
         backward: ``(cache, dy) -> gradients``, a tuple with one for each input.
-        inputs: arrays in float64, of few numbers, or records of them.
-        batched: whether the first axis of all inputs and of y counts samples apart.
+        inputs: small arrays in float64, or records of them.
+        batched: whether the first axis of all inputs and of y counts independent samples.
         seed: of the random directions.
 
     Raises:

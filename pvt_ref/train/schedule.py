@@ -14,18 +14,18 @@ def warmup_cosine(
     """Learning rate of a step: linear warm-up, then half a cosine.
     Raises: RangeError if a number is below 0, or a number of steps not whole.
 
-    With w warm-up steps out of T (Loshchilov and Hutter 2017, arXiv 1608.03983, eq. 5, without
-    restarts)::
+    With T_warm warm-up steps out of T, all counted by tau (Loshchilov and Hutter 2017, arXiv
+    1608.03983, eq. 5, without restarts), and u = (tau - T_warm) / (T - T_warm)::
 
-        lr(s) = peak (s + 1) / w                                              s < w
-        lr(s) = floor + (peak - floor) (1 + cos(pi (s - w) / (T - w))) / 2    s >= w
+        lr(tau) = peak (tau + 1) / T_warm                       tau < T_warm
+        lr(tau) = floor + (peak - floor) (1 + cos(pi u)) / 2    tau >= T_warm
 
     The first steps are small because Adam's running means rest on few gradients.
 
     Args:
-        step: s, counted from 0.
+        step: tau, counted from 0.
         total_steps: T. From there on the rate is floor.
-        warmup_steps: w; 0 begins at the peak.
+        warmup_steps: T_warm; 0 begins at the peak.
         peak: the highest rate.
         floor: the rate at the end.
 
@@ -48,14 +48,14 @@ def warmup_poly(
     """Learning rate of a step: linear warm-up, then polynomial decay, as for segmentation.
     Raises: RangeError as :func:`warmup_cosine`.
 
-    With w warm-up steps out of T, and s counted over all of them as mmsegmentation does::
+    With T_warm warm-up steps out of T, all counted by tau, as mmsegmentation does::
 
-        lr(s) = min(1, (s + 1) / w) (floor + (peak - floor) (1 - s / T)^0.9)
+        lr(tau) = min(1, (tau + 1) / T_warm) (floor + (peak - floor) (1 - tau / T)^0.9)
 
     Args:
-        step: s, counted from 0.
+        step: tau, counted from 0.
         total_steps: T. From there on the rate is floor.
-        warmup_steps: w.
+        warmup_steps: T_warm.
         peak: the rate without warm-up at step 0.
         floor: the rate at the end.
 

@@ -1,11 +1,11 @@
-"""Kernels in CUDA C++ on NumPy arrays, without CUDA: compiled by g++ and a header, cuda_on_cpu.h.
+"""Runs CUDA C++ kernels on NumPy arrays, without CUDA: g++ compiles them with cuda_on_cpu.h.
 
     launch = Emulation(order=2)
     launch(Function("gelu.cu", "gelu"), (3,), (256,), (x, y, x.size // 4))
 
 An emulation takes the place of pvt_ref.kernels.cuda.launch.on_gpu in a table of operations. Every
-array is copied to pages of its own whose neighbours are forbidden, and back. What a kernel does
-wrong is a KernelError that names kernel, block and thread.
+array is copied to pages of its own, between protected pages, and back. If a kernel does something
+wrong, a KernelError names kernel, block and thread.
 """
 
 import ctypes
@@ -31,13 +31,13 @@ from pvt_ref.kernels.cuda.launch import Function, source
 
 HEADER = Path(__file__).parent / "cuda_on_cpu.h"
 
-#: What g++ makes of each file is kept here, under a name that its content decides.
+#: Compiled libraries are kept here, each under a name with a hash of its source.
 CACHE = Path(tempfile.gettempdir()) / f"pvt_ref_cuda_on_cpu_{getattr(os, 'getuid', int)()}"
 
 FLAGS = (
     *("-std=c++17", "-O1", "-shared", "-fPIC", "-fno-gnu-unique", "-fno-exceptions", "-fno-rtti"),
     *("-ffp-contract=off", "-U_FORTIFY_SOURCE", "-w", "-x", "c++"),
-    # what these find is an illegal instruction, which the header turns into a message
+    # a fault that these find is an illegal instruction, which the header turns into a message
     "-fsanitize=bounds-strict,signed-integer-overflow,integer-divide-by-zero,shift",
     "-fsanitize-undefined-trap-on-error",
 )
@@ -47,7 +47,7 @@ TYPES = {
     "float": (np.dtype(np.float32), 4),
     "float4": (np.dtype(np.float32), 16),
     "double": (np.dtype(np.float64), 8),
-    "half_bits": (np.dtype(np.uint16), 2),  # of a float16 or bfloat16
+    "half_bits": (np.dtype(np.uint16), 2),  # a float16 or bfloat16
     "int": (np.dtype(np.int32), 4),
     "size_t": (np.dtype(np.uint64), 8),  # addresses: arrays that are reached by them are unguarded
 }
@@ -76,7 +76,7 @@ class Parameter(NamedTuple):
 
 
 class Fault(ctypes.Structure):
-    """What the header tells of a kernel that was stopped."""
+    """What the header reports about a kernel that was stopped."""
 
     _fields_ = [
         ("what", ctypes.c_char * 200),
@@ -109,7 +109,7 @@ def why_not() -> str | None:
 
 
 def compiled_for(nvrtc: Any, function: Function, arch: str) -> str:
-    """What NVRTC says of a file that it compiles for a kind of GPU, which need not be there.
+    """The log of NVRTC, which compiles a file for a kind of GPU; no GPU is needed.
 
     Raises: KernelError if it refuses.
     """
@@ -125,7 +125,7 @@ def compiled_for(nvrtc: Any, function: Function, arch: str) -> str:
 
 @functools.cache
 def kernels_of(function: Function) -> dict[str, tuple[list[Parameter], str]]:
-    """The parameters of each kernel of a file, and its launch bound as it is written, or ""."""
+    """The parameters of each kernel of a file, and the source text of its launch bound, or ""."""
     found, text = {}, source(function.file)
     for name, value in function.macros:
         text = re.sub(rf"\b{name}\b", str(value), text)
@@ -145,11 +145,11 @@ def _parameter(text: str, kernel: str) -> Parameter:
 
 
 def as_cpp(function: Function) -> str:
-    """The source as g++ takes it: with the macros, and for each kernel a function that calls it."""
+    """The source for g++: with the macros, and for each kernel a function that calls it."""
     text = source(function.file)
     dynamic = r"extern __shared__ (\w+) (\w+)\[\];"
     body = re.sub(dynamic, r"\1 *\2 = (\1 *)cuda_on_cpu::dynamic;", text)
-    # behind the header's own includes, or a macro could change those
+    # after the header's own includes, since a macro could change those
     defines = "".join(f"#define {name} {value}\n" for name, value in function.macros)
     calls = ""
     for name, (parameters, _) in kernels_of(function).items():
@@ -168,13 +168,13 @@ def as_cpp(function: Function) -> str:
 
 @functools.cache
 def compiled(function: Function) -> ctypes.CDLL:
-    """The library of a function's file and macros, which g++ makes the first time."""
+    """The library for a function's file and macros, compiled at the first use."""
     code = as_cpp(function)
     return _library(Path(function.file).stem, code, FLAGS, HEADER.read_text("utf-8"))
 
 
 def _library(name: str, code: str, flags: tuple[str, ...], more: str = "") -> ctypes.CDLL:
-    """What g++ makes of code; more is what else its content depends on."""
+    """The library that g++ compiles from code; more is all else that it depends on."""
     key = hashlib.sha256(repr((code, more, flags)).encode()).hexdigest()[:16]
     library = CACHE / f"{name}-{key}.so"
     if not library.exists():
@@ -186,18 +186,18 @@ def _library(name: str, code: str, flags: tuple[str, ...], more: str = "") -> ct
             done = subprocess.run(command, input=code, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise KernelError(f"{name} does not compile:\n{done.stderr}")
-            made.replace(library)  # whole, or not there: another process may compile the same
+            made.replace(library)  # atomic: another process may compile the same
     return ctypes.CDLL(str(library))
 
 
 class StandIn:
-    """cuBLASLt's stand-in (cublaslt.cpp), as kernels/cuda/cublaslt.py finds a library.
+    """A stand-in for cuBLASLt (cublaslt.cpp), in place of kernels/cuda/cublaslt.py's finder.
 
         table_with(Cuda(Emulation(), products="cublaslt", cublaslt=StandIn()), is_numpy)
 
     Attributes:
         functions: the library, with some functions for tests.
-        loaded: what the kernels' table gets, once it was asked for.
+        loaded: what the kernels' table gets; None until the first use.
     """
 
     def __init__(self) -> None:
@@ -215,7 +215,7 @@ class StandIn:
 
     @property
     def complaint(self) -> str:
-        """Why a call was refused last."""
+        """Why the last refused call was refused."""
         return self.functions.stand_in_complaint().decode()
 
 
@@ -228,10 +228,10 @@ def _mprotect() -> Any:
 
 
 class Pages:
-    """Room for the bytes from start to stop, which ends where forbidden pages begin.
+    """Memory for the bytes from start to stop, which ends where protected pages begin.
 
-    Before them stand NaN, and forbidden pages. Between the last of them and the end are fewer
-    bytes than alignment, since the first has to lie as start does.
+    Before the bytes are NaN, and before those, protected pages. The first byte is aligned as start
+    is, so between the last byte and the protected pages are fewer bytes than alignment.
     """
 
     def __init__(self, start: int, stop: int, alignment: int):
@@ -249,7 +249,7 @@ class Pages:
                 raise OSError(ctypes.get_errno(), "mprotect failed")
 
     def outside(self) -> bytes:
-        """The bytes of the pages that are none of the array's."""
+        """The bytes of the pages that do not belong to the array."""
         before = ctypes.string_at(self.first, self.start - self.first)
         return before + ctypes.string_at(self.start + self.size, self.end - self.start - self.size)
 
@@ -262,7 +262,7 @@ def span(x: np.ndarray) -> tuple[int, int]:
 
 
 def merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same bytes in spans that do not meet: views of one array share memory."""
+    """The same bytes in disjoint spans: views of one array share memory."""
     result: list[tuple[int, int]] = []
     for start, stop in sorted(spans):
         if result and start < result[-1][1]:
@@ -280,8 +280,8 @@ class Emulation:
     """Launches kernels on NumPy arrays, as pvt_ref.kernels.cuda.launch.on_gpu does on CuPy's.
 
     Attributes:
-        order: of threads and blocks: 0 rising, 1 falling, others shuffle by it.
-        poison: the byte of which shared memory is full at first; 0xFF makes NaN.
+        order: of threads and blocks: 0 is ascending, 1 descending; others are seeds of a shuffle.
+        poison: the byte that shared memory is filled with at first; 0xFF gives NaN.
     """
 
     order: int = 0
@@ -321,7 +321,7 @@ def _check_launch(function: Function, grid: tuple, threads: tuple, bound: str) -
 
 
 def _check(function: Function, parameter: Parameter, value: Any) -> None:
-    """Refuses an argument of another type than its parameter's."""
+    """Refuses an argument whose type is not its parameter's."""
     if parameter.is_pointer:
         dtype, alignment = TYPES[parameter.type]
         fits = value is None or (isinstance(value, np.ndarray) and value.dtype == dtype)
@@ -355,7 +355,7 @@ def _run(
     pages = []
     for start, stop in spans:
         inside = [TYPES[p.type][1] for (first, _), p in arrays if start <= first <= stop]
-        # what is not aligned stays so, for kernels that read more at once than their types tell
+        # unaligned arrays stay unaligned: kernels may read more at once than their types say
         pages.append(Pages(start, stop, 16 if start % 16 else max(inside)))
     for (start, stop), page in zip(spans, pages, strict=True):
         ctypes.memmove(page.start, start, stop - start)
@@ -380,7 +380,7 @@ def _run(
 
 
 def _value(parameter: Parameter, value: Any, spans: list, pages: list[Pages]) -> Any:
-    """An argument as ctypes has it; an array is where its copy lies."""
+    """An argument as a ctypes value; for an array, the address of its copy."""
     if not parameter.is_pointer:
         return (ctypes.c_int if parameter.type == "int" else ctypes.c_float)(value)
     if value is None:
@@ -393,7 +393,7 @@ def _value(parameter: Parameter, value: Any, spans: list, pages: list[Pages]) ->
 
 
 def _owner(address: int, parameters: list, values: list, pages: list[Pages]) -> str:
-    """The parameter whose pages an address lies in or beside, for a message."""
+    """The parameter whose pages contain an address or are next to it, for a message."""
     for page in pages:
         if page.first - FORBIDDEN <= address < page.end + FORBIDDEN:
             of = [

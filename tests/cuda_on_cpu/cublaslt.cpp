@@ -1,9 +1,9 @@
 // A stand-in for cuBLASLt on a CPU: the calls that kernels/cuda/cublaslt.py makes, computed plainly.
 //
-// It is stricter than the library. What is not as its manual demands is refused with a complaint:
-// a descriptor that does not live, an attribute of another size, shapes and leading dimensions that
-// do not fit, an algorithm that was proposed for something else, arrays that are not aligned as was
-// promised, a workspace that is too small, a bias whose address is not set.
+// It is stricter than the library. What contradicts the manual is refused with a complaint: a
+// descriptor that does not exist any more, an attribute of the wrong size, shapes and leading
+// dimensions that do not fit, an algorithm that was proposed for another problem, arrays without
+// the promised alignment, a workspace that is too small, a bias whose address is not set.
 #include <math.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -54,12 +54,12 @@ static int refuse(int status, const char *format, ...)
     return status;
 }
 
-// For the tests: what was refused last, how many descriptors live, how many products were made.
+// For the tests: the last refusal, the number of existing descriptors, and that of products.
 extern "C" const char *stand_in_complaint() { return complaint; }
 extern "C" int stand_in_alive() { return alive; }
 extern "C" int stand_in_calls() { return calls; }
 extern "C" void stand_in_version(size_t other) { version = other; }
-// From now on, this function returns that status.
+// From now on, the function with this name returns this status.
 extern "C" void stand_in_fail(const char *name, int status)
 {
     snprintf(fail_name, sizeof fail_name, "%s", name);
@@ -88,12 +88,12 @@ static int destroy(void *given, Kind kind)
 {
     Object *object = is(given, kind);
     if (!object) return refuse(INVALID, "destroys what does not live");
-    object->alive = 0; // kept, so that whoever uses it is noticed
+    object->alive = 0; // not freed, so that a later use is noticed
     alive--;
     return SUCCESS;
 }
 
-// Takes an attribute of that size.
+// Sets an attribute, if the size is right.
 template <class T> static int take(T &place, const void *value, size_t size)
 {
     if (size != sizeof(T) || !value) return refuse(INVALID, "an attribute of %zu bytes", size);
@@ -159,7 +159,7 @@ extern "C" int cublasLtMatmulPreferenceCreate(void **made)
     MAY_FAIL();
     Object *object;
     make(made, PREFERENCE, &object);
-    for (uint32_t &each : object->alignment) each = 256; // as the manual says
+    for (uint32_t &each : object->alignment) each = 256; // the default of the manual
     return SUCCESS;
 }
 extern "C" int cublasLtMatmulPreferenceDestroy(void *given) { return destroy(given, PREFERENCE); }
@@ -174,7 +174,7 @@ extern "C" int cublasLtMatmulPreferenceSetAttribute(void *given, int name, const
     return refuse(INVALID, "a preference has no attribute %d here", name);
 }
 
-// All that an algorithm depends on, but addresses.
+// A hash of all that an algorithm depends on, except addresses.
 static uint64_t of_problem(const Object *d, Object *const *layouts)
 {
     uint64_t hash = 1469598103934665603ull;
@@ -244,7 +244,7 @@ static float from_half(uint16_t half)
     return half & 0x8000 ? -size : size;
 }
 
-// Number i of a matrix, as a tensor core would read it.
+// Element i of a matrix, as a tensor core would read it.
 static double number(const void *x, int64_t i, int type, int compute)
 {
     if (type == FLOAT16) return from_half(((const uint16_t *)x)[i]);

@@ -1,21 +1,21 @@
-// CUDA C++ on a CPU: as much of it as this project's kernels use, so that g++ compiles them as they
-// are.
+// CUDA C++ on a CPU: the part of it that this project's kernels use, so that g++ compiles them
+// unchanged.
 //
 // The threads of a block are fibers that take turns. A fiber runs until it reaches a barrier or an
-// exchange within its warp, and goes on when all others that take part have come. Blocks run one
-// after the other. The order of threads and blocks is the caller's choice, so whoever relies on an
-// order that CUDA does not promise gives other results in one of them.
+// exchange within its warp, and goes on when all other participants have reached it. Blocks run one
+// after the other. The caller chooses the order of threads and blocks. So a kernel that relies on
+// an order that CUDA does not guarantee gives different results for some choices.
 //
-// An asynchronous copy lands as late as it may: when its thread waits for it. A tensor core reads 10
-// bits of each mantissa, and rounds each sum toward zero.
+// An asynchronous copy completes as late as possible: when its thread waits for it. A tensor core
+// reads 10 bits of each mantissa, and rounds each sum toward zero.
 //
-// What is refused, with a message: different barriers reached by one block, threads that wait for
-// ever, a lane that takes part in an exchange that does not name it, memory touched outside of the
-// arrays, an index beyond an array of known size, an int that overflows, a copy that is not aligned
-// or that nobody waits for. What cannot be seen: speed, registers, caches and banks, memory ordering
-// between blocks, and the compiler of the GPU.
+// Refused with a message: different barriers reached by one block, threads that wait for ever, a
+// lane in an exchange whose mask does not name it, memory accesses outside the arrays, an index
+// beyond an array of known size, an int that overflows, a copy that is not aligned or that no
+// thread waits for. Not emulated: speed, registers, caches and banks, memory ordering between
+// blocks, and the compiler of the GPU.
 #pragma once
-#define CUDA_ON_CPU // mma.h leaves its functions to this file
+#define CUDA_ON_CPU // mma.h then leaves its functions to this file
 #include <math.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -69,7 +69,7 @@ namespace cuda_on_cpu
 enum State { READY, AT_BARRIER, IN_EXCHANGE, DONE };
 enum Kind { SHUFFLE, MATRICES, TENSOR_CORE }; // of an exchange
 
-struct Copy { // that is under way; zeros if from is null
+struct Copy { // a copy under way; copies zeros if from is null
     void *to;
     const void *from;
     int bytes, group;
@@ -78,7 +78,7 @@ struct Copy { // that is under way; zeros if from is null
 constexpr int MOST_COPIES = 128; // of a thread, under way at once
 
 struct Fiber {
-    ucontext_t context; // of its first turn; later ones are faster by place
+    ucontext_t context; // for its first turn; later ones use place, which is faster
     jmp_buf place;
     bool begun;
     State state;
@@ -87,41 +87,41 @@ struct Fiber {
     int line;      // of the barrier at which it waits
     unsigned mask; // lanes of the exchange in which it waits
     Kind kind;     // of that exchange
-    int from;      // the lane whose value it wants
+    int from;      // the lane whose value it needs
     alignas(8) unsigned char value[48], got[16];
     Copy copies[MOST_COPIES]; // the oldest first
     int copies_under_way, groups; // groups: how many were committed
 };
 
-// What is told when a kernel is stopped. A Python structure has the same fields.
+// The report on a kernel that was stopped. A Python structure has the same fields.
 struct Fault {
     char what[200];
     void *address; // that was touched
     unsigned block[3], thread[3];
 };
 
-// Stacks and dynamic shared memory, which all compiled files share: a process may have 65,530
-// mappings, and the stacks with their forbidden pages are 2,048. A Python structure has the same
+// Stacks and dynamic shared memory. All compiled files share them: a process may have 65,530
+// mappings, and the stacks with their protected pages take 2,048. A Python structure has the same
 // fields.
 struct Memory {
     char *stacks, *shared;
-    void *owner; // whose fibers have begun on the stacks
-    int poison;  // the byte of which shared memory is full when a block begins
+    void *owner; // the file whose fibers have begun on the stacks
+    int poison;  // the byte that shared memory is filled with when a block begins
 };
 
 constexpr int MOST = 1024;        // threads of a block
-constexpr size_t STACK = 1 << 16; // bytes of a fiber, the last page of which is forbidden
+constexpr size_t STACK = 1 << 16; // bytes of a fiber's stack, the last page of which is protected
 constexpr size_t MOST_SHARED = 48 << 10;
 
 inline Fiber fibers[MOST];
 inline char *stacks = nullptr;
 inline Fiber *current = nullptr;
 inline jmp_buf scheduler;
-inline sigjmp_buf way_out; // of a kernel that is stopped
+inline sigjmp_buf way_out; // taken by a kernel that is stopped
 inline ucontext_t unused;
 inline dim3 grid_size, block_size, block_index;
 inline int in_block, waiting, poison;
-inline char *dynamic; // the end of a page behind which nothing may be touched
+inline char *dynamic; // ends where a protected page begins
 inline size_t dynamic_bytes;
 inline Fault *fault;
 inline void (*call)(void **);
@@ -155,7 +155,7 @@ inline void on_signal(int number, siginfo_t *info, void *)
     siglongjmp(way_out, 1);
 }
 
-// Another's turn.
+// Lets another fiber take its turn.
 inline __attribute__((noinline)) void hand_on()
 {
     if (!_setjmp(current->place)) _longjmp(scheduler, 1);
@@ -176,8 +176,8 @@ inline void barrier(int line)
     hand_on();
 }
 
-// Comes to an exchange of the lanes that mask names. The last of them to come calls finish, which
-// makes what each of them gets.
+// Takes part in an exchange of the lanes that mask names. The last of them to arrive calls finish,
+// which computes what each of them gets.
 template <class F> inline void come_together(unsigned mask, Kind kind, F finish)
 {
     Fiber *warp = fibers + current->number / 32 * 32;
@@ -208,7 +208,7 @@ template <class F> inline void come_together(unsigned mask, Kind kind, F finish)
     hand_on();
 }
 
-// Gives value, and gets that of lane from, once all lanes that the mask names have given theirs.
+// Gives value, and returns that of lane from, once all lanes that the mask names have given theirs.
 template <class T> inline T exchange(unsigned mask, T value, int from)
 {
     static_assert(sizeof(T) <= 8, "a value of at most 8 bytes");
@@ -234,7 +234,7 @@ inline void begin_copy(void *to, const void *from, int bytes)
     current->copies[current->copies_under_way++] = {to, from, bytes, current->groups};
 }
 
-// The copies of all groups but the last so many land.
+// Completes the copies of all groups except the last ones.
 inline void land(int but_the_last)
 {
     int landed = 0;
@@ -282,7 +282,7 @@ inline void multiply(Fiber *warp)
     }
 }
 
-// What a fiber does: the kernel, once for every block.
+// The main function of a fiber: it runs the kernel once for every block.
 inline void live()
 {
     for (;;) {
@@ -357,8 +357,8 @@ inline void run_block(unsigned order)
     current = nullptr;
 }
 
-// Runs a grid: 0 if it went well. order: threads and blocks rise (0), fall (1), or are shuffled by
-// it.
+// Runs a grid, and returns 0 if there was no fault. order of threads and blocks: 0 ascending, 1
+// descending, others are seeds of a shuffle.
 inline int run(void (*kernel)(void **), void **values, const unsigned *grid, const unsigned *block,
                unsigned order, unsigned shared, Fault *told, Memory *memory)
 {
@@ -404,7 +404,7 @@ inline int run(void (*kernel)(void **), void **values, const unsigned *grid, con
             run_block(order > 1 ? next_random(seed) | 2 : order);
         }
     } else {
-        for (int i = 0; i < MOST; i++) fibers[i].begun = false; // they were left amid the kernel
+        for (int i = 0; i < MOST; i++) fibers[i].begun = false; // they stopped inside the kernel
     }
     for (int i = 0; i < 5; i++) sigaction(SIGNALS[i], &before[i], nullptr);
     sigaltstack(&old_stack, nullptr);
@@ -430,7 +430,7 @@ template <class T> static inline T __shfl_sync(unsigned mask, T x, int lane)
 static inline void __syncwarp(unsigned mask = 0xffffffffu)
 { cuda_on_cpu::exchange(mask, 0, cuda_on_cpu::current->number % 32); }
 
-// What mma.h has for a GPU.
+// The functions that mma.h has for a GPU.
 
 template <int BYTES> static inline void copy_async(void *shared, const void *global, bool there)
 { cuda_on_cpu::begin_copy(shared, there ? global : nullptr, BYTES); }
@@ -460,7 +460,7 @@ static inline void mma_tf32(float (&c)[4], const float (&a)[4], const float (&b)
     memcpy(c, current->got, sizeof c);
 }
 
-// x with so many bits of mantissa fewer, rounded to nearest, ties to even.
+// x with bits fewer bits of mantissa, rounded to nearest, ties to even.
 static inline unsigned shortened(unsigned x, int bits)
 { return (x + (1u << (bits - 1)) - 1 + (x >> bits & 1)) >> bits; }
 
@@ -471,7 +471,7 @@ static inline unsigned short to_float16(float x)
 {
     unsigned bits = __float_as_uint(x), sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
     if (x != x) return 0x7fff;
-    if (size < 0x38800000u) // below 2^-14 it counts steps of 2^-24, which adding 0.5 rounds to
+    if (size < 0x38800000u) // below 2^-14, multiples of 2^-24, to which adding 0.5 rounds
         return sign | (__float_as_uint(__uint_as_float(size) + 0.5f) - 0x3f000000u);
     unsigned half = shortened(size - 0x38000000u, 13);
     return sign | (half > 0x7c00u ? 0x7c00u : half);

@@ -1,5 +1,5 @@
-// Kernels that do what CUDA forbids, and a few that do not: what the emulation must tell apart.
-// A test launches each with 64 threads a block, where nothing else is said, on arrays of n numbers.
+// Kernels that do what CUDA forbids, and a few that do not: the emulation must tell them apart. A
+// test launches each on arrays of n numbers, with 64 threads per block unless stated otherwise.
 
 extern "C" __global__ void places(int *y)
 {
@@ -50,7 +50,7 @@ extern "C" __global__ void asks_others(float *y, int n)
 extern "C" __global__ void other_masks(float *y, int n)
 { y[threadIdx.x] = __shfl_xor_sync(threadIdx.x % 32 ? 0xffffffffu : 0x3u, 1.0f, 1); }
 
-// Right: halves of a warp, each on its own and not equally often, then all together.
+// Right: the halves of a warp, separately and not equally often, then all together.
 extern "C" __global__ void halves(const float *x, float *y, int n)
 {
     int half = threadIdx.x % 32 / 16;
@@ -83,7 +83,7 @@ extern "C" __global__ void reads_unwritten(float *y, int n)
     y[threadIdx.x] = shared[threadIdx.x];
 }
 
-// The value of the neighbour, which may not have been written yet.
+// Wrong: reads the value of the neighbour, which may not have been written yet.
 extern "C" __global__ void lacks_a_barrier(float *y, int n)
 {
     __shared__ float shared[64];
@@ -91,7 +91,7 @@ extern "C" __global__ void lacks_a_barrier(float *y, int n)
     y[threadIdx.x] = shared[63 - threadIdx.x];
 }
 
-// As if blocks came one after the other.
+// Wrong: relies on blocks that run one after the other.
 extern "C" __global__ void waits_for_blocks(float *y, int n)
 {
     if (threadIdx.x == 0) y[blockIdx.x] = blockIdx.x ? y[blockIdx.x - 1] + 1 : 1;
@@ -139,7 +139,7 @@ extern "C" __global__ void mixes_exchanges(float *y, int n)
         y[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1.0f, 0);
 }
 
-// Right: what shared memory holds before any copy is waited for, then after all but the last group.
+// Right: shared memory before any wait for copies, then after a wait for all but the last group.
 extern "C" __global__ void copies_in_groups(const float *x, float *y)
 {
     __shared__ __align__(16) float first[32], second[32];
@@ -155,7 +155,7 @@ extern "C" __global__ void copies_in_groups(const float *x, float *y)
     y[64 + i] = second[i];
 }
 
-// Right: one multiplication of a tensor core, y (16, 8) = c + a (16, 8) b (8, 8)^T.
+// Right: one tensor-core multiplication, y (16, 8) = c + a (16, 8) b (8, 8)^T.
 extern "C" __global__ void tensor_core(const float *a, const float *b, const float *c, float *y)
 {
     int g = threadIdx.x / 4, t = threadIdx.x % 4;

@@ -1,9 +1,9 @@
 """Attention that computes, uses and discards its scores by tiles of queries.
 
 No array of all n x m scores exists, so memory grows with the number of tokens, not with its square.
-The backward makes the scores again rather than remember them: one product more, much less memory.
-Scores stand keys first, (N, m, queries), so that the softmax runs along a short axis and computes
-many queries side by side.
+The backward recomputes the scores instead of keeping them: one more product, much less memory.
+Scores have the keys first, (N, m, queries), so that the softmax runs along a short axis and
+computes many queries side by side.
 """
 
 from collections import defaultdict
@@ -26,7 +26,7 @@ QKV = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _sum_over_keys(x: np.ndarray) -> np.ndarray:
-    """(N, 1, queries) of x (N, m, queries), as a matrix product: a plain sum rounds worse."""
+    """(N, 1, queries) of x (N, m, queries), by a matrix product: a plain sum rounds worse."""
     return np.matmul(ones(x.shape[1], x.dtype)[None], x)
 
 
@@ -43,13 +43,13 @@ def _weights(q: np.ndarray, k: np.ndarray, scale: float, scratch: Scratch) -> np
 
 
 def _queries(q: np.ndarray, k: np.ndarray, tiling: Tiling) -> list[slice]:
-    """Tiles of queries whose scores may be held at once."""
+    """Tiles of queries whose scores fit in memory for one tile."""
     row = k.shape[0] * k.shape[1]  # scores of a query, all heads
     return list(cut(slice(0, q.shape[1]), max(1, tiling.elements // row)))
 
 
 def attend_rows(qkv: QKV, scale: float, y: np.ndarray, scratch: Scratch, tiling: Tiling) -> None:
-    """y becomes Softmax(scale * q k^T) v (paper eq. 4), for some queries of an image, all keys."""
+    """Writes Softmax(scale * q k^T) v (paper eq. 4) to y, for some queries and all keys."""
     q, k, v = qkv
     for part in _queries(q, k, tiling):
         weights = _weights(q[:, part], k, scale, scratch)
@@ -59,7 +59,7 @@ def attend_rows(qkv: QKV, scale: float, y: np.ndarray, scratch: Scratch, tiling:
 def attend_backward_rows(
     qkv: QKV, scale: float, dy: np.ndarray, dqkv: QKV, scratch: Scratch, tiling: Tiling
 ) -> None:
-    """dq becomes the gradient; dk and dv grow by what these queries add.
+    """Writes the gradient to dq; adds the contributions of these queries to dk and dv.
 
     The equations are those of :func:`pvt_ref.layers.attention.attention_backward`.
     """
@@ -79,7 +79,7 @@ def attend_backward_rows(
 
 @record
 class AttentionCache:
-    """What the scores are made from again: the forward's own arrays, and its factor."""
+    """What the scores are recomputed from: the forward's own arrays, and scale."""
 
     qkv: QKV
     scale: float
@@ -96,7 +96,7 @@ def attention_forward(
     *,
     tiling: Tiling,
 ) -> tuple[np.ndarray, Any]:
-    """As :func:`pvt_ref.layers.attention.attention_forward`, which computes where there is dropout.
+    """As :func:`pvt_ref.layers.attention.attention_forward`, which is used if there is dropout.
 
     Dropout on the attention weights needs all of them at once.
     """

@@ -1,13 +1,13 @@
 """A whole transformer block in two sweeps over the tokens, forward and backward.
 
-Everything in a block belongs to one token, except that a query looks at the keys and values of its
-whole image. So the forward first makes all keys and values (there are few), then takes one tile of
-rows after the other through all the rest: queries, attention, projection, sum, norm, MLP, sum.
-Nothing but the tokens, the keys and the values exists at full length. The backward goes the same
-way back: first the rows, then the keys and values; last, the products that give the weights'
-gradients, over all tokens at once.
+Everything in a block is computed token by token, except that a query uses the keys and values of
+its whole image. So the forward first computes all keys and values (there are few). Then it takes
+one tile of rows after the other through all the rest: queries, attention, projection, sum, norm,
+MLP, sum. Only the tokens, the keys and the values exist for all tokens at once. The backward goes
+in reverse: first the rows, then the keys and values, and last the products for the gradients of the
+weights, over all tokens at once.
 
-A convolution in the MLP sees tokens of other tiles, so PVT v2's MLP follows as a sweep of its own.
+A convolution in the MLP reads tokens of other tiles, so PVT v2's MLP follows as a separate sweep.
 """
 
 from collections import defaultdict
@@ -80,10 +80,10 @@ class KeptCache:
     q: np.ndarray  # (B*n, C)
     heads: np.ndarray  # (B*n, C), attention's result before W^O
     norm2: LayerNormCache  # over (B*n, C)
-    hidden: Any  # HiddenCache (B*n, E*C), or what the kernel of an MLP with a convolution keeps
+    hidden: Any  # HiddenCache (B*n, E*C), or the cache of an MLP with a convolution
     reduction: Projection | None  # None if R = 1, like the next
     embedded: EmbeddedCache | None  # over (B*m, R*R*C)
-    reduced: np.ndarray  # (B*m, C), SR(norm1(x)): keys and values are made of it
+    reduced: np.ndarray  # (B*m, C), SR(norm1(x)), from which come keys and values
     kv: np.ndarray  # (B*m, 2C), keys beside values
     gains: tuple[np.ndarray | None, np.ndarray | None]  # drop path's, of attention and MLP
     grid: Grid  # (H_i, W_i)
@@ -92,7 +92,7 @@ class KeptCache:
 
 @dataclass(frozen=True, slots=True)
 class _Lines:
-    """The tokens of a batch as lines of R x R patches: spatial reduction is cut between them."""
+    """The tokens of a batch as lines of R x R patches: tiles of keys are cut between the lines."""
 
     count: int
     keys: int  # of a line
@@ -108,38 +108,38 @@ class _Lines:
         return cls(B * H // R, W // R, R * W, R)
 
     def patches(self, rows: np.ndarray, projection: Projection) -> np.ndarray:
-        """Tokens (lines*tokens, C) seen as (lines, keys) patches, the same memory."""
+        """A view of tokens (lines*tokens, C) as (lines, keys) patches."""
         as_map = np.reshape(rows, (1, -1, self.keys * self.R, rows.shape[-1]), copy=False)
         return as_patches(as_map, projection)[0]
 
 
 def _per_head(rows: np.ndarray, N: int) -> np.ndarray:
-    """(rows, C) seen as (N, rows, d)."""
+    """A view of (rows, C) as (N, rows, d)."""
     return np.reshape(rows, (len(rows), N, -1), copy=False).transpose(1, 0, 2)
 
 
 def _keys_and_values(kv: np.ndarray, N: int) -> tuple[np.ndarray, np.ndarray]:
-    """(m, 2C) of one image seen as k and v, (N, m, d) each."""
+    """Views of (m, 2C), from one image, as k and v, (N, m, d) each."""
     C = kv.shape[1] // 2
     return _per_head(kv[:, :C], N), _per_head(kv[:, C:], N)
 
 
 def _draw_gain(x: np.ndarray, rate: float, rng: Rng) -> np.ndarray | None:
-    """Drop path's factor of every sample (B, 1, 1), drawn as the readable operation draws it."""
+    """Drop path's factor for each sample (B, 1, 1), drawn as the readable operation draws it."""
     ones = np.ones((x.shape[0], 1, 1), x.dtype)
     gain, cache = drop_path.forward(None, ones, REFERENCE, rate, rng)
     return None if cache is None else gain
 
 
 def _scale_samples(branch: np.ndarray, gain: np.ndarray | None, rows: slice, n: int) -> None:
-    """Drop path: every row of a tile times the gain of its sample."""
+    """Drop path: multiplies every row of a tile by the gain of its sample."""
     if gain is not None:
         for b, _, part in by_group(rows, n):
             branch[part] *= gain[b, 0, 0]
 
 
 def _with_separate_qkv(p: BlockParams) -> BlockParams:
-    """A ViT's block as that of a PVT with R = 1: q and kv are rows of its qkv, not copies."""
+    """A ViT's block in the form of a PVT's with R = 1: q and kv are views of rows of its qkv."""
     if not isinstance(p.attn, MHAParams):
         return p
     (weight, bias), C = (p.attn.qkv.weight, p.attn.qkv.bias), p.norm1.weight.shape[0]
@@ -151,7 +151,7 @@ def _with_separate_qkv(p: BlockParams) -> BlockParams:
 
 
 def _glued(q: LinearParams, kv: LinearParams) -> LinearParams:
-    """Of the gradients of q and kv, that of qkv."""
+    """The gradient of qkv from those of q and kv."""
     bias = None if q.bias is None or kv.bias is None else np.concatenate((q.bias, kv.bias))
     return LinearParams(np.concatenate((q.weight, kv.weight)), bias)
 
@@ -169,7 +169,7 @@ def block_forward(
 ) -> tuple[np.ndarray, Any]:
     """As :func:`pvt_ref.blocks.transformer.block_forward`.
 
-    That one runs if there is dropout, or for kinds of attention or MLP that are unknown here.
+    That function is used if there is dropout, or for other kinds of attention or MLP.
     """
     attn = settings.attn
     known = isinstance(p.attn, SRAParams | MHAParams) and type(p.mlp) in (MLPParams, ConvMLPParams)
@@ -203,7 +203,7 @@ def block_forward(
         )
 
     def make_keys(tiles: list[slice], scratch: Scratch) -> None:
-        """y becomes norm1(x), and kv the keys and values made of SR(y)."""
+        """Writes norm1(x) to y, and the keys and values from SR(y) to kv."""
         for part in tiles:
             rows, keys = times(part, lines.tokens), times(part, lines.keys)
             normed = y[rows]
@@ -220,12 +220,12 @@ def block_forward(
             linear_rows(kv_params, reduced, kv_rows[keys], scratch)
 
     def make_rows(tiles: list[slice], scratch: Scratch) -> None:
-        """y, norm1(x) so far, becomes the block's result."""
+        """Replaces y, which is norm1(x) so far, by the result of the block."""
         for rows in tiles:
             x_rows, y_rows = tokens[rows], y[rows]
             normed = scratch("normed", *x_rows.shape, dtype=x.dtype)
             branch = scratch("branch", *x_rows.shape, dtype=x.dtype)
-            # what is not kept is no longer needed when these are
+            # without a cache, q and heads use memory that is otherwise needed only later
             q, heads = (branch, normed) if kept is None else (kept.q[rows], kept.heads[rows])
             # x = x + droppath(sra(norm1(x)))
             linear_rows(q_params, y_rows, q, scratch)
@@ -273,7 +273,7 @@ def block_backward(
     dy_rows = np.ascontiguousarray(dy).reshape(-1, C)
     lines = _Lines.of(p.attn, dy.shape, cache.grid)
     dfc2 = dy_rows if gain2 is None else (dy * gain2).reshape(-1, C)
-    # dx: of what norm2 and its skip were given
+    # dx: the gradient of the input of norm2 and its skip
     if isinstance(p.mlp, ConvMLPParams):
         dtokens, dmlp = conv_mlp_backward(
             p.mlp, cache.hidden, dfc2.reshape(dy.shape), ops, tiling=tiling
@@ -288,7 +288,7 @@ def block_backward(
     def back_through_rows(
         tiles: list[slice], scratch: Scratch
     ) -> tuple[Sums, dict[int, np.ndarray]]:
-        """Through MLP and attention to the queries; dkv of the images that the tiles belong to."""
+        """Back through MLP and attention to the queries; returns dkv of the tiles' images."""
         sums, dkvs = Sums(), defaultdict(lambda: np.zeros_like(kv[0]))
         for rows in tiles:
             dx_rows, dproj_rows, dq_rows = dx[rows], dproj[rows], dq[rows]
@@ -329,11 +329,11 @@ def block_backward(
     dkv = dkv.reshape(-1, 2 * C)
 
     def back_through_keys(tiles: list[slice], scratch: Scratch) -> Sums:
-        """Through keys, values and norm1; dnormed1 becomes dL/dx of the block."""
+        """Back through keys, values and norm1; replaces dnormed1 by dL/dx of the block."""
         sums = Sums()
         for part in tiles:
             rows, keys = times(part, lines.tokens), times(part, lines.keys)
-            dnormed, dkv_rows = dnormed1[rows], dkv[keys]  # norm1(x) fed the queries, and these
+            dnormed, dkv_rows = dnormed1[rows], dkv[keys]  # norm1(x) is the input to q, k and v
             # kv = reduced W^KV
             sums.add("kv", column_sums(dkv_rows))
             dreduced = scratch("dreduced", len(dkv_rows), C, dtype=dtype)
@@ -354,7 +354,7 @@ def block_backward(
     key_sums = tiling.run_lines(back_through_keys, lines.count, lines.tokens, C)
     biases = {name: add_up(row_sums, name, dtype) for name in ("proj", "q")}
     biases["kv"] = add_up(key_sums, "kv", dtype)
-    layers = {  # by name: the gradient of the layer's result, its input, the norm of that
+    layers = {  # by name: the gradient of the layer's result, its input, and the input's norm
         "q": (dq, cache.norm1.x_hat, (p.norm1, biases["q"])),
         "proj": (dproj, cache.heads, None),
         "kv": (dkv, cache.reduced, None),

@@ -1,4 +1,4 @@
-"""Convolution by lines of windows, unfolded and multiplied by the kernel while in cache."""
+"""Convolution by lines of windows, which are unfolded and multiplied by the kernel in cache."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from pvt_ref.tree import record
 def padded_lines(
     x: np.ndarray, lines: slice, padding: Grid, name: str, scratch: Scratch
 ) -> np.ndarray:
-    """Lines of a map x (H, W, C) in its frame of zeros, whose first line is 0; thread's memory."""
+    """Lines of a map x (H, W, C) padded with zeros, whose first line is 0; in thread's memory."""
     (H, W, C), (a, b) = x.shape, padding
     padded = scratch(name, lines.stop - lines.start, W + 2 * b, C, dtype=x.dtype)
     first, stop = (min(max(line - a, 0), H) for line in (lines.start, lines.stop))
@@ -39,7 +39,7 @@ def unfold_lines(
     padding: int,
     scratch: Scratch,
 ) -> None:
-    """windows (lines, w, k_h, k_w, C) become those of these lines of windows of x (H, W, C)."""
+    """Writes these lines of windows of x (H, W, C) to windows (lines, w, k_h, k_w, C)."""
     (_, _, *k, _), s = windows.shape, stride
     reached = slice(lines.start * s, (lines.stop - 1) * s + k[0])
     padded = padded_lines(x, reached, (padding, padding), "conv.padded", scratch)
@@ -98,7 +98,7 @@ def conv_backward(
 ) -> tuple[np.ndarray, ConvParams]:
     """As :func:`pvt_ref.layers.conv.conv_backward`.
 
-    Windows overlap, so lines of them add to the same pixels: the threads share images, not lines.
+    Lines of overlapping windows add to the same pixels, so each thread takes whole images.
     """
     x, stride, padding = cache.x, cache.stride, cache.padding
     (B, H, W, C), (C_out, _, *k), (h, w) = x.shape, p.weight.shape, dy.shape[1:3]
@@ -127,7 +127,7 @@ def conv_backward(
 
                 share_columns(multiply, width, scratch)
                 dmatrix += part
-                times_weight_rows(matrix, dy_rows, rows, scratch)  # windows are their gradients now
+                times_weight_rows(matrix, dy_rows, rows, scratch)  # windows now has its gradient
                 reached = dpadded[lines.start * stride :]
                 for u, v, (_, down, right, _) in places((k[0], k[1]), (count, w), stride):
                     reached[down, right] += windows[:, :, u, v]

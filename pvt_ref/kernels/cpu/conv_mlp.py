@@ -1,7 +1,7 @@
 """PVT v2's MLP by tiles of lines: expanded, convolved, activated and projected back in cache.
 
-A line's convolution sees its neighbours, too, so every tile expands those once more. For inference
-the hidden layer then never exists as a whole.
+The convolution of a line also reads its neighbours, so every tile expands those again. Therefore
+inference never stores the whole hidden layer.
 """
 
 from functools import partial
@@ -47,10 +47,10 @@ from pvt_ref.tree import record
 
 @record
 class ConvMLPCache:
-    """What :func:`conv_mlp_backward` needs: the input x (B*n, C), not a copy, and what is made."""
+    """What :func:`conv_mlp_backward` needs: the input x (B*n, C), not a copy, and more arrays."""
 
     x: np.ndarray
-    expanded: np.ndarray  # (B*n, E*C), what is convolved
+    expanded: np.ndarray  # (B*n, E*C), the input of the convolution
     hidden: HiddenCache  # (B*n, E*C)
     grid: Grid  # (H_i, W_i)
     has_relu: bool
@@ -68,7 +68,7 @@ def conv_mlp_forward(
     *,
     tiling: Tiling,
 ) -> tuple[np.ndarray, Any]:
-    """As :func:`pvt_ref.blocks.conv_mlp.conv_mlp_forward`, which runs where there is dropout."""
+    """As :func:`pvt_ref.blocks.conv_mlp.conv_mlp_forward`, which is used if there is dropout."""
     if rng is not None and drop_rate > 0.0:
         return conv_mlp.forward(p, x, ops, grid, has_relu, drop_rate, rng, keep)
     (B, n, C), (H, W), wide, conv = x.shape, grid, len(p.fc1.weight), p.dwconv.dwconv
@@ -82,7 +82,7 @@ def conv_mlp_forward(
         cache = ConvMLPCache(tokens, expanded, HiddenCache(activated, slope), grid, has_relu)
 
     def project(tile: slice, scratch: Scratch) -> None:
-        """The lines of a tile of y."""
+        """Computes the lines of a tile of y."""
         parts = by_image(tile, k[0], H)
         seen = slice(parts[0].seen.start, parts[-1].seen.stop)  # all that the tile needs
         rows, seen_rows = times(tile, W), times(seen, W)

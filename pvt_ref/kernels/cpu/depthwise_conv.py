@@ -1,4 +1,4 @@
-"""Depth-wise convolution by lines of a map: the sum of shifted maps is one call of einsum."""
+"""Depth-wise convolution by lines of a map: one call of einsum sums the shifted maps."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from pvt_ref.tree import record
 
 
 def kernel_of_lines(weight: np.ndarray, W: int) -> np.ndarray:
-    """(k_h, k_w, W + b, C): the kernel (C, 1, k_h, k_w) again for each pixel of a line.
+    """(k_h, k_w, W + b, C): the kernel (C, 1, k_h, k_w) repeated for each pixel of a line.
 
     NumPy then multiplies a line in one loop, instead of C numbers at a time.
     """
@@ -27,11 +27,11 @@ def kernel_of_lines(weight: np.ndarray, W: int) -> np.ndarray:
 
 
 class Lines(NamedTuple):
-    """Some lines of one image, counted through the whole batch."""
+    """Some lines of one image, with line numbers over the whole batch."""
 
     lines: slice
-    seen: slice  # what a kernel sees from them
-    above: int  # lines of zeros above these
+    seen: slice  # the lines that the kernel reads for them
+    above: int  # the number of lines of zeros above those
 
 
 def by_image(tile: slice, k_h: int, H: int) -> list[Lines]:
@@ -45,18 +45,19 @@ def by_image(tile: slice, k_h: int, H: int) -> list[Lines]:
 
 
 def after(start: int, lines: slice) -> slice:
-    """The same lines in an array whose first line is that one."""
+    """The same lines, as a slice of an array that begins with line start."""
     return slice(lines.start - start, lines.stop - start)
 
 
 def shifted_lines(
     seen: np.ndarray, above: int, count: int, k: Grid, name: str, scratch: Scratch
 ) -> np.ndarray:
-    """(k_h, k_w, count, (W + b)*C): what every number of the kernel sees of some lines of a map.
+    """(k_h, k_w, count, (W + b)*C): the shifted map for every element of the kernel.
 
-    seen are those that exist, (lines, W, C), and above as many before them do not. Around them are
-    zeros, and those right of a line are also those left of the next one: so each shifted map is one
-    stretch of the thread's memory. The b = k_w // 2 pixels that end a line of results mean nothing.
+    seen (lines, W, C) has the lines that exist; above is the number of missing lines before them.
+    They are padded with zeros. The zeros to the right of a line also serve as those to the left of
+    the next line, so each shifted map is a contiguous part of the thread's memory. The last
+    b = k_w // 2 pixels of each line of results are meaningless.
     """
     (lines, W, C), b = seen.shape, k[1] // 2
     line, end = (W + b) * C, b * C
@@ -79,7 +80,7 @@ def sum_lines(
     y: np.ndarray,
     scratch: Scratch,
 ) -> None:
-    """y (lines, W, C) becomes the sum of the shifted maps, each times its numbers of the kernel."""
+    """Writes the sum of the shifted maps, each times its kernel weights, to y (lines, W, C)."""
     lines, W, C = y.shape
     summed = scratch("depthwise.summed", *shifted.shape[2:], dtype=y.dtype)
     np.einsum("uvlx,uvx->lx", shifted, kernel.reshape(*kernel.shape[:2], -1), out=summed)
@@ -91,9 +92,9 @@ def sum_lines(
 
 
 def kernel_gradient(shifted: np.ndarray, dshifted: np.ndarray, C: int) -> np.ndarray:
-    """(k_h, k_w, C) float64, what these lines add: dy at every place times what was seen there."""
+    """(k_h, k_w, C) float64: what these lines add, the sum of dy times each shifted map."""
     k_h, k_w, _, line = shifted.shape
-    # dy itself, with zeros where results mean nothing
+    # dy itself, with zeros where results are meaningless
     found = np.einsum("uvlx,lx->uvx", shifted, dshifted[k_h // 2, k_w // 2])
     return found.reshape(k_h, k_w, line // C, C).sum(axis=2, dtype=np.float64)
 
@@ -135,7 +136,7 @@ def depthwise_conv_backward(
 ) -> tuple[np.ndarray, ConvParams]:
     """As :func:`pvt_ref.layers.depthwise_conv.depthwise_conv_backward`.
 
-    dx is the same operation on dy, with the kernel turned by 180 degrees.
+    dx is the same operation on dy, with the kernel rotated by 180 degrees.
     """
     (B, H, W, C), k = dy.shape, p.weight.shape[2:]
     turned = kernel_of_lines(p.weight[:, :, ::-1, ::-1], W)

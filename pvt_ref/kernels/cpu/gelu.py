@@ -1,4 +1,4 @@
-"""GELU in place, on tiles that stay in cache; for float32 without the slow erf."""
+"""GELU in place, on tiles that stay in cache, and for float32 without the slow erf."""
 
 import math
 
@@ -10,9 +10,10 @@ from pvt_ref.layers.gelu import gelu
 from pvt_ref.ops import Ops
 from pvt_ref.tree import record
 
-#: erf(x / sqrt(2)) = tanh(x Q(x^2)), Q of degree 6, lowest power first. Fitted (tests/fit_gelu.py)
-#: so that x Phi(x) errs by less than 7e-8; float32's rounding adds five times that, and PyTorch's
-#: GELU errs twice as much. NumPy computes tanh many numbers at a time; erf is SciPy's, one by one.
+#: erf(x / sqrt(2)) ~ tanh(x Q(x^2)), with Q of degree 6, lowest power first. It was fitted
+#: (tests/fit_gelu.py) so that the error of x Phi(x) is less than 7e-8. Rounding in float32 adds
+#: five times that; the error of PyTorch's GELU is twice as large. NumPy computes tanh of many
+#: numbers at a time, SciPy computes erf one by one.
 TANH_FIT = (
     0.797884216,
     0.0363342841,
@@ -25,7 +26,7 @@ TANH_FIT = (
 
 
 def _constants(dtype: type, *values: float) -> list[np.ndarray]:
-    """Numbers as arrays: NumPy converts a Python float at every call, while it holds the lock."""
+    """Numbers as arrays: NumPy would convert floats at every call, holding the interpreter lock."""
     return [np.array(value, dtype) for value in values]
 
 
@@ -39,16 +40,17 @@ _COMMON = {
 def gelu_rows(
     x: np.ndarray, scratch: Scratch, slope: np.ndarray | None = None, bias: np.ndarray | None = None
 ) -> None:
-    """x (rows, width), plus bias (width,), becomes x Phi(x), and slope Phi(x) + x phi(x).
+    """Adds bias (width,) to x (rows, width), then replaces x by x Phi(x).
 
-    All of a tile at once: between any two calls of NumPy threads wait for the interpreter.
+    If slope is given, it gets Phi(x) + x phi(x). A whole tile is computed at once, because threads
+    wait for the interpreter lock between calls of NumPy.
     """
     if bias is not None:
         x += bias
     square = scratch("gelu.square", *x.shape, dtype=x.dtype)
     cdf = scratch("gelu.cdf", *x.shape, dtype=x.dtype)
     one, half, minus_half, peak, root_half = _COMMON[x.dtype]
-    with np.errstate(over="ignore"):  # the square of 1e20 is infinite, and its GELU still right
+    with np.errstate(over="ignore"):  # the square of 1e20 overflows, but its GELU is still right
         np.square(x, square)
         # erf(x / sqrt(2))
         if x.dtype == np.float32:
@@ -60,7 +62,7 @@ def gelu_rows(
             np.multiply(cdf, x, cdf)
             np.tanh(cdf, cdf)
         else:
-            import scipy.special  # slow to import, and float32 does without
+            import scipy.special  # slow to import, and not needed for float32
 
             np.multiply(x, root_half, cdf)
             scipy.special.erf(cdf, cdf)
@@ -78,7 +80,7 @@ def gelu_rows(
 
 @record
 class GeluCache:
-    """What :func:`gelu_backward` needs: slope (...), the derivative."""
+    """What :func:`gelu_backward` needs: slope (...), the derivative of GELU at x."""
 
     slope: np.ndarray
 
@@ -86,7 +88,7 @@ class GeluCache:
 def gelu_forward(
     p: None, x: np.ndarray, ops: Ops, keep: bool = True, *, tiling: Tiling
 ) -> tuple[np.ndarray, GeluCache | None]:
-    """As :func:`pvt_ref.layers.gelu.gelu_forward`; in float32 by the fit ``TANH_FIT``."""
+    """As :func:`pvt_ref.layers.gelu.gelu_forward`; in float32 with the fit ``TANH_FIT``."""
     y = np.empty(x.shape, x.dtype)
     slope = np.empty_like(y) if keep else None
 

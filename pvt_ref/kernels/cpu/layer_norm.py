@@ -1,4 +1,4 @@
-"""Layer norm by tiles of rows; means are products with a vector of ones, which BLAS is fast at."""
+"""Layer norm by tiles of rows; means are products with a vector of ones, which are fast in BLAS."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -35,7 +35,7 @@ def _mean_products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def layer_norm_rows(
     p: LayerNormParams, x: np.ndarray, eps: float, y: np.ndarray, cache: LayerNormCache | None
 ) -> None:
-    """y (rows, C), which may be x, becomes LN(x); the cache, if any, is filled."""
+    """Writes LN(x) to y (rows, C), which may be x, and fills the cache, if it is not None."""
     x_hat = y if cache is None else cache.x_hat
     np.subtract(x, _row_means(x), out=x_hat)
     rstd = _mean_products(x_hat, x_hat)
@@ -52,7 +52,7 @@ def layer_norm_rows(
 def _dx_rows(
     p: LayerNormParams, cache: LayerNormCache, dy: np.ndarray, dx: np.ndarray, scratch: Scratch
 ) -> None:
-    """dx (rows, C), which may be dy, becomes the gradient of the rows."""
+    """Writes the gradient of the rows to dx (rows, C), which may be dy."""
     product = scratch("layer_norm.product", *dy.shape, dtype=dy.dtype)
     np.multiply(dy, p.weight, out=dx)  # dL/dx_hat
     np.multiply(cache.x_hat, _mean_products(dx, cache.x_hat), out=product)
@@ -70,7 +70,7 @@ def layer_norm_backward_rows(
     name: str,
     scratch: Scratch,
 ) -> None:
-    """dx (rows, C), which may be dy, becomes the gradient; sums grow by the weights' own."""
+    """Writes the gradient to dx (rows, C), which may be dy; adds those of the weights to sums."""
     product = scratch("layer_norm.product", *dy.shape, dtype=dy.dtype)
     np.multiply(dy, cache.x_hat, out=product)
     sums.add(f"{name}.weight", column_sums(product))
@@ -79,7 +79,7 @@ def layer_norm_backward_rows(
 
 
 def add_up_norm(pieces: Sequence[Sums], name: str, dtype: np.dtype) -> LayerNormParams:
-    """The gradients of weight and bias from those of the pieces."""
+    """The gradients of weight and bias, from the sums of the pieces."""
     return LayerNormParams(*(add_up(pieces, f"{name}.{w}", dtype) for w in ("weight", "bias")))
 
 

@@ -1,4 +1,4 @@
-"""Linear by tiles of rows; the gradients of weights by rows of the weight; sums over rows."""
+"""Linear by tiles of rows; gradients of weights by rows of the weight; sums over rows."""
 
 import functools
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from pvt_ref.ops import Ops
 
 
 def linear_rows(p: LinearParams, x: np.ndarray, y: np.ndarray, scratch: Scratch) -> None:
-    """y (rows, C_out) becomes x W^T + b."""
+    """Writes x W^T + b to y (rows, C_out)."""
 
     def work(columns: slice, scratch: Scratch) -> None:
         part = y[:, columns]
@@ -27,7 +27,7 @@ def linear_rows(p: LinearParams, x: np.ndarray, y: np.ndarray, scratch: Scratch)
 
 
 def times_weight_rows(p: LinearParams, dy: np.ndarray, dx: np.ndarray, scratch: Scratch) -> None:
-    """dx (rows, C_in) becomes dy W: back through a linear layer."""
+    """Back through a linear layer: writes dy W to dx (rows, C_in)."""
 
     def work(columns: slice, scratch: Scratch) -> None:
         np.matmul(dy, p.weight[:, columns], out=dx[:, columns])
@@ -35,30 +35,30 @@ def times_weight_rows(p: LinearParams, dy: np.ndarray, dx: np.ndarray, scratch: 
     share_columns(work, dx.shape[1], scratch)
 
 
-#: So many rows pay for a copy of the weight, in a product that is a tenth faster for it.
+#: From this many rows on, a copy of the weight pays off: the product is a tenth faster with it.
 _MANY_ROWS = 1024
 
 
 def for_many_rows(p: LinearParams, rows: int) -> LinearParams:
-    """The same weight; for many rows with W^T contiguous, which OpenBLAS reads faster."""
+    """The same weight; for many rows, a copy with W^T contiguous, which OpenBLAS reads faster."""
     if rows < _MANY_ROWS:
         return p
     weight = np.empty(p.weight.shape, p.weight.dtype, order="F")
-    for part in cut(slice(0, len(weight)), 32):  # so that what is read and written stays in cache
+    for part in cut(slice(0, len(weight)), 32):  # so that both arrays stay in cache
         weight[part] = p.weight[part]
     return LinearParams(weight, p.bias)
 
 
 @functools.lru_cache(maxsize=64)
 def ones(n: int, dtype: np.dtype) -> np.ndarray:
-    """(n,) ones, to add up by a matrix product; read-only, since calls share them."""
+    """(n,) ones, for sums by a matrix product; read-only, since calls share them."""
     result = np.ones(n, dtype)
     result.flags.writeable = False
     return result
 
 
 def column_sums(x: np.ndarray) -> np.ndarray:
-    """Sums over the rows, (C,) float64: by products of few rows each, since float32 rounds."""
+    """Sums over the rows, (C,) float64: by products over few rows each, since float32 rounds."""
     sums = np.zeros(x.shape[1])
     for rows in cut(slice(0, len(x)), 256):
         sums += ones(rows.stop - rows.start, x.dtype) @ x[rows]
@@ -69,12 +69,12 @@ class Sums(dict[str, np.ndarray]):
     """What the rows of a piece add to the gradients of biases and norms, by name, in float64."""
 
     def add(self, name: str, amount: np.ndarray) -> None:
-        """The sum of that name grows."""
+        """Adds to the sum of this name."""
         self[name] = self.get(name, 0.0) + amount
 
 
 def add_up(pieces: Sequence[Sums], name: str, dtype: np.dtype) -> np.ndarray:
-    """The sum of that name over all pieces."""
+    """The sum of this name over all pieces."""
     return np.sum([sums[name] for sums in pieces], axis=0).astype(dtype)
 
 
@@ -84,13 +84,14 @@ def weight_gradients(
 ) -> list[np.ndarray]:
     """dW = dy^T x (C_out, C_in) of several linear layers: dy (rows, C_out) and x (rows, C_in).
 
-    Every thread makes some rows of a dW, over all tokens: there is nothing to add up afterwards,
-    and the number of threads changes no sum. The third of a layer is None, or the norm before it
-    and the gradient of its bias. Then x is the normalised x_hat, the input was x_hat * weight +
-    bias, and dW = dy^T x = (dy^T x_hat) * weight + (dy^T 1) bias^T, where dy^T 1 is that gradient.
+    Every thread computes some rows of a dW, over all tokens: there is nothing to add up afterwards,
+    and the sums do not depend on the number of threads. The third element of a layer is None, or
+    the norm before it and the gradient of the layer's bias. Then x is the normalised x_hat, and the
+    input was x_hat * weight + bias. So dW is (dy^T x_hat) * weight + (dy^T 1) bias^T, where dy^T 1
+    is the gradient of the layer's bias.
     """
     results = [np.empty((dy.shape[1], x.shape[1]), dy.dtype) for dy, x, _ in layers]
-    # all rows of all dW, one below the other, are what the threads share
+    # the threads share all rows of all dW, one below the other
     starts = np.cumsum([0] + [len(dW) for dW in results]).tolist()
 
     def work(tiles: list[slice], scratch: Scratch) -> None:
@@ -112,7 +113,7 @@ def weight_gradients(
 
 
 def bias_gradient(p: LinearParams, dy: np.ndarray, ops: Ops) -> np.ndarray | None:
-    """The sum of dy (rows, C_out) over the rows, from the table; None where there is no bias."""
+    """The sum of dy (rows, C_out) over the rows, from the table; None if there is no bias."""
     if p.bias is None:
         return None
     return ops[sum_rows].forward(None, dy, ops, keep=False)[0]

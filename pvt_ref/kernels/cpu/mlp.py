@@ -1,4 +1,4 @@
-"""The MLP by tiles of rows: expanded, activated and projected back while they are in cache."""
+"""The MLP by tiles of rows, which are expanded, activated and projected back while in cache."""
 
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ class HiddenCache:
 
 
 def empty_hidden(p: MLPParams, rows: int, dtype: np.dtype) -> HiddenCache:
-    """Room for the hidden layer of so many rows."""
+    """Memory for the hidden layer of all rows."""
     shape = (rows, p.fc1.weight.shape[0])
     return HiddenCache(np.empty(shape, dtype), np.empty(shape, dtype))
 
@@ -41,7 +41,7 @@ def empty_hidden(p: MLPParams, rows: int, dtype: np.dtype) -> HiddenCache:
 def mlp_rows(
     p: MLPParams, x: np.ndarray, y: np.ndarray, hidden: HiddenCache | None, scratch: Scratch
 ) -> None:
-    """y (rows, C) becomes fc2(GELU(fc1(x))); hidden, if any, is filled."""
+    """Writes fc2(GELU(fc1(x))) to y (rows, C), and fills hidden, if it is not None."""
     if hidden is None:
         wide, slope = scratch("mlp.hidden", len(x), p.fc1.weight.shape[0], dtype=x.dtype), None
     else:
@@ -60,9 +60,9 @@ def mlp_rows(
 def hidden_backward_rows(
     fc2: LinearParams, slope: np.ndarray, dy: np.ndarray, dhidden: np.ndarray, scratch: Scratch
 ) -> np.ndarray:
-    """dhidden (rows, E*C) becomes the gradient before GELU, back through fc2.
+    """Back through fc2 and GELU: writes the gradient before GELU to dhidden (rows, E*C).
 
-    Returns its sums over these rows, made while they are in cache.
+    Returns its sums over these rows, computed while the rows are in cache.
     """
 
     def work(columns: slice, scratch: Scratch) -> np.ndarray:
@@ -82,7 +82,7 @@ def mlp_backward_rows(
     dx: np.ndarray,
     scratch: Scratch,
 ) -> np.ndarray:
-    """dx (rows, C) becomes the gradient, and as :func:`hidden_backward_rows`."""
+    """As :func:`hidden_backward_rows`; also writes the gradient of the input to dx (rows, C)."""
     sums = hidden_backward_rows(p.fc2, slope, dy, dhidden, scratch)
     times_weight_rows(p.fc1, dhidden, dx, scratch)
     return sums
@@ -106,7 +106,7 @@ def mlp_forward(
     *,
     tiling: Tiling,
 ) -> tuple[np.ndarray, Any]:
-    """As :func:`pvt_ref.blocks.mlp.mlp_forward`, which computes where there is dropout."""
+    """As :func:`pvt_ref.blocks.mlp.mlp_forward`, which is used if there is dropout."""
     if rng is not None and drop_rate > 0.0:
         return mlp.forward(p, x, ops, drop_rate, rng, keep)
     y = np.empty(x.shape, x.dtype)

@@ -1,4 +1,4 @@
-"""Patch embedding by lines of patches: cut, flattened, projected and normalised while in cache."""
+"""Patch embedding by lines of patches: cut out, projected and normalised while in cache."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ from pvt_ref.tree import record
 
 @record
 class Projection:
-    """What the P x P patches go through."""
+    """The projection of P x P patches, and the norm after it."""
 
     proj: LinearParams  # the weight as a matrix (C_out, P*P*C_in), columns in a patch's order
     norm: LayerNormParams
@@ -41,9 +41,9 @@ class Projection:
 def projection(
     proj: LinearParams, norm: LayerNormParams, patches: int, tiling: Tiling
 ) -> Projection:
-    """From a kernel (C_out, C_in, P, P); for many patches, the threads put it in their order."""
+    """The projection from a kernel; for many patches, its weight is put in the map's order."""
     C_out, C_in, P, _ = proj.weight.shape
-    if patches <= C_out:  # to put the patches in the kernel's order is less work
+    if patches <= C_out:  # it is less work to put the patches in the kernel's order
         return Projection(LinearParams(proj.weight.reshape(C_out, -1), proj.bias), norm, P, True)
     matrix = np.empty((C_out, P, P, C_in), proj.weight.dtype)
     in_order = proj.weight.transpose(0, 2, 3, 1)  # (C_out, P, P, C_in)
@@ -65,7 +65,7 @@ class EmbeddedCache:
 
 
 def empty_embedded_cache(n: int, projection: Projection) -> EmbeddedCache:
-    """Room for n patches and their embeddings."""
+    """Memory for n patches and their embeddings."""
     (C_out, width), dtype = projection.proj.weight.shape, projection.proj.weight.dtype
     return EmbeddedCache(np.empty((n, width), dtype), empty_layer_norm_cache(n, C_out, dtype))
 
@@ -78,10 +78,10 @@ def embed_rows(
     cache: EmbeddedCache | None,
     scratch: Scratch,
 ) -> None:
-    """y (patches, C_out) becomes LN(patches W^T + b); the cache, if any, is filled.
+    """Writes LN(patches W^T + b) to y (patches, C_out), and fills the cache, if it is not None.
 
-    sources are views as :func:`as_patches` makes them, (lines, patches, ...) each, which hold
-    the patches one after the other.
+    sources are views made by :func:`as_patches`, (lines, patches, ...) each, which together hold
+    the patches in order.
     """
     if cache is None:
         patches = scratch("embed.patches", len(y), projection.proj.weight.shape[1], dtype=y.dtype)
@@ -100,9 +100,9 @@ def embed_backward_rows(
     sums: Sums,
     scratch: Scratch,
 ) -> np.ndarray:
-    """The gradient of the patches (patches, P*P*C_in), in the thread's memory; sums grow.
+    """The gradient of the patches (patches, P*P*C_in), in the thread's memory; adds to sums.
 
-    dprojected (patches, C_out) becomes the gradient before the norm, which the weight needs.
+    dprojected (patches, C_out) gets the gradient before the norm, which dW is computed from.
     """
     proj, norm = projection.proj, projection.norm
     layer_norm_backward_rows(norm, cache.norm, dy, dprojected, sums, "embed.norm", scratch)
@@ -115,7 +115,7 @@ def embed_backward_rows(
 def embed_gradients(
     proj: LinearParams, projection: Projection, dmatrix: np.ndarray, pieces: list[Sums]
 ) -> tuple[LinearParams, LayerNormParams]:
-    """The gradients of kernel, bias and norm."""
+    """The gradients of the kernel, the bias and the norm."""
     dbias = None if proj.bias is None else add_up(pieces, "embed", dmatrix.dtype)
     in_order = np.reshape if projection.channels_first else matrix_to_kernel
     dproj = LinearParams(in_order(dmatrix, proj.weight.shape), dbias)
@@ -123,7 +123,7 @@ def embed_gradients(
 
 
 def as_patches(x: np.ndarray, projection: Projection) -> np.ndarray:
-    """A map (B, H, W, C) seen as (B, H/P, W/P) patches in their order, the same memory."""
+    """A view of a map (B, H, W, C) as (B, H/P, W/P) patches, in the projection's order."""
     (B, H, W, C), P = x.shape, projection.P
     lines = np.reshape(x, (B, H // P, P, W // P, P, C), copy=False)
     return lines.transpose(0, 1, 3, *((5, 2, 4) if projection.channels_first else (2, 4, 5)))
@@ -142,7 +142,7 @@ def patch_embed_forward(
     p: PatchEmbedParams, x: np.ndarray, ops: Ops, eps: float, keep: bool = True, *, tiling: Tiling
 ) -> tuple[np.ndarray, Any]:
     """As :func:`pvt_ref.layers.patch_embed.patch_embed_forward`."""
-    if p.norm is None:  # what is left is a linear layer, which has a twin of its own
+    if p.norm is None:  # the rest is a linear layer, which has a twin of its own
         return patch_embed.forward(p, x, ops, eps, keep)
     C_out, C_in, P, _ = p.proj.weight.shape
     B, h, w = x.shape[0], x.shape[1] // P, x.shape[2] // P

@@ -35,4 +35,4 @@ def position_forward(
     return y, PositionCache(grid, table_grid, cls, mode) if keep else None
 
 
-position_kernel = Kernel(position, position_forward, None)  # back, it only sums over the batch
+position_kernel = Kernel(position, position_forward, None)  # the backward only sums over the batch

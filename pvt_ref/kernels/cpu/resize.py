@@ -1,4 +1,4 @@
-"""Resizing maps line by line, with only the nonzero elements of each row of A_h and A_w."""
+"""Resizing maps line by line, with only the non-zero elements of each row of A_h and A_w."""
 
 from functools import partial
 from typing import NamedTuple
@@ -13,16 +13,16 @@ from pvt_ref.ops import Ops
 
 
 class Taps(NamedTuple):
-    """The nonzero elements of a sparse matrix (M, m), at most K in a row."""
+    """The non-zero elements of a sparse matrix (M, m), at most K in a row."""
 
-    cells: np.ndarray  # (K, M), the columns; what is left over repeats one of the row's, ...
+    cells: np.ndarray  # (K, M), the columns; rows with fewer than K repeat one of theirs, ...
     weights: np.ndarray  # (K, M), ... with weight 0
 
     @classmethod
     def of(cls, A: np.ndarray, dtype: np.dtype) -> "Taps":
-        """The nonzero elements of A. A row of zeros has one of weight 0."""
+        """The non-zero elements of A. A row of zeros gets one element, with weight 0."""
         K = max(1, int((A != 0).sum(axis=1).max()))
-        cells = np.argsort(A == 0, axis=1, kind="stable")[:, :K]  # first what is not 0
+        cells = np.argsort(A == 0, axis=1, kind="stable")[:, :K]  # non-zero elements first
         weights = np.take_along_axis(A, cells, axis=1)
         cells = np.where(weights == 0, cells[:, :1], cells)
         return cls(cells.T.copy(), weights.T.astype(dtype))
@@ -31,7 +31,7 @@ class Taps(NamedTuple):
 def mix(x: np.ndarray, taps: Taps, y: np.ndarray, scratch: Scratch) -> None:
     """y[..., j, :] = sum over k of weights[k, j] * x[..., cells[k, j], :].
 
-    x (..., m, c), y (..., M, c), cells (K, M), weights (K, M, c) or what is broadcast to it.
+    x (..., m, c), y (..., M, c), cells (K, M), weights (K, M, c) or an array that broadcasts to it.
     """
     np.take(x, taps.cells[0], axis=-2, out=y, mode="clip")  # any other mode copies y
     if len(taps.cells) == 1 and (taps.weights == 1).all():  # nearest copies
@@ -51,7 +51,7 @@ def resize_lines(x: np.ndarray, A_h: np.ndarray, A_w: np.ndarray, tiling: Tiling
     """
     (B, h, w, C), H, W = x.shape, len(A_h), len(A_w)
     of_h, of_w = Taps.of(A_h, x.dtype), Taps.of(A_w, x.dtype)
-    # again for each channel: NumPy then multiplies a line in one loop, instead of C at a time
+    # repeated for each channel: NumPy then multiplies a line in one loop, instead of C at a time
     of_w = of_w._replace(weights=np.repeat(of_w.weights[:, :, None], C, axis=2))  # (K, W, C)
     y = np.empty((B, H, W, C), x.dtype)
 
@@ -60,7 +60,7 @@ def resize_lines(x: np.ndarray, A_h: np.ndarray, A_w: np.ndarray, tiling: Tiling
             for b, lines, _ in by_group(tile, H):
                 cells, weights = of_h.cells[:, lines], of_h.weights[:, lines, None]
                 first, n, target = int(cells.min()), cells.shape[1], y[b, lines]
-                seen = int(cells.max()) + 1 - first  # so many lines they are made of
+                seen = int(cells.max()) + 1 - first  # the number of lines that they depend on
                 if h > H:
                     mixed = scratch("resize.mixed", n, w * C, dtype=x.dtype)
                     mix(x[b].reshape(h, w * C), Taps(cells, weights), mixed, scratch)
@@ -98,7 +98,7 @@ def resize_forward(
 def resize_backward(
     p: None, cache: ResizeCache, dy: np.ndarray, ops: Ops, *, tiling: Tiling
 ) -> tuple[np.ndarray, None]:
-    """As :func:`pvt_ref.layers.resize.resize_backward`: the same, with both matrices transposed."""
+    """As :func:`pvt_ref.layers.resize.resize_backward`: both matrices are transposed."""
     (h, w), (H, W) = cache.size, dy.shape[1:3]
     if (h, w) == (H, W):
         return dy, None

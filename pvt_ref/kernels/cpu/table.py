@@ -25,15 +25,15 @@ from pvt_ref.ops import Operation, Ops
 def blocked_ops(threads: int | None = None, *, elements: int | None = None) -> Ops:
     """The kernels for NumPy arrays: cut into tiles that stay in the processor's cache, threaded.
 
-    They compute what the layers compute; float32 rounds otherwise, no worse, and float64 agrees to
-    the last digits. Where there is dropout, the layers themselves are used.
+    They compute what the layers compute. Rounding in float32 differs, but is no worse; in float64
+    results agree to the last digits. If there is dropout, the layers themselves are used.
 
     Args:
-        threads: at most so many; None for as many as NumPy's matrix products would use: all cores,
+        threads: the most threads; None for as many as NumPy's matrix products would use: all cores,
             or what ``OPENBLAS_NUM_THREADS``, ``OMP_NUM_THREADS`` or threadpoolctl says.
-        elements: numbers in the widest array of a tile; None chooses them by the second-level cache
-            of a core: 2^18, or, where it has less than 1 MiB, as many float32 as it holds (at least
-            2^15). Results of other numbers differ by rounding.
+        elements: how many numbers the widest array of a tile has. None chooses this by the
+            second-level cache of a core: 2^18, or, if it has less than 1 MiB, as many float32 as it
+            holds (at least 2^15). With another value, results differ by rounding.
 
     Returns:
         A table, equal to every other one made with the same arguments.
@@ -54,7 +54,7 @@ def _table(tiling: Tiling) -> Ops:
     def of(*kernels: Kernel) -> dict[Operation, Operation]:
         return {kernel.readable: kernel.with_tiling(tiling) for kernel in kernels}
 
-    # what the block computes itself: these serve outside of it, and where it steps aside
+    # the block's kernel computes these itself: they serve outside it, or where it is not used
     layers = of(linear_kernel, layer_norm_kernel, gelu_kernel, softmax_kernel)
     parts = layers | of(attention_kernel, patch_embed_kernel, mlp_kernel)
     parts |= of(conv_mlp_kernel, depthwise_conv_kernel)

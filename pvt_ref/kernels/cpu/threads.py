@@ -1,13 +1,14 @@
-"""Work shared among threads, while NumPy's matrix products keep to one thread each.
+"""Work shared among threads, while each of NumPy's matrix products uses a single thread.
 
 NumPy's own threads only help inside a product; norms, GELUs and softmaxes run on one core. So the
-kernels cut the rows into pieces and let each thread take a piece through all operations. NumPy
+kernels cut the rows into pieces, and each thread takes a piece through all operations. NumPy
 releases the interpreter lock while it computes. The products then must not start threads of their
-own: OpenBLAS's go on spinning for milliseconds after a product, on cores that ours need.
+own: those of OpenBLAS keep spinning for milliseconds after a product, on cores that ours need.
 
-Ctrl-C raises KeyboardInterrupt in the caller between any two steps of Python, here too. Helpers are
-never interrupted. So whatever has to be undone is either one operation of C's, which is done whole
-or not at all, or may be done again, and is, until it was done to its end.
+Ctrl-C raises KeyboardInterrupt in the caller between any two steps of Python, also in this module.
+Helper threads are never interrupted. So each step that must be undone is either a single operation
+in C, which happens completely or not at all, or can be repeated, and is repeated until it has
+completed.
 """
 
 import _thread
@@ -30,7 +31,7 @@ class Scratch:
     """Memory of one thread, reused from piece to piece, with a name for each purpose."""
 
     def __init__(self, threads: int = 1) -> None:
-        self.threads = threads  # that may share a step of the work; 1 if all have pieces
+        self.threads = threads  # how many may share a step of the work; 1 if each has its own piece
         self._buffers: dict[str, np.ndarray] = {}
 
     def __call__(self, name: str, *shape: int, dtype: Any) -> np.ndarray:
@@ -42,16 +43,16 @@ class Scratch:
         return np.reshape(buffer[:size], shape, copy=False)
 
 
-#: What is done with a piece of the whole: the piece is tiles of rows, or columns.
+#: The work on one piece; a piece is a list of tiles of rows, or a range of columns.
 Work = Callable[[Any, Scratch], Any]
 
 
 def run_pieces(work: Work, pieces: Sequence[Any], threads: int) -> list[Any]:
-    """work(piece, scratch) for every piece, on up to so many threads, the caller's among them.
+    """work(piece, scratch) for every piece, on at most this many threads, including the caller's.
 
-    The results come in the order of the pieces; who computes which is left to chance. A single
-    piece gets the right to call on the threads. Raises what work raises, or an interrupt of the
-    caller, once no thread is at work any more.
+    The results are in the order of the pieces, whichever thread computed each. If there is only one
+    piece, its work may use the threads itself. An error in work, or an interrupt of the caller, is
+    raised once no thread is at work any more.
     """
     call = _Call(work, pieces, threads)
     interrupt = None
@@ -64,26 +65,26 @@ def run_pieces(work: Work, pieces: Sequence[Any], threads: int) -> list[Any]:
                 try:
                     call.end()
                     break
-                except BaseException as error:  # an interrupt: what it broke off is done again
+                except BaseException as error:  # an interrupt: end is called again
                     interrupt = error
         finally:
-            call.end()  # for one that came just where the loop jumps back
+            call.end()  # for an interrupt that came just where the loop jumps back
         if interrupt is not None:
             try:
                 raise interrupt
             finally:
-                interrupt = None  # or frame and exception would keep each other, and the arrays
+                interrupt = None  # else frame and exception keep each other alive, and the arrays
     for failure in call.failures:
         raise failure
     return call.results
 
 
-#: More interrupts than anybody sends; made here, since one more can come after any call.
+#: More repetitions than there are interrupts; made here, as calling range() could be interrupted.
 _OFTEN_ENOUGH = range(10_000)
 
 
 class _Call:
-    """One call of run_pieces: the remaining pieces, and the threads that work on it."""
+    """One call of run_pieces: the remaining pieces, and the threads that work on them."""
 
     def __init__(self, work: Work, pieces: Sequence[Any], threads: int) -> None:
         self.work = work
@@ -91,11 +92,11 @@ class _Call:
         self.waiting = deque(enumerate(pieces))
         self.results: list[Any] = [None] * len(pieces)
         self.failures: list[BaseException] = []
-        # a copy of the caller's, which holds numpy.errstate; what work sets in it ends with it
+        # a copy of the caller's context, which has numpy.errstate; changes by work end with it
         self.context = contextvars.copy_context()
-        # one for each helper, which holds it while at work; held by the caller in the end
+        # a lock for each helper, which holds it while at work; at the end the caller acquires all
         self.turns = [threading.RLock() for _ in range(min(threads, len(pieces)) - 1)]
-        self.before: list[int] | None = None  # number of threads of the caller's own libraries
+        self.before: list[int] | None = None  # settings of libraries that are per thread
         self.ended = False
 
     def begin(self) -> None:
@@ -112,7 +113,7 @@ class _Call:
             return
         self.waiting.clear()
         for turn in self.turns:
-            turn.acquire()  # once its helper has left; one that has not begun yet never will
+            turn.acquire()  # waits for a helper at work; one that has not begun will not begin
         _limit.leave(self)
         if self.before is not None:
             _set(_libraries(of_one_thread=True), self.before)
@@ -148,7 +149,7 @@ class _Call:
             raise
 
     def after_fork(self) -> None:
-        """For a forked child, which has no helpers: the work they had begun is lost."""
+        """Called in a forked child, which has no helpers: the work they had begun is lost."""
         turns, self.turns = self.turns, []
         if [turn for turn in turns if not turn.acquire(blocking=False)]:
             self.failures.append(
@@ -157,31 +158,31 @@ class _Call:
 
 
 class _Helpers:
-    """Permanent helper threads that wait for work. Only they themselves record who is there."""
+    """Permanent helper threads that wait for work. Each records its own presence."""
 
     def __init__(self) -> None:
         self.jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.there: set[int] = set()
-        self.lock = threading.Lock()  # of the helpers, which nothing interrupts
+        self.lock = threading.Lock()  # only for helpers, which are never interrupted
 
     def ask(self, job: Callable[[], None]) -> None:
         if len(self.there) < _limit.most_helpers:
             try:
-                # threading's own start waits for the thread, and an interrupt can break that off
+                # Thread.start waits for the new thread, and an interrupt can end that wait
                 _thread.start_new_thread(self.serve, ())
-            except RuntimeError:  # a limit, or the interpreter is closing: who is there does it all
+            except RuntimeError:  # a limit, or Python is exiting: the present helpers do the work
                 if not self.there:
                     return
         self.jobs.put(job)
 
     def serve(self) -> None:
         with self.lock:
-            if len(self.there) >= _limit.most_helpers:  # one was started for each of two calls
+            if len(self.there) >= _limit.most_helpers:  # two calls have each started one
                 return
             self.there.add(threading.get_ident())
         try:
             while True:
-                self.jobs.get()()  # without a name: what a call has made ends with it
+                self.jobs.get()()  # no variable holds the job, so it is freed when it is done
         finally:
             self.there.discard(threading.get_ident())
 
@@ -194,14 +195,14 @@ _helpers = _Helpers()
 
 @functools.cache
 def _blas() -> list[Any]:
-    """threadpoolctl's handles of the BLAS libraries that are loaded; NumPy has loaded its own."""
+    """threadpoolctl's handles of the loaded BLAS libraries; NumPy has loaded its own."""
     from threadpoolctl import ThreadpoolController
 
     return list(ThreadpoolController().select(user_api="blas").lib_controllers)
 
 
 def _of_one_thread(library: Any) -> bool:
-    """Whether its setting is per thread rather than per process."""
+    """Whether the library's number of threads is set per thread rather than per process."""
     return library.internal_api == "mkl" or getattr(library, "threading_layer", "") == "openmp"
 
 
@@ -215,8 +216,8 @@ def _get(libraries: list[Any]) -> list[int]:
 
 def _set(libraries: list[Any], counts: list[int]) -> None:
     for library, count in zip(libraries, counts, strict=True):
-        # OpenBLAS's public method obeys only the thread that called it first, and has a lock that
-        # an interrupt or a fork could leave locked; who may set it when is decided by _Limit
+        # the public method for OpenBLAS only works in the thread that called it first, and has a
+        # lock that an interrupt or a fork could leave locked; _Limit coordinates the calls instead
         set_num_threads = getattr(library, "_real_set_num_threads", library.set_num_threads)
         set_num_threads(count)
 
@@ -228,9 +229,9 @@ class HasLock(Protocol):
 
 
 def holding(owner: HasLock, function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), which may be interrupted anywhere, while this thread has owner.lock."""
-    # not "with": in Python 3.14 an interrupt can come between its taking the lock and its block
-    lock = owner.lock  # a child forked by function has another
+    """function(*args) while this thread holds owner.lock; may be interrupted anywhere."""
+    # not "with": in Python 3.14 an interrupt can come after the lock is taken, before the block
+    lock = owner.lock  # in a child that function forks, the owner has another
     try:
         lock.acquire()
         return function(*args)
@@ -242,13 +243,13 @@ def holding(owner: HasLock, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def at_fork(owner: HasLock, in_child: Callable[[], None]) -> None:
-    """Lets no fork happen while another thread has owner.lock; the child gets a new one.
+    """Prevents forks while another thread holds owner.lock; the child gets a new lock.
 
-    Python prints what a hook of fork raises, and forks all the same. So an interrupt is held back
-    until the lock is taken, and again until it is released. In the child, where no other thread is,
-    in_child is called, perhaps twice.
+    If a fork hook raises, Python prints the error and forks all the same. So an interrupt is held
+    back until the lock is taken, and again until it is released. In the child, which has no other
+    thread, in_child is called, perhaps twice.
     """
-    taken: dict[int, list[bool]] = {}  # by thread: an entry each time that the lock was taken
+    taken: dict[int, list[bool]] = {}  # by thread: an entry for each time the lock was taken
 
     def until_done(step: Callable[[], bool]) -> None:
         interrupt = None
@@ -265,7 +266,7 @@ def at_fork(owner: HasLock, in_child: Callable[[], None]) -> None:
         mine = taken.setdefault(threading.get_ident(), [])
 
         def take() -> bool:
-            mine.extend(map(owner.lock.acquire, [True]))  # one operation of C's: done and noted
+            mine.extend(map(owner.lock.acquire, [True]))  # one operation in C: taken and recorded
             return True
 
         until_done(take)
@@ -286,20 +287,20 @@ def at_fork(owner: HasLock, in_child: Callable[[], None]) -> None:
         in_child()
 
     if hasattr(os, "register_at_fork"):
-        for _ in range(2):  # an interrupt that comes just as one begins is the end of that one
+        for _ in range(2):  # an interrupt just as a hook begins ends that hook, but not the other
             os.register_at_fork(before=before, after_in_parent=after, after_in_child=after_in_child)
 
 
 class _Limit:
-    """Whether the process is limited to one thread, and what the user had set.
+    """Whether BLAS is limited to one thread in this process, and what the user had set.
 
-    Calls are active as long as they exist: one that could not leave is dropped with its frame.
+    Calls are active as long as they exist: one that could not leave is freed with its frame.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.calls: set[weakref.ref[_Call]] = set()
-        self.most_helpers = 0  # that calls under way at once have ever asked for
+        self.most_helpers = 0  # the most that concurrent calls have ever asked for
         self.before: list[int] | None = None  # what the user had set; None if nothing was changed
 
     def enter(self, call: _Call) -> None:
@@ -314,7 +315,7 @@ class _Limit:
     def _update(self, change: Callable[[Any], None], call: _Call) -> None:
         """May be interrupted anywhere: the next update, of any call, corrects it.
 
-        A signal's handler may compute too, amid this: what it changed is looked at afterwards.
+        A signal handler may compute in the middle of this, so state is read after the change.
         """
         change(weakref.ref(call))
         under_way = [call for call in [call() for call in list(self.calls)] if call is not None]
@@ -322,7 +323,7 @@ class _Limit:
         self.most_helpers = max(self.most_helpers, asked_for)
         libraries, chosen = _libraries(of_one_thread=False), self.before
         if under_way and chosen is None:
-            self.before = _get(libraries)  # first: from here on there is something to undo
+            self.before = _get(libraries)  # first, so that what follows can be undone
             _set(libraries, [1] * len(libraries))
         elif chosen is not None and not under_way:
             _set(libraries, chosen)
@@ -333,8 +334,8 @@ _limit = _Limit()
 
 
 def default_threads() -> int:
-    """As many as NumPy's matrix products would use: the cores available, or fewer if the user said
-    so, by ``OPENBLAS_NUM_THREADS``, ``OMP_NUM_THREADS`` or ``threadpoolctl.threadpool_limits``.
+    """As many as NumPy's matrix products would use: the cores available, or what the user has set
+    by ``OPENBLAS_NUM_THREADS``, ``OMP_NUM_THREADS`` or ``threadpoolctl.threadpool_limits``.
     """
     chosen = _limit.chosen_by_user() + _get(_libraries(of_one_thread=True))
     if chosen:
@@ -345,7 +346,7 @@ def default_threads() -> int:
 
 
 def _after_fork() -> None:
-    """A forked child has none of its parent's other threads, and none of their calls under way."""
+    """A forked child has neither its parent's other threads nor their running calls."""
     global _helpers
     _helpers = _Helpers()
     for call in [call() for call in _limit.calls]:
@@ -358,5 +359,5 @@ def _after_fork() -> None:
         _limit.before = None
 
 
-# OpenBLAS's setter has a lock, which no other thread may hold when the child is copied
+# OpenBLAS's setter has a lock, which no other thread may hold during a fork
 at_fork(_limit, _after_fork)

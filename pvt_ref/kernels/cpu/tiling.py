@@ -12,10 +12,10 @@ from pvt_ref.kernels.cpu.threads import Scratch, Work, default_threads, run_piec
 from pvt_ref.ops import Operation
 from pvt_ref.tree import map_arrays
 
-#: Fewer columns of a matrix product are not worth another thread.
+#: The fewest columns of a matrix product that are worth another thread.
 _COLUMNS_WORTH_A_THREAD = 32
 
-#: Where Linux describes the caches of the first core; the others have the same, or nearly.
+#: Where Linux describes the caches of the first core; those of the others are similar.
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -33,14 +33,14 @@ def times(groups: slice, size: int) -> slice:
 
 
 def rows_of(arrays: Any, rows: slice) -> Any:
-    """These rows of an array, or of all arrays of a record, as views; None of None."""
+    """These rows of an array, or of all arrays of a record, as views; None for None."""
     return map_arrays(lambda x: x[rows], arrays)
 
 
 def by_group(rows: slice, size: int) -> Iterator[tuple[int, slice, slice]]:
-    """Rows split where a new group (an image) of size rows starts.
+    """Splits rows where a new group (an image) of size rows starts.
 
-    Yields (group, rows within the group, rows counted from the start of the given ones).
+    Yields (group, rows relative to the group, rows relative to the start of the given rows).
     """
     for group in range(rows.start // size, -(-rows.stop // size)):
         start, stop = max(rows.start, group * size), min(rows.stop, (group + 1) * size)
@@ -51,7 +51,7 @@ def by_group(rows: slice, size: int) -> Iterator[tuple[int, slice, slice]]:
 def share_columns(work: Work, width: int, scratch: Scratch) -> list[Any]:
     """work(columns, scratch) for columns that make up ``slice(0, width)``; its results, in order.
 
-    On several threads only where the rows were too few to be shared.
+    It uses several threads only if there were too few rows to share.
     """
     parts = max(1, min(scratch.threads, width // _COLUMNS_WORTH_A_THREAD))
     if parts == 1:
@@ -61,7 +61,7 @@ def share_columns(work: Work, width: int, scratch: Scratch) -> list[Any]:
 
 @functools.cache
 def cache_size() -> int:
-    """Bytes of a core's second-level cache: Linux tells, or POSIX; else 1 MiB, the usual."""
+    """Bytes of a core's second-level cache, from Linux or POSIX; else 1 MiB, which is common."""
     for index in sorted(_CACHES.glob("index*")):
         try:
             level, size = ((index / name).read_text().strip() for name in ("level", "size"))
@@ -77,10 +77,10 @@ def cache_size() -> int:
 
 
 def elements_for(cache: int) -> int:
-    """How many numbers the widest array of a tile has, for a second-level cache of so many bytes.
+    """How many numbers the widest array of a tile has, for a second-level cache of this many bytes.
 
-    At most 2^18, 1 MiB of float32: more gain nothing. Else the largest power of two that it holds,
-    or 2^15. The number decides how sums are rounded, so it comes from no timing.
+    At most 2^18, 1 MiB of float32, because more gives no gain. Else the largest power of two that
+    the cache holds, but at least 2^15. It affects how sums are rounded, so it is not timed.
     """
     return min(2**18, max(2**15, 2 ** (max(1, cache // 4).bit_length() - 1)))
 
@@ -89,22 +89,23 @@ def elements_for(cache: int) -> int:
 class Tiling:
     """Settings of the kernels: threads and elements, as :func:`blocked_ops` takes them.
 
-    A row wider than 1,024 counts as 1,024. Larger tiles leave the cache; smaller ones make slow
-    matrix products, and threads that wait for their turn at the interpreter between NumPy calls.
+    A row wider than 1,024 counts as 1,024. Larger tiles do not stay in cache. With smaller ones,
+    matrix products are slow, and threads wait for the interpreter lock between NumPy calls.
     """
 
     threads: int | None = None
     elements: int = 2**18
 
     def rows(self, width: int) -> int:
-        """The number of rows in a tile whose widest array has that many elements per row."""
+        """The number of rows in a tile whose widest array has width elements per row."""
         return max(1, self.elements // min(width, 1024))
 
     def run(self, work: Work, count: int, size: int, tokens: int = 1) -> list[Any]:
         """work(tiles, scratch) for pieces that make up ``slice(0, count)``, on the threads.
 
-        A piece comes as consecutive tiles of at most size rows. What is shared may be lines instead
-        of rows: tokens says what one is worth. Returns what work returned, in order of the pieces.
+        A piece is a list of consecutive tiles of at most size rows. Lines may be shared instead of
+        rows: then tokens is the number of tokens of a line. Returns the results of work, in the
+        order of the pieces.
         """
         threads = self.threads or default_threads()
         # a thread needs some rows for its products to be fast; fewer rows are shared by columns,
@@ -113,21 +114,21 @@ class Tiling:
         sharing = min(threads, count, count * tokens // worth_a_thread)
         pieces = 1
         if sharing > 1:
-            # a few for each thread, so that one that is held up can be helped out
+            # a few for each thread, so that others can take over from one that is delayed
             pieces = min(count, sharing * min(4, -(-count // (size * sharing))))
         bounds = [count * i // pieces for i in range(pieces + 1)]
         tiles = [list(cut(slice(*ends), size)) for ends in pairwise(bounds)]
         return run_pieces(work, tiles, threads)
 
     def run_lines(self, work: Work, count: int, tokens: int, width: int) -> list[Any]:
-        """As :meth:`run`, for lines of so many tokens; a token has width numbers."""
+        """As :meth:`run`, for count lines of tokens tokens, each with width numbers."""
         return self.run(work, count, self.rows(width) // tokens or 1, tokens)
 
     def by_rows(self, work: Callable[..., Any], *arrays: Any, width: int | None = None) -> None:
-        """work(*tiles, scratch) for all tiles of the rows of arrays; what it writes is contiguous.
+        """work(*tiles, scratch) for all tiles of the rows of arrays; those written are contiguous.
 
-        Some may be records, or None. The widest array of a tile has width numbers in a row; None
-        takes the first array's.
+        Arguments may also be records, or None. The widest array of a tile has width numbers per
+        row; None means the width of the first array.
         """
         rows = map_arrays(lambda x: x.reshape(-1, x.shape[-1] if x.ndim else 1), arrays)
 
@@ -140,7 +141,7 @@ class Tiling:
 
 @dataclass(frozen=True, slots=True)
 class _WithTiling:
-    """A function and its settings; equal to another of the same, so that tables can be compared."""
+    """A function and its settings; compares by content, so that tables can be compared."""
 
     function: Callable[..., Any]
     tiling: Tiling
@@ -150,7 +151,10 @@ class _WithTiling:
 
 
 class Kernel(NamedTuple):
-    """A twin whose functions take their settings by name; without a backward, the readable one."""
+    """A twin whose functions take their settings by name.
+
+    If backward is None, the readable operation's is used.
+    """
 
     readable: Operation
     forward: Callable[..., Any]

@@ -1,5 +1,5 @@
 """Twins of the operations for CuPy arrays of float32.
 
-A kernel is a .cu file, CUDA C++ compiled when it is first asked for, and the Python file that
-launches it has its name. What the kernels cannot compute, the readable operations do.
+A kernel is a .cu file, CUDA C++ that is compiled at the first use. The Python file that launches it
+has the same name. The readable operations do what the kernels cannot.
 """

@@ -1,22 +1,22 @@
 // Attention (layers/attention.py, paper eq. 4): y = Softmax(scale * q k^T) v, without an array of
 // scores.
 //
-// The softmax is carried along the keys: with the largest score so far, peak, the sums of
-// exp(score - peak) and of exp(score - peak) * v. Where a larger score comes, both are multiplied
-// by exp(old peak - new peak). See Milakov and Gimelshein 2018 (arXiv 1805.02867) and Dao et al.
-// 2022 (arXiv 2205.14135).
+// The softmax is updated key by key. A thread keeps peak, the largest score so far, and the sums of
+// exp(score - peak) and of exp(score - peak) * v. When a larger score comes, both sums are
+// multiplied by exp(old peak - new peak). See Milakov and Gimelshein 2018 (arXiv 1805.02867) and
+// Dao et al. 2022 (arXiv 2205.14135).
 
 #include "lanes.h"
 #include "attention.h"
 #include "order.h"
 
-#define GROUP 8                            // keys whose scores are made together
+#define GROUP 8                            // keys whose scores are computed together
 #define NOTHING __int_as_float(0xff800000) // -infinity
 
-// q, k and v lie anywhere: their steps from image to image, head to head and row to row count
-// pieces. y (images, n, heads, D), in raster order where the queries of a map W wide stand in R x R
-// blocks. log_sum (images, heads, n), if it is not null, gets log2 of the sum of exp(score) of each
-// query, from which the backward makes its weights again.
+// q, k and v may have any memory layout: the arguments after each are the steps from image to
+// image, head to head and row to row, in pieces. The queries, from a map of width W, are stored in
+// R x R blocks (order.h); y (images, n, heads, D) is in raster order. If log_sum (images, heads, n)
+// is not null, it gets log2 of each query's sum of exp(score), for the backward.
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention(const float4 *q, int q_image, int q_head, int q_row, const float4 *k, int k_image,
               int k_head, int k_row, const float4 *v, int v_image, int v_head, int v_row,
@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     for (int first = 0; first < m; first += KEYS) {
         int here = min(KEYS, m - first);
-        __syncthreads(); // all are done with the keys before
+        __syncthreads(); // all are done with the previous keys
         load_keys(keys, values, k, v, k_row, v_row, first, m);
         __syncthreads();
         for (int j = 0; j < here; j += GROUP) {

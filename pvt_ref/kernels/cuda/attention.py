@@ -1,7 +1,7 @@
-"""Attention on CUDA: the softmax runs along the keys, so the forward has no array of scores.
+"""Attention on CUDA: the softmax is updated key by key, so the forward has no array of scores.
 
-The backward has two for a moment, the weights and the gradients of the scores: keys are few in a
-PVT, and the gradients of keys and values are then matrix products.
+The backward has two such arrays for a short time, the weights and the gradients of the scores. A
+PVT has few keys, and the gradients of keys and values are then matrix products.
 """
 
 from typing import Any
@@ -25,27 +25,27 @@ from pvt_ref.layers.softmax import softmax
 from pvt_ref.ops import Ops
 from pvt_ref.tree import record
 
-#: Threads of a block, as the kernels say themselves.
+#: Threads of a block, as defined in the kernels.
 _THREADS = 128
 
-#: A query with more numbers does not fit the registers of its threads.
+#: A query with more numbers does not fit into the registers of its threads.
 _MOST_WIDTH = 256
 
-#: From how many queries on, by the blocks that a GPU has room for, so few threads share each of
-#: them: that saves work, where enough are busy. Otherwise eight do. A forerunner of these
-#: kernels was fastest so on an H100.
+#: (a, b): with at least a * ``Cuda.blocks`` queries, b threads share a query, otherwise eight. Few
+#: threads per query save work, if there are enough queries to keep the GPU busy. These numbers were
+#: the fastest for an earlier version of the kernels on an H100.
 _FEW_LANES = {"attention": (75, 2), "attention_backward": (225, 4)}
 
 
 def _function(name: str, shape: tuple[int, ...], cuda: Cuda) -> tuple[Function, int]:
-    """The kernel for queries of that shape (B, N, n, d), and how many of them a block has."""
+    """The kernel for queries of shape (B, N, n, d), and the number of queries of a block."""
     (B, N, n, d), (many, few) = shape, _FEW_LANES[name]
     lanes = few if B * N * n >= many * cuda.blocks and d <= 64 else 8
     return Function(f"{name}.cu", name, (("D", d), ("LANES", lanes))), _THREADS // lanes
 
 
 def _rows(x: Array) -> Array:
-    """x (B, N, n, d) so that the kernels can read it: d numbers side by side, in pieces of four."""
+    """x (B, N, n, d) in a layout that kernels can read: rows of d contiguous, aligned numbers."""
     steps, width = x.strides, 4 * x.itemsize
     aligned = address(x) % width == 0 and all(step % width == 0 for step in steps[:3])
     if aligned and steps[3] == x.itemsize and min(steps) > 0:
@@ -54,13 +54,13 @@ def _rows(x: Array) -> Array:
 
 
 def _with_steps(x: Array) -> tuple[Any, ...]:
-    """x (B, N, n, d), and how many pieces of four numbers lie between images, heads and rows."""
+    """x (B, N, n, d), and its steps between images, heads and rows in pieces of four numbers."""
     return x, *(step // (4 * x.itemsize) for step in x.strides[:3])
 
 
 @record
 class AttentionCache:
-    """What :func:`attention_backward` needs: what came in, y and its log2 of sums (B, N, n)."""
+    """What :func:`attention_backward` needs: the inputs, y and log2 of the sums (B, N, n)."""
 
     qkv: tuple[Array, Array, Array]
     scale: float
@@ -70,14 +70,14 @@ class AttentionCache:
 
 
 def can_attend(d: int, drop_rate: float, rng: Source) -> bool:
-    """Whether the kernels have heads of so many numbers; nothing may be dropped."""
+    """Whether the kernels can compute heads of d channels; nothing may be dropped."""
     return d % 4 == 0 and d <= _MOST_WIDTH and (rng is None or drop_rate == 0.0)
 
 
 def attend(
     x: tuple[Array, Array, Array], scale: float, keep: bool, cuda: Cuda, order: Order
 ) -> tuple[Array, AttentionCache | None]:
-    """y (B, n, N, d), ready to be merged, in raster order, for queries in that order."""
+    """y (B, n, N, d), ready to be merged, in raster order, for queries in the given order."""
     q, k, v = map(_rows, x)
     (B, N, n, d), m = q.shape, k.shape[2]
     xp = array_module(q)
@@ -101,7 +101,7 @@ def attention_forward(
     *,
     cuda: Cuda,
 ) -> tuple[Array, Any]:
-    """As :func:`pvt_ref.layers.attention.attention_forward`, which is used if any are dropped."""
+    """As :func:`pvt_ref.layers.attention.attention_forward`, which is used if there is dropout."""
     if not (can_attend(x[0].shape[3], drop_rate, rng) and is_float32(*x) and x[0].size):
         return attention.forward(p, x, ops, scale, drop_rate, rng, keep)
     y, cache = attend(x, scale, keep, cuda, Order())
@@ -111,7 +111,7 @@ def attention_forward(
 def attention_backward(
     p: None, cache: Any, dy: Array, ops: Ops, *, cuda: Cuda
 ) -> tuple[tuple[Array, Array, Array], None]:
-    """As :func:`pvt_ref.layers.attention.attention_backward`; the weights are made again."""
+    """As :func:`pvt_ref.layers.attention.attention_backward`; the weights are recomputed."""
     if not isinstance(cache, AttentionCache):
         return attention.backward(p, cache, dy, ops)
     (q, k, v), dy = cache.qkv, _rows(dy)

@@ -2,18 +2,18 @@
 //
 //     dA = dy v^T      dS = A * (dA - <dA, A>)      dq = scale * dS k
 //
-// <dA, A> of a query is <dy, y>, so no sum over keys is needed first. A is made again from S, which
-// is rounded as in the forward, and the forward's log_sum. A and scale * dS go out keys first,
-// (images, heads, m, n), for the other half, dv = A^T dy and dk = scale * dS^T q, two matrix
-// products.
+// For each query <dA, A> = <dy, y>, so no sum over keys is needed first. A is recomputed from S,
+// which is rounded as in the forward, and the forward's log_sum. A and scale * dS are stored with
+// the keys first, (images, heads, m, n), for the other half, which is two matrix products:
+// dv = A^T dy and dk = scale * dS^T q.
 
 #include "lanes.h"
 #include "attention.h"
 #include "order.h"
 
-// q, k, v and dy lie anywhere, as in attention.cu; y and dq are (images, n, heads, D). The queries
-// and dq stand in R x R blocks, y and dy in raster order. So do the columns of what is multiplied
-// by each.
+// q, k, v and dy may have any memory layout, as in attention.cu; y and dq are (images, n, heads,
+// D). The queries and dq are stored in R x R blocks (order.h), y and dy in raster order. The
+// columns of weights and dscores have the order of what these are multiplied by: dy and q.
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention_backward(const float4 *q, int q_image, int q_head, int q_row, const float4 *k,
                        int k_image, int k_head, int k_row, const float4 *v, int v_image, int v_head,

@@ -1,14 +1,14 @@
-// Batch norm (layers/batch_norm.py) of rows of C numbers, with the ReLU that follows it in heads or
-// without, and its backward. Statistics are given: those of the batch, or the running ones.
+// Batch norm (layers/batch_norm.py) of rows of C numbers, with or without the ReLU that follows it
+// in heads, and its backward. The statistics are given: those of the batch, or the running ones.
 //
-// All: blocks of (32, 8) threads. A thread has one channel, whose numbers it loads once, and every
-// so many-th row; threads of a warp have neighbouring channels.
+// All kernels: blocks of (32, 8) threads. A thread has one channel, whose parameters it loads once,
+// and every (8 * gridDim.y)-th row. The threads of a warp have neighbouring channels.
 
 #define COLUMNS 32
 #define ROWS 8
-#define FEW 8 // neighbouring terms of a sum are added in float32, groups of so many in double
+#define FEW 8 // terms are added in float32, FEW at a time, and these sums in double
 
-// A channel: y = weight * x_hat + bias with x_hat = (x - mean) * rstd.
+// The parameters of a channel: y = weight * x_hat + bias with x_hat = (x - mean) * rstd.
 struct Channel {
     float mean, rstd, weight, bias;
 };
@@ -20,13 +20,13 @@ static __device__ __forceinline__ Channel channel(const float *mean, const float
     return {mean[c], 1.0f / sqrtf(variance[c] + eps), weight[c], bias[c]};
 }
 
-// y before ReLU. Rounded alike in every kernel, so that the backward finds the forward's sign.
+// y before the ReLU. Every kernel rounds it alike, so that the backward sees the forward's sign.
 static __device__ __forceinline__ float normed(float x, const Channel &of)
 {
     return fmaf(x - of.mean, of.weight * of.rstd, of.bias);
 }
 
-// dL/dy before ReLU: at 0 and below it has none.
+// The gradient with respect to y before the ReLU: 0 where that y is not positive.
 static __device__ __forceinline__ float passed(float dy, float x, const Channel &of, int has_relu)
 {
     return has_relu && !(normed(x, of) > 0) ? 0 : dy;
@@ -47,13 +47,13 @@ extern "C" __global__ void batch_norm(const float *x, const float *mean, const f
     }
 }
 
-// Adds up n sums over the rows of a block, one after the other, into this block's parts (n, C).
+// Adds each of n sums over the rows of a block, and writes them to this block's (n, C) in parts.
 static __device__ __forceinline__ void store_sums(const double *sums, int n, double *parts, int c,
                                                   int C)
 {
     __shared__ double shared[ROWS][COLUMNS];
     for (int k = 0; k < n; k++) {
-        __syncthreads(); // the sum before has been read
+        __syncthreads(); // the previous sum has been read
         shared[threadIdx.y][threadIdx.x] = sums[k];
         __syncthreads();
         if (threadIdx.y == 0 && c < C) {
@@ -64,7 +64,7 @@ static __device__ __forceinline__ void store_sums(const double *sums, int n, dou
     }
 }
 
-// Parts (gridDim.y, C) of the sums over rows of (x - mean)^2: of the variance.
+// parts (gridDim.y, C) of the sums over rows of (x - mean)^2, for the variance.
 extern "C" __global__ void batch_norm_squares(const float *x, const float *mean, int rows, int C,
                                               double *parts)
 {
@@ -82,8 +82,8 @@ extern "C" __global__ void batch_norm_squares(const float *x, const float *mean,
     store_sums(total, 1, parts, c, C);
 }
 
-// Parts (gridDim.y, 2, C) of the gradients of weight and bias: the sums over rows of g * x_hat and
-// of g, with g = dL/dy before ReLU.
+// parts (gridDim.y, 2, C) of the gradients of weight and bias: the sums over rows of g * x_hat and
+// of g, with g the gradient before the ReLU.
 extern "C" __global__ void batch_norm_sums(const float *x, const float *dy, const float *mean,
                                            const float *variance, const float *weight,
                                            const float *bias, float eps, int rows, int C,
@@ -107,8 +107,8 @@ extern "C" __global__ void batch_norm_sums(const float *x, const float *dy, cons
     store_sums(total, 2, parts, c, C);
 }
 
-// dx = rstd * weight * (g - (dbias + x_hat * dweight) / N), with the gradients of weight and bias in
-// sums (2, C) and N rows: the batch's mean and variance depend on x. With null sums they are
+// dx = rstd * weight * (g - (dbias + x_hat * dweight) / N), with N rows, and with dweight and dbias
+// in sums (2, C): the mean and variance of the batch depend on x. If sums is null, they are
 // constants, and dx = rstd * weight * g.
 extern "C" __global__ void batch_norm_backward(const float *x, const float *dy, const float *mean,
                                                const float *variance, const float *weight,

@@ -1,8 +1,9 @@
 """Batch norm on CUDA, with the ReLU of a head's unit in the same launches.
 
-Where running statistics are used, a forward is one launch. Those of a batch take two more for each
-of mean and variance, one after the other, so that the variance of numbers far from 0 keeps its
-digits. Nothing is kept but what came in: x_hat, and the sign that ReLU saw, are made again.
+With running statistics, a forward is one launch. With those of a batch, the mean takes two more,
+and then the variance another two: that way the variance of numbers far from 0 keeps its digits.
+Only the input and the statistics are kept: the backward recomputes x_hat and the sign that ReLU
+saw.
 """
 
 import math
@@ -36,18 +37,19 @@ SQUARES = Function("batch_norm.cu", "batch_norm_squares")
 SUMS = Function("batch_norm.cu", "batch_norm_sums")
 BACKWARD = Function("batch_norm.cu", "batch_norm_backward")
 
-#: Channels and rows of a block's threads, and rows of one of them.
+#: Channels and rows of a block's threads, and rows of a single thread.
 _BLOCK, _ROWS_OF_A_THREAD = (32, 8), 4
 
-#: Of batch norm's epsilon, as the unit of heads has it.
+#: The epsilon of batch norm in the unit of heads.
 _EPS = 1e-5
 
 
 @record
 class BatchNormCache:
-    """What the backward needs: x (..., C) as it came, and the statistics that normalised it.
+    """What the backward needs: the input x (..., C), and the statistics that normalised it.
 
-    mean and variance (C,) are the same ones if they are the batch's, else None; count is N.
+    mean and variance (C,) are the statistics of the batch, or None if the running ones were used;
+    count is N.
     """
 
     x: Array
@@ -62,14 +64,14 @@ class BatchNormCache:
 def can_normalise(
     p: BatchNormParams, size: int, x: Array, buffers: BatchNormBuffers, batch_statistics: bool
 ) -> bool:
-    """Whether the kernels normalise so many numbers, of x's dtype."""
+    """Whether the kernels can normalise size numbers of x's dtype."""
     fits = is_float32(x, p.weight, p.bias, buffers.running_mean, buffers.running_var)
     several = size > p.weight.size or not batch_statistics  # or the readable one refuses them
     return fits and several and 0 < size <= MOST_NUMBERS
 
 
 def _grid(rows: int, C: int) -> tuple[int, int]:
-    """Blocks side by side, and one above the other, for work on each number."""
+    """Numbers of blocks along the channels and along the rows, for elementwise work."""
     return blocks_for(C, _BLOCK[0]), min(blocks_for(rows, _BLOCK[1] * _ROWS_OF_A_THREAD), 65_535)
 
 
@@ -173,7 +175,7 @@ def conv_unit_backward(
     p: ConvUnitParams, cache: ConvUnitCache, dy: Array, ops: Ops, *, cuda: Cuda
 ) -> tuple[Array, ConvUnitParams]:
     """As :func:`pvt_ref.heads.conv_unit.conv_unit_backward`."""
-    if cache.relu is not None:  # the readable forward has computed
+    if cache.relu is not None:  # the cache of the readable forward
         return conv_unit.backward(p, cache, dy, ops)
     # y = relu(bn(conv(x)))
     dy, dbn = normalise_backward(p.bn, cache.bn, dy, cuda)  # (B, H, W, C_out)

@@ -1,9 +1,10 @@
-"""The blocks of a stage on CUDA: each residual sum together with the norm that follows it.
+"""The blocks of a stage on CUDA: each residual sum is fused with the norm that follows it.
 
-The norm after the second sum of a block is the next block's first, which is why all blocks of a
-stage are one operation. What is between the norms is the table's, but for two things: the norm
-before spatial reduction writes the tokens patch by patch, so nothing has to be cut out; and where
-nothing is dropped, the last product of an attention or of a plain MLP adds the residual.
+The norm after the second sum of a block is the first norm of the next block. That is why all blocks
+of a stage are one operation. The parts between the norms come from the table, with two exceptions.
+The norm before spatial reduction writes the tokens patch by patch, so no patches have to be cut
+out. And where nothing is dropped, the last product of an attention or of a plain MLP adds the
+residual.
 """
 
 from typing import Any, NamedTuple
@@ -47,9 +48,9 @@ from pvt_ref.tree import record
 
 @record
 class BlocksCache:
-    """The cache of each block, with caches of these kernels inside, and its order of tokens.
+    """The cache of each block, which holds caches of these kernels, and its order of tokens.
 
-    An order is None where the readable attention computed.
+    An order is None if the table's own attention was used.
     """
 
     blocks: tuple[BlockCache, ...]
@@ -67,7 +68,7 @@ class _BranchArgs(NamedTuple):
     cuda: Cuda
 
     def fuses(self, x: Array) -> bool:
-        """Whether a branch's last product may add the sum's other term: nothing is dropped."""
+        """Whether a branch's last product may add the residual: only if nothing is dropped."""
         settings = self.settings
         rates = (settings.drop_path_rate, settings.drop_rate, settings.attn.drop_rate)
         return fuses_residual(x, self.cuda) and (self.rng is None or not any(rates))
@@ -76,7 +77,7 @@ class _BranchArgs(NamedTuple):
 def _after_attention(
     p: BlockParams, x: Array, y: Array, order: Order | None, args: _BranchArgs
 ) -> tuple[Array, Array | None, Any, Any]:
-    """x (B, n, C) + SRA(y) and None, or x and the branch to be added; caches of SRA and path."""
+    """x (B, n, C) + SRA(y) and None, or x and the branch to add; caches of SRA and drop path."""
     ops, grid, settings, rng, keep, cuda = args
     if order is not None:
         residual = x if args.fuses(x) else None
@@ -119,7 +120,7 @@ def _sum_and_norm(
     cuda: Cuda,
     order: Order | None = None,
 ) -> tuple[Array, Array, Any]:
-    """x (B, n, C) + branch, or x if it is the sum already; its norm, in that order; the cache."""
+    """x (B, n, C) + branch, or x if it is the sum already; its norm in this order; the cache."""
     order = order or RASTER
     if branch is None:
         return x, *norm_rows(p, x, eps, cuda, order)
@@ -141,7 +142,7 @@ def blocks_forward(
     if not p or not can_norm(p[0].norm1, x):
         return blocks.forward(p, x, ops, grid, settings, rng, keep)
     caches, last = [], len(p) - 1
-    # the order of tokens that each block's attention wants from the norm before it
+    # the order of tokens that each block's attention needs from the norm before it
     orders = [
         order_of(p_k.attn, x, grid, settings_k.attn, rng)
         for p_k, settings_k in zip(p, settings, strict=True)
@@ -169,7 +170,7 @@ def blocks_forward(
 def blocks_backward(
     p: tuple[BlockParams, ...], cache: Any, dy: Array, ops: Ops, *, cuda: Cuda
 ) -> tuple[Array, tuple[BlockParams, ...]]:
-    """As :func:`pvt_ref.blocks.transformer.blocks_backward`; a norm adds the skip."""
+    """As :func:`pvt_ref.blocks.transformer.blocks_backward`; the norm's kernel adds the skip."""
     if not isinstance(cache, BlocksCache):
         return blocks.backward(p, cache, dy, ops)
     grads = []

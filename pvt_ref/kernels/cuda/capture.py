@@ -1,16 +1,16 @@
 """CUDA graphs: the launches of a function of arrays, recorded once and then launched as a whole.
 
-A forward is some hundred launches. Python needs microseconds for each, and with few images the GPU
-computes faster than it is told what to do. A graph is told once: a replay is a single launch.
+A forward is a few hundred launches. Python needs microseconds for each, and with few images the GPU
+computes faster than Python launches. The replay of a graph is a single launch.
 
-A graph records addresses. So it has arrays of its own for what goes in, memory of its own
-for all that lies between, and closes over the weights where they are; a call copies its arrays in
-and the results out. What the host does while a graph is recorded, it does once: numbers of Python
-stay what they were. What would go from host to device or back is refused by CUDA, and so by
+A graph records addresses. So it has its own arrays for the inputs and its own memory for all
+intermediate results, and uses the weights where they are. A call copies its arrays in and the
+results out. What the host does while a graph is recorded, it does only once: Python numbers keep
+their values. CUDA refuses copies between host and device while recording, and so does
 :func:`capture`.
 
-It takes three runs. Two warm up: they compile kernels, choose algorithms and make the memory pool
-as large as it has to be. The third is recorded, and computes nothing.
+A capture takes three runs. Two warm up: they compile kernels, choose algorithms and let the memory
+pool grow to its final size. The third is recorded, and computes nothing.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from pvt_ref.errors import ArrayTypeError, DeviceError, ShapeError, reason, show
 from pvt_ref.ops import Ops
 from pvt_ref.tree import branches, map_arrays
 
-#: Runs before the one that is recorded.
+#: The number of runs before the recorded one.
 _WARM_UPS = 2
 
 #: CUDA allows concurrent captures, but they gain nothing here.
@@ -44,25 +44,25 @@ _one_at_a_time = threading.RLock()
 
 
 class _Recording(threading.local):
-    """What this thread is recording: constants, each with its host array; None if nothing."""
+    """What this thread is recording: constants with their host arrays; None if it is not."""
 
     constants: list[tuple[Array, np.ndarray]] | None = None
-    allocator: Any = None  # of memory that no other array of the graph ever has
+    allocator: Any = None  # for memory that no other array of the graph uses
 
 
 _recording = _Recording()
 
 
 def is_recording() -> bool:
-    """Whether this thread is recording a graph, or about to: it runs what will be recorded."""
+    """Whether this thread is recording a graph, or warming up for that."""
     return _recording.allocator is not None
 
 
 def constant(host: np.ndarray, like: Array) -> Array:
     """host as an array of like's library and device, the same in every replay of a graph.
 
-    While a graph is recorded nothing can be copied. Then the numbers follow when it is done, into
-    memory where no replay writes.
+    Nothing can be copied while a graph is recorded. In that case the numbers are copied afterwards,
+    into memory to which no replay writes.
     """
     if _recording.constants is None:
         return from_host(host, like=like)
@@ -76,12 +76,12 @@ def constant(host: np.ndarray, like: Array) -> Array:
 class Captured:
     """A function as a CUDA graph, made by :func:`capture`.
 
-    Calls take turns, in whatever thread and stream they come: each waits, on the device, until the
-    one before has copied its results out.
+    Calls take turns, whatever their thread and stream: each waits, on the device, until the one
+    before has copied its results out.
 
     Attributes:
-        device: of its arrays, where it was captured.
-        outputs: where the graph writes its results; the next call writes there again.
+        device: the device of its arrays, on which it was captured.
+        outputs: the arrays to which the graph writes its results, at each call.
     """
 
     __slots__ = ("_done", "_graph", "_held", "_inputs", "_turn", "device", "outputs")
@@ -119,22 +119,22 @@ def capture(function: Callable[..., Any], *arrays: Array) -> Captured:
         logits = replay(other_images)
 
     The function runs three times. Arrays that it closes over, such as weights, are read in place
-    and kept alive. The
-    replay has the bits of direct launches. Numbers of the host that do not change come from
+    and kept alive. The replay has the bits of direct launches. Constants from the host come from
     :func:`constant`.
 
     Args:
         function: takes these arrays and returns an array, or arrays in a record, tuple, list or
-            dict. What else it returns, and every number that it takes from elsewhere, stays what it
-            is now.
-        arrays: examples, of any shapes: CuPy arrays of one device, at least one.
+            dict. All else that it returns, and every number that it takes from elsewhere, keeps its
+            present value.
+        arrays: examples of any shapes: CuPy arrays on one device, at least one.
 
     Returns:
         A function of arrays of the same shapes and dtypes. It holds the memory of one run.
 
     Raises:
-        DeviceError: if arrays are not CuPy's, or function needs the host while it runs: for what
-            goes between host and device, or because CuPy cannot record it. Also if CUDA fails.
+        DeviceError: if the arrays are not CuPy's, or if the function needs the host while it runs:
+            for copies between host and device, or because CuPy cannot record it. Also if CUDA
+            fails.
         ArrayTypeError: if function is not callable, or an argument is not an array.
         PVTError: errors of function itself.
     """
@@ -165,7 +165,7 @@ def capture(function: Callable[..., Any], *arrays: Array) -> Captured:
 
 @contextlib.contextmanager
 def _recorded_with(allocator: Any) -> Generator[None]:
-    """Within it, this thread runs what is recorded; constants come from that allocator."""
+    """While entered, this thread is recording, and this allocator gives memory for constants."""
     _recording.allocator = allocator
     try:
         yield
@@ -184,7 +184,7 @@ def _record(
         outputs = function(*inputs)
         return stream.end_capture(), outputs, constants
     except BaseException as error:  # CuPy has several for what cannot be recorded
-        with contextlib.suppress(Exception):  # the stream must not stay as it is
+        with contextlib.suppress(Exception):  # the stream must not stay in capture mode
             stream.end_capture()
         if not isinstance(error, Exception):  # Ctrl-C
             raise
@@ -201,7 +201,7 @@ def _record(
 
 
 def _check_examples(arrays: tuple[Any, ...]) -> None:
-    """Refuses what is no CuPy array, and arrays of several devices."""
+    """Refuses what is not a CuPy array, and arrays on several devices."""
     if not arrays:
         raise ArrayTypeError("capture needs an example of each array that the function takes")
     for i, x in enumerate(arrays):
@@ -232,7 +232,7 @@ def _check_like(arrays: tuple[Any, ...], examples: tuple[Array, ...]) -> None:
 
 
 def _check_outputs(tree: Any, device: Any) -> None:
-    """Refuses results that no replay would change: no arrays, or arrays on the host."""
+    """Refuses results that no replay would update: no arrays, or arrays on the host."""
     found = list(_arrays(tree))
     if not found:
         what = f"the function returned {shown(tree)}"
@@ -246,7 +246,7 @@ def _check_outputs(tree: Any, device: Any) -> None:
 
 
 def _arrays(tree: Any) -> Iterator[Array]:
-    """All arrays of a tree; lists and dicts included."""
+    """All arrays of a tree, including those in lists and dicts."""
     if is_array(tree):
         yield tree
         return
@@ -256,15 +256,15 @@ def _arrays(tree: Any) -> Iterator[Array]:
 
 # Where shapes repeat ------------------------------------------------------------------------------
 
-#: What is known of a shape that was used once, and of one whose capture was refused.
+#: Entries for shapes that were used once, and for shapes whose capture was refused.
 SEEN, REFUSED = object(), object()
 
 
 class Graphs:
-    """The graphs of a table of operations: captured where shapes repeat, at most so many.
+    """The graphs of a table of operations, captured where shapes repeat.
 
-    A function is called as it is the first time. The second time with arrays of the same shapes it
-    is captured; if that is refused, it is called as it is from then on. The least recently used
+    A function is called directly the first time. The second time with arrays of the same shapes, it
+    is captured; if that is refused, it is called directly from then on. The least recently used
     graph is evicted first.
     """
 
@@ -274,13 +274,13 @@ class Graphs:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Graphs, (self.most,)  # a copy has to capture for itself
+        return Graphs, (self.most,)  # a copy captures its own graphs
 
     def __len__(self) -> int:
         return sum(isinstance(known, Captured) for known, _ in self._known.values())
 
     def clear(self) -> None:
-        """Forgets all graphs, and returns their memory."""
+        """Drops all graphs, and frees their memory."""
         with self._lock:
             self._known.clear()
 
@@ -290,8 +290,8 @@ class Graphs:
         Args:
             owner: the record of weights that the function uses. Records never change, so its
                 identity stands for the addresses of its arrays. A graph keeps it alive.
-            make: makes the function; nothing that it does itself is captured.
-            arrays: what the function takes, on a device.
+            make: makes the function; what make itself does is not captured.
+            arrays: the arguments of the function, on a device.
         """
         of_arrays = tuple((x.shape, dtype_name(x), x.device.id) for x in arrays)
         key = (id(owner), of_arrays)
@@ -308,13 +308,13 @@ class Graphs:
         return known(*arrays) if isinstance(known, Captured) else make()(*arrays)
 
     def _enter(self, key: Hashable, known: Any, owner: Any) -> None:
-        # of a living owner alone the id is its own; without a graph a stranger's entry does no harm
+        # an id is unique only while its owner is alive; a wrong entry without a graph does no harm
         self._known[key] = known, owner if isinstance(known, Captured) else None
         while len(self._known) > self.most:
             self._known.popitem(last=False)
 
 
 def replays(ops: Ops, x: Array) -> bool:
-    """Whether what is computed with this table on x may go through ``ops.settings.graphs``."""
+    """Whether computations with this table on x may use ``ops.settings.graphs``."""
     wanted = getattr(ops.settings, "capture", False)
     return bool(wanted) and is_cupy(x) and not is_recording()

@@ -1,6 +1,7 @@
-// float32 to float16 or bfloat16, rounded to nearest: the factors of a product in half precision.
+// Casts float32 to float16 or bfloat16, rounding to nearest: the operands of a half-precision
+// product.
 //
-// Compiled with CAST, to_float16 or to_bfloat16.
+// Compiled with CAST: to_float16 or to_bfloat16.
 
 #include "mma.h"
 

@@ -1,13 +1,14 @@
 """Products by cuBLASLt, NVIDIA's library of matrix products, called through ctypes.
 
 CuPy's own products cannot be captured in a CUDA graph, and add neither bias nor residual. cuBLASLt
-keeps no state between calls: stream and workspace are arguments. It counts matrices columns first,
-so a product of arrays, which are rows first, is asked for as its transpose::
+keeps no state between calls: stream and workspace are arguments. Its matrices are column-major, and
+arrays are row-major, so the transposed product is computed::
 
     y^T (N, M) = b^T (N, K) a^T (K, M)
 
-Of the algorithms that it proposes for a shape, the first is taken: the fastest by its own estimate.
-To time them would be faster for some shapes, but another one may win tomorrow, and round otherwise.
+Of the algorithms that it proposes for a shape, the first is used: the fastest by its own estimate.
+Timing them would find a faster one for some shapes, but the winner could change from run to run,
+and each algorithm rounds differently.
 """
 
 import ctypes
@@ -23,17 +24,16 @@ from typing import Any, NamedTuple
 from pvt_ref.arrays import Array, address, array_module, is_cupy
 from pvt_ref.errors import DeviceError, reason
 
-#: Plans that a library keeps, one for each product of another shape.
+#: The most plans that are kept, one for each problem.
 _MOST_PLANS = 1024
 
-#: What an algorithm may ask for at most, in bytes.
+#: The largest workspace that an algorithm may use, in bytes.
 _MOST_WORKSPACE = 32 << 20
 
-#: What arrays are aligned to at most, in bytes, as far as plans are told. cuBLASLt takes 256 for
-#: granted if it is told nothing.
+#: The largest alignment of arrays that plans assume, in bytes. By default, cuBLASLt assumes 256.
 _MOST_ALIGNMENT = 16
 
-# of cublasLt.h, library_types.h and cublas_api.h
+# from cublasLt.h, library_types.h and cublas_api.h
 _FLOAT32 = 0
 _TYPES = {"float32": _FLOAT32, "tf32": _FLOAT32, "float16": 2, "bfloat16": 14}
 _COMPUTE_FLOAT32, _COMPUTE_TF32 = 68, 77
@@ -67,10 +67,10 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
 
 
 class Factor(NamedTuple):
-    """A matrix (rows, K), or a stack (B, N, rows, K) of them, as it lies in memory.
+    """A matrix (rows, K), or a stack (B, N, rows, K) of them, and its memory layout.
 
-    Numbers that follow each other in memory are a row's or, if in_columns, a column's; step counts
-    the numbers from row to row, or column to column, and outer and inner those along B and N.
+    Rows are contiguous in memory or, if in_columns, columns. step is the number of elements from
+    row to row, or from column to column; outer and inner are the steps along B and N.
     """
 
     array: Array
@@ -81,10 +81,10 @@ class Factor(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What a plan is for: D (m, n) = op(A) op(B) + bias + C, columns first; C has D's layout.
+    """What a plan is for: D (m, n) = op(A) op(B) + bias + C, column-major; C has D's layout.
 
-    Where batch > 1, as many matrices stand so many numbers apart. A, B and D lie at multiples of so
-    many bytes.
+    If batch > 1, there are that many matrices, with these steps between them. A, B and D have these
+    alignments in bytes.
     """
 
     m: int
@@ -118,11 +118,11 @@ class CublasLt:
     """The library on one device, and its plans.
 
     Args:
-        library: loaded.
-        where: a name of the device, for messages.
+        library: the loaded library.
+        where: the name of the device, for messages.
 
     Raises:
-        DeviceError: if it is too old, lacks a function, or finds no device.
+        DeviceError: if the library is too old, lacks a function, or finds no device.
     """
 
     def __init__(self, library: Any, where: str = "this device"):
@@ -133,7 +133,7 @@ class CublasLt:
                 getattr(library, name).argtypes = types
         except AttributeError as error:
             raise _no_library(f"it lacks a function ({error})") from error
-        if self.version < 110_000:  # 10 * 1000 + minor once, major * 10000 today
+        if self.version < 110_000:  # major * 1000 + minor up to 10, then major * 10000
             raise _no_library(f"its version is {self.version}, and 11 is the first with this use")
         self._library, self._where = library, where
         self._handle = c_void_p()
@@ -151,7 +151,7 @@ class CublasLt:
             )
 
     def _made(self, kind: str, made: list[tuple[str, c_void_p]], *arguments: Any) -> c_void_p:
-        """A new descriptor, which made gets as well."""
+        """Creates a descriptor, and appends it to made."""
         descriptor = c_void_p()
         self._call(f"cublasLt{kind}Create", byref(descriptor), *arguments)
         made.append((kind, descriptor))
@@ -173,7 +173,7 @@ class CublasLt:
                 (_EPILOGUE, _WITH_BIAS if problem.has_bias else 1),
             ):
                 self._set("MatmulDesc", description, attribute, c_int(value))
-            if problem.has_bias:  # only that there is one: the address comes with each call
+            if problem.has_bias:  # only its presence: each call sets the address
                 self._set("MatmulDesc", description, _BIAS_POINTER, c_uint64(_MOST_ALIGNMENT))
             a = (k, m) if problem.a_transposed else (m, k)
             b = (n, k) if problem.b_transposed else (k, n)
@@ -223,14 +223,15 @@ class CublasLt:
         bias: Array | None,
         residual: Array | None,
     ) -> Array:
-        """y of that shape, (..., M, N), float32: a (..., M, K) b (..., N, K)^T + bias + residual.
+        """y = a (..., M, K) b (..., N, K)^T + bias + residual, of the given shape (..., M, N).
 
-        Two more axes before M are those of a stack: a batch of products for each of the second.
+        y is float32. If there are two axes before M, a and b are stacks. The products along the
+        longer axis are one batch, and those along the other a loop.
         """
         xp, (M, N) = array_module(a.array), shape[-2:]
         K = a.array.shape[-1]
         images, heads = shape[:-2] or (1, 1)
-        # of a stack, the longer axis becomes a batch, the other a loop
+        # the longer axis of a stack becomes a batch, the other a loop
         axes = (images, (b.outer, a.outer, heads * M * N)), (heads, (b.inner, a.inner, M * N))
         (times, moves), (batch, steps) = sorted(axes)
         problem = Problem(
@@ -252,13 +253,13 @@ class CublasLt:
             workspace = xp.empty(plan.best.workspace, xp.uint8)
             where = address(workspace) if workspace.size else None
             for i in range(times):
-                # their places in bytes
+                # the addresses of matrix i
                 pointers = [
                     address(x) + x.itemsize * i * move
                     for x, move in zip((b.array, a.array, y), moves, strict=True)
                 ]
                 old = pointers[2] if residual is None else address(residual)
-                with plan.lock:  # the address of the bias is the description's
+                with plan.lock:  # the description holds the address of the bias
                     if given is not None:
                         self._set("MatmulDesc", plan.description, _BIAS_POINTER, given)
                     self._call(
@@ -278,7 +279,7 @@ def _destroy(library: Any, made: list[tuple[str, c_void_p]]) -> None:
 
 
 class Plan:
-    """The descriptors of a problem and the algorithm for it; they live as long as this does."""
+    """The descriptors of a problem and its algorithm; the plan keeps the descriptors alive."""
 
     def __init__(
         self, description: c_void_p, layouts: tuple[c_void_p, ...], best: _Heuristic
@@ -288,12 +289,12 @@ class Plan:
 
 
 def _alignment(x: Factor) -> int:
-    """Bytes to whose multiples all matrices of a stack are aligned."""
+    """The alignment in bytes that all matrices of a stack have."""
     together = address(x.array) | x.array.itemsize * (x.outer | x.inner) | _MOST_ALIGNMENT
     return together & -together  # the largest power of two that divides all
 
 
-#: How the table's settings find the library for an array.
+#: Finds the library for an array, in the settings of a table.
 Finder = Callable[[Array], CublasLt]
 
 
@@ -307,7 +308,7 @@ def _no_library(why: str) -> DeviceError:
 
 @functools.cache
 def _on_device(cupy: Any, device: int) -> CublasLt:
-    """The library on the current device, which is of this number."""
+    """The library on the current device, whose number is given."""
     try:
         cupy.cuda.device.get_cublas_handle()  # CuPy knows where cuBLAS is, and loads both
         major = cupy.cuda.runtime.runtimeGetVersion() // 1000

@@ -1,10 +1,10 @@
 // Depth-wise 3 x 3 convolution (layers/depthwise_conv.py) of a map x (B, H, W, C), zeros outside.
 //
-// kernel (9, C), number 3 u + v first, so that neighbouring channels lie side by side.
+// kernel is (9, C), with index 3 u + v first, so that neighbouring channels are side by side.
 
-// y_ij = sum_uv kernel_uv x_(i+u-1, j+v-1) + bias, which may be null. A thread has one pixel's four
-// channels; C and count are in pieces of four. With the kernel turned by 180 degrees and dy for x,
-// y is dx.
+// y_ij = sum_uv kernel_uv x_(i+u-1, j+v-1) + bias; bias may be null. A thread has four channels of
+// one pixel; C and count count pieces of four. With the kernel rotated by 180 degrees and dy in
+// place of x, y is dx.
 extern "C" __global__ void depthwise_conv(const float4 *x, const float4 *kernel, const float4 *bias,
                                           float4 *y, int count, int H, int W, int C)
 {
@@ -28,12 +28,12 @@ extern "C" __global__ void depthwise_conv(const float4 *x, const float4 *kernel,
 
 #define COLUMNS 32
 #define ROWS 8
-#define FEW 8 // neighbouring terms of a sum are added in float32, groups of so many in double
+#define FEW 8 // terms are added in float32, FEW at a time, and these sums in double
 
 // dkernel_uv = sum_ij dy_ij x_(i+u-1, j+v-1) and dbias = sum_ij dy_ij: ten sums over all pixels of
-// the batch, their parts (gridDim.y, 10, C), as those of sum_rows.cu. Blocks of (32, 8) threads, 32
-// channels side by side; here C counts numbers. A block has pixels that follow each other, so that
-// it finds what it reads again in its cache.
+// the batch. parts (gridDim.y, 10, C) gets parts of them, as in sum_rows.cu. Blocks of (32, 8)
+// threads, for 32 neighbouring channels; here C counts single channels. A block has consecutive
+// pixels, so that what it reads repeatedly is in the cache.
 extern "C" __global__ void depthwise_conv_sums(const float *x, const float *dy, double *parts,
                                                int pixels, int H, int W, int C)
 {
@@ -62,7 +62,7 @@ extern "C" __global__ void depthwise_conv_sums(const float *x, const float *dy, 
             for (int k = 0; k < 10; k++) total[k] += few[k];
         }
     for (int k = 0; k < 10; k++) {
-        __syncthreads(); // the sum before has been read
+        __syncthreads(); // the previous sum has been read
         shared[threadIdx.y][threadIdx.x] = total[k];
         __syncthreads();
         if (threadIdx.y == 0 && c < C) {

@@ -1,4 +1,4 @@
-"""Depth-wise 3 x 3 convolution on CUDA: one launch forward; backward one for x, two for sums."""
+"""Depth-wise 3 x 3 convolution on CUDA: one launch forward; backward, one for dx, two for sums."""
 
 from typing import Any
 
@@ -63,7 +63,7 @@ def depthwise_conv_backward(
 ) -> tuple[Array, ConvParams]:
     """As :func:`pvt_ref.layers.depthwise_conv.depthwise_conv_backward`, sums over rows included.
 
-    dx is the same operation on dy, with the kernel turned by 180 degrees.
+    dx is the same operation on dy, with the kernel rotated by 180 degrees.
     """
     if not isinstance(cache, DepthwiseConvCache):
         return depthwise_conv.backward(p, cache, dy, ops)

@@ -1,5 +1,5 @@
-// What is done to an element of a product before it is stored: + bias, GELU, + residual, each if it
-// is asked for. A bias has one number a column; a residual has the product's own shape.
+// What is done to an element of a product before it is stored: + bias, GELU, + residual, each only
+// if wanted. A bias has one number per column; a residual has the shape of the product.
 struct Epilogue {
     const float *bias, *residual; // or null
     int has_gelu;

@@ -1,9 +1,9 @@
-// GELU (layers/gelu.py): y = x Phi(x), and its derivative Phi(x) + x phi(x). A thread has four
+// GELU (layers/gelu.py): y = x Phi(x), and its derivative Phi(x) + x phi(x). Each thread has four
 // numbers.
 
 #include "gelu.h"
 
-// y = gelu(x), of count times four numbers.
+// y = gelu(x), for 4 * count numbers.
 extern "C" __global__ void gelu(const float4 *x, float4 *y, int count)
 {
     int i = blockIdx.x * blockDim.x + threadIdx.x;

@@ -1,6 +1,6 @@
-// Phi(x) = (1 + erf(x / sqrt(2))) / 2, with erf(x / sqrt(2)) = tanh(x Q(x^2)) and the Q that the
-// kernels for the CPU fit (kernels/cpu/gelu.py). Since (1 + tanh(z)) / 2 = 1 / (1 + exp(-2 z)), it
-// takes one exponential and one quotient.
+// Phi(x) = (1 + erf(x / sqrt(2))) / 2, with erf(x / sqrt(2)) ~ tanh(x Q(x^2)) and the polynomial Q
+// that was fitted for the CPU kernels (kernels/cpu/gelu.py). Since (1 + tanh(z)) / 2 =
+// 1 / (1 + exp(-2 z)), it takes one exponential and one division.
 static __device__ __forceinline__ float normal_cdf(float x)
 {
     float s = x * x;

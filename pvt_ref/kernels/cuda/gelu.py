@@ -1,4 +1,4 @@
-"""GELU on CUDA: one launch forward and one backward, which keeps x and nothing else."""
+"""GELU on CUDA: one launch forward and one backward; the cache has only x."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ class GeluCache:
 def gelu_forward(
     p: None, x: Array, ops: Ops, keep: bool = True, *, cuda: Cuda
 ) -> tuple[Array, Any]:
-    """As :func:`pvt_ref.layers.gelu.gelu_forward`, by the fit of the kernels for the CPU."""
+    """As :func:`pvt_ref.layers.gelu.gelu_forward`, with the polynomial of the CPU kernels."""
     if not is_float32(x) or x.size % 4 or not x.size:
         return gelu.forward(p, x, ops, keep)
     xp = array_module(x)
@@ -41,7 +41,7 @@ def gelu_forward(
 
 
 def gelu_backward(p: None, cache: Any, dy: Array, ops: Ops, *, cuda: Cuda) -> tuple[Array, None]:
-    """As :func:`pvt_ref.layers.gelu.gelu_backward`; Phi is computed again rather than kept."""
+    """As :func:`pvt_ref.layers.gelu.gelu_backward`; Phi is recomputed rather than kept."""
     if not isinstance(cache, GeluCache):
         return gelu.backward(p, cache, dy, ops)
     xp = array_module(dy)

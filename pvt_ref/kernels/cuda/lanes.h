@@ -1,5 +1,5 @@
-// Four numbers at a time, and sums over the LANES threads that share a row. LANES is a power of
-// two, at most 32.
+// Arithmetic on four numbers at a time, and sums over the LANES threads that share a row. LANES is
+// a power of two, at most 32.
 
 #define EVERYONE 0xffffffffu // all threads of a warp
 
@@ -29,8 +29,8 @@ static __device__ __forceinline__ float sum(float4 a) { return (a.x + a.y) + (a.
 
 static __device__ __forceinline__ float dot(float4 a, float4 b) { return sum(a * b); }
 
-// The sum of x over the threads of a row, which each of them gets. All threads of a warp call it
-// together.
+// The sum of x over the threads that share a row; each of them gets it. All threads of a warp must
+// call it together.
 static __device__ __forceinline__ float over_lanes(float x)
 {
 #pragma unroll

@@ -1,8 +1,8 @@
-"""How kernels in CUDA C++ are launched: compiled when first asked for, with few arguments checked.
+"""How kernels in CUDA C++ are launched: compiled at the first use, with few checks of arguments.
 
-A kernel lies in a .cu file beside the Python file that launches it. All are launched through the
-setting ``launch`` of their table, so whoever has another way to run them makes a table with it; the
-tests run them on NumPy arrays without a GPU.
+A kernel is in a .cu file beside the Python file that launches it. All are launched by the setting
+``launch`` of their table. So a table with another ``launch`` runs them in another way: the tests
+run them on NumPy arrays without a GPU.
 """
 
 import functools
@@ -25,15 +25,15 @@ from pvt_ref.ops import Operation
 
 HERE = Path(__file__).parent
 
-#: More numbers than an int of a kernel counts are left to the readable layers.
+#: The most numbers that an int of a kernel can count. Larger arrays use the readable layers.
 MOST_NUMBERS = 2**31 - 1
 
-#: In what a product's factors are rounded, and what may compute it.
+#: What the factors of a product are rounded to, and what may compute the product.
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
 HALVES = ("float16", "bfloat16")
 PRODUCTS = ("own", "cublaslt", "cupy")
 
-#: Threads of a block, where nothing speaks for another number.
+#: Threads of a block, unless there is a reason for another number.
 THREADS = 256
 
 
@@ -46,9 +46,9 @@ class Function(NamedTuple):
 
 
 class Order(NamedTuple):
-    """Of the tokens of a map: its width, and the R of the R x R blocks in which they stand.
+    """The order in which the tokens of a map of width W are stored: in R x R blocks.
 
-    With R = 1 that is raster order, and the width is not looked at.
+    With R = 1 that is raster order, and W is not used.
     """
 
     W: int = 1
@@ -56,10 +56,10 @@ class Order(NamedTuple):
 
 
 class Launch(Protocol):
-    """Starts a kernel: arrays become pointers, None the null pointer, int and float themselves.
+    """Starts a kernel. Arrays are passed as pointers, None as the null pointer.
 
-    grid counts blocks along x, y and z, threads those of a block; what is left out is 1. shared is
-    the number of bytes of shared memory that the kernel does not name itself.
+    grid has the number of blocks along x, y and z, threads that of the threads in a block; missing
+    numbers are 1. shared is the number of bytes of dynamic shared memory.
     """
 
     def __call__(
@@ -75,7 +75,7 @@ class Launch(Protocol):
 
 @functools.cache
 def source(file: str) -> str:
-    """The text of a .cu file, with the text of a header in the place of each ``#include "..."``."""
+    """The text of a .cu file, with each ``#include "..."`` replaced by the text of the header."""
 
     def text(name: str) -> str:
         return f'#line 1 "{name}"\n' + (HERE / name).read_text(encoding="utf-8")
@@ -89,7 +89,7 @@ def source(file: str) -> str:
 
 @functools.cache
 def _loaded(cupy: Any, function: Function, device: int) -> Any:
-    """The kernel on the current device, which is of this number."""
+    """The kernel on the current device, whose number is given."""
     options = ("-std=c++17", *(f"-D{name}={value}" for name, value in function.macros))
     try:
         module = cupy.RawModule(code=source(function.file), options=options, backend="nvrtc")
@@ -118,7 +118,7 @@ def on_gpu(
 
 
 def _as_cuda(x: Any) -> Any:
-    """An argument of the type that kernels have: CuPy would make a Python int 64 bits wide."""
+    """An argument in the type that the kernels expect: CuPy would pass a Python int as 64 bits."""
     if x is None:
         return np.uint64(0)
     return np.int32(x) if type(x) is int else np.float32(x) if type(x) is float else x
@@ -130,18 +130,18 @@ class Cuda:
 
     Attributes:
         launch: starts a kernel.
-        blocks: among how many blocks of threads a sum is shared at most. It decides how sums are
-            rounded, so it is no number of the GPU at hand: this many fill the largest of today.
+        blocks: the most blocks of threads among which a sum is split. It affects how sums are
+            rounded, so it does not depend on the GPU at hand: this many fill today's largest.
         products: what computes matrix products: ``"own"``, a kernel of this package;
             ``"cublaslt"``, NVIDIA's library; or ``"cupy"``, which leaves them to CuPy.
-        precision: in what the factors of products are rounded: ``"float32"``, not at all;
-            ``"tf32"``, 10 bits of mantissa; ``"float16"``, as many, and 65504 is the largest
+        precision: what the factors of products are rounded to: ``"float32"``, no rounding;
+            ``"tf32"``, 10 bits of mantissa; ``"float16"``, also 10 bits, with 65504 the largest
             number; ``"bfloat16"``, 7 bits. All else is float32: sums, norms, softmax, losses.
         cublaslt: finds cuBLASLt for an array.
-        capture: whether predict and a training replay what repeats as CUDA graphs. No bit depends
-            on it.
-        graphs: those captured so far.
-        arranged: weights of models, as the kernels read them.
+        capture: whether predict and a training replay what repeats as CUDA graphs. Results do not
+            depend on it.
+        graphs: the graphs captured so far.
+        arranged: the weights of models in the layout that the kernels read.
 
     Raises:
         RangeError: if products or precision is none of these.
@@ -170,7 +170,7 @@ class Cuda:
             )
 
     def scope(self) -> AbstractContextManager[None]:
-        """For the time of a public call: CUDA errors name their fix."""
+        """Entered for the time of a public call: errors of CUDA then name their fix."""
         return explained()
 
 
@@ -180,22 +180,22 @@ def is_float32(*arrays: Array) -> bool:
 
 
 def packed(x: Array) -> Array:
-    """x itself if kernels can read it in pieces of four numbers that follow each other; or a copy.
+    """x itself if kernels can read it in contiguous pieces of four numbers; otherwise a copy.
 
-    That is, if it is contiguous, and begins where such a piece may: at a multiple of 16 bytes.
+    They can if x is contiguous and begins at a multiple of 16 bytes.
     """
     x = array_module(x).ascontiguousarray(x)
     return x if address(x) % 16 == 0 else x.copy()
 
 
 def blocks_for(count: int, threads: int = THREADS) -> int:
-    """How many blocks have a thread for each of count."""
+    """The number of blocks that together have at least count threads."""
     return -(-count // threads)
 
 
 @dataclass(frozen=True, slots=True)
 class _WithSettings:
-    """A function and its settings; equal to another of the same, so that tables can be compared."""
+    """A function and its settings; compares by content, so that tables can be compared."""
 
     function: Callable[..., Any]
     cuda: Cuda
@@ -205,7 +205,10 @@ class _WithSettings:
 
 
 class Kernel(NamedTuple):
-    """A twin whose functions take their settings by name; without a backward, the readable one."""
+    """A twin whose functions take their settings by name.
+
+    If backward is None, the readable operation's is used.
+    """
 
     readable: Operation
     forward: Callable[..., Any]

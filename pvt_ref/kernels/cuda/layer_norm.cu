@@ -1,9 +1,10 @@
-// Layer norm (layers/layer_norm.py), a row of C numbers by LANES threads that stand side by side.
+// Layer norm (layers/layer_norm.py): LANES neighbouring threads share a row of C numbers.
 //
-// A thread holds every LANES-th piece of four numbers, so that neighbours read neighbouring ones,
-// and keeps them in registers: x is read once, although its mean is needed before its variance.
+// A row consists of pieces of four numbers. A thread holds every LANES-th piece, so neighbouring
+// threads read neighbouring pieces. It keeps them in registers, so x is read only once, although
+// the variance can be computed only after the mean.
 //
-// Compiled with LANES, and PIECES = C / 4 / LANES, rounded up.
+// Compiled with LANES, and with PIECES = C / 4 / LANES, rounded up.
 
 #include "lanes.h"
 #include "order.h"
@@ -12,7 +13,7 @@ struct Row {
     float4 piece[PIECES];
 };
 
-// Piece i of this thread is the row's number i * LANES + lane, if there are so many.
+// Piece i of this thread is piece i * LANES + lane of the row, or zeros beyond the last one.
 static __device__ __forceinline__ Row load(const float4 *row, int lane, int pieces)
 {
     Row x;
@@ -48,8 +49,8 @@ static __device__ __forceinline__ float normalise(Row &x, int lane, int pieces, 
     return rstd;
 }
 
-// Writes x_hat * weight + bias to the row of y that this row has when the n tokens of each image,
-// of a map W wide, stand in R x R blocks.
+// Writes x_hat * weight + bias to y. The n tokens of each image, from a map of width W, are stored
+// in R x R blocks (order.h), which gives the row's position in y.
 static __device__ __forceinline__ void store(float4 *y, const Row &x_hat, const float4 *weight,
                                              const float4 *bias, int row, int lane, int pieces,
                                              int n, int W, int R)
@@ -63,7 +64,7 @@ static __device__ __forceinline__ void store(float4 *y, const Row &x_hat, const 
     }
 }
 
-// y = LN(x), for rows of pieces times four numbers.
+// y = LN(x), for rows of 4 * pieces numbers.
 extern "C" __global__ void layer_norm(const float4 *x, const float4 *weight, const float4 *bias,
                                       float eps, float4 *y, int rows, int pieces, int n, int W,
                                       int R)
@@ -77,8 +78,8 @@ extern "C" __global__ void layer_norm(const float4 *x, const float4 *weight, con
     if (mine) store(y, a, weight, bias, row, lane, pieces, n, W, R);
 }
 
-// The same of x + branch, which goes to total, in raster order: the norm that follows a residual
-// sum (blocks/transformer.py).
+// total = x + branch, stored in raster order, and y = LN(total): a norm that follows a residual sum
+// (blocks/transformer.py).
 extern "C" __global__ void add_layer_norm(const float4 *x, const float4 *branch,
                                           const float4 *weight, const float4 *bias, float eps,
                                           float4 *total, float4 *y, int rows, int pieces, int n,
@@ -101,11 +102,12 @@ extern "C" __global__ void add_layer_norm(const float4 *x, const float4 *branch,
 }
 
 // dx = rstd * (g - mean(g) - x_hat mean(g * x_hat)) with g = dy * weight; mean, rstd and x_hat are
-// made again from x. To it comes skip, if it is not null: the gradient of what the norm's branch is
-// added to. dy's rows stand in R x R blocks, as those of y did. Parts (gridDim.x, 2, C) get the
-// sums over rows of dy * x_hat and dy, the gradients of weight and bias: each thread adds up those
-// of its own columns in double, then the rows of a block, one after the other, add theirs in shared
-// memory, (2, C) doubles.
+// recomputed from x. If skip is not null, it is added to dx: it is the gradient from the skip
+// connection around the norm's branch. The rows of dy are stored in R x R blocks, as those of y.
+//
+// parts (gridDim.x, 2, C) gets the sums over rows of dy * x_hat and of dy, whose totals are the
+// gradients of weight and bias. Each thread sums its own columns in double. Then the groups of
+// LANES threads in a block add their sums in shared memory, (2, C) doubles, one after the other.
 extern "C" __global__ void layer_norm_backward(const float4 *x, const float4 *weight, float eps,
                                                const float4 *dy, const float4 *skip, float4 *dx,
                                                double *parts, int rows, int pieces, int n, int W,

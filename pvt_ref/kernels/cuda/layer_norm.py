@@ -1,4 +1,4 @@
-"""Layer norm on CUDA: a row in the registers of a few threads, read once and written once."""
+"""Layer norm on CUDA: a few threads hold a row in registers; it is read once and written once."""
 
 from typing import Any
 
@@ -19,18 +19,19 @@ from pvt_ref.layers.sum_rows import sum_rows
 from pvt_ref.ops import Ops
 from pvt_ref.tree import record
 
-#: As tokens come and go where nobody asks for another order.
+#: The usual order of tokens.
 RASTER = Order()
 
-#: Wider rows do not fit the registers of a warp when the backward adds up its sums in float64.
+#: Wider rows do not fit into the registers of a warp: the backward accumulates in float64.
 _MOST_CHANNELS = 1024
 
 
 def lanes_and_pieces(C: int, backward: bool = False) -> tuple[int, int]:
-    """How many threads share a row of C numbers, and how many pieces of four each of them has.
+    """The number of threads that share a row of C numbers, a power of two, and the pieces of each.
 
-    A power of two. Forward, so many that all have work, unless that were fewer than eight;
-    backward, so many that each has few pieces, for its sums need four registers a number.
+    In the forward, it is chosen such that all threads have the same work, unless that would be
+    fewer than eight; in the backward, such that each thread has few pieces, because its sums need
+    four registers per number.
     """
     pieces = C // 4
     even = pieces & -pieces  # the largest power of two that divides
@@ -40,26 +41,26 @@ def lanes_and_pieces(C: int, backward: bool = False) -> tuple[int, int]:
 
 
 def _function(name: str, C: int) -> tuple[Function, int]:
-    """The kernel for rows of C numbers, and how many of them a block has."""
+    """The kernel for rows of C numbers, and the number of rows of a block."""
     lanes, pieces = lanes_and_pieces(C, name == "layer_norm_backward")
     return Function("layer_norm.cu", name, (("LANES", lanes), ("PIECES", pieces))), THREADS // lanes
 
 
 @record
 class LayerNormCache:
-    """What :func:`layer_norm_backward` needs: the forward's x (rows, C) as it came, and eps."""
+    """What :func:`layer_norm_backward` needs: the forward's x (rows, C), not a copy, and eps."""
 
     x: Array
     eps: float
 
 
 def _tokens(x: Array) -> int:
-    """How many tokens x (..., n, C) has in an image."""
+    """The number of tokens per image of x (..., n, C)."""
     return x.shape[-2] if x.ndim > 1 else 1
 
 
 def can_norm(p: LayerNormParams, x: Array) -> bool:
-    """Whether the kernels normalise these rows."""
+    """Whether the kernels can normalise these rows."""
     C = x.shape[-1]
     return is_float32(x, p.weight) and C % 4 == 0 and C <= _MOST_CHANNELS and x.size > 0
 
@@ -67,7 +68,7 @@ def can_norm(p: LayerNormParams, x: Array) -> bool:
 def norm_rows(
     p: LayerNormParams, x: Array, eps: float, cuda: Cuda, order: Order = RASTER
 ) -> tuple[Array, LayerNormCache]:
-    """LN(x) for x (..., n, C), its tokens in that order, and the cache, which costs nothing."""
+    """LN(x) of x (..., n, C), with its tokens in the given order, and the cache, which is free."""
     xp, C = array_module(x), x.shape[-1]
     rows = xp.reshape(packed(x), (-1, C))  # (rows, C)
     y = xp.empty(x.shape, x.dtype)
@@ -81,7 +82,7 @@ def norm_rows(
 def add_and_norm_rows(
     p: LayerNormParams, x: Array, branch: Array, eps: float, cuda: Cuda, order: Order = RASTER
 ) -> tuple[Array, Array, LayerNormCache]:
-    """x + branch (..., n, C), LN(x + branch), its tokens in that order, and the norm's cache."""
+    """x + branch (..., n, C), its norm with tokens in the given order, and the norm's cache."""
     xp, C, x, branch = array_module(x), x.shape[-1], packed(x), packed(branch)
     total, y, rows = xp.empty_like(x), xp.empty_like(x), x.size // C
     function, in_block = _function("add_layer_norm", C)
@@ -102,7 +103,7 @@ def norm_backward_rows(
 ) -> tuple[Array, LayerNormParams]:
     """dx (..., n, C), to which skip is added if there is one, and the gradients of the weights.
 
-    The tokens of dy stand in that order.
+    The tokens of dy are in the given order.
     """
     xp = array_module(dy)
     rows, C = cache.x.shape

@@ -1,4 +1,4 @@
-"""Linear on CUDA: the bias is added where the product is made, forward; three products in all."""
+"""Linear on CUDA: the forward's product also adds the bias; the backward is two products."""
 
 from pvt_ref.arrays import Array, array_module
 from pvt_ref.kernels.cuda.launch import Cuda, Kernel
@@ -11,7 +11,7 @@ from pvt_ref.ops import Ops
 def linear_rows(
     p: LinearParams, x: Array, cuda: Cuda, residual: Array | None = None, has_gelu: bool = False
 ) -> Array:
-    """x W^T + b (..., C_out), its GELU if it has one, + residual (..., C_out)."""
+    """x W^T + b (..., C_out), then GELU if has_gelu, then + residual (..., C_out)."""
     xp, (C_out, C_in) = array_module(x), p.weight.shape
     rows = xp.reshape(x, (-1, C_in))  # (rows, C_in)
     if residual is not None:

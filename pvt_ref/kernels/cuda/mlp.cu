@@ -1,8 +1,8 @@
-// The middle of an MLP (blocks/mlp.py): hidden = GELU(h + bias), h = x W_1^T a product. h is the
-// largest array of a block, so the bias is added where it is read anyway, and hidden is made twice
-// rather than kept.
+// The middle of an MLP (blocks/mlp.py): hidden = GELU(h + bias), where h = x W_1^T is a product. h
+// is the largest array of a block, so the bias is added when h is read anyway, and the backward
+// recomputes hidden rather than keeping it.
 //
-// Pieces of four numbers: h has rows of columns pieces.
+// Numbers are read in pieces of four: a row of h has columns pieces.
 
 #include "gelu.h"
 
@@ -21,9 +21,10 @@ extern "C" __global__ void bias_gelu(const float4 *h, const float4 *bias, float4
 #define COLUMNS 32
 #define ROWS 8
 
-// d, which is dhidden, becomes dh = dhidden * (Phi(z) + z phi(z)) with z = h + bias; and hidden
-// again. The bias's gradient is the sum of dh over the rows: its parts (gridDim.y, 4 * columns), as
-// those of sum_rows.cu. Blocks of (32, 8) threads, 32 pieces side by side and 8 rows at a time.
+// Replaces d, which is dhidden, by dh = dhidden * (Phi(z) + z phi(z)) with z = h + bias, and
+// recomputes hidden. The gradient of the bias is the sum of dh over the rows: parts (gridDim.y,
+// 4 * columns), as in sum_rows.cu. Blocks of (32, 8) threads, for 32 neighbouring pieces and 8 rows
+// at a time.
 extern "C" __global__ void bias_gelu_backward(const float4 *h, const float4 *bias, float4 *d,
                                               float4 *hidden, double *parts, int rows, int columns)
 {

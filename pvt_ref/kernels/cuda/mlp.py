@@ -1,7 +1,7 @@
-"""The MLP on CUDA: the bias of its first product is added by GELU's kernel, forward and backward;
-or, where nothing is kept, bias and GELU by the product's own.
+"""The MLP on CUDA: GELU's kernel adds the bias of the first product, forward and backward.
 
-Only the product itself is kept for the backward, of the two arrays of a block that are widest.
+Where nothing is kept, the product's kernel does both if it can. Of the two widest arrays of a
+block, the product and its GELU, only the product is kept for the backward.
 """
 
 from typing import Any
@@ -41,7 +41,7 @@ class MLPCache:
 
 
 def can_mlp(p: MLPParams, x: Array, drop_rate: float, rng: Source) -> bool:
-    """Whether the kernels have such a width; nothing may be dropped."""
+    """Whether the kernels can compute it: the width fits, and nothing is dropped."""
     fits = p.fc1.bias is not None and p.fc1.bias.size % 4 == 0 and is_float32(x) and x.size > 0
     return fits and (rng is None or drop_rate == 0.0)
 
@@ -72,7 +72,7 @@ def mlp_forward(
     *,
     cuda: Cuda,
 ) -> tuple[Array, Any]:
-    """As :func:`pvt_ref.blocks.mlp.mlp_forward`, which computes where there is dropout."""
+    """As :func:`pvt_ref.blocks.mlp.mlp_forward`, which is used if there is dropout."""
     if not can_mlp(p, x, drop_rate, rng):
         return mlp.forward(p, x, ops, drop_rate, rng, keep)
     return mlp_rows(p, x, keep, cuda)
@@ -86,7 +86,7 @@ def mlp_backward(
         return mlp.backward(p, cache, dy, ops)
     xp, width = array_module(dy), cache.h.shape[-1]
     dy_rows = xp.reshape(dy, (-1, dy.shape[-1]))  # (rows, C)
-    # y = fc2(hidden), as far as hidden need not be known
+    # y = fc2(hidden), the part that does not need hidden
     dh = packed(multiply(dy_rows, p.fc2.weight, cuda))  # (rows, E*C), dL/dhidden so far
     dbias2 = None
     if p.fc2.bias is not None:
@@ -107,7 +107,7 @@ def mlp_backward(
 
 
 def _bias_of(p: LinearParams) -> Array:
-    assert p.bias is not None  # or the forward would have left it to the readable one
+    assert p.bias is not None  # else the readable forward would have computed
     return p.bias
 
 

@@ -1,11 +1,11 @@
-// The few instructions of a GPU (sm_80 and later) that CUDA C++ has no function for. The emulation
-// of CUDA on a CPU, in the tests, has functions of its own in their place.
+// The GPU instructions (sm_80 and later) that are written as inline PTX. The tests, which emulate
+// CUDA on a CPU, have functions of their own in their place.
 
 typedef unsigned short half_bits; // the 16 bits of a float16 or bfloat16
 
 #ifndef CUDA_ON_CPU
 
-// Copies BYTES (4 or 16) from global to shared memory while the thread goes on; zeros if !there.
+// Begins to copy BYTES (4 or 16) from global to shared memory; zeros if !there. The thread goes on.
 template <int BYTES>
 static __device__ __forceinline__ void copy_async(void *shared, const void *global, bool there)
 {
@@ -21,16 +21,16 @@ static __device__ __forceinline__ void copy_async(void *shared, const void *glob
                      : "memory");
 }
 
-// The copies that a thread began so far, and are in no group yet, become one.
+// Puts all copies that this thread has begun, and that are in no group yet, into a new group.
 static __device__ __forceinline__ void commit_copies()
 { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until all copies of this thread have landed but those of the last GROUPS groups.
+// Waits until all copies of this thread are complete, except those of the last GROUPS groups.
 template <int GROUPS> static __device__ __forceinline__ void wait_copies()
 { asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory"); }
 
-// Four matrices (8, 4) from shared memory. Lane 8 i + r points at row r of matrix i, 16 bytes; lane
-// 4 r + c gets element (r, c) of each.
+// Loads four matrices (8, 4) from shared memory. Lane 8 i + r passes the address of row r of matrix
+// i, 16 bytes; lane 4 r + c gets element (r, c) of each matrix.
 static __device__ __forceinline__ void load_matrices(float (&x)[4], const float *row)
 {
     unsigned from = (unsigned)__cvta_generic_to_shared(row), y[4];
@@ -41,9 +41,10 @@ static __device__ __forceinline__ void load_matrices(float (&x)[4], const float 
     for (int i = 0; i < 4; i++) x[i] = __uint_as_float(y[i]);
 }
 
-// c (16, 8) += a (16, 8) b (8, 8)^T by the tensor core of a warp. Of a and b it reads the first 10
-// bits of the mantissa (TF32). With g = lane / 4 and t = lane % 4, a lane holds a(g, t), a(g+8, t),
-// a(g, t+4), a(g+8, t+4); b(g, t), b(g, t+4); c(g, 2t), c(g, 2t+1), c(g+8, 2t), c(g+8, 2t+1).
+// c (16, 8) += a (16, 8) b (8, 8)^T by a warp on a tensor core, which reads only the first 10 bits
+// of the mantissas of a and b (TF32). With g = lane / 4 and t = lane % 4, a lane holds a(g, t),
+// a(g+8, t), a(g, t+4), a(g+8, t+4); b(g, t), b(g, t+4); c(g, 2t), c(g, 2t+1), c(g+8, 2t),
+// c(g+8, 2t+1).
 static __device__ __forceinline__ void mma_tf32(float (&c)[4], const float (&a)[4],
                                                 const float (&b)[2])
 {

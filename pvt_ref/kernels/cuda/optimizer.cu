@@ -1,20 +1,20 @@
-// One step of the optimiser for all arrays of a model: AdamW (train/adamw.py), and the norm of all
-// gradients by which they are clipped (train/gradients.py). A model has hundreds of arrays, most of
-// them small, so a launch for each would take longer than what it computes.
+// One step of the optimiser for all arrays of a model: AdamW (train/adamw.py), and clipping by the
+// norm of all gradients (train/gradients.py). A model has hundreds of arrays, most of them small,
+// so launching a kernel for each would take longer than the computation.
 //
-// arrays holds addresses: row a those of w, g, m, v and of the new w, m, v of array a. chunks
-// (gridDim.x, 3) says what each block has: an array, its first number there, and the one behind its
-// last.
+// arrays holds addresses: row a has those of w, g, m, v and of the new w, m, v of array a. chunks
+// (gridDim.x, 3) says what each block updates: the array, its first index there, and the index
+// behind its last.
 
 #define THREADS 256
-#define MOST 3.402823466e+38f  // of a float
+#define MOST 3.402823466e+38f  // the largest float
 
 // m' = beta_1 m + (1 - beta_1) g        v' = beta_2 v + (1 - beta_2) g^2
 // w' = w (1 - lr lambda) - lr / bias_1 * m' / (sqrt(v') / sqrt(bias_2) + eps)
 //
-// rates (arrays, 3): the factor of w, that of the quotient, with its sign, and 1 / sqrt(bias_2).
-// All gradients are multiplied by clip[0] first, if clip is not null. If clip[1], their norm, is not
-// finite, everything stays as it was. The new arrays may be the old ones.
+// rates (arrays, 3): the factor of w, the signed factor of the quotient, and 1 / sqrt(bias_2). If
+// clip is not null, all gradients are first multiplied by clip[0]; if clip[1], their norm, is not
+// finite, w, m and v keep their values. The new arrays may be the old ones.
 extern "C" __global__ void __launch_bounds__(THREADS)
     adamw(const size_t *arrays, const float *rates, const int *chunks, const float *clip,
           float beta_1, float rest_1, float beta_2, float rest_2, float eps)
@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// The sum over the threads of a block, in thread 0: halves are added until one is left.
+// The sum over the threads of a block, valid in thread 0: halves are added until one is left.
 static __device__ __forceinline__ double over_block(double x)
 {
     __shared__ double shared[THREADS];
@@ -53,7 +53,7 @@ static __device__ __forceinline__ double over_block(double x)
     return shared[0];
 }
 
-// parts (gridDim.x): the sum of g^2 of each chunk, in double: the square of a float could overflow.
+// parts (gridDim.x): the sum of g^2 over each chunk, in double, since g^2 could overflow a float.
 extern "C" __global__ void __launch_bounds__(THREADS)
     sums_of_squares(const size_t *arrays, const int *chunks, double *parts)
 {
@@ -65,9 +65,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (threadIdx.x == 0) parts[blockIdx.x] = total;
 }
 
-// clip: min(1, max_norm / (norm + 1e-6)), or 1 where the norm is no number; and the norm, the root
-// of the sum of parts (count). If the gradients are scale[0] times too large, the norm is that of
-// what they should be, and the factor divides by the scale too. One block.
+// clip[0]: min(1, max_norm / (norm + 1e-6)), or 1 if the norm is NaN. clip[1]: the norm, the square
+// root of the sum of parts (count). If scale is not null, the gradients are scale[0] times too
+// large: the norm is that of the unscaled gradients, and clip[0] is divided by scale[0]. One block.
 extern "C" __global__ void __launch_bounds__(THREADS)
     clip_factor(const double *parts, int count, float max_norm, const float *scale, float *clip)
 {

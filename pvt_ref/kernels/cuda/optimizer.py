@@ -1,7 +1,7 @@
 """One step of AdamW for all arrays of a model in one launch, and the clipping before it in two.
 
 The equations are those of :mod:`pvt_ref.train.adamw` and :mod:`pvt_ref.train.gradients`. Nothing
-here waits for the device: the factor by which gradients are clipped stays there.
+here waits for the device: the factor by which gradients are clipped stays on the device.
 """
 
 from collections.abc import Sequence
@@ -18,18 +18,18 @@ ADAMW = Function("optimizer.cu", "adamw")
 SUMS_OF_SQUARES = Function("optimizer.cu", "sums_of_squares")
 CLIP_FACTOR = Function("optimizer.cu", "clip_factor")
 
-#: Numbers of a block of threads.
+#: The most numbers that a block of threads updates.
 _CHUNK = 4096
 
-#: New arrays begin at multiples of so many numbers, as CuPy's own do.
+#: New arrays begin at multiples of this many numbers, as CuPy's own do.
 _ALIGNMENT = 128
 
 
 @record
 class Arrays:
-    """Weights, gradients, m and v of a step, the new w, m and v, and what the kernels read of them.
+    """Weights, gradients, m and v of a step, the new w, m and v, and tables for the kernels.
 
-    addresses (arrays, 7) and chunks (blocks, 3) lie on the device, as optimizer.cu describes them.
+    addresses (arrays, 7) and chunks (blocks, 3) are on the device; optimizer.cu describes them.
     """
 
     given: tuple[tuple[Array, ...], ...]  # held: the device has only their addresses
@@ -57,9 +57,9 @@ def gather(
     v: Sequence[Array],
     in_place: bool = False,
 ) -> Arrays:
-    """The arrays of one step, float32 and of the same shapes in each of the four.
+    """The arrays of one step: four sequences of float32 arrays with the same shapes.
 
-    in_place: the step changes weights, m and v, which are contiguous; else it makes new ones.
+    in_place: whether the step overwrites weights, m and v, which must be contiguous.
     """
     xp = array_module(weights[0])
     given = tuple(tuple(map(xp.ascontiguousarray, each)) for each in (weights, grads, m, v))
@@ -77,8 +77,8 @@ def gather(
 def clip_factor(arrays: Arrays, max_norm: float, cuda: Cuda, scale: Array | None = None) -> Array:
     """(2,): the factor that makes the gradients' common norm at most max_norm, and the norm.
 
-    scale (1,) float32: the loss scale, by which the gradients are too large;
-    the norm is that of what they should be, and the factor divides by the scale too.
+    scale (1,) float32: the loss scale, by which the gradients are too large. The norm is that of
+    the unscaled gradients, and the factor includes the division by the scale.
     """
     xp, blocks = array_module(arrays.chunks), len(arrays.chunks)
     parts, clip = xp.empty(blocks, xp.float64), xp.empty(2, xp.float32)
@@ -102,14 +102,14 @@ def adamw(
     Args:
         arrays: of the step.
         rates: (arrays, 3) float32 on the device: the factor of w, 1 - lr lambda; that of the
-            quotient, -lr / bias_1; and 1 / sqrt(bias_2). What changes from step to step is here,
-            so that a step that was captured can be replayed with another learning rate.
-        beta1: as in AdamW, like the two that follow.
-        beta2: as beta1.
-        eps: as beta1.
+            quotient, -lr / bias_1; and 1 / sqrt(bias_2). All that changes from step to step is
+            here, so a captured step can be replayed with another learning rate.
+        beta1: as in AdamW.
+        beta2: as in AdamW.
+        eps: as in AdamW.
         cuda: the settings.
-        clip: what :func:`clip_factor` returned; None leaves the gradients as they are. If the norm
-            in it is not finite, the new arrays are as the old.
+        clip: what :func:`clip_factor` returned; None leaves the gradients as they are. If its norm
+            is not finite, the new arrays equal the old ones.
     """
     betas = (beta1, 1 - beta1, beta2, 1 - beta2)
     arguments = (arrays.addresses, rates, arrays.chunks, clip, *map(float, betas), float(eps))

@@ -1,8 +1,8 @@
-// Tokens of a map W wide stand in raster order, or in R x R blocks, one block after the other, each
-// in raster order: as the patches of spatial reduction (paper eq. 3) want them, so that to cut
-// patches out of such tokens nothing has to move. With R = 1 both orders are the same.
+// The tokens of a map of width W are stored in raster order, or in R x R blocks: one block after
+// the other, each in raster order. The second order is that of the patches of spatial reduction
+// (paper eq. 3), so cutting such tokens into patches moves no data. With R = 1 the orders agree.
 
-// Where token t of the raster stands among the blocks.
+// The position in block order of token t of the raster order.
 static __device__ __forceinline__ int in_blocks(int t, int W, int R)
 {
     if (R == 1) return t;
@@ -10,7 +10,7 @@ static __device__ __forceinline__ int in_blocks(int t, int W, int R)
     return (i / R * (W / R) + j / R) * R * R + i % R * R + j % R;
 }
 
-// Where token t of the blocks stands in the raster.
+// The position in raster order of token t of the block order.
 static __device__ __forceinline__ int in_raster(int t, int W, int R)
 {
     if (R == 1) return t;

@@ -1,4 +1,4 @@
-// A piece of a map: one number, or four neighbouring ones that are read at once.
+// A piece of a map: one number, or four neighbouring numbers that are read at once.
 
 static __device__ __forceinline__ void set_zero(float &x) { x = 0; }
 static __device__ __forceinline__ void set_zero(float4 &x) { x = make_float4(0, 0, 0, 0); }
@@ -8,7 +8,8 @@ static __device__ __forceinline__ void add(float4 &x, float4 y)
     x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
 }
 
-// The last index of a number's place in an array, of an axis with n; rest is the place without it.
+// Splits a flat index: returns the index along the last axis, of size n, and leaves the flat index
+// over the other axes in rest.
 static __device__ __forceinline__ int last_index(int &rest, int n)
 {
     int index = rest % n;

@@ -1,4 +1,4 @@
-"""Position tables on CUDA: one that is resized takes one launch, which a graph can hold."""
+"""Position tables on CUDA: resizing a table takes one launch, which a CUDA graph can record."""
 
 from pvt_ref.arrays import Array, Grid, array_module
 from pvt_ref.kernels.cuda.launch import Cuda, Kernel, is_float32

@@ -1,23 +1,23 @@
-// y (M, N) = a (M, K) b (N, K)^T on tensor cores, with float32's own accuracy: the products of a
+// y (M, N) = a (M, K) b (N, K)^T on tensor cores, with the accuracy of float32: the products of a
 // linear layer (layers/linear.py), forward and backward.
 //
-// A tensor core reads only 10 of the 23 bits of a float32's mantissa (TF32). So each number is split
+// A tensor core reads only 10 of the 23 bits of a float32 mantissa (TF32). So each number is split
 // into big, the part that it can read, and small, the rest. Then
 //
 //     a b = big big + big small + small big    (+ small small, 2^-22 of it: left out).
 //
-// A tensor core also rounds its sums toward zero, so that errors would add up. So it adds only
-// 8 CHAIN products at a time, and those sums are added as usual (Ootomo and Yokota 2022, arXiv
-// 2203.03341). Infinity has no small part (inf - inf), nor has a number that big rounds up to
-// infinity: an element that is not finite is made again, by plain float32. TERMS 1 leaves all but
-// big big out: TF32.
+// A tensor core also rounds its sums toward zero, so rounding errors would accumulate. Therefore it
+// adds only 8 CHAIN products at a time, and those sums are added in float32 (Ootomo and Yokota
+// 2022, arXiv 2203.03341). Infinity has no small part (inf - inf), nor does a number whose big part
+// rounds up to infinity: an element that is not finite is computed again in plain float32. With
+// TERMS 1, only big big is computed: TF32.
 //
-// Four warps make TILE x TILE elements of y, each a quarter. Tiles of a and b, DEPTH columns of
-// each, are copied to shared memory while the ones before them are multiplied.
+// Four warps compute TILE x TILE elements of y, a quarter each. Tiles of a and b, DEPTH columns of
+// each, are copied to shared memory while the previous tiles are multiplied.
 //
-// Compiled with TILE (64 or 32); TERMS (3 or 1); A_IN_COLUMNS and B_IN_COLUMNS, 1 if numbers that
-// follow each other in memory are a column of the matrix, 0 if a row; and PIECE, how many of those
-// can be copied at once: 4 or 1.
+// Compiled with TILE (64 or 32); TERMS (3 or 1); A_IN_COLUMNS and B_IN_COLUMNS, 1 if the columns of
+// the matrix are contiguous in memory, 0 if the rows are; and PIECE, the number of contiguous
+// elements that can be copied at once: 4 or 1.
 
 #include "mma.h"
 #include "gelu.h"
@@ -25,8 +25,8 @@
 
 #define THREADS 128
 #define DEPTH 32
-#define STAGES 2          // tiles in shared memory, of each operand
-#define CHAIN 2           // of mma instructions whose sum a tensor core keeps
+#define STAGES 2          // tiles of each operand in shared memory
+#define CHAIN 2           // times 8 products that a tensor core adds up
 #define PART (TILE / 2)   // rows and columns of a warp
 #define ROW (DEPTH + 4)   // from row to row of a tile: eight rows of four numbers are in 32 banks
 #define COLUMN (TILE + 8) // from column to column: so are four columns of eight numbers
@@ -35,15 +35,15 @@
 #define OWN (4 * TILES_M * TILES_N) // elements of a thread, at most 32
 #define SPACE (TILE * ROW > DEPTH * COLUMN ? TILE * ROW : DEPTH * COLUMN)
 
-// The part of x that a tensor core can read, rounded to nearest. Of a NaN, the addition may make 0;
-// then the small part is NaN, which with TERMS 1 is not looked at.
+// The part of x that a tensor core can read, rounded to nearest. The addition may turn a NaN into
+// 0. Then the small part is NaN; with TERMS 1, which has no small part, x itself is returned.
 static __device__ __forceinline__ float big_part(float x)
 {
     float big = __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u);
     return TERMS == 1 && x != x ? x : big;
 }
 
-// x becomes its big part, and small gets the rest.
+// Replaces x by its big part, and sets small to the rest.
 template <int COUNT>
 static __device__ __forceinline__ void split(float (&x)[COUNT], float (&small)[COUNT])
 {
@@ -55,13 +55,13 @@ static __device__ __forceinline__ void split(float (&x)[COUNT], float (&small)[C
     }
 }
 
-// Where element (i, k) of a matrix lies; step is from row to row, or from column to column.
+// The offset of element (i, k) of a matrix; step is from row to row, or from column to column.
 template <bool IN_COLUMNS>
 static __device__ __forceinline__ size_t place(int i, int k, int step)
 { return IN_COLUMNS ? (size_t)k * step + i : (size_t)i * step + k; }
 
-// Begins to copy a tile of x: its rows from row0 on, and columns k0 to k0 + DEPTH - 1. Zeros stand
-// for what is beyond the last row, and from column k_end on.
+// Begins to copy a tile of x: TILE rows from row0 on, and columns k0 to k0 + DEPTH - 1. Beyond the
+// last row, and from column k_end on, the tile gets zeros.
 template <bool IN_COLUMNS>
 static __device__ __forceinline__ void copy_tile(float *tile, const float *x, int step, int row0,
                                                  int rows, int k0, int k_end)
@@ -77,8 +77,8 @@ static __device__ __forceinline__ void copy_tile(float *tile, const float *x, in
     }
 }
 
-// Of a tile, the 16 x 8 elements from (i, k) on, as mma_tf32 wants its a. For its b: the first and
-// third number are those of 8 rows, the others of the next 8.
+// Loads 16 x 8 elements of a tile, from (i, k) on, in the layout that mma_tf32 needs for its a. For
+// its b, the first and third number are those of 8 rows, the others those of the next 8.
 template <bool IN_COLUMNS>
 static __device__ __forceinline__ void load(float (&x)[4], const float *tile, int i, int k)
 {
@@ -101,15 +101,15 @@ static __device__ __forceinline__ float plain(const float *a, int a_step, const 
     return total;
 }
 
-// Where element n of a thread is, counted from its first.
+// The row and the column of a thread's element n, relative to its first element.
 static __device__ __forceinline__ int row_of(int n)
 { return n / (4 * TILES_N) * 16 + n % 4 / 2 * 8; }
 static __device__ __forceinline__ int column_of(int n) { return n / 4 % TILES_N * 8 + n % 2; }
 
-// Blocks along x: the tiles of y, row by row. Along z: either many products, product (o, i) of
-// matrices outer * o + inner * i behind the first, with so many i for each o; or, where
-// parts > 1, parts of one product, each over share (a multiple of DEPTH) of its k, which
-// product_parts.cu adds. The results stand one after the other in y.
+// Blocks along x are the tiles of y, row by row. Blocks along z are the products of a batch:
+// product (o, i) has matrices at offset outer * o + inner * i, with inner_count values of i for
+// each o. Or, if parts > 1, they are parts of one product, each over share (a multiple of DEPTH) of
+// its K columns; product_parts.cu adds them. The results follow one another in y.
 extern "C" __global__ void __launch_bounds__(THREADS)
     product(const float *a, int a_step, int a_outer, int a_inner, const float *b, int b_step,
             int b_outer, int b_inner, int inner_count, const float *bias, const float *residual,
@@ -139,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     commit_copies();
     for (int step = 0; step < steps; step++) {
         wait_copies<0>();
-        __syncthreads(); // this step's tiles are there, and nobody reads the other ones any more
+        __syncthreads(); // this step's tiles are there, and no thread reads the other ones any more
         int now = step % STAGES, next = (step + 1) % STAGES;
         if (step + 1 < steps) {
             int k = k_first + (step + 1) * DEPTH;

@@ -1,7 +1,7 @@
 """Matrix products on CUDA: by a kernel of this package, by cuBLASLt or by CuPy.
 
-``Cuda.products`` says by which, and ``Cuda.precision`` in what the factors are rounded. Sums are
-accumulated in float32 and results are float32, whatever the precision.
+``Cuda.products`` selects one of them, and ``Cuda.precision`` is what the factors are rounded to.
+Sums are accumulated in float32 and results are float32, whatever the precision.
 """
 
 import math
@@ -21,14 +21,14 @@ from pvt_ref.kernels.cuda.launch import (
 
 ADD_PRODUCTS = Function("product_parts.cu", "add_products")
 
-#: Threads of a block of product.cu, and numbers of a row of its tiles, as it says itself.
+#: Threads of a block of product.cu, and the length of a row of its tiles, as defined there.
 _THREADS, _DEPTH = 128, 32
 
-#: The fewest terms of a part of a sum. To add parts takes another launch: worth it early for a
-#: gradient of weights, which has few elements and a sum over all tokens.
+#: The fewest terms for a part of a sum. Adding the parts takes another launch. For the gradient of
+#: a weight it is worthwhile sooner: it has few elements, each a sum over all tokens.
 _WORTH_A_PART, _WORTH_A_PART_OF_A_GRADIENT = 1024, 256
 
-#: Products of a stack, along z of the grid.
+#: The most products of a stack: they are along z of the grid.
 _MOST_IN_STACK = 65_535
 
 
@@ -60,10 +60,10 @@ def multiply(
     residual: Array | None = None,
     has_gelu: bool = False,
 ) -> Array:
-    """a (M, K) @ b (K, N) + bias (N,), its GELU if it has one, + residual (M, N).
+    """a (M, K) @ b (K, N) + bias (N,), then GELU if has_gelu, then + residual (M, N).
 
-    Arrays lie as they like: a transpose costs nothing. Stacks (B, N, M, K) and (B, N, K, N') are
-    multiplied one by one. GELU is in the own kernel alone; see :func:`fuses_gelu`.
+    Any memory layout is accepted: a transpose costs nothing. Stacks (B, N, M, K) and (B, N, K, N')
+    are multiplied matrix by matrix. Only this package's kernel has GELU; see :func:`fuses_gelu`.
     """
     stack, (M, N) = a.shape[:-2], (a.shape[-2], b.shape[-1])
     size = math.prod(stack) * M * N
@@ -90,13 +90,13 @@ def multiply(
 
 
 def fuses_gelu(x: Array, columns: int, cuda: Cuda) -> bool:
-    """Whether GELU of a product with so many columns costs no launch: cuBLASLt has only tanh's."""
+    """Whether the product itself can apply GELU: cuBLASLt only has the tanh approximation."""
     fits = x.size // x.shape[-1] * columns <= MOST_NUMBERS
     return cuda.products == "own" and is_float32(x) and fits
 
 
 def fuses_residual(x: Array, cuda: Cuda) -> bool:
-    """Whether a residual sum costs nothing but the reading of what is added."""
+    """Whether the product itself can add a residual."""
     return cuda.products != "cupy" and is_float32(x)
 
 
@@ -108,7 +108,7 @@ def _by_own_kernel(
     residual: Array | None,
     has_gelu: bool,
 ) -> Array:
-    """a (..., M, K) b (..., N, K)^T, and the rest."""
+    """a (..., M, K) b (..., N, K)^T, then bias, GELU and residual."""
     left, right, xp = _factor(a), _factor(b), array_module(a)
     stack, (M, K), N = a.shape[:-2], a.shape[-2:], b.shape[-2]
     count, inner_count = math.prod(stack), stack[1] if stack else 1
@@ -143,12 +143,12 @@ def _by_own_kernel(
 
 
 def _with_steps(x: Factor) -> tuple[Array, int, int, int]:
-    """A factor as the kernel takes it."""
+    """The kernel's arguments for a factor."""
     return x.array, x.step, x.outer, x.inner
 
 
 def _in_half(x: Array, cuda: Cuda) -> Array:
-    """The bits of x (..., rows, K) in half precision, in x's order of memory."""
+    """The bits of x (..., rows, K) in half precision, in x's memory layout."""
     xp = array_module(x)
     if _factor(x).in_columns:
         return xp.matrix_transpose(_in_half(xp.matrix_transpose(x), cuda))

@@ -1,10 +1,10 @@
-// The parts of a product (product.cu) added, one after the other, so that its bits are the same each
+// Adds the parts of a product (product.cu), one after the other, so that the bits are the same each
 // time; then bias, GELU and residual.
 
 #include "gelu.h"
 #include "epilogue.h"
 
-// y (size,), rows of N numbers, from parts (count, size).
+// y (size,), in rows of N numbers, from parts (count, size).
 extern "C" __global__ void add_products(const float *parts, int count, const float *bias,
                                         const float *residual, int has_gelu, float *y, int size,
                                         int N)

@@ -1,8 +1,8 @@
 // Resizing (layers/resize.py) and pooling (layers/pool.py): A_h x A_w^T for every channel of a map,
-// in one launch. Of each row of the two matrices only what is not 0 is read: taps, K at most. The
-// transposes of both matrices give the backward.
+// in one launch. Only the non-zero entries of each row of the two matrices are read: the taps, at
+// most K per row. With both matrices transposed, this is the backward.
 //
-// Compiled with PIECE: float, or float4 where C is divisible by four. Then C and count count pieces.
+// Compiled with PIECE: float, or float4 if C is divisible by four. Then C and count count pieces.
 
 #include "piece.h"
 
@@ -12,8 +12,9 @@ static __device__ __forceinline__ void add_times(float4 &x, float s, float4 y)
     x.x += s * y.x, x.y += s * y.y, x.z += s * y.z, x.w += s * y.w;
 }
 
-// y (B, H, W, C) of x (B, h, w, C). cells (K_h, H), behind them (K_w, W): of which lines of x a line
-// of y is made, and of which pixels a pixel; weights likewise. A thread has one piece of y.
+// y (B, H, W, C) from x (B, h, w, C). cells holds (K_h, H) indices, the lines of x that contribute
+// to each line of y, then (K_w, W), the same for the pixels of a line; weights has their weights in
+// the same order. A thread has one piece of y.
 extern "C" __global__ void resize(const PIECE *x, const int *cells, const float *weights, PIECE *y,
                                   int count, int h, int w, int H, int W, int C, int K_h, int K_w)
 {

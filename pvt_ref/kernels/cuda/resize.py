@@ -1,7 +1,7 @@
 """Resizing and pooling on CUDA: both axes in one launch, forward and backward.
 
-Of the small matrices that say how, only the numbers that are not 0 go to the device. They are
-constants, so what resizes can be captured in a CUDA graph.
+Only the non-zero entries of the two small resizing matrices are copied to the device. They are
+constants, so resizing can be captured in a CUDA graph.
 """
 
 import functools
@@ -29,13 +29,13 @@ from pvt_ref.ops import Ops
 
 @functools.cache
 def matrix_of(mode: str, align_corners: bool) -> MakeMatrix:
-    """Makes the matrices of a way of resizing: the same function whenever it is asked for."""
+    """The function that makes resizing matrices; the same object for the same arguments."""
     return functools.partial(resize_matrix, mode=mode, align_corners=align_corners)
 
 
 @functools.lru_cache(maxsize=256)
 def _taps(make: MakeMatrix, new: Grid, old: Grid, transposed: bool) -> tuple[Any, ...]:
-    """Cells and weights of both axes, one behind the other, and K of each; on the host."""
+    """Cells and weights of both axes, concatenated, and K of each axis; on the host."""
     axes = list(zip(new, old, strict=True))
     matrices = [make(o, n).T if transposed else make(n, o) for n, o in axes]
     taps = [Taps.of(A, np.dtype(np.float32)) for A in matrices]
@@ -63,7 +63,7 @@ def separable(
 
 
 def _can_resize(x: Array, size: Grid) -> bool:
-    """Whether the kernel counts all numbers of both maps (B, ..., C)."""
+    """Whether an int of the kernel can count the numbers of both maps (B, ..., C)."""
     B, _, _, C = x.shape
     return is_float32(x) and x.size > 0 and 0 < B * size[0] * size[1] * C <= MOST_NUMBERS
 

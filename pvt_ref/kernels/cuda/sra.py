@@ -1,11 +1,11 @@
 """Attention of a block on CUDA: with spatial reduction, or with every token as a key.
 
-With reduction, the tokens stand in R x R blocks. In that order its patches are rows already, so
-none are cut out. Attention does not see the order of its queries, and writes its result in raster
-order. Who calls this made the tokens: see ``blocks.py``.
+With reduction, the tokens are stored in R x R blocks. In that order the patches are contiguous
+rows, so no patches have to be cut out. Attention does not depend on the order of its queries, and
+writes its result in raster order. The caller, ``blocks.py``, stores the tokens in this order.
 
-Without it, queries, keys and values are made of the same rows, by one product as in a ViT: the
-matrices W^Q and W^KV of a PVT are put together for it.
+Without reduction, queries, keys and values come from the same rows, by one product as in a ViT: the
+matrices W^Q and W^KV of a PVT are joined for that.
 """
 
 from typing import Any
@@ -33,7 +33,10 @@ from pvt_ref.tree import record
 
 
 def order_of(p: Any, x: Array, grid: Grid, settings: SRASettings, rng: Source) -> Order | None:
-    """The order in which this attention wants its tokens x (B, n, C); None: the readable one."""
+    """The order in which this attention needs its tokens x (B, n, C).
+
+    None: the kernels cannot compute this attention, and the table's own is used.
+    """
     if not can_attend(x.shape[2] // settings.num_heads, settings.attn_drop_rate, rng):
         return None
     if isinstance(p, MHAParams) or can_join(p):
@@ -48,8 +51,8 @@ def order_of(p: Any, x: Array, grid: Grid, settings: SRASettings, rng: Source) -
 class SRAInBlocksCache:
     """The caches of the parts, and N; drop is None if nothing was dropped.
 
-    Without reduction, together are the weights, and qkv is the cache of their product; q, sr, norm
-    and kv are None. With it, these two are None.
+    Without reduction, together has the joined weights, qkv is the cache of their product, and q,
+    sr, norm and kv are None. With reduction, together and qkv are None.
     """
 
     together: MHAParams | None
@@ -75,10 +78,10 @@ def sra_forward(
     cuda: Cuda,
     residual: Array | None = None,
 ) -> tuple[Array, Any]:
-    """As :func:`pvt_ref.blocks.sra.sra_forward`, for tokens x (B, n, C) in that order.
+    """As :func:`pvt_ref.blocks.sra.sra_forward`, for tokens x (B, n, C) in the given order.
 
-    p are weights of that or of :func:`pvt_ref.blocks.mha.mha_forward`. With a residual (B, n, C),
-    in raster order, nothing is dropped, and y is the sum of both.
+    p holds the weights of that function or of :func:`pvt_ref.blocks.mha.mha_forward`. If there is a
+    residual (B, n, C), in raster order, it is added to y, and nothing is dropped.
     """
     xp, (B, n, C), N = array_module(x), x.shape, settings.num_heads
     together = qkv_cache = q_cache = sr_cache = norm_cache = kv_cache = None
@@ -111,7 +114,7 @@ def sra_forward(
 def sra_backward(
     p: Any, cache: SRAInBlocksCache, dy: Array, ops: Ops, cuda: Cuda
 ) -> tuple[Array, Any]:
-    """As :func:`pvt_ref.blocks.sra.sra_backward`; dx has the forward's order of tokens."""
+    """As :func:`pvt_ref.blocks.sra.sra_backward`; the tokens of dx have the forward's order."""
     xp, N = array_module(dy), cache.num_heads
     # y = dropout(Concat(heads) W^O)
     dy, _ = ops[dropout].backward(None, cache.drop, dy, ops)  # (B, n, C)
@@ -136,5 +139,5 @@ def sra_backward(
     dsr = LinearParams(matrix_to_kernel(dmatrix.weight, p.sr.weight.shape), dmatrix.bias)
     # q = x W^Q
     dx_queries, dq_params = ops[linear].backward(p.q, cache.q, dq, ops)  # (B, n, C)
-    dx = dx_queries + xp.reshape(dpatches, dx_queries.shape)  # x was the input of both
+    dx = dx_queries + xp.reshape(dpatches, dx_queries.shape)  # x was the input to both
     return dx, SRAParams(dq_params, dkv_params, dproj, dsr, dnorm)

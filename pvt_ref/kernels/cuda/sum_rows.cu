@@ -1,16 +1,17 @@
-// y_j = sum_r x_rj (layers/sum_rows.py), in two launches: parts of each sum, then the sum of parts.
+// y_j = sum_r x_rj (layers/sum_rows.py), in two launches: the first computes parts of each sum, the
+// second adds the parts.
 //
-// Threads of a warp have neighbouring columns, so they read neighbouring numbers. Nothing is added
-// atomically: the order of every sum, and so every bit, is the same each time.
+// The threads of a warp have neighbouring columns, so they read neighbouring numbers. There are no
+// atomic additions: the order of every sum, and so every bit, is the same each time.
 //
-// Both: blocks of (32, 8) threads, 32 columns side by side and 8 rows at a time. Along x, the
-// grid has a block for each 32 columns.
+// Both kernels: blocks of (32, 8) threads, for 32 neighbouring columns and 8 rows at a time. Along
+// x, the grid has a block for every 32 columns.
 
 #define COLUMNS 32
 #define ROWS 8
-#define FEW 8 // neighbouring terms are added in float32, groups of so many in double
+#define FEW 8 // terms are added in float32, FEW at a time, and these sums in double
 
-// The sum over the rows of a block, for each column, in the threads of row 0.
+// The sum over the rows of a block, for each column. Only the threads of row 0 get it.
 static __device__ __forceinline__ double over_rows(double x)
 {
     __shared__ double shared[ROWS][COLUMNS + 1];
@@ -21,7 +22,8 @@ static __device__ __forceinline__ double over_rows(double x)
     return x;
 }
 
-// parts (gridDim.y, columns) of the sums of x (rows, columns). A block has every so many-th 8 rows.
+// parts (gridDim.y, columns) of the sums of x (rows, columns). A block has every gridDim.y-th group
+// of 8 rows.
 extern "C" __global__ void partial_sums(const float *x, int rows, int columns, double *parts)
 {
     int column = blockIdx.x * COLUMNS + threadIdx.x;

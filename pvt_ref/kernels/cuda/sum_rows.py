@@ -1,8 +1,8 @@
-"""The sum over rows on CUDA, whose columns stand side by side in memory.
+"""The sum over rows on CUDA, for arrays whose rows are contiguous in memory.
 
 CuPy's own reduction along the first axis took 62 % of a training step: it reads memory in steps of
-a whole row. The kernels read whole lines. For float64, which they do not have, a product with a row
-of ones adds up groups of rows, and only what is left of them is reduced as CuPy does.
+a whole row. The kernels read whole lines. They do not support float64: for it, a product with a row
+of ones adds groups of rows, and only the sums of the groups are reduced by CuPy.
 """
 
 import math
@@ -18,12 +18,12 @@ ADD_PARTS = Function("sum_rows.cu", "add_parts")
 #: Columns and rows of a block's threads.
 _BLOCK = (32, 8)
 
-#: Rows that are worth a part of their own.
+#: The fewest rows for a part.
 _ROWS_WORTH_A_PART = 64
 
 
 def number_of_parts(rows: int, columns: int, cuda: Cuda) -> int:
-    """In how many parts a sum over so many rows is made: for all blocks, and none too small."""
+    """The number of parts of a sum over rows: enough for all blocks, but none too small."""
     side_by_side = blocks_for(columns, _BLOCK[0])
     return max(1, min(2 * cuda.blocks // side_by_side, rows // _ROWS_WORTH_A_PART))
 
@@ -39,7 +39,7 @@ def add_parts(parts: Array, cuda: Cuda) -> Array:
 
 
 def _sum_of_groups(x: Array) -> Array:
-    """The sum over rows with up to sqrt(rows) terms of it in x's dtype, by a product."""
+    """The sum over rows; a product adds groups of up to sqrt(rows) terms in x's dtype."""
     xp = array_module(x)
     rows, C = x.shape
     group = max(math.isqrt(rows), 1)
@@ -55,7 +55,7 @@ def _sum_of_groups(x: Array) -> Array:
 def sum_rows_forward(
     p: None, x: Array, ops: Ops, keep: bool = True, *, cuda: Cuda
 ) -> tuple[Array, SumRowsCache | None]:
-    """As :func:`pvt_ref.layers.sum_rows.sum_rows_forward`, with 8 terms of a sum in float32."""
+    """As :func:`pvt_ref.layers.sum_rows.sum_rows_forward`, but 8 terms at a time in float32."""
     rows, C = x.shape
     if not is_float32(x) or not x.size:
         y = _sum_of_groups(x)
@@ -76,7 +76,7 @@ def sum_by_product_forward(
     return _sum_of_groups(x), SumRowsCache(x.shape[0]) if keep else None
 
 
-#: Without a kernel, for any dtype.
+#: The sum over rows without a kernel, for any dtype.
 SUM_BY_PRODUCT = Operation(sum_by_product_forward, sum_rows.backward)
 
 sum_rows_kernel = Kernel(sum_rows, sum_rows_forward, None)

@@ -30,21 +30,22 @@ def cuda_ops() -> Ops:
 def cuda_kernels(
     precision: str = "float32", products: str | None = None, *, capture: bool = True
 ) -> Ops:
-    """The kernels for CuPy arrays of float32; what they cannot compute, the readable layers do.
+    """The kernels for CuPy arrays of float32; the readable layers do what the kernels cannot.
 
-    They have run on the CPU only, in the tests' emulation of CUDA, and on no GPU yet. So they are
-    not the default: ``ops=cuda_kernels()``, or PVT_REF_OPS=kernels in the environment.
+    They have only run on the CPU, in the tests' emulation of CUDA, and not on a GPU yet. So they
+    are not the default: select them with ``ops=cuda_kernels()``, or with PVT_REF_OPS=kernels in the
+    environment.
 
     Args:
-        precision: in what the factors of matrix products are rounded: ``"float32"``, not at all;
+        precision: what the factors of matrix products are rounded to: ``"float32"``, no rounding;
             ``"tf32"``, ``"float16"`` or ``"bfloat16"``. Arrays and all else stay float32. With
-            float16, training needs its loss scaled.
+            float16, training needs a scaled loss.
         products: ``"own"``, a kernel of this package, for float32 and TF32; ``"cublaslt"``; or
-            ``"cupy"``, for float32. None takes the first for float32, else the second.
-        capture: whether predict and trainings replay what repeats as CUDA graphs.
+            ``"cupy"``, for float32. None means ``"own"`` for float32, else ``"cublaslt"``.
+        capture: whether predict and training replay what repeats as CUDA graphs.
 
     Returns:
-        A table, equal to every other one made with the same arguments; its ``settings`` tell them.
+        A table, equal to every other one made with the same arguments, which its ``settings`` hold.
 
     Raises:
         RangeError: if precision or products is none of these.
@@ -57,12 +58,12 @@ def cuda_kernels(
 
 @functools.lru_cache(maxsize=16)
 def table_with(settings: Cuda, accepts: Callable[[Array], bool]) -> Ops:
-    """The table with these settings, for the arrays that its launch takes."""
+    """The table with these settings, for the arrays that their launch takes."""
 
     def of(*kernels: Kernel) -> dict[Operation, Operation]:
         return {kernel.readable: kernel.with_settings(settings) for kernel in kernels}
 
-    # what larger ones compute themselves: these serve outside of them, and where they step aside
+    # larger twins compute these themselves: they serve outside those, or where those are not used
     parts = of(layer_norm_kernel, sum_rows_kernel, attention_kernel, patch_embed_kernel)
     parts |= of(gelu_kernel, linear_kernel, mlp_kernel, batch_norm_kernel)
     twins = of(blocks_kernel, depthwise_conv_kernel, conv_kernel, conv_unit_kernel)

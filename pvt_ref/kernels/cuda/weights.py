@@ -1,11 +1,12 @@
-"""Weights of a model that does not change, once laid out as the kernels read them.
+"""Weights of a model that does not change, stored once in the layout that the kernels read.
 
-A forward permutes each kernel (C_out, C_in, k_h, k_w) into the matrix of its product, and puts W^Q
-and W^KV together where they see the same rows: a copy each. Both can be done before, with the same
-bits. A kernel keeps its shape, and lies in memory as the matrix does, so that the forward's own
-permutation is a view; and a PVT's attention without reduction becomes that of a ViT.
+A forward permutes each convolution kernel (C_out, C_in, k_h, k_w) into the matrix of its product,
+and joins W^Q and W^KV if they are applied to the same rows. Each is a copy. Both can be done in
+advance, with the same bits. A convolution kernel keeps its shape, but is stored in memory as the
+matrix is, so that the forward's own permutation is a view. A PVT's attention without reduction
+becomes that of a ViT.
 
-A training does not use this: its weights change.
+Training does not use this: its weights change.
 """
 
 import threading
@@ -24,13 +25,13 @@ from pvt_ref.tree import branches
 
 
 def can_join(p: Any) -> bool:
-    """Whether W^Q and W^KV see the same rows, and one product can make queries, keys and values."""
+    """Whether W^Q and W^KV have the same input, so that one product can give q, k and v."""
     reduces = not isinstance(p, SRAParams) or p.sr is not None or p.norm is not None
     return not reduces and (p.q.bias is None) == (p.kv.bias is None)
 
 
 def joined(p: SRAParams) -> MHAParams:
-    """The same weights as a ViT has them: q (C, C) over kv (2C, C)."""
+    """The same weights in the form of a ViT: q (C, C) above kv (2C, C)."""
     xp, bias = array_module(p.q.weight), None
     if p.q.bias is not None:
         bias = xp.concat((p.q.bias, p.kv.bias), axis=0)  # (3C,)
@@ -39,7 +40,7 @@ def joined(p: SRAParams) -> MHAParams:
 
 
 def taken_apart(p: MHAParams) -> SRAParams:
-    """What :func:`joined` put together, or its gradients: views."""
+    """Undoes :func:`joined`, for weights or their gradients. The results are views."""
     C, (weight, bias) = p.qkv.weight.shape[1], (p.qkv.weight, p.qkv.bias)
     q, kv = (
         LinearParams(weight[rows, :], None if bias is None else bias[rows])
@@ -49,7 +50,7 @@ def taken_apart(p: MHAParams) -> SRAParams:
 
 
 def arranged(tree: Any) -> Any:
-    """Weights of the same numbers, for a forward; what need not move is shared."""
+    """Weights with the same values, arranged for a forward; what need not move is shared."""
     if is_array(tree):
         return _laid_out(tree, (0, 2, 3, 1)) if tree.ndim == 4 else tree
     if can_join(tree):
@@ -64,16 +65,17 @@ def arranged(tree: Any) -> Any:
 
 
 def _laid_out(x: Array, order: tuple[int, ...]) -> Array:
-    """x itself as it is seen, its numbers in memory in the order of these axes."""
+    """An array equal to x, whose numbers are stored in memory in the order of these axes."""
     xp = array_module(x)
     y = xp.ascontiguousarray(xp.permute_dims(x, order))
     return xp.permute_dims(y, tuple(order.index(axis) for axis in range(x.ndim)))
 
 
 class Arranged:
-    """The arranged weights of the models used last, at most so many.
+    """The arranged weights of the most recently used models.
 
-    They are known by their owner, which an entry keeps alive, so that no other takes its place.
+    The key is the id of their owner. The entry keeps the owner alive, so no other object can get
+    the same id.
     """
 
     def __init__(self, most: int = 4) -> None:
@@ -82,7 +84,7 @@ class Arranged:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Arranged, (self.most,)  # a copy arranges for itself
+        return Arranged, (self.most,)  # a copy starts empty
 
     def __len__(self) -> int:
         return len(self._known)
@@ -93,7 +95,7 @@ class Arranged:
             self._known.clear()
 
     def of(self, owner: Any, params: Any) -> Any:
-        """params, arranged, of an owner whose weights nobody changes."""
+        """params, arranged, for an owner whose weights do not change."""
         with self._lock:
             _, found = self._known.pop(id(owner), (None, None))
             if found is None:
@@ -105,6 +107,6 @@ class Arranged:
 
 
 def arranged_for(ops: Ops | None, model: Any) -> Any:
-    """A record with params as this table's kernels read it; the same one if it has no kernels."""
+    """A record with params arranged for this table's kernels; the same one if it has none."""
     known = None if ops is None else getattr(ops.settings, "arranged", None)
     return model if known is None else replace(model, params=known.of(model, model.params))

@@ -1,15 +1,15 @@
-// The windows of a map (unfold in layers/conv.py), and their transpose (fold); patches are windows
-// that do not overlap. Windows (B, h, w, k_h, k_w, C), a map (B, H, W, C) of zeros outside.
+// The windows of a map (unfold in layers/conv.py), and the transpose (fold). Patches are windows
+// that do not overlap. Windows are (B, h, w, k_h, k_w, C), a map is (B, H, W, C), and 0 outside.
 //
-// Compiled with PIECE: float, or float4 where C and all steps are divisible by four. Then C, count
-// and the steps count pieces. A thread has one piece of what is written, so nothing is added by two
-// threads.
+// Compiled with PIECE: float, or float4 if C and all strides in memory are divisible by four. Then
+// C, count and these strides count pieces. Each thread writes one piece, so no two threads add to
+// the same one.
 
 #include "piece.h"
 
-// windows_(b, i, j, u, v, c) = x_(b, i s + u - padding, j s + v - padding, c). x lies anywhere: the
-// last four arguments are its steps from image to image, line to line, pixel to pixel and channel
-// to channel.
+// windows_(b, i, j, u, v, c) = x_(b, i s + u - padding, j s + v - padding, c), with s the stride. x
+// may have any memory layout: the last four arguments are the steps from image to image, line to
+// line, pixel to pixel and channel to channel.
 extern "C" __global__ void unfold(const PIECE *x, PIECE *windows, int count, int H, int W, int C,
                                   int h, int w, int k_h, int k_w, int stride, int padding,
                                   int image_step, int line_step, int pixel_step, int channel_step)
@@ -28,8 +28,8 @@ extern "C" __global__ void unfold(const PIECE *x, PIECE *windows, int count, int
     windows[index] = value;
 }
 
-// x_(b, line, pixel, c) = the sum over all windows that it lies in: those (i, j) of which a row u
-// has i s + u - padding = line, and likewise a column v. Added in the order of u, then v.
+// x_(b, line, pixel, c) is the sum over all windows that contain it: those (i, j) with a row u such
+// that i s + u - padding = line, and likewise a column v. They are added in the order of u, then v.
 extern "C" __global__ void fold(const PIECE *windows, PIECE *x, int count, int H, int W, int C,
                                 int h, int w, int k_h, int k_w, int stride, int padding)
 {

@@ -31,7 +31,7 @@ from pvt_ref.tree import record
 
 
 def _function(name: str, width: int) -> Function:
-    """The kernel, for pieces of so many numbers: 4 or 1."""
+    """The kernel for pieces of width numbers: 4 or 1."""
     return Function("windows.cu", name, (("PIECE", "float4" if width == 4 else "float"),))
 
 
@@ -49,9 +49,9 @@ def _are_pixels(k: Grid, stride: int, padding: int) -> bool:
 
 
 def unfold(x: Array, k: Grid, stride: int, padding: int, cuda: Cuda) -> Array:
-    """As :func:`pvt_ref.layers.conv.unfold`, of a map (B, H, W, C) in any order of memory.
+    """As :func:`pvt_ref.layers.conv.unfold`, for a map (B, H, W, C) in any memory layout.
 
-    Windows that are pixels are the map itself, if it lies in order.
+    If windows are single pixels, the result is a view of the map where its layout allows that.
     """
     (B, H, W, C), width = x.shape, _piece(x)
     if _are_pixels(k, stride, padding):
@@ -59,7 +59,7 @@ def unfold(x: Array, k: Grid, stride: int, padding: int, cuda: Cuda) -> Array:
     h, w = windows_along((H, W), k, stride, padding)
     windows = array_module(x).empty((B, h * w, k[0] * k[1] * C), x.dtype)
     steps = [step // x.itemsize for step in x.strides]
-    # counted in pieces; a piece of four channels is followed by the next four, a step of 1
+    # counted in pieces; from a piece of four channels to the next is a step of 1
     steps = [step // width for step in steps[:3]] + [steps[3]]
     count = windows.size // width
     sizes = (count, H, W, C // width, h, w, *k, stride, padding)
@@ -70,7 +70,7 @@ def unfold(x: Array, k: Grid, stride: int, padding: int, cuda: Cuda) -> Array:
 
 
 def fold(windows: Array, size: Grid, k: Grid, stride: int, padding: int, cuda: Cuda) -> Array:
-    """As :func:`pvt_ref.layers.conv.fold`, and with the same bits."""
+    """As :func:`pvt_ref.layers.conv.fold`, with the same bits."""
     xp = array_module(windows)
     (B, _, D), (H, W) = windows.shape, size
     if _are_pixels(k, stride, padding):
@@ -90,7 +90,7 @@ def fold(windows: Array, size: Grid, k: Grid, stride: int, padding: int, cuda: C
 
 
 def _can_unfold(x: Array, k: Grid, stride: int, padding: int) -> bool:
-    """Whether the kernels count all numbers of the windows, and x is read upwards."""
+    """Whether an int of the kernels can count the windows' numbers, and x has positive strides."""
     (B, H, W, C), (k_h, k_w) = x.shape, k
     h, w = windows_along((H, W), k, stride, padding)
     count = B * h * w * k_h * k_w * C

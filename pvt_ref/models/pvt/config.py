@@ -46,12 +46,12 @@ class StageConfig:
     drop_path_rates: tuple[float, ...]
     norm_eps: float
     projection_norm_eps: float
-    blocks: tuple[BlockSettings, ...]  # what each block is told
+    blocks: tuple[BlockSettings, ...]  # the settings of each block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PVTConfig:
-    """A buildable PVT. Field names are those of the authors' constructor.
+    """The configuration of a PVT. Field names are those of the authors' constructor.
 
     Attributes:
         img_size: side in pixels of the square image that the position tables are made for. They are
@@ -62,22 +62,22 @@ class PVTConfig:
         patch_sizes: P_i, one per stage. (The released constructor fixes 2 for stages 2 to 4.)
         embed_dims: C_i.
         num_heads: N_i; must divide C_i.
-        mlp_ratios: E_i; C_i * E_i must be whole.
+        mlp_ratios: E_i; C_i * E_i must be an integer.
         qkv_bias: whether q and kv have biases.
         qk_scale: replaces 1 / sqrt(d) as the factor on the scores; None keeps 1 / sqrt(d).
             Zero is honoured (the released code ignores it).
         drop_rate: dropout after the position embedding, the attention projection and in the MLP.
         attn_drop_rate: dropout on the attention weights.
-        drop_path_rate: stochastic depth of the last block; block k of K has
-            ``linspace(0, drop_path_rate, K)[k]``.
+        drop_path_rate: stochastic depth of the last block; block l of L has
+            ``linspace(0, drop_path_rate, L)[l]``.
         depths: L_i, at most 1000.
         sr_ratios: R_i. 1 is plain multi-head attention.
         norm_eps: epsilon in norm1, norm2 and the final norm.
         projection_norm_eps: epsilon in the norms after the patch and the spatial-reduction
-            projections. The released code has 1e-5 there and 1e-6 in the others.
+            projections. The released code uses 1e-5 in these and 1e-6 in the others.
 
     Raises:
-        ConfigError: if it cannot be built; the message lists every reason.
+        ConfigError: if there is no such model; the message lists every reason.
     """
 
     img_size: int = 224
@@ -102,7 +102,7 @@ class PVTConfig:
         refuse("PVT", problems, self._conflicts(problems.keys()), "pvt_tiny")
 
     def _conflicts(self, wrong: AbstractSet[str]) -> list[str]:
-        """What is wrong between fields, where none of these is wrong in itself."""
+        """What is wrong between fields, for fields that are not wrong in themselves."""
         problems = width_conflicts(self, wrong)
         fine = wrong.isdisjoint({"num_classes", "sr_ratios"})
         if fine and self.num_classes and self.sr_ratios[-1] > 1:

@@ -21,7 +21,7 @@ from pvt_ref.models.layouts import (
 )
 from pvt_ref.models.pvt.config import NUM_STAGES, VARIANTS, PVTConfig
 
-_BASE = "pvt."  # of every key but the classifier's: what transformers calls a base model
+_BASE = "pvt."  # prefix of all keys but the classifier's: transformers' base model
 _HF, _HF_PATCH = "pvt.encoder.block.{j}.{b}.", "pvt.encoder.patch_embeddings.{j}."
 _MM = "layers.{j}.1.{c}."  # element 0 of this list is the position table
 
@@ -52,7 +52,7 @@ _mm_name = renaming({ours: theirs[1] for ours, theirs in _KEYS.items() if len(th
 
 
 def _pieces(rename: Callable[[str], str | None], keeps_cls_row: bool = True) -> Any:
-    """The ``pieces_of`` of a layout: backbones keep the cls row of the last table and skip it."""
+    """The ``pieces_of`` of a layout; backbones keep a cls row in the last table, but skip it."""
     plain = pieces_by(rename, stacked=("key", "value"))
 
     def pieces_of(key: str, shape: Shape, config: PVTConfig) -> list[Piece]:
@@ -73,11 +73,11 @@ def mmdetection_pieces(rename: Callable[[str], str | None]) -> Any:
         name = rename(key)
         if name is None or (key.endswith("attn.proj.bias") and not config.qkv_bias):
             return []
-        if ".attn.q." in key or ".attn.kv." in key:  # glued: (3C, ...), q above k above v
+        if ".attn.q." in key or ".attn.kv." in key:  # joined: (3C, ...), q above k above v
             C = config.embed_dims[int(key[len("block")]) - 1]
             rows = slice(0, C) if ".attn.q." in key else slice(C, 3 * C)
             return [Piece(key, WHOLE, name, (rows,), (3 * C, *shape[1:]))]
-        if ".mlp.fc" in key and key.endswith(".weight"):  # linear, written as 1x1 convolution
+        if ".mlp.fc" in key and key.endswith(".weight"):  # linear, stored as a 1x1 convolution
             shape = (*shape, 1, 1)
         return [Piece(key, WHOLE, name, WHOLE, shape)]
 
@@ -147,7 +147,7 @@ def _fit(config: PVTConfig, shapes: Mapping[str, Shape], layout: Layout) -> PVTC
         try:
             return dataclasses.replace(config, **changes, img_size=img_size)
         except ConfigError:
-            continue  # no such image size: the table is what is wrong
+            continue  # no such image size: the table is wrong
     return config
 
 
@@ -172,7 +172,7 @@ def _shown(shapes: Mapping[str, Shape], layout: Layout) -> dict[str, Any]:
 
 
 _DEFAULT = PVTConfig()
-#: Fields of Hugging Face's PvtConfig that mean the same here.
+#: Fields of Hugging Face's PvtConfig that have the same meaning here.
 _SAME = {
     **{"num_channels": "in_chans", "hidden_sizes": "embed_dims"},
     **{"num_attention_heads": "num_heads", "sequence_reduction_ratios": "sr_ratios"},
@@ -200,7 +200,7 @@ def _from_hugging_face(fields: Mapping[str, Any]) -> dict[str, Any]:
         values["img_size"] = one_side("image_size", fields["image_size"], why)
     if "layer_norm_eps" in fields:
         values |= dict.fromkeys(("norm_eps", "projection_norm_eps"), fields["layer_norm_eps"])
-    return {**values, "qk_scale": None}  # its code has no such thing
+    return {**values, "qk_scale": None}  # its code has no such setting
 
 
 def _partial(values: dict[str, Any]) -> PVTConfig:

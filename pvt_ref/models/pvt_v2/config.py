@@ -1,7 +1,7 @@
 """The shape of a PVT v2 (arXiv 2106.13797): one frozen record, and the seven published variants.
 
-Symbols are those of PVT (:mod:`pvt_ref.models.pvt.config`). In the place of P_i stand a kernel and
-its stride, which are the same in all of them.
+Symbols are those of PVT (:mod:`pvt_ref.models.pvt.config`). In place of P_i there are a kernel size
+and a stride, which are the same in all variants.
 """
 
 import functools
@@ -25,46 +25,47 @@ from pvt_ref.models.fields import (
     width_conflicts,
 )
 
-#: Sides of the kernels that embed patches, and their strides. The padding is half a kernel.
+#: Kernel sizes and strides of the patch embeddings. The padding is half a kernel.
 KERNELS, STRIDES = (7, 3, 3, 3), (4, 2, 2, 2)
 
 
 class PVTv2Stage(NamedTuple):
-    """What stage i needs to know beside its weights."""
+    """The settings of stage i, besides its weights."""
 
     stride: int  # of its patch embedding
-    padding: int  # of it
+    padding: int  # likewise
     blocks: tuple[BlockSettings, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PVTv2Config:
-    """A buildable PVT v2. Field names are those of the authors' constructor.
+    """The configuration of a PVT v2. Field names are those of the authors' constructor.
 
     Attributes:
-        img_size: side in pixels of the pictures that it was trained on: no weight depends on it.
+        img_size: side in pixels of the pictures that it was trained on; no weight depends on it.
         in_chans: channels of the image.
         num_classes: outputs of the classifier. 0 makes a bare backbone, without a head.
         embed_dims: C_i.
         num_heads: N_i; must divide C_i.
-        mlp_ratios: E_i; C_i * E_i must be whole.
+        mlp_ratios: E_i; C_i * E_i must be an integer.
         qkv_bias: whether q and kv have biases.
         qk_scale: replaces 1 / sqrt(d) as the factor on the scores; None keeps 1 / sqrt(d).
             Zero is honoured (the released code ignores it).
         drop_rate: dropout after the attention projection and in the MLP.
         attn_drop_rate: dropout on the attention weights.
-        drop_path_rate: stochastic depth of the last block; block k of K has
-            ``linspace(0, drop_path_rate, K)[k]``.
+        drop_path_rate: stochastic depth of the last block; block l of L has
+            ``linspace(0, drop_path_rate, L)[l]``.
         depths: L_i, at most 1000.
-        sr_ratios: R_i, which must divide the grid of stage i. 1 is plain multi-head attention. With
-            linear they mean nothing.
-        linear: linear spatial reduction: keys and values come from 7 x 7 averages, in all stages.
+        sr_ratios: R_i, which must divide the grid of stage i. 1 is plain multi-head attention. They
+            are not used if linear is True.
+        linear: whether spatial reduction is linear: keys and values come from 7 x 7 averages, in
+            all stages.
         norm_eps: epsilon in norm1 and norm2 of the blocks, and in the norm that ends each stage.
         projection_norm_eps: epsilon in the norms after the patch and the spatial-reduction
-            projections. The released code has 1e-5 there and 1e-6 in the others.
+            projections. The released code uses 1e-5 in these and 1e-6 in the others.
 
     Raises:
-        ConfigError: if it cannot be built; the message lists every reason.
+        ConfigError: if there is no such model; the message lists every reason.
     """
 
     img_size: int = 224
@@ -89,7 +90,7 @@ class PVTv2Config:
         refuse("PVT v2", problems, self._conflicts(problems.keys()), "pvt_v2_b0")
 
     def _conflicts(self, wrong: AbstractSet[str]) -> list[str]:
-        """What is wrong between fields, where none of these is wrong in itself."""
+        """What is wrong between fields, for fields that are not wrong in themselves."""
         problems = width_conflicts(self, wrong)
         if wrong.isdisjoint({"img_size", "sr_ratios", "linear"}):
             cut = self._first_cut(self.img_size, self.img_size)
@@ -103,7 +104,7 @@ class PVTv2Config:
         return problems
 
     def _first_cut(self, height: int, width: int) -> tuple[int, tuple[int, int]] | None:
-        """The first stage whose grid spatial reduction would cut, and that grid."""
+        """The first stage whose grid R_i does not divide, and that grid."""
         for i, grid in enumerate(self._grids(height, width), start=1):
             R = 1 if self.linear else self.sr_ratios[i - 1]
             if grid[0] % R or grid[1] % R:
@@ -125,7 +126,7 @@ class PVTv2Config:
 
     @property
     def size_multiple(self) -> int:
-        """Number whose multiples are sizes at which no token is lost, in each stage; 1 if linear.
+        """Sides that are multiples of this number lose no token in any stage; 1 if linear.
 
         Other sizes may fit too: all whose grids the R_i divide.
         """
@@ -139,7 +140,7 @@ class PVTv2Config:
         return self.embed_dims
 
     def of_stage(self, i: int) -> PVTv2Stage:
-        """What stage i needs, drop-path rates included.
+        """The settings of stage i, including drop-path rates.
 
         Args:
             i: 1 to 4, as in the paper.
@@ -164,7 +165,7 @@ class PVTv2Config:
             ((H_1, W_1), ..., (H_4, W_4)), H and W over the strides, rounded up.
 
         Raises:
-            ShapeError: if these are no positive whole numbers, or tokens would be lost.
+            ShapeError: if height or width is not a positive integer, or tokens would be lost.
         """
         height, width = whole_pixels(height, width)
         if height < 1 or width < 1:
@@ -184,7 +185,7 @@ class PVTv2Config:
         return self._grids(height, width)
 
 
-@functools.lru_cache(maxsize=64)  # every forward asks
+@functools.lru_cache(maxsize=64)  # called by every forward
 def _stages(config: PVTv2Config) -> tuple[PVTv2Stage, ...]:
     stages = zip(STRIDES, KERNELS, block_settings(config), strict=True)
     return tuple(
@@ -194,12 +195,12 @@ def _stages(config: PVTv2Config) -> tuple[PVTv2Stage, ...]:
 
 
 def _variant(depths: tuple[int, ...], **changes: Any) -> PVTv2Config:
-    """As trained for ImageNet: large ones drop more paths."""
+    """A variant as trained on ImageNet: large ones have a higher drop-path rate."""
     rate = 0.1 if sum(depths) <= 16 else 0.3
     return PVTv2Config(depths=depths, drop_path_rate=rate, **changes)
 
 
-#: The published models (paper Table 1), with the drop path of their trainings.
+#: The published models (paper Table 1), with the drop-path rates of their training.
 VARIANTS: dict[str, PVTv2Config] = {
     "pvt_v2_b0": _variant((2, 2, 2, 2), embed_dims=(32, 64, 160, 256)),
     "pvt_v2_b1": _variant((2, 2, 2, 2)),

@@ -14,7 +14,7 @@ from pvt_ref.models.layouts import Files, Layout, Seen, Shape, one_side, pieces_
 from pvt_ref.models.pvt.files import mmdetection_pieces
 from pvt_ref.models.pvt_v2.config import KERNELS, STRIDES, VARIANTS, PVTv2Config
 
-_BASE = "pvt_v2."  # of every key but the classifier's: what transformers calls a base model
+_BASE = "pvt_v2."  # prefix of all keys but the classifier's: transformers' base model
 _HF, _TIMM, _MM = "pvt_v2.encoder.layers.{j}.", "stages.{j}.", "layers.{j}."
 _HF_B, _TIMM_B, _MM_B = _HF + "blocks.{b}.", _TIMM + "blocks.{b}.", _MM + "1.{b}."
 
@@ -133,7 +133,7 @@ def _fit(config: PVTv2Config, shapes: Mapping[str, Shape], layout: Layout) -> PV
     try:
         return dataclasses.replace(config, num_classes=num_classes, in_chans=in_chans)
     except ConfigError:
-        return config  # no such number of channels
+        return config  # no model can have these channels
 
 
 def _shown(shapes: Mapping[str, Shape], layout: Layout) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def _shown(shapes: Mapping[str, Shape], layout: Layout) -> dict[str, Any]:
         return {}
 
 
-#: Fields of Hugging Face's PvtV2Config that mean the same here.
+#: Fields of Hugging Face's PvtV2Config that have the same meaning here.
 _SAME = {
     **{"num_channels": "in_chans", "hidden_sizes": "embed_dims"},
     **{"num_attention_heads": "num_heads", "linear_attention": "linear"},
@@ -186,7 +186,7 @@ def _from_hugging_face(fields: Mapping[str, Any]) -> dict[str, Any]:
         values["img_size"] = one_side("image_size", fields["image_size"], why)
     if "layer_norm_eps" in fields:
         values |= dict.fromkeys(("norm_eps", "projection_norm_eps"), fields["layer_norm_eps"])
-    return {**values, "qk_scale": None}  # its code has no such thing
+    return {**values, "qk_scale": None}  # its code has no such setting
 
 
 def _partial(values: dict[str, Any]) -> PVTv2Config:

@@ -1,8 +1,8 @@
-"""The whole network: four stages, read out as class logits or as a pyramid of feature maps.
+"""The whole network: four stages, with class logits or a pyramid of feature maps as the output.
 
 It differs from PVT (:mod:`pvt_ref.models.pvt.model`) in that patches overlap, a norm ends every
-stage, and there are neither position tables nor a cls token: the classifier averages. Both readings
-therefore compute the same four maps.
+stage, and there are neither position tables nor a cls token: the classifier averages the tokens. So
+both outputs are computed from the same four maps.
 
 Nothing is checked here: :mod:`pvt_ref.api` does that, and calls these functions.
 """
@@ -25,7 +25,7 @@ from pvt_ref.tree import record
 
 @record
 class StageCache:
-    """The caches of the parts of stage i: the patch embedding's convolution and norm, and so on."""
+    """The caches of stage i: of the patch embedding's convolution and norm, and of the rest."""
 
     conv: Any
     embed_norm: Any
@@ -43,7 +43,7 @@ class ClassifierCache:
 
 
 def prepare(params: PVTv2Params, config: PVTv2Config, size: tuple[int, int]) -> None:
-    """Nothing: all that is computed depends on the images."""
+    """Returns None: all that is computed depends on the images."""
 
 
 def _stage_forward(
@@ -60,7 +60,7 @@ def _stage_forward(
         p.patch_embed.norm, x, ops, config.projection_norm_eps, keep=keep
     )  # (B, n_i, C_i)
     first = [x]
-    del x  # or these tokens would live as long as the blocks compute
+    del x  # else these tokens would stay in memory while the blocks compute
     x, blocks_cache = ops[blocks].forward(
         p.blocks, first.pop(), ops, grid, stage.blocks, rng, keep=keep
     )  # (B, n_i, C_i)
@@ -72,7 +72,7 @@ def _stage_forward(
 def _stage_backward(
     p: StageParams, cache: StageCache, dmap: Array, ops: Ops
 ) -> tuple[Array, StageParams]:
-    """Back from dmap (B, H_i, W_i, C_i), which is dL/dF_i, to the map below."""
+    """Back from dmap (B, H_i, W_i, C_i), which is dL/dF_i, to the input of the stage."""
     map_shape = dmap.shape
     # x = norm(blocks(x))
     dx = to_tokens(dmap)  # (B, n_i, C_i)
@@ -94,7 +94,7 @@ def forward(
     keep: bool = True,
     constants: None = None,
 ) -> tuple[Array, ClassifierCache | None]:
-    """The released classifier: the mean of the tokens of F_4 goes through the head.
+    """The released classifier: the head is applied to the mean of the tokens of F_4.
 
     Args:
         params: the weights.
@@ -121,9 +121,9 @@ def forward(
 def backward(
     params: PVTv2Params, cache: ClassifierCache, dlogits: Array, ops: Ops
 ) -> tuple[PVTv2Params, Array]:
-    """Gradients of :func:`forward`: every token of F_4 gets the same share of the mean's.
+    """Gradients of :func:`forward`: every token of F_4 gets the same share of the mean's gradient.
 
-    Of dlogits (B, num_classes) come the gradients of the weights, and dL/dimages (B, C_0, H, W).
+    From dlogits (B, num_classes) it computes those of the weights, and dL/dimages (B, C_0, H, W).
     """
     xp = array_module(dlogits)
     B, H_4, W_4, C_4 = cache.map_shape
@@ -147,9 +147,9 @@ def forward_pyramid(
     keep: bool = True,
     constants: None = None,
 ) -> tuple[list[Array], tuple[StageCache, ...] | None]:
-    """The feature maps F_1..F_4 of the released backbones, normed; the classifier reads the last.
+    """The feature maps F_1..F_4 of the released backbones, normed; the classifier uses the last.
 
-    Arguments as for :func:`forward`, of images (B, C_0, H, W); returns [F_1, F_2, F_3, F_4],
+    Arguments as for :func:`forward`, with images (B, C_0, H, W); returns [F_1, F_2, F_3, F_4],
     (B, C_i, H_i, W_i) each, and the cache.
     """
     x = channels_last(images)  # (B, H, W, C_0)
@@ -175,7 +175,7 @@ def backward_pyramid(
         ops: the table that the forward was given.
     """
     dstages: list[StageParams] = []
-    dbelow = None  # dL/dF_i by way of stage i + 1
+    dbelow = None  # the part of dL/dF_i that comes from stage i + 1
     for i in range(len(cache), 0, -1):
         dx = channels_last(dmaps[i - 1])  # (B, H_i, W_i, C_i)
         if dbelow is not None:

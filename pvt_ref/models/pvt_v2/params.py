@@ -85,7 +85,7 @@ def build_params(config: PVTv2Config, make: parts.Make) -> PVTv2Params:
 def _kernel(
     make: parts.Make, key: str, C_out: int, C_in: int, k: int, groups: int = 1
 ) -> tuple[Any, Any]:
-    """A kernel (C_out, C_in, k, k) and its bias, of a convolution in so many groups."""
+    """A kernel (C_out, C_in, k, k) and its bias, of a convolution with this many groups."""
     fan_out = k * k * C_out // groups
     return (
         make(Leaf(f"{key}.weight", (C_out, C_in, k, k), "fan_out", fan_out=fan_out)),

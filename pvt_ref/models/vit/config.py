@@ -14,9 +14,9 @@ from pvt_ref.models.fields import fitting_sizes, refuse, settle_fields, whole_pi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViTConfig:
-    """A columnar ViT (Dosovitskiy et al. 2021, arXiv 2010.11929); DeiT is the same network.
+    """The configuration of a columnar ViT (Dosovitskiy et al. 2021, arXiv 2010.11929), or a DeiT.
 
-    The defaults are DeiT-S/16. What has the name of a field of PVTConfig means the same.
+    The defaults are DeiT-S/16. Fields with the name of a field of PVTConfig have its meaning.
 
     Attributes:
         img_size: side in pixels of the square image that the position table is made for.
@@ -24,12 +24,12 @@ class ViTConfig:
         embed_dim: C.
         depth: L, at most 1000.
         num_heads: N; must divide C.
-        mlp_ratio: E; C * E must be whole.
+        mlp_ratio: E; C * E must be an integer.
         qkv_bias: whether qkv has a bias.
         qk_scale: replaces 1 / sqrt(d) as the factor on the scores; None keeps it.
         in_chans: channels of the image.
         num_classes: outputs of the classifier. 0 makes a bare backbone: with the cls token, which
-            patches look at, but without final norm and head.
+            the patches attend to, but without final norm and head.
         drop_rate: dropout after the position embedding, the attention projection and in the MLP.
         attn_drop_rate: dropout on the attention weights.
         drop_path_rate: stochastic depth of the last block.
@@ -37,7 +37,7 @@ class ViTConfig:
         position_resize: ``"bicubic"``, as DeiT and Hugging Face, or ``"bilinear"``, as SETR.
 
     Raises:
-        ConfigError: if it cannot be built; the message lists every reason.
+        ConfigError: if there is no such model; the message lists every reason.
     """
 
     img_size: int = 224

@@ -20,7 +20,7 @@ from pvt_ref.models.layouts import (
 )
 from pvt_ref.models.vit.config import ViTConfig
 
-_BASE = "vit."  # of every key but the classifier's: what transformers calls a base model
+_BASE = "vit."  # prefix of all keys but the classifier's: transformers' base model
 _HF, _MM = "vit.encoder.layer.{b}.", "layers.{b}."
 
 #: Our templates, Hugging Face's on disk, and MMSegmentation's, which has no classifier.
@@ -47,11 +47,11 @@ _mmsegmentation_name = renaming({k: theirs[1] for k, theirs in _KEYS.items() if 
 def _mmsegmentation(key: str, shape: Shape, config: ViTConfig) -> list[Piece]:
     name = _mmsegmentation_name(key)
     if name is None or (key.endswith("attn.proj.bias") and not config.qkv_bias):
-        return []  # its attention has both biases or none
+        return []  # its attention has both biases or neither
     return [Piece(key, WHOLE, name, WHOLE, shape)]
 
 
-_MARKS = ("cls_token", "pos_embed")  # without them the blocks are of another network, as of a Swin
+_MARKS = ("cls_token", "pos_embed")  # else the blocks belong to another network, such as a Swin
 _QKV = ("query", "key", "value")
 _CLASSIFIER = ("norm.weight", "norm.bias", "head.weight", "head.bias")
 _PORT_ADVICE = "pass eps=1e-6 for DeiT's training setting"
@@ -64,7 +64,7 @@ DEIT_BARE = Layout(
     has_classifier=False,
     unused=_CLASSIFIER,
 )
-#: Of a file that has no classifier itself: SETR's own code has the same names, and no classifier.
+#: For a file without a classifier: SETR's own code has the same names, and no classifier.
 DEIT_OR_SETR = dataclasses.replace(
     DEIT_BARE,
     resize_assumed="bicubic resizing of the position table (SETR resizes bilinearly: for a file of "
@@ -102,7 +102,7 @@ MMSEGMENTATION = Layout(
 )
 
 
-#: Relatives that are not read here: what they are, what is different, and parts of their keys.
+#: Relatives of a ViT that cannot be read: what they are, how they differ, parts of their keys.
 _RELATIVES = (
     (
         "a distilled DeiT",
@@ -148,7 +148,7 @@ def _bare(layout: Layout, state: Mapping[str, Any], wanted: bool) -> tuple[Layou
 
 
 def _table_side(rows: int) -> int:
-    """Of the grid of a table, which should have a row more, and of some relatives has none."""
+    """The side of a table's grid. A table has one row more than the grid, some relatives' not."""
     side = math.isqrt(rows)
     return side if rows > 1 and side * side == rows else math.isqrt(max(rows - 1, 0))
 
@@ -171,7 +171,7 @@ def _fit(config: ViTConfig, shapes: Mapping[str, Shape], layout: Layout) -> ViTC
         try:
             return dataclasses.replace(config, **changes, img_size=img_size)
         except ConfigError:
-            continue  # no such image size: the table is what is wrong
+            continue  # no such image size: the table is wrong
     return config
 
 
@@ -193,7 +193,7 @@ def _shown(shapes: Mapping[str, Shape], layout: Layout) -> dict[str, Any]:
         return {}
 
 
-#: Fields of Hugging Face's ViTConfig that mean the same here.
+#: Fields of Hugging Face's ViTConfig that have the same meaning here.
 _SAME = {
     **{"image_size": "img_size", "num_channels": "in_chans", "hidden_size": "embed_dim"},
     **{"num_hidden_layers": "depth", "num_attention_heads": "num_heads"},
@@ -215,7 +215,7 @@ def _from_hugging_face(fields: Mapping[str, Any]) -> dict[str, Any]:
             what = f"intermediate_size is {shown(hidden)} and hidden_size {shown(C)}"
             raise CheckpointError(f"{what}; both must be positive whole numbers")
         values["mlp_ratio"] = hidden / C if hidden % C else hidden // C
-    return {**values, "qk_scale": None}  # its code has no such thing
+    return {**values, "qk_scale": None}  # its code has no such setting
 
 
 def _partial(values: dict[str, Any]) -> ViTConfig:

@@ -1,4 +1,4 @@
-"""Four versions of attention: with an array of scores, streamed, keys shared, queries shared."""
+"""Four versions of attention: an array of scores, streamed, keys shared, queries shared."""
 
 from pvt_ref.arrays import Array, array_module
 from pvt_ref.kernels.cuda.attention import attention_forward
@@ -10,7 +10,7 @@ PLAIN = "ladder/attention_1_plain.cu"
 STREAMED = "ladder/attention_2_streamed.cu"
 SHARED = "ladder/attention_3_shared.cu"
 
-#: Threads of a block, each with a query.
+#: Threads of a block, one for each of its queries.
 _QUERIES = 128
 
 
@@ -31,7 +31,7 @@ def plain(q: Array, k: Array, v: Array, scale: float, cuda: Cuda) -> Array:
 
 
 def streamed(q: Array, k: Array, v: Array, scale: float, cuda: Cuda) -> Array:
-    """As :func:`plain`: one launch, a thread a query."""
+    """As :func:`plain`: one launch, one thread per query."""
     return _one_launch(STREAMED, "attention_2", q, k, v, scale, cuda)
 
 
@@ -52,7 +52,7 @@ def _one_launch(
 
 
 def last(q: Array, k: Array, v: Array, scale: float, cuda: Cuda) -> Array:
-    """As :func:`shared`, by the kernel of the tables."""
+    """As :func:`shared`, by the kernel that the tables use."""
     return attention_forward(None, (q, k, v), REFERENCE, scale, keep=False, cuda=cuda)[0]
 
 

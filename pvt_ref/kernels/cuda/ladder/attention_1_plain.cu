@@ -1,11 +1,11 @@
 // Attention (layers/attention.py, paper eq. 4), y = Softmax(scale * q k^T) v, first version: three
-// launches, as the equation is written. The scores (n, m) of each head go to memory, are read
-// three times and written once by the softmax, and read again by the last product.
+// launches, one for each step of the equation. The scores (n, m) of each head are written to
+// memory, read three times and written once by the softmax, and read again by the last product.
 //
-// q (heads, n, D), k and v (heads, m, D), scores (heads, n, m); heads are those of all images.
+// q (heads, n, D), k and v (heads, m, D), scores (heads, n, m); heads counts those of all images.
 // Compiled with D.
 
-// scores = scale * q k^T, a thread for each.
+// scores = scale * q k^T, a thread for each score.
 extern "C" __global__ void attention_1_scores(const float *q, const float *k, float scale,
                                               float *scores, int n, int m, int count)
 {
@@ -19,7 +19,7 @@ extern "C" __global__ void attention_1_scores(const float *q, const float *k, fl
     scores[i] = scale * products;
 }
 
-// Each row of scores becomes its softmax, a thread for each row.
+// Replaces each row of scores by its softmax, a thread for each row.
 extern "C" __global__ void attention_1_softmax(float *scores, int m, int rows)
 {
     int row = blockIdx.x * blockDim.x + threadIdx.x;
@@ -31,7 +31,7 @@ extern "C" __global__ void attention_1_softmax(float *scores, int m, int rows)
     for (int j = 0; j < m; j++) scores[j] = expf(scores[j] - peak) / total;
 }
 
-// y = weights v, a thread for each number.
+// y = weights v, a thread for each element of y.
 extern "C" __global__ void attention_1_values(const float *weights, const float *v, float *y, int n,
                                               int m, int count)
 {

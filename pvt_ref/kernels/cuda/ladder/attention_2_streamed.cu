@@ -1,11 +1,11 @@
 // Attention, second version: one launch, a thread for each query, and no array of scores.
 //
-// The softmax is carried along the keys. With the scores s_1, ..., s_j seen so far, a thread has
+// The softmax is updated key by key. From the scores s_1, ..., s_j seen so far, a thread has
 //
 //     peak = max s_i      total = sum exp(s_i - peak)      result = sum exp(s_i - peak) v_i
 //
-// and where a larger score comes, total and result are multiplied by exp(old peak - new peak). At
-// the end y = result / total. A thread has its query and its result in registers.
+// When a larger score comes, total and result are multiplied by exp(old peak - new peak). At the
+// end, y = result / total. A thread keeps its query and its result in registers.
 //
 // Shapes as in the first version. Grid: (queries / threads, heads). Compiled with D.
 

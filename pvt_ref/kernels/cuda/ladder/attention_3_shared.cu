@@ -1,9 +1,9 @@
-// Attention, third version: as the second, but all queries of a block use the same keys, so the
-// block loads them once, KEYS at a time, into shared memory, in pieces of four numbers.
+// Attention, third version: like the second, but all queries of a block use the same keys, so the
+// block loads the keys once, KEYS at a time, into shared memory, in pieces of four numbers.
 //
-// One thread still has a whole query and a whole result, 2 D registers, so few fit a
-// multiprocessor; and every key costs two exponentials and a multiplication of the whole result.
-// attention.cu shares a query among LANES threads, and multiplies once for eight keys.
+// One thread still has a whole query and a whole result, 2 D registers, so few threads fit on a
+// multiprocessor; and every key costs two exponentials and a scaling of the whole result. In
+// attention.cu, LANES threads share a query, and the result is scaled once for eight keys.
 //
 // Shapes as in the first version, D divisible by 4. Grid: (queries / THREADS, heads).
 
@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int c = 0; c < PIECES; c++) query[c] = mixed(scale, q[c], 0, zero), result[c] = zero;
     for (int first = 0; first < m; first += KEYS) {
         int here = min(KEYS, m - first);
-        __syncthreads(); // all are done with the keys before
+        __syncthreads(); // all are done with the previous keys
         for (int i = threadIdx.x; i < here * PIECES; i += THREADS) {
             keys[i] = k[first * PIECES + i];
             values[i] = v[first * PIECES + i];

@@ -1,4 +1,4 @@
-"""Three versions of a product, a (M, K) b (N, K)^T: a thread an element, tiles, tensor cores."""
+"""Three versions of a product, a (M, K) b (N, K)^T: one thread per element, tiles, tensor cores."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ _SIDE, _TILE = 16, 64
 
 
 def _launched(function: Function, side: int, a: Array, b: Array, cuda: Cuda) -> Array:
-    """The product by a kernel whose blocks make so many elements along each side."""
+    """The product by a kernel whose blocks compute side x side elements."""
     (M, K), N, xp = a.shape, len(b), array_module(a)
     y = xp.empty((M, N), a.dtype)
     grid = (blocks_for(N, side), blocks_for(M, side))
@@ -25,17 +25,17 @@ def _launched(function: Function, side: int, a: Array, b: Array, cuda: Cuda) -> 
 
 
 def plain(a: Array, b: Array, cuda: Cuda) -> Array:
-    """A thread for each element, which reads a row of a and one of b."""
+    """One thread for each element, which reads a row of a and a row of b."""
     return _launched(PLAIN, _SIDE, a, b, cuda)
 
 
 def tiled(a: Array, b: Array, cuda: Cuda) -> Array:
-    """Tiles of both factors pass through shared memory."""
+    """Tiles of both factors are loaded into shared memory."""
     return _launched(TILED, _TILE, a, b, cuda)
 
 
 def last(a: Array, b: Array, cuda: Cuda) -> Array:
-    """Three products of TF32 on tensor cores, by the kernel of the tables."""
+    """Three TF32 products on tensor cores, by the kernel that the tables use."""
     return multiply(a, array_module(b).matrix_transpose(b), replace(cuda, products="own"))
 
 

@@ -1,7 +1,7 @@
 // y (M, N) = a (M, K) b (N, K)^T, first version: a thread for each element.
 //
-// Each element reads a row of a and a row of b from global memory, two numbers for one
-// multiplication and one addition: it waits for memory, although every row is read again and again.
+// A thread reads a row of a and a row of b from global memory, two numbers for one multiplication
+// and one addition. So it mostly waits for memory, and every row is read by many threads.
 
 extern "C" __global__ void product_1(const float *a, const float *b, float *y, int M, int N,
                                          int K)

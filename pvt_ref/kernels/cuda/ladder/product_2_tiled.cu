@@ -1,15 +1,15 @@
 // y (M, N) = a (M, K) b (N, K)^T, second version: tiles in shared memory, results in registers.
 //
-// A block makes TILE x TILE elements. Of a and b it copies DEPTH columns of TILE rows to shared
-// memory, so each number is read from global memory once and used TILE times. A thread makes
-// 4 x 4 elements, so each number that it reads from shared memory is used four times. In
-// product.cu, tensor cores multiply, and copies go on meanwhile.
+// A block computes TILE x TILE elements. It copies DEPTH columns of TILE rows of a and of b to
+// shared memory at a time, so each number that it reads from global memory is used TILE times. A
+// thread computes 4 x 4 elements, so each number that it reads from shared memory is used four
+// times. In product.cu, tensor cores multiply, while the next tiles are being copied.
 
 #define TILE 64
 #define DEPTH 16
 #define SIDE 16 // blocks of 16 x 16 threads; a thread's rows and columns are 16 apart
 
-// Columns k0, k0 + 1, ... of the tile's rows, k first; zeros beyond the matrix.
+// Loads DEPTH columns, from k0 on, of the tile's rows, transposed; zeros beyond the matrix.
 static __device__ __forceinline__ void load_tile(float (*tile)[TILE + 1], const float *x, int row0,
                                                  int rows, int k0, int K)
 {
@@ -27,7 +27,7 @@ extern "C" __global__ void product_2(const float *a, const float *b, float *y, i
     int row0 = blockIdx.y * TILE, column0 = blockIdx.x * TILE;
     float sum[4][4] = {};
     for (int k0 = 0; k0 < K; k0 += DEPTH) {
-        __syncthreads(); // all are done with the tiles before
+        __syncthreads(); // all are done with the previous tiles
         load_tile(a_tile, a, row0, M, k0, K);
         load_tile(b_tile, b, column0, N, k0, K);
         __syncthreads();

@@ -1,4 +1,4 @@
-"""What a step of a ladder is."""
+"""A step of a ladder."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ class Step:
 
     Attributes:
         title: what is new about it, in a few words.
-        file: its .cu file, as seen from ``kernels/cuda/``.
+        file: its .cu file, relative to ``kernels/cuda/``.
         run: computes the operation with it; takes the operation's arguments, then the settings.
     """
 

@@ -12,7 +12,7 @@ LINES = Function("ladder/sum_rows_3_lines.cu", "sum_rows_3")
 
 
 def plain(x: Array, cuda: Cuda) -> Array:
-    """y (C,) of x (rows, C), contiguous: a thread a column."""
+    """y (C,) of x (rows, C), contiguous: one thread per column."""
     rows, C = x.shape
     y = array_module(x).empty(C, x.dtype)
     cuda.launch(PLAIN, (blocks_for(C, 32),), (32,), (x, rows, C, y))
@@ -20,7 +20,7 @@ def plain(x: Array, cuda: Cuda) -> Array:
 
 
 def columns(x: Array, cuda: Cuda) -> Array:
-    """As :func:`plain`: a block a column."""
+    """As :func:`plain`: one block per column."""
     rows, C = x.shape
     y = array_module(x).empty(C, x.dtype)
     cuda.launch(COLUMNS, (C,), (THREADS,), (x, rows, C, y))
@@ -28,7 +28,7 @@ def columns(x: Array, cuda: Cuda) -> Array:
 
 
 def lines(x: Array, cuda: Cuda) -> Array:
-    """As :func:`plain`: blocks of 32 columns, in as many parts as the last version has."""
+    """As :func:`plain`: blocks of 32 columns, and as many parts as the last version has."""
     (rows, C), xp = x.shape, array_module(x)
     parts = xp.empty((number_of_parts(rows, C, cuda), C), xp.float64)
     cuda.launch(LINES, (blocks_for(C, 32), len(parts)), (32, 8), (x, rows, C, parts))
@@ -36,7 +36,7 @@ def lines(x: Array, cuda: Cuda) -> Array:
 
 
 def last(x: Array, cuda: Cuda) -> Array:
-    """As :func:`plain`, by the kernel of the tables."""
+    """As :func:`plain`, by the kernel that the tables use."""
     return sum_rows_forward(None, x, REFERENCE, keep=False, cuda=cuda)[0]
 
 

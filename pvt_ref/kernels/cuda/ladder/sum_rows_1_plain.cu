@@ -2,7 +2,7 @@
 // column.
 //
 // The threads of a warp have neighbouring columns, so all bytes that a read fetches are used. But
-// there are only as many threads as columns, and each waits for memory rows times.
+// there are only as many threads as columns, and each waits for memory once for every row.
 
 extern "C" __global__ void sum_rows_1(const float *x, int rows, int columns, float *y)
 {

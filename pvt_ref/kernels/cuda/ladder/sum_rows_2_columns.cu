@@ -1,8 +1,8 @@
 // The sum over rows, second version: a block of 256 threads adds up a column, each thread every
 // 256th row.
 //
-// Now there are enough threads. But those of a warp read numbers that lie a whole row apart, and
-// memory hands out at least 32 bytes: seven of eight numbers are fetched for nothing.
+// Now there are enough threads. But those of a warp read numbers that are a whole row apart, and
+// memory delivers at least 32 bytes at a time: seven of eight numbers are fetched for nothing.
 
 #define THREADS 256
 

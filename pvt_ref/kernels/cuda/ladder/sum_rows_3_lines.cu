@@ -1,9 +1,8 @@
-// The sum over rows, third version: a block has 32 columns side by side and 8 rows at a time, and
-// of all rows a share. Its sums are parts, which a second launch adds up (add_parts of
-// sum_rows.cu).
+// The sum over rows, third version: a block has 32 neighbouring columns and a share of the rows, 8
+// at a time. Its sums are parts, which a second launch adds up (add_parts of sum_rows.cu).
 //
-// Enough threads, and whole lines are read. But every number is added in double, for which the GPUs
-// of data centres have half as many units as for float, and others a sixty-fourth.
+// Now there are enough threads, and whole lines are read. But every number is added in double.
+// An A100 or H100 has half as many units for double as for float, a consumer GPU a sixty-fourth.
 
 #define COLUMNS 32
 #define ROWS 8
