@@ -595,7 +595,7 @@ def test_names_that_are_nearly_right_are_suggested(name, meant, tmp_path, monkey
     message = str(caught.value)
     assert message.startswith(name)  # an address keeps both of its slashes
     assert ("is an address, but load reads files" in message) == ("://" in name)
-    assert "Known names: digits, cifar10, imagenette, camvid, pvt_tiny" in message
+    assert "Known names: digits, cifar10, cifar10_v2, imagenette, camvid, pvt_tiny" in message
     assert ("Did you mean" in message) == (meant is not None)
     assert meant is None or message.endswith(f"Did you mean {meant!r}?")
 
