@@ -59,9 +59,8 @@ def judge(first_line: str, printed: str, page: str) -> str:
         return "" if printed.strip() in {text.strip() for text in shown} else printed
     printed = plain(printed)
     if "$" in printed:  # equations are set by the site's own hook
-        printed = re.sub(r"\$[^$]+\$", "", printed)
-        rows = [cell for row in printed.splitlines() for cell in row.split("|")]
-        missing = [cell for cell in rows if words(markdown.markdown(cell)) not in words(page)]
+        between = re.split(r"\$[^$]+\$|[|\n]", printed)
+        missing = [part for part in between if words(markdown.markdown(part)) not in words(page)]
         return "\n".join(missing)
     extensions = ["tables", "md_in_html", "pymdownx.superfences", "pymdownx.details"]
     said = words(markdown.markdown(printed, extensions=extensions))
