@@ -58,8 +58,7 @@ def test_a_brace_that_is_not_closed_is_named(letters, tex):
 
 
 def test_a_letter_of_the_course_is_there_once(letters):
-    rows = [letters.read_letters({row["letters"]: row["meaning"]}) for row in letters._course()]
-    every = [letter for row in rows for letter in row]
+    every = [letter for row in letters._course() for letter in letters.read_letters({row: ""})]
     assert len(every) == len(set(every)) > 30
     for letter in every:  # and as equations have it
         assert letter in next(letters.letters_in(letter)), letter

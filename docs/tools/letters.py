@@ -83,8 +83,8 @@ def read_letters(stated: dict[str, str]) -> dict[str, str]:
     }
 
 
-def _course() -> list[dict[str, str]]:
-    return tomllib.loads(_FILE.read_text("utf-8"))["rows"]
+def _course() -> dict[str, str]:
+    return tomllib.loads(_FILE.read_text("utf-8"))
 
 
 def _table(rows: dict[str, str]) -> str:
@@ -96,7 +96,7 @@ def _table(rows: dict[str, str]) -> str:
 
 def course_letters() -> str:
     """The letters of the whole course, as a table."""
-    return _table({row["letters"]: row["meaning"] for row in _course()})
+    return _table(_course())
 
 
 def wrong_letters(equations: list[str], stated: dict[str, str]) -> list[str]:
@@ -106,8 +106,7 @@ def wrong_letters(equations: list[str], stated: dict[str, str]) -> list[str]:
         equations: all TeX of the page.
         stated: its front matter's letters.
     """
-    known = read_letters({row["letters"]: row["meaning"] for row in _course()})
-    here = read_letters(stated)
+    known, here = read_letters(_course()), read_letters(stated)
     wrong = [
         f"{letter} is {known[letter]!r} in the whole course, and cannot be {here[letter]!r} too"
         for letter in here
