@@ -86,7 +86,7 @@ def at_size(data: LabelledImages, side: int) -> LabelledImages:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Trains a PVT on CIFAR-10.")
     parser.add_argument("--data", required=True, metavar="DIR", help=HOW_TO_GET_IT)
-    parser.add_argument("--test", metavar="FILE", help="only measure this model")
+    parser.add_argument("--test", metavar="FILE", help="only measure this: a file, or a known name")
     parser.add_argument("--network", choices=("v1", "v2"), default="v1", help="default v1")
     add_run_arguments(parser, RECIPE, folder="runs/cifar10")
     args = parser.parse_args(argv)
